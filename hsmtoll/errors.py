@@ -1,0 +1,191 @@
+"""
+What can go wrong, in one tree. This room imports nothing.
+
+    HsmTollError
+    ├── UsageError              2  the command line makes no sense
+    ├── ConfigurationError     10  a setting is missing, misspelt or contradicts another
+    ├── PinIncorrect           20  the device refused the PIN; it was tried once
+    ├── PinNotTried            21  locked, final try, or refused before: the device was not asked
+    ├── DeviceError            30  module, p11_token, key or signature
+    ├── CertificateError       40  leaf or chain
+    ├── ClockError             50  this machine's clock and theirs disagree
+    ├── GrantRefused           60  Maskinporten said no, or answered nonsense
+    │   └── ScopeNotGranted    61  Maskinporten said no to this scope
+    ├── ExchangeRefused        70  Customs said no to the exchange, or answered nonsense
+    ├── ApiRefused             71  a Customs API said no
+    ├── SubmissionFailed       72  a submission was processed and failed
+    ├── OutcomeUnknown         73  it may have been received: look it up, do not repeat it
+    ├── TryAgainLater          75  throttled, out of budget, or still being processed
+    ├── NetworkError           80  nobody answered, or not as agreed
+    ├── PolicyDenied           90  the signing host, or a check of it, said no
+    └── AuditBroken            91  the audit log was changed, or cannot be written
+
+The number is the exit code of the command line, one class each; the drawing is
+compared with the classes by a test.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "ApiRefused",
+    "AuditBroken",
+    "CertificateError",
+    "ClockError",
+    "ConfigurationError",
+    "DeviceError",
+    "ExchangeRefused",
+    "GrantRefused",
+    "HsmTollError",
+    "NetworkError",
+    "OutcomeUnknown",
+    "PinIncorrect",
+    "PinNotTried",
+    "PolicyDenied",
+    "ScopeNotGranted",
+    "SubmissionFailed",
+    "TryAgainLater",
+    "UsageError",
+]
+
+
+class HsmTollError(Exception):
+    """
+    The base of everything this package raises on purpose.
+
+    The message is one line: what was attempted, what happened. It never holds
+    a secret. What to do about it is *hint*: one line, or several.
+
+    *code* is stable and made for machines: ``MP-012`` where Maskinporten gave
+    one, otherwise a word of ours such as ``key-missing``. *who* is the party
+    that must act: ``you``, ``issuer``, ``digdir`` or ``customs``.
+    *retry_after* is in seconds.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        code: str | None = None,
+        who: str | None = None,
+        trace_id: str | None = None,
+        jti: str | None = None,
+        correlation_id: str | None = None,
+        retryable: bool = False,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.code = code
+        self.who = who
+        self.trace_id = trace_id
+        self.jti = jti
+        self.correlation_id = correlation_id
+        self.retryable = retryable
+        self.retry_after = retry_after
+
+
+class UsageError(HsmTollError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class ConfigurationError(HsmTollError):
+    """A setting is missing, misspelt, or contradicts another one."""
+
+    exit_code = 10
+
+
+class PinIncorrect(HsmTollError):
+    """The device refused the PIN. It was tried once and will not be tried again."""
+
+    exit_code = 20
+
+
+class PinNotTried(HsmTollError):
+    """The PIN is locked, at its final try, or was refused before: the device was not asked."""
+
+    exit_code = 21
+
+
+class DeviceError(HsmTollError):
+    """The module, the device, the key or a signature it made."""
+
+    exit_code = 30
+
+
+class CertificateError(HsmTollError):
+    """The leaf, or the chain above it."""
+
+    exit_code = 40
+
+
+class ClockError(HsmTollError):
+    """This machine's clock and Maskinporten's are further apart than can be corrected."""
+
+    exit_code = 50
+
+
+class GrantRefused(HsmTollError):
+    """Maskinporten refused the grant, or its answer cannot be used."""
+
+    exit_code = 60
+
+
+class ScopeNotGranted(GrantRefused):
+    """Maskinporten refused this scope for this client (MP-200, MP-201, MP-250, MP-251)."""
+
+    exit_code = 61
+
+
+class ExchangeRefused(HsmTollError):
+    """Customs refused to exchange the token, or its answer cannot be used."""
+
+    exit_code = 70
+
+
+class ApiRefused(HsmTollError):
+    """A Customs API refused the call: 401 after one renewal, 403, or another 4xx."""
+
+    exit_code = 71
+
+
+class SubmissionFailed(HsmTollError):
+    """A submission was received, processed, and failed."""
+
+    exit_code = 72
+
+
+class OutcomeUnknown(HsmTollError):
+    """A submission may have been received. Look it up; never repeat it blindly."""
+
+    exit_code = 73
+
+
+class TryAgainLater(HsmTollError):
+    """Throttled, out of budget, or not ready yet. Nothing is wrong with the request."""
+
+    exit_code = 75
+
+
+class NetworkError(HsmTollError):
+    """Nobody answered, the line broke, or the answer came too late or too large."""
+
+    exit_code = 80
+
+
+class PolicyDenied(HsmTollError):
+    """The signing host refused by its policy, or is not the host it should be."""
+
+    exit_code = 90
+
+
+class AuditBroken(HsmTollError):
+    """The audit log was changed, or cannot be written."""
+
+    exit_code = 91
