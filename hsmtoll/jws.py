@@ -1,0 +1,149 @@
+"""
+Header and claims → signing input; with a signature → the compact form; and back.
+
+Values only. A private key, a certificate or a device never enters this room.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NewType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+__all__ = [
+    "ALGS",
+    "RsaPublicKey",
+    "SigningInput",
+    "b64url",
+    "compact",
+    "digest_info",
+    "read_unverified",
+    "signing_input",
+]
+
+#: RFC 7515 section 5.1: ``BASE64URL(header) . BASE64URL(payload)``, ASCII. A type of its
+#: own, so that nothing else can be handed to a signing device without a visible cast.
+SigningInput = NewType("SigningInput", bytes)
+
+#: The algorithms that Maskinporten takes (PROTOCOL M20): RSASSA-PKCS1-v1_5 with SHA-2.
+ALGS: Final = ("RS256", "RS384", "RS512")
+
+# RFC 8017 section 9.2, note 1: what stands before the digest inside the padding.
+_DIGEST_INFO: Final = {
+    "RS256": bytes.fromhex("3031300d060960864801650304020105000420"),
+    "RS384": bytes.fromhex("3041300d060960864801650304020205000430"),
+    "RS512": bytes.fromhex("3051300d060960864801650304020305000440"),
+}
+_HASH: Final = {"RS256": "sha256", "RS384": "sha384", "RS512": "sha512"}
+
+
+def b64url(data: bytes) -> str:
+    """Base64url without padding, as RFC 7515 section 2 wants it."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def signing_input(header: Mapping[str, Any], claims: Mapping[str, Any]) -> SigningInput:
+    """The bytes to be signed (RFC 7515 section 5.1), members in the order given."""
+    parts = (json.dumps(part, separators=(",", ":")).encode() for part in (header, claims))
+    return SigningInput(".".join(map(b64url, parts)).encode("ascii"))
+
+
+def compact(unsigned: SigningInput, signature: bytes) -> str:
+    """The compact serialisation (RFC 7515 section 7.1)."""
+    return f"{unsigned.decode('ascii')}.{b64url(signature)}"
+
+
+def read_unverified(assertion: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    Header and claims of a compact JWS. *Not verified*: nothing here says who made it.
+
+    Raises ValueError, without the value in its text, for anything else.
+    """
+    parts = assertion.split(".")
+    if len(parts) != 3:
+        raise ValueError("not three segments with dots between")
+    read: list[dict[str, Any]] = []
+    for name, part in zip(("header", "payload"), parts, strict=False):
+        try:
+            raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
+            value = json.loads(raw)
+        except (binascii.Error, ValueError, RecursionError):
+            raise ValueError(f"the {name} is not base64url of JSON") from None
+        if not isinstance(value, dict):
+            raise ValueError(f"the {name} is not a JSON object")  # noqa: TRY004 - one error for one reader
+        read.append(value)
+    return read[0], read[1]
+
+
+def digest_info(alg: str, data: bytes) -> bytes:
+    """DER DigestInfo over *data*, for devices that only have the raw RSA_PKCS mechanism."""
+    return _DIGEST_INFO[alg] + hashlib.new(_HASH[alg], data).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class RsaPublicKey:
+    """The public half of an RSA key: two integers."""
+
+    modulus: int
+    exponent: int
+
+    @property
+    def bits(self) -> int:
+        """Size of the modulus in bits."""
+        return self.modulus.bit_length()
+
+    def verify(self, alg: str, unsigned: bytes, signature: bytes) -> bool:
+        """
+        Whether *signature* is this key's RSASSA-PKCS1-v1_5 signature (RFC 7518 section 3.3).
+
+        It is asked of every signature before it leaves: a wrong key, a wrong leaf and a
+        faulty device are found here instead of at the far end (MP-124).
+        """
+        from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
+        from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
+        from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
+
+        digest = {"RS256": hashes.SHA256, "RS384": hashes.SHA384, "RS512": hashes.SHA512}[alg]
+        try:
+            _loaded(self).verify(signature, unsigned, padding.PKCS1v15(), digest())
+        except InvalidSignature:
+            return False
+        return True
+
+    def spki(self) -> bytes:
+        """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7), DER."""
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+
+        return _loaded(self).public_bytes(
+            serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+
+    def jwk(self) -> dict[str, str]:
+        """The required members of the JWK (RFC 7518 section 6.3.1), no ``kid``."""
+        return {"e": _b64_uint(self.exponent), "kty": "RSA", "n": _b64_uint(self.modulus)}
+
+    def thumbprint(self) -> str:
+        """The RFC 7638 thumbprint with SHA-256, base64url: 43 characters."""
+        members = json.dumps(self.jwk(), separators=(",", ":"), sort_keys=True)
+        return b64url(hashlib.sha256(members.encode()).digest())
+
+
+@lru_cache(maxsize=32)
+def _loaded(key: RsaPublicKey) -> rsa.RSAPublicKey:
+    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
+
+    return rsa.RSAPublicNumbers(key.exponent, key.modulus).public_key()
+
+
+def _b64_uint(number: int) -> str:
+    # RFC 7518 section 2, Base64urlUInt: big-endian, as few bytes as possible.
+    return b64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
