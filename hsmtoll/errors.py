@@ -1,5 +1,5 @@
 """
-What can go wrong, in one tree. This room imports nothing.
+What can go wrong, in one tree, and how foreign words are shown. This room imports nothing of ours.
 
     HsmTollError
     ├── UsageError              2  the command line makes no sense
@@ -26,7 +26,8 @@ compared with the classes by a test.
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
 
 __all__ = [
     "ApiRefused",
@@ -47,6 +48,7 @@ __all__ = [
     "SubmissionFailed",
     "TryAgainLater",
     "UsageError",
+    "foreign",
 ]
 
 
@@ -189,3 +191,48 @@ class AuditBroken(HsmTollError):
     """The audit log was changed, or cannot be written."""
 
     exit_code = 91
+
+
+_CUT: Final = 300
+_RUN: Final = 12
+_JWT = re.compile(r"eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*")
+_LEFT_OUT: Final = "[left out]"
+
+
+def foreign(text: object, *secrets: str) -> str:
+    """
+    Words that came from outside (a server, a certificate, a label), safe to show.
+
+    One line: control characters and terminal escapes are escaped; at most 300
+    characters; every run of 12 characters that also stands in one of *secrets*
+    is left out, as is a shorter secret, and whatever looks like a JWT.
+    """
+    known = [secret for secret in secrets if secret]
+    words = str(text)[: 100 * _CUT]
+    for secret in known:
+        words = _without(words, secret)
+    words = " ".join(_JWT.sub(_LEFT_OUT, words).split())
+    words = "".join(char if char.isprintable() else _escaped(char) for char in words)
+    return words if len(words) <= _CUT else words[: _CUT - 1] + "…"
+
+
+def _without(words: str, secret: str) -> str:
+    if len(secret) <= _RUN:
+        return words.replace(secret, _LEFT_OUT)
+    runs = {secret[at : at + _RUN] for at in range(len(secret) - _RUN + 1)}
+    kept: list[str] = []
+    at = 0
+    while at < len(words):
+        if words[at : at + _RUN] not in runs:
+            kept.append(words[at])
+            at += 1
+            continue
+        at += _RUN
+        while at < len(words) and words[at - _RUN + 1 : at + 1] in runs:
+            at += 1
+        kept.append(_LEFT_OUT)
+    return "".join(kept)
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")

@@ -112,9 +112,13 @@ class RsaPublicKey:
         from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
         from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
 
-        digest = {"RS256": hashes.SHA256, "RS384": hashes.SHA384, "RS512": hashes.SHA512}[alg]
+        digest: hashes.HashAlgorithm = {
+            "RS256": hashes.SHA256(),
+            "RS384": hashes.SHA384(),
+            "RS512": hashes.SHA512(),
+        }[alg]
         try:
-            _loaded(self).verify(signature, unsigned, padding.PKCS1v15(), digest())
+            _loaded(self).verify(signature, unsigned, padding.PKCS1v15(), digest)
         except InvalidSignature:
             return False
         return True

@@ -1,0 +1,164 @@
+"""
+The APIs of the Customs guide: names, scopes, paths and test calls. Data, no decisions but look-ups.
+
+Source: PROTOCOL C.2 (scopes) and C.7 (catalogue), from the guide's "Technical integration".
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from hsmtoll.errors import ConfigurationError, UsageError, foreign
+
+__all__ = [
+    "APIS",
+    "SELF_TEST_SCOPE",
+    "VERSION",
+    "Api",
+    "Identity",
+    "api_of_path",
+    "named",
+    "scope_of",
+]
+
+#: The state of the guide that this table follows. It changes when a row does.
+VERSION: Final = "2026-06-20"
+
+Identity = Literal["eseal", "norwegian"]
+
+#: Grants nothing, cannot be exchanged at Customs; free for every eSeal (PROTOCOL A.10, C27).
+SELF_TEST_SCOPE: Final = "digdir:verksemd.eu"
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """
+    One API of the guide.
+
+    *norwegian* and *eseal* are the scopes for the two families (PROTOCOL C.2), ``None``
+    where the family has none. *base* is the path below Customs' host; *test* is the path
+    of the call that proves a token, below *base*, where one is documented.
+    """
+
+    name: str
+    norwegian: str | None
+    eseal: str | None
+    base: str
+    test: str | None = None
+    not_ready: str | None = None
+
+    def scope(self, identity: Identity) -> str:
+        """The scope for *identity*; ConfigurationError where the family has none."""
+        scope = self.eseal if identity == "eseal" else self.norwegian
+        if self.not_ready is not None:
+            raise UsageError(
+                f"API {self.name}: {self.not_ready}", hint="`hsmtoll apis` lists the others"
+            )
+        if scope is None:
+            raise ConfigurationError(
+                f"API {self.name}: no scope exists for HSMTOLL_IDENTITY={identity}",
+                hint="`hsmtoll apis` shows which family may use which API",
+                code="scope-family",
+            )
+        return scope
+
+
+def _mode(name: str, version: str, norwegian: str, eseal: str) -> tuple[Api, Api]:
+    path = f"/api/movement/{name}"
+    # A test call is documented for road alone (PROTOCOL C.6).
+    test = "/test-auth" if name == "road" else None
+    return (
+        Api(name, norwegian, eseal, f"{path}/{version}", test),
+        Api(f"{name}-query", norwegian, eseal, f"{path}/status/{version}"),
+    )
+
+
+APIS: Final = (
+    *_mode("road", "v2", "toll:movement/road/v2", "toll:eu/movement/road/v2"),
+    *_mode("air", "v1", "toll:movement/air", "toll:eu/movement/air"),
+    *_mode("rail", "v1", "toll:movement/rail", "toll:eu/movement/rail"),
+    *_mode("maritime", "v1", "toll:movement/maritime", "toll:eu/movement/maritime"),
+    Api(
+        "presentation",
+        "toll:movement/entry",
+        "toll:eu/movement/entry",
+        "/api/movement/presentation/v1",
+    ),
+    Api("routing", "toll:movement/entry", "toll:eu/movement/entry", "/api/movement/routing/v1"),
+    Api(
+        "document",
+        "toll:goodsdeclaration/document.write",
+        "toll:eu/goodsdeclaration/document.write",
+        "/api/goodsdeclaration/document/v2",
+    ),
+    Api(
+        "declaration-feed",
+        "toll:declaration.feed",
+        None,
+        "",
+        not_ready="not yet ready, says the Customs guide; there is nothing to call",
+    ),
+    Api("verksemd.eu", None, SELF_TEST_SCOPE, ""),
+)
+
+_BY_NAME: Final = {api.name: api for api in APIS}
+_BY_SCOPE: Final = {
+    scope: api for api in reversed(APIS) for scope in (api.norwegian, api.eseal) if scope
+}
+
+
+def named(name: str) -> Api:
+    """The API called *name*; UsageError with the nearest name otherwise."""
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        near = difflib.get_close_matches(name, _BY_NAME, n=1)
+        raise UsageError(
+            f"API {foreign(name)}: there is no such API",
+            hint=f"did you mean {near[0]}?" if near else "`hsmtoll apis` lists them",
+        ) from None
+
+
+def scope_of(word: str, identity: Identity) -> str:
+    """
+    The scope that *word*, an API's name or a scope, means for *identity*.
+
+    A scope that the table does not know is allowed if its family fits (PROTOCOL C18):
+    eSeal clients ask for ``toll:eu/…`` or the self-test, Norwegian clients for ``toll:…``
+    without ``eu/``. Raises ConfigurationError (code ``scope-family``) otherwise.
+    """
+    if word in _BY_NAME:
+        return _BY_NAME[word].scope(identity)
+    if ":" not in word:
+        named(word)
+    if any(char.isspace() or not char.isprintable() for char in word):
+        raise UsageError(f"scope {foreign(word)}: one scope a token, without white space")
+    if word in _BY_SCOPE and _BY_SCOPE[word].not_ready:
+        _BY_SCOPE[word].scope(identity)
+    wanted = "eseal" if word.startswith("toll:eu/") or word == SELF_TEST_SCOPE else "norwegian"
+    if wanted != identity:
+        raise ConfigurationError(
+            f"scope {foreign(word)}: belongs to {wanted} clients, but HSMTOLL_IDENTITY={identity}",
+            hint=_twin(word, identity),
+            code="scope-family",
+        )
+    return word
+
+
+def _twin(scope: str, identity: Identity) -> str:
+    known = _BY_SCOPE.get(scope)
+    twin = known and (known.eseal if identity == "eseal" else known.norwegian)
+    return f"use {twin}" if twin else "eSeal scopes begin with toll:eu/, Norwegian ones do not"
+
+
+def api_of_path(path: str) -> Api:
+    """The API whose base path *path* lies under; UsageError for any other path."""
+    for api in APIS:
+        if api.base and (path == api.base or path.startswith((f"{api.base}/", f"{api.base}?"))):
+            return api
+    raise UsageError(
+        f"path {foreign(path)}: no API of the Customs guide lies there",
+        hint="`hsmtoll apis` lists the base paths",
+    )

@@ -1,0 +1,129 @@
+"""
+The time of this machine, and how far it is from Maskinporten's.
+
+The only room that reads a clock. What time means for a token is decided in tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hsmtoll.errors import ClockError
+from hsmtoll.tokens import Moment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["MAX_SKEW", "Clock", "Skew", "SystemClock", "offset_of"]
+
+#: Seconds. A clock further off is an error of the machine, not something to correct (DESIGN 4.9).
+MAX_SKEW: Final = 300.0
+
+#: Seconds. Below this the Date header, whole seconds and a round trip, proves nothing (C07).
+_NOISE: Final = 5.0
+
+
+class Clock(Protocol):
+    """Where time comes from; a test brings its own."""
+
+    def now(self) -> Moment:
+        """Both clocks, read together."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        # Not Linux: no boot is known to be the same as another process's.
+        return f"process-{os.getpid()}"
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def __init__(self) -> None:
+        # CLOCK_BOOTTIME goes on while the machine sleeps; CLOCK_MONOTONIC does not on Linux.
+        self._boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+        self._boot_id = _boot_id()
+
+    def now(self) -> Moment:
+        """Both clocks, read together."""
+        return Moment(time.time(), time.clock_gettime(self._boot), self._boot_id)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+
+def offset_of(headers: Mapping[str, str], *, sent: Moment, received: Moment) -> float | None:
+    """
+    Seconds that the server's clock is ahead of ours, or ``None`` if its answer does not tell.
+
+    From the ``Date`` header of an answer that no cache has kept (no ``Age``), against the
+    midpoint of the round trip; the header names a whole second, so its middle is meant.
+    """
+    if "date" not in headers or "age" in headers:
+        return None
+    try:
+        theirs = parsedate_to_datetime(headers["date"]).timestamp() + 0.5
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return theirs - (sent.wall + received.wall) / 2
+
+
+@dataclass(slots=True)
+class Skew:
+    """
+    What this machine has learned of Maskinporten's clock; it corrects ``iat`` and nothing else.
+
+    Kept in a file of this machine, never in a shared store: another machine has another
+    clock. *path* ``None`` keeps it in memory.
+    """
+
+    path: Path | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.path is None:
+            return
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            kept = float(json.loads(self.path.read_text(encoding="ascii"))["seconds"])
+            if abs(kept) <= MAX_SKEW:
+                self.seconds = kept
+
+    def learn(self, offset: float) -> bool:
+        """Take *offset* in; whether that changed the correction. Noise is taken as none."""
+        corrected = 0.0 if abs(offset) < _NOISE else offset
+        if abs(offset) > MAX_SKEW or abs(corrected - self.seconds) < _NOISE:
+            return False
+        self.seconds = corrected
+        if self.path is not None:
+            # Fail soft: not being able to remember only costs the next process one signature.
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                draft = self.path.with_suffix(f".{os.getpid()}")
+                draft.write_text(json.dumps({"seconds": corrected}), encoding="ascii")
+                draft.chmod(0o600)
+                draft.replace(self.path)
+        return True
+
+    def check(self, offset: float) -> None:
+        """ClockError if *offset* is beyond what is corrected."""
+        if abs(offset) > MAX_SKEW:
+            raise ClockError(
+                f"clock: this machine is {abs(offset):.0f} s "
+                f"{'behind' if offset > 0 else 'ahead of'} Maskinporten",
+                hint="synchronise the clock (NTP); up to 300 s would have been corrected",
+                code="clock-skew",
+                who="you",
+            )

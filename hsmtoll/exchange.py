@@ -1,0 +1,292 @@
+"""
+The two legs, as requests to be sent and answers to be read: grant → access token → Customs token.
+
+It speaks and never dials: no socket, no retry, no time (PROTOCOL A.7 to A.11, C.3 to C.5).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll import refusals
+from hsmtoll.errors import (
+    ClockError,
+    ExchangeRefused,
+    GrantRefused,
+    HsmTollError,
+    NetworkError,
+    ScopeNotGranted,
+    TryAgainLater,
+    foreign,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "PROD",
+    "TEST",
+    "Answer",
+    "Endpoints",
+    "Issued",
+    "Post",
+    "exchange_post",
+    "grant_post",
+    "read_issued",
+    "read_subject",
+    "retry_after",
+]
+
+#: RFC 7523 section 8.1.
+JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+#: RFC 6750 section 2.1, b64token: what may stand behind "Bearer ".
+_BEARER = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+
+_TRACE = re.compile(r"\s*\((?:trace_id|correlation id):\s*([0-9A-Za-z-]{8,64})\)\s*$")
+_MP = re.compile(r"MP-\d{3}")
+_LONGEST: Final = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """*issuer*: the grant's ``aud``, byte for byte. *token*: URL. *customs*: origin."""
+
+    issuer: str
+    token: str
+    customs: str
+
+
+TEST: Final = Endpoints(
+    "https://test.maskinporten.no/",
+    "https://test.maskinporten.no/token",
+    "https://api-test.toll.no",
+)
+PROD: Final = Endpoints(
+    "https://maskinporten.no/", "https://maskinporten.no/token", "https://api.toll.no"
+)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Post:
+    """One form to be posted: the *leg*'s name, the URL, the fields (one of them is secret)."""
+
+    leg: str
+    url: str
+    form: Mapping[str, str]
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"<Post {self.leg} to {self.url}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Answer:
+    """What came back: status, headers with lower-case names, at most 1 MiB of body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.status}>"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Issued:
+    """A bearer and the seconds it lives; its text hides the bearer."""
+
+    value: str
+    expires_in: int
+
+    def __repr__(self) -> str:
+        return f"<Issued for {self.expires_in} s>"
+
+
+def grant_post(endpoints: Endpoints, assertion: str) -> Post:
+    """Leg one (PROTOCOL A.7): no client authentication, scope travels inside the grant."""
+    form = {"grant_type": JWT_BEARER, "assertion": assertion}
+    return Post("Maskinporten", endpoints.token, form, assertion)
+
+
+def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
+    """Leg two (PROTOCOL C.3). Customs takes these bare words, not RFC 8693's URNs (T02)."""
+    form = {
+        "grant_type": "token-exchange",
+        "subject_token_type": "access_token",
+        "subject_token": subject.value,
+    }
+    url = f"{endpoints.customs}/api/access/external/oauth/token"
+    return Post("Customs", url, form, subject.value)
+
+
+def read_subject(answer: Answer, post: Post, *, jti: str | None = None) -> Issued:
+    """
+    The subject token of leg one.
+
+    Raises GrantRefused or ScopeNotGranted with the MP code, what it means, who must act and
+    the trace id; ClockError where it is about time; TryAgainLater for 429 and NetworkError
+    for 5xx, both retryable.
+    """
+    if answer.status == 200:
+        return _issued(answer, post, GrantRefused)
+    _raise_for_trouble(answer, post, jti)
+    raise _refused(answer, post, jti)
+
+
+def read_issued(answer: Answer, post: Post) -> Issued:
+    """
+    The Customs token of leg two.
+
+    ``issued_token_type`` is not compared with anything (PROTOCOL C15). Raises ExchangeRefused,
+    TryAgainLater for 429, NetworkError for 5xx.
+    """
+    if answer.status == 200:
+        return _issued(answer, post, ExchangeRefused)
+    _raise_for_trouble(answer, post, None)
+    said = _error_text(answer)
+    text = foreign(said, post.secret) or "no reason given"
+    scope = "not authorized to request scope" in said.lower()
+    raise ExchangeRefused(
+        f"exchange at Customs: {answer.status}, {text}",
+        hint=(
+            "check that the scope is of the right family, that the organisation is registered for "
+            "Digitoll and that the integration has the scope; then ask Customs (digitoll@toll.no)"
+            if scope
+            else "Customs did not take Maskinporten's token; check HSMTOLL_ENVIRONMENT, then ask "
+            "Customs (digitoll@toll.no) with the correlation id"
+        ),
+        code="scope-not-authorized" if scope else "exchange-refused",
+        who="customs",
+        correlation_id=_correlation(answer),
+    )
+
+
+def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3), a number or a date."""
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - 5 ms, and seldom needed
+
+    said = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,9}", said):
+        return float(said)
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
+    def unusable(why: str) -> HsmTollError:
+        return error(
+            f"{post.leg} answered 200, but {why}",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="answer-unusable",
+            correlation_id=_correlation(answer),
+        )
+
+    body = _json(answer.body)
+    if body is None:
+        raise unusable("not with a JSON object")
+    value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
+    if not isinstance(value, str) or not _BEARER.fullmatch(value):
+        raise unusable("access_token is not a bearer token (RFC 6750)")
+    if type(seconds) is not int or not 1 <= seconds <= _LONGEST:
+        raise unusable(f"expires_in is not a whole number of seconds in 1…{_LONGEST}")
+    if not isinstance(kind, str) or kind.lower() != "bearer":
+        raise unusable("token_type is not Bearer")
+    return Issued(value, seconds)
+
+
+def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
+    where = f"{post.leg} answered {answer.status}"
+    correlation = _correlation(answer)
+    if answer.status == 429:
+        raise TryAgainLater(
+            f"{where}: too many requests",
+            hint="wait, and see that all programs share one cache (HSMTOLL_CACHE)",
+            code="throttled",
+            jti=jti,
+            correlation_id=correlation,
+            retryable=True,
+        )
+    if answer.status >= 500:
+        raise NetworkError(
+            f"{where}: trouble on their side",
+            hint="try again later; outages seldom exceed five minutes, see status.digdir.no",
+            code="server-error",
+            jti=jti,
+            correlation_id=correlation,
+            retryable=True,
+        )
+    if 300 <= answer.status < 400 or answer.status < 200:
+        raise NetworkError(
+            f"{where}: a redirect, and redirects are not followed with secrets",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="redirect",
+            jti=jti,
+            correlation_id=correlation,
+        )
+
+
+def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
+    body = _json(answer.body) or {}
+    said = _error_text(answer)
+    uri = body.get("error_uri")
+    code_match = _MP.search(uri.rsplit("/", 1)[-1]) if isinstance(uri, str) else None
+    code = code_match[0] if code_match else None
+    trace = _TRACE.search(said)
+    trace_id = trace[1] if trace else None
+    text = foreign(_TRACE.sub("", said), post.secret) or "no reason given"
+    row = refusals.refusal(code, said)
+    code = code or (row.code if row else "") or None
+    error: type[HsmTollError] = ScopeNotGranted if row and row.scope else GrantRefused
+    if any(part in said.lower() for part in refusals.ISSUED_IN_FUTURE):
+        return ClockError(
+            f"Maskinporten refused the grant: {text}",
+            hint="this machine's clock runs fast: synchronise it (NTP)",
+            code="issued-in-future",
+            who="you",
+            trace_id=trace_id,
+            jti=jti,
+        )
+    meaning = f"Meaning: {row.meaning}. " if row else ""
+    lines = [f"{meaning}To do: {row.do}"] if row else []
+    who = row.who if row else "you"
+    lines.append(
+        f"who must act: {who}" + (f"; trace id for support: {trace_id}" if trace_id else "")
+    )
+    raise error(
+        f"Maskinporten refused the grant: {answer.status}{f', {code}' if code else ''}, {text}",
+        hint="\n".join(lines),
+        code=code or "grant-refused",
+        who=who,
+        trace_id=trace_id,
+        jti=jti,
+        retryable=bool(row and row.retry),
+    )
+
+
+def _json(body: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _error_text(answer: Answer) -> str:
+    body = _json(answer.body)
+    if body is None:
+        # An HTML page says nothing that its status does not.
+        text = answer.body[:2000].decode("utf-8", "replace").strip()
+        return "" if text.startswith("<") else text
+    parts = (body.get("error"), body.get("error_description"))
+    return ": ".join(part for part in parts if isinstance(part, str) and part)
+
+
+def _correlation(answer: Answer) -> str | None:
+    said = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
+    return foreign(said) if said else None

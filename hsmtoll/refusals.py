@@ -1,0 +1,176 @@
+"""
+What Maskinporten's codes mean, what causes them, and who must act. Data.
+
+Source: Digdir's troubleshooting page and observed answers, PROTOCOL A.11.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+__all__ = ["REFUSALS", "VERSION", "Refusal", "refusal"]
+
+#: The state of the page that this table follows. It changes when a row does.
+VERSION: Final = "2024-06"
+
+Who = Literal["you", "issuer", "digdir", "customs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """One code: *meaning* for a person, what to *do*, *who* must act, and whether a new grant may help."""
+
+    code: str
+    meaning: str
+    do: str
+    who: Who = "you"
+    retry: bool = False
+    scope: bool = False
+
+
+REFUSALS: Final = {
+    row.code: row
+    for row in (
+        Refusal(
+            "MP-011",
+            "a value in the grant cannot be read",
+            "check the options of the grant: HSMTOLL_CONSUMER_ORG, HSMTOLL_RESOURCE, HSMTOLL_SCOPE",
+        ),
+        Refusal(
+            "MP-012",
+            "this grant was used before",
+            "a new grant is made for every attempt; two programs with one jti source would explain it",
+            retry=True,
+        ),
+        Refusal(
+            "MP-100",
+            "the client is not known in this environment",
+            "check HSMTOLL_ISS (the client id) and HSMTOLL_ENVIRONMENT: test and prod have clients of their own",
+        ),
+        Refusal(
+            "MP-110",
+            "the audience of the grant is not this Maskinporten",
+            "check HSMTOLL_ENVIRONMENT, or HSMTOLL_ENDPOINTS__ISSUER with its trailing slash",
+        ),
+        Refusal(
+            "MP-120",
+            "the certificate is not accepted: issuer not trusted here, revoked, expired, chain incomplete, "
+            "or of the wrong environment",
+            "run `hsmtoll doctor`; eSeals use the production certificate in test, Norwegian clients must not",
+        ),
+        Refusal(
+            "MP-121",
+            "the registered key has expired: keys live one year from posting",
+            "post the same key again at Samarbeidsportalen (`hsmtoll key jwk` prints it), or a new one",
+        ),
+        Refusal(
+            "MP-122",
+            "the certificate belongs to another organisation than the client",
+            "use the certificate of the organisation that owns HSMTOLL_ISS",
+        ),
+        Refusal(
+            "MP-123",
+            "the x5c header cannot be read",
+            "run `hsmtoll chain` and look for a certificate that does not belong there",
+        ),
+        Refusal(
+            "MP-124",
+            "the signature was not accepted, or the certificate is expired or of the wrong environment",
+            "run `hsmtoll doctor`: it checks that key and certificate belong together",
+        ),
+        Refusal(
+            "MP-130",
+            "the grant had expired when it arrived",
+            "check this machine's clock; a device that signs slowly shows the same",
+            retry=True,
+        ),
+        Refusal(
+            "MP-200",
+            "the client does not have this scope",
+            "Norwegian clients add the scope at Samarbeidsportalen; for an eSeal the API's owner must enable it",
+            scope=True,
+        ),
+        Refusal(
+            "MP-201",
+            "the scope belongs to another kind of integration",
+            "register a Maskinporten client and ask for the scope there",
+            scope=True,
+        ),
+        Refusal(
+            "MP-250",
+            "Customs has not granted this organisation access to the scope",
+            "ask Customs (digitoll@toll.no) for access, naming the organisation and the scope",
+            who="customs",
+            scope=True,
+        ),
+        Refusal(
+            "MP-251",
+            "the consumer has not delegated this access to the supplier",
+            "the organisation in HSMTOLL_CONSUMER_ORG delegates the access in Altinn",
+            scope=True,
+        ),
+        Refusal(
+            "MP-301", "unknown type in authorization_details", "drop it; Customs does not use it"
+        ),
+        Refusal(
+            "MP-302", "unknown field in authorization_details", "drop it; Customs does not use it"
+        ),
+        Refusal("MP-303", "bad value in authorization_details", "drop it; Customs does not use it"),
+    )
+}
+
+# Texts that stand in for a code where none is given (PROTOCOL A.11), lower case.
+_BY_TEXT: Final = (
+    ("grant is used before", "MP-012"),
+    ("jwt is expired", "MP-130"),
+    ("jwt has expired", "MP-130"),
+    ("expired key", "MP-121"),
+    ("client not found", "MP-100"),
+    ("invalid jwt claim aud", "MP-110"),
+    ("invalid jwt signature", "MP-124"),
+    ("not been granted access", "MP-250"),
+    ("has not delegated", "MP-251"),
+    ("invalid scopes for client", "MP-200"),
+    ("not allowed for maskinporten", "MP-201"),
+)
+
+_WITHOUT_CODE: Final = (
+    (
+        "no key identifier (kid) provided",
+        "the client is registered for keys, but a certificate was sent",
+        "set HSMTOLL_KID to the registered key id, or to thumbprint",
+    ),
+    (
+        "unknown key identifier",
+        "the key id is not registered on the client",
+        "check HSMTOLL_KID, or register the key: `hsmtoll key jwk` prints it",
+    ),
+    (
+        "too long lifetime",
+        "the grant lives longer than allowed",
+        "this machine's clock jumped while signing; try again",
+    ),
+    (
+        "combination consumer_org",
+        "HSMTOLL_CONSUMER_ORG is the client's own organisation",
+        "unset HSMTOLL_CONSUMER_ORG",
+    ),
+)
+
+#: Texts of a clock that runs fast (PROTOCOL A.5, A.11), lower case.
+ISSUED_IN_FUTURE: Final = ("issue time is in the future", "issue time is after now")
+
+
+def refusal(code: str | None, text: str) -> Refusal | None:
+    """The row for *code* (``MP-012``), or for a *text* known to stand for one; ``None`` if unknown."""
+    if code in REFUSALS:
+        return REFUSALS[code]
+    words = text.lower()
+    for part, known in _BY_TEXT:
+        if part in words:
+            return REFUSALS[known]
+    for part, meaning, do in _WITHOUT_CODE:
+        if part in words:
+            return Refusal(code or "", meaning, do)
+    return None

@@ -1,0 +1,523 @@
+"""
+HSMTOLL_… and a TOML file → validated values. Nothing here does anything with them.
+
+Arguments win over the environment, the environment over ``[profile.NAME]`` of the file, and
+that over the file's top level. Every name that is not known is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hsmtoll.errors import ConfigurationError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+__all__ = ["Settings", "check_code_file", "load", "variable"]
+
+_PREFIX: Final = "HSMTOLL_"
+
+
+def _words(value: object) -> object:
+    # In the environment a list is words with white space between; in the file it may be an array.
+    return tuple(value.split()) if isinstance(value, str) else value
+
+
+def _hex(value: str) -> str:
+    bare = value.replace(":", "").lower()
+    if not re.fullmatch(r"(?:[0-9a-f]{2})+", bare):
+        raise ValueError("hexadecimal bytes are expected, such as 01 or a1:b2")
+    return bare
+
+
+def _sha256(value: str) -> str:
+    bare = _hex(value)
+    if len(bare) != 64:
+        raise ValueError("a SHA-256 is 64 hexadecimal digits")
+    return bare
+
+
+def _one_line(value: str) -> str:
+    if not value or not value.isprintable():
+        raise ValueError("one line of printable characters is expected")
+    return value
+
+
+_Text = Annotated[str, AfterValidator(_one_line)]
+_Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+_Seconds = Annotated[float, Field(gt=0, le=3600)]
+_Prompt = Literal["terminal", "pinpad"]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class Hsm(_Group):
+    """The device, the key on it, and how it is unlocked."""
+
+    module: Path | None = None
+    key: _Words = ()
+    token_label: _Text | None = None
+    token_serial: _Text | None = None
+    key_label: _Text | None = None
+    key_id: Annotated[str, AfterValidator(_hex)] | None = None
+    pin: SecretStr | None = None
+    pin_file: Path | None = None
+    pin_command: SecretStr | None = None
+    pin_prompt: _Prompt | None = None
+    signing_pin: SecretStr | None = None
+    signing_pin_file: Path | None = None
+    signing_pin_command: SecretStr | None = None
+    signing_pin_prompt: _Prompt | None = None
+    certificates: Path | None = None
+    public_key: Path | None = None
+    root_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+    certificate_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
+    allow_exportable_key: bool = False
+    isolation: Literal["none", "process"] = "none"
+
+
+class Endpoints(_Group):
+    """Where the sandbox listens; allowed there alone."""
+
+    issuer: _Text | None = None
+    token: _Text | None = None
+    customs: _Text | None = None
+
+
+class Budget(_Group):
+    """Signatures that may be spent: for one token, and in an hour."""
+
+    per_request: Annotated[int, Field(ge=1, le=10)] = 2
+    per_hour: Annotated[int, Field(ge=1, le=100_000)] = 120
+
+
+class SignerHost(_Group):
+    """A signing host to be asked instead of a local device."""
+
+    url: _Words = ()
+    profile: _Text | None = None
+    mode: Literal["grant", "token"] = "grant"
+    client_cert: Path | None = None
+    client_key: Path | None = None
+    ca_file: Path | None = None
+    uid: int | None = None
+    organization: _Text | None = None
+
+
+class Host(_Group):
+    """What the signing host itself needs."""
+
+    socket: Path | None = None
+    listen: _Text | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
+    policy: Path | None = None
+    audit_dir: Path | None = None
+    audit_key: Path | None = None
+    stop_file: Path | None = None
+    metrics: _Text | None = None
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Settings(BaseSettings):
+    """
+    Everything hsmtoll can be told, named as in the environment: ``hsm.module`` is
+    HSMTOLL_HSM__MODULE. Secrets show as asterisks. What a command needs is asked for when
+    the command runs, so that nobody sets more than is used.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        enable_decoding=False,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    environment: Literal["test", "prod", "sandbox"] | None = None
+    identity: Literal["eseal", "norwegian"] | None = None
+    iss: _Text | None = None
+    kid: _Text | None = None
+    scope: _Text | None = None
+    consumer_org: _Text | None = None
+    resource: _Words = ()
+    alg: Literal["RS256", "RS384", "RS512"] = "RS256"
+    x5c: Literal["full", "without-root", "leaf"] = "full"
+    hsm: Hsm = Hsm()
+    endpoints: Endpoints = Endpoints()
+    ca_file: Path | None = None
+    proxy: SecretStr | None = None
+    timeout: _Seconds = 10.0
+    deadline: _Seconds = 60.0
+    cache: SecretStr | None = None
+    cache_key_file: Path | None = None
+    budget: Budget = Budget()
+    state: Path | None = None
+    signer: SignerHost = SignerHost()
+    host: Host = Host()
+
+
+def load(
+    *, config: str | os.PathLike[str] | None = None, profile: str | None = None, **given: Any
+) -> Settings:
+    """
+    The settings of this process: *given* over the environment over the file.
+
+    Nested values are given as mappings (``hsm={"module": …}``) or flat (``hsm__module=…``).
+    Raises ConfigurationError, naming the variable, the key or the argument, never a value.
+    """
+    _refuse_unknown_variables(os.environ)
+    path = _config_path(config)
+    filed = _read_file(path, profile) if path else {}
+    if profile is not None and path is None:
+        raise ConfigurationError(
+            f"profile {foreign(profile)}: there is no configuration file to find it in",
+            hint="set HSMTOLL_CONFIG or pass --config",
+        )
+    arguments = _nested(given)
+    _refuse_unknown_keys(arguments, "argument")
+    layers = (filed, _nested(_variables(os.environ)), arguments)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _laid_over(merged, layer)
+    try:
+        # The environment is one of the layers already: read here once, so that the file can
+        # lie below it, and every value keeps the name that it was given under.
+        settings = Settings.model_validate(merged)
+    except ValidationError as exc:
+        # `from None`: the original carries the raw values of the whole group, the PIN among them.
+        raise _spelled_out(exc, layers, path) from None
+    _consistent(settings)
+    return settings
+
+
+def check_code_file(path: Path, what: str) -> None:
+    """
+    ConfigurationError unless *path* belongs to root or this user and nobody else may write it.
+
+    For files that decide what is run (DESIGN 4.18): whoever can write them is this user. The
+    directories above count as well, a sticky one such as /tmp excepted.
+    """
+    trusted = {0, os.geteuid()}
+    resolved = path.resolve()
+    for place in (resolved, *resolved.parents):
+        try:
+            seen = place.stat()
+        except OSError as exc:
+            raise ConfigurationError(f"{what} {path}: cannot be read ({exc.strerror})") from exc
+        sticky = stat.S_ISDIR(seen.st_mode) and seen.st_mode & stat.S_ISVTX
+        if seen.st_uid not in trusted or (seen.st_mode & 0o022 and not sticky):
+            raise ConfigurationError(
+                f"{what} {path}: others may change {place}",
+                hint=f"root or you must own it and nobody else may write it: chmod go-w {place}",
+                code="unsafe-file",
+            )
+
+
+def _fields(group: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
+    for name, field in group.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, _Group):
+            yield from ((name, *rest) for rest in _fields(kind))
+        else:
+            yield (name,)
+
+
+def variable(*path: str) -> str:
+    """The variable of a setting: ``("hsm", "module")`` is HSMTOLL_HSM__MODULE."""
+    return _PREFIX + "__".join(path).upper()
+
+
+_PATHS: Final = frozenset(_fields())
+_VARIABLES: Final = {variable(*path): path for path in _PATHS}
+_OWN: Final = f"{_PREFIX}CONFIG"
+
+
+def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The variables that are set and not empty, by the path of their setting."""
+    return {
+        "__".join(_VARIABLES[name.upper()]): value
+        for name, value in environ.items()
+        if value and name.upper() in _VARIABLES
+    }
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    for name in sorted(environ):
+        upper = name.upper()
+        if not upper.startswith(_PREFIX) or upper == _OWN or upper in _VARIABLES:
+            continue
+        raise ConfigurationError(
+            f"variable {foreign(name)}: there is no such setting",
+            hint=_nearest(upper, (*_VARIABLES, _OWN)),
+            code="setting-unknown",
+        )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "the README lists every setting"
+
+
+def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
+    named = given or os.environ.get(_OWN)
+    if named:
+        path = Path(named)
+        if not path.is_file():
+            raise ConfigurationError(f"configuration file {foreign(path)}: there is no such file")
+        return path
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    for place in (Path(home) / "hsmtoll", Path("/etc/hsmtoll")):
+        if (place / "hsmtoll.toml").is_file():
+            return place / "hsmtoll.toml"
+    return None
+
+
+def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
+    check_code_file(path, "configuration file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"configuration file {path}: cannot be read") from exc
+    except tomllib.TOMLDecodeError as exc:
+        # `from None`, and the place alone: the parser's own words may quote a line with a PIN.
+        at = re.search(r"\(at .*\)", str(exc))
+        raise ConfigurationError(
+            f"configuration file {path}: not valid TOML {at[0] if at else ''}".rstrip()
+        ) from None
+    profiles = values.pop("profile", {})
+    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+        raise ConfigurationError(f"configuration file {path}: [profile.NAME] tables are expected")
+    for group in (values, *profiles.values()):
+        _refuse_unknown_keys(group, f"configuration file {path}: key")
+    if profile is None:
+        return dict(values)
+    if profile not in profiles:
+        raise ConfigurationError(
+            f"profile {foreign(profile)}: not in {path}",
+            hint=_nearest(profile, profiles)
+            if profiles
+            else "the file has no [profile.NAME] tables",
+        )
+    return _laid_over(values, profiles[profile])
+
+
+def _refuse_unknown_keys(values: Mapping[str, Any], where: str) -> None:
+    groups = {path[0] for path in _PATHS if len(path) > 1}
+    for name, value in values.items():
+        inner = value if name in groups and isinstance(value, dict) else {"": None}
+        for sub in inner:
+            path = (name, sub) if sub else (name,)
+            if path in _PATHS or (name in groups and not sub):
+                continue
+            dotted = ".".join(path)
+            raise ConfigurationError(
+                f"{where} {foreign(dotted)}: there is no such setting",
+                hint=_nearest(dotted, (".".join(known) for known in _PATHS)),
+                code="setting-unknown",
+            )
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, _, rest = name.partition("__")
+        given = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        nested = _laid_over(nested, {group: {rest: given}} if rest else {group: given})
+    return nested
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        lower = merged.get(name)
+        if isinstance(value, dict) and isinstance(lower, dict):
+            merged[name] = _laid_over(lower, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _spelled_out(
+    exc: ValidationError, layers: tuple[dict[str, Any], ...], path: Path | None
+) -> ConfigurationError:
+    filed, environment, arguments = layers
+    lines = []
+    for error in exc.errors(include_input=False, include_url=False, include_context=False):
+        place = tuple(str(part) for part in error["loc"] if isinstance(part, str))
+        if _holds(arguments, place):
+            name = f"argument {'__'.join(place)}"
+        elif _holds(environment, place) or not _holds(filed, place):
+            name = variable(*place)
+        else:
+            name = f"configuration file {path}: key {'.'.join(place)}"
+        said = error["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: {said[:1].lower()}{said[1:]}")
+    return ConfigurationError(
+        lines[0],
+        hint="\n".join(f"also: {line}" for line in lines[1:]) or None,
+        code="setting-invalid",
+    )
+
+
+def _holds(layer: Mapping[str, Any], place: tuple[str, ...]) -> bool:
+    value: Any = layer
+    for part in place:
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _consistent(settings: Settings) -> None:
+    """What single values cannot show: settings that contradict each other."""
+    hsm = settings.hsm
+    for kind in ("pin", "signing_pin"):
+        names = (kind, f"{kind}_file", f"{kind}_command", f"{kind}_prompt")
+        given = [variable("hsm", name) for name in names if getattr(hsm, name) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(
+                f"{' and '.join(given)}: a PIN comes from one source", hint="unset all but one"
+            )
+    parts = [
+        variable("hsm", name)
+        for name in ("token_label", "token_serial", "key_label", "key_id")
+        if getattr(hsm, name) is not None
+    ]
+    if hsm.key and parts:
+        raise ConfigurationError(
+            f"HSMTOLL_HSM__KEY and {', '.join(parts)}: both select the key",
+            hint="put everything into the URI, or use the parts alone",
+        )
+    if settings.kid not in (None, "thumbprint") and len(hsm.key) > 1:
+        raise ConfigurationError(
+            "HSMTOLL_KID: one key id cannot name several keys of HSMTOLL_HSM__KEY",
+            hint="set HSMTOLL_KID=thumbprint and register each key under its RFC 7638 thumbprint",
+        )
+    if hsm.module is not None and not hsm.module.is_absolute():
+        raise ConfigurationError(
+            "HSMTOLL_HSM__MODULE: an absolute path is expected",
+            hint="a module is code: it is never looked for in the working directory",
+        )
+    _check_endpoints(settings)
+    _check_proxy(settings)
+    if settings.cache is not None:
+        _check_cache(settings.cache.get_secret_value(), settings.cache_key_file)
+
+
+def _check_endpoints(settings: Settings) -> None:
+    given = {
+        variable("endpoints", name): value
+        for name, value in settings.endpoints.model_dump().items()
+        if value is not None
+    }
+    if not given:
+        return
+    if settings.environment != "sandbox":
+        raise ConfigurationError(
+            f"{', '.join(given)}: endpoints are given with HSMTOLL_ENVIRONMENT=sandbox alone",
+            hint="those of test and prod are fixed; unset these, or set the environment to sandbox",
+            code="endpoints-fixed",
+        )
+    hosts = {}
+    for name, url in given.items():
+        parts = urlsplit(url)
+        host = (parts.hostname or "").rstrip(".").lower()
+        if parts.scheme != "https" or not host or parts.username or parts.query or parts.fragment:
+            raise ConfigurationError(f"{name}: an https URL is expected, without user or query")
+        for real in ("maskinporten.no", "toll.no"):
+            if host == real or host.endswith(f".{real}"):
+                raise ConfigurationError(
+                    f"{name}: the sandbox may not be under {real}",
+                    hint="HSMTOLL_ENVIRONMENT=test or prod speaks to the real services",
+                    code="endpoints-real",
+                )
+        hosts[name] = (host, _port(name, url))
+    issuer, token = (hosts.get(variable("endpoints", name)) for name in ("issuer", "token"))
+    if issuer and token and issuer != token:
+        raise ConfigurationError(
+            "HSMTOLL_ENDPOINTS__TOKEN: lies on another host than HSMTOLL_ENDPOINTS__ISSUER",
+            hint="a grant is sent to its own audience alone",
+        )
+
+
+def _port(name: str, url: str) -> int:
+    try:
+        return urlsplit(url).port or 443
+    except ValueError:
+        raise ConfigurationError(f"{name}: the port is not a number in 1…65535") from None
+
+
+def _check_proxy(settings: Settings) -> None:
+    proxy = settings.proxy and settings.proxy.get_secret_value()
+    if not proxy or proxy == "environment":
+        return
+    try:
+        parts = urlsplit(proxy)
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ConfigurationError(
+            "HSMTOLL_PROXY: http://HOST:PORT, https://HOST:PORT or the word environment is expected"
+        )
+
+
+def _check_cache(url: str, key_file: Path | None) -> None:
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ConfigurationError("HSMTOLL_CACHE: not a URL") from None
+    match parts.scheme:
+        case "memory" if url == "memory:":
+            return
+        case "file" if url == "file:" or (url.startswith("file:///") and len(parts.path) > 1):
+            return
+        case "redis" | "rediss" | "unix":
+            pass
+        case _:
+            raise ConfigurationError(
+                "HSMTOLL_CACHE: memory:, file:, file:///DIR, redis://… or rediss://… is expected"
+            )
+    local = parts.scheme == "unix" or host in ("localhost", "127.0.0.1", "::1")
+    if parts.scheme == "redis" and not local:
+        raise ConfigurationError(
+            "HSMTOLL_CACHE: redis:// without TLS is for this machine alone",
+            hint="use rediss:// for another host",
+        )
+    weak = [name for name, _ in parse_qsl(parts.query) if name.lower().startswith("ssl")]
+    if weak:
+        raise ConfigurationError(
+            f"HSMTOLL_CACHE: the option {foreign(weak[0])} is not allowed in the URL",
+            hint="the server's certificate is always verified; its CA goes into HSMTOLL_CA_FILE",
+        )
+    if key_file is None:
+        raise ConfigurationError(
+            "HSMTOLL_CACHE_KEY_FILE: required with a Redis cache, whose values are encrypted",
+            hint="make one: (umask 077; head -c 32 /dev/urandom > FILE), the same on every machine",
+        )

@@ -1,0 +1,101 @@
+"""
+What is asked for, what is held, and whether it is fresh, stale or expired.
+
+Values and arithmetic. A clock never enters: every question brings its moment along.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+__all__ = ["MARGIN", "AccessToken", "Freshness", "Moment", "TokenRequest"]
+
+#: Seconds before its end at which a token is renewed, at most (PROTOCOL C11).
+MARGIN: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """
+    One reading of both clocks.
+
+    *wall* is seconds since the epoch, UTC; it can be set. *boot* is seconds since the
+    machine started, suspend included; it cannot. *boot_id* tells one start from the next.
+    """
+
+    wall: float
+    boot: float
+    boot_id: str
+
+
+class Freshness(enum.Enum):
+    """What a token is good for at a moment."""
+
+    FRESH = "fresh"  # use it
+    STALE = "stale"  # use it, and let one caller renew it
+    EXPIRED = "expired"  # it is never handed out
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """What is asked of Maskinporten: one scope (PROTOCOL C13) and the documented options."""
+
+    scope: str
+    resource: tuple[str, ...] = ()
+    consumer_org: str | None = None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AccessToken:
+    """
+    A Customs token, good for any number of calls until it expires.
+
+    *value* is the bearer, *scope* what was asked for, *asked* the moment before the grant
+    was sent and *lifetime* the seconds it lives from there: what the network took is our loss.
+    """
+
+    value: str
+    scope: str
+    asked: Moment
+    lifetime: int
+    token_type: str = "Bearer"  # noqa: S105 - RFC 6750's word, not a secret
+
+    def __repr__(self) -> str:
+        return f"<AccessToken for {self.scope} until {self.expires_at:%Y-%m-%dT%H:%M:%SZ}>"
+
+    __str__ = __repr__
+
+    @property
+    def expires_at(self) -> datetime:
+        """The end by the wall clock, aware, UTC."""
+        return datetime.fromtimestamp(self.asked.wall + self.lifetime, UTC)
+
+    def remaining(self, now: Moment) -> float:
+        """
+        Seconds left at *now*; zero or less is expired.
+
+        Both clocks must agree that the token lives, so the older age counts: a machine that
+        slept sees it on both, a wall clock set back is overruled by the boot clock. After
+        another start only the wall clock is left, and one that went back proves nothing.
+        """
+        age = now.wall - self.asked.wall
+        if now.boot_id == self.asked.boot_id:
+            age = max(age, now.boot - self.asked.boot)
+        elif age < 0:
+            return 0.0
+        return self.lifetime - age
+
+    @property
+    def margin(self) -> float:
+        """Seconds before the end at which it is stale; half the life of a short token."""
+        return min(MARGIN, self.lifetime / 2)
+
+    def freshness(self, now: Moment) -> Freshness:
+        """FRESH, STALE or EXPIRED at *now*."""
+        left = self.remaining(now)
+        if left <= 0:
+            return Freshness.EXPIRED
+        return Freshness.STALE if left <= self.margin else Freshness.FRESH
