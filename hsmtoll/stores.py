@@ -12,7 +12,6 @@ import hashlib
 import os
 import stat
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from filelock import FileLock, Timeout
@@ -22,6 +21,7 @@ from hsmtoll.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
 __all__ = ["FileStore", "MemoryStore", "Store"]
 

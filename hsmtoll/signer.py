@@ -1,0 +1,269 @@
+"""
+From a request to a signed assertion: the device's key, the proven chain, the grant, the check.
+
+HTTP never enters. Nothing here takes bytes to sign from anybody.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hsmtoll import chain as chains
+from hsmtoll import jws
+from hsmtoll.certificate import Certificate
+from hsmtoll.errors import (
+    CertificateError,
+    ConfigurationError,
+    DeviceError,
+    GrantRefused,
+    HsmTollError,
+    UsageError,
+    foreign,
+)
+from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.clock import Clock, Skew
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.tokens import TokenRequest
+
+__all__ = ["FirstUp", "LocalSigner", "Signer", "SpentOnce"]
+
+
+class Signer(Protocol):
+    """Something that makes assertions; where its key lies is its own affair."""
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of the leaf, or of the public key with a kid: who signs."""
+
+    def assertion(self, request: TokenRequest) -> str:
+        """One assertion for *request*, new jti and new signature each time."""
+
+
+class LocalSigner:
+    """
+    Signs on a PKCS#11 device.
+
+    *kid* ``None`` means certificates: the chain is built from the device's and *pem*'s, and
+    proven. ``thumbprint`` means the RFC 7638 thumbprint of the key found. Every signature is
+    checked against the public key it claims before it leaves. Raises the errors of the
+    device (20, 21, 30), of certificates (40) and of settings (10).
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        audience: str,
+        identity: Identity,
+        clock: Clock,
+        skew: Skew,
+        new_jti: Callable[[], str],
+        alg: str = "RS256",
+        issuer: str | None = None,
+        kid: str | None = None,
+        x5c: str = "full",
+        pem: Iterable[Certificate] = (),
+        root_sha256: str | None = None,
+        certificate_sha256: str | None = None,
+    ) -> None:
+        self._device = device
+        self._audience = audience
+        self._family = identity
+        self._clock = clock
+        self._skew = skew
+        self._new_jti = new_jti
+        self._alg = alg
+        self._issuer = issuer
+        self._kid = kid
+        self._x5c = x5c
+        self._pem = tuple(pem)
+        self._root_sha256 = root_sha256
+        self._certificate_sha256 = certificate_sha256
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of the leaf, or of the public key where a kid names it."""
+        import hashlib  # noqa: PLC0415
+
+        if self._kid is not None:
+            return hashlib.sha256(self._public_key().spki()).hexdigest()
+        return self.chain().leaf.sha256
+
+    def chain(self) -> chains.Chain:
+        """The proven chain of the device's key, as it is now. CertificateError without one."""
+        pool = [*_readable(self._device.certificates()), *self._pem]
+        now = datetime.fromtimestamp(self._clock.now().wall, UTC)
+        facts = self._device.key(candidates=_keys(pool))
+        leaves = [
+            certificate
+            for certificate in pool
+            if certificate.public_key is not None
+            and (facts.public is None or certificate.public_key == facts.public)
+        ]
+        return chains.checked(
+            leaves,
+            pool,
+            identity=self._family,
+            now=now,
+            root_sha256=self._root_sha256,
+            certificate_sha256=self._certificate_sha256,
+            preferred=frozenset(certificate.sha256 for certificate in self._pem),
+        )
+
+    def assertion(self, request: TokenRequest) -> str:
+        """
+        One assertion: claims built here, signed there, checked here.
+
+        ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
+        signing is not given out (PROTOCOL C05).
+        """
+        grant, key = self._grant(request)
+        self._device.login()
+        now = self._clock.now()
+        unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
+        signature = self._device.sign(self._alg, unsigned)
+        if not key.verify(self._alg, unsigned, signature):
+            raise DeviceError(
+                "signing: the device's signature does not verify with the public key",
+                hint="key and certificate may not belong together, or the device is faulty; "
+                "run `hsmtoll doctor`",
+                code="signature-wrong",
+            )
+        took = self._clock.now().boot - now.boot
+        if LIFETIME - took < MIN_LEFT:
+            raise DeviceError(
+                f"signing: the device took {took:.0f} s, which leaves a grant too little time",
+                hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
+                code="device-slow",
+            )
+        return jws.compact(unsigned, signature)
+
+    def _grant(self, request: TokenRequest) -> tuple[Grant, jws.RsaPublicKey]:
+        if self._kid is not None:
+            key = self._public_key()
+            kid = key.thumbprint() if self._kid == "thumbprint" else self._kid
+            issuer = self._issuer
+            if issuer is None:
+                raise _no_client_id()
+            return Grant(self._alg, issuer, self._audience, request, kid=kid), key
+        chain = self.chain()
+        issuer = self._issuer
+        if issuer is None:
+            if self._family == "norwegian":
+                raise _no_client_id()
+            # For an eSeal any name will do, and its own is the one to be found in a log (A.5).
+            issuer = chain.leaf.organization_name or chain.leaf.common_name or "hsmtoll"
+        if chain.leaf.public_key is None:
+            raise CertificateError("the leaf's key is not RSA", code="certificate-key")
+        x5c = chain.x5c(self._x5c)
+        return Grant(self._alg, issuer, self._audience, request, x5c=x5c), chain.leaf.public_key
+
+    def _public_key(self) -> jws.RsaPublicKey:
+        facts = self._device.key(candidates=_keys(_readable(self._device.certificates())))
+        if facts.public is None:
+            raise DeviceError(
+                "key: the device does not show its public half",
+                hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
+                code="public-key-hidden",
+            )
+        return facts.public
+
+
+def _no_client_id() -> ConfigurationError:
+    return ConfigurationError(
+        "HSMTOLL_ISS: required with HSMTOLL_IDENTITY=norwegian",
+        hint="set it to the client id from Samarbeidsportalen",
+        code="setting-missing",
+    )
+
+
+def _readable(stored: Iterable[object]) -> list[Certificate]:
+    """What parses: a device holds objects of all kinds, and one bad one hides no other."""
+    read: list[Certificate] = []
+    for each in stored:
+        try:
+            read.append(Certificate.load(each.der))  # type: ignore[attr-defined] # StoredCertificate
+        except ValueError:
+            continue
+    return read
+
+
+def _keys(certificates: Iterable[Certificate]) -> tuple[jws.RsaPublicKey, ...]:
+    return tuple({c.public_key for c in certificates if c.public_key is not None})
+
+
+#: Trouble of one device or its certificate: another device may do. A wrong PIN is not among
+#: them: that is the user's to mend before it is tried elsewhere.
+_DOWN: Final = (DeviceError, CertificateError)
+
+
+class FirstUp:
+    """Several signers in order: the first usable one signs (device up, certificate valid now)."""
+
+    def __init__(self, signers: Sequence[Signer]) -> None:
+        self._signers = tuple(signers)
+
+    def identity(self) -> str:
+        """The identity of the first usable one."""
+        return self._first(lambda signer: signer.identity())
+
+    def assertion(self, request: TokenRequest) -> str:
+        """An assertion of the first usable one; the first one's error if none is."""
+        return self._first(lambda signer: signer.assertion(request))
+
+    def _first(self, ask: Callable[[Signer], str]) -> str:
+        first: HsmTollError | None = None
+        for signer in self._signers:
+            try:
+                return ask(signer)
+            except _DOWN as exc:
+                first = first or exc
+        raise first or ConfigurationError("HSMTOLL_HSM__KEY: no key is named")
+
+
+class SpentOnce:
+    """
+    An assertion that was signed elsewhere and handed in, good for one grant.
+
+    UsageError for what is not an assertion, GrantRefused (code ``audience``) for one that was
+    made for another environment: it would be refused there, and told to a stranger on the way.
+    """
+
+    def __init__(self, assertion: str, *, audience: str) -> None:
+        try:
+            _, claims = jws.read_unverified(assertion)
+        except ValueError as exc:
+            raise UsageError(
+                f"assertion on stdin: {exc}", hint="it is what `hsmtoll sign` prints"
+            ) from None
+        if claims.get("aud") != audience:
+            raise ConfigurationError(
+                f"assertion on stdin: made for {foreign(claims.get('aud'))}, not for {audience}",
+                hint="sign and exchange with the same HSMTOLL_ENVIRONMENT",
+                code="audience",
+            )
+        self.scope = str(claims.get("scope", ""))
+        self._assertion: str | None = assertion
+        self._lock = threading.Lock()
+
+    def identity(self) -> str:
+        """None is known: what is handed in is never cached."""
+        return "handed-in"
+
+    def assertion(self, request: TokenRequest) -> str:
+        """The assertion, the first time."""
+        del request
+        with self._lock:
+            handed, self._assertion = self._assertion, None
+        if handed is None:
+            raise GrantRefused(
+                "assertion on stdin: it was used, and a grant works once (MP-012)",
+                hint="sign another one",
+                code="MP-012",
+            )
+        return handed
