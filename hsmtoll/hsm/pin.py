@@ -1,0 +1,228 @@
+"""
+Where a PIN comes from, and the one type it travels in.
+
+A PIN is read when a login needs it, never before, and never on a command line.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import shlex
+import signal
+import stat
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Protocol
+
+from hsmtoll.errors import ConfigurationError, foreign
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = [
+    "Pin",
+    "PinCommand",
+    "PinFile",
+    "PinPad",
+    "PinSource",
+    "PinTerminal",
+    "PinValue",
+]
+
+_log = logging.getLogger(__name__)
+#: Longer than any PIN or passphrase of a device; a larger file is not a PIN file.
+_LONGEST: Final = 1024
+
+
+class Pin:
+    """
+    A PIN and where it came from. It shows itself as ``Pin(from HSMTOLL_HSM__PIN)``.
+
+    *origin* says which source, inode and mtime it was read from; nothing in it is derived
+    from the value. A pinpad's PIN has no value: the device asks for it itself.
+    """
+
+    __slots__ = ("_value", "origin")
+
+    def __init__(self, value: str | None, *, origin: str) -> None:
+        self._value = value
+        self.origin = origin
+
+    @property
+    def on_pinpad(self) -> bool:
+        """Whether the device asks for the PIN itself (protected authentication path)."""
+        return self._value is None
+
+    def reveal(self) -> str | None:
+        """The value, for C_Login and the hash of a refusal; None on a pinpad."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return f"Pin(from {self.origin})"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a PIN is not written anywhere")
+
+
+class PinSource(Protocol):
+    """What can be asked for a PIN. *device* is how the device is called in a prompt."""
+
+    def read(self, *, device: str) -> Pin:
+        """The PIN. Raises ConfigurationError (``pin-source``) where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinValue:
+    """A PIN given as a setting. *name* is the setting's."""
+
+    value: Pin
+
+    @classmethod
+    def of(cls, value: str, *, name: str = "HSMTOLL_HSM__PIN") -> PinValue:
+        """Wrap the text of a setting."""
+        return cls(_pin(value, origin=name))
+
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - the same call for every source
+        """The value of the setting."""
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class PinFile:
+    """
+    A PIN in a file: one line, its newline not counted. Links are followed, so that systemd
+    credentials and Kubernetes secrets work.
+    """
+
+    path: Path
+    name: str = "HSMTOLL_HSM__PIN_FILE"
+
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+        """The file's line. A file that group or others may write is refused."""
+        try:
+            with self.path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                # A writer could make us burn the PIN; a group is others as well for that.
+                if stat.S_ISREG(facts.st_mode) and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                    raise ConfigurationError(
+                        f"The PIN file {foreign(self.path)} can be written by others",
+                        hint=f"chmod go-w {foreign(self.path)}",
+                        code="pin-file-writable",
+                    )
+                if facts.st_mode & stat.S_IROTH and stat.S_ISREG(facts.st_mode):
+                    _log.warning("the PIN file %s can be read by everybody", foreign(self.path))
+                data = file.read(_LONGEST + 2)
+        except OSError as exc:
+            raise ConfigurationError(
+                f"The PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
+                code="pin-source",
+            ) from exc
+        origin = f"{self.name} inode {facts.st_ino} mtime {facts.st_mtime_ns}"
+        return _pin(_line(data, name=self.name), origin=origin)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PinCommand:
+    """
+    A command that prints the PIN: an argv, no shell, a time limit in seconds, no terminal,
+    and no HSMTOLL_ variable in its environment.
+    """
+
+    command: str
+    name: str = "HSMTOLL_HSM__PIN_COMMAND"
+    timeout: float = 30.0
+
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+        """What the command prints. Its words go to stderr; its argv is never shown."""
+        try:
+            argv = shlex.split(self.command)
+        except ValueError:
+            argv = []
+        if not argv:
+            raise self._failed("is not a command line") from None
+        environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HSMTOLL_")}
+        try:
+            # A session of its own: the time limit then ends whatever the command started.
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise self._failed(f"cannot be started: {exc.strerror}") from None
+        with process:
+            try:
+                out, _ = process.communicate(timeout=self.timeout)
+            except subprocess.TimeoutExpired:
+                raise self._failed(f"did not answer within {self.timeout:g} s") from None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        if process.returncode:
+            raise self._failed(f"ended with exit code {process.returncode}")
+        return _pin(_line(out, name=self.name), origin=self.name)
+
+    def _failed(self, what: str) -> ConfigurationError:
+        return ConfigurationError(f"The PIN command ({self.name}) {what}", code="pin-source")
+
+    def __repr__(self) -> str:
+        return f"PinCommand({self.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class PinTerminal:
+    """A person at the terminal, asked once, on ``/dev/tty`` whatever stdin and stdout are."""
+
+    name: str = "HSMTOLL_HSM__PIN_PROMPT=terminal"
+    what: str = "PIN"
+
+    def read(self, *, device: str) -> Pin:
+        """What is typed, without echo."""
+        try:
+            # getpass would fall back to stdin, where somebody's data may be waiting.
+            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+        except OSError:
+            raise ConfigurationError(
+                f"The PIN is to be typed ({self.name}), but this process has no terminal",
+                hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
+                code="pin-source",
+            ) from None
+        return _pin(getpass.getpass(f"{self.what} of {foreign(device)}: "), origin=self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class PinPad:
+    """The device asks for the PIN itself."""
+
+    name: str = "HSMTOLL_HSM__PIN_PROMPT=pinpad"
+
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+        """A PIN without a value."""
+        return Pin(None, origin=self.name)
+
+
+def _line(data: bytes, *, name: str) -> str:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        # The original carries the bytes that could not be decoded.
+        raise ConfigurationError(f"The PIN from {name} is not UTF-8", code="pin-source") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _pin(value: str, *, origin: str) -> Pin:
+    wrong = (
+        "is empty" if not value
+        else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
+        else f"is longer than {_LONGEST} characters" if len(value) > _LONGEST
+        else None
+    )  # fmt: skip
+    if wrong:
+        raise ConfigurationError(
+            f"The PIN from {origin.partition(' ')[0]} {wrong}", code="pin-source"
+        )
+    return Pin(value, origin=origin)

@@ -1,0 +1,230 @@
+"""
+RFC 7512: the name of a device and of an object on it, as text and as a value.
+
+A PIN never enters this room: ``pin-value`` is refused, ``pin-source`` names a file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from typing import Final, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+from hsmtoll.errors import ConfigurationError, foreign
+
+__all__ = ["KeyUri"]
+
+# RFC 7512 section 2.3: attribute → field. The order is the order of the normalised text.
+_PATH: Final = {
+    "library-manufacturer": "library_manufacturer",
+    "library-description": "library_description",
+    "library-version": "library_version",
+    "slot-manufacturer": "slot_manufacturer",
+    "slot-description": "slot_description",
+    "slot-id": "slot_id",
+    "manufacturer": "manufacturer",
+    "model": "model",
+    "serial": "serial",
+    "token": "token",
+    "object": "object",
+    "id": "id",
+    "type": "type",
+}
+_QUERY: Final = {"module-path": "module_path", "pin-source": "pin_source"}
+_REFUSED: Final = {
+    "pin-value": "a PIN in a URI ends up in logs, process lists and shell histories",
+    "module-name": "a name is resolved differently on every machine; only a path is one file",
+}
+_TYPES: Final = ("public", "private", "cert", "secret-key", "data")
+# unreserved + pk11-res-avail; "&" would end a query attribute, "/" and "?" end nothing there.
+_PLAIN: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~:[]@!$'()*+,"
+
+
+#: What an attribute is compared with.
+Fact: TypeAlias = str | bytes | int | tuple[int, int | None] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyUri:
+    """
+    One ``pkcs11:`` URI. What is None matches everything.
+
+    *id* is bytes (CKA_ID); *slot_id* a number; *library_version* ``(major, minor)`` with
+    minor None where the URI gives none; *pin_source* an absolute path, without ``file:``.
+    """
+
+    token: str | None = None
+    manufacturer: str | None = None
+    model: str | None = None
+    serial: str | None = None
+    slot_id: int | None = None
+    slot_manufacturer: str | None = None
+    slot_description: str | None = None
+    library_manufacturer: str | None = None
+    library_description: str | None = None
+    library_version: tuple[int, int | None] | None = None
+    object: str | None = None
+    id: bytes | None = None
+    type: str | None = None
+    module_path: str | None = None
+    pin_source: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> KeyUri:
+        """One URI. Raises ConfigurationError (``uri``) with one line that names the attribute."""
+        scheme, colon, rest = text.strip().partition(":")
+        if not colon or scheme.lower() != "pkcs11":
+            # What stands there instead may be anything, a PIN included: it is not repeated.
+            raise _wrong("it does not start with 'pkcs11:'")
+        path, _, query = rest.partition("?")
+        values: dict[str, object] = {}
+        for part, between, known in ((path, ";", _PATH), (query, "&", _QUERY)):
+            for piece in filter(None, part.split(between)):
+                name, value = _attribute(piece, known)
+                if name in values:
+                    raise _wrong(f"'{piece.partition('=')[0]}' stands there twice")
+                values[name] = value
+        return cls(**values)  # type: ignore[arg-type]  # the names and types come from the tables above
+
+    @classmethod
+    def parse_list(cls, text: str) -> tuple[KeyUri, ...]:
+        """URIs with white space between, in that order. Raises ConfigurationError (``uri``)."""
+        found = tuple(cls.parse(one) for one in text.split())
+        if not found:
+            raise ConfigurationError("No key is named: the list of URIs is empty", code="uri")
+        return found
+
+    def __str__(self) -> str:
+        path = [f"{name}={shown}" for name in _PATH if (shown := self._shown(name)) is not None]
+        query = [
+            f"{name}={_quoted(v.encode(), also='/')}"
+            for name, f in _QUERY.items()
+            if (v := getattr(self, f))
+        ]
+        return "pkcs11:" + ";".join(path) + ("?" + "&".join(query) if query else "")
+
+    def _shown(self, name: str) -> str | None:
+        value = getattr(self, _PATH[name])
+        if value is None:
+            return None
+        if isinstance(value, bytes):
+            return "".join(f"%{byte:02x}" for byte in value)
+        if isinstance(value, tuple):
+            return ".".join(str(number) for number in value if number is not None)
+        return _quoted(str(value).encode())
+
+    def matches(self, **facts: Fact) -> bool:
+        """
+        Whether what is asked for here agrees with *facts*, given by field name.
+
+        Fields that are not among *facts* are not compared. Text is compared without the
+        blanks that PKCS#11 pads its fixed fields with.
+        """
+        return all(_same(getattr(self, name), fact) for name, fact in facts.items())
+
+    @property
+    def names_object(self) -> bool:
+        """Whether an object is named by label or id, not only a device."""
+        return self.object is not None or self.id is not None
+
+    def device_only(self) -> KeyUri:
+        """The same without the object: what names the device."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        return KeyUri(**{**kept, "object": None, "id": None, "type": None})
+
+
+def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:
+    name, equals, raw = piece.partition("=")
+    if name in _REFUSED:
+        raise _wrong(f"'{name}' is refused: {_REFUSED[name]}", hint=_INSTEAD[name])
+    if name not in known:
+        elsewhere = name in _PATH or name in _QUERY
+        why = (
+            "stands on the wrong side of the '?'"
+            if elsewhere
+            else "is not an attribute of RFC 7512"
+        )
+        raise _wrong(f"'{foreign(name)}' {why}")
+    if not equals:
+        raise _wrong(f"'{name}' has no value")
+    return known[name], _value(name, raw)
+
+
+_INSTEAD: Final = {
+    "pin-value": "Use pin-source=/path/of/a/file or HSMTOLL_HSM__PIN_FILE.",
+    "module-name": "Use module-path=/path/of/the/module.so or HSMTOLL_HSM__MODULE.",
+}
+
+
+def _value(name: str, raw: str) -> object:
+    if re.search(r"%(?![0-9A-Fa-f]{2})", raw):
+        raise _wrong(f"'{name}' has a '%' without two hex digits after it")
+    if name == "id":
+        return _bytes(raw)
+    try:
+        text = _bytes(raw).decode("utf-8")
+    except UnicodeDecodeError:
+        raise _wrong(f"'{name}' is not UTF-8") from None
+    if "\0" in text:
+        raise _wrong(f"'{name}' has a NUL in it")
+    if name == "slot-id":
+        return _number(name, text)
+    if name == "library-version":
+        major, _, minor = text.partition(".")
+        return _number(name, major), _number(name, minor) if minor else None
+    if name == "type" and text not in _TYPES:
+        raise _wrong(f"'type' is one of {', '.join(_TYPES)}")
+    if name == "pin-source":
+        return _file(text)
+    return text
+
+
+def _bytes(raw: str) -> bytes:
+    # Latin-1 keeps every decoded byte one character; raw non-ASCII letters become their UTF-8.
+    return unquote(raw.encode().decode("latin-1"), encoding="latin-1").encode("latin-1")
+
+
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text):
+        raise _wrong(f"'{name}' is a decimal number")
+    return int(text)
+
+
+def _file(text: str) -> str:
+    # RFC 7512 lets pin-source name anything, a command in some programs included.
+    if text.startswith("file:"):
+        parts = urlsplit(text)
+        if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
+            raise _wrong("'pin-source' is a file of this machine and nothing else")
+        text = unquote(parts.path)
+    if not text.startswith("/") or "|" in text or "\0" in text:
+        raise _wrong(
+            "'pin-source' is the absolute path of a file, or file: with one, and nothing else"
+        )
+    return text
+
+
+def _quoted(data: bytes, *, also: str = "") -> str:
+    plain = _PLAIN + also
+    return "".join(chr(byte) if chr(byte) in plain else f"%{byte:02X}" for byte in data)
+
+
+def _same(asked: Fact, fact: Fact) -> bool:
+    if asked is None:
+        return True
+    if isinstance(asked, str) and isinstance(fact, str):
+        return asked.rstrip(" \0") == fact.rstrip(" \0")
+    if isinstance(asked, tuple) and isinstance(fact, tuple):
+        return all(
+            mine is None or mine == theirs for mine, theirs in zip(asked, fact, strict=False)
+        )
+    return asked == fact
+
+
+def _wrong(why: str, *, hint: str | None = None) -> ConfigurationError:
+    return ConfigurationError(
+        f"A pkcs11: URI (RFC 7512) cannot be read: {why}",
+        hint=hint or "`hsmtoll objects` prints the URI of every key, ready to paste.",
+        code="uri",
+    )

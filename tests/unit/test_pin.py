@@ -1,0 +1,197 @@
+"""PIN sources: what they read, what they refuse, and that a PIN does not show itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import pty
+import subprocess
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.errors import ConfigurationError
+from hsmtoll.hsm.pin import Pin, PinCommand, PinFile, PinPad, PinTerminal, PinValue
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CANARY = "4711-canary"
+
+
+def pin_file(folder: Path, content: bytes, mode: int = 0o600) -> Path:
+    path = folder / "pin"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def test_a_pin_shows_where_it_came_from_and_never_itself() -> None:
+    pin = PinValue.of(CANARY).read(device="lab")
+    assert pin.reveal() == CANARY
+    shown = f"{pin} {pin!r} {PinValue.of(CANARY)!r} {PinCommand('echo ' + CANARY)!r} {pin.origin}"
+    assert CANARY not in shown
+    assert "HSMTOLL_HSM__PIN" in shown
+    with pytest.raises(TypeError, match="not written anywhere"):
+        pickle.dumps(pin)
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_a_pin_file_is_one_line(tmp_path: Path, ending: bytes) -> None:
+    path = pin_file(tmp_path, b"12 34" + ending)
+    assert PinFile(path).read(device="lab").reveal() == "12 34"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"1234\n\n", b"1234\n5678\n", b"\xff\xfe", b"1" * 1025]
+)
+def test_a_file_that_is_not_one_pin_is_refused_without_its_words(
+    tmp_path: Path, content: bytes
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PinFile(pin_file(tmp_path, content)).read(device="lab")
+    assert "1234" not in "".join(traceback.format_exception(caught.value))
+    assert "HSMTOLL_HSM__PIN_FILE" in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o602, 0o620, 0o666])
+def test_a_pin_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = pin_file(tmp_path, b"1234", mode)
+    with pytest.raises(ConfigurationError) as caught:
+        PinFile(path).read(device="lab")
+    assert caught.value.code == "pin-file-writable"
+    path.chmod(0o600)
+    assert PinFile(path).read(device="lab").reveal() == "1234"
+
+
+def test_a_pin_file_that_others_may_read_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        PinFile(pin_file(tmp_path, b"1234", 0o600)).read(device="lab")
+        assert not caplog.records
+        PinFile(pin_file(tmp_path, b"1234", 0o644)).read(device="lab")
+    assert "can be read by everybody" in caplog.text
+    assert "1234" not in caplog.text
+
+
+def test_links_are_followed_as_kubernetes_lays_secrets_out(tmp_path: Path) -> None:
+    day = tmp_path / "..2026_01_01"
+    day.mkdir()
+    pin_file(day, b"1234\n", 0o400)
+    (tmp_path / "..data").symlink_to(day.name)
+    (tmp_path / "pin").symlink_to("..data/pin")
+    assert PinFile(tmp_path / "pin").read(device="lab").reveal() == "1234"
+
+
+def test_a_corrected_file_is_another_origin(tmp_path: Path) -> None:
+    path = pin_file(tmp_path, b"1234")
+    before = PinFile(path).read(device="lab").origin
+    assert PinFile(path).read(device="lab").origin == before
+    os.utime(path, ns=(1, 1))
+    assert PinFile(path).read(device="lab").origin != before
+
+
+def test_a_missing_file_and_a_directory_are_said_by_name(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(ConfigurationError) as caught:
+            PinFile(path).read(device="lab")
+        assert str(path) in str(caught.value)
+        assert caught.value.code == "pin-source"
+
+
+def test_a_command_is_an_argv_without_a_shell() -> None:
+    assert PinCommand("printf '%s' '12 34;$HOME'").read(device="lab").reveal() == "12 34;$HOME"
+
+
+def test_a_command_gets_no_variable_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__PIN", CANARY)
+    monkeypatch.setenv("hsmtoll_proxy", CANARY)
+    monkeypatch.setenv("OTHER", "kept")
+    program = (
+        "import os; print(sum('HSMTOLL' in k.upper() for k in os.environ), os.environ['OTHER'])"
+    )
+    assert PinCommand(f'{sys.executable} -c "{program}"').read(device="lab").reveal() == "0 kept"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("", "is not a command line"),
+        ("'", "is not a command line"),
+        ("/nowhere/at/all 4711-canary", "cannot be started"),
+        (f"{sys.executable} -c 'import sys; sys.exit(3)' 4711-canary", "exit code 3"),
+        (f"{sys.executable} -c 'print()'", "is empty"),
+    ],
+)
+def test_a_command_that_fails_is_said_without_its_argv(command: str, said: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PinCommand(command).read(device="lab")
+    assert said in str(caught.value)
+    assert CANARY not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = tmp_path / "hang.sh"
+    script.write_text(f"sleep 60 & echo $! > {pids}; wait\n")
+    with pytest.raises(ConfigurationError, match=r"within 0\.5 s"):
+        PinCommand(f"sh {script}", timeout=0.5).read(device="lab")
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", pids.read_text().strip()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert state.stdout.strip()[:1] in {"", "Z"}
+
+
+def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
+    program = (
+        "from hsmtoll.hsm.pin import PinTerminal\n"
+        "pin = PinTerminal().read(device='lab')\n"
+        "print('got', len(pin.reveal()), repr(pin), file=open(3, 'w'))"
+    )
+    read, write = os.pipe()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(write, 3)
+        os.execv(sys.executable, [sys.executable, "-c", program])  # noqa: S606 - the child of a pty
+    os.close(write)
+    asked = b""
+    while b"PIN of lab:" not in asked:
+        asked += os.read(terminal, 100)
+    os.write(terminal, b"123456\n")
+    with os.fdopen(read) as answer:
+        assert answer.read().startswith("got 6 Pin(from HSMTOLL_HSM__PIN_PROMPT=terminal)")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+def test_without_a_terminal_nobody_is_asked() -> None:
+    program = (
+        "from hsmtoll.hsm.pin import PinTerminal\n"
+        "try: PinTerminal().read(device='lab')\n"
+        "except Exception as error: print(type(error).__name__, error.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input="1234\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,
+    )
+    assert done.stdout == "ConfigurationError pin-source\n"
+    assert isinstance(PinTerminal(), PinTerminal)
+
+
+def test_a_pinpad_has_no_value_to_lose() -> None:
+    pin = PinPad().read(device="lab")
+    assert pin.on_pinpad
+    assert pin.reveal() is None
+    assert not Pin("1234", origin="x").on_pinpad
