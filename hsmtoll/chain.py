@@ -22,14 +22,14 @@ leaf upwards, are lowest.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hsmtoll.errors import CertificateError, foreign
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from datetime import datetime
 
     from hsmtoll.apis import Identity
     from hsmtoll.certificate import Certificate
@@ -58,6 +58,8 @@ MAX_VERIFICATIONS: Final = 2_000
 #: Links followed in one search. Without it, cross-signed CAs cost a factorial of their number.
 MAX_STEPS: Final = 5_000
 
+_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+
 X5cMode = Literal["full", "without-root", "leaf"]
 
 
@@ -68,7 +70,8 @@ class Chain:
 
     *complete* says that the last one is a root. *unproven* counts the certificates that
     bear the name looked for where an incomplete chain ends, and did not sign it.
-    *verifications* is what the search cost, *unused* how many others it was given.
+    *verifications* is what the search cost, *unused* how many others it was given;
+    *cut_short* that a bound ended it, so that a better proven path may exist.
     *notes* say why this leaf was taken.
     """
 
@@ -77,6 +80,7 @@ class Chain:
     unproven: int = 0
     unused: int = 0
     verifications: int = 0
+    cut_short: bool = False
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -113,6 +117,8 @@ class Chain:
         lines.append("it ends at a root" if self.complete else _gap(self))
         if self.unused:
             lines.append(f"{self.unused} other certificates do not belong to it")
+        if self.cut_short:
+            lines.append("the search was cut short: name the chain in HSMTOLL_HSM__CERTIFICATES")
         return (*lines, *self.notes)
 
 
@@ -191,11 +197,18 @@ class _Search:
         self._best: tuple[Certificate, ...] = ()
         self._best_merit: _Merit | None = None
         self._steps = 0
+        self._coarse = False
+        self._cut_short = False
 
     def run(self) -> Chain:
         self._link()
-        self._look_ahead()
-        self._walk((self._leaf,), self._worth(self._leaf))
+        # First by pin, validity, root and length alone: the outlook is then exact but for
+        # loops, and what is found keeps the real search short, or stands if that is cut off.
+        for self._coarse in (True, False):
+            self._outlooks, self._steps = {}, 0
+            self._look_ahead()
+            self._best_merit = self._merit(self._best) if self._best else None
+            self._walk((self._leaf,), self._worth(self._leaf))
         last = self._best[-1]
         if self._pin is not None and last.sha256 != self._pin:
             raise CertificateError(
@@ -214,6 +227,7 @@ class _Search:
             unproven=0 if complete else len([other for other in named if other != last]),
             unused=len(self._others) - len(self._best) + 1,
             verifications=len(self._proofs),
+            cut_short=self._cut_short,
         )
 
     def _link(self) -> None:
@@ -248,6 +262,7 @@ class _Search:
         asked = (issuer.spki_der, subject.sha256)
         if asked not in self._proofs:
             if len(self._proofs) >= MAX_VERIFICATIONS:
+                self._cut_short = True
                 return False
             self._proofs[asked] = _signed(issuer, subject, self._keys)
         return self._proofs[asked]
@@ -257,8 +272,8 @@ class _Search:
             pinned=False,
             valid=certificate.valid_at(self._now),
             rooted=False,
-            preferred=int(certificate.sha256 in self._preferred),
-            weakest=certificate.not_after,
+            preferred=int(not self._coarse and certificate.sha256 in self._preferred),
+            weakest=_NEVER if self._coarse else certificate.not_after,
             nearness=-1,
         )
 
@@ -266,6 +281,12 @@ class _Search:
         return self._worth(certificate)._replace(
             pinned=certificate.sha256 == self._pin, rooted=self._ends.get(certificate.sha256, False)
         )
+
+    def _merit(self, path: Sequence[Certificate]) -> _Merit:
+        merit = self._end(path[-1])
+        for certificate in reversed(path[:-1]):
+            merit = self._worth(certificate).after(merit)
+        return merit
 
     def _look_ahead(self) -> None:
         nodes = {other.sha256: other for other in (self._leaf, *self._others)}
@@ -289,12 +310,9 @@ class _Search:
         return max(so_far.after(other) for other in ahead)
 
     def _walk(self, path: tuple[Certificate, ...], so_far: _Merit) -> None:
-        last = path[-1]
         following = self._following(path)
         if not following:
-            merit = so_far._replace(
-                pinned=last.sha256 == self._pin, rooted=self._ends.get(last.sha256, False)
-            )
+            merit = self._merit(path)
             if self._better(merit, path):
                 self._best, self._best_merit = path, merit
             return
@@ -302,8 +320,11 @@ class _Search:
         # Best hope first, lowest SHA-256 among equals: the sort is stable.
         for hope, issuer in sorted(hopes, key=lambda pair: pair[0], reverse=True):
             self._steps += 1
-            if self._best and (self._steps > MAX_STEPS or not self._better(hope, (*path, issuer))):
+            if self._best and not self._better(hope, (*path, issuer)):
                 continue
+            if self._best and self._steps > MAX_STEPS:
+                self._cut_short = True
+                return
             self._walk((*path, issuer), so_far.after(self._worth(issuer)))
 
     def _better(self, merit: _Merit, path: Sequence[Certificate]) -> bool:
@@ -701,14 +722,7 @@ def checked(
         faults = chain_faults(chain, identity=identity, now=now, mode=mode)
         if not faults:
             notes = _why(leaf, given, leaves, identity=identity, now=now)
-            return Chain(
-                chain.certificates,
-                chain.complete,
-                chain.unproven,
-                chain.unused,
-                chain.verifications,
-                notes,
-            )
+            return replace(chain, notes=notes)
         first = first or faults[0].error()
     raise first or _missing().error()
 

@@ -137,8 +137,8 @@ def authority(
     **options: Any,
 ) -> Certificate:
     """A CA by its common name; without *issuer* it is self-signed."""
-    options = {"ca": True, "key_usage": usage("key_cert_sign", "crl_sign")} | options
-    return issue(name(common), key, name(issuer or common), issuer_key or key, **options)
+    merged: dict[str, Any] = {"ca": True, "key_usage": usage("key_cert_sign", "crl_sign")} | options
+    return issue(name(common), key, name(issuer or common), issuer_key or key, **merged)
 
 
 def leaf(
@@ -150,13 +150,14 @@ def leaf(
     **options: Any,
 ) -> Certificate:
     """An eSeal leaf under the CA named."""
-    options = {"key_usage": usage("digital_signature", "content_commitment")} | options
+    usual = usage("digital_signature", "content_commitment")
+    merged: dict[str, Any] = {"key_usage": usual} | options
     return issue(
         subject or name("Example AB", org="Example AB", orgids=[ORGID], country="SE"),
         key or rsa_key(),
         name(issuer),
         issuer_key or ec_key(1),
-        **options,
+        **merged,
     )
 
 
