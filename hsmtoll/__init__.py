@@ -1,1 +1,51 @@
-"""hsmtoll"""
+"""
+Customs tokens, signed with a key that never leaves its device.
+
+`connect` and `aconnect` give a client; `Settings` says what they can be told; everything
+that goes wrong is an `HsmTollError`. What is not in ``__all__`` is internal.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from hsmtoll import errors
+from hsmtoll.errors import *  # noqa: F403 - the tree is public as a whole
+
+if TYPE_CHECKING:
+    from hsmtoll.app import aconnect, connect
+    from hsmtoll.auth import AsyncTollAuth, TollAuth
+    from hsmtoll.client import AsyncTollClient, TollClient
+    from hsmtoll.settings import Settings
+    from hsmtoll.tokens import AccessToken
+
+# Imported when asked for: a command that only reads its cache does not pay for HTTP.
+_LATER = {
+    "AccessToken": "hsmtoll.tokens",
+    "AsyncTollAuth": "hsmtoll.auth",
+    "AsyncTollClient": "hsmtoll.client",
+    "Settings": "hsmtoll.settings",
+    "TollAuth": "hsmtoll.auth",
+    "TollClient": "hsmtoll.client",
+    "aconnect": "hsmtoll.app",
+    "connect": "hsmtoll.app",
+}
+
+__all__ = [  # noqa: PLE0604 - the error tree's own list
+    "AccessToken",
+    "AsyncTollAuth",
+    "AsyncTollClient",
+    "Settings",
+    "TollAuth",
+    "TollClient",
+    "aconnect",
+    "connect",
+    *(name for name in errors.__all__ if name != "foreign"),
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

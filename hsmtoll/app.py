@@ -1,0 +1,345 @@
+"""
+Where the parts are put together: settings in, a client or a device out. No decisions.
+
+Nothing is opened here: what is made connects, logs in and reads files when it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from hsmtoll import exchange
+from hsmtoll.clock import Clock, Skew, SystemClock
+from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.settings import Settings, load, variable
+from hsmtoll.tokens import TokenRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.certificate import Certificate
+    from hsmtoll.client import AsyncTollClient, Engine, TollClient
+    from hsmtoll.exchange import Endpoints
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.signer import Signer
+    from hsmtoll.stores import Store
+
+__all__ = ["App", "aconnect", "connect"]
+
+
+def connect(
+    *, config: str | os.PathLike[str] | None = None, profile: str | None = None, **settings: Any
+) -> TollClient:
+    """
+    A client from the environment, the configuration file, and *settings* over both.
+
+    Names as in `Settings`; nested ones as ``hsm={"module": …}`` or ``hsm__module=…``. Opens
+    nothing yet. Raises ConfigurationError.
+    """
+    return App(load(config=config, profile=profile, **settings)).client()
+
+
+def aconnect(
+    *, config: str | os.PathLike[str] | None = None, profile: str | None = None, **settings: Any
+) -> AsyncTollClient:
+    """As connect, for tasks."""
+    return App(load(config=config, profile=profile, **settings)).aclient()
+
+
+def _missing(name: str, why: str) -> ConfigurationError:
+    return ConfigurationError(f"{name}: required, and not set", hint=why, code="setting-missing")
+
+
+@dataclass
+class App:
+    """
+    The parts of one set of settings, each made when it is first asked for.
+
+    *one_shot* is a command that ends: it waits for a renewal instead of leaving it to the
+    background, and keeps its tokens in files by default. *clock* and *new_jti* are for tests.
+    """
+
+    settings: Settings
+    one_shot: bool = False
+    use_final_try: bool = False
+    clock: Clock = field(default_factory=SystemClock)
+    new_jti: Callable[[], str] = lambda: str(uuid.uuid4())
+
+    @cached_property
+    def family(self) -> Identity:
+        """HSMTOLL_IDENTITY."""
+        if self.settings.identity is None:
+            raise _missing(
+                "HSMTOLL_IDENTITY", "eseal for a foreign eSeal, norwegian for a Norwegian client"
+            )
+        return self.settings.identity
+
+    @cached_property
+    def endpoints(self) -> Endpoints:
+        """Constants of test and prod; of the sandbox what is set, checked by settings."""
+        match self.settings.environment:
+            case "test":
+                return exchange.TEST
+            case "prod":
+                return exchange.PROD
+            case "sandbox":
+                given = self.settings.endpoints
+                if not (given.issuer and given.token and given.customs):
+                    raise _missing(
+                        ", ".join(
+                            variable("endpoints", name)
+                            for name in ("issuer", "token", "customs")
+                            if not getattr(given, name)
+                        ),
+                        "`hsmtoll sandbox` prints the values to export",
+                    )
+                return exchange.Endpoints(given.issuer, given.token, given.customs.rstrip("/"))
+            case None:
+                raise _missing(
+                    "HSMTOLL_ENVIRONMENT",
+                    "test, prod or sandbox; there is no default, so that nobody lands in prod",
+                )
+
+    @cached_property
+    def state(self) -> Path:
+        """Where this machine remembers: refused PINs, the clock's skew, who signs."""
+        given = self.settings.state or os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        return Path(given) if given else Path(platformdirs.user_state_dir("hsmtoll"))
+
+    @cached_property
+    def skew(self) -> Skew:
+        """Of the Maskinporten that is spoken to."""
+        name = hashlib.sha256(self.endpoints.issuer.encode()).hexdigest()[:16]
+        return Skew(self.state / f"skew-{name}.json")
+
+    @cached_property
+    def store(self) -> Store:
+        """HSMTOLL_CACHE; the library keeps to memory, the command line to files."""
+        from hsmtoll import stores
+
+        given = self.settings.cache
+        url = given.get_secret_value() if given else ("file:" if self.one_shot else "memory:")
+        if url == "memory:":
+            return stores.MemoryStore()
+        if url == "file:":
+            return stores.FileStore(_runtime_directory())
+        return stores.FileStore(Path(url.removeprefix("file://")))
+
+    def uris(self) -> tuple[KeyUri, ...]:
+        """The keys named: HSMTOLL_HSM__KEY, or its parts as one URI."""
+        from hsmtoll.hsm.uri import KeyUri
+
+        hsm = self.settings.hsm
+        if hsm.key:
+            return tuple(KeyUri.parse(each) for each in hsm.key)
+        key_id = bytes.fromhex(hsm.key_id) if hsm.key_id else None
+        parts = (hsm.token_label, hsm.token_serial, hsm.key_label, key_id)
+        if not any(parts):
+            raise _missing(
+                "HSMTOLL_HSM__KEY", "an RFC 7512 URI; `hsmtoll objects` prints those of your device"
+            )
+        return (
+            KeyUri(token=hsm.token_label, serial=hsm.token_serial, object=hsm.key_label, id=key_id),
+        )
+
+    def module(self, uri: KeyUri | None = None) -> str:
+        """HSMTOLL_HSM__MODULE, or the URI's module-path."""
+        given = self.settings.hsm.module or (uri and uri.module_path)
+        if not given:
+            raise _missing(
+                "HSMTOLL_HSM__MODULE", "the path of your device's PKCS#11 module, a .so file"
+            )
+        return str(given)
+
+    @cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """One for each key named, in order."""
+        return tuple(self.device(uri) for uri in self.uris())
+
+    def device(self, uri: KeyUri) -> Device:
+        """The device of one key."""
+        from hsmtoll.hsm.device import Device
+        from hsmtoll.hsm.ledger import Ledger
+
+        pin = self._pin("pin", uri)
+        return Device(
+            self.module(uri),
+            uri,
+            pin=pin,
+            signing_pin=self._pin("signing_pin", None) or pin,
+            ledger=Ledger(self.state),
+            public_key=self._public_key(),
+            use_final_try=self.use_final_try,
+            allow_exportable_key=self.settings.hsm.allow_exportable_key,
+            sandbox=self.settings.environment == "sandbox",
+            lock_timeout=self.settings.deadline,
+        )
+
+    def _pin(self, kind: str, uri: KeyUri | None) -> PinSource | None:
+        from hsmtoll.hsm import pin as pins
+
+        hsm = self.settings.hsm
+        name = variable("hsm", kind)
+        value, file, command, prompt = (
+            getattr(hsm, f"{kind}{part}") for part in ("", "_file", "_command", "_prompt")
+        )
+        if value is not None:
+            return pins.PinValue.of(value.get_secret_value(), name=name)
+        if command is not None:
+            return pins.PinCommand(command.get_secret_value(), name=f"{name}_COMMAND")
+        if prompt == "terminal":
+            return pins.PinTerminal(what="Signing PIN" if kind == "signing_pin" else "PIN")
+        if prompt == "pinpad":
+            return pins.PinPad()
+        if file is not None:
+            return pins.PinFile(file, name=f"{name}_FILE")
+        if uri is not None and uri.pin_source:
+            return pins.PinFile(Path(uri.pin_source), name="pin-source of HSMTOLL_HSM__KEY")
+        return None
+
+    def _public_key(self) -> RsaPublicKey | None:
+        path = self.settings.hsm.public_key
+        if path is None:
+            return None
+        from hsmtoll.certificate import public_key_from_pem
+
+        return public_key_from_pem(_read(path, "HSMTOLL_HSM__PUBLIC_KEY"))
+
+    def pem_certificates(self) -> tuple[Certificate, ...]:
+        """HSMTOLL_HSM__CERTIFICATES."""
+        path = self.settings.hsm.certificates
+        if path is None:
+            return ()
+        from hsmtoll.certificate import from_pem
+
+        try:
+            return from_pem(_read(path, "HSMTOLL_HSM__CERTIFICATES"))
+        except ValueError as exc:
+            raise ConfigurationError(f"HSMTOLL_HSM__CERTIFICATES {path}: {exc}") from exc
+
+    @cached_property
+    def signer(self) -> Signer:
+        """The devices of HSMTOLL_HSM__KEY, the first usable one first."""
+        from hsmtoll.signer import FirstUp
+
+        signers = [self.local_signer(device) for device in self.devices]
+        return signers[0] if len(signers) == 1 else FirstUp(signers)
+
+    def local_signer(self, device: Device) -> Signer:
+        """The signer of one device."""
+        from hsmtoll.signer import LocalSigner
+
+        settings = self.settings
+        return LocalSigner(
+            device,
+            audience=self.endpoints.issuer,
+            identity=self.family,
+            clock=self.clock,
+            skew=self.skew,
+            new_jti=self.new_jti,
+            alg=settings.alg,
+            issuer=settings.iss,
+            kid=settings.kid,
+            x5c=settings.x5c,
+            pem=self.pem_certificates(),
+            root_sha256=settings.hsm.root_sha256,
+            certificate_sha256=settings.hsm.certificate_sha256,
+        )
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The renewal, with the local signer."""
+        return self.engine_with(self.signer)
+
+    def engine_with(self, signer: Signer) -> Engine:
+        """The renewal, with *signer*."""
+        from hsmtoll.cache import Budget, Cache
+        from hsmtoll.client import Engine, Wire
+
+        settings = self.settings
+        default = TokenRequest(settings.scope or "", settings.resource, settings.consumer_org)
+        selector = self._selector()
+        return Engine(
+            signer,
+            endpoints=self.endpoints,
+            wire=Wire(
+                self.clock,
+                ca_file=settings.ca_file,
+                proxy=settings.proxy.get_secret_value() if settings.proxy else None,
+                timeout=settings.timeout,
+                deadline=settings.deadline,
+            ),
+            cache=Cache(
+                self.store, self.clock, patience=settings.deadline, background=not self.one_shot
+            ),
+            budget=Budget(self.store, self.clock, per_hour=settings.budget.per_hour),
+            clock=self.clock,
+            skew=self.skew,
+            selector=selector,
+            family=self.family,
+            per_request=settings.budget.per_request,
+            default=default,
+            identity_file=self.state / f"identity-{selector[:32]}",
+        )
+
+    def _selector(self) -> str:
+        """A hash of every setting that selects key, identity, endpoints or host profile."""
+        dumped = self.settings.model_dump(mode="json")
+        unlock = ("pin", "signing_pin")
+        chosen = {
+            "environment": dumped["environment"],
+            "family": dumped["identity"],
+            "iss": dumped["iss"],
+            "kid": dumped["kid"],
+            "endpoints": [self.endpoints.issuer, self.endpoints.token, self.endpoints.customs],
+            "hsm": {k: v for k, v in dumped["hsm"].items() if not k.startswith(unlock)},
+            "signer": dumped["signer"],
+        }
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+    def client(self) -> TollClient:
+        """For threads."""
+        from hsmtoll.client import TollClient
+
+        return TollClient(self.engine, close=self.close)
+
+    def aclient(self) -> AsyncTollClient:
+        """For tasks."""
+        from hsmtoll.client import AsyncTollClient
+
+        return AsyncTollClient(self.engine, close=self.close)
+
+    def close(self) -> None:
+        """Let go of the devices that were opened."""
+        for device in self.__dict__.get("devices", ()):
+            device.close()
+
+
+def _runtime_directory() -> Path:
+    """Where a login's files live: gone after a restart where the system does it right."""
+    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        given = os.environ.get(name, "").partition(":")[0]
+        if given:
+            return Path(given) / "hsmtoll"
+    run = Path(f"/run/user/{os.geteuid()}")
+    return (run if run.is_dir() else Path(platformdirs.user_cache_dir())) / "hsmtoll"
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"{name} {foreign(path)}: cannot be read") from exc

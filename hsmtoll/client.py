@@ -1,0 +1,626 @@
+"""
+TollClient and AsyncTollClient: sign, exchange, keep, retry.
+
+The one renewal is written once, synchronously, and runs in a thread of the cache; a caller
+of either colour only waits for it. PKCS#11, the environment and argv never enter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.cookiejar
+import logging
+import os
+import random
+import socket
+import ssl
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import httpx
+
+from hsmtoll import apis, exchange
+from hsmtoll.auth import AsyncTollAuth, TollAuth
+from hsmtoll.clock import offset_of
+from hsmtoll.errors import (
+    ClockError,
+    ConfigurationError,
+    ExchangeRefused,
+    HsmTollError,
+    NetworkError,
+    foreign,
+)
+from hsmtoll.stores import name_of
+from hsmtoll.tokens import AccessToken, TokenRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from types import TracebackType
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.cache import Budget, Cache, Flight
+    from hsmtoll.clock import Clock, Skew
+    from hsmtoll.exchange import Answer, Endpoints, Issued, Post
+    from hsmtoll.signer import Signer
+
+__all__ = ["AsyncTollClient", "Engine", "TollClient", "Wire"]
+
+_log = logging.getLogger("hsmtoll.client")
+
+#: Bytes. An answer of a token endpoint is some kilobytes; more is not one (DESIGN 4.14).
+_LARGEST: Final = 1024 * 1024
+
+#: Seconds. A 401 on a younger token is not about its age, and a new one would change nothing.
+_YOUNG: Final = 30.0
+
+
+def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """
+    The one TLS context of ours: the system's roots and *ca_file*, TLS 1.2 or newer, verified.
+
+    Made by hand: ``ssl.create_default_context`` would write session keys to wherever
+    SSLKEYLOGFILE points. Raises ConfigurationError for a file that holds no certificates.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_default_certs()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigurationError(
+                f"HSMTOLL_CA_FILE {ca_file}: cannot be read as PEM certificates",
+                hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
+            ) from exc
+    return context
+
+
+class Wire:
+    """
+    How bytes travel: one leg a call, no redirects, no cookies, one total deadline.
+
+    *timeout* bounds each wait for the network, in seconds; *deadline* bounds the whole leg.
+    *proxy* is a URL, ``environment``, or ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        ca_file: Path | None = None,
+        proxy: str | None = None,
+        timeout: float = 10.0,
+        deadline: float = 60.0,
+    ) -> None:
+        self._clock = clock
+        self._ca_file = ca_file
+        self._proxy = proxy
+        self._timeout = timeout
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for every httpx client of ours, for tokens and for calls alike."""
+        with self._lock:
+            if self._context is None:
+                self._context = tls_context(self._ca_file)
+        jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+        named = self._proxy if self._proxy != "environment" else None
+        return {
+            "verify": self._context,
+            "proxy": named,
+            "trust_env": self._proxy == "environment",
+            "timeout": self._timeout,
+            "follow_redirects": False,
+            "cookies": jar,
+        }
+
+    def post(self, post: Post) -> Answer:
+        """
+        Send one leg and read its answer, whatever its status.
+
+        Raises NetworkError: refused, unknown host, untrusted certificate, broken off, too
+        slow, too large. Those that a new attempt may cure are retryable.
+        """
+        host = httpx.URL(post.url).host
+        guard = _Guard(self._deadline)
+        try:
+            # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
+            with httpx.Client(**self.options()) as client, guard:
+                request = client.build_request(
+                    "POST",
+                    post.url,
+                    data=dict(post.form),
+                    headers={"accept": "application/json", "accept-encoding": "identity"},
+                    extensions={"trace": guard.trace},
+                )
+                response = client.send(request, stream=True)
+                return _read(response, post.leg)
+        except httpx.HTTPError as exc:
+            if guard.struck:
+                raise NetworkError(
+                    f"{post.leg} ({host}): no whole answer within {self._deadline:.0f} s",
+                    hint="HSMTOLL_DEADLINE sets how long to wait",
+                    code="deadline",
+                    retryable=False,
+                ) from exc
+            raise _named(exc, post.leg, host, self._timeout) from exc
+
+
+def _read(response: httpx.Response, leg: str) -> Answer:
+    with contextlib.closing(response):
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        if headers.get("content-encoding", "identity") != "identity":
+            raise NetworkError(f"{leg}: the answer is compressed, which was not asked for")
+        body = bytearray()
+        for chunk in response.iter_raw():
+            body += chunk
+            if len(body) > _LARGEST:
+                raise NetworkError(
+                    f"{leg}: the answer is larger than {_LARGEST // 1024} KiB",
+                    hint="that is not a token endpoint: check HSMTOLL_PROXY and the endpoints",
+                    code="answer-too-large",
+                )
+        return exchange.Answer(response.status_code, headers, bytes(body))
+
+
+class _Guard:
+    """
+    Ends a leg at its deadline, whatever it is busy with.
+
+    Time-outs of the network bound each wait, and a server that sends a byte now and then
+    meets them all. So the socket itself is shut down under the reader.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.struck = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._strike)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._timer.cancel()
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Called by httpcore at each step; connecting is the one that brings a socket."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            found = info["return_value"].get_extra_info("socket")
+            if isinstance(found, socket.socket):
+                self._sockets.append(found)
+
+    def _strike(self) -> None:
+        self.struck = True
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+def _named(exc: httpx.HTTPError, leg: str, host: str, timeout: float) -> NetworkError:
+    where = f"{leg} ({host})"
+    said = str(exc)
+    if isinstance(exc, httpx.ProxyError):
+        return NetworkError(
+            f"{where}: the proxy refused, {foreign(said)}", hint="check HSMTOLL_PROXY"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in said or "certificate verify failed" in said:
+        return NetworkError(
+            f"{where}: its TLS certificate is not trusted",
+            hint="where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate",
+            code="tls-untrusted",
+        )
+    if isinstance(exc, httpx.ConnectError):
+        text, code = next(
+            (known for part, known in _REASONS.items() if part in said.lower()),
+            ("cannot be reached", "unreachable"),
+        )
+        return NetworkError(
+            f"{where}: {text}",
+            hint="check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
+            code=code,
+            retryable=code != "unknown-host",
+        )
+    if isinstance(exc, httpx.TimeoutException):
+        return NetworkError(
+            f"{where}: no answer within {timeout:.0f} s",
+            hint="HSMTOLL_TIMEOUT sets how long to wait",
+            code="timeout",
+            retryable=True,
+        )
+    return NetworkError(
+        f"{where}: the connection broke ({type(exc).__name__})",
+        hint="try again; if it stays, look at what lies between",
+        code="broken",
+        retryable=True,
+    )
+
+
+_REASONS: Final = {
+    "connection refused": ("connection refused", "refused"),
+    "name or service not known": ("unknown host", "unknown-host"),
+    "nodename nor servname": ("unknown host", "unknown-host"),
+    "temporary failure in name resolution": ("its name cannot be looked up", "unreachable"),
+    "no address associated": ("unknown host", "unknown-host"),
+    "ssl": ("no TLS connection came about", "tls"),
+}
+
+
+@dataclass(slots=True)
+class _Known:
+    """Who signs, as last seen: learned at first contact, so that a warm start needs no device."""
+
+    path: Path | None
+    value: str | None = field(default=None)
+
+    def read(self) -> str | None:
+        if self.value is None and self.path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self.value = self.path.read_text(encoding="ascii").strip() or None
+        return self.value
+
+    def learn(self, value: str) -> None:
+        if value == self.read():
+            return
+        self.value = value
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                draft = self.path.with_suffix(f".{os.getpid()}")
+                draft.write_text(value, encoding="ascii")
+                draft.chmod(0o600)
+                draft.replace(self.path)
+
+
+class Engine:
+    """
+    What both clients share: a request in, a living Customs token out.
+
+    *selector* is the hash of all settings that select key, identity and endpoints; with the
+    identity itself and the request it is the key of the cache (DESIGN 4.10).
+    """
+
+    def __init__(
+        self,
+        signer: Signer,
+        *,
+        endpoints: Endpoints,
+        wire: Wire,
+        cache: Cache,
+        budget: Budget,
+        clock: Clock,
+        skew: Skew,
+        selector: str,
+        family: Identity,
+        per_request: int = 2,
+        default: TokenRequest | None = None,
+        identity_file: Path | None = None,
+    ) -> None:
+        self.signer = signer
+        self.endpoints = endpoints
+        self.wire = wire
+        self.cache = cache
+        self.clock = clock
+        self.family = family
+        self._budget = budget
+        self._skew = skew
+        self._selector = selector
+        self._per_request = per_request
+        self._default = default
+        self._known = _Known(identity_file)
+        self._keys: dict[tuple[str | None, TokenRequest], str] = {}
+        self.signatures = 0
+
+    def request(self, scope: str | None) -> TokenRequest:
+        """What is asked for: an API or a scope, or the default; ConfigurationError without one."""
+        default = self._default
+        if scope is None:
+            if default is None or not default.scope:
+                raise ConfigurationError(
+                    "HSMTOLL_SCOPE: required where no API or scope is named",
+                    hint="set it to an API of `hsmtoll apis`, such as road",
+                    code="setting-missing",
+                )
+            scope = default.scope
+        named = apis.scope_of(scope, self.family)
+        if default is None:
+            return TokenRequest(named)
+        return TokenRequest(named, default.resource, default.consumer_org)
+
+    def knows(self) -> bool:
+        """Whether the key of the cache is known without asking the device."""
+        return self._known.read() is not None
+
+    def key(self, request: TokenRequest) -> str:
+        """The key of the cache for *request*; the device is asked who it is if nobody knows yet."""
+        identity = self._known.read()
+        if identity is None:
+            identity = self.signer.identity()
+            self._known.learn(identity)
+        found = self._keys.get((identity, request))
+        if found is None:
+            found = name_of(
+                self._selector,
+                identity,
+                request.scope,
+                *request.resource,
+                f"for {request.consumer_org}",
+            )
+            self._keys[identity, request] = found
+        return found
+
+    def fetch(self, request: TokenRequest) -> Callable[[Flight], AccessToken]:
+        """What the cache calls when a token must be had: grant, both legs, within the budget."""
+
+        def fetched(flight: Flight) -> AccessToken:
+            import stamina  # noqa: PLC0415 - seldom needed, and a warm start should not pay
+
+            for attempt in stamina.retry_context(
+                on=_again,
+                attempts=self._per_request,
+                timeout=None,
+                wait_initial=0.5,
+                wait_max=5.0,
+                wait_jitter=1.0,
+            ):
+                with attempt:
+                    return self._attempt(request, flight)
+            raise AssertionError  # the loop returns or raises
+
+        return fetched
+
+    def _attempt(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """One grant, new from the ground: jti, signature, both legs (PROTOCOL C06, C12)."""
+        flight.doing = "signing"
+        self._known.learn(self.signer.identity())
+        self._budget.spend(self._known.read() or "")
+        self.signatures += 1
+        assertion = self.signer.assertion(request)
+        asked = self.clock.now()
+        flight.doing = "Maskinporten"
+        subject = self.granted(assertion)
+        if request.scope == apis.SELF_TEST_SCOPE:
+            raise ExchangeRefused(
+                f"{request.scope}: Maskinporten granted it; stopped before the exchange",
+                hint="this scope is a self-test: it grants nothing at Customs. "
+                "The key, its certificates and Maskinporten work together",
+                code="self-test",
+            )
+        flight.doing = "Customs"
+        issued = self.exchanged(subject)
+        lifetime = min(issued.expires_in, subject.expires_in)
+        return AccessToken(issued.value, request.scope, asked, lifetime)
+
+    def granted(self, assertion: str) -> Issued:
+        """Leg one; the answer's Date teaches the skew, which may call for another attempt."""
+        from hsmtoll import jws  # noqa: PLC0415
+
+        jti = jws.read_unverified(assertion)[1].get("jti")
+        post = exchange.grant_post(self.endpoints, assertion)
+        sent = self.clock.now()
+        answer = self._leg(post, jti)
+        offset = offset_of(answer.headers, sent=sent, received=self.clock.now())
+        learned = offset is not None and self._skew.learn(offset)
+        if learned:
+            _log.warning(
+                "clock: this machine is %.0f s %s Maskinporten; grants are corrected",
+                abs(offset or 0),
+                "behind" if (offset or 0) > 0 else "ahead of",
+            )
+        try:
+            return exchange.read_subject(answer, post, jti=jti if isinstance(jti, str) else None)
+        except HsmTollError as exc:
+            about_time = isinstance(exc, ClockError) or exc.code == "MP-130"
+            if about_time and offset is not None:
+                self._skew.check(offset)
+                exc.retryable = learned
+            _when(exc, answer, self.clock)
+            raise
+
+    def exchanged(self, subject: Issued) -> Issued:
+        """Leg two."""
+        post = exchange.exchange_post(self.endpoints, subject)
+        answer = self._leg(post, None)
+        try:
+            return exchange.read_issued(answer, post)
+        except HsmTollError as exc:
+            _when(exc, answer, self.clock)
+            raise
+
+    def _leg(self, post: Post, jti: object) -> Answer:
+        began = self.clock.now()
+        host = httpx.URL(post.url).host
+        try:
+            answer = self.wire.post(post)
+        except NetworkError as exc:
+            _log.info("leg=%s host=%s failed=%s jti=%s", post.leg, host, exc.code, jti)
+            raise
+        _log.info(
+            "leg=%s host=%s status=%d ms=%.0f jti=%s id=%s",
+            post.leg,
+            host,
+            answer.status,
+            (self.clock.now().boot - began.boot) * 1000,
+            jti,
+            foreign(answer.headers.get("x-correlationid", "-")),
+        )
+        return answer
+
+    def worth_renewing(self, value: str, request: TokenRequest) -> bool:
+        """
+        Whether a 401 on the token *value* calls for a new one.
+
+        Not if another caller has renewed it already (the new one is used instead), and not if
+        it is younger than 30 s: then the API says no to something else (DESIGN 4.13).
+        """
+        held = self.cache.living(self.key(request))
+        if held is None or held.value != value:
+            return True
+        now = self.clock.now()
+        return held.lifetime - held.remaining(now) >= _YOUNG
+
+
+def _again(exc: Exception) -> bool | float:
+    if not isinstance(exc, HsmTollError) or not exc.retryable:
+        return False
+    if exc.retry_after is None:
+        return True
+    # A long wait is the caller's to decide about.
+    return exc.retry_after + random.uniform(0, 0.5) if exc.retry_after <= 10 else False  # noqa: S311
+
+
+def _when(exc: HsmTollError, answer: Answer, clock: Clock) -> None:
+    if exc.retryable:
+        exc.retry_after = exchange.retry_after(answer.headers, now=clock.now().wall)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What an operator sees: callers *waiting* for a renewal, *signatures* spent by this client."""
+
+    waiting: int
+    signatures: int
+
+
+class _Shared:
+    """What the two colours have in common."""
+
+    def __init__(self, engine: Engine, *, close: Callable[[], None] = lambda: None) -> None:
+        self._engine = engine
+        self._close = close
+
+    def status(self) -> Status:
+        """How it stands."""
+        return Status(self._engine.cache.waiting(), self._engine.signatures)
+
+    def _target(self, name: str) -> tuple[str, str]:
+        api = apis.named(name)
+        scope = api.scope(self._engine.family)
+        if not api.base:
+            raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
+        return f"{self._engine.endpoints.customs}{api.base}", scope
+
+
+class TollClient(_Shared):
+    """
+    Customs tokens and calls, for threads. Opens nothing until asked for the first token.
+
+    Every method raises the errors of `hsmtoll.errors`, each with its exit code and a hint.
+    """
+
+    def token(
+        self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
+    ) -> AccessToken:
+        """
+        A Customs token that is not expired, for an API's name or a scope.
+
+        *min_life*: seconds it shall live at least. *renew*: a new one, whatever is held.
+        """
+        engine = self._engine
+        request = engine.request(scope)
+        key = engine.key(request)
+        if not renew:
+            held = engine.cache.held(key, min_life=min_life)
+            if held is not None:
+                return held
+        avoid = _value(engine.cache.living(key)) if renew else None
+        return engine.cache.get(key, engine.fetch(request), min_life=min_life, avoid=avoid)
+
+    def auth(self, scope: str | None = None) -> TollAuth:
+        """httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else."""
+        return TollAuth(self._engine, self._engine.request(scope))
+
+    def api(self, name: str) -> httpx.Client:
+        """An httpx.Client for the API called *name*: base URL, bearer, proxy, CA."""
+        base, scope = self._target(name)
+        return httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options())
+
+    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """One call; the scope is found from *path*. Arguments as for httpx.Client.request."""
+        api = apis.api_of_path(path)
+        with self.api(api.name) as client:
+            return client.request(method, f"{self._engine.endpoints.customs}{path}", **request)
+
+    def close(self) -> None:
+        """Let go of the device. Living tokens of a shared cache live on."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncTollClient(_Shared):
+    """As TollClient, for tasks: what is held is given at once, and waiting holds no thread."""
+
+    async def token(
+        self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
+    ) -> AccessToken:
+        """As TollClient.token."""
+        engine = self._engine
+        request = engine.request(scope)
+        key = await self._key(request)
+        if not renew:
+            held = engine.cache.held(key, min_life=min_life)
+            if held is not None:
+                return held
+        avoid = _value(engine.cache.living(key)) if renew else None
+        return await engine.cache.aget(key, engine.fetch(request), min_life=min_life, avoid=avoid)
+
+    async def _key(self, request: TokenRequest) -> str:
+        engine = self._engine
+        if engine.knows():
+            return engine.key(request)
+        import asyncio  # noqa: PLC0415
+
+        # The device is asked who it is: that may take its time, and the loop has none.
+        return await asyncio.to_thread(engine.key, request)
+
+    def auth(self, scope: str | None = None) -> AsyncTollAuth:
+        """As TollClient.auth."""
+        return AsyncTollAuth(self._engine, self._engine.request(scope), self._key)
+
+    def api(self, name: str) -> httpx.AsyncClient:
+        """As TollClient.api."""
+        base, scope = self._target(name)
+        return httpx.AsyncClient(
+            base_url=base, auth=self.auth(scope), **self._engine.wire.options()
+        )
+
+    async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """As TollClient.call."""
+        api = apis.api_of_path(path)
+        async with self.api(api.name) as client:
+            url = f"{self._engine.endpoints.customs}{path}"
+            return await client.request(method, url, **request)
+
+    async def aclose(self) -> None:
+        """As TollClient.close."""
+        self._close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+
+def _value(token: AccessToken | None) -> str | None:
+    return token.value if token is not None else None
