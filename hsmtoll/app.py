@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.signer import Signer
     from hsmtoll.stores import Store
+    from hsmtoll.wire import Wire
 
 __all__ = ["App", "aconnect", "connect"]
 
@@ -214,9 +215,12 @@ class App:
         path = self.settings.hsm.public_key
         if path is None:
             return None
-        from hsmtoll.certificate import public_key_from_pem
+        from hsmtoll.jws import RsaPublicKey
 
-        return public_key_from_pem(_read(path, "HSMTOLL_HSM__PUBLIC_KEY"))
+        try:
+            return RsaPublicKey.from_pem(_read(path, "HSMTOLL_HSM__PUBLIC_KEY"))
+        except ValueError as exc:
+            raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {path}: {exc}") from exc
 
     def pem_certificates(self) -> tuple[Certificate, ...]:
         """HSMTOLL_HSM__CERTIFICATES."""
@@ -267,7 +271,7 @@ class App:
     def engine_with(self, signer: Signer) -> Engine:
         """The renewal, with *signer*."""
         from hsmtoll.cache import Budget, Cache
-        from hsmtoll.client import Engine, Wire
+        from hsmtoll.client import Engine
 
         settings = self.settings
         default = TokenRequest(settings.scope or "", settings.resource, settings.consumer_org)
@@ -275,13 +279,7 @@ class App:
         return Engine(
             signer,
             endpoints=self.endpoints,
-            wire=Wire(
-                self.clock,
-                ca_file=settings.ca_file,
-                proxy=settings.proxy.get_secret_value() if settings.proxy else None,
-                timeout=settings.timeout,
-                deadline=settings.deadline,
-            ),
+            wire=self.wire,
             cache=Cache(
                 self.store, self.clock, patience=settings.deadline, background=not self.one_shot
             ),
@@ -293,6 +291,18 @@ class App:
             per_request=settings.budget.per_request,
             default=default,
             identity_file=self.state / f"identity-{selector[:32]}",
+        )
+
+    def wire(self) -> Wire:
+        """Our own way to the token endpoints, with the proxy and the CA that were set."""
+        from hsmtoll.wire import Wire
+
+        settings = self.settings
+        return Wire(
+            ca_file=settings.ca_file,
+            proxy=settings.proxy.get_secret_value() if settings.proxy else None,
+            timeout=settings.timeout,
+            deadline=settings.deadline,
         )
 
     def _selector(self) -> str:

@@ -123,6 +123,24 @@ class RsaPublicKey:
             return False
         return True
 
+    @classmethod
+    def from_pem(cls, text: str) -> RsaPublicKey:
+        """
+        From ``-----BEGIN PUBLIC KEY-----`` (RFC 7468). ValueError for anything else, and for
+        a key that is not RSA.
+        """
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+        from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
+
+        try:
+            key = serialization.load_pem_public_key(text.encode())
+        except Exception:  # noqa: BLE001 - ValueError and UnsupportedAlgorithm, per version
+            raise ValueError("it is not a public key in PEM") from None
+        if not isinstance(key, rsa.RSAPublicKey):
+            raise ValueError(f"Maskinporten takes RSA keys alone ({', '.join(ALGS)})")  # noqa: TRY004
+        numbers = key.public_numbers()
+        return cls(numbers.n, numbers.e)
+
     def spki(self) -> bytes:
         """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7), DER."""
         from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
