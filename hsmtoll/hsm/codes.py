@@ -1,0 +1,185 @@
+"""
+What a module can answer, and which of our errors it becomes. Data and two questions.
+
+The table is complete over every class of ``pkcs11.exceptions``; a test walks them. A class
+that a later version adds is a DeviceError with its name in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from pkcs11 import exceptions as p11
+
+from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["MEANING", "NOT_TRIED", "REFUSED", "Meaning", "recoverable", "speaking", "translated"]
+
+
+class Meaning(NamedTuple):
+    """Our class and code for one of theirs, what to do, and whether starting afresh may help."""
+
+    error: type[HsmTollError]
+    code: str
+    hint: str | None = None
+    recoverable: bool = False
+
+
+_GONE: Final = Meaning(
+    DeviceError, "device-gone", "Is the device plugged in, powered and reachable?", recoverable=True
+)
+_FAILED: Final = Meaning(
+    DeviceError, "device-failed", "The module's own log says more.", recoverable=True
+)
+_STALE: Final = Meaning(DeviceError, "session-lost", recoverable=True)
+_BUSY: Final = Meaning(DeviceError, "device-busy", recoverable=True)
+_LOGIN: Final = Meaning(
+    DeviceError, "not-logged-in", "Give the PIN: HSMTOLL_HSM__PIN_FILE or another source."
+)
+_MECHANISM: Final = Meaning(
+    DeviceError, "mechanism", "`hsmtoll objects` shows what the device can do."
+)
+_KEY: Final = Meaning(DeviceError, "key-unusable", "`hsmtoll objects` shows the key's attributes.")
+_SECRET: Final = Meaning(DeviceError, "attribute")
+_REQUEST: Final = Meaning(
+    DeviceError, "module-refused", "The module did not take a call that the standard allows."
+)
+_WRONG_PIN: Final = Meaning(
+    PinIncorrect, "pin-incorrect", "It was tried once and will not be tried again: correct it."
+)
+_LOCKED: Final = Meaning(
+    PinNotTried, "pin-locked", "The device's administrator (SO PIN or PUK) must unblock it."
+)
+_PIN_STATE: Final = Meaning(
+    PinNotTried, "pin-state", "Set or change the user PIN with the device's own tool."
+)
+_NOT_OURS: Final = Meaning(DeviceError, "unexpected", "hsmtoll never asks for this: report it.")
+
+MEANING: Final[dict[type[Exception], Meaning]] = {
+    p11.PKCS11Error: _FAILED,
+    p11.AnotherUserAlreadyLoggedIn: _LOGIN._replace(hint="The SO is logged in in this process."),
+    p11.ArgumentsBad: _REQUEST,
+    p11.AttributeReadOnly: _SECRET,
+    p11.AttributeSensitive: _SECRET,
+    p11.AttributeTypeInvalid: _SECRET,
+    p11.AttributeValueInvalid: _SECRET,
+    p11.DataInvalid: _REQUEST,
+    p11.DataLenRange: _REQUEST,
+    p11.DeviceError: _GONE,
+    p11.DeviceMemory: _FAILED,
+    p11.DeviceRemoved: _GONE,
+    p11.DomainParamsInvalid: _NOT_OURS,
+    p11.EncryptedDataInvalid: _NOT_OURS,
+    p11.EncryptedDataLenRange: _NOT_OURS,
+    p11.ExceededMaxIterations: _FAILED,
+    p11.FunctionCancelled: _FAILED,
+    p11.FunctionFailed: _FAILED,
+    p11.FunctionNotSupported: _REQUEST,
+    p11.FunctionRejected: _FAILED._replace(hint="Somebody said no at the device."),
+    p11.GeneralError: _FAILED,
+    p11.HostMemory: _FAILED,
+    p11.KeyHandleInvalid: _STALE,
+    p11.KeyIndigestible: _NOT_OURS,
+    p11.KeyNeeded: _NOT_OURS,
+    p11.KeyNotNeeded: _NOT_OURS,
+    p11.KeyNotWrappable: _NOT_OURS,
+    p11.KeySizeRange: _KEY,
+    p11.KeyTypeInconsistent: _KEY,
+    p11.KeyUnextractable: _NOT_OURS,
+    p11.MechanismInvalid: _MECHANISM,
+    p11.MechanismParamInvalid: _MECHANISM,
+    p11.MultipleObjectsReturned: Meaning(DeviceError, "key-ambiguous"),
+    p11.MultipleTokensReturned: Meaning(DeviceError, "device-ambiguous"),
+    p11.NoEvent: _NOT_OURS,
+    p11.NoSuchKey: Meaning(DeviceError, "key-missing"),
+    p11.NoSuchToken: Meaning(DeviceError, "device-missing", recoverable=True),
+    p11.ObjectHandleInvalid: _STALE,
+    p11.OperationActive: _STALE,
+    p11.OperationNotInitialized: _STALE,
+    p11.PinExpired: _PIN_STATE,
+    p11.PinIncorrect: _WRONG_PIN,
+    p11.PinInvalid: _WRONG_PIN,
+    p11.PinLenRange: _WRONG_PIN._replace(hint="Its length is not what the device takes."),
+    p11.PinLocked: _LOCKED,
+    p11.PinTooWeak: _PIN_STATE,
+    p11.PublicKeyInvalid: _KEY,
+    p11.RandomNoRNG: _NOT_OURS,
+    p11.RandomSeedNotSupported: _NOT_OURS,
+    p11.SessionClosed: _STALE,
+    p11.SessionCount: _BUSY,
+    p11.SessionExists: _BUSY,
+    p11.SessionHandleInvalid: _STALE,
+    p11.SessionReadOnly: _NOT_OURS,
+    p11.SessionReadOnlyExists: _BUSY,
+    p11.SessionReadWriteSOExists: _BUSY,
+    p11.SignatureInvalid: _NOT_OURS,
+    p11.SignatureLenRange: _NOT_OURS,
+    p11.SlotIDInvalid: _GONE,
+    p11.TemplateIncomplete: _NOT_OURS,
+    p11.TemplateInconsistent: _NOT_OURS,
+    p11.TokenNotPresent: _GONE,
+    p11.TokenNotRecognised: _GONE,
+    p11.TokenWriteProtected: _NOT_OURS,
+    p11.UnwrappingKeyHandleInvalid: _NOT_OURS,
+    p11.UnwrappingKeySizeRange: _NOT_OURS,
+    p11.UnwrappingKeyTypeInconsistent: _NOT_OURS,
+    p11.UserAlreadyLoggedIn: _LOGIN._replace(hint="Other code of this process logged in."),
+    p11.UserNotLoggedIn: _LOGIN,
+    p11.UserPinNotInitialized: _PIN_STATE,
+    p11.UserTooManyTypes: _BUSY,
+    p11.WrappedKeyInvalid: _NOT_OURS,
+    p11.WrappedKeyLenRange: _NOT_OURS,
+    p11.WrappingKeyHandleInvalid: _NOT_OURS,
+    p11.WrappingKeySizeRange: _NOT_OURS,
+    p11.WrappingKeyTypeInconsistent: _NOT_OURS,
+}
+
+#: Answers to C_Login that mean: this value is wrong. A card whose driver says "not logged in"
+#: to a login has refused the PIN as well.
+REFUSED: Final = (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange, p11.UserNotLoggedIn)
+#: Answers to C_Login that mean: nobody looked at the PIN. Everything else leaves it open.
+NOT_TRIED: Final = (
+    p11.AnotherUserAlreadyLoggedIn,
+    p11.ArgumentsBad,
+    p11.PinLocked,
+    p11.SessionClosed,
+    p11.SessionCount,
+    p11.SessionHandleInvalid,
+    p11.TokenNotPresent,
+    p11.UserAlreadyLoggedIn,
+    p11.UserPinNotInitialized,
+    p11.UserTooManyTypes,
+)
+
+
+def translated(exc: Exception, doing: str) -> HsmTollError:
+    """Our error for theirs; *doing* begins the sentence, and their class name stays in it."""
+    meaning = next((MEANING[kind] for kind in type(exc).__mro__ if kind in MEANING), _FAILED)
+    words = f": {foreign(exc)}" if str(exc) else ""
+    return meaning.error(
+        f"{doing}: the module answered {type(exc).__name__}{words}",
+        hint=meaning.hint,
+        code=meaning.code,
+        retryable=meaning.recoverable,
+    )
+
+
+def recoverable(exc: BaseException) -> bool:
+    """Whether a new session, login or module may cure *exc*; never after a PIN error."""
+    source = exc.__cause__ if isinstance(exc, HsmTollError) else exc
+    if not isinstance(source, p11.PKCS11Error):
+        return isinstance(exc, HsmTollError) and exc.retryable
+    return next(MEANING[kind].recoverable for kind in type(source).__mro__ if kind in MEANING)
+
+
+@contextlib.contextmanager
+def speaking(doing: str) -> Iterator[None]:
+    """Around calls of the module: what it raises leaves as one of our errors."""
+    try:
+        yield
+    except p11.PKCS11Error as exc:
+        raise translated(exc, doing) from exc

@@ -1,0 +1,688 @@
+"""
+One key on one p11_token: find it, log in, prove it, sign with it.
+
+    Device ── opened(module) ── p11_token by URI ── login (ledger) ── key by class + id/label
+                                                                        │
+                       signature, verified ◄── C_SignInit, C_Sign ◄── proven by its public half
+
+Everything that touches the module happens with `GATE` held. A private key's value never
+enters this room: only handles do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
+from pkcs11 import exceptions as p11
+
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
+from hsmtoll.hsm.codes import NOT_TRIED, REFUSED, recoverable, speaking, translated
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.module import GATE, Module, current, opened
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput, digest_info
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from pkcs11 import Object, Session, Slot, Token
+
+    from hsmtoll.hsm.pin import Pin, PinSource
+
+__all__ = ["Device", "KeyFacts", "StoredCertificate"]
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_CERTIFICATE: Final = 65536
+_SMALLEST_KEY: Final = 2048
+_UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
+# What C_SignInit says before a signing PIN is looked at.
+_BEFORE_CONTEXT_LOGIN: Final = (
+    *NOT_TRIED,
+    p11.KeyHandleInvalid,
+    p11.KeyTypeInconsistent,
+    p11.MechanismInvalid,
+    p11.ObjectHandleInvalid,
+    p11.OperationActive,
+    p11.OperationNotInitialized,
+)
+_HASHED: Final = {
+    "RS256": Mechanism.SHA256_RSA_PKCS,
+    "RS384": Mechanism.SHA384_RSA_PKCS,
+    "RS512": Mechanism.SHA512_RSA_PKCS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCertificate:
+    """A certificate object: its DER, CKA_LABEL and CKA_ID as the device gives them."""
+
+    der: bytes
+    label: str
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFacts:
+    """
+    What the module reports about a private key; nothing of it is proven but *public*, where a
+    signature was checked. None means that the device does not say. *bits* is the modulus' size.
+    """
+
+    uri: KeyUri
+    label: str
+    id: bytes
+    key_type: str
+    bits: int | None
+    public: RsaPublicKey | None
+    sensitive: bool | None
+    always_sensitive: bool | None
+    extractable: bool | None
+    never_extractable: bool | None
+    local: bool | None
+    sign: bool | None
+    always_authenticate: bool | None
+    mechanisms: frozenset[str]
+    token_label: str
+    manufacturer: str
+    model: str
+    serial: str
+    firmware: tuple[int, int]
+    library_manufacturer: str
+    library_description: str
+    library_version: tuple[int, int]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def protected(self) -> bool:
+        """Whether the device says that the key cannot be taken out of it."""
+        return self.sensitive is True and self.extractable is False
+
+
+@dataclass(slots=True, eq=False)
+class _Login:
+    """What this process holds on one p11_token, shared by all Devices on it."""
+
+    anchor: Session | None = None
+    by_others: bool = False
+    pin: Pin | None = field(default=None, repr=False)
+    users: set[int] = field(default_factory=set)
+
+    @property
+    def there(self) -> bool:
+        return self.anchor is not None or self.by_others
+
+    def end(self) -> None:
+        """Log out: every session of the process on this p11_token loses its private keys."""
+        _close(self.anchor)
+        self.anchor, self.by_others = None, False
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """One Device's own handles. They are void when the module or the anchor is another one."""
+
+    module: Module
+    token: Token
+    login: _Login
+    session: Session
+    key: Object | None = None
+    found_with: Session | None = None
+    facts: KeyFacts | None = None
+
+
+class Device:
+    """
+    A signing key behind a PKCS#11 module.
+
+    Nothing is opened before the first call. Every method may be called from any thread; it
+    waits at most *lock_timeout* seconds for its turn. After an error the handles are dropped
+    and the next call starts afresh.
+    """
+
+    def __init__(
+        self,
+        module_path: Path,
+        uri: KeyUri,
+        *,
+        pin: PinSource | None,
+        signing_pin: PinSource | None = None,
+        ledger: Ledger,
+        public_key: RsaPublicKey | None = None,
+        use_final_try: bool = False,
+        allow_exportable_key: bool = False,
+        lock_timeout: float = 60.0,
+    ) -> None:
+        self.module_path = module_path
+        self.uri = uri
+        self._pin = pin
+        self._signing_pin = signing_pin
+        self._ledger = ledger
+        self._public_key = public_key
+        self._use_final_try = use_final_try
+        self._allow_exportable_key = allow_exportable_key
+        self._lock_timeout = lock_timeout
+        self._open: _Open | None = None
+        self._proven: RsaPublicKey | None = None
+        self._warned: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"Device({foreign(self.uri)})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the four questions
+
+    def certificates(self) -> tuple[StoredCertificate, ...]:
+        """
+        The X.509 certificates that can be seen, in the device's order; no login is made.
+
+        One that cannot be read, or is larger than 64 KiB, is left out with a warning.
+        """
+        with self._using("Reading certificates") as here:
+            return tuple(_certificates(here.session))
+
+    def login(self) -> bool:
+        """
+        Log in where the device wants it. True where *this* PIN was accepted by the device
+        during this process's life; False where no login was needed, or where other code of the
+        process had logged in already, which proves nothing about this PIN.
+        """
+        with self._using("Logging in") as here:
+            self._log_in(here)
+            return here.login.anchor is not None
+
+    def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
+        """
+        What the device says about the key, after login where a PIN is given.
+
+        *candidates* are public keys of leaves: they choose between several keys. Raises
+        DeviceError: ``key-missing``, ``key-ambiguous``, ``not-logged-in``, ``key-type``,
+        ``key-size``, ``key-sign``, ``key-exportable``, ``key-mismatch``.
+        """
+        with self._using("Looking for the key") as here:
+            self._log_in(here)
+            return self._find(here, tuple(candidates))
+
+    def sign(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> bytes:
+        """
+        The RSASSA-PKCS1-v1_5 signature over *unsigned*, one of RS256, RS384, RS512.
+
+        It is returned only if the key's public half verifies it. Where the device hides that
+        half, one of *candidates* must verify it and is kept; without candidates the caller
+        has to check. Raises DeviceError ``signature-wrong`` otherwise.
+        """
+        if alg not in ALGS:
+            raise ConfigurationError(f"The algorithm is one of {', '.join(ALGS)}", code="alg")
+        offered = tuple(candidates)
+        with self._using("Signing") as here:
+            self._log_in(here)
+            facts = self._find(here, offered)
+            mechanism, data = _mechanism(alg, unsigned, facts.mechanisms)
+            if facts.always_authenticate:
+                signature = self._sign_with_pin(here, data, mechanism)
+            else:
+                signature = _signer(here.key)(data, mechanism=mechanism)
+        known = facts.public or self._proven
+        for public in [known] if known else offered:
+            if public.verify(alg, unsigned, signature):
+                self._proven = public
+                return signature
+        if known or offered:
+            raise DeviceError(
+                f"The device's signature does not fit the public key of {foreign(facts.uri)}",
+                hint="The certificate belongs to another key, or the device is faulty.",
+                code="signature-wrong",
+            )
+        return signature
+
+    def close(self) -> None:
+        """Give the sessions back; the last Device on a p11_token logs out."""
+        with GATE.held(self._lock_timeout):
+            here, self._open = self._open, None
+            if here is None or not current(here.module):
+                return
+            _close(here.session)
+            here.login.users.discard(id(self))
+            if not here.login.users:
+                here.login.end()
+                here.login.pin = None
+
+    # ------------------------------------------------------------------ module and p11_token
+
+    @contextlib.contextmanager
+    def _using(self, doing: str) -> Iterator[_Open]:
+        with GATE.held(self._lock_timeout):
+            try:
+                with speaking(f"{doing} ({foreign(self.uri)})"):
+                    yield self._opened()
+            except BaseException as exc:
+                self._drop(exc)
+                raise
+
+    def _opened(self) -> _Open:
+        module = opened(self.module_path)
+        here = self._open
+        if here is not None and here.module is module:
+            return here
+        slot, token = self._choose(module)
+        # By slot as well: two devices of one maker may carry the same label and no serial.
+        identity = (slot.slot_id, *_named(token))
+        login = module.logins.setdefault(identity, _Login())
+        self._open = _Open(module=module, token=token, login=login, session=token.open())
+        login.users.add(id(self))
+        return self._open
+
+    def _drop(self, exc: BaseException) -> None:
+        here, self._open = self._open, None
+        if here is None or not current(here.module):
+            return
+        _close(here.session)
+        # A login that the device has lost looks like a key that is not there.
+        lost = isinstance(exc, HsmTollError) and exc.code in {"key-missing", "not-logged-in"}
+        if recoverable(exc) or (lost and here.login.users == {id(self)}):
+            here.login.end()
+        here.login.users.discard(id(self))
+
+    def _choose(self, module: Module) -> tuple[Slot, Token]:
+        seen: list[tuple[Slot, Token]] = []
+        broken: list[str] = []
+        for slot, token in module.slots():
+            if isinstance(token, p11.PKCS11Error):
+                broken.append(f"slot {slot.slot_id} answers {type(token).__name__}")
+            else:
+                seen.append((slot, token))
+        fitting = [
+            (slot, token)
+            for slot, token in seen
+            if self.uri.matches(**device_facts(module, slot, token))
+        ]
+        # Uninitialised slots have no name; they are meant only if nothing else fits.
+        ready = [found for found in fitting if found[1].flags & TokenFlag.TOKEN_INITIALIZED]
+        fitting = ready or fitting
+        if len(fitting) == 1:
+            return fitting[0]
+        listed = [str(device_uri(token)) for _, token in (fitting or seen)] + broken
+        raise DeviceError(
+            f"{'Several devices fit' if fitting else 'No device fits'}"
+            f" {foreign(self.uri.device_only())}",
+            hint=_list("Seen: ", listed, "no device at all"),
+            code="device-ambiguous" if fitting else "device-missing",
+            retryable=not fitting,
+        )
+
+    # ------------------------------------------------------------------ login
+
+    def _log_in(self, here: _Open) -> None:
+        login = here.login
+        if login.there or self._pin is None:
+            return
+        flags = self._flags(here)
+        if not flags & TokenFlag.LOGIN_REQUIRED:
+            return
+        place = Place(*_named(here.token))
+        pin = login.pin or self._pin.read(device=_called(here.token))
+        with self._ledger.held(place) as page:
+            # Another process may have used the tries up while this one waited.
+            page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
+            value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
+            try:
+                login.anchor = here.token.open(user_pin=value)
+            except p11.UserAlreadyLoggedIn:
+                page.withdraw()
+                login.by_others = True
+                _log.warning(
+                    "other code of this process is logged in to %s: the PIN was not proven",
+                    _called(here.token),
+                )
+            except NOT_TRIED as exc:
+                page.withdraw()
+                raise self._login_failed(here, exc) from exc
+            except REFUSED as exc:
+                page.refuse(pin)
+                login.pin = None
+                raise self._login_failed(here, exc) from exc
+            else:
+                page.accept()
+                login.pin = pin
+
+    def _flags(self, here: _Open) -> TokenFlag:
+        """The PIN's state as the device reports it now; refuses where a try could be the last."""
+        flags: TokenFlag = here.token.slot.get_token().flags
+        called = _called(here.token)
+        if flags & TokenFlag.USER_PIN_LOCKED:
+            raise PinNotTried(
+                f"The PIN of {called} is locked: it was not tried",
+                hint="The device's administrator (SO PIN or PUK) must unblock it.",
+                code="pin-locked",
+            )
+        if flags & TokenFlag.USER_PIN_FINAL_TRY and not self._use_final_try:
+            raise PinNotTried(
+                f"One more wrong PIN would lock {called}: it was not tried",
+                hint="Log in once with the device's own tool, or say --use-final-try.",
+                code="pin-final-try",
+            )
+        if flags & TokenFlag.USER_PIN_COUNT_LOW:
+            self._warn("pin-count-low", f"a wrong PIN was given to {called} since the last login")
+        if flags & TokenFlag.USER_PIN_TO_BE_CHANGED:
+            self._warn("pin-to-be-changed", f"the PIN of {called} is to be changed")
+        return flags
+
+    def _login_failed(self, here: _Open, exc: p11.PKCS11Error) -> HsmTollError:
+        kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
+        error = translated(kind, f"The PIN of {_called(here.token)}")
+        if type(kind) is type(exc):
+            return error
+        return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)
+
+    def _sign_with_pin(self, here: _Open, data: bytes, mechanism: Mechanism) -> bytes:
+        """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""
+        source = self._signing_pin or self._pin
+        pin = None if self._signing_pin else here.login.pin
+        if pin is None and source is not None:
+            pin = source.read(device=f"the key on {_called(here.token)}")
+        if pin is None or pin.on_pinpad:
+            raise DeviceError(
+                f"The key {foreign(self.uri)} wants a PIN for every signature",
+                hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
+                code="signing-pin",
+            )
+        user = "user" if pin is here.login.pin else "signing"
+        with self._ledger.held(Place(*_named(here.token), user=user)) as page:
+            page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
+            try:
+                signed: bytes = _signer(here.key)(data, mechanism=mechanism, pin=pin.reveal())
+            except _BEFORE_CONTEXT_LOGIN:
+                page.withdraw()
+                raise
+            except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
+                page.refuse(pin)
+                raise self._login_failed(here, exc) from exc
+            page.accept()
+            return signed
+
+    # ------------------------------------------------------------------ the key
+
+    def _find(self, here: _Open, candidates: tuple[RsaPublicKey, ...]) -> KeyFacts:
+        if here.facts is not None and here.found_with is here.login.anchor:
+            return here.facts
+        if self.uri.type not in {None, "private"}:
+            raise ConfigurationError(
+                f"{foreign(self.uri)} names a {self.uri.type} object, not a private key",
+                hint="Leave 'type' out, or write type=private.",
+                code="uri",
+            )
+        wanted: dict[Attribute, Any] = {Attribute.CLASS: ObjectClass.PRIVATE_KEY}
+        every = list(here.session.get_objects(wanted))
+        found = [
+            key
+            for key in every
+            if self.uri.matches(object=_label(key), id=_attribute(key, Attribute.ID))
+        ]
+        if not found:
+            raise self._no_key(here, every)
+        proven = (self._public_key,) if self._public_key else candidates
+        facts = [key_facts(here.module, here.token, here.session, key) for key in found]
+        if len(found) > 1 and proven:
+            fits = [n for n, fact in enumerate(facts) if fact.public in proven]
+            found, facts = [found[n] for n in fits] or found, [facts[n] for n in fits] or facts
+        if len(found) > 1:
+            raise DeviceError(
+                f"{len(found)} private keys fit {foreign(self.uri)}",
+                hint=_list("Name one by its id: ", [str(fact.uri) for fact in facts], ""),
+                code="key-ambiguous",
+            )
+        fact = self._usable(facts[0])
+        here.key, here.found_with, here.facts = found[0], here.login.anchor, fact
+        return fact
+
+    def _no_key(self, here: _Open, every: list[Object]) -> DeviceError:
+        # Without a login private keys are invisible, not forbidden.
+        required = here.token.flags & TokenFlag.LOGIN_REQUIRED
+        if required and not here.login.there:
+            return DeviceError(
+                f"The key {foreign(self.uri)} cannot be seen: nobody is logged in to"
+                f" {_called(here.token)}",
+                hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
+                code="not-logged-in",
+            )
+        seen = [str(object_uri(here.token, key, "private")) for key in every]
+        return DeviceError(
+            f"No private key fits {foreign(self.uri)}",
+            hint=_list("Private keys there: ", seen, "none"),
+            code="key-missing",
+        )
+
+    def _usable(self, fact: KeyFacts) -> KeyFacts:
+        name = foreign(fact.uri)
+        given = self._public_key
+        if fact.key_type != "rsa":
+            raise DeviceError(
+                f"The key {name} is of type {fact.key_type}: Maskinporten takes RS256, RS384 and"
+                " RS512, which need an RSA key",
+                hint="Use an RSA key of 2048 bits or more, and a certificate for it.",
+                code="key-type",
+            )
+        if given is not None and fact.public not in {None, given}:
+            raise DeviceError(
+                f"The public key given (HSMTOLL_HSM__PUBLIC_KEY) is not the one of {name}",
+                code="key-mismatch",
+            )
+        public = fact.public or given
+        bits = public.bits if public else fact.bits
+        if bits is not None and bits < _SMALLEST_KEY:
+            raise DeviceError(
+                f"The key {name} has {bits} bits: {_SMALLEST_KEY} are the least", code="key-size"
+            )
+        if fact.sign is False:
+            raise DeviceError(f"The key {name} may not sign (CKA_SIGN is false)", code="key-sign")
+        if not fact.protected and not self._allow_exportable_key:
+            said = f"SENSITIVE {_said(fact.sensitive)}, EXTRACTABLE {_said(fact.extractable)}"
+            raise DeviceError(
+                f"The device does not say that the key {name} stays inside it ({said})",
+                hint="Generate a key on the device, or set HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true.",
+                code="key-exportable",
+            )
+        warnings = []
+        if not (fact.never_extractable and fact.local):
+            warnings.append("key-imported")
+            self._warn("key-imported", f"the key {name} was, or may have been, outside the device")
+        changed = {"public": public, "bits": bits, "warnings": tuple(warnings)}
+        return KeyFacts(**{**{n: getattr(fact, n) for n in KeyFacts.__slots__}, **changed})
+
+    def _warn(self, code: str, text: str) -> None:
+        if code not in self._warned:
+            self._warned.add(code)
+            _log.warning("%s: %s", code, text)
+
+
+# ---------------------------------------------------------------------- facts, used by inspect
+
+
+def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
+    """What an RFC 7512 URI can ask of a device, by the names of KeyUri's fields."""
+    return {
+        "token": token.label,
+        "manufacturer": token.manufacturer_id,
+        "model": token.model,
+        "serial": _serial(token),
+        "slot_id": slot.slot_id,
+        "slot_manufacturer": slot.manufacturer_id,
+        "slot_description": slot.slot_description,
+        "library_manufacturer": module.lib.manufacturer_id,
+        "library_description": module.lib.library_description,
+        "library_version": module.lib.library_version,
+    }
+
+
+def device_uri(token: Token) -> KeyUri:
+    """The URI of a p11_token, without its slot's number, which may change."""
+    manufacturer, model, serial, label = _named(token)
+    return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial)
+
+
+def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
+    """The URI of an object on *token*, ready to paste."""
+    place = device_uri(token)
+    return KeyUri(
+        token=place.token,
+        serial=place.serial or None,
+        manufacturer=place.manufacturer,
+        model=place.model,
+        object=_label(thing) or None,
+        id=_attribute(thing, Attribute.ID) or None,
+        type=kind,
+    )
+
+
+def key_facts(module: Module, token: Token, session: Session, key: Object) -> KeyFacts:
+    """What the device says about the private key *key*."""
+    kind = _attribute(key, Attribute.KEY_TYPE)
+    public = _public_half(session, key) if kind == KeyType.RSA else None
+    manufacturer, model, serial, label = _named(token)
+    return KeyFacts(
+        uri=object_uri(token, key, "private"),
+        label=_label(key),
+        id=_attribute(key, Attribute.ID) or b"",
+        key_type=kind.name.lower() if isinstance(kind, KeyType) else "unknown",
+        bits=public.bits if public else None,
+        public=public,
+        sensitive=_attribute(key, Attribute.SENSITIVE),
+        always_sensitive=_attribute(key, Attribute.ALWAYS_SENSITIVE),
+        extractable=_attribute(key, Attribute.EXTRACTABLE),
+        never_extractable=_attribute(key, Attribute.NEVER_EXTRACTABLE),
+        local=_attribute(key, Attribute.LOCAL),
+        sign=_attribute(key, Attribute.SIGN),
+        always_authenticate=_attribute(key, Attribute.ALWAYS_AUTHENTICATE),
+        mechanisms=frozenset(
+            # A vendor's own mechanism is a bare number.
+            getattr(one, "name", None) or hex(one)
+            for one in token.slot.get_mechanisms()
+        ),
+        token_label=label,
+        manufacturer=manufacturer,
+        model=model,
+        serial=serial,
+        firmware=token.firmware_version,
+        library_manufacturer=module.lib.manufacturer_id,
+        library_description=module.lib.library_description,
+        library_version=module.lib.library_version,
+    )
+
+
+def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
+    """The key's own MODULUS, else the one public-key object with its id, else with its label."""
+    own = _rsa(key)
+    if own is not None:
+        return own
+    modulus = _attribute(key, Attribute.MODULUS)
+    for attribute in (Attribute.ID, Attribute.LABEL):
+        value = _attribute(key, attribute)
+        if not value:
+            continue
+        wanted = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, attribute: value}
+        halves = {half for one in list(session.get_objects(wanted)) if (half := _rsa(one))}
+        if modulus is not None:
+            halves = {half for half in halves if half.modulus == int.from_bytes(modulus, "big")}
+        if len(halves) == 1:
+            return halves.pop()
+    return None
+
+
+def _rsa(thing: Object) -> RsaPublicKey | None:
+    modulus = _attribute(thing, Attribute.MODULUS)
+    exponent = _attribute(thing, Attribute.PUBLIC_EXPONENT)
+    if not modulus or not exponent:
+        return None
+    return RsaPublicKey(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
+
+
+def _certificates(session: Session) -> Iterator[StoredCertificate]:
+    for thing in list(session.get_objects({Attribute.CLASS: ObjectClass.CERTIFICATE})):
+        label = _label(thing)
+        try:
+            der = thing[Attribute.VALUE]
+        except p11.PKCS11Error as exc:
+            _log.warning("certificate %r cannot be read: %s", foreign(label), type(exc).__name__)
+            continue
+        if not der or len(der) > _LARGEST_CERTIFICATE:
+            _log.warning("certificate %r has %d bytes: left out", foreign(label), len(der or b""))
+            continue
+        yield StoredCertificate(der, label, _attribute(thing, Attribute.ID) or b"")
+
+
+def _mechanism(alg: str, unsigned: SigningInput, there: frozenset[str]) -> tuple[Mechanism, bytes]:
+    if _HASHED[alg].name in there:
+        return _HASHED[alg], bytes(unsigned)
+    if Mechanism.RSA_PKCS.name in there:
+        return Mechanism.RSA_PKCS, digest_info(alg, unsigned)
+    raise DeviceError(
+        f"The device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",
+        hint="`hsmtoll objects` shows what the device can do.",
+        code="mechanism",
+    )
+
+
+def _signer(key: Object | None) -> Any:
+    # Where CKA_SIGN cannot be read, python-pkcs11 gives the key no sign().
+    sign = getattr(key, "sign", None)
+    if sign is None:
+        raise DeviceError("The device does not say that the key may sign", code="key-sign")
+    return sign
+
+
+def _attribute(thing: Object, name: Attribute) -> Any:
+    try:
+        return thing[name]
+    except _UNREADABLE:
+        return None
+    except (ValueError, NotImplementedError):
+        return None  # a vendor's own value
+
+
+def _label(thing: Object) -> str:
+    return _attribute(thing, Attribute.LABEL) or ""
+
+
+def _serial(token: Token) -> str:
+    return token.serial.decode("utf-8", "replace").rstrip(" \0")
+
+
+def _named(token: Token) -> tuple[str, str, str, str]:
+    return token.manufacturer_id, token.model, _serial(token), token.label
+
+
+def _called(token: Token) -> str:
+    return f"'{foreign(token.label)}' (serial {foreign(_serial(token)) or 'unknown'})"
+
+
+def _said(value: bool | None) -> str:
+    return "not told" if value is None else str(value).lower()
+
+
+def _list(before: str, names: list[str], none: str) -> str:
+    shown = [foreign(name) for name in names[:10]]
+    more = [f"… and {len(names) - 10} more"] if len(names) > 10 else []
+    return before + ("\n".join(shown + more) or none)
+
+
+def _close(session: Session | None) -> None:
+    # What was lost cannot be closed; that must not hide the first error.
+    if session is not None:
+        with contextlib.suppress(p11.PKCS11Error):
+            session.close()

@@ -1,0 +1,267 @@
+"""
+Which PINs a device has refused, on disk, so that no value is tried twice: not by the next
+start, not by twenty processes at once, not by the process after a crash.
+
+A PIN enters this room only to be hashed after a refusal; before a login nothing derived from
+it is written.
+
+    held (flock) ── intend ──► C_Login ──┬─► accept    the record is deleted
+                      │                  ├─► refuse    a salted hash is added
+                      │                  ├─► withdraw  the device did not look at the PIN
+                      │                  └─► (nothing) the intent stays: nobody knows
+                      └─► PinNotTried    refused before, or its fate is unknown twice
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import DeviceError, PinNotTried, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hsmtoll.hsm.pin import Pin
+
+__all__ = ["Ledger", "Page", "Place"]
+
+#: Unresolved tries: of one source as it was read, and in all, whatever was changed meanwhile.
+#: A TPM locks after three and shows no flags.
+_UNRESOLVED_SAME: Final = 2
+_UNRESOLVED_ALL: Final = 3
+_LOCK_SECONDS: Final = 60.0
+_CLEAR: Final = "If the device was unblocked to the same PIN, run `hsmtoll pin clear`."
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Whose PIN: one p11_token and one user of it (``user``, or ``signing`` for one key's own)."""
+
+    manufacturer: str
+    model: str
+    serial: str
+    label: str
+    user: str = "user"
+
+    @property
+    def name(self) -> str:
+        """The file's name: the same on every start, whatever the label is made of."""
+        words = [self.manufacturer, self.model, self.serial, self.label, self.user]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """
+    One record per device and user, in files of mode 0600 in *directory* (mode 0700).
+
+    *directory* None, or one that cannot be written, means that no PIN is tried: PinNotTried,
+    except where *optional* is set (the sandbox, where devices are throw-away).
+    """
+
+    directory: Path | None
+    optional: bool = False
+
+    @contextlib.contextmanager
+    def held(self, place: Place) -> Iterator[Page]:
+        """
+        The record of *place*, held against every other process until the block ends.
+
+        Raises PinNotTried (``ledger``) where nothing can be written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                path = stack.enter_context(self._locked(place))
+                page = Page(place=place, path=path, record=_read(path))
+            except OSError as exc:
+                if not self.optional:
+                    raise _unusable(self.directory, exc) from exc
+                page = Page(place=place, path=None, record={})
+            yield page
+
+    def refusals(self, place: Place) -> tuple[int, int]:
+        """How many values were refused, and how many tries have an unknown fate: (n, n)."""
+        try:
+            record = _read(self._folder() / place.name)
+        except OSError:
+            return 0, 0
+        return len(record.get("refused", ())), len(record.get("intents", ()))
+
+    def clear(self, *places: Place) -> int:
+        """Forget what is known about *places*. Returns how many records there were."""
+        cleared = 0
+        for place in places:
+            with self.held(place) as page:
+                cleared += bool(page.record)
+                page.accept()
+        return cleared
+
+    def _folder(self) -> Path:
+        if self.directory is None:
+            raise FileNotFoundError(2, "no state directory")
+        return self.directory / "pin"
+
+    @contextlib.contextmanager
+    def _locked(self, place: Place) -> Iterator[Path]:
+        folder = self._folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts, above = folder.stat(), folder.parent.stat()
+        if (
+            facts.st_uid != os.geteuid()
+            or facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+            or (above.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not above.st_mode & stat.S_ISVTX)
+        ):
+            # Whoever can delete a record can make us burn a PIN.
+            raise PermissionError(1, "others can change this directory")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(folder / f"{place.name}.lock", flags, 0o600)
+        try:
+            _wait_for(lock, place)
+            yield folder / place.name
+        finally:
+            os.close(lock)
+
+
+@dataclass(slots=True)
+class Page:
+    """One record while it is held. *path* is None where nothing is remembered (sandbox)."""
+
+    place: Place
+    path: Path | None
+    record: dict[str, Any] = field(repr=False)
+    _before: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def intend(self, pin: Pin, *, count_low: bool) -> None:
+        """
+        Write down that *pin* is about to be tried; fsynced when this returns.
+
+        *count_low* is what the device's flags say now. Raises PinNotTried: ``pin-refused``
+        for a value that was refused, ``pin-unresolved`` for one whose last try has no result.
+        """
+        if _hash(pin, self.record) in self.record.get("refused", ()):
+            raise self._spent(f"the PIN from {_source(pin)} was refused before", code="pin-refused")
+        intents: list[str] = self.record.get("intents", [])
+        same = intents.count(pin.origin)
+        if same >= _UNRESOLVED_SAME or len(intents) >= _UNRESOLVED_ALL or (same and count_low):
+            raise self._spent(
+                f"what became of the last try with the PIN from {_source(pin)} is not known",
+                code="pin-unresolved",
+            )
+        self._before = dict(self.record)
+        try:
+            self._write({**self.record, "intents": [*intents, pin.origin]})
+        except OSError as exc:
+            raise _unusable(self.path, exc) from exc
+
+    def accept(self) -> None:
+        """The device took the PIN: everything before it is void."""
+        self.record = {}
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+            _sync(self.path.parent)
+
+    def refuse(self, pin: Pin) -> None:
+        """The device refused *pin*: its value is not tried again."""
+        record = {"salt": os.urandom(16).hex(), **self._before}
+        record["refused"] = [*record.get("refused", ()), _hash(pin, record)]
+        # What this source held is known now; a corrected value must not find its old intents.
+        record["intents"] = [other for other in record.get("intents", ()) if other != pin.origin]
+        self._write(record)
+
+    def withdraw(self) -> None:
+        """The device did not look at the PIN: as before."""
+        if self._before:
+            self._write(self._before)
+        else:
+            self.accept()
+
+    def _spent(self, why: str, *, code: str) -> PinNotTried:
+        return PinNotTried(
+            f"The PIN of '{foreign(self.place.label)}' was not tried: {why}",
+            hint=f"A corrected PIN is tried at once. {_CLEAR}",
+            code=code,
+        )
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.record = record
+        if self.path is None:
+            return
+        place = self.place
+        words = {"schema": 1, "device": place.label, "serial": place.serial, "user": place.user}
+        fresh = self.path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(fresh, flags, 0o600), "w") as file:
+            json.dump({**words, **record}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.path)
+        _sync(self.path.parent)
+
+
+def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
+    shown = foreign(where) if where else "nowhere"
+    why = exc.strerror or type(exc).__name__
+    return PinNotTried(
+        f"The PIN was not tried: refused PINs cannot be remembered in {shown} ({why})",
+        hint="Set HSMTOLL_STATE to a directory of this user that outlives restarts.",
+        code="ledger",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        return {name: record[name] for name in ("salt", "refused", "intents") if name in record}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError) as exc:
+        # A record that cannot be read may have held a refusal: guessing would burn a PIN.
+        raise OSError(5, f"{path.name} cannot be read") from exc
+
+
+def _hash(pin: Pin, record: dict[str, Any]) -> str:
+    # A pinpad's PIN has no value we know: a refusal there counts for whatever is typed next.
+    if "salt" not in record:
+        return ""
+    value = (pin.reveal() or "").encode()
+    salt = bytes.fromhex(record["salt"])
+    return hashlib.scrypt(value, salt=salt, n=2**12, r=8, p=1, dklen=32).hex()
+
+
+def _source(pin: Pin) -> str:
+    return pin.origin.partition(" ")[0]
+
+
+def _wait_for(lock: int, place: Place) -> None:
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise DeviceError(
+                    f"Another process has been logging in to '{foreign(place.label)}' for a minute",
+                    hint="Its module may hang: end that process.",
+                    code="login-busy",
+                    retryable=True,
+                ) from None
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,220 @@
+"""
+The PKCS#11 library: opened once per process, used under one lock, and what a fork does to it.
+
+python-pkcs11 initialises modules without asking them for locking and releases the GIL: two
+threads on two sessions crash some of them within a second. So every call in this room is made
+with `GATE` held, and it is held over a fork as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pkcs11
+from pkcs11.exceptions import PKCS11Error
+
+from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.hsm.codes import speaking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pkcs11 import Slot, Token
+
+__all__ = ["GATE", "Module", "check_path", "current", "opened", "restart"]
+
+# A forked child can start these afresh without harm to its parent (measured). With a TPM or a
+# smartcard the child's C_Finalize ends the parent's device; of others nothing is known.
+_FORK_HARMLESS: Final = frozenset({"SoftHSM", "IBM", "Mozilla Foundation"})
+# Its manufacturer is the one of what it reaches; the client itself reconnects in a child.
+_FORK_HARMLESS_FILES: Final = frozenset({"p11-kit-client.so"})
+
+
+class Gate:
+    """The one lock of the process around PKCS#11, with a deadline for those who wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._over_fork = False
+        #: Called in a forked child, before anything else runs there.
+        self.after_fork: list[Callable[[], None]] = []
+        os.register_at_fork(
+            before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child
+        )
+
+    @contextlib.contextmanager
+    def held(self, timeout: float) -> Iterator[None]:
+        """Hold it. Raises DeviceError (``device-busy``) after *timeout* seconds of waiting."""
+        lock = self._lock
+        if not lock.acquire(timeout=timeout):
+            raise DeviceError(
+                f"The device was not free within {timeout:g} s: another call to it has not ended",
+                hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
+                code="device-busy",
+                retryable=True,
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _before_fork(self) -> None:
+        # Forked in the middle of a call, the child would inherit a module in pieces. A call
+        # that hangs must not stop the fork for ever, though.
+        self._over_fork = self._lock.acquire(timeout=10)
+
+    def _in_parent(self) -> None:
+        if self._over_fork:
+            self._lock.release()
+
+    def _in_child(self) -> None:
+        self._lock = threading.RLock()
+        for forget in self.after_fork:
+            forget()
+
+
+GATE: Final = Gate()
+
+
+@dataclass(slots=True)
+class Module:
+    """
+    One loaded and initialised library. *logins* holds what this process has opened on each of
+    its p11_tokens; whoever kept another Module than `opened` returns has stale handles.
+    """
+
+    path: str
+    lib: Any
+    logins: dict[object, Any] = field(default_factory=dict)
+
+    def slots(self) -> Iterator[tuple[Slot, Token | PKCS11Error]]:
+        """
+        Every slot with its p11_token, or with the error it answers with: a slot that is
+        broken does not hide the others. Empty slots are left out.
+        """
+        with speaking(f"Asking {foreign(self.path)} for its slots"):
+            slots: list[Slot] = self.lib.get_slots(token_present=True)
+        for slot in slots:
+            try:
+                yield slot, slot.get_token()
+            except (pkcs11.TokenNotPresent, pkcs11.TokenNotRecognised):
+                continue
+            except PKCS11Error as exc:
+                yield slot, exc
+
+
+_opened: dict[str, Module] = {}
+_inherited: dict[str, Module] = {}
+
+
+def opened(path: Path) -> Module:
+    """
+    The module at *path*, loaded and initialised once per process. Call it with `GATE` held.
+
+    Raises ConfigurationError (``module-path``) for a path that is not one, DeviceError
+    (``module-load``, ``forked``) for what happens behind it.
+    """
+    name = str(path)
+    if name in _opened:
+        return _opened[name]
+    if name in _inherited:
+        _start_afresh(_inherited[name])
+        del _inherited[name]
+    else:
+        check_path(path)
+    try:
+        lib = pkcs11.lib(name)
+    except PKCS11Error as exc:
+        raise _not_loaded(path, exc) from exc
+    _opened[name] = Module(name, lib)
+    return _opened[name]
+
+
+def current(module: Module) -> bool:
+    """Whether *module* is still what this process uses: no fork, no restart since."""
+    return _opened.get(module.path) is module
+
+
+def restart(path: Path) -> None:
+    """
+    End the module, so that the next call initialises it again; every handle on it is void.
+    Call it with `GATE` held.
+    """
+    module = _opened.pop(str(path), None)
+    if module is not None:
+        # Some answer "not initialised" where the other side died; it is what was wanted.
+        with contextlib.suppress(PKCS11Error):
+            module.lib.finalize()
+
+
+def check_path(path: Path) -> None:
+    """
+    Raises ConfigurationError unless *path* is an absolute file that only root or this user can
+    change, the directories above it included (a sticky one such as /tmp excepted).
+    """
+    problem, hint = None, "Set HSMTOLL_HSM__MODULE to the .so of the device's maker."
+    if not path.is_absolute():
+        problem = "is not an absolute path"
+    elif not path.exists():
+        problem = "does not exist"
+    elif not path.is_file():
+        problem = "is not a file"
+    else:
+        real = path.resolve()
+        for place in (real, *real.parents):
+            facts = place.stat()
+            loose = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            sticky = place != real and facts.st_mode & stat.S_ISVTX
+            if facts.st_uid not in {0, os.geteuid()} or (loose and not sticky):
+                problem = f"can be changed by others ({foreign(place)})"
+                hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(place)}"
+                break
+    if problem:
+        raise ConfigurationError(
+            f"The PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
+        )
+
+
+def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
+    words = str(exc)
+    if "C_GetFunctionList" in words:
+        why, hint = "is a library, but not of PKCS#11", None
+    elif "OS exception" in words:
+        why, hint = f"cannot be loaded: {foreign(words.rpartition(f'{path}: ')[2])}", None
+    else:
+        why = f"cannot be started: {type(exc).__name__} {foreign(words)}".rstrip()
+        hint = "Its own configuration may be missing or unreadable (for SoftHSM: SOFTHSM2_CONF)."
+    return DeviceError(
+        f"The PKCS#11 module '{foreign(path)}' {why}",
+        hint=hint or "Set HSMTOLL_HSM__MODULE to the .so of the device's maker.",
+        code="module-load",
+    )
+
+
+def _start_afresh(module: Module) -> None:
+    lib, path = module.lib, Path(module.path)
+    if lib.manufacturer_id not in _FORK_HARMLESS and path.name not in _FORK_HARMLESS_FILES:
+        raise DeviceError(
+            f"The PKCS#11 module '{foreign(path)}' was opened before this process was forked, and"
+            " starting it again here could take the device away from the parent",
+            hint="Open it after the fork (gunicorn without --preload; multiprocessing with"
+            " 'spawn'), or set HSMTOLL_HSM__ISOLATION=process.",
+            code="forked",
+        )
+    # p11-kit and opencryptoki notice the fork themselves and answer "not initialised".
+    with contextlib.suppress(PKCS11Error):
+        lib.finalize()
+
+
+def _forget_parents() -> None:
+    _inherited.update(_opened)
+    _opened.clear()
+
+
+GATE.after_fork.append(_forget_parents)

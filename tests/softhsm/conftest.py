@@ -1,0 +1,156 @@
+"""A throw-away SoftHSM for the device room's own tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinSource, PinValue
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import RsaPublicKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
+SPY = Path("/usr/lib/x86_64-linux-gnu/pkcs11/pkcs11-spy.so")
+
+# In a process of its own: this one initialises SoftHSM only when a test does.
+_PROVISION = r"""
+import sys
+import pkcs11
+from pkcs11 import Attribute as A, CertificateType, KeyType, MechanismFlag, ObjectClass
+
+lib = pkcs11.lib(sys.argv[1])
+rigid = {A.SENSITIVE: True, A.EXTRACTABLE: False}
+loose = {A.SENSITIVE: False, A.EXTRACTABLE: True}
+
+
+def pair(session, label, id, template=rigid, bits=2048, public=True):
+    pub, key = session.generate_keypair(
+        KeyType.RSA, bits, id=id, label=label, store=True, private_template=dict(template)
+    )
+    if not public:
+        pub.destroy()
+    return key
+
+
+with lib.get_token(token_label="lab").open(rw=True, user_pin="1234") as session:
+    pair(session, "acme", b"\x01")
+    pair(session, "twin", b"\x02")
+    pair(session, "twin", b"\x03")
+    pair(session, "loose", b"\x04", loose)
+    pair(session, "small", b"\x05", bits=1024)
+    pair(session, "nopublic", b"\x06", public=False)
+    pair(session, "always", b"\x07", {**rigid, A.ALWAYS_AUTHENTICATE: True})
+    pair(session, "nosign", b"\x08", {**rigid, A.SIGN: False})
+    curve = session.create_domain_parameters(
+        KeyType.EC, {A.EC_PARAMS: bytes.fromhex("06082a8648ce3d030107")}, local=True
+    )
+    curve.generate_keypair(id=b"\x09", label="curve", store=True, private_template=dict(rigid))
+    made = session.generate_keypair(
+        KeyType.RSA, 2048, id=b"\x0b", label="source", store=False, private_template=dict(loose),
+        public_template={A.TOKEN: False},
+    )
+    value = {
+        a: made[1][a]
+        for a in (
+            A.MODULUS, A.PUBLIC_EXPONENT, A.PRIVATE_EXPONENT, A.PRIME_1, A.PRIME_2, A.EXPONENT_1,
+            A.EXPONENT_2, A.COEFFICIENT,
+        )
+    }
+    session.create_object(
+        {
+            A.CLASS: ObjectClass.PRIVATE_KEY, A.KEY_TYPE: KeyType.RSA, A.TOKEN: True,
+            A.PRIVATE: True, A.LABEL: "imported", A.ID: b"\x0a", A.SIGN: True, **rigid, **value,
+        }
+    )
+    for label, der in (("leaf", b"\x30\x03\x02\x01\x01"), ("huge", b"\x30" * 70000)):
+        session.create_object(
+            {
+                A.CLASS: ObjectClass.CERTIFICATE, A.CERTIFICATE_TYPE: CertificateType.X_509,
+                A.TOKEN: True, A.PRIVATE: False, A.LABEL: label, A.ID: b"\x01", A.VALUE: der,
+                A.SUBJECT: b"\x30\x00",
+            }
+        )
+"""
+
+
+@dataclass(frozen=True)
+class DeviceSoftHsm:
+    """The module, its configuration and a device 'lab' with PIN 1234."""
+
+    folder: Path
+    module: Path = SOFTHSM
+    pin: str = "1234"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process of its own needs to see this device."""
+        return {**os.environ, "SOFTHSM2_CONF": str(self.folder / "softhsm2.conf")}
+
+    def device(
+        self,
+        key: str,
+        state: Path,
+        *,
+        pin: PinSource | str | None = "1234",
+        module: Path | None = None,
+        signing_pin: PinSource | None = None,
+        public_key: RsaPublicKey | None = None,
+        allow_exportable_key: bool = False,
+    ) -> Device:
+        """A Device for one key (path attributes without the device's) of this one."""
+        return Device(
+            module or self.module,
+            KeyUri.parse(f"pkcs11:token=lab;{key}"),
+            pin=PinValue.of(pin) if isinstance(pin, str) else pin,
+            signing_pin=signing_pin,
+            ledger=Ledger(state),
+            public_key=public_key,
+            allow_exportable_key=allow_exportable_key,
+        )
+
+    def util(self, *arguments: str) -> None:
+        """softhsm2-util, on this device's directory."""
+        subprocess.run(
+            ["softhsm2-util", *arguments], env=self.environment, check=True, capture_output=True
+        )
+
+    def python(self, program: str, *arguments: str) -> None:
+        """A program in a process of its own."""
+        argv = [sys.executable, "-c", program, str(self.module), *arguments]
+        subprocess.run(argv, env=self.environment, check=True)
+
+
+def make_softhsm(folder: Path) -> DeviceSoftHsm:
+    """A device directory with the token 'lab', still empty."""
+    (folder / "tokens").mkdir(parents=True, mode=0o700)
+    (folder / "softhsm2.conf").write_text(
+        f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n"
+    )
+    made = DeviceSoftHsm(folder)
+    made.util("--init-token", "--free", "--label", "lab", "--pin", made.pin, "--so-pin", "56785678")
+    return made
+
+
+@pytest.fixture(scope="session")
+def device_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceSoftHsm]:
+    """The device with every kind of key; SoftHSM reads its configuration once per process."""
+    made = make_softhsm(tmp_path_factory.mktemp("device_softhsm"))
+    made.python(_PROVISION)
+    before = os.environ.get("SOFTHSM2_CONF")
+    os.environ["SOFTHSM2_CONF"] = made.environment["SOFTHSM2_CONF"]
+    yield made
+    if before is None:
+        os.environ.pop("SOFTHSM2_CONF", None)
+    else:
+        os.environ["SOFTHSM2_CONF"] = before
