@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hsmtoll.client import AsyncTollClient, Engine, TollClient
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
@@ -166,6 +167,13 @@ class App:
         return str(given)
 
     @cached_property
+    def ledger(self) -> Ledger:
+        """Of refused PINs. Only throw-away devices are unlocked without one."""
+        from hsmtoll.hsm.ledger import Ledger
+
+        return Ledger(self.state, optional=self.settings.environment == "sandbox")
+
+    @cached_property
     def devices(self) -> tuple[Device, ...]:
         """One for each key named, in order."""
         return tuple(self.device(uri) for uri in self.uris())
@@ -173,19 +181,17 @@ class App:
     def device(self, uri: KeyUri) -> Device:
         """The device of one key."""
         from hsmtoll.hsm.device import Device
-        from hsmtoll.hsm.ledger import Ledger
 
         pin = self._pin("pin", uri)
         return Device(
-            self.module(uri),
+            Path(self.module(uri)),
             uri,
             pin=pin,
             signing_pin=self._pin("signing_pin", None) or pin,
-            ledger=Ledger(self.state),
+            ledger=self.ledger,
             public_key=self._public_key(),
             use_final_try=self.use_final_try,
             allow_exportable_key=self.settings.hsm.allow_exportable_key,
-            sandbox=self.settings.environment == "sandbox",
             lock_timeout=self.settings.deadline,
         )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.device import Device, StoredCertificate
     from hsmtoll.tokens import TokenRequest
 
 __all__ = ["FirstUp", "LocalSigner", "Signer", "SpentOnce"]
@@ -67,7 +67,7 @@ class LocalSigner:
         alg: str = "RS256",
         issuer: str | None = None,
         kid: str | None = None,
-        x5c: str = "full",
+        x5c: chains.X5cMode = "full",
         pem: Iterable[Certificate] = (),
         root_sha256: str | None = None,
         certificate_sha256: str | None = None,
@@ -98,21 +98,17 @@ class LocalSigner:
         """The proven chain of the device's key, as it is now. CertificateError without one."""
         pool = [*_readable(self._device.certificates()), *self._pem]
         now = datetime.fromtimestamp(self._clock.now().wall, UTC)
-        facts = self._device.key(candidates=_keys(pool))
-        leaves = [
-            certificate
-            for certificate in pool
-            if certificate.public_key is not None
-            and (facts.public is None or certificate.public_key == facts.public)
-        ]
+        public = self._device.key(candidates=_keys(pool)).public
         return chains.checked(
-            leaves,
+            # Where the device hides the public half, the grant's own signature proves the leaf.
+            chains.for_key(pool, public) if public else [c for c in pool if c.public_key],
             pool,
             identity=self._family,
             now=now,
+            mode=self._x5c,
             root_sha256=self._root_sha256,
-            certificate_sha256=self._certificate_sha256,
             preferred=frozenset(certificate.sha256 for certificate in self._pem),
+            pinned_sha256=self._certificate_sha256,
         )
 
     def assertion(self, request: TokenRequest) -> str:
@@ -126,7 +122,7 @@ class LocalSigner:
         self._device.login()
         now = self._clock.now()
         unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        signature = self._device.sign(self._alg, unsigned)
+        signature = self._device.sign(self._alg, unsigned, candidates=(key,))
         if not key.verify(self._alg, unsigned, signature):
             raise DeviceError(
                 "signing: the device's signature does not verify with the public key",
@@ -182,12 +178,12 @@ def _no_client_id() -> ConfigurationError:
     )
 
 
-def _readable(stored: Iterable[object]) -> list[Certificate]:
+def _readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
     """What parses: a device holds objects of all kinds, and one bad one hides no other."""
     read: list[Certificate] = []
     for each in stored:
         try:
-            read.append(Certificate.load(each.der))  # type: ignore[attr-defined] # StoredCertificate
+            read.append(Certificate.load(each.der))
         except ValueError:
             continue
     return read
