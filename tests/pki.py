@@ -72,7 +72,7 @@ def name(
         *([x509.NameAttribute(NameOID.COUNTRY_NAME, country)] if country else []),
         *([x509.NameAttribute(NameOID.ORGANIZATION_NAME, org, kind)] if org else []),
         *(x509.NameAttribute(NameOID.ORGANIZATION_IDENTIFIER, value, kind) for value in orgids),
-        *([x509.NameAttribute(NameOID.SERIAL_NUMBER, serial)] if serial else []),
+        *([x509.NameAttribute(NameOID.SERIAL_NUMBER, serial, kind)] if serial else []),
         *([x509.NameAttribute(NameOID.COMMON_NAME, common, kind)] if common else []),
     ]
     return x509.Name(attributes)
