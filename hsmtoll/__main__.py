@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 
 def main() -> None:
     """Run the command line and leave with its code."""
-    from hsmtoll.cli import run  # noqa: PLC0415 - importing the package must not import the CLI
+    from hsmtoll.cli import leave, run  # noqa: PLC0415 - importing the package is not running it
 
-    sys.exit(run())
+    leave(run())
 
 
 if __name__ == "__main__":

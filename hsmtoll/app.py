@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.apis import Identity
+    from hsmtoll.cache import Budget
     from hsmtoll.certificate import Certificate
+    from hsmtoll.chain import Chain
     from hsmtoll.client import AsyncTollClient, Engine, TollClient
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
-    from hsmtoll.signer import Signer
+    from hsmtoll.signer import LocalSigner, Signer
     from hsmtoll.stores import Store
     from hsmtoll.wire import Wire
 
@@ -248,17 +250,26 @@ class App:
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FirstUp(signers)
 
-    def local_signer(self, device: Device) -> Signer:
+    def local_signer(self, device: Device) -> LocalSigner:
         """The signer of one device."""
+        return self._local(device, self.endpoints.issuer, self.family, self.skew)
+
+    def chain(self) -> Chain:
+        """The proven chain of the first key named; neither identity nor environment is needed."""
+        # Without an identity the rules of eSeals judge: what they take, the others take.
+        family = self.settings.identity or "eseal"
+        return self._local(self.devices[0], "", family, Skew()).chain()
+
+    def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
         from hsmtoll.signer import LocalSigner
 
         settings = self.settings
         return LocalSigner(
             device,
-            audience=self.endpoints.issuer,
-            identity=self.family,
+            audience=audience,
+            identity=family,
             clock=self.clock,
-            skew=self.skew,
+            skew=skew,
             new_jti=self.new_jti,
             alg=settings.alg,
             issuer=settings.iss,
@@ -271,12 +282,13 @@ class App:
 
     @cached_property
     def engine(self) -> Engine:
-        """The renewal, with the local signer."""
+        """The renewal, with the signer of these settings."""
+        _ = self.family, self.endpoints
         return self.engine_with(self.signer)
 
     def engine_with(self, signer: Signer) -> Engine:
         """The renewal, with *signer*."""
-        from hsmtoll.cache import Budget, Cache
+        from hsmtoll.cache import Cache
         from hsmtoll.client import Engine
 
         settings = self.settings
@@ -289,15 +301,23 @@ class App:
             cache=Cache(
                 self.store, self.clock, patience=settings.deadline, background=not self.one_shot
             ),
-            budget=Budget(self.store, self.clock, per_hour=settings.budget.per_hour),
+            budget=self.budget,
             clock=self.clock,
             skew=self.skew,
             selector=selector,
-            family=self.family,
+            # An assertion that was handed in brings its scope; nobody asks for the family then.
+            family=self.settings.identity or "eseal",
             per_request=settings.budget.per_request,
             default=default,
             identity_file=self.state / f"identity-{selector[:32]}",
         )
+
+    @cached_property
+    def budget(self) -> Budget:
+        """Signatures left, for every command alike."""
+        from hsmtoll.cache import Budget
+
+        return Budget(self.store, self.clock, per_hour=self.settings.budget.per_hour)
 
     def wire(self) -> Wire:
         """Our own way to the token endpoints, with the proxy and the CA that were set."""

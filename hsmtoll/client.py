@@ -191,16 +191,21 @@ class Engine:
         flight.doing = "Maskinporten"
         subject = self.granted(assertion)
         if request.scope == apis.SELF_TEST_SCOPE:
-            raise ExchangeRefused(
-                f"{request.scope}: Maskinporten granted it; stopped before the exchange",
-                hint="this scope is a self-test: it grants nothing at Customs. "
-                "The key, its certificates and Maskinporten work together",
-                code="self-test",
-            )
+            raise self.self_test()
         flight.doing = "Customs"
         issued = self.exchanged(subject)
         lifetime = min(issued.expires_in, subject.expires_in)
         return AccessToken(issued.value, request.scope, asked, lifetime)
+
+    @staticmethod
+    def self_test() -> ExchangeRefused:
+        """Where a grant for the self-test's scope ends: it worked, and opens nothing at Customs."""
+        return ExchangeRefused(
+            f"{apis.SELF_TEST_SCOPE}: Maskinporten granted it; stopped before the exchange",
+            hint="this scope is a self-test and opens nothing at Customs: "
+            "the key, its certificates and Maskinporten work together",
+            code="self-test",
+        )
 
     def granted(self, assertion: str) -> Issued:
         """Leg one; the answer's Date teaches the skew, which may call for another attempt."""

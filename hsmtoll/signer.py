@@ -254,6 +254,10 @@ class SpentOnce:
     def assertion(self, request: TokenRequest) -> str:
         """The assertion, the first time."""
         del request
+        return self.spend()
+
+    def spend(self) -> str:
+        """The assertion, the first time; GrantRefused (MP-012) after that."""
         with self._lock:
             handed, self._assertion = self._assertion, None
         if handed is None:

@@ -1,0 +1,409 @@
+"""
+argv in; result on stdout, everything else on stderr, an exit code out.
+
+Prompts go to the terminal. Nothing is decided here that a program would need as well.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+
+from hsmtoll import apis as catalogue
+from hsmtoll.errors import ApiRefused, ExchangeRefused, HsmTollError, UsageError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hsmtoll.app import App
+
+__all__ = ["main", "run"]
+
+_INTERRUPTED: Final = 130
+_BUG: Final = 1
+
+#: Bytes. An assertion with a chain of certificates is some ten kilobytes.
+_LARGEST_ASSERTION: Final = 64 * 1024
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """
+    One command. Returns the exit code: 0, or that of the error's class.
+
+    An error is one line that says what was attempted and what happened, then what to do.
+    Tracebacks are never printed: nothing that a user can do follows from one.
+    """
+    try:
+        code = main.main(args=argv, prog_name="hsmtoll", standalone_mode=False)
+        sys.stdout.flush()
+    except HsmTollError as exc:
+        return _told(exc)
+    except click.UsageError as exc:
+        command = exc.ctx.command_path if exc.ctx else "hsmtoll"
+        return _told(UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`"))
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader left; there is nobody to tell, and no second error at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
+        at = exc.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        where = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else "?"
+        _say(f"unexpected {type(exc).__name__} at {where}: a mistake in hsmtoll")
+        _say("please report this line with what was run", "hint")
+        return _BUG
+    return code if isinstance(code, int) else 0
+
+
+def _told(exc: HsmTollError) -> int:
+    _say(str(exc))
+    for line in (exc.hint or "").splitlines():
+        _say(line, "hint")
+    ids = {"trace id": exc.trace_id, "correlation id": exc.correlation_id, "jti": exc.jti}
+    told = ", ".join(f"{name} {value}" for name, value in ids.items() if value)
+    if told:
+        _say(f"for support: {told}", "hint")
+    return exc.exit_code
+
+
+def _say(line: str, prefix: str = "hsmtoll") -> None:
+    print(f"{prefix}: {line}", file=sys.stderr)
+
+
+def _lower(text: str) -> str:
+    return (text[:1].lower() + text[1:]).rstrip(".")
+
+
+@dataclass(slots=True)
+class _Globals:
+    config: str | None
+    profile: str | None
+
+    def app(self, *, use_final_try: bool = False) -> App:
+        from hsmtoll.app import App
+        from hsmtoll.settings import load
+
+        settings = load(config=self.config, profile=self.profile)
+        if settings.environment != "sandbox" and settings.hsm.pin is not None:
+            logging.getLogger("hsmtoll").warning(
+                "HSMTOLL_HSM__PIN: every child process and crash report sees the environment; "
+                "HSMTOLL_HSM__PIN_FILE is safer"
+            )
+        return App(settings, one_shot=True, use_final_try=use_final_try)
+
+
+class _Stderr(logging.Handler):
+    """Log records as lines of ours, wherever stderr points at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(f"{record.levelname.lower()}: {foreign(record.getMessage())}")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--config", metavar="FILE", help="Configuration file (TOML).")
+@click.option("--profile", metavar="NAME", help="Table [profile.NAME] of the configuration file.")
+@click.option("-v", "--verbose", count=True, help="Tell what is done; -vv tells more.")
+@click.version_option(version("hsmtoll"), prog_name="hsmtoll")
+@click.pass_context
+def main(ctx: click.Context, config: str | None, profile: str | None, verbose: int) -> None:
+    """Customs tokens, signed with a key that never leaves its device."""
+    ctx.obj = _Globals(config, profile)
+    logger = logging.getLogger("hsmtoll")
+    logger.handlers[:] = [_Stderr()]
+    logger.propagate = False
+    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
+
+
+_final_try = click.option(
+    "--use-final-try",
+    is_flag=True,
+    help="Log in although the device says that this is the last try before it locks.",
+)
+
+
+def _what(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The API or scope asked for: a word, or --scope or --api, which mean the same."""
+    function = click.argument("what", metavar="[API|SCOPE]", required=False)(function)
+    return click.option("--scope", "--api", "named", metavar="S", help="The same as an option.")(
+        function
+    )
+
+
+def _one(what: str | None, named: str | None) -> str | None:
+    if what and named:
+        raise UsageError(f"{foreign(what)} and {foreign(named)}: one API or scope at a time")
+    return what or named
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps({"schema": 1, **value}, ensure_ascii=False, indent=2))
+
+
+@main.command()
+@_what
+@click.option("--json", "as_json", is_flag=True, help="Token, type, remaining seconds, scope.")
+@click.option("--header", is_flag=True, help="A header line, for `curl -H @-`.")
+@click.option("--min-life", type=click.FloatRange(min=0), default=0.0, metavar="S",
+              help="Seconds the token shall live at least.")  # fmt: skip
+@click.option("--renew", is_flag=True, help="A new token, whatever is cached.")
+@_final_try
+@click.pass_obj
+def token(
+    ours: _Globals,
+    *,
+    what: str | None,
+    named: str | None,
+    as_json: bool,
+    header: bool,
+    min_life: float,
+    renew: bool,
+    use_final_try: bool,
+) -> None:
+    """Print one Customs token: cached, or signed for, granted and exchanged."""
+    if as_json and header:
+        raise UsageError("--json and --header: one form at a time")
+    app = ours.app(use_final_try=use_final_try)
+    with app.client() as client:
+        got = client.token(_one(what, named), min_life=min_life, renew=renew)
+        left = int(got.remaining(app.clock.now()))
+    if as_json:
+        _print_json(
+            {
+                "access_token": got.value,
+                "token_type": got.token_type,
+                "expires_in": left,
+                "scope": got.scope,
+            }
+        )
+    else:
+        click.echo(f"Authorization: Bearer {got.value}" if header else got.value)
+
+
+@main.command()
+@_what
+@_final_try
+@click.pass_obj
+def sign(ours: _Globals, *, what: str | None, named: str | None, use_final_try: bool) -> None:
+    """Print one signed assertion. Nothing is sent; it is good once, for two minutes."""
+    app = ours.app(use_final_try=use_final_try)
+    request = app.engine.request(_one(what, named))
+    try:
+        app.budget.spend(app.signer.identity())
+        click.echo(app.signer.assertion(request))
+    finally:
+        app.close()
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Token, type, remaining seconds, scope.")
+@click.pass_obj
+def exchange(ours: _Globals, *, as_json: bool) -> None:
+    """Read an assertion on stdin, exchange it, print the Customs token. Needs no device."""
+    from hsmtoll.signer import SpentOnce
+
+    app = ours.app()
+    audience = app.endpoints.issuer
+    if sys.stdin.isatty():
+        raise UsageError(
+            "exchange: an assertion is expected on stdin",
+            hint="hsmtoll sign road | hsmtoll exchange",
+        )
+    raw = sys.stdin.buffer.read(_LARGEST_ASSERTION + 1)
+    handed = SpentOnce(raw.decode("ascii", "replace").strip(), audience=audience)
+    engine = app.engine_with(handed)
+    subject = engine.granted(handed.spend())
+    if handed.scope == catalogue.SELF_TEST_SCOPE:
+        raise engine.self_test()
+    issued = engine.exchanged(subject)
+    if as_json:
+        _print_json(
+            {
+                "access_token": issued.value,
+                "token_type": "Bearer",
+                "expires_in": min(issued.expires_in, subject.expires_in),
+                "scope": handed.scope,
+            }
+        )
+    else:
+        click.echo(issued.value)
+
+
+@main.command("test-auth")
+@_what
+@_final_try
+@click.pass_obj
+def test_auth(ours: _Globals, *, what: str | None, named: str | None, use_final_try: bool) -> None:
+    """Get a token and make the API's test call. Prints the status; 200 is success."""
+    app = ours.app(use_final_try=use_final_try)
+    api = _test_api(_one(what, named) or app.settings.scope or "road")
+    with app.client() as client:
+        if api.name == "verksemd.eu":
+            try:
+                client.token(api.name)
+            except ExchangeRefused as exc:
+                if exc.code != "self-test":
+                    raise
+                click.echo(f"granted {catalogue.SELF_TEST_SCOPE}")
+                _say(str(exc))
+            return
+        if api.test is None:
+            raise UsageError(
+                f"API {api.name}: no test call is documented for it",
+                hint="`hsmtoll test-auth road` proves key, certificate and both services",
+            )
+        response = client.call("GET", f"{api.base}{api.test}")
+        _checked(response, api, app)
+        click.echo(f"{response.status_code} {response.reason_phrase}")
+
+
+def _test_api(word: str) -> catalogue.Api:
+    if ":" not in word:
+        return catalogue.named(word)
+    found = [api for api in catalogue.APIS if word in (api.norwegian, api.eseal)]
+    if not found:
+        raise UsageError(f"scope {foreign(word)}: no API of the Customs guide has it")
+    return found[0]
+
+
+def _checked(response: Any, api: catalogue.Api, app: App) -> None:
+    from hsmtoll.customs import refused
+
+    error = refused(response, api, now=app.clock.now().wall)
+    if error is not None:
+        raise error
+    if response.is_redirect:
+        raise ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+
+
+@main.command()
+@click.argument("method")
+@click.argument("path")
+@click.option("--data", metavar="@F", help="Body: text, or @FILE, or @- for stdin.")
+@click.option("--json-data", metavar="@F", help="The same, sent as application/json.")
+@click.option(
+    "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
+)
+@_final_try
+@click.pass_obj
+def call(
+    ours: _Globals,
+    *,
+    method: str,
+    path: str,
+    data: str | None,
+    json_data: str | None,
+    headers: tuple[str, ...],
+    use_final_try: bool,
+) -> None:
+    """Make one API call. The scope is found from the path; the body goes to stdout."""
+    if data is not None and json_data is not None:
+        raise UsageError("--data and --json-data: one body at a time")
+    api = catalogue.api_of_path(path)
+    sent = [_header(line) for line in headers]
+    body = _body(data if data is not None else json_data)
+    if json_data is not None:
+        try:
+            json.loads(body or b"")
+        except ValueError:
+            raise UsageError("--json-data: that is not JSON") from None
+        sent.append(("Content-Type", "application/json"))
+    app = ours.app(use_final_try=use_final_try)
+    with app.client() as client:
+        response = client.call(method.upper(), path, content=body, headers=sent)
+    sys.stdout.buffer.write(response.content)
+    sys.stdout.buffer.flush()
+    _checked(response, api, app)
+
+
+def _header(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    if not colon or not name.strip() or not line.isprintable():
+        raise UsageError("--header: NAME: VALUE is expected")
+    if name.strip().lower() in ("authorization", "host", "cookie"):
+        raise UsageError(f"--header {name.strip()}: hsmtoll sets it itself, or never")
+    return name.strip(), value.strip()
+
+
+def _body(given: str | None) -> bytes | None:
+    if given is None or not given.startswith("@"):
+        return given.encode() if given is not None else None
+    if given == "@-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(given[1:]).read_bytes()
+    except OSError as exc:
+        raise UsageError(f"{given}: cannot be read ({exc.strerror})") from exc
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A list, leaf first.")
+@click.option("--pem", is_flag=True, help="The certificates, leaf first.")
+@_final_try
+@click.pass_obj
+def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> None:
+    """Show the proven certificate chain, as x5c carries it."""
+    if as_json and pem:
+        raise UsageError("--json and --pem: one form at a time")
+    app = ours.app(use_final_try=use_final_try)
+    try:
+        found = app.chain()
+    finally:
+        app.close()
+    if pem:
+        click.echo("".join(each.pem() for each in found.certificates), nl=False)
+    elif as_json:
+        form = "%Y-%m-%dT%H:%M:%SZ"
+        listed = [
+            {
+                "schema": 1,
+                "subject": each.subject,
+                "issuer": each.issuer,
+                "serial": each.serial_hex,
+                "not_before": each.not_before.strftime(form),
+                "not_after": each.not_after.strftime(form),
+                "sha256": each.sha256,
+            }
+            for each in found.certificates
+        ]
+        click.echo(json.dumps(listed, ensure_ascii=False, indent=2))
+    else:
+        for line in found.explain():
+            click.echo(line)
+
+
+@main.command("apis")
+def list_apis() -> None:
+    """List the APIs with their scopes and paths."""
+    rows = [("API", "Norwegian scope", "eSeal scope", "path")]
+    rows += [
+        (api.name, api.norwegian or "-", api.eseal or "-", api.not_ready or api.base or "self-test")
+        for api in catalogue.APIS
+    ]
+    widths = [max(len(row[at]) for row in rows) for at in range(3)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        click.echo("  ".join([*cells, row[3]]))
+
+
+def leave(code: int) -> NoReturn:
+    """
+    End the process with *code*, at once.
+
+    Modules of vendors are known to crash in their own clean-up at exit, and one that hangs
+    would keep the process: what had to be written is written.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
