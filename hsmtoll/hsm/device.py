@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
@@ -107,7 +107,7 @@ class KeyFacts:
 
 
 @dataclass(slots=True, eq=False)
-class _Login:
+class Login:
     """What this process holds on one p11_token, shared by all Devices on it."""
 
     anchor: Session | None = None
@@ -131,7 +131,7 @@ class _Open:
 
     module: Module
     token: Token
-    login: _Login
+    login: Login
     session: Session
     key: Object | None = None
     found_with: Session | None = None
@@ -163,7 +163,7 @@ class Device:
         self.module_path = module_path
         self.uri = uri
         self._pin = pin
-        self._signing_pin = signing_pin
+        self._signing_pin = signing_pin if signing_pin is not pin else None
         self._ledger = ledger
         self._public_key = public_key
         self._use_final_try = use_final_try
@@ -171,6 +171,7 @@ class Device:
         self._lock_timeout = lock_timeout
         self._open: _Open | None = None
         self._proven: RsaPublicKey | None = None
+        self._accepted: Pin | None = None
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -193,7 +194,7 @@ class Device:
         One that cannot be read, or is larger than 64 KiB, is left out with a warning.
         """
         with self._using("Reading certificates") as here:
-            return tuple(_certificates(here.session))
+            return tuple(certificates_of(here.session))
 
     def login(self) -> bool:
         """
@@ -280,10 +281,8 @@ class Device:
         here = self._open
         if here is not None and here.module is module:
             return here
-        slot, token = self._choose(module)
-        # By slot as well: two devices of one maker may carry the same label and no serial.
-        identity = (slot.slot_id, *_named(token))
-        login = module.logins.setdefault(identity, _Login())
+        _, token = self._choose(module)
+        login = module.logins.setdefault(login_key(token), Login())
         self._open = _Open(module=module, token=token, login=login, session=token.open())
         login.users.add(id(self))
         return self._open
@@ -352,11 +351,11 @@ class Device:
                 )
             except NOT_TRIED as exc:
                 page.withdraw()
-                raise self._login_failed(here, exc) from exc
+                raise self._login_failed(here, pin, exc) from exc
             except REFUSED as exc:
                 page.refuse(pin)
                 login.pin = None
-                raise self._login_failed(here, exc) from exc
+                raise self._login_failed(here, pin, exc) from exc
             else:
                 page.accept()
                 login.pin = pin
@@ -383,9 +382,9 @@ class Device:
             self._warn("pin-to-be-changed", f"the PIN of {called} is to be changed")
         return flags
 
-    def _login_failed(self, here: _Open, exc: p11.PKCS11Error) -> HsmTollError:
+    def _login_failed(self, here: _Open, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
-        error = translated(kind, f"The PIN of {_called(here.token)}")
+        error = translated(kind, f"The PIN of {_called(here.token)} from {pin.source}")
         if type(kind) is type(exc):
             return error
         return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)
@@ -393,7 +392,7 @@ class Device:
     def _sign_with_pin(self, here: _Open, data: bytes, mechanism: Mechanism) -> bytes:
         """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""
         source = self._signing_pin or self._pin
-        pin = None if self._signing_pin else here.login.pin
+        pin = self._accepted if self._signing_pin else here.login.pin
         if pin is None and source is not None:
             pin = source.read(device=f"the key on {_called(here.token)}")
         if pin is None or pin.on_pinpad:
@@ -402,7 +401,7 @@ class Device:
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )
-        user = "user" if pin is here.login.pin else "signing"
+        user = "signing" if self._signing_pin else "user"
         with self._ledger.held(Place(*_named(here.token), user=user)) as page:
             page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
             try:
@@ -412,8 +411,10 @@ class Device:
                 raise
             except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
                 page.refuse(pin)
-                raise self._login_failed(here, exc) from exc
+                self._accepted = None
+                raise self._login_failed(here, pin, exc) from exc
             page.accept()
+            self._accepted = pin
             return signed
 
     # ------------------------------------------------------------------ the key
@@ -502,8 +503,7 @@ class Device:
         if not (fact.never_extractable and fact.local):
             warnings.append("key-imported")
             self._warn("key-imported", f"the key {name} was, or may have been, outside the device")
-        changed = {"public": public, "bits": bits, "warnings": tuple(warnings)}
-        return KeyFacts(**{**{n: getattr(fact, n) for n in KeyFacts.__slots__}, **changed})
+        return replace(fact, public=public, bits=bits, warnings=tuple(warnings))
 
     def _warn(self, code: str, text: str) -> None:
         if code not in self._warned:
@@ -530,24 +530,21 @@ def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
     }
 
 
+def login_key(token: Token) -> tuple[object, ...]:
+    """Whose login it is. By slot as well: two devices may carry one label and no serial."""
+    return (token.slot.slot_id, *_named(token))
+
+
 def device_uri(token: Token) -> KeyUri:
     """The URI of a p11_token, without its slot's number, which may change."""
     manufacturer, model, serial, label = _named(token)
-    return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial)
+    return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial or None)
 
 
 def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
     """The URI of an object on *token*, ready to paste."""
-    place = device_uri(token)
-    return KeyUri(
-        token=place.token,
-        serial=place.serial or None,
-        manufacturer=place.manufacturer,
-        model=place.model,
-        object=_label(thing) or None,
-        id=_attribute(thing, Attribute.ID) or None,
-        type=kind,
-    )
+    label, key_id = _label(thing), _attribute(thing, Attribute.ID)
+    return replace(device_uri(token), object=label or None, id=key_id or None, type=kind)
 
 
 def key_facts(module: Module, token: Token, session: Session, key: Object) -> KeyFacts:
@@ -612,7 +609,7 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
     return RsaPublicKey(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
 
 
-def _certificates(session: Session) -> Iterator[StoredCertificate]:
+def certificates_of(session: Session) -> Iterator[StoredCertificate]:
     for thing in list(session.get_objects({Attribute.CLASS: ObjectClass.CERTIFICATE})):
         label = _label(thing)
         try:

@@ -148,12 +148,12 @@ class Page:
         for a value that was refused, ``pin-unresolved`` for one whose last try has no result.
         """
         if _hash(pin, self.record) in self.record.get("refused", ()):
-            raise self._spent(f"the PIN from {_source(pin)} was refused before", code="pin-refused")
+            raise self._spent(f"the PIN from {pin.source} was refused before", code="pin-refused")
         intents: list[str] = self.record.get("intents", [])
         same = intents.count(pin.origin)
         if same >= _UNRESOLVED_SAME or len(intents) >= _UNRESOLVED_ALL or (same and count_low):
             raise self._spent(
-                f"what became of the last try with the PIN from {_source(pin)} is not known",
+                f"what became of the last try with the PIN from {pin.source} is not known",
                 code="pin-unresolved",
             )
         self._before = dict(self.record)
@@ -235,10 +235,6 @@ def _hash(pin: Pin, record: dict[str, Any]) -> str:
     value = (pin.reveal() or "").encode()
     salt = bytes.fromhex(record["salt"])
     return hashlib.scrypt(value, salt=salt, n=2**12, r=8, p=1, dklen=32).hex()
-
-
-def _source(pin: Pin) -> str:
-    return pin.origin.partition(" ")[0]
 
 
 def _wait_for(lock: int, place: Place) -> None:

@@ -40,15 +40,16 @@ class Pin:
     """
     A PIN and where it came from. It shows itself as ``Pin(from HSMTOLL_HSM__PIN)``.
 
-    *origin* says which source, inode and mtime it was read from; nothing in it is derived
+    *origin* is the source's name, and of a file its inode and mtime; nothing in it is derived
     from the value. A pinpad's PIN has no value: the device asks for it itself.
     """
 
-    __slots__ = ("_value", "origin")
+    __slots__ = ("_value", "origin", "source")
 
-    def __init__(self, value: str | None, *, origin: str) -> None:
+    def __init__(self, value: str | None, *, source: str, version: str = "") -> None:
         self._value = value
-        self.origin = origin
+        self.source = source
+        self.origin = f"{source} {version}".rstrip()
 
     @property
     def on_pinpad(self) -> bool:
@@ -60,7 +61,7 @@ class Pin:
         return self._value
 
     def __repr__(self) -> str:
-        return f"Pin(from {self.origin})"
+        return f"Pin(from {self.source})"
 
     def __reduce__(self) -> str:
         raise TypeError("a PIN is not written anywhere")
@@ -82,7 +83,7 @@ class PinValue:
     @classmethod
     def of(cls, value: str, *, name: str = "HSMTOLL_HSM__PIN") -> PinValue:
         """Wrap the text of a setting."""
-        return cls(_pin(value, origin=name))
+        return cls(_pin(value, source=name))
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002 - the same call for every source
         """The value of the setting."""
@@ -119,8 +120,8 @@ class PinFile:
                 f"The PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
                 code="pin-source",
             ) from exc
-        origin = f"{self.name} inode {facts.st_ino} mtime {facts.st_mtime_ns}"
-        return _pin(_line(data, name=self.name), origin=origin)
+        version = f"inode {facts.st_ino} mtime {facts.st_mtime_ns}"
+        return _pin(_line(data, name=self.name), source=self.name, version=version)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -164,7 +165,7 @@ class PinCommand:
                     os.killpg(process.pid, signal.SIGKILL)
         if process.returncode:
             raise self._failed(f"ended with exit code {process.returncode}")
-        return _pin(_line(out, name=self.name), origin=self.name)
+        return _pin(_line(out, name=self.name), source=self.name)
 
     def _failed(self, what: str) -> ConfigurationError:
         return ConfigurationError(f"The PIN command ({self.name}) {what}", code="pin-source")
@@ -191,7 +192,7 @@ class PinTerminal:
                 hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
                 code="pin-source",
             ) from None
-        return _pin(getpass.getpass(f"{self.what} of {foreign(device)}: "), origin=self.name)
+        return _pin(getpass.getpass(f"{self.what} of {foreign(device)}: "), source=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ class PinPad:
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002
         """A PIN without a value."""
-        return Pin(None, origin=self.name)
+        return Pin(None, source=self.name)
 
 
 def _line(data: bytes, *, name: str) -> str:
@@ -214,7 +215,7 @@ def _line(data: bytes, *, name: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _pin(value: str, *, origin: str) -> Pin:
+def _pin(value: str, *, source: str, version: str = "") -> Pin:
     wrong = (
         "is empty" if not value
         else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
@@ -222,7 +223,5 @@ def _pin(value: str, *, origin: str) -> Pin:
         else None
     )  # fmt: skip
     if wrong:
-        raise ConfigurationError(
-            f"The PIN from {origin.partition(' ')[0]} {wrong}", code="pin-source"
-        )
-    return Pin(value, origin=origin)
+        raise ConfigurationError(f"The PIN from {source} {wrong}", code="pin-source")
+    return Pin(value, source=source, version=version)

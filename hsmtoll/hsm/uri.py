@@ -7,7 +7,7 @@ A PIN never enters this room: ``pin-value`` is refused, ``pin-source`` names a f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -130,8 +130,7 @@ class KeyUri:
 
     def device_only(self) -> KeyUri:
         """The same without the object: what names the device."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        return KeyUri(**{**kept, "object": None, "id": None, "type": None})
+        return replace(self, object=None, id=None, type=None)
 
 
 def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:

@@ -15,10 +15,11 @@ from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hsmtoll.jws import RsaPublicKey
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 SPY = Path("/usr/lib/x86_64-linux-gnu/pkcs11/pkcs11-spy.so")

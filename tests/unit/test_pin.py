@@ -194,4 +194,4 @@ def test_a_pinpad_has_no_value_to_lose() -> None:
     pin = PinPad().read(device="lab")
     assert pin.on_pinpad
     assert pin.reveal() is None
-    assert not Pin("1234", origin="x").on_pinpad
+    assert not Pin("1234", source="x").on_pinpad

@@ -1,0 +1,204 @@
+"""
+Everything that can be seen behind a module, as values: for people who look for the right URI,
+and for the doctor.
+
+Works without a PIN, and then shows what can be seen without one. Nothing is signed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pkcs11 import Attribute, ObjectClass, TokenFlag
+from pkcs11.exceptions import PKCS11Error
+
+from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.codes import speaking
+from hsmtoll.hsm.device import (
+    Device,
+    KeyFacts,
+    StoredCertificate,
+    certificates_of,
+    device_facts,
+    device_uri,
+    key_facts,
+    login_key,
+)
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.module import GATE, Module, opened
+from hsmtoll.hsm.uri import KeyUri
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pkcs11 import Slot, Token
+
+    from hsmtoll.hsm.pin import PinSource
+
+__all__ = ["ModuleFacts", "TokenFacts", "inspect", "places"]
+
+_PIN_FLAGS = {
+    TokenFlag.USER_PIN_LOCKED: "locked",
+    TokenFlag.USER_PIN_FINAL_TRY: "final-try",
+    TokenFlag.USER_PIN_COUNT_LOW: "count-low",
+    TokenFlag.USER_PIN_TO_BE_CHANGED: "to-be-changed",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFacts:
+    """
+    One p11_token. *pin_state* is the worst of ``ok count-low to-be-changed final-try locked
+    unset``; *refused* and *unresolved* count what the ledger remembers. *logged_in* says
+    whether private keys could be seen; *problem* is why not, or why nothing could be read.
+    """
+
+    uri: KeyUri
+    slot_id: int
+    slot_description: str
+    initialized: bool = False
+    login_required: bool = False
+    pinpad: bool = False
+    pin_state: str = "unset"
+    refused: int = 0
+    unresolved: int = 0
+    firmware: tuple[int, int] = (0, 0)
+    logged_in: bool = False
+    keys: tuple[KeyFacts, ...] = ()
+    certificates: tuple[tuple[KeyUri, StoredCertificate], ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleFacts:
+    """One module and its p11_tokens, slots that answer with an error included."""
+
+    path: str
+    manufacturer: str
+    description: str
+    version: tuple[int, int]
+    cryptoki: tuple[int, int]
+    tokens: tuple[TokenFacts, ...]
+
+
+def inspect(
+    module_path: Path,
+    *,
+    ledger: Ledger,
+    uri: KeyUri | None = None,
+    pin: PinSource | None = None,
+    lock_timeout: float = 60.0,
+) -> ModuleFacts:
+    """
+    What is behind *module_path*. With *pin*, the one p11_token that *uri* names is logged in to,
+    under the rules of Device; a PIN that is refused becomes its *problem*, and is not raised.
+
+    Raises ConfigurationError and DeviceError for the module itself.
+    """
+    wanted = uri or KeyUri()
+    with GATE.held(lock_timeout):
+        module = opened(module_path)
+        with contextlib.ExitStack() as stack:
+            problem = None
+            if pin is not None:
+                device = Device(
+                    module_path, wanted.device_only(), pin=pin, ledger=ledger,
+                    lock_timeout=lock_timeout,
+                )  # fmt: skip
+                stack.callback(device.close)
+                try:
+                    device.login()
+                except HsmTollError as exc:
+                    problem = str(exc)
+            tokens = [_token(module, slot, token, ledger) for slot, token in module.slots()]
+        if problem is not None:
+            tokens = [
+                replace(one, problem=problem)
+                if wanted.matches(token=one.uri.token, serial=one.uri.serial)
+                else one
+                for one in tokens
+            ]
+    return ModuleFacts(
+        path=module.path,
+        manufacturer=module.lib.manufacturer_id,
+        description=module.lib.library_description,
+        version=module.lib.library_version,
+        cryptoki=module.lib.cryptoki_version,
+        tokens=tuple(tokens),
+    )
+
+
+def places(module_path: Path, uri: KeyUri, *, lock_timeout: float = 60.0) -> tuple[Place, ...]:
+    """The ledger's places of the devices that *uri* names, for `hsmtoll pin clear`."""
+    with GATE.held(lock_timeout):
+        module = opened(module_path)
+        return tuple(
+            _place(token, user)
+            for slot, token in module.slots()
+            if not isinstance(token, PKCS11Error)
+            and uri.matches(**device_facts(module, slot, token))
+            for user in ("user", "signing")
+        )
+
+
+def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledger) -> TokenFacts:
+    if isinstance(token, PKCS11Error):
+        return TokenFacts(
+            uri=KeyUri(slot_id=slot.slot_id),
+            slot_id=slot.slot_id,
+            slot_description=slot.slot_description,
+            problem=f"the slot answers {type(token).__name__}",
+        )
+    flags = token.flags
+    refused, unresolved = ledger.refusals(_place(token, "user"))
+    seen = TokenFacts(
+        uri=device_uri(token),
+        slot_id=slot.slot_id,
+        slot_description=slot.slot_description,
+        initialized=bool(flags & TokenFlag.TOKEN_INITIALIZED),
+        login_required=bool(flags & TokenFlag.LOGIN_REQUIRED),
+        pinpad=bool(flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH),
+        pin_state=_pin_state(flags),
+        refused=refused,
+        unresolved=unresolved,
+        firmware=token.firmware_version,
+    )
+    if not seen.initialized:
+        return seen
+    try:
+        with speaking("Reading the objects"):
+            return _objects(module, token, seen)
+    except HsmTollError as exc:
+        return replace(seen, problem=str(exc))
+
+
+def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
+    session = token.open()
+    try:
+        found = list(session.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY}))
+        keys = tuple(key_facts(module, token, session, key) for key in found)
+        stored = tuple(certificates_of(session))
+    finally:
+        with contextlib.suppress(PKCS11Error):
+            session.close()
+    place = device_uri(token)
+    named = tuple(
+        (replace(place, object=one.label or None, id=one.id or None, type="cert"), one)
+        for one in stored
+    )
+    login = module.logins.get(login_key(token))
+    there = not seen.login_required or (login is not None and login.there)
+    return replace(seen, keys=keys, certificates=named, logged_in=there)
+
+
+def _pin_state(flags: TokenFlag) -> str:
+    if not flags & TokenFlag.USER_PIN_INITIALIZED:
+        return "unset"
+    return next((word for flag, word in _PIN_FLAGS.items() if flags & flag), "ok")
+
+
+def _place(token: Token, user: str) -> Place:
+    uri = device_uri(token)
+    return Place(uri.manufacturer or "", uri.model or "", uri.serial or "", uri.token or "", user)

@@ -1,0 +1,246 @@
+"""The record of refused PINs: one try per value, whatever dies in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.errors import PinNotTried
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.pin import Pin
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLACE = Place("Maker", "X1", "0042", "lab")
+WRONG = Pin("4711-canary", source="SETTING")
+RIGHT = Pin("1234", source="SETTING")
+
+
+def refuse(ledger: Ledger, pin: Pin, place: Place = PLACE) -> None:
+    with ledger.held(place) as page:
+        page.intend(pin, count_low=False)
+        page.refuse(pin)
+
+
+def die(ledger: Ledger, pin: Pin, *, count_low: bool = False) -> None:
+    with ledger.held(PLACE) as page:
+        page.intend(pin, count_low=count_low)
+
+
+def written(state: Path) -> str:
+    return "".join(path.read_text() for path in state.rglob("*") if path.is_file())
+
+
+def test_a_refused_value_is_not_tried_again_and_another_is(tmp_path: Path) -> None:
+    refuse(Ledger(tmp_path), WRONG)
+    with pytest.raises(PinNotTried) as caught:
+        die(Ledger(tmp_path), WRONG)
+    assert caught.value.code == "pin-refused"
+    assert "hsmtoll pin clear" in (caught.value.hint or "")
+    assert "4711-canary" not in f"{caught.value}{caught.value.hint}"
+    die(Ledger(tmp_path), RIGHT)
+
+
+def test_the_same_value_from_another_source_is_refused_too(tmp_path: Path) -> None:
+    refuse(Ledger(tmp_path), WRONG)
+    with pytest.raises(PinNotTried, match="pin-source was refused before"):
+        die(Ledger(tmp_path), Pin("4711-canary", source="pin-source", version="inode 1 mtime 1"))
+
+
+def test_every_refused_value_is_remembered_not_only_the_last(tmp_path: Path) -> None:
+    refuse(Ledger(tmp_path), WRONG)
+    refuse(Ledger(tmp_path), Pin("0000", source="SETTING"))
+    for value in ("4711-canary", "0000"):
+        with pytest.raises(PinNotTried):
+            die(Ledger(tmp_path), Pin(value, source="SETTING"))
+
+
+def test_before_a_refusal_nothing_derived_from_the_pin_is_on_disk(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    die(ledger, WRONG)
+    one = written(tmp_path)
+    assert json.loads(one)["intents"] == ["SETTING"]
+    assert not {"salt", "refused"} & set(json.loads(one))
+    # the same record whatever the PIN is: it cannot be derived from it
+    other = Ledger(tmp_path / "other")
+    die(other, Pin("something else", source="SETTING"))
+    assert written(tmp_path / "other") == one
+
+
+def test_a_refusal_is_salted(tmp_path: Path) -> None:
+    refuse(Ledger(tmp_path / "a"), WRONG)
+    refuse(Ledger(tmp_path / "b"), WRONG)
+    a, b = (json.loads(written(tmp_path / name)) for name in "ab")
+    assert a["refused"] != b["refused"]
+    assert "4711-canary" not in written(tmp_path)
+
+
+def test_acceptance_deletes_the_record(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    refuse(ledger, WRONG)
+    assert ledger.refusals(PLACE) == (1, 0)
+    with ledger.held(PLACE) as page:
+        page.intend(RIGHT, count_low=True)
+        page.accept()
+    assert ledger.refusals(PLACE) == (0, 0)
+    assert written(tmp_path) == ""
+
+
+def test_a_pin_that_was_not_looked_at_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for _ in range(5):
+        with ledger.held(PLACE) as page:
+            page.intend(RIGHT, count_low=False)
+            page.withdraw()
+    refuse(ledger, WRONG)
+    before = written(tmp_path)
+    with ledger.held(PLACE) as page:
+        page.intend(RIGHT, count_low=False)
+        page.withdraw()
+    assert written(tmp_path) == before
+
+
+def test_an_unknown_result_allows_one_more_try_and_then_none(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    die(ledger, RIGHT)
+    die(ledger, RIGHT)
+    with pytest.raises(PinNotTried) as caught:
+        die(ledger, RIGHT)
+    assert caught.value.code == "pin-unresolved"
+    assert caught.value.exit_code == 21
+
+
+def test_an_unknown_result_allows_none_where_the_device_says_count_low(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    die(ledger, RIGHT, count_low=True)
+    with pytest.raises(PinNotTried, match="not known"):
+        die(ledger, RIGHT, count_low=True)
+    die(ledger, RIGHT)  # the control: without the flag there is one more
+
+
+def test_a_changed_file_is_tried_but_a_third_unknown_result_is_the_last(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for time in (1, 1, 2):
+        die(ledger, Pin("1234", source="FILE", version=f"inode 1 mtime {time}"))
+    with pytest.raises(PinNotTried):
+        die(ledger, Pin("1234", source="FILE", version="inode 1 mtime 3"))
+
+
+def test_a_corrected_setting_works_after_a_crash_and_a_refusal(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    die(ledger, WRONG)
+    refuse(ledger, WRONG)
+    die(ledger, RIGHT, count_low=True)
+
+
+def test_a_pinpad_refusal_counts_for_whatever_is_typed_next(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    refuse(ledger, Pin(None, source="PINPAD"))
+    with pytest.raises(PinNotTried):
+        die(ledger, Pin(None, source="PINPAD"))
+    ledger.clear(PLACE)
+    die(ledger, Pin(None, source="PINPAD"))
+
+
+def test_devices_and_users_are_told_apart_and_clear_forgets_only_what_is_named(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path)
+    others = [
+        Place("Maker", "X1", "0043", "lab"),
+        Place("Maker", "X1", "0042", "lab", "signing"),
+        Place("Maker", "X10", "042", "lab"),
+    ]
+    refuse(ledger, WRONG)
+    for place in others:
+        assert ledger.refusals(place) == (0, 0)
+        refuse(ledger, WRONG, place)
+    assert ledger.clear(PLACE) == 1
+    assert ledger.clear(PLACE) == 0
+    die(ledger, WRONG)
+    assert ledger.refusals(others[0]) == (1, 0)
+
+
+def test_files_are_0600_in_a_directory_of_0700(tmp_path: Path) -> None:
+    os.umask(before := os.umask(0))
+    os.umask(0)
+    try:
+        refuse(Ledger(tmp_path), WRONG)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pin").stat().st_mode & 0o777 == 0o700
+    files = [path for path in (tmp_path / "pin").iterdir() if path.is_file()]
+    assert files
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
+def test_without_a_place_to_write_no_pin_is_tried_outside_the_sandbox(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    for directory in (None, blocked):
+        with pytest.raises(PinNotTried) as caught, Ledger(directory).held(PLACE):
+            pass
+        assert "HSMTOLL_STATE" in (caught.value.hint or "")
+        assert caught.value.code == "ledger"
+        with Ledger(directory, optional=True).held(PLACE) as page:
+            page.intend(RIGHT, count_low=False)
+            page.accept()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
+def test_a_directory_that_others_can_enter_is_not_trusted(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "pin").mkdir(mode=0o700)
+    die(Ledger(tmp_path), RIGHT)
+    (tmp_path / "pin").chmod(mode)
+    with pytest.raises(PinNotTried, match="others can change"):
+        die(Ledger(tmp_path), RIGHT)
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    refuse(Ledger(tmp_path), WRONG)
+    (record,) = [path for path in (tmp_path / "pin").iterdir() if path.suffix != ".lock"]
+    record.write_text("{")
+    with pytest.raises(PinNotTried):
+        die(Ledger(tmp_path), RIGHT)
+
+
+_TRY = """
+import sys
+from pathlib import Path
+from hsmtoll.errors import PinNotTried
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.pin import Pin
+pin = Pin("wrong", source="SETTING")
+try:
+    with Ledger(Path(sys.argv[1])).held(Place("m", "m", "s", "l")) as page:
+        page.intend(pin, count_low=False)
+        print("C_Login")
+        page.refuse(pin)
+except PinNotTried as error:
+    print(error.code)
+"""
+
+
+def test_of_twenty_processes_at_once_one_tries(tmp_path: Path) -> None:
+    running = [
+        subprocess.Popen([sys.executable, "-c", _TRY, str(tmp_path)], stdout=subprocess.PIPE)
+        for _ in range(20)
+    ]
+    said = sorted(process.communicate()[0].decode().strip() for process in running)
+    assert said == ["C_Login"] + ["pin-refused"] * 19
+
+
+def test_a_killed_process_frees_the_record(tmp_path: Path) -> None:
+    program = _TRY.replace('print("C_Login")', "import os, signal; os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    assert done.returncode == -9
+    place = Place("m", "m", "s", "l")
+    assert Ledger(tmp_path).refusals(place) == (0, 1)
+    with Ledger(tmp_path).held(place) as page:
+        page.intend(Pin("1234", source="SETTING"), count_low=False)
