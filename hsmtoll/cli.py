@@ -46,6 +46,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except HsmTollError as exc:
         return _told(exc)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        click.echo(exc.format_message(), err=True)
+        return UsageError.exit_code
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx else "hsmtoll"
         return _told(UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`"))

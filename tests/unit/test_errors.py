@@ -1,0 +1,80 @@
+"""The error tree is as drawn, and foreign words are safe to show."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from hsmtoll import errors
+from hsmtoll.errors import HsmTollError, foreign
+
+
+def _classes() -> dict[str, type[HsmTollError]]:
+    found = {name: getattr(errors, name) for name in errors.__all__ if name != "foreign"}
+    return {name: kind for name, kind in found.items() if kind is not HsmTollError}
+
+
+def test_the_drawing_at_the_top_is_the_tree() -> None:
+    drawn = re.findall(r"([├└│ ─]+) (\w+)\s+(\d+)  ", errors.__doc__ or "")
+    names = {name: (int(code), "│" in branch) for branch, name, code in drawn}
+
+    assert set(names) == set(_classes())
+    for name, kind in _classes().items():
+        code, below_another = names[name]
+        assert kind.exit_code == code
+        assert (kind.__base__ is not HsmTollError) == below_another
+
+
+def test_every_class_has_an_exit_code_of_its_own() -> None:
+    codes = [kind.exit_code for kind in _classes().values()]
+
+    assert len(set(codes)) == len(codes)
+
+
+def test_terminal_escapes_are_shown_and_not_obeyed() -> None:
+    shown = foreign("Evil\x1b[2J\x07\u202eOrg\nnext line")
+
+    assert shown.isprintable()
+    assert "\\x1b" in shown
+    assert "\\u202e" in shown
+
+
+def test_plain_words_of_any_language_stay_as_they_are() -> None:
+    assert foreign("Grønn Ål AS – Trondheim") == "Grønn Ål AS – Trondheim"
+
+
+def test_long_words_are_cut_at_300_characters() -> None:
+    assert len(foreign("x" * 301)) == 300
+    assert foreign("x" * 300) == "x" * 300
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "bad assertion: {secret}",
+        "bad assertion: {part}",
+        "{secret}{secret}",
+        "a{part}b",
+        "form: grant_type=x&assertion={secret}&y=z",
+    ],
+)
+def test_no_run_of_a_secret_is_shown(said: str) -> None:
+    secret = "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0123456789abcdefg"
+    shown = foreign(said.format(secret=secret, part=secret[7:29]), secret)
+
+    for at in range(len(secret) - 11):
+        assert secret[at : at + 12] not in shown
+    assert "[left out]" in shown
+
+
+def test_what_is_not_the_secret_is_kept_beside_it() -> None:
+    assert foreign("before abcdefghijklmnop after", "abcdefghijklmnop") == "before [left out] after"
+
+
+def test_a_short_secret_is_left_out_whole() -> None:
+    assert foreign("PIN 4711 is wrong", "4711") == "PIN [left out] is wrong"
+
+
+def test_whatever_looks_like_a_jwt_is_left_out_although_nobody_named_it() -> None:
+    assert "eyJ" not in foreign("got eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln here")

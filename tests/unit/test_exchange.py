@@ -1,0 +1,204 @@
+"""The two legs as values: what is sent, what is taken, and what a refusal tells."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hsmtoll import exchange
+from hsmtoll.errors import (
+    ClockError,
+    ExchangeRefused,
+    GrantRefused,
+    HsmTollError,
+    NetworkError,
+    ScopeNotGranted,
+    TryAgainLater,
+)
+from hsmtoll.exchange import PROD, TEST, Answer, Issued, Post
+from hsmtoll.refusals import REFUSALS
+
+ASSERTION = "aaaaaaaaaaaaaaaaaaaaaaaa.bbbbbbbbbbbbbbbbbbbbbbbb.cccccccccccccccccccccccc"
+GOOD = {"access_token": "abc.def-_~+/=", "token_type": "Bearer", "expires_in": 119, "scope": "s"}
+TRACE = "0123456789abcdef0123456789abcdef"
+
+
+def answer(status: int = 200, body: object = None, **headers: str) -> Answer:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Answer(status, {k.replace("_", "-"): v for k, v in headers.items()}, raw)
+
+
+def post() -> Post:
+    return exchange.grant_post(TEST, ASSERTION)
+
+
+def refused(description: str, *, code: str | None = None, error: str = "invalid_grant") -> Answer:
+    body = {"error": error, "error_description": f"{description} (trace_id: {TRACE})"}
+    if code:
+        body["error_uri"] = f"https://test.maskinporten.no/errors/{code}"
+    return answer(400, body)
+
+
+def subject_error(given: Answer) -> HsmTollError:
+    with pytest.raises(HsmTollError) as caught:
+        exchange.read_subject(given, post(), jti="j1")
+    return caught.value
+
+
+def test_leg_one_is_the_form_of_rfc_7523() -> None:
+    assert post().url == "https://test.maskinporten.no/token"
+    assert post().form == {
+        "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+        "assertion": ASSERTION,
+    }
+
+
+def test_leg_two_speaks_customs_bare_words_and_not_urns() -> None:
+    made = exchange.exchange_post(PROD, Issued("subject", 100))
+
+    assert made.url == "https://api.toll.no/api/access/external/oauth/token"
+    assert made.form == {
+        "grant_type": "token-exchange",
+        "subject_token_type": "access_token",
+        "subject_token": "subject",
+    }
+
+
+def test_a_good_answer_gives_its_token_and_seconds() -> None:
+    assert exchange.read_subject(answer(body=GOOD), post()).value == GOOD["access_token"]
+    issued = exchange.read_issued(answer(body={**GOOD, "issued_token_type": "anything"}), post())
+    assert issued.expires_in == 119
+
+
+@pytest.mark.parametrize("seconds", [0, -1, 86_401, 1.5, "599", True, None, [599], 10**30])
+def test_expires_in_is_a_whole_number_of_seconds(seconds: object) -> None:
+    error = subject_error(answer(body={**GOOD, "expires_in": seconds}))
+
+    assert isinstance(error, GrantRefused)
+    assert "expires_in" in str(error)
+
+
+@pytest.mark.parametrize("seconds", [1, 120, 86_400])
+def test_every_lifetime_from_a_second_to_a_day_is_taken(seconds: int) -> None:
+    given = answer(body={**GOOD, "expires_in": seconds})
+    assert exchange.read_subject(given, post()).expires_in == seconds
+
+
+@pytest.mark.parametrize("value", ["", "a b", "a\nX-Evil: 1", "a\x00", "ø", 7, None, "=a"])
+def test_an_access_token_follows_the_bearer_grammar_and_is_not_shown(value: object) -> None:
+    error = subject_error(answer(body={**GOOD, "access_token": value}))
+
+    assert "Evil" not in str(error) + str(error.hint)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"null", b"\xff", b'"x"', b"[" * 100_000])
+def test_a_200_without_a_json_object_is_told_by_leg(body: bytes) -> None:
+    assert isinstance(subject_error(answer(body=body)), GrantRefused)
+    with pytest.raises(ExchangeRefused):
+        exchange.read_issued(answer(body=body), post())
+
+
+@pytest.mark.parametrize("code", sorted(REFUSALS))
+def test_every_code_tells_its_meaning_who_must_act_and_the_trace_id(code: str) -> None:
+    row = REFUSALS[code]
+    error = subject_error(refused("Invalid assertion.", code=code))
+
+    assert error.code == code
+    assert code in str(error)
+    assert row.meaning in (error.hint or "")
+    assert error.who == row.who
+    assert error.trace_id == TRACE
+    assert error.jti == "j1"
+    assert error.exit_code == (61 if row.scope else 60)
+    assert error.retryable == (code in ("MP-012", "MP-130"))
+
+
+def test_an_unknown_code_is_still_readable() -> None:
+    error = subject_error(refused("Something new.", code="MP-999"))
+
+    assert error.code == "MP-999"
+    assert "Something new." in str(error)
+
+
+def test_without_error_uri_the_text_stands_for_the_code() -> None:
+    error = subject_error(refused("Invalid assertion. Client not found"))
+
+    assert error.code == "MP-100"
+
+
+def test_the_old_form_of_the_trace_is_read_as_well() -> None:
+    body = {"error": "x", "error_description": "No (correlation id: 1b9d6bcd-bbfd-4b2d-9b5d-ab8d)"}
+    assert subject_error(answer(400, body)).trace_id == "1b9d6bcd-bbfd-4b2d-9b5d-ab8d"
+
+
+@pytest.mark.parametrize("text", ["Issue time is in the future.", "Issue time is after now"])
+def test_an_issue_time_in_the_future_is_a_clock_error(text: str) -> None:
+    assert isinstance(subject_error(refused(text)), ClockError)
+
+
+def test_a_refused_scope_is_its_own_class() -> None:
+    assert type(subject_error(refused("x", code="MP-200"))) is ScopeNotGranted
+    assert type(subject_error(refused("x", code="MP-120"))) is GrantRefused
+
+
+def test_an_echo_of_the_assertion_is_left_out() -> None:
+    error = subject_error(refused(f"cannot read {ASSERTION[5:60]}"))
+
+    shown = str(error) + str(error.hint)
+    assert not any(ASSERTION[at : at + 12] in shown for at in range(len(ASSERTION) - 11))
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504])
+def test_trouble_on_their_side_may_be_tried_again(status: int) -> None:
+    error = subject_error(answer(status, b"<html>Bad gateway</html>"))
+
+    assert isinstance(error, NetworkError)
+    assert error.retryable
+
+
+def test_too_many_requests_is_try_again_later() -> None:
+    assert isinstance(subject_error(answer(429, {})), TryAgainLater)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    error = subject_error(answer(status, b"", location="https://evil.example/"))
+
+    assert isinstance(error, NetworkError)
+    assert not error.retryable
+
+
+def test_a_scope_that_customs_does_not_know_says_what_to_check() -> None:
+    body = {"error": "invalid_scope", "error_description": "Not authorized to request scope toll:x"}
+    with pytest.raises(ExchangeRefused) as caught:
+        exchange.read_issued(answer(403, body, x_correlationid="c-1"), post())
+
+    assert caught.value.code == "scope-not-authorized"
+    assert caught.value.correlation_id == "c-1"
+    assert "Digitoll" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("7", 7.0),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 90.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+        ("soon", None),
+        ("", None),
+        ("-5", None),
+        ("9" * 40, None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_and_as_date(said: str, seconds: float | None) -> None:
+    assert exchange.retry_after({"retry-after": said}, now=10.0) == seconds
+
+
+def test_nothing_secret_is_in_the_texts_of_the_values() -> None:
+    values: list[Any] = [post(), Issued("bearer-value", 9), answer(body=GOOD)]
+
+    assert "bearer-value" not in repr(values)
+    assert ASSERTION not in repr(values)
+    assert "abc.def" not in repr(values)

@@ -1,0 +1,265 @@
+"""Settings: one reader of the outside world, every name known, no value shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.errors import ConfigurationError
+from hsmtoll.settings import Settings, check_code_file, load, variable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "none"))
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return tmp_path / "hsmtoll.toml"
+
+
+def refusal(**given: object) -> ConfigurationError:
+    with pytest.raises(ConfigurationError) as caught:
+        load(**given)  # type: ignore[arg-type] # wrong values are the point
+    return caught.value
+
+
+def test_arguments_win_over_the_environment_over_the_profile_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.write_text('timeout = 1\ndeadline = 1\niss = "file"\nx5c = "leaf"\n'
+                    '[profile.acme]\ndeadline = 2\niss = "profile"\ntimeout = 2\n')  # fmt: skip
+    monkeypatch.setenv("HSMTOLL_ISS", "environment")
+    monkeypatch.setenv("HSMTOLL_TIMEOUT", "3")
+
+    made = load(config=toml, profile="acme", timeout=4)
+
+    assert (made.timeout, made.iss, made.deadline, made.x5c) == (4, "environment", 2, "leaf")
+
+
+def test_nested_settings_come_from_variables_tables_and_flat_arguments(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.write_text('[hsm]\ntoken_label = "file"\nkey_label = "file"\n')
+    monkeypatch.setenv("HSMTOLL_HSM__KEY_LABEL", "environment")
+
+    made = load(config=toml, hsm__key_id="0A:0b", hsm={"allow_exportable_key": True})
+
+    hsm = made.hsm
+    assert (hsm.token_label, hsm.key_label, hsm.key_id) == ("file", "environment", "0a0b")
+    assert hsm.allow_exportable_key
+
+
+def test_lists_are_words_in_the_environment_and_arrays_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__KEY", "pkcs11:token=a  pkcs11:token=b\n")
+    toml.write_text('resource = ["https://a/", "https://b/"]\n')
+
+    made = load(config=toml)
+
+    assert made.hsm.key == ("pkcs11:token=a", "pkcs11:token=b")
+    assert made.resource == ("https://a/", "https://b/")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("HSMTOLL_ENVIROMENT", "did you mean HSMTOLL_ENVIRONMENT?"),
+        ("hsmtoll_enviroment", "did you mean HSMTOLL_ENVIRONMENT?"),
+        ("HSMTOLL_HSM__PINFILE", "did you mean HSMTOLL_HSM__PIN_FILE?"),
+        ("HSMTOLL_HSM_MODULE", "did you mean HSMTOLL_HSM__MODULE?"),
+        ("HSMTOLL_CONFG", "did you mean HSMTOLL_CONFIG?"),
+    ],
+)
+def test_a_variable_that_is_not_known_is_an_error_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, hint: str
+) -> None:
+    monkeypatch.setenv(name, "a-secret-perhaps")
+    error = refusal()
+
+    assert name in str(error)
+    assert error.hint == hint
+    assert "a-secret" not in str(error)
+
+
+def test_a_variable_that_is_known_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSMTOLL_ENVIRONMENT", "test")
+    monkeypatch.setenv("hsmtoll_iss", "x")
+
+    assert (load().environment, load().iss) == ("test", "x")
+
+
+@pytest.mark.parametrize(
+    "text", ["enviroment = 1", "[hsm]\nmodul = 1", "[profile.x.hsm]\npim = 1", "[profile]\nx = 1"]
+)
+def test_a_key_that_is_not_known_is_an_error(toml: Path, text: str) -> None:
+    toml.write_text(text)
+
+    assert str(toml) in str(refusal(config=toml))
+
+
+def test_a_profile_that_is_not_there_gets_the_nearest_name(toml: Path) -> None:
+    toml.write_text("[profile.acme]\n")
+
+    assert refusal(config=toml, profile="acne").hint == "did you mean acme?"
+
+
+def test_a_file_that_is_not_toml_is_named_and_not_quoted(toml: Path) -> None:
+    toml.write_text('[hsm]\npin = "98765432\n')
+    error = refusal(config=toml)
+
+    assert str(toml) in str(error)
+    assert "98765432" not in str(error)
+
+
+def test_a_wrong_value_names_the_variable_and_shows_no_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__PIN", "98765432")
+    monkeypatch.setenv("HSMTOLL_HSM__ISOLATION", "98765432")
+    monkeypatch.setenv("HSMTOLL_TIMEOUT", "soon")
+    error = refusal()
+
+    told = f"{error} {error.hint}"
+    assert "HSMTOLL_HSM__ISOLATION" in told
+    assert "HSMTOLL_TIMEOUT" in told
+    assert "98765432" not in told
+    assert error.__context__ is None or error.__suppress_context__
+
+
+def test_secrets_show_as_asterisks() -> None:
+    made = load(hsm__pin="98765432", cache="file:///98765432", proxy="http://u:98765432@proxy:3128")
+
+    assert "98765432" not in repr(made) + str(made)
+
+
+@pytest.mark.parametrize("kind", ["pin", "signing_pin"])
+def test_a_pin_comes_from_one_source(kind: str) -> None:
+    error = refusal(hsm={kind: "1", f"{kind}_prompt": "terminal"})
+
+    assert variable("hsm", f"{kind}_prompt") in str(error)
+    load(hsm={kind: "1"})
+
+
+def test_a_key_is_selected_by_uri_or_by_parts() -> None:
+    assert "HSMTOLL_HSM__KEY_ID" in str(refusal(hsm__key="pkcs11:", hsm__key_id="01"))
+
+
+def test_one_kid_cannot_name_several_keys() -> None:
+    keys = "pkcs11:token=a pkcs11:token=b"
+
+    assert "HSMTOLL_KID" in str(refusal(hsm__key=keys, kid="k1"))
+    load(hsm__key=keys, kid="thumbprint")
+
+
+def test_a_module_is_named_by_an_absolute_path() -> None:
+    assert "HSMTOLL_HSM__MODULE" in str(refusal(hsm__module="libsofthsm2.so"))
+
+
+ENDPOINTS = {
+    "issuer": "https://localhost:8443/",
+    "token": "https://localhost:8443/token",
+    "customs": "https://localhost:8444",
+}
+
+
+@pytest.mark.parametrize("environment", ["test", "prod", None])
+def test_endpoints_are_given_in_the_sandbox_alone(environment: str | None) -> None:
+    assert refusal(environment=environment, endpoints=ENDPOINTS).code == "endpoints-fixed"
+    load(environment="sandbox", endpoints=ENDPOINTS)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"issuer": "https://maskinporten.no/", "token": "https://maskinporten.no/token"},
+        {"customs": "https://api.toll.no"},
+        {"customs": "https://API-TEST.TOLL.NO"},
+        {"customs": "https://api.toll.no."},
+        {"customs": "https://toll.no:443"},
+        {"token": "https://other:8443/token"},
+        {"token": "https://localhost:9999/token"},
+        {"customs": "http://localhost:8444"},
+        {"customs": "https://user@localhost:8444"},
+        {"customs": "localhost"},
+        {"customs": "https://localhost:999999"},
+    ],
+)
+def test_the_sandbox_lies_neither_under_the_real_names_nor_elsewhere_than_its_issuer(
+    changed: dict[str, str],
+) -> None:
+    refusal(environment="sandbox", endpoints={**ENDPOINTS, **changed})
+
+
+def test_a_name_that_only_resembles_the_real_ones_is_allowed() -> None:
+    load(environment="sandbox", endpoints={**ENDPOINTS, "customs": "https://nottoll.no"})
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["memory", "file://host/dir", "file:///", "http://x", "redis://far/0", "sqlite:x", "memory:x"],
+)
+def test_a_cache_that_is_none_of_ours_is_refused(tmp_path: Path, url: str) -> None:
+    refusal(cache=url, cache_key_file=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["ssl_cert_reqs=none", "ssl_check_hostname=false"])
+def test_a_cache_url_cannot_weaken_tls(tmp_path: Path, option: str) -> None:
+    load(cache="rediss://far/0", cache_key_file=tmp_path)
+    refusal(cache=f"rediss://far/0?{option}", cache_key_file=tmp_path)
+
+
+def test_a_redis_cache_needs_a_key() -> None:
+    assert "HSMTOLL_CACHE_KEY_FILE" in str(refusal(cache="redis://localhost/0"))
+
+
+@pytest.mark.parametrize("proxy", ["socks5://x:1", "proxy:3128", "http://", "http://x:99999"])
+def test_a_proxy_is_a_url_or_the_word_environment(proxy: str) -> None:
+    load(proxy="environment")
+    load(proxy="http://proxy:3128")
+    refusal(proxy=proxy)
+
+
+def test_a_configuration_file_that_others_may_write_is_refused(toml: Path) -> None:
+    toml.write_text("timeout = 5\n")
+    assert load(config=toml).timeout == 5
+
+    toml.chmod(0o666)
+    assert refusal(config=toml).code == "unsafe-file"
+
+
+def test_so_is_one_in_a_directory_that_others_may_write(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir()
+    file = folder / "f"
+    file.touch(0o644)
+    check_code_file(file, "file")
+
+    folder.chmod(0o777)
+    with pytest.raises(ConfigurationError, match="others may change"):
+        check_code_file(file, "file")
+    folder.chmod(0o755)
+
+
+def test_a_missing_configuration_file_is_an_error_only_if_it_was_named(tmp_path: Path) -> None:
+    refusal(config=tmp_path / "nowhere.toml")
+    assert load().timeout == 10
+
+
+def test_the_working_directory_is_never_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hsmtoll.toml").write_text("timeout = 5\n")
+    monkeypatch.chdir(tmp_path)
+
+    assert load().timeout == 10
+
+
+def test_every_setting_has_a_group_and_no_default_environment() -> None:
+    assert Settings.model_fields["environment"].default is None
