@@ -159,6 +159,12 @@ class App:
             KeyUri(token=hsm.token_label, serial=hsm.token_serial, object=hsm.key_label, id=key_id),
         )
 
+    @property
+    def names_a_key(self) -> bool:
+        """Whether any key or device is named at all."""
+        hsm = self.settings.hsm
+        return bool(hsm.key or hsm.token_label or hsm.token_serial or hsm.key_label or hsm.key_id)
+
     def module(self, uri: KeyUri | None = None) -> str:
         """HSMTOLL_HSM__MODULE, or the URI's module-path."""
         given = self.settings.hsm.module or (uri and uri.module_path)
@@ -196,6 +202,10 @@ class App:
             allow_exportable_key=self.settings.hsm.allow_exportable_key,
             lock_timeout=self.settings.deadline,
         )
+
+    def pin(self, uri: KeyUri | None) -> PinSource | None:
+        """The source of the user PIN, or ``None`` where none is set."""
+        return self._pin("pin", uri)
 
     def _pin(self, kind: str, uri: KeyUri | None) -> PinSource | None:
         from hsmtoll.hsm import pin as pins

@@ -18,12 +18,22 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import click
 
 from hsmtoll import apis as catalogue
-from hsmtoll.errors import ApiRefused, ExchangeRefused, HsmTollError, UsageError, foreign
+from hsmtoll.errors import (
+    ApiRefused,
+    DeviceError,
+    ExchangeRefused,
+    HsmTollError,
+    UsageError,
+    foreign,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hsmtoll.app import App
+    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.inspect import ModuleFacts
+    from hsmtoll.hsm.uri import KeyUri
 
 __all__ = ["main", "run"]
 
@@ -32,6 +42,9 @@ _BUG: Final = 1
 
 #: Bytes. An assertion with a chain of certificates is some ten kilobytes.
 _LARGEST_ASSERTION: Final = 64 * 1024
+
+#: RFC 3339, UTC.
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -367,15 +380,14 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
     if pem:
         click.echo("".join(each.pem() for each in found.certificates), nl=False)
     elif as_json:
-        form = "%Y-%m-%dT%H:%M:%SZ"
         listed = [
             {
                 "schema": 1,
                 "subject": each.subject,
                 "issuer": each.issuer,
                 "serial": each.serial_hex,
-                "not_before": each.not_before.strftime(form),
-                "not_after": each.not_after.strftime(form),
+                "not_before": each.not_before.strftime(_TIME),
+                "not_after": each.not_after.strftime(_TIME),
                 "sha256": each.sha256,
             }
             for each in found.certificates
@@ -384,6 +396,131 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
     else:
         for line in found.explain():
             click.echo(line)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Everything, for a program.")
+@click.pass_obj
+def objects(ours: _Globals, *, as_json: bool) -> None:
+    """List devices, keys and certificates behind the module, as URIs to paste."""
+    from hsmtoll.hsm.inspect import inspect
+
+    app = ours.app()
+    uri = app.uris()[0] if app.names_a_key else None
+    seen = inspect(
+        Path(app.module(uri)),
+        ledger=app.ledger,
+        uri=uri,
+        pin=app.pin(uri),
+        lock_timeout=app.settings.deadline,
+    )
+    told = _inventory(seen, app.clock.now().wall)
+    if as_json:
+        _print_json(told)
+        return
+    click.echo(f"module {told['module']}: {told['description']} {told['version']}".rstrip())
+    for device in told["p11_tokens"]:
+        _print_device(device)
+    if not told["p11_tokens"]:
+        click.echo("  no device: is it plugged in, and its service running?")
+
+
+def _inventory(seen: ModuleFacts, now: float) -> dict[str, Any]:
+    return {
+        "module": seen.path,
+        "manufacturer": foreign(seen.manufacturer),
+        "description": foreign(seen.description),
+        "version": ".".join(map(str, seen.version)),
+        "p11_tokens": [
+            {
+                "uri": str(each.uri),
+                "slot": each.slot_id,
+                "initialized": each.initialized,
+                "pin": each.pin_state,
+                "refused_pins": each.refused,
+                "logged_in": each.logged_in,
+                "problem": each.problem,
+                "keys": [_key_row(key) for key in each.keys],
+                "certificates": [_certificate_row(u, c.der, now) for u, c in each.certificates],
+            }
+            for each in seen.tokens
+        ],
+    }
+
+
+_FLAGS: Final = ("sensitive", "always_sensitive", "extractable", "never_extractable", "local",
+                 "sign", "always_authenticate")  # fmt: skip
+
+
+def _key_row(key: KeyFacts) -> dict[str, Any]:
+    flags = {name: getattr(key, name) for name in _FLAGS}
+    return {"uri": str(key.uri), "type": key.key_type, "bits": key.bits, **flags}
+
+
+def _certificate_row(uri: KeyUri, der: bytes, now: float) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    from hsmtoll.certificate import Certificate
+
+    try:
+        read = Certificate.load(der)
+    except ValueError as exc:
+        return {"uri": str(uri), "problem": f"cannot be read: {exc}"}
+    return {
+        "uri": str(uri),
+        "subject": read.subject,
+        "issuer": read.issuer,
+        "sha256": read.sha256,
+        "not_after": read.not_after.strftime(_TIME),
+        "days_left": read.days_left(datetime.fromtimestamp(now, UTC)),
+    }
+
+
+def _print_device(device: dict[str, Any]) -> None:
+    click.echo(f"\n{device['uri']}")
+    if not device["initialized"]:
+        click.echo("  not initialised")
+        return
+    refused = f", {device['refused_pins']} refused before" if device["refused_pins"] else ""
+    click.echo(f"  PIN {device['pin']}{refused}")
+    if device["problem"]:
+        click.echo(f"  {device['problem']}")
+    elif not device["logged_in"]:
+        click.echo("  not logged in: private keys do not show without a PIN")
+    for key in device["keys"]:
+        told = [
+            name if value else f"not {name}" if value is False else f"{name}?"
+            for name, value in ((name, key[name]) for name in _FLAGS)
+        ]
+        click.echo(f"  key  {key['uri']}")
+        click.echo(f"       {key['type']} {key['bits'] or ''} {', '.join(told)}".replace("_", " "))
+    for each in device["certificates"]:
+        click.echo(f"  cert {each['uri']}")
+        click.echo(
+            f"       {each['problem']}"
+            if "problem" in each
+            else f"       {each['subject']}, {each['days_left']} days left"
+        )
+
+
+@main.group()
+def pin() -> None:
+    """The memory of refused PINs."""
+
+
+@pin.command("clear")
+@click.pass_obj
+def pin_clear(ours: _Globals) -> None:
+    """Forget the refused PINs of the devices named, after an unblock to the same PIN."""
+    from hsmtoll.hsm.inspect import places
+    from hsmtoll.hsm.uri import KeyUri
+
+    app = ours.app()
+    uris = app.uris() if app.names_a_key else (KeyUri(),)
+    found = [each for uri in uris for each in places(Path(app.module(uri)), uri)]
+    if not found:
+        raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
+    click.echo(f"forgot {app.ledger.clear(*found)} record(s) of {len(uris)} device name(s)")
 
 
 @main.command("apis")
