@@ -268,7 +268,10 @@ class App:
         """The proven chain of the first key named; neither identity nor environment is needed."""
         # Without an identity the rules of eSeals judge: what they take, the others take.
         family = self.settings.identity or "eseal"
-        return self._local(self.devices[0], "", family, Skew()).chain()
+        signer = self._local(self.devices[0], "", family, Skew())
+        if self.pin(self.uris()[0]) is None:
+            return signer.chain_without_pin()
+        return signer.chain()
 
     def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
         from hsmtoll.signer import LocalSigner

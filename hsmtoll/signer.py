@@ -99,9 +99,27 @@ class LocalSigner:
         pool = [*_readable(self._device.certificates()), *self._pem]
         now = datetime.fromtimestamp(self._clock.now().wall, UTC)
         public = self._device.key(candidates=_keys(pool)).public
+        # Where the device hides the public half, the grant's own signature proves the leaf.
+        leaves = chains.for_key(pool, public) if public else [c for c in pool if c.public_key]
+        return self._checked(leaves, pool, now)
+
+    def chain_without_pin(self) -> chains.Chain:
+        """
+        The chain as far as it shows to nobody in particular: the leaf is taken by the label or
+        id of the key named, else by its looks, and not proven to be that key's.
+        """
+        stored = self._device.certificates()
+        uri = self._device.uri
+        named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
+        pool = [*_readable(stored), *self._pem]
+        leaves = _readable(named) or [each for each in pool if not each.is_ca]
+        return self._checked(leaves, pool, datetime.fromtimestamp(self._clock.now().wall, UTC))
+
+    def _checked(
+        self, leaves: Iterable[Certificate], pool: Iterable[Certificate], now: datetime
+    ) -> chains.Chain:
         return chains.checked(
-            # Where the device hides the public half, the grant's own signature proves the leaf.
-            chains.for_key(pool, public) if public else [c for c in pool if c.public_key],
+            leaves,
             pool,
             identity=self._family,
             now=now,
