@@ -1,0 +1,153 @@
+"""What a module answers, and which of our errors it becomes."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from pkcs11 import exceptions as p11
+
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.uri import KeyUri
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+CLASSES = [
+    kind
+    for _, kind in inspect.getmembers(p11, inspect.isclass)
+    if issubclass(kind, p11.PKCS11Error)
+]
+
+
+def test_the_table_knows_every_class_and_no_other() -> None:
+    assert len(CLASSES) > 60
+    assert set(MEANING) == set(CLASSES)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_answer_becomes_one_line_with_its_name_in_it(kind: type[Exception]) -> None:
+    error = translated(kind("two\nlines \x1b[31m"), "Signing")
+    assert str(error).startswith("Signing: ")
+    assert kind.__name__ in str(error)
+    assert len(str(error).splitlines()) == 1
+    assert "\x1b" not in str(error)
+    assert error.code
+    assert error.exit_code in {20, 21, 30}
+
+
+def test_an_answer_of_a_later_version_is_a_device_error_with_its_name() -> None:
+    class Unheard(p11.PKCS11Error):
+        pass
+
+    error = translated(Unheard(), "Signing")
+    assert isinstance(error, DeviceError)
+    assert "Unheard" in str(error)
+
+
+def test_nothing_about_a_pin_is_ever_recoverable() -> None:
+    about_pins = [k for k in CLASSES if "Pin" in k.__name__ or k in (*REFUSED, p11.PinLocked)]
+    assert len(about_pins) >= 7
+    for kind in about_pins:
+        assert not recoverable(kind())
+        assert not recoverable(translated(kind(), "Logging in"))
+    for kind in (p11.DeviceError, p11.DeviceRemoved, p11.GeneralError, p11.SessionHandleInvalid):
+        assert recoverable(kind())
+
+
+def test_a_refusal_and_a_pin_that_was_not_looked_at_are_never_the_same() -> None:
+    assert not set(REFUSED) & set(NOT_TRIED)
+    assert isinstance(translated(p11.PinIncorrect(), "x"), PinIncorrect)
+    assert isinstance(translated(p11.PinLocked(), "x"), PinNotTried)
+
+
+def refusal(module: Path, state: Path) -> HsmTollError:
+    device = Device(module, KeyUri.parse("pkcs11:"), pin=None, ledger=Ledger(state))
+    with pytest.raises(HsmTollError) as caught:
+        device.certificates()
+    assert "\n" not in str(caught.value)
+    assert str(module) in str(caught.value)
+    return caught.value
+
+
+def test_a_path_that_is_no_module_is_a_configuration_error(tmp_path: Path) -> None:
+    text = tmp_path / "relative.so"
+    for path, said in (
+        (tmp_path / "none.so", "does not exist"),
+        (tmp_path, "is not a file"),
+        (text.relative_to("/"), "is not an absolute path"),
+    ):
+        error = refusal(path, tmp_path)
+        assert isinstance(error, ConfigurationError)
+        assert error.code == "module-path"
+        assert said in str(error)
+
+
+def test_a_file_that_is_no_library_and_a_library_that_is_not_pkcs11_are_device_errors(
+    tmp_path: Path,
+) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("hello")
+    other = tmp_path / "other.so"
+    shutil.copy("/lib/x86_64-linux-gnu/libz.so.1", other)
+    for path, said in ((text, "cannot be loaded"), (other, "but not of PKCS#11")):
+        path.chmod(0o644)
+        error = refusal(path, tmp_path)
+        assert isinstance(error, DeviceError)
+        assert error.code == "module-load"
+        assert said in str(error)
+
+
+def test_a_module_that_others_can_change_is_refused_parents_included(
+    tmp_path: Path, device_softhsm: DeviceSoftHsm
+) -> None:
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    module = folder / "m.so"
+    shutil.copy(device_softhsm.module, module)
+    for place in (module, folder):
+        before = place.stat().st_mode & 0o777
+        place.chmod(before | 0o002)
+        error = refusal(module, tmp_path)
+        assert isinstance(error, ConfigurationError)
+        assert "can be changed by others" in str(error)
+        place.chmod(before)
+    link = tmp_path / "link.so"
+    link.symlink_to(module)
+    module.chmod(0o666)
+    assert "can be changed by others" in str(refusal(link, tmp_path))
+
+
+def test_the_same_module_is_taken_where_only_this_user_can_change_it(
+    tmp_path: Path, device_softhsm: DeviceSoftHsm
+) -> None:
+    module = tmp_path / "good.so"
+    shutil.copy(device_softhsm.module, module)
+    module.chmod(0o644)
+    device_softhsm.python(
+        "import sys\nfrom pathlib import Path\n"
+        "from hsmtoll.hsm.module import opened\n"
+        "opened(Path(sys.argv[2]))",
+        str(module),
+    )
+
+
+def test_a_module_that_will_not_start_is_said_with_where_to_look(
+    device_softhsm: DeviceSoftHsm,
+) -> None:
+    device_softhsm.python(
+        "import os, sys\nfrom pathlib import Path\n"
+        "os.environ['SOFTHSM2_CONF'] = '/nowhere'\n"
+        "from hsmtoll.errors import DeviceError\n"
+        "from hsmtoll.hsm.module import opened\n"
+        "try: opened(Path(sys.argv[1]))\n"
+        "except DeviceError as error: assert 'GeneralError' in str(error), error\n"
+        "else: sys.exit('it started')"
+    )

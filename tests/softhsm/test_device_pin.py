@@ -1,0 +1,255 @@
+"""
+One try per PIN value, counted at the device.
+
+The processes under test speak to SoftHSM through OpenSC's pkcs11-spy, whose log names every
+call. It shows the PIN as well, so it lies in a directory of this user alone.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.inspect import places
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
+from tests.softhsm.conftest import SOFTHSM, SPY, DeviceSoftHsm, make_softhsm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_PROVISION = """
+import sys, pkcs11
+from pkcs11 import Attribute as A, KeyType
+with pkcs11.lib(sys.argv[1]).get_token(token_label="lab").open(rw=True, user_pin="1234") as session:
+    for label, id, always in (("acme", b"1", False), ("always", b"2", True)):
+        session.generate_keypair(
+            KeyType.RSA, 2048, id=id, label=label, store=True,
+            private_template={A.SENSITIVE: True, A.EXTRACTABLE: False,
+                              A.ALWAYS_AUTHENTICATE: always},
+        )
+"""
+
+_SIGN = """
+import os, sys
+from pathlib import Path
+from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinFile, PinValue
+from hsmtoll.hsm.uri import KeyUri
+module, state, key, pin, signing = sys.argv[1:]
+source = PinFile(Path(pin)) if pin.startswith("/") else PinValue.of(pin)
+device = Device(
+    Path(module), KeyUri.parse("pkcs11:token=lab;object=" + key), pin=source,
+    signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
+    ledger=Ledger(Path(state)),
+)
+try:
+    print(len(device.sign("RS256", b"e30.e30")))
+except HsmTollError as error:
+    print(error.exit_code, error.code)
+"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One device of its own, with a log of the calls it gets."""
+
+    softhsm: DeviceSoftHsm
+    log: Path
+    state: Path
+
+    def start(self, pin: str, *, key: str = "acme", signing: str = "") -> subprocess.Popen[str]:
+        """A process that signs once through the spy and says what came of it."""
+        spied = {"PKCS11SPY": str(SOFTHSM), "PKCS11SPY_OUTPUT": str(self.log)}
+        return subprocess.Popen(
+            [sys.executable, "-c", _SIGN, str(SPY), str(self.state), key, pin, signing],
+            env={**self.softhsm.environment, **spied},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def sign(self, pin: str, *, key: str = "acme", signing: str = "") -> str:
+        """What such a process said."""
+        return self.start(pin, key=key, signing=signing).communicate(timeout=60)[0].strip()
+
+    def logins(self) -> int:
+        """How many C_Login the device has got since the last question."""
+        text = self.log.read_text() if self.log.exists() else ""
+        self.log.unlink(missing_ok=True)
+        return text.count(": C_Login\n")
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A fresh device: SoftHSM never locks, so a right PIN always works there."""
+    tmp_path.chmod(0o700)
+    softhsm = make_softhsm(tmp_path / "device")
+    softhsm.python(_PROVISION)
+    return Bench(softhsm, tmp_path / "spy.log", tmp_path / "state")
+
+
+def test_a_right_pin_is_one_login_and_a_signature(bench: Bench) -> None:
+    assert bench.sign("1234") == "256"
+    assert bench.logins() == 1
+
+
+def test_a_wrong_pin_in_ten_runs_is_one_login_and_a_corrected_one_works_at_once(
+    bench: Bench,
+) -> None:
+    said = [bench.sign("9999") for _ in range(10)]
+    assert said == ["20 pin-incorrect"] + ["21 pin-refused"] * 9
+    assert bench.logins() == 1
+    assert bench.sign("1234") == "256"
+    assert bench.logins() == 1
+
+
+def test_a_wrong_pin_in_twenty_processes_at_once_is_one_login(bench: Bench) -> None:
+    running = [bench.start("9999") for _ in range(20)]
+    said = sorted(process.communicate(timeout=100)[0].strip() for process in running)
+    assert said == ["20 pin-incorrect"] + ["21 pin-refused"] * 19
+    assert bench.logins() == 1
+    assert bench.sign("9999") == "21 pin-refused"
+    assert bench.logins() == 0
+
+
+def test_without_a_ledger_five_starts_with_a_wrong_pin_are_no_login_at_all(bench: Bench) -> None:
+    bench.state.write_text("a file stands where the directory should be")
+    assert {bench.sign("9999") for _ in range(5)} == {"21 ledger"}
+    assert bench.logins() == 0
+    bench.state.unlink()
+    assert bench.sign("1234") == "256"
+
+
+def test_a_process_killed_before_the_answer_does_not_cost_the_right_pin(bench: Bench) -> None:
+    dying = """
+from contextlib import contextmanager
+class Dying(Ledger):
+    @contextmanager
+    def held(self, place):
+        with super().held(place) as page:
+            class Page(type(page)):
+                def intend(self, pin, *, count_low):
+                    super().intend(pin, count_low=count_low)
+                    os.kill(os.getpid(), 9)
+            yield Page(page.place, page.path, page.record)
+"""
+    program = _SIGN.replace("module, state", dying + "module, state", 1)
+    argv = [str(SOFTHSM), str(bench.state), "acme", "1234", ""]
+    killed = subprocess.run(
+        [sys.executable, "-c", program.replace("ledger=Ledger(", "ledger=Dying("), *argv],
+        env=bench.softhsm.environment,
+        check=False,
+    )
+    assert killed.returncode == -9
+    (record,) = [p for p in (bench.state / "pin").iterdir() if p.suffix != ".lock"]
+    assert "1234" not in record.read_text()
+    assert bench.sign("1234") == "256"
+    assert bench.logins() == 1
+    assert not record.exists()
+
+
+def test_an_always_authenticate_key_gets_its_pin_between_init_and_sign(bench: Bench) -> None:
+    assert bench.sign("1234", key="always") == "256"
+    calls = [
+        line.partition(": ")[2]
+        for line in bench.log.read_text().splitlines()
+        if ": C_" in line and line[:1].isdigit()
+    ]
+    at = calls.index("C_SignInit")
+    assert calls[at : at + 3] == ["C_SignInit", "C_Login", "C_Sign"]
+    assert bench.logins() == 2
+
+
+def test_a_wrong_signing_pin_is_tried_once_and_does_not_touch_the_other(bench: Bench) -> None:
+    assert bench.sign("1234", key="always", signing="9999") == "20 pin-incorrect"
+    assert bench.logins() == 2
+    assert bench.sign("1234", key="always", signing="9999") == "21 pin-refused"
+    assert bench.logins() == 1
+    assert bench.sign("1234", key="always", signing="1234") == "256"
+    assert bench.sign("1234", key="acme", signing="9999") == "256"
+
+
+def test_a_pin_file_that_is_corrected_works_at_once(bench: Bench, tmp_path: Path) -> None:
+    file = tmp_path / "pin"
+    file.write_text("9999\n")
+    file.chmod(0o600)
+    assert bench.sign(str(file)) == "20 pin-incorrect"
+    file.write_text("1234\n")
+    assert bench.sign(str(file)) == "256"
+
+
+def test_another_device_of_the_process_does_not_log_in_again(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    one = device_softhsm.device("object=acme", tmp_path)
+    two = device_softhsm.device("object=nopublic", tmp_path, pin="never read")
+    assert one.login()
+    assert two.key().label == "nopublic"
+    one.close()
+    assert two.sign("RS256", b"e30.e30")  # type: ignore[arg-type]  # plain bytes will do here
+    two.close()
+    # the last one logged out: the next login asks the device again
+    with pytest.raises(PinIncorrect), device_softhsm.device("", tmp_path, pin="9999") as three:
+        three.login()
+    with device_softhsm.device("", tmp_path) as four:
+        assert four.login()
+
+
+def test_a_login_by_other_code_of_the_process_proves_nothing_about_the_pin(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import pkcs11
+
+    lib = pkcs11.lib(str(device_softhsm.module))
+    with (
+        lib.get_token(token_label="lab").open(user_pin="1234"),
+        device_softhsm.device("object=acme", tmp_path, pin="9999") as device,
+    ):
+        assert device.login() is False
+        assert device.key().label == "acme"
+    assert "the PIN was not proven" in caplog.text
+    assert Ledger(tmp_path).refusals(places(device_softhsm.module, KeyUri(token="lab"))[0]) == (
+        0,
+        0,
+    )
+
+
+def test_no_pin_and_a_device_that_wants_one_is_not_a_crash(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    with device_softhsm.device("object=acme", tmp_path, pin=None) as device:
+        assert device.login() is False
+        with pytest.raises(DeviceError):
+            device.key()
+
+
+def test_no_pin_shows_itself_when_it_is_refused(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import traceback
+
+    caplog.set_level(0)
+    said = []
+    for _ in range(2):
+        device = Device(
+            device_softhsm.module,
+            KeyUri.parse("pkcs11:token=lab;object=acme"),
+            pin=PinValue.of("4711-canary"),
+            ledger=Ledger(tmp_path),
+        )
+        with pytest.raises((PinIncorrect, PinNotTried)) as caught:
+            device.login()
+        said += traceback.format_exception(caught.value)
+        said.append(f"{device!r} {caught.value.hint}")
+    assert "4711-canary" not in "".join(said) + caplog.text
+    with device_softhsm.device("", tmp_path) as device:
+        assert device.login()

@@ -1,0 +1,173 @@
+"""Signatures: judged by openssl and cryptography, and what happens when something is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from hsmtoll.errors import ConfigurationError, DeviceError
+from hsmtoll.hsm.device import _mechanism
+from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+UNSIGNED = SigningInput(b"eyJhbGciOiJSUzI1NiJ9.e30")
+DIGESTS = {"RS256": "sha256", "RS384": "sha384", "RS512": "sha512"}
+
+
+@pytest.mark.parametrize("alg", ALGS)
+def test_openssl_verifies_what_the_device_signed(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, alg: str
+) -> None:
+    with device_softhsm.device("object=acme", tmp_path / "state") as device:
+        public = device.key().public
+        signature = device.sign(alg, UNSIGNED)
+    assert public is not None
+    (tmp_path / "key.der").write_bytes(public.spki())
+    (tmp_path / "signature").write_bytes(signature)
+    for data, verdict in ((UNSIGNED, 0), (UNSIGNED + b"x", 1)):
+        (tmp_path / "data").write_bytes(data)
+        done = subprocess.run(
+            ["openssl", "dgst", f"-{DIGESTS[alg]}", "-verify", "key.der", "-keyform", "DER",
+             "-signature", "signature", "data"],
+            cwd=tmp_path, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == verdict
+
+
+def test_only_the_algorithms_of_maskinporten_are_signed(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    with (
+        device_softhsm.device("object=acme", tmp_path) as device,
+        pytest.raises(ConfigurationError, match="RS256"),
+    ):
+        device.sign("PS256", UNSIGNED)
+
+
+@pytest.mark.parametrize("alg", ALGS)
+def test_the_raw_mechanism_with_a_digest_info_gives_the_same_signature(
+    device_softhsm: DeviceSoftHsm, alg: str
+) -> None:
+    hashed = _mechanism(alg, UNSIGNED, frozenset({"RSA_PKCS", f"SHA{alg[2:]}_RSA_PKCS"}))
+    raw = _mechanism(alg, UNSIGNED, frozenset({"RSA_PKCS", "SHA1_RSA_PKCS"}))
+    assert hashed[1] == UNSIGNED
+    assert raw[0].name == "RSA_PKCS"
+    program = (
+        "import sys, pkcs11\n"
+        "from pkcs11 import Mechanism, ObjectClass\n"
+        "token = pkcs11.lib(sys.argv[1]).get_token(token_label='lab')\n"
+        "with token.open(user_pin='1234') as s:\n"
+        "    key = s.get_key(object_class=ObjectClass.PRIVATE_KEY, label='acme')\n"
+        "    made = {key.sign(bytes.fromhex(d), mechanism=Mechanism[m])\n"
+        "            for m, d in zip(sys.argv[2::2], sys.argv[3::2])}\n"
+        "assert len(made) == 1\n"
+    )
+    device_softhsm.python(program, hashed[0].name, hashed[1].hex(), raw[0].name, raw[1].hex())
+
+
+def test_a_device_without_a_mechanism_for_it_is_told_by_name() -> None:
+    with pytest.raises(DeviceError, match="neither SHA256_RSA_PKCS nor RSA_PKCS"):
+        _mechanism("RS256", UNSIGNED, frozenset({"ECDSA"}))
+
+
+def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    with device_softhsm.device("id=%02", tmp_path) as other:
+        strange = other.key().public
+    assert strange is not None
+    with device_softhsm.device("object=acme", tmp_path) as device:
+        facts = device.key()
+        # the control: a candidate that is right where the device hides its half
+        assert facts.public is not None
+        device._proven = strange
+        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]
+        with pytest.raises(DeviceError) as caught:
+            device.sign("RS256", UNSIGNED)
+        assert caught.value.code == "signature-wrong"
+
+
+def test_where_the_public_half_is_hidden_the_signature_chooses_the_candidate(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    with device_softhsm.device("object=acme", tmp_path) as device:
+        facts = device.key()
+        right = facts.public
+        assert right is not None
+        wrong = RsaPublicKey((1 << 2047) | 1, 65537)
+        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]
+        signature = device.sign("RS256", UNSIGNED, candidates=[wrong, right])
+        device._proven = None
+        with pytest.raises(DeviceError):
+            device.sign("RS256", UNSIGNED, candidates=[wrong])
+    key = rsa.RSAPublicNumbers(right.exponent, right.modulus).public_key()
+    key.verify(signature, UNSIGNED, padding.PKCS1v15(), hashes.SHA256())
+
+
+def test_a_deleted_key_is_an_error_once_and_a_new_one_is_found_afterwards(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    making = (
+        "import sys, pkcs11\n"
+        "from pkcs11 import Attribute as A, KeyType, ObjectClass\n"
+        "token = pkcs11.lib(sys.argv[1]).get_token(token_label='lab')\n"
+        "with token.open(rw=True, user_pin='1234') as s:\n"
+        "    for o in list(s.get_objects({A.LABEL: 'brief'})): o.destroy()\n"
+        "    if sys.argv[2] == 'make':\n"
+        "        s.generate_keypair(KeyType.RSA, 2048, id=b'\\x33', label='brief', store=True,\n"
+        "            private_template={A.SENSITIVE: True, A.EXTRACTABLE: False})\n"
+    )
+    device_softhsm.python(making, "make")
+    with device_softhsm.device("object=brief", tmp_path) as device:
+        first = device.key().public
+        device.sign("RS256", UNSIGNED)
+        device_softhsm.python(making, "delete")
+        with pytest.raises(DeviceError):
+            device.sign("RS256", UNSIGNED)
+        with pytest.raises(DeviceError) as caught:
+            device.sign("RS256", UNSIGNED)
+        assert caught.value.code == "key-missing"
+        device_softhsm.python(making, "make")
+        second = device.key().public
+        signature = device.sign("RS256", UNSIGNED)
+        assert first != second
+        assert second is not None
+        assert second.verify("RS256", UNSIGNED, signature)
+    device_softhsm.python(making, "delete")
+
+
+def test_a_restarted_module_is_found_again_without_reading_the_pin_twice(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    from hsmtoll.hsm.module import GATE, restart
+
+    with device_softhsm.device("object=acme", tmp_path) as device:
+        device.sign("RS256", UNSIGNED)
+        with GATE.held(1):
+            restart(device_softhsm.module)
+        device.sign("RS256", UNSIGNED)
+
+
+def test_after_close_a_device_can_be_used_again(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    device = device_softhsm.device("object=acme", tmp_path)
+    for _ in range(2):
+        device.sign("RS256", UNSIGNED)
+        device.close()
+    device.close()
+
+
+def test_importing_the_room_loads_no_module_and_no_pkcs11() -> None:
+    program = "import sys, hsmtoll.hsm; sys.exit('pkcs11' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
