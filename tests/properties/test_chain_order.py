@@ -27,7 +27,7 @@ def _strangers() -> tuple[Certificate, ...]:
         *(authority(common, ec_key(5)) for common in ("Inter", "Root", "Other")),
         *(leaf(common, ec_key(5)) for common in ("Inter", "Root", "Other")),
         authority("Inter", ec_key(1), "Root", ec_key(0), ca=False),
-        authority("Inter", ec_key(1), "Root", ec_key(5)),
+        authority("Inter", ec_key(1), "Root", ec_key(9)),
         authority("Root", ec_key(0), "Inter", ec_key(1)),
         authority("Other", ec_key(6), "Root", ec_key(0)),
         authority("Example AB", pki.rsa_key()),
