@@ -1,0 +1,172 @@
+"""Forks: the child starts afresh where that is harmless, and the parent does not notice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+_HEAD = """
+import os, sys, threading, time
+from pathlib import Path
+from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
+module, state = Path(sys.argv[1]), Path(sys.argv[2])
+def make():
+    return Device(module, KeyUri.parse("pkcs11:token=lab;object=acme"), pin=PinValue.of("1234"),
+                  ledger=Ledger(state))
+def check(device):
+    for n in range(20):
+        assert device.key().public.verify("RS256", b"%d" % n, device.sign("RS256", b"%d" % n))
+def child(device):
+    check(device)
+    device.close()
+"""
+
+# As gunicorn does with preload: the application is used once, then the workers are forked.
+_PRELOAD = """
+device = make()
+check(device)
+workers = []
+for n in range(4):
+    pid = os.fork()
+    if not pid:
+        try:
+            child(device)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    workers.append(pid)
+check(device)
+assert [os.waitpid(pid, 0)[1] for pid in workers] == [0] * 4
+check(device)
+"""
+
+_BUSY = """
+device = make()
+check(device)
+done, bad = threading.Event(), []
+def work():
+    try:
+        while not done.is_set():
+            check(device)
+    except BaseException as error:
+        bad.append(repr(error))
+threads = [threading.Thread(target=work) for _ in range(2)]
+[t.start() for t in threads]
+for n in range(20):
+    pid = os.fork()
+    if not pid:
+        try:
+            child(device)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+done.set()
+[t.join() for t in threads]
+assert not bad, bad
+"""
+
+_MULTIPROCESSING = """
+import multiprocessing
+def task(n):
+    device = make()
+    check(device)
+    device.close()
+    return n
+if __name__ == "__main__":
+    check(make())
+    context = multiprocessing.get_context(sys.argv[3])
+    with context.Pool(2) as pool:
+        assert pool.map(task, range(4)) == [0, 1, 2, 3]
+        pool.close()
+        pool.join()
+    check(make())
+"""
+
+# What is known of a module is its manufacturer; a TPM's is not on the list.
+_HARMFUL = """
+from hsmtoll.hsm import module as modules
+device = make()
+check(device)
+opened = modules.opened(module)
+class Tpm:
+    manufacturer_id = "tpm2-software.github.io"
+    def __init__(self, lib): self.lib = lib
+    def __getattr__(self, name): return getattr(self.lib, name)
+opened.lib = Tpm(opened.lib)
+pid = os.fork()
+if not pid:
+    try:
+        device.sign("RS256", b"x")
+        os._exit(1)
+    except HsmTollError as error:
+        print(error.exit_code, error.code, "spawn" in error.hint, flush=True)
+        os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+check(device)
+"""
+
+
+def run(softhsm: DeviceSoftHsm, folder: Path, program: str, *more: str) -> str:
+    script = folder / "script.py"
+    script.write_text(_HEAD + program)
+    done = subprocess.run(
+        [sys.executable, str(script), str(softhsm.module), str(folder / "state"), *more],
+        env=softhsm.environment, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_workers_forked_from_a_preloaded_application_sign_and_so_does_the_parent(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    run(device_softhsm, tmp_path, _PRELOAD)
+
+
+def test_a_fork_in_the_middle_of_signing_threads_is_safe(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    run(device_softhsm, tmp_path, _BUSY)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_multiprocessing_works_in_each_of_its_ways(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, method: str
+) -> None:
+    run(device_softhsm, tmp_path, _MULTIPROCESSING, method)
+
+
+def test_where_a_fresh_start_could_harm_the_parent_the_child_is_told_what_to_do(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    assert run(device_softhsm, tmp_path, _HARMFUL) == "30 forked True\n"
+
+
+def test_a_module_first_opened_in_the_child_needs_no_permission(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    program = """
+device = make()
+pid = os.fork()
+if not pid:
+    child(device)
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+check(device)
+"""
+    run(device_softhsm, tmp_path, program)
