@@ -15,6 +15,7 @@ import contextlib
 import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
 
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
@@ -110,10 +111,11 @@ class KeyFacts:
 class Login:
     """What this process holds on one p11_token, shared by all Devices on it."""
 
+    module: Module
     anchor: Session | None = None
     by_others: bool = False
     pin: Pin | None = field(default=None, repr=False)
-    users: set[int] = field(default_factory=set)
+    users: WeakSet[Device] = field(default_factory=WeakSet)
 
     @property
     def there(self) -> bool:
@@ -121,7 +123,9 @@ class Login:
 
     def end(self) -> None:
         """Log out: every session of the process on this p11_token loses its private keys."""
-        _close(self.anchor)
+        # After a fork or a restart the handle is not ours to close any more.
+        if current(self.module):
+            _close(self.anchor)
         self.anchor, self.by_others = None, False
 
 
@@ -170,6 +174,7 @@ class Device:
         self._allow_exportable_key = allow_exportable_key
         self._lock_timeout = lock_timeout
         self._open: _Open | None = None
+        self._shared: Login | None = None
         self._proven: RsaPublicKey | None = None
         self._accepted: Pin | None = None
         self._warned: set[str] = set()
@@ -256,13 +261,14 @@ class Device:
         """Give the sessions back; the last Device on a p11_token logs out."""
         with GATE.held(self._lock_timeout):
             here, self._open = self._open, None
-            if here is None or not current(here.module):
-                return
-            _close(here.session)
-            here.login.users.discard(id(self))
-            if not here.login.users:
-                here.login.end()
-                here.login.pin = None
+            login, self._shared = self._shared, None
+            if here is not None and current(here.module):
+                _close(here.session)
+            if login is not None:
+                login.users.discard(self)
+                if not login.users:
+                    login.end()
+                    login.pin = None
 
     # ------------------------------------------------------------------ module and p11_token
 
@@ -282,9 +288,10 @@ class Device:
         if here is not None and here.module is module:
             return here
         _, token = self._choose(module)
-        login = module.logins.setdefault(login_key(token), Login())
+        login = module.logins.setdefault(login_key(token), Login(module))
         self._open = _Open(module=module, token=token, login=login, session=token.open())
-        login.users.add(id(self))
+        self._shared = login
+        login.users.add(self)
         return self._open
 
     def _drop(self, exc: BaseException) -> None:
@@ -292,11 +299,11 @@ class Device:
         if here is None or not current(here.module):
             return
         _close(here.session)
+        here.login.users.discard(self)
         # A login that the device has lost looks like a key that is not there.
-        lost = isinstance(exc, HsmTollError) and exc.code in {"key-missing", "not-logged-in"}
-        if recoverable(exc) or (lost and here.login.users == {id(self)}):
+        lost = isinstance(exc, HsmTollError) and exc.code == "key-missing"
+        if recoverable(exc) or (lost and not here.login.users):
             here.login.end()
-        here.login.users.discard(id(self))
 
     def _choose(self, module: Module) -> tuple[Slot, Token]:
         seen: list[tuple[Slot, Token]] = []
@@ -328,6 +335,8 @@ class Device:
     # ------------------------------------------------------------------ login
 
     def _log_in(self, here: _Open) -> None:
+        # python-pkcs11 opens the session and logs in with one call: where the PIN is refused,
+        # that session stays open. The ledger makes it one for each wrong value.
         login = here.login
         if login.there or self._pin is None:
             return
@@ -336,6 +345,12 @@ class Device:
             return
         place = Place(*_named(here.token))
         pin = login.pin or self._pin.read(device=_called(here.token))
+        if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+            raise DeviceError(
+                f"{_called(here.token)} has no pinpad of its own ({pin.source})",
+                hint="Give the PIN another way: HSMTOLL_HSM__PIN_FILE, or PIN_PROMPT=terminal.",
+                code="no-pinpad",
+            )
         with self._ledger.held(place) as page:
             # Another process may have used the tries up while this one waited.
             page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))

@@ -157,6 +157,22 @@ def test_where_a_fresh_start_could_harm_the_parent_the_child_is_told_what_to_do(
     assert run(device_softhsm, tmp_path, _HARMFUL) == "30 forked True\n"
 
 
+def test_a_child_that_only_closes_what_it_inherited_does_not_log_the_parent_out(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    program = """
+device = make()
+check(device)
+pid = os.fork()
+if not pid:
+    device.close()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+check(device)
+"""
+    run(device_softhsm, tmp_path, program)
+
+
 def test_a_module_first_opened_in_the_child_needs_no_permission(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:

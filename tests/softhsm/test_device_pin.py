@@ -18,7 +18,7 @@ from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import places
 from hsmtoll.hsm.ledger import Ledger
-from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin import PinPad, PinValue
 from hsmtoll.hsm.uri import KeyUri
 from tests.softhsm.conftest import SOFTHSM, SPY, DeviceSoftHsm, make_softhsm
 
@@ -253,3 +253,28 @@ def test_no_pin_shows_itself_when_it_is_refused(
     assert "4711-canary" not in "".join(said) + caplog.text
     with device_softhsm.device("", tmp_path) as device:
         assert device.login()
+
+
+def test_a_pinpad_that_is_not_there_is_said_and_nothing_is_tried(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    with device_softhsm.device("object=acme", tmp_path, pin=PinPad()) as device:
+        with pytest.raises(DeviceError) as caught:
+            device.login()
+        assert caught.value.code == "no-pinpad"
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_wrong_pin_before_is_warned_about_from_the_devices_own_flag(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with device_softhsm.device("", tmp_path, pin="9999") as device, pytest.raises(PinIncorrect):
+        device.login()
+    assert "pin-count-low" not in caplog.text
+    with device_softhsm.device("", tmp_path / "other") as device:
+        assert device.login()
+    assert "pin-count-low: a wrong PIN was given" in caplog.text
+    caplog.clear()
+    with device_softhsm.device("", tmp_path) as device:
+        assert device.login()
+    assert "pin-count-low" not in caplog.text
