@@ -533,15 +533,13 @@ def _signature(outer: Any) -> Signature:
     if oid != _PSS:
         scheme, digest = _SCHEME.get(oid, ("unknown", ""))
         return Signature(scheme, digest, digest, 0, value)
-    parameters = algorithm["parameters"]
-    if isinstance(parameters, core.Void):
-        # RFC 4055 section 3.1: what is absent has its default, and the defaults are SHA-1.
-        return Signature("pss", "sha1", "sha1", 20, value)
-    pss = _parsed(RSASSAPSSParams, parameters.dump())
+    if isinstance(algorithm["parameters"], core.Void):
+        # RFC 4055 section 3.1: in a signature they must be present.
+        return unknown
+    pss = _parsed(RSASSAPSSParams, algorithm["parameters"].dump())
     mask = pss["mask_gen_algorithm"]
-    if pss["trailer_field"].native not in (1, "trailer_field_bc") or (
-        mask["algorithm"].native != "mgf1"
-    ):
+    # The trailer field has one value, and its DER encoding is to be absent.
+    if mask["algorithm"].native != "mgf1" or pss["trailer_field"].native != "trailer_field_bc":
         return unknown
     return Signature(
         "pss",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
@@ -23,7 +23,12 @@ from hsmtoll.certificate import Certificate
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Key = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+Key = (
+    rsa.RSAPrivateKey
+    | ec.EllipticCurvePrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+)
 
 NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -122,7 +127,7 @@ def issue(
         builder = builder.add_extension(ski, critical=False).add_extension(aki, critical=False)
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical=critical)
-    edwards = isinstance(issuer_key, ed25519.Ed25519PrivateKey)
+    edwards = isinstance(issuer_key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey)
     hashing: Any = None if edwards else (digest or hashes.SHA256())
     rsa_padding = padding.PSS(padding.MGF1(hashing), 32) if pss else None
     signed = builder.sign(issuer_key, hashing, rsa_padding=rsa_padding)

@@ -6,8 +6,10 @@ import base64
 import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from asn1crypto import x509 as asn1
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
@@ -73,6 +75,24 @@ def test_it_says_what_cryptography_says() -> None:
     aki = judge.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
     assert certificate.authority_key_id == aki.key_identifier
     assert certificate.critical == {"2.5.29.15", "2.5.29.19"}
+
+
+def test_a_key_of_a_curve_without_a_name_is_ec(tmp_path: Path) -> None:
+    curve = ("ec_paramgen_curve:P-256", "ec_param_enc:explicit")
+    made = _openssl(tmp_path, "EC", *(word for item in curve for word in ("-pkeyopt", item)))
+    assert (made.key_type, made.key_bits, made.public_key) == ("ec", 256, None)
+
+
+def test_pss_without_mgf1_or_without_parameters_is_not_known() -> None:
+    good = pki.authority("CA", pki.rsa_key(), pss=True)
+    assert good.signature[:4] == ("pss", "sha256", "sha256", 32)
+    mgf1 = _oid("1.2.840.113549.1.1.8")
+    other = Certificate.load(_changed(good.der, mgf1, _oid("1.2.840.113549.1.1.99")))
+    assert other.signature.scheme == "unknown"
+    made: Any = asn1.Certificate
+    bare = made.load(good.der)
+    bare["signature_algorithm"] = bare["tbs_certificate"]["signature"] = {"algorithm": "rsassa_pss"}
+    assert Certificate.load(bare.dump(force=True)).signature.scheme == "unknown"
 
 
 def test_every_root_of_this_system_is_read_as_cryptography_reads_it() -> None:
@@ -310,7 +330,10 @@ def test_policies_purposes_and_addresses_are_read() -> None:
     points = x509.CRLDistributionPoints(
         [
             x509.DistributionPoint(
-                [x509.UniformResourceIdentifier("http://crl.example/1.crl")], None, None, None
+                [x509.UniformResourceIdentifier("http://crl.example/1.crl"), x509.DNSName("crl")],
+                None,
+                None,
+                None,
             ),
             x509.DistributionPoint(None, None, None, [x509.DirectoryName(pki.name("CRL"))]),
         ]
@@ -358,11 +381,21 @@ def _changed(der: bytes, old: bytes, new: bytes) -> bytes:
         "zeros",
         "no time",
         "an extension twice",
+        "an extension of another form",
+        "a year 0",
+        "a negative RSA key",
         "too long",
     ],
 )
 def test_what_is_not_one_whole_certificate_is_a_value_error(kind: str) -> None:
     good = pki.leaf().der
+    strange = (
+        x509.UnrecognizedExtension(ObjectIdentifier(oid), b"") for oid in ("1.2.3.4", "1.2.3.5")
+    )
+    two = pki.leaf(extensions=[(extension, False) for extension in strange]).der
+    late = pki.leaf(end=datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)).der
+    size = pki.rsa_key().public_key().public_numbers().n
+    modulus = b"\x00" + size.to_bytes(256, "big")
     bad = {
         "empty": b"",
         "only a tag": b"\x30",
@@ -373,7 +406,10 @@ def test_what_is_not_one_whole_certificate_is_a_value_error(kind: str) -> None:
         "base64": base64.b64encode(good),
         "zeros": bytes(len(good)),
         "no time": _changed(good, b"\x17\x0d", b"\x04\x0d"),
-        "an extension twice": _changed(good, _oid("2.5.29.14"), _oid("2.5.29.35")),
+        "an extension twice": _changed(two, _oid("1.2.3.4"), _oid("1.2.3.5")),
+        "an extension of another form": _changed(good, _oid("2.5.29.14"), _oid("2.5.29.35")),
+        "a year 0": _changed(late, b"99991231235959Z", b"00000101000000Z"),
+        "a negative RSA key": _changed(good, modulus, b"\xff" + modulus[1:]),
         "too long": good + bytes(MAX_DER),
     }[kind]
     assert Certificate.load(good).der == good

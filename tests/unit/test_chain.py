@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ObjectIdentifier
 
@@ -100,6 +100,7 @@ def test_a_self_signed_leaf_stands_alone() -> None:
         (ec_key(1), {"digest": hashes.SHA384()}),
         (ec.generate_private_key(ec.SECP384R1()), {}),
         (ed25519.Ed25519PrivateKey.generate(), {}),
+        (ed448.Ed448PrivateKey.generate(), {}),
     ],
 )
 def test_issuers_of_every_kind_are_proven(key: pki.Key, options: dict[str, bool]) -> None:
@@ -370,6 +371,19 @@ def test_the_shorter_of_equals_wins_then_the_lower_sha256() -> None:
     assert _any_order(first, twins).certificates == (first, lowest)
 
 
+def test_a_longer_way_that_lives_longer_wins() -> None:
+    first = leaf(end=LATE)
+    near = [authority("Inter", ec_key(1), "A", ec_key(2), end=LATE), authority("A", ec_key(2))]
+    far = [
+        authority("Inter", ec_key(1), "B", ec_key(3), end=LATE),
+        authority("B", ec_key(3), "C", ec_key(4), end=LATE),
+        authority("C", ec_key(4), "D", ec_key(5), end=LATE),
+        authority("D", ec_key(5), end=LATE),
+    ]
+    assert _any_order(first, [*near, *far]).certificates == (first, *far)
+    assert _any_order(first, [*near, *far[:-1]]).certificates == (first, *near)
+
+
 def test_no_root_present() -> None:
     first, inter, _ = pki.good()
     chain = _any_order(first, [inter])
@@ -638,6 +652,9 @@ def test_certificates_of_two_organisations_are_not_guessed_between() -> None:
     assert caught.value.code == "certificate-orgid"
     assert pki.ORGID in str(caught.value)
     assert choose([one, two], identity="eseal", now=NOW, organization="NTRSE-1") == two
+    whole = [two, authority("Inter", ec_key(1))]
+    chain = checked([one, two], whole, identity="eseal", now=NOW, organization="NTRSE-1")
+    assert any("another organisation" in line for line in chain.explain())
     assert choose([one, two], identity="eseal", now=NOW, pinned_sha256=one.sha256) == one
     with pytest.raises(CertificateError) as caught:
         choose([one], identity="eseal", now=NOW, organization="NTRSE-1")
