@@ -13,6 +13,7 @@ import os
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -24,14 +25,14 @@ from hsmtoll.errors import (
     ExchangeRefused,
     HsmTollError,
     NetworkError,
+    UsageError,
     foreign,
 )
 from hsmtoll.stores import name_of
 from hsmtoll.tokens import AccessToken, TokenRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from types import TracebackType
 
     import httpx
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hsmtoll.auth import AsyncTollAuth, TollAuth
     from hsmtoll.cache import Budget, Cache, Flight
     from hsmtoll.clock import Clock, Skew
+    from hsmtoll.customs import Receipt, Talk
     from hsmtoll.exchange import Answer, Endpoints, Issued, Post
     from hsmtoll.signer import Signer
     from hsmtoll.wire import Wire
@@ -361,6 +363,54 @@ class TollClient(_Shared):
         with self.api(api.name) as client:
             return client.request(method, f"{self._engine.endpoints.customs}{path}", **request)
 
+    def submit(
+        self,
+        api: str,
+        method: str,
+        level: str,
+        *,
+        json: Mapping[str, Any],
+        mrn: str | None = None,
+        patience: float = 120.0,
+        accepted: Callable[[str], None] = lambda _: None,
+    ) -> Receipt:
+        """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        talk = customs.submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+        )
+        return self._speak(api, talk)
+
+    def upload(
+        self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
+    ) -> Receipt:
+        """A document to a declaration, checked before it is sent: see `hsmtoll.customs.upload`."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        path = Path(file)
+        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        return self._speak("document", talk)
+
+    def _speak(self, api: str, talk: Talk) -> Receipt:
+        from hsmtoll import customs  # noqa: PLC0415
+
+        engine = self._engine
+        with self.api(api) as client:
+            return customs.spoken(talk, client, engine.endpoints.customs, engine.clock.sleep)
+
+    def routing(
+        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+    ) -> Iterator[tuple[Any, ...]]:
+        """Routing signals in batches; *marker* is the file that says how far they were taken."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        clock = self._engine.clock
+        with self.api("routing") as client:
+            yield from customs.routing(
+                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+            )
+
     def close(self) -> None:
         """Let go of the device. Living tokens of a shared cache live on."""
         self._close()
@@ -425,6 +475,59 @@ class AsyncTollClient(_Shared):
             url = f"{self._engine.endpoints.customs}{path}"
             return await client.request(method, url, **request)
 
+    async def submit(
+        self,
+        api: str,
+        method: str,
+        level: str,
+        *,
+        json: Mapping[str, Any],
+        mrn: str | None = None,
+        patience: float = 120.0,
+        accepted: Callable[[str], None] = lambda _: None,
+    ) -> Receipt:
+        """As TollClient.submit."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        talk = customs.submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+        )
+        return await self._speak(api, talk)
+
+    async def upload(
+        self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
+    ) -> Receipt:
+        """As TollClient.upload."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        path = Path(file)
+        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        return await self._speak("document", talk)
+
+    async def _speak(self, api: str, talk: Talk) -> Receipt:
+        import asyncio  # noqa: PLC0415
+
+        from hsmtoll import customs  # noqa: PLC0415
+
+        async with self.api(api) as client:
+            return await customs.aspoken(
+                talk, client, self._engine.endpoints.customs, asyncio.sleep
+            )
+
+    async def routing(
+        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """As TollClient.routing."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        clock = self._engine.clock
+        async with self.api("routing") as client:
+            feed = customs.arouting(
+                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+            )
+            async for batch in feed:
+                yield batch
+
     async def aclose(self) -> None:
         """As TollClient.close."""
         self._close()
@@ -439,6 +542,13 @@ class AsyncTollClient(_Shared):
         traceback: TracebackType | None,
     ) -> None:
         await self.aclose()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise UsageError(f"upload of {foreign(path)}: cannot be read ({exc.strerror})") from exc
 
 
 def _value(token: AccessToken | None) -> str | None:

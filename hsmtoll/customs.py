@@ -1,34 +1,382 @@
 """
-Calls to the Customs APIs, and what their answers mean.
+Calls to the Customs APIs that end in an answer: submissions, uploads, the routing feed.
 
-How a token is had never enters; a bearer is put on by auth.
+Each is a conversation written once: it yields what to send or how long to wait and is handed
+the answers; one driver a colour speaks it. How a token is had never enters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http
-from typing import TYPE_CHECKING
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import ApiRefused, HsmTollError, NetworkError, TryAgainLater, foreign
+import httpx
+
+from hsmtoll import apis
+from hsmtoll.errors import (
+    ApiRefused,
+    HsmTollError,
+    NetworkError,
+    OutcomeUnknown,
+    SubmissionFailed,
+    TryAgainLater,
+    UsageError,
+    foreign,
+)
 from hsmtoll.exchange import retry_after
 
 if TYPE_CHECKING:
-    import httpx
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 
     from hsmtoll.apis import Api
 
-__all__ = ["refused"]
+__all__ = [
+    "DOCUMENT_TYPES",
+    "LEVELS",
+    "Marker",
+    "Receipt",
+    "arouting",
+    "aspoken",
+    "refused",
+    "routing",
+    "spoken",
+    "submission",
+    "upload",
+]
+
+_MOVEMENT: Final = ("transport", "master-consignment", "house-consignment", "relation")
+
+#: What can be submitted to which API (PROTOCOL C.7, C.11).
+LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("road", "air", "rail", "maritime"), _MOVEMENT),
+    "presentation": (
+        "house-consignment",
+        "master-consignment",
+        "container",
+        "receptacle",
+        "entry-summary-declaration",
+    ),
+}
+
+#: PROTOCOL C.12, as of January 2026.
+DOCUMENT_TYPES: Final = (
+    "invoice",
+    "permits",
+    "freight invoice",
+    "proof of origin documentation",
+    "waybill",
+    "export documentation",
+)
+_MEDIA: Final = {
+    "pdf": "application/pdf",
+    "jpg": "image/jpeg",
+    "png": "image/png",
+    "txt": "text/plain",
+    "docx": "application/vnd.openxmlformats-officedocument.wordprocessingml.document",
+    "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+}
+#: Bytes. "10 MB" is documented, and not whether MiB are meant: the smaller is safe.
+_LARGEST_FILE: Final = 10_000_000
+_DECLARATION = re.compile(r"\d{9}-\d{8}-\d+")
+_MRN = re.compile(r"\d{2}NO[A-Z0-9]{14}")
+
+#: Seconds between questions for a result: usually there after one or two (PROTOCOL C.8, C20).
+_PAUSES: Final = (1.0, 2.0, 3.0, 5.0, 8.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One request; *json* is a message, *content* with *media* anything else."""
+
+    method: str
+    path: str
+    content: bytes | None = None
+    media: str = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Seconds to let pass."""
+
+    seconds: float
+
+
+#: What a conversation is told after each step: an answer, why none came, or nothing.
+Told = httpx.Response | httpx.HTTPError | HsmTollError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """
+    What became of a submission or an upload.
+
+    *request_id* is Customs' (the client's own for presentation), *mrn* the 18 characters by
+    which it can be changed and deleted, *body* the whole last answer.
+    """
+
+    request_id: str | None
+    mrn: str | None
+    body: Mapping[str, Any]
+
+
+if TYPE_CHECKING:
+    Talk = Generator[Send | Wait, Told, Receipt]
+
+
+def submission(
+    api: Api,
+    method: str,
+    level: str,
+    message: Mapping[str, Any],
+    *,
+    mrn: str | None = None,
+    patience: float = 120.0,
+    accepted: Callable[[str], None] = lambda _: None,
+) -> Talk:
+    """
+    POST, PUT or DELETE of a message, then questions until the result is there.
+
+    *accepted* is told the requestId before the first question, so that nothing is lost if the
+    process dies. *patience* is how many seconds the result may take.
+
+    Raises UsageError before anything is sent; ApiRefused for a message with errors (they are
+    in the hint, field by field); SubmissionFailed for a result FAILURE, OutcomeUnknown where
+    nobody knows: that is to be looked up and never repeated.
+    """
+    send = _checked(api, method, level, message, mrn)
+    request_id = _accepted((yield send), api, level, message)
+    accepted(request_id)
+    own_feed = api.name == "presentation"
+    base = api.base if own_feed else apis.named(f"{api.name}-query").base
+    question = f"{base}/validation-status" if own_feed else (
+        f"{base}/{level}/validation-status/{request_id}"
+    )  # fmt: skip
+    waited, asked = 0.0, 0
+    while True:
+        pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
+        if waited + pause > patience:
+            raise _unknown(f"no result after {waited:.0f} s", api, request_id)
+        yield Wait(pause)
+        waited, asked = waited + pause, asked + 1
+        answer = yield Send("GET", question)
+        result = _result(answer, api, request_id)
+        if result is not None:
+            return _judged(result, request_id)
+
+
+def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Talk:
+    """
+    One document to one declaration. *name* is the file's.
+
+    Everything documented is checked before a byte is sent (PROTOCOL C.12, C22): UsageError.
+    An upload whose answer never came is OutcomeUnknown.
+    """
+    api = apis.named("document")
+    _check_upload(declaration_id, name, content, document_type)
+    media = _MEDIA[name.rpartition(".")[2].lower()]
+    # The order of the parts is part of the rules: metadata, then file (T24).
+    form = httpx.Request(
+        "POST",
+        "https://unused/",
+        files=[
+            ("metadata", (None, json.dumps({"documentType": document_type}), "application/json")),
+            ("file", (name, content, media)),
+        ],
+    )
+    path = f"{api.base}/declaration-id/{declaration_id}/document"
+    answer = yield Send("POST", path, form.read(), form.headers["content-type"])
+    response = _answered(answer, api, None)
+    return Receipt(None, None, _json(response) or {})
+
+
+def _checked(
+    api: Api, method: str, level: str, message: Mapping[str, Any], mrn: str | None
+) -> Send:
+    levels = LEVELS.get(api.name)
+    if levels is None:
+        raise UsageError(
+            f"submit to {api.name}: nothing is submitted there",
+            hint=f"submissions go to {', '.join(LEVELS)}",
+        )
+    if level not in levels:
+        raise UsageError(
+            f"submit to {api.name}: there is no level {foreign(level)}",
+            hint=f"levels: {', '.join(levels)}",
+        )
+    fixed = api.name == "presentation"
+    methods = ("POST",) if fixed else ("POST", "DELETE") if level == "relation" else _METHODS
+    if method not in methods:
+        raise UsageError(
+            f"{foreign(method)} {api.name} {level}: {' or '.join(methods)} is expected"
+        )
+    by_mrn = method != "POST" and level != "relation"
+    if by_mrn and (mrn is None or not _MRN.fullmatch(mrn)):
+        raise UsageError(
+            f"{method} {api.name} {level}: the MRN of what is meant is required",
+            hint="18 characters such as 26NO4TU2HUD59UCBT8, as the submission returned it (--mrn)",
+        )
+    if not by_mrn and mrn is not None:
+        raise UsageError(f"{method} {api.name} {level}: takes no MRN")
+    if fixed and not isinstance(message.get("requestId"), str):
+        raise UsageError(
+            f"submit to {api.name}: the message names no requestId",
+            hint="for presentation the client chooses it: a new UUID each time",
+        )
+    path = f"{api.base}/{level}" + (f"/{mrn}" if by_mrn else "")
+    return Send(method, path, json.dumps(message, ensure_ascii=False).encode())
+
+
+_METHODS: Final = ("POST", "PUT", "DELETE")
+
+
+def _accepted(
+    answer: Told,
+    api: Api,
+    level: str,
+    message: Mapping[str, Any],
+) -> str:
+    body = _json(_answered(answer, api, None)) or {}
+    # Until 2022 it was called lrn; presentation answers with what the client chose.
+    found = body.get("requestId") or body.get("lrn") or message.get("requestId")
+    if not isinstance(found, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", found):
+        raise _unknown(f"{level} was accepted without a requestId", api, None)
+    return found
+
+
+def _answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
+    """The answer to something that must not be sent twice."""
+    if isinstance(answer, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
+        raise NetworkError(
+            f"API {api.name}: cannot be reached ({type(answer).__name__})",
+            hint="nothing was sent; it is safe to try again",
+            code="unreachable",
+            retryable=True,
+        ) from answer
+    if isinstance(answer, HsmTollError):
+        # No token was had, so nothing was taken in.
+        raise answer
+    if isinstance(answer, httpx.HTTPError):
+        raise _unknown(f"no answer came ({type(answer).__name__})", api, request_id) from answer
+    assert answer is not None  # noqa: S101 - a Send is always answered
+    if answer.status_code >= 500:
+        raise _unknown(f"the answer was {answer.status_code}", api, request_id, answer)
+    if 300 <= answer.status_code < 400:
+        raise ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+    error = refused(answer, api, now=0.0)
+    if error is not None:
+        raise error
+    return answer
+
+
+def _result(answer: Told, api: Api, request_id: str) -> Mapping[str, Any] | None:
+    """The result, or ``None`` while there is none: 404 is "not yet", and trouble passes."""
+    if not isinstance(answer, httpx.Response):
+        return None
+    if answer.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+        raise _unknown(f"asking for the result: {answer.status_code}", api, request_id, answer)
+    if not answer.is_success:
+        return None
+    body: Mapping[str, Any] | None = _json(answer)
+    if api.name == "presentation":
+        body = _of_request(body or {"requests": _list(answer)}, request_id)
+    return body if body is not None and body.get("status") in ("SUCCESS", "FAILURE") else None
+
+
+def _of_request(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any] | None:
+    """The entry of *request_id* in the status of all presentation requests."""
+    if body.get("requestId") == request_id:
+        return body
+    for value in body.values():
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, dict) and entry.get("requestId") == request_id:
+                return entry
+    return None
+
+
+def _judged(result: Mapping[str, Any], request_id: str) -> Receipt:
+    mrn = result.get("mrn") or result.get("masterReferenceNumber")
+    receipt = Receipt(request_id, mrn if isinstance(mrn, str) else None, result)
+    if result["status"] == "SUCCESS":
+        return receipt
+    lines = _errors(result.get("validationErrorList"))
+    error = SubmissionFailed(
+        f"submission {request_id}: FAILURE with {len(lines)} error(s)",
+        hint="\n".join(lines) or "Customs names no reason",
+        code="validation",
+        who="you",
+    )
+    error.errors = tuple(lines)
+    raise error
+
+
+def _errors(listed: object) -> list[str]:
+    lines = []
+    for entry in listed if isinstance(listed, list) else ():
+        if not isinstance(entry, dict):
+            continue
+        pointer = entry.get("pointer")
+        place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
+        place = place or entry.get("field") or "message"
+        lines.append(f"{foreign(place)}: {foreign(entry.get('description') or entry.get('error'))}")
+    return lines
+
+
+def _unknown(
+    why: str, api: Api, request_id: str | None, answer: httpx.Response | None = None
+) -> OutcomeUnknown:
+    named = f"requestId {request_id}: " if request_id else ""
+    return OutcomeUnknown(
+        f"submission to {api.name}: {named}{why}; it may have been received",
+        hint=(
+            f"do not send it again: ask for requestId {request_id} with `hsmtoll call GET "
+            "…/validation-status/…`"
+            if request_id
+            else "do not send it again: look it up by its document number first"
+        ),
+        code="outcome-unknown",
+        correlation_id=_correlation(answer) if answer is not None else None,
+    )
+
+
+def _check_upload(declaration_id: str, name: str, content: bytes, document_type: str) -> None:
+    if not _DECLARATION.fullmatch(declaration_id):
+        raise UsageError(
+            f"upload to {foreign(declaration_id)}: that is not a declaration id",
+            hint="<declarant, 9 digits>-<ddmmyyyy>-<sequence>, such as 123456789-01092026-1",
+        )
+    if document_type not in DOCUMENT_TYPES:
+        raise UsageError(
+            f"upload of type {foreign(document_type)}: Customs knows no such type",
+            hint=f"types: {', '.join(DOCUMENT_TYPES)}",
+        )
+    extension = name.rpartition(".")[2].lower() if "." in name else ""
+    if extension not in _MEDIA:
+        raise UsageError(
+            f"upload of {foreign(name)}: Customs takes {', '.join(_MEDIA)}",
+            hint="doc and xls are no longer taken; save as docx, xlsx or pdf",
+        )
+    if not 0 < len(content) <= _LARGEST_FILE:
+        raise UsageError(
+            f"upload of {foreign(name)}: {len(content)} bytes, 1 to {_LARGEST_FILE} are taken",
+            hint="split what is larger",
+        )
 
 
 def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
     """What an answer that is not 2xx means (PROTOCOL C.10), or ``None``. *now*: seconds, UTC."""
     status = response.status_code
-    if 200 <= status < 300:
+    if 200 <= status < 400:
         return None
     phrase = http.HTTPStatus(status).phrase if status in set(http.HTTPStatus) else "unknown"
     what = f"API {api.name}: {status} {phrase}"
-    correlation = foreign(response.headers.get("x-correlationid", "")) or None
-    if status == 429:
+    correlation = _correlation(response)
+    if status == http.HTTPStatus.TOO_MANY_REQUESTS:
         return TryAgainLater(
             f"{what}, too many calls",
             hint="wait before the next call",
@@ -40,25 +388,185 @@ def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError |
     if status >= 500:
         return NetworkError(
             f"{what}, trouble on Customs' side",
-            hint=f"try again later; Customs asks for the correlation id {correlation}",
+            hint="try again later; Customs asks for the correlation id",
             code="server-error",
             correlation_id=correlation,
             retryable=True,
         )
+    lines = _errors((_json(response) or {}).get("validationErrors"))
     return ApiRefused(
-        what,
-        hint=_HINTS.get(status, "look at the request; Customs' pages describe the API"),
+        what + (f", {len(lines)} error(s) in the message" if lines else ""),
+        hint="\n".join(lines) or _HINTS.get(status, "Customs' pages describe the API"),
         code=f"http-{status}",
         who="customs" if status == http.HTTPStatus.FORBIDDEN else "you",
         correlation_id=correlation,
     )
 
 
-_HINTS = {
-    400: "the message has errors; they are in the answer's body",
-    401: "a token was just renewed and still refused: check HSMTOLL_ENVIRONMENT",
-    403: "the token's scope does not open this API, or Customs has not opened it for this "
+_HINTS: Final = {
+    400: "Customs cannot read the message",
+    401: "a token that was just issued is refused as well: check HSMTOLL_ENVIRONMENT",
+    403: "the token's scope does not open this API, or Customs has not opened it to this "
     "organisation: `hsmtoll apis` shows which scope opens what; then ask digitoll@toll.no",
     404: "nothing lies there: check the path and the identifier in it",
-    415: "the body's Content-Type is not taken: APIs take application/json, document upload a form",
+    415: "the Content-Type is not taken: APIs take application/json, document upload a form",
 }
+
+
+def _correlation(response: httpx.Response) -> str | None:
+    said = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
+    return foreign(said) if said else None
+
+
+def _json(response: httpx.Response) -> dict[str, Any] | None:
+    try:
+        value = response.json()
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _list(response: httpx.Response) -> list[Any]:
+    try:
+        value = response.json()
+    except (ValueError, RecursionError):
+        return []
+    return value if isinstance(value, list) else []
+
+
+def spoken(
+    talk: Talk,
+    client: httpx.Client,
+    origin: str,
+    sleep: Callable[[float], None],
+) -> Receipt:
+    """Hold a conversation over *client*, whose bearer and origin are set."""
+    told: Told = None
+    try:
+        while True:
+            step = talk.send(told)
+            if isinstance(step, Wait):
+                sleep(step.seconds)
+                told = None
+                continue
+            try:
+                told = client.request(step.method, origin + step.path, **_sent(step))
+            except (httpx.HTTPError, HsmTollError) as exc:
+                told = exc
+    except StopIteration as end:
+        receipt: Receipt = end.value
+        return receipt
+
+
+async def aspoken(
+    talk: Talk,
+    client: httpx.AsyncClient,
+    origin: str,
+    sleep: Callable[[float], Awaitable[None]],
+) -> Receipt:
+    """As spoken, for tasks."""
+    told: Told = None
+    try:
+        while True:
+            step = talk.send(told)
+            if isinstance(step, Wait):
+                await sleep(step.seconds)
+                told = None
+                continue
+            try:
+                told = await client.request(step.method, origin + step.path, **_sent(step))
+            except (httpx.HTTPError, HsmTollError) as exc:
+                told = exc
+    except StopIteration as end:
+        receipt: Receipt = end.value
+        return receipt
+
+
+def _sent(step: Send) -> dict[str, Any]:
+    if step.content is None:
+        return {}
+    return {"content": step.content, "headers": {"content-type": step.media}}
+
+
+class Marker:
+    """
+    How far a routing feed was taken, kept in a file (0600): the id of the last signal.
+
+    It is written after the caller has taken a batch, never before (PROTOCOL C24): a program
+    that dies in between sees the batch again.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+
+    def read(self) -> str | None:
+        """The id, or ``None`` at the beginning."""
+        try:
+            return self._path.read_text(encoding="ascii").strip() or None
+        except FileNotFoundError:
+            return None
+
+    def write(self, marker: str) -> None:
+        """Keep *marker*, whole and on the disk before the next batch is asked for."""
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(marker)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise
+
+
+def _batch(response: httpx.Response, api: Api, now: float) -> tuple[tuple[Any, ...], str | None]:
+    error = refused(response, api, now=now)
+    if error is not None:
+        raise error
+    signals = _list(response)
+    if not signals:
+        return (), None
+    last = signals[-1].get("routingResult") if isinstance(signals[-1], dict) else None
+    marker = last.get("id") if isinstance(last, dict) else None
+    if not isinstance(marker, str):
+        raise ApiRefused(f"API {api.name}: a signal without routingResult.id", code="feed")
+    return tuple(signals), marker
+
+
+def routing(
+    client: httpx.Client, level: str, marker: Marker, *, now: Callable[[], float]
+) -> Iterator[tuple[Any, ...]]:
+    """
+    Batches of routing signals since *marker*, at most 1,000 each, until there are none.
+
+    At least once: a batch counts as taken when the next one is asked for.
+    """
+    api = apis.named("routing")
+    at = marker.read()
+    while True:
+        response = client.get(f"/{level}", params={"marker": at} if at else {})
+        signals, last = _batch(response, api, now())
+        if last is None:
+            return
+        yield signals
+        marker.write(last)
+        at = last
+
+
+async def arouting(
+    client: httpx.AsyncClient, level: str, marker: Marker, *, now: Callable[[], float]
+) -> AsyncIterator[tuple[Any, ...]]:
+    """As routing, for tasks."""
+    api = apis.named("routing")
+    at = marker.read()
+    while True:
+        response = await client.get(f"/{level}", params={"marker": at} if at else {})
+        signals, last = _batch(response, api, now())
+        if last is None:
+            return
+        yield signals
+        marker.write(last)
+        at = last

@@ -158,9 +158,10 @@ class ApiRefused(HsmTollError):
 
 
 class SubmissionFailed(HsmTollError):
-    """A submission was received, processed, and failed."""
+    """A submission was received, processed, and failed; *errors* says why, field by field."""
 
     exit_code = 72
+    errors: tuple[str, ...] = ()
 
 
 class OutcomeUnknown(HsmTollError):
