@@ -364,6 +364,66 @@ def _body(given: str | None) -> bytes | None:
 
 
 @main.command()
+@click.argument("api")
+@click.argument("method")
+@click.argument("level")
+@click.argument("message", metavar="[@F]", required=False)
+@click.option("--mrn", metavar="M", help="What is changed or deleted, for PUT and DELETE.")
+@_final_try
+@click.pass_obj
+def submit(
+    ours: _Globals,
+    *,
+    api: str,
+    method: str,
+    level: str,
+    message: str | None,
+    mrn: str | None,
+    use_final_try: bool,
+) -> None:
+    """Submit a message, wait for its result. Prints SUCCESS and the MRN."""
+    raw = _body(message if message is not None else "@-") or b""
+    try:
+        parsed = json.loads(raw)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise UsageError(
+            "submit: the message is not a JSON object", hint="give it as @FILE, or on stdin"
+        )
+    app = ours.app(use_final_try=use_final_try)
+    with app.client() as client:
+        receipt = client.submit(
+            api,
+            method.upper(),
+            level,
+            json=parsed,
+            mrn=mrn,
+            # At once and before the first question, so that it can be asked for later.
+            accepted=lambda request_id: _say(f"accepted, requestId {request_id}"),
+        )
+    click.echo(f"SUCCESS {receipt.mrn}" if receipt.mrn else "SUCCESS")
+
+
+@main.command()
+@click.argument("declaration_id")
+@click.argument("file")
+@click.option("--type", "kind", required=True, metavar="T", help="invoice, permits, waybill, …")
+@_final_try
+@click.pass_obj
+def upload(
+    ours: _Globals, *, declaration_id: str, file: str, kind: str, use_final_try: bool
+) -> None:
+    """Upload a document to a declaration. It is checked before a byte is sent."""
+    app = ours.app(use_final_try=use_final_try)
+    with app.client() as client:
+        receipt = client.upload(declaration_id, file, document_type=kind)
+    _say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
+    if receipt.body:
+        click.echo(json.dumps(receipt.body, ensure_ascii=False))
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="A list, leaf first.")
 @click.option("--pem", is_flag=True, help="The certificates, leaf first.")
 @_final_try
