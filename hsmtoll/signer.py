@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device, StoredCertificate
     from hsmtoll.tokens import TokenRequest
 
-__all__ = ["FirstUp", "LocalSigner", "Signer", "SpentOnce"]
+__all__ = ["FirstUp", "LocalSigner", "Signer", "SpentOnce", "readable"]
 
 
 class Signer(Protocol):
@@ -96,7 +96,7 @@ class LocalSigner:
 
     def chain(self) -> chains.Chain:
         """The proven chain of the device's key, as it is now. CertificateError without one."""
-        pool = [*_readable(self._device.certificates()), *self._pem]
+        pool = [*readable(self._device.certificates()), *self._pem]
         now = datetime.fromtimestamp(self._clock.now().wall, UTC)
         public = self._device.key(candidates=_keys(pool)).public
         # Where the device hides the public half, the grant's own signature proves the leaf.
@@ -111,8 +111,8 @@ class LocalSigner:
         stored = self._device.certificates()
         uri = self._device.uri
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
-        pool = [*_readable(stored), *self._pem]
-        leaves = _readable(named) or [each for each in pool if not each.is_ca]
+        pool = [*readable(stored), *self._pem]
+        leaves = readable(named) or [each for each in pool if not each.is_ca]
         return self._checked(leaves, pool, datetime.fromtimestamp(self._clock.now().wall, UTC))
 
     def _checked(
@@ -178,7 +178,7 @@ class LocalSigner:
         return Grant(self._alg, issuer, self._audience, request, x5c=x5c), chain.leaf.public_key
 
     def _public_key(self) -> jws.RsaPublicKey:
-        facts = self._device.key(candidates=_keys(_readable(self._device.certificates())))
+        facts = self._device.key(candidates=_keys(readable(self._device.certificates())))
         if facts.public is None:
             raise DeviceError(
                 "key: the device does not show its public half",
@@ -196,7 +196,7 @@ def _no_client_id() -> ConfigurationError:
     )
 
 
-def _readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
+def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
     """What parses: a device holds objects of all kinds, and one bad one hides no other."""
     read: list[Certificate] = []
     for each in stored:
