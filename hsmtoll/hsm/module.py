@@ -120,7 +120,8 @@ def opened(path: Path) -> Module:
     Raises ConfigurationError (``module-path``) for a path that is not one, DeviceError
     (``module-load``, ``forked``) for what happens behind it.
     """
-    name = str(path)
+    # Two paths of one file are one library, which can be initialised only once.
+    name = str(path.resolve()) if path.is_absolute() else str(path)
     if name in _opened:
         return _opened[name]
     if name in _inherited:
@@ -129,7 +130,7 @@ def opened(path: Path) -> Module:
     else:
         check_path(path)
     try:
-        lib = pkcs11.lib(name)
+        lib = pkcs11.lib(str(path))
     except PKCS11Error as exc:
         raise _not_loaded(path, exc) from exc
     _opened[name] = Module(name, lib)
@@ -146,7 +147,7 @@ def restart(path: Path) -> None:
     End the module, so that the next call initialises it again; every handle on it is void.
     Call it with `GATE` held.
     """
-    module = _opened.pop(str(path), None)
+    module = _opened.pop(str(path.resolve()), None)
     if module is not None:
         # Some answer "not initialised" where the other side died; it is what was wanted.
         with contextlib.suppress(PKCS11Error):
@@ -187,6 +188,9 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why, hint = "is a library, but not of PKCS#11", None
     elif "OS exception" in words:
         why, hint = f"cannot be loaded: {foreign(words.rpartition(f'{path}: ')[2])}", None
+    elif "already initialized" in words:
+        why = "is in use in this process already"
+        hint = "Other code opened it under another path, or through another module."
     else:
         why = f"cannot be started: {type(exc).__name__} {foreign(words)}".rstrip()
         hint = "Its own configuration may be missing or unreadable (for SoftHSM: SOFTHSM2_CONF)."

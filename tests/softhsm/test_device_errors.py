@@ -151,3 +151,16 @@ def test_a_module_that_will_not_start_is_said_with_where_to_look(
         "except DeviceError as error: assert 'GeneralError' in str(error), error\n"
         "else: sys.exit('it started')"
     )
+
+
+def test_two_paths_of_one_module_are_one_module(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    link = tmp_path / "link.so"
+    link.symlink_to(device_softhsm.module)
+    device_softhsm.python(
+        "import sys\nfrom pathlib import Path\n"
+        "from hsmtoll.hsm.module import opened\n"
+        "assert opened(Path(sys.argv[1])) is opened(Path(sys.argv[2]))",
+        str(link),
+    )
