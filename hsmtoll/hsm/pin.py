@@ -6,6 +6,7 @@ A PIN is read when a login needs it, never before, and never on a command line.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import logging
 import os
@@ -137,12 +138,15 @@ class PinCommand:
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002
         """What the command prints. Its words go to stderr; its argv is never shown."""
+        # What goes wrong here is said outside of the except blocks: the originals carry the
+        # argv or the bytes, and would stay reachable as __context__.
+        failed = None
         try:
             argv = shlex.split(self.command)
         except ValueError:
             argv = []
         if not argv:
-            raise self._failed("is not a command line") from None
+            raise self._failed("is not a command line")
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HSMTOLL_")}
         try:
             # A session of its own: the time limit then ends whatever the command started.
@@ -153,16 +157,21 @@ class PinCommand:
                 env=environment,
                 start_new_session=True,
             )
-        except OSError as exc:
-            raise self._failed(f"cannot be started: {exc.strerror}") from None
+        except (OSError, ValueError) as exc:
+            failed = f"cannot be started: {getattr(exc, 'strerror', None) or type(exc).__name__}"
+        if failed:
+            raise self._failed(failed)
         with process:
             try:
                 out, _ = process.communicate(timeout=self.timeout)
             except subprocess.TimeoutExpired:
-                raise self._failed(f"did not answer within {self.timeout:g} s") from None
+                failed = f"did not answer within {self.timeout:g} s"
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                if failed or process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+        if failed:
+            raise self._failed(failed)
         if process.returncode:
             raise self._failed(f"ended with exit code {process.returncode}")
         return _pin(_line(out, name=self.name), source=self.name)
@@ -207,11 +216,11 @@ class PinPad:
 
 
 def _line(data: bytes, *, name: str) -> str:
-    try:
+    text = None
+    with contextlib.suppress(UnicodeDecodeError):
         text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        # The original carries the bytes that could not be decoded.
-        raise ConfigurationError(f"The PIN from {name} is not UTF-8", code="pin-source") from None
+    if text is None:
+        raise ConfigurationError(f"The PIN from {name} is not UTF-8", code="pin-source")
     return text.removesuffix("\n").removesuffix("\r")
 
 

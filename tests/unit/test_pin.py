@@ -134,6 +134,22 @@ def test_a_command_that_fails_is_said_without_its_argv(command: str, said: str) 
     assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.parametrize(
+    "command", ["/nowhere 4711-canary", "sleep 60 4711-canary", "'4711-canary"]
+)
+def test_no_exception_behind_the_one_raised_carries_the_command(command: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PinCommand(command, timeout=0.2).read(device="lab")
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+
+
+def test_no_exception_behind_the_one_raised_carries_the_files_bytes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not UTF-8") as caught:
+        PinFile(pin_file(tmp_path, b"4711-canary\xff")).read(device="lab")
+    assert caught.value.__context__ is None
+
+
 def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = tmp_path / "hang.sh"
