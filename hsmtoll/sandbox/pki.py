@@ -193,9 +193,7 @@ def norwegian_authority(
     not_after: datetime | None = None,
 ) -> Authority:
     """A new SEID 2.0 authority, whose leaves carry the policy of *environment* (PROTOCOL B.3)."""
-    return _authority(
-        "norwegian", environment, name, "NO", algorithm, bits, not_before, not_after
-    )
+    return _authority("norwegian", environment, name, "NO", algorithm, bits, not_before, not_after)
 
 
 def _authority(
@@ -338,9 +336,7 @@ def _ca(
     return _signed(builder, signer, pss=pss)
 
 
-def _signed(
-    builder: x509.CertificateBuilder, key: PrivateKey, *, pss: bool
-) -> x509.Certificate:
+def _signed(builder: x509.CertificateBuilder, key: PrivateKey, *, pss: bool) -> x509.Certificate:
     if pss:
         scheme = padding.PSS(padding.MGF1(_HASH), padding.PSS.DIGEST_LENGTH)
         return builder.sign(key, _HASH, rsa_padding=scheme)

@@ -1,0 +1,124 @@
+"""
+What is issued when no rule refuses: access tokens of Maskinporten, tokens of Customs (PROTOCOL A.8, A.9, C.4).
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography.x509.oid import NameOID
+
+from hsmtoll.sandbox import facts
+from hsmtoll.sandbox.rules import INTERNAL, organisation, subject
+
+if TYPE_CHECKING:
+    from hsmtoll.sandbox.facts import TokenRequest
+    from hsmtoll.sandbox.rules import World
+
+__all__ = ["access_claims", "customs_claims", "grant_answer"]
+
+_NAMES: Final = {
+    "commonName": NameOID.COMMON_NAME,
+    "organizationName": NameOID.ORGANIZATION_NAME,
+    "organizationalUnitName": NameOID.ORGANIZATIONAL_UNIT_NAME,
+    "countryName": NameOID.COUNTRY_NAME,
+}
+_QUALIFIED: Final = {"0.4.0.1862.1.1", "0.4.0.1862.1.6.2"}
+_CUSTOMS_ISSUER: Final = "/api/authentication/external-access-control/v1"
+
+
+def access_claims(request: TokenRequest, world: World) -> dict[str, Any]:
+    """The claims of an access token (M80 to M88)."""
+    now = int(world.now)
+    asked = request.jws.claims
+    claims: dict[str, Any] = {
+        "scope": " ".join(request.scopes),
+        "iss": world.issuer,
+        "token_type": "Bearer",
+        "exp": now + _lifetime(request, world),
+        "iat": now,
+        "jti": secrets.token_urlsafe(32),
+    }
+    claims |= _norwegian(request, world) if world.norwegian(request) else _eseal(request, world)
+    consumer = asked.get("consumer_org")
+    if consumer is not None:
+        claims["supplier"] = claims["consumer"]
+        claims["consumer"] = {"authority": "iso6523-actorid-upis", "ID": f"0192:{consumer}"}
+        claims["delegation_source"] = "https://www.altinn.no"
+    resource = asked.get("resource")
+    if resource:
+        single = resource[0] if isinstance(resource, list) and len(resource) == 1 else resource
+        claims["aud"] = single
+    for name in ("pid", "authorization_details"):
+        if name in asked:
+            claims[name] = asked[name]
+    if not world.on("M84"):
+        claims |= {"sub": "-", "nbf": now}
+    return claims
+
+
+def _lifetime(request: TokenRequest, world: World) -> int:
+    settings = world.settings
+    if not world.on("M82"):
+        return 300
+    return min(settings.lifetimes.get(scope, settings.lifetime) for scope in request.scopes or [""])
+
+
+def _norwegian(request: TokenRequest, world: World) -> dict[str, Any]:
+    kid = "kid" in request.jws.header
+    prefix = "0192:" if world.on("M85") else ""
+    return {
+        "client_id": str(request.jws.claims.get("iss", "")),
+        "client_amr": "private_key_jwt" if kid else "virksomhetssertifikat",
+        "consumer": {
+            "authority": "iso6523-actorid-upis",
+            "ID": f"{prefix}{organisation(request, world)}",
+        },
+    }
+
+
+def _eseal(request: TokenRequest, world: World) -> dict[str, Any]:
+    leaf = request.leaf
+    if leaf is None:
+        return {}
+    found = {name: facts.values(leaf, oid) for name, oid in _NAMES.items()}
+    consumer = {name: values[0] for name, values in found.items() if values}
+    consumer["authority"] = (
+        world.settings.eseal_authority if world.on("M88") else "iso6523-actorid-upis"
+    )
+    verbatim = organisation(request, world)
+    consumer["ID"] = verbatim if world.on("M86") else verbatim.upper().replace(" ", "")
+    qualified = facts.qc_statements(leaf) >= _QUALIFIED
+    serial = f"{leaf.serial_number:x}"
+    return {
+        "client_id": f"eidas-{serial}" if world.on("M87") else serial,
+        "client_amr": "QCForESeal" if qualified else "CForESeal",
+        "consumer": consumer,
+    }
+
+
+def grant_answer(token: str, claims: dict[str, Any], world: World) -> dict[str, Any]:
+    """The body of a 200 from /token."""
+    life = claims["exp"] - claims["iat"] - (1 if world.on("M81") else 0)
+    answer = {
+        "access_token": token,
+        "token_type": "Bearer",
+        "expires_in": life,
+        "scope": claims["scope"],
+    }
+    return answer if world.on("M80") else answer | {"refresh_token": "none"}
+
+
+def customs_claims(request: TokenRequest, world: World, host: str) -> dict[str, Any]:
+    """The claims of a Customs token (T07, T08). ``sub`` of an eSeal is the raw identifier."""
+    bare = [scope.removeprefix("toll:").removeprefix("eu/") for scope in request.scopes]
+    names = [INTERNAL[scope] for scope in bare if scope in INTERNAL]
+    exp = int(request.number("exp", world.now))
+    return {
+        "sub": subject(request),
+        "iat": int(world.now),
+        "exp": exp if world.on("T07") else exp + 100,
+        "iss": f"{host}{_CUSTOMS_ISSUER}",
+        "scope": " ".join(names),
+    }

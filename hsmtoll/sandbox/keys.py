@@ -1,0 +1,57 @@
+"""
+The sandbox's own signing keys: made once, kept in the process and in the user's cache directory.
+
+They sign nothing but the sandbox's tokens. That is why a file is good enough for them; a file that
+cannot be used is no error, only slower.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+__all__ = ["signing_key"]
+
+
+@lru_cache
+def signing_key(name: str, bits: int) -> rsa.RSAPrivateKey:
+    """The key called *name* with *bits*: from this process, from the cache, or new."""
+    path = _folder() / f"{name}-{bits}.pem"
+    with suppress(OSError, ValueError):
+        found = path.stat()
+        if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077:
+            key = load_pem_private_key(path.read_bytes(), None)
+            if isinstance(key, rsa.RSAPrivateKey) and key.key_size == bits:
+                return key
+    key = rsa.generate_private_key(public_exponent=65537, key_size=bits)
+    with suppress(OSError):
+        _keep(path, key)
+    return key
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (
+        Path(base) if base.startswith("/") else Path("~/.cache").expanduser()
+    ) / "hsmtoll-sandbox"
+
+
+def _keep(path: Path, key: rsa.RSAPrivateKey) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Written beside and moved: several test runs may start at once.
+    descriptor, beside = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    Path(beside).replace(path)

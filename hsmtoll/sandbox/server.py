@@ -1,0 +1,672 @@
+"""
+The sandbox on the wire: three HTTPS ports on this machine, its own CA, an event loop in a thread.
+
+Maskinporten, Customs and the admin endpoint have a port each, because they are different origins in
+the real world (a bearer must not cross) and because one of them can be down while the others live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import shutil
+import signal
+import ssl
+import sys
+import tempfile
+import threading
+import time
+import tomllib
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, replace
+from email.utils import formatdate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_public_key,
+)
+
+from hsmtoll.errors import ConfigurationError
+from hsmtoll.sandbox import jose
+from hsmtoll.sandbox.faults import NAMES, Fault, Faults
+from hsmtoll.sandbox.pki import Authority, issue_tls, pem, tls_authority
+from hsmtoll.sandbox.rules import TABLE
+from hsmtoll.sandbox.services import EXCHANGE, Reply, Request, Services, json_reply
+from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
+from hsmtoll.sandbox.state import NORWEGIAN_SCOPES, Anchor, Client, Received, State
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from aiohttp.web_request import BaseRequest
+
+__all__ = ["Sandbox", "read_clients", "run"]
+
+Side = Literal["maskinporten", "customs", "admin"]
+
+_HTML: Final = b"<html><head><title>Gateway</title></head><body><h1>Sorry</h1></body></html>\n"
+_BODY_LIMIT: Final = 64 * 2**20
+_PATIENCE: Final = 30.0
+
+
+class Sandbox:
+    """
+    A local Maskinporten and Customs, as a context manager.
+
+        with Sandbox(trust=[authority]) as sandbox:
+            os.environ.update(sandbox.environ())
+
+    *profile* and keywords of `Settings` choose how strict it is; *clock* returns epoch seconds;
+    *trust* holds authorities or CA certificates, *clients* Norwegian clients. *host* is the
+    address to listen on, *names* what the TLS certificate is good for (the first is used in
+    URLs), *ports* those of Maskinporten, Customs and admin (0: any free one).
+
+    Public parts: `issuer`, `token_endpoint`, `customs`, `admin`, `admin_secret`, `ca_file`,
+    `faults`, `received`, `state`.
+    """
+
+    def __init__(
+        self,
+        *,
+        profile: Profile = "strict-docs",
+        settings: Settings | None = None,
+        clock: Callable[[], float] = time.time,
+        trust: Iterable[Authority | x509.Certificate] = (),
+        clients: Iterable[Client] = (),
+        host: str = "127.0.0.1",
+        names: Sequence[str] = ("localhost", "127.0.0.1", "::1"),
+        ports: tuple[int, int, int] = (0, 0, 0),
+        **changes: Any,
+    ) -> None:
+        chosen = replace(settings or PROFILES[profile], **changes)
+        if unknown := chosen.without - set(TABLE):
+            raise ValueError(f"no such rule: {', '.join(sorted(unknown))}")
+        self.settings = chosen
+        self.state = State()
+        self.faults = Faults()
+        self.admin_secret = secrets.token_urlsafe(24)
+        self._clock, self._host, self._names = clock, host, tuple(names)
+        self._ports = dict(zip(("maskinporten", "customs", "admin"), ports, strict=True))
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event | None = None
+        self._failed: BaseException | None = None
+        self._folder = Path()
+        self._runners: dict[str, web.ServerRunner] = {}
+        self._sites: dict[str, web.TCPSite] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._waiting: dict[int, int] = {}
+        self._rotated: set[int] = set()
+        self._services = Services(chosen, self.state, clock)
+        self._services.offset = self._offset
+        for authority in trust:
+            self.trust(authority)
+        for client in clients:
+            self.register_client(client)
+
+    # --- what tests and the command line use --------------------------------------------------
+
+    @property
+    def issuer(self) -> str:
+        """With its trailing slash."""
+        return self._services.issuer
+
+    @property
+    def token_endpoint(self) -> str:
+        """Maskinporten's."""
+        return f"{self.issuer}token"
+
+    @property
+    def customs(self) -> str:
+        """The origin of Customs, without a slash."""
+        return self._services.customs
+
+    @property
+    def exchange_endpoint(self) -> str:
+        """Customs' token endpoint."""
+        return f"{self.customs}{EXCHANGE}"
+
+    @property
+    def admin(self) -> str:
+        """The origin of the admin endpoint; it wants ``Authorization: Bearer <admin_secret>``."""
+        return f"https://{self._names[0]}:{self._ports['admin']}"
+
+    @property
+    def ca_file(self) -> Path:
+        """PEM of the CA behind its TLS certificates."""
+        return self._folder / "ca.pem"
+
+    @property
+    def received(self) -> list[Received]:
+        """What came in, oldest first."""
+        with self.state.lock:
+            return list(self.state.received)
+
+    def environ(self) -> dict[str, str]:
+        """The variables that point hsmtoll here."""
+        return {
+            "HSMTOLL_ENVIRONMENT": "sandbox",
+            "HSMTOLL_ENDPOINTS__ISSUER": self.issuer,
+            "HSMTOLL_ENDPOINTS__TOKEN": self.token_endpoint,
+            "HSMTOLL_ENDPOINTS__CUSTOMS": self.customs,
+            "HSMTOLL_CA_FILE": str(self.ca_file),
+        }
+
+    def trust(
+        self,
+        authority: Authority | x509.Certificate,
+        *,
+        environment: Literal["test", "prod"] | None = None,
+    ) -> None:
+        """Puts a root (or any CA) on the trust list; of an `Authority` its intermediate is known, too."""
+        with self.state.lock:
+            if isinstance(authority, Authority):
+                only = authority.environment if authority.kind == "norwegian" else None
+                self.state.anchors.append(Anchor(authority.root, environment or only))
+                self.state.pinned.append(authority.intermediate)
+            else:
+                self.state.anchors.append(Anchor(authority, environment))
+
+    def register_client(
+        self,
+        client: Client | str,
+        *,
+        org_no: str = "987654325",
+        scopes: Iterable[str] = NORWEGIAN_SCOPES,
+        keys: Mapping[str, rsa.RSAPublicKey] | None = None,
+    ) -> Client:
+        """Registers a Norwegian client; *keys* (kid to public key) count as posted just now."""
+        if isinstance(client, str):
+            posted = self._clock()
+            dated = {kid: (key, posted) for kid, key in (keys or {}).items()}
+            client = Client(client, org_no, frozenset(scopes), dated)
+        with self.state.lock:
+            self.state.clients[client.client_id] = client
+        return client
+
+    def allow(self, org: str, *scopes: str) -> None:
+        """From now on *org* has exactly these scopes, and those of earlier calls (M65)."""
+        with self.state.lock:
+            self.state.allowed.setdefault(org, set()).update(scopes)
+
+    def revoke(self, certificate: x509.Certificate) -> None:
+        """Puts a certificate on the revocation list (M30)."""
+        with self.state.lock:
+            self.state.revoked.add(certificate.serial_number)
+
+    def signal(self, org: str, routing: str = "TO_ENTRY", **members: Any) -> str:
+        """Adds an item to *org*'s routing feed and returns its marker."""
+        marker = str(uuid.uuid4())
+        item = {**members, "routingResult": {"id": marker, "routing": routing}}
+        with self.state.lock:
+            self.state.signals.append((org, item))
+        return marker
+
+    # --- life -------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Listens; returns when it does. Raises OSError if a port is taken."""
+        self._folder = Path(tempfile.mkdtemp(prefix="hsmtoll-sandbox-"))
+        self._tls = self._tls_context()
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name="sandbox", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+        if self._failed is not None:
+            self.stop()
+            raise self._failed
+        return self
+
+    def stop(self) -> None:
+        """Stops listening and removes its files. A second call does nothing."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if self._loop is not None and self._stopping is not None and thread.is_alive():
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stopping.set)
+        thread.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def refresh(self) -> None:
+        """Makes ``refuse`` faults true on the ports; called after faults were set or cleared."""
+        if self._loop is not None and self._thread is not None:
+            asyncio.run_coroutine_threadsafe(self._listen_or_not(), self._loop).result()
+
+    def fault(
+        self,
+        name: str,
+        endpoint: str = "*",
+        *,
+        times: int | None = None,
+        after: int = 0,
+        **options: Any,
+    ) -> Fault:
+        """`Faults.set`, in force when it returns."""
+        fault = self.faults.set(name, endpoint, times=times, after=after, **options)
+        self.refresh()
+        return fault
+
+    def heal(self) -> None:
+        """Clears all faults; in force when it returns."""
+        self.faults.clear()
+        self.refresh()
+
+    def _tls_context(self) -> ssl.SSLContext:
+        ca, _ = tls_authority()
+        certificate, key = issue_tls(self._names)
+        self.ca_file.write_bytes(pem(ca))
+        both = self._folder / "server.pem"
+        both.touch(mode=0o600)
+        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        both.write_bytes(secret + pem(certificate))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(both)
+        return context
+
+    def _run(self, ready: threading.Event) -> None:
+        try:
+            asyncio.run(self._serve(ready))
+        except BaseException as error:  # noqa: BLE001 -- handed to the thread that waits
+            self._failed = error
+        finally:
+            ready.set()
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        # Handshakes that fail are the client's news, not this process's.
+        self._loop.set_exception_handler(lambda _, __: None)
+        try:
+            for side in ("maskinporten", "customs", "admin"):
+                await self._listen(side)
+            name = self._names[0]
+            self._services.issuer = f"https://{name}:{self._ports['maskinporten']}/"
+            self._services.customs = f"https://{name}:{self._ports['customs']}"
+            ready.set()
+            await self._stopping.wait()
+        finally:
+            for runner in self._runners.values():
+                await runner.cleanup()
+
+    async def _listen(self, side: Side) -> None:
+        handlers = {"maskinporten": self._maskinporten, "customs": self._customs}
+        handler = handlers.get(side, self._admin)
+        server = web.Server(handler, access_log=None)
+        runner = web.ServerRunner(server, shutdown_timeout=0.1)
+        await runner.setup()
+        self._runners[side] = runner
+        site = web.TCPSite(
+            runner, self._host, self._ports[side], ssl_context=self._tls, reuse_address=True
+        )
+        await site.start()
+        self._sites[side] = site
+        self._ports[side] = int(runner.addresses[0][1])
+
+    async def _listen_or_not(self) -> None:
+        closed = {
+            "maskinporten": ("token", "metadata", "jwk", "health"),
+            "customs": ("exchange", "api"),
+        }
+        sides: tuple[Side, ...] = ("maskinporten", "customs")
+        for side in sides:
+            refused = any(self.faults.standing("refuse", one) for one in closed[side])
+            if refused and side in self._sites:
+                del self._sites[side]
+                await self._runners.pop(side).cleanup()
+            elif not refused and side not in self._sites:
+                await self._listen(side)
+
+    def _offset(self, endpoint: str) -> float:
+        fault = self.faults.standing("clock", endpoint)
+        return fault.seconds(60) if fault else 0.0
+
+    # --- requests ---------------------------------------------------------------------------
+
+    async def _maskinporten(self, request: BaseRequest) -> web.StreamResponse:
+        last = request.path.rpartition("/")[2]
+        endpoint = {"token": "token", "jwk": "jwk", "health": "health"}.get(last, "metadata")
+        return await self._handle(request, endpoint, self._services.maskinporten)
+
+    async def _customs(self, request: BaseRequest) -> web.StreamResponse:
+        endpoint = "exchange" if request.path == EXCHANGE else "api"
+        return await self._handle(request, endpoint, self._services.customs_api)
+
+    async def _handle(
+        self, request: BaseRequest, endpoint: str, answer: Callable[[Request], Reply]
+    ) -> web.StreamResponse:
+        body = await _read(request)
+        if body is None:
+            return web.Response(status=413)
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        asked = Request(request.method, request.raw_path, headers, body)
+        fault = self._fault(endpoint, asked)
+        ids = {"X-CorrelationID": str(uuid.uuid4()), "x-request-id": str(uuid.uuid4())}
+        if fault:
+            await self._before(fault)
+        early = _instead(fault, asked)
+        with self.state.lock:
+            reply = early or answer(asked)
+            kind = {"token": "grant", "exchange": "exchange", "api": "call"}.get(endpoint)
+            if kind:
+                empty = Received(kind, asked.method, asked.target, reply.status)
+                seen = reply.received or empty
+                name = fault.name if fault else None
+                shown = replace(seen, fault=name, correlation_id=ids["X-CorrelationID"])
+                self.state.received.append(shown)
+            if fault and fault.name == "401" and endpoint == "api":
+                self.state.dead_tokens.add(headers.get("authorization", "").partition(" ")[2])
+        reply = _spoiled(fault, reply)
+        extra = {"Date": formatdate(self._services.now(endpoint), usegmt=True)}
+        if endpoint in {"exchange", "api"} and "T26" not in self.settings.without:
+            extra |= ids
+        return await _send(request, reply, {**reply.headers, **extra}, fault)
+
+    def _fault(self, endpoint: str, asked: Request) -> Fault | None:
+        rule = "T27" if endpoint in {"exchange", "api"} else "M89"
+        if rule in self.settings.without:
+            return None
+        return self.faults.take(endpoint, asked.path)
+
+    async def _before(self, fault: Fault) -> None:
+        if fault.name == "slow":
+            await asyncio.sleep(fault.seconds(2))
+        elif fault.name == "rotate-keys" and id(fault) not in self._rotated:
+            self._rotated.add(id(fault))
+            with self.state.lock:
+                self._services.rotate()
+        elif fault.name == "hold":
+            wanted = int(fault.options.get("callers", 2))
+            self._waiting[id(fault)] = self._waiting.get(id(fault), 0) + 1
+            until = time.monotonic() + _PATIENCE
+            while self._waiting[id(fault)] < wanted and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+
+    # --- admin ------------------------------------------------------------------------------
+
+    async def _admin(self, request: BaseRequest) -> web.StreamResponse:
+        """
+        GET /faults, POST /faults {name, endpoint, times, after, …}, DELETE /faults,
+        GET /received[?after=N], DELETE /received, GET /rules.
+        """
+        given = request.headers.get("Authorization", "").encode()
+        if not secrets.compare_digest(given, f"Bearer {self.admin_secret}".encode()):
+            return web.Response(status=401)
+        body = await _read(request) or b""
+        try:
+            status, content = await self._admin_answer(request, body)
+        except (ValueError, TypeError) as error:
+            status, content = 400, {"error": str(error)}
+        reply = json_reply(status, content)
+        return web.Response(status=reply.status, body=reply.body, headers=dict(reply.headers))
+
+    async def _admin_answer(self, request: BaseRequest, body: bytes) -> tuple[int, object]:
+        match request.method, request.path:
+            case "POST", "/faults":
+                wanted = json.loads(body)
+                if not isinstance(wanted, dict):
+                    raise ValueError("a JSON object with at least a name")
+                fault = self.faults.set(**wanted)
+                await self._listen_or_not()
+                return 201, asdict(fault)
+            case "GET", "/faults":
+                active = [asdict(fault) for fault in self.faults.active()]
+                return 200, {"active": active, "known": dict(NAMES)}
+            case "DELETE", "/faults":
+                self.faults.clear()
+                await self._listen_or_not()
+                return 200, {}
+            case "GET", "/received":
+                after = int(request.query.get("after", "0"))
+                return 200, [_shown(one) for one in self.received[after:]]
+            case "DELETE", "/received":
+                with self.state.lock:
+                    self.state.received.clear()
+                return 200, {}
+            case "GET", "/rules":
+                return 200, {
+                    rule.id: {"says": rule.says, "basis": rule.basis, "kind": rule.kind}
+                    for rule in TABLE.values()
+                }
+        return 404, {"error": "no such path"}
+
+
+async def _read(request: BaseRequest) -> bytes | None:
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > _BODY_LIMIT:
+            return None
+    return bytes(body)
+
+
+def _shown(one: Received) -> dict[str, Any]:
+    shown = {name: getattr(one, name) for name in Received.__slots__}
+    return shown | {"body": one.body.decode("utf-8", "replace")[:10_000]}
+
+
+def _instead(fault: Fault | None, asked: Request) -> Reply | None:
+    """Answers that replace the real one, which then has no effect."""
+    html = {"Content-Type": "text/html"}
+    match fault.name if fault else "":
+        case "reset":
+            return Reply(500)
+        case "html":
+            return Reply(200, _HTML, html)
+        case "429":
+            return Reply(429)
+        case "429-retry-after" if fault:
+            return Reply(429, b"", {"Retry-After": str(int(fault.seconds(2)))})
+        case "500":
+            return json_reply(500, {"error": "server_error"})
+        case "502":
+            return Reply(502, _HTML, html)
+        case "503":
+            return Reply(503, _HTML, html)
+        case "401":
+            return Reply(401)
+        case "redirect" if fault:
+            where = str(fault.options.get("location", "https://elsewhere.invalid/"))
+            return Reply(302, b"", {"Location": where})
+        case "echo":
+            error = {"error": "invalid_request", "error_description": asked.body.decode("latin-1")}
+            return json_reply(400, error)
+        case "endless":
+            return Reply(200, b" ", {"Content-Type": "application/json"})
+    return None
+
+
+def _spoiled(fault: Fault | None, reply: Reply) -> Reply:
+    """The real answer with a wrong value in it."""
+    if fault is None or reply.status != 200 or fault.name not in {"newline-token", "expires-in"}:
+        return reply
+    try:
+        content = json.loads(reply.body)
+    except ValueError:
+        return reply
+    if fault.name == "newline-token":
+        content["access_token"] = f"{content['access_token'][:20]}\n{content['access_token'][20:]}"
+    else:
+        content["expires_in"] = fault.options.get("value")
+    return replace(reply, body=json.dumps(content).encode())
+
+
+async def _send(
+    request: BaseRequest, reply: Reply, headers: Mapping[str, str], fault: Fault | None
+) -> web.StreamResponse:
+    name = fault.name if fault else ""
+    if name in {"reset", "reset-after"}:
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=reply.status)
+    if fault is None or name not in {"drip", "truncated", "endless"}:
+        return web.Response(status=reply.status, body=reply.body, headers=dict(headers))
+    response = web.StreamResponse(status=reply.status, headers=dict(headers))
+    if name != "endless":
+        response.content_length = len(reply.body)
+    await response.prepare(request)
+    with suppress(ConnectionError):
+        if name == "truncated":
+            await response.write(reply.body[: len(reply.body) // 2])
+            if request.transport is not None:
+                request.transport.close()
+        elif name == "drip":
+            for at in range(len(reply.body)):
+                await response.write(reply.body[at : at + 1])
+                await asyncio.sleep(fault.seconds(0.05))
+            await response.write_eof()
+        else:
+            while True:
+                await response.write(b" " * 65536)
+                await asyncio.sleep(0)
+    return response
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+
+def read_clients(path: Path, *, now: float) -> list[Client]:
+    """
+    Norwegian clients from a TOML (or, named ``.json``, JSON) file:
+
+        [[client]]
+        client_id = "c1d2…"
+        org_no = "987654325"
+        scopes = ["toll:movement/road/v2"]      # default: every Norwegian scope
+        granted = ["toll:movement/road/v2"]     # default: all that stand on the client
+
+        [[client.key]]                          # none: the client uses a certificate (x5c)
+        kid = "my-key"
+        jwk = { kty = "RSA", n = "…", e = "AQAB" }   # or: pem = "key.pub.pem", a public key
+        posted = 1790000000                     # epoch seconds; default: now
+
+    Unknown members are ConfigurationErrors (10), as is everything that cannot be read.
+    """
+    try:
+        text = path.read_text("utf-8")
+        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return [_client(entry, path.parent, now) for entry in found["client"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"reading clients from {path}: {type(error).__name__}: {error}",
+            hint="the file holds [[client]] tables with client_id and org_no",
+            code="sandbox-clients",
+        ) from error
+
+
+def _client(entry: dict[str, Any], folder: Path, now: float) -> Client:
+    if unknown := set(entry) - {"client_id", "org_no", "scopes", "granted", "key"}:
+        raise ValueError(f"unknown member {', '.join(sorted(unknown))}")
+    keys = {}
+    for key in entry.get("key", []):
+        if "jwk" in key:
+            public = jose.public_key(key["jwk"])
+        else:
+            loaded = load_pem_public_key((folder / key["pem"]).read_bytes())
+            if not isinstance(loaded, rsa.RSAPublicKey):
+                raise ValueError(f"{key['pem']} is not an RSA key")
+            public = loaded
+        keys[str(key["kid"])] = (public, float(key.get("posted", now)))
+    granted = entry.get("granted")
+    return Client(
+        str(entry["client_id"]),
+        str(entry["org_no"]),
+        frozenset(entry.get("scopes", NORWEGIAN_SCOPES)),
+        keys,
+        None if granted is None else frozenset(granted),
+    )
+
+
+def _anchors(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"reading trusted certificates from {path}: {error}",
+            hint="--trust takes a PEM file with one or more CA certificates",
+            code="sandbox-trust",
+        ) from error
+
+
+def run(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    trust_files: Sequence[Path] = (),
+    client_file: Path | None = None,
+    env_file: Path | None = None,
+    profile: Profile = "strict-docs",
+    names: Sequence[str] = ("localhost", "127.0.0.1", "::1"),
+) -> int:
+    """
+    Serves until SIGINT or SIGTERM; must be called in the main thread. Returns an exit code.
+
+    With *port* N, Maskinporten has N, Customs N+1, admin N+2. The variables to export go to stdout
+    as ``NAME=value`` lines, and to *env_file* (0600) when everything listens.
+    """
+    anchors = [one for path in trust_files for one in _anchors(path)]
+    clients = read_clients(client_file, now=time.time()) if client_file else []
+    ports = (port, port + 1, port + 2) if port else (0, 0, 0)
+    sandbox = Sandbox(
+        profile=profile, trust=anchors, clients=clients, host=host, names=names, ports=ports
+    )
+    over = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: over.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with sandbox:
+            variables = sandbox.environ() | {
+                "SANDBOX_ADMIN": sandbox.admin,
+                "SANDBOX_ADMIN_SECRET": sandbox.admin_secret,
+            }
+            lines = "".join(f"{name}={value}\n" for name, value in variables.items())
+            if env_file:
+                _written(env_file, lines)
+            sys.stdout.write(lines)
+            sys.stdout.flush()
+            while not over.wait(0.5):
+                pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"listening on {host}: {error.strerror or error}",
+            hint="choose other ports with --port, or none for free ones",
+            code="sandbox-port",
+        ) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _written(path: Path, text: str) -> None:
+    # Written beside and moved: whoever waits for the file never reads half of it.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside.touch(mode=0o600)
+    beside.write_text(text, "utf-8")
+    beside.replace(path)
