@@ -1,0 +1,110 @@
+"""
+Puts keys and certificates on a p11_token, in a process of its own.
+
+A module is loaded once a process and keeps its configuration: whoever wants a device made
+must not load it. Orders come as JSON on stdin, the PIN among them, and never on argv; public
+keys go out as JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from typing import Any
+
+import pkcs11
+from asn1crypto import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
+from pkcs11.constants import CertificateType
+from pkcs11.util.ec import encode_ec_public_key, encode_named_curve_parameters
+
+
+def main() -> None:
+    """Carry out the orders of stdin."""
+    orders = json.load(sys.stdin)
+    token = pkcs11.lib(orders["module"]).get_token(token_label=orders["token_label"])
+    made = []
+    with token.open(rw=True, user_pin=orders["pin"]) as session:
+        for order in orders["do"]:
+            made.append(_DO[order.pop("what")](session, **order))
+    json.dump(made, sys.stdout)
+    sys.stdout.flush()
+    # The module's own clean-up at exit is not ours to test.
+    os._exit(0)
+
+
+def _rsa_key(
+    session: pkcs11.Session,
+    *,
+    label: str,
+    id: str,
+    bits: int,
+    private: dict[str, bool],  # noqa: A002
+) -> str:
+    public, _ = session.generate_keypair(
+        KeyType.RSA,
+        bits,
+        id=bytes.fromhex(id),
+        label=label,
+        store=True,
+        capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+        private_template={Attribute[name]: value for name, value in private.items()},
+    )
+    numbers = rsa.RSAPublicNumbers(
+        int.from_bytes(public[Attribute.PUBLIC_EXPONENT], "big"),
+        int.from_bytes(public[Attribute.MODULUS], "big"),
+    )
+    spki = numbers.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return base64.b64encode(spki).decode()
+
+
+def _ec_key(session: pkcs11.Session, *, label: str, id: str) -> str:  # noqa: A002
+    curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
+    parameters = session.create_domain_parameters(KeyType.EC, curve, local=True)
+    public, _ = parameters.generate_keypair(
+        id=bytes.fromhex(id),
+        label=label,
+        store=True,
+        capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
+        private_template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
+    )
+    return base64.b64encode(encode_ec_public_key(public)).decode()
+
+
+def _certificate(session: pkcs11.Session, *, label: str, id: str, der: str) -> None:  # noqa: A002
+    value = base64.b64decode(der)
+    body = x509.Certificate.load(value)["tbs_certificate"]
+    session.create_object(
+        {
+            Attribute.CLASS: ObjectClass.CERTIFICATE,
+            Attribute.CERTIFICATE_TYPE: CertificateType.X_509,
+            Attribute.TOKEN: True,
+            Attribute.PRIVATE: False,
+            Attribute.LABEL: label,
+            Attribute.ID: bytes.fromhex(id),
+            Attribute.VALUE: value,
+            Attribute.SUBJECT: body["subject"].dump(),
+            Attribute.ISSUER: body["issuer"].dump(),
+            Attribute.SERIAL_NUMBER: body["serial_number"].dump(),
+        }
+    )
+
+
+def _delete(session: pkcs11.Session, *, label: str) -> None:
+    for found in list(session.get_objects({Attribute.LABEL: label})):
+        found.destroy()
+
+
+_DO: dict[str, Any] = {
+    "rsa-key": _rsa_key,
+    "ec-key": _ec_key,
+    "certificate": _certificate,
+    "delete": _delete,
+}
+
+if __name__ == "__main__":
+    main()

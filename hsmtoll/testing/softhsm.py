@@ -1,0 +1,219 @@
+"""
+A SoftHSM device of one's own: its own directory, label and PIN; no root, no slot numbers.
+
+It is made without loading the module into the caller's process. SoftHSM finds its directory
+by SOFTHSM2_CONF, which it reads when it is first loaded in a process: set `environ` before.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import DeviceError, UsageError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["SoftHsm", "find_module"]
+
+_PLACES: Final = (
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib64/pkcs11/libsofthsm2.so",
+    "/usr/lib64/softhsm/libsofthsm.so",
+    "/usr/local/lib/softhsm/libsofthsm2.so",
+    "/opt/homebrew/lib/softhsm/libsofthsm2.so",
+)
+
+
+def find_module() -> Path:
+    """SoftHSM's module: SOFTHSM2_MODULE, or where systems put it. DeviceError without one."""
+    given = os.environ.get("SOFTHSM2_MODULE")
+    for place in (given,) if given else _PLACES:
+        if Path(place).is_file():
+            return Path(place)
+    raise DeviceError(
+        "SoftHSM: its module is not on this machine",
+        hint="install it (Debian: apt-get install softhsm2), or name it in SOFTHSM2_MODULE",
+        code="softhsm-missing",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SoftHsm:
+    """
+    One throw-away device. *directory* (0700) holds everything; remove it and the device is gone.
+
+    Public keys are DER of SubjectPublicKeyInfo. What is asked for inside `batch` is done by
+    one child process at its end.
+    """
+
+    directory: Path
+    module: Path
+    label: str
+    pin: str = field(repr=False)
+    _orders: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def create(
+        cls, directory: Path, *, label: str | None = None, pin: str | None = None
+    ) -> SoftHsm:
+        """
+        A new device under *directory*, with a random label and PIN if none is given.
+
+        Raises DeviceError (``softhsm-missing``) where SoftHSM is not installed.
+        """
+        module = find_module()
+        tool = shutil.which("softhsm2-util")
+        if tool is None:
+            raise DeviceError(
+                "SoftHSM: softhsm2-util is not on the PATH",
+                hint="install it (Debian: apt-get install softhsm2)",
+                code="softhsm-missing",
+            )
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        (directory / "tokens").mkdir(mode=0o700)
+        made = cls(
+            directory,
+            module,
+            label or f"toll-{secrets.token_hex(4)}",
+            pin or f"{secrets.randbelow(10**8):08d}",
+        )
+        made._private("softhsm2.conf", made._configuration())
+        made._private("pin", made.pin)
+        # softhsm2-util takes PINs on argv alone; they are of a device that nobody knows yet.
+        _run(
+            [tool, "--init-token", "--free", "--label", made.label, "--pin", made.pin]
+            + ["--so-pin", f"{secrets.randbelow(10**8):08d}"],
+            {**os.environ, "SOFTHSM2_CONF": str(directory / "softhsm2.conf")},
+        )
+        return made
+
+    def _configuration(self) -> str:
+        return (
+            f"directories.tokendir = {self.directory / 'tokens'}\n"
+            "objectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n"
+        )
+
+    def _private(self, name: str, text: str) -> None:
+        path = self.directory / name
+        path.touch(mode=0o600)
+        path.write_text(text, encoding="utf-8")
+
+    @property
+    def conf(self) -> Path:
+        """The file that SOFTHSM2_CONF names."""
+        return self.directory / "softhsm2.conf"
+
+    @property
+    def pin_file(self) -> Path:
+        """The PIN, in a file of mode 0600."""
+        return self.directory / "pin"
+
+    def uri(self, key_label: str) -> str:
+        """The RFC 7512 URI of a key here."""
+        return f"pkcs11:token={self.label};object={key_label}"
+
+    def environ(self, key_label: str | None = None) -> dict[str, str]:
+        """Variables for a process that uses the device, and the key called *key_label*."""
+        named = {"HSMTOLL_HSM__KEY": self.uri(key_label)} if key_label else {}
+        return {
+            "SOFTHSM2_CONF": str(self.conf),
+            "HSMTOLL_HSM__MODULE": str(self.module),
+            "HSMTOLL_HSM__PIN_FILE": str(self.pin_file),
+            **named,
+        }
+
+    def generate_key(
+        self,
+        label: str,
+        key_id: bytes,
+        *,
+        bits: int = 2048,
+        extractable: bool = False,
+        sensitive: bool = True,
+        always_authenticate: bool = False,
+    ) -> bytes:
+        """A new RSA key that can sign and is protected unless asked otherwise; its public half."""
+        private = {"SENSITIVE": sensitive, "EXTRACTABLE": extractable}
+        if always_authenticate:
+            private["ALWAYS_AUTHENTICATE"] = True
+        return self._key(what="rsa-key", label=label, id=key_id.hex(), bits=bits, private=private)
+
+    def generate_ec_key(self, label: str, key_id: bytes) -> bytes:
+        """A new P-256 key, which Maskinporten does not take; its public half."""
+        return self._key(what="ec-key", label=label, id=key_id.hex())
+
+    def store_certificate(self, der: bytes, *, label: str, key_id: bytes) -> None:
+        """A certificate object; a leaf has the id of its key."""
+        self._order(
+            what="certificate",
+            label=label,
+            id=key_id.hex(),
+            der=base64.b64encode(der).decode(),
+        )
+
+    def delete(self, label: str) -> None:
+        """Every object called *label*."""
+        self._order(what="delete", label=label)
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[None]:
+        """Certificates stored and objects deleted inside are sent together at the end."""
+        self._orders.append({"what": "batch"})
+        yield
+        orders = [each for each in self._orders if each["what"] != "batch"]
+        self._orders.clear()
+        if orders:
+            self._do(orders)
+
+    def _key(self, **order: Any) -> bytes:
+        if self._orders:
+            raise UsageError("a key is made at once: not inside a batch")
+        return base64.b64decode(self._do([order])[0])
+
+    def _order(self, **order: Any) -> None:
+        if self._orders:
+            self._orders.append(order)
+        else:
+            self._do([order])
+
+    def _do(self, orders: list[dict[str, Any]]) -> list[Any]:
+        told = {
+            "module": str(self.module),
+            "token_label": self.label,
+            "pin": self.pin,
+            "do": orders,
+        }
+        environment = {**os.environ, "SOFTHSM2_CONF": str(self.conf)}
+        said = _run(
+            [sys.executable, "-m", "hsmtoll.testing.provision"], environment, json.dumps(told)
+        )
+        made: list[Any] = json.loads(said)
+        return made
+
+
+def _run(argv: list[str], environment: dict[str, str], stdin: str = "") -> str:
+    done = subprocess.run(
+        argv, env=environment, input=stdin, capture_output=True, text=True, check=False, timeout=60
+    )
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise DeviceError(
+            f"SoftHSM: {Path(argv[0]).name} failed with {done.returncode}, "
+            f"{foreign(last[0]) if last else 'without a word'}",
+            code="softhsm",
+        )
+    return done.stdout
