@@ -257,6 +257,21 @@ class Device:
             )
         return signature
 
+    @contextlib.contextmanager
+    def writing(self, doing: str) -> Iterator[tuple[Module, Token, Session]]:
+        """
+        A read-write session after login, for `hsmtoll.hsm.objects`. It is closed at the end, and
+        what this Device knows about its key is forgotten: it may be another one now.
+        """
+        with self._using(doing) as here:
+            self._log_in(here)
+            session = here.token.open(rw=True)
+            try:
+                yield here.module, here.token, session
+            finally:
+                here.key = here.facts = None
+                _close(session)
+
     def close(self) -> None:
         """Give the sessions back; the last Device on a p11_token logs out."""
         with GATE.held(self._lock_timeout):

@@ -1,0 +1,286 @@
+"""
+From an empty device to one with a key, a certificate and its chain.
+
+    generate ──► URI ──► csr ──► (the issuer) ──► import_chain ──► hsmtoll doctor
+                    └──► jwk ──► (Samarbeidsportalen, for a client known by a kid)
+
+Signing requests are built here and signed on the device; a private key's value never enters.
+"""
+
+from __future__ import annotations
+
+import base64
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from asn1crypto import algos, core, keys, x509
+from asn1crypto import csr as pkcs10
+
+from hsmtoll import chain as chains
+from hsmtoll.certificate import Certificate, from_pem
+from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError, foreign
+from hsmtoll.jws import SigningInput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.hsm.device import Device, KeyFacts
+    from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.jws import RsaPublicKey
+
+__all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk"]
+
+#: Sizes that Maskinporten takes and devices make; the first is the default (PROTOCOL B.6).
+BITS: Final = (3072, 2048, 4096)
+
+# asn1crypto carries no types.
+_Algorithm: Any = algos.SignedDigestAlgorithm
+_Attributes: Any = pkcs10.CRIAttributes
+_Bits: Any = core.OctetBitString
+_Info: Any = pkcs10.CertificationRequestInfo
+_Name: Any = x509.Name
+_Null: Any = core.Null
+_Pair: Any = x509.NameTypeAndValue
+_PublicKeyInfo: Any = keys.PublicKeyInfo
+_Relative: Any = x509.RelativeDistinguishedName
+_Request: Any = pkcs10.CertificationRequest
+_Sequence: Any = x509.RDNSequence
+_String: Any = x509.DirectoryString
+
+_SIGNED_WITH: Final = {"RS256": "sha256_rsa", "RS384": "sha384_rsa", "RS512": "sha512_rsa"}
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """
+    What `import_chain` did: certificates *written* now, *present* before, and *left* because
+    the device had no room; the last ones belong into a file (HSMTOLL_HSM__CERTIFICATES).
+    """
+
+    chain: chains.Chain
+    written: tuple[Certificate, ...]
+    present: tuple[Certificate, ...]
+    left: tuple[Certificate, ...]
+
+
+def generate(
+    device: Device,
+    *,
+    bits: int = 3072,
+    label: str | None = None,
+    id: bytes | None = None,  # noqa: A002 - the word of RFC 7512 and of the command
+    always_authenticate: bool = False,
+) -> KeyUri:
+    """
+    An RSA key made on *device*: sensitive, never extractable, for signing and nothing else.
+
+    *label* and *id* default to those of the device's URI, the id to a random one. Returns the
+    key's URI, for HSMTOLL_HSM__KEY. Raises UsageError, DeviceError ``key-exists`` (nothing is
+    overwritten) or ``key-too-able``, and the errors of the login.
+    """
+    from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
+
+    if bits not in BITS:
+        listed = ", ".join(map(str, sorted(BITS)))
+        raise UsageError(f"key generate: {bits} bits; a key has one of {listed}")
+    named = label or device.uri.object
+    if not named:
+        raise UsageError(
+            "key generate: the key needs a label",
+            hint="put object=LABEL into HSMTOLL_HSM__KEY, or set HSMTOLL_HSM__KEY_LABEL",
+        )
+    return objects.generate(
+        device,
+        bits=bits,
+        label=named,
+        key_id=id or device.uri.id,
+        always_authenticate=always_authenticate,
+    )
+
+
+def csr(
+    device: Device,
+    *,
+    country: str,
+    organization: str,
+    common_name: str,
+    organization_identifier: str,
+    unit: str | None = None,
+    serial_number: str | None = None,
+    alg: str = "RS256",
+) -> str:
+    """
+    A PKCS#10 request (RFC 2986) for the device's key, signed there, as PEM.
+
+    The subject is a legal person's (EN 319 412-3): *organization_identifier* such as
+    ``NTRSE-5566778899``, as the issuer registers it. Raises UsageError for values that no
+    name can hold, and the device's errors.
+    """
+    public = _public(device)
+    # EN 319 412-3 section 4.2.1, in the order of its own examples.
+    subject = _name(
+        (
+            ("country_name", _country(country)),
+            ("organization_name", organization),
+            ("organization_identifier", organization_identifier),
+            ("organizational_unit_name", unit),
+            ("serial_number", serial_number),
+            ("common_name", common_name),
+        )
+    )
+    info = _Info(
+        {
+            "version": "v1",
+            "subject": subject,
+            "subject_pk_info": _PublicKeyInfo.load(public.spki()),
+            "attributes": _Attributes([]),
+        }
+    )
+    # The one thing besides a grant that the key signs: built here, from names alone.
+    signature = device.sign(alg, SigningInput(info.dump()), candidates=(public,))
+    request = _Request(
+        {
+            "certification_request_info": info,
+            "signature_algorithm": _Algorithm(
+                {"algorithm": _SIGNED_WITH[alg], "parameters": _Null()}
+            ),
+            "signature": _Bits(signature),
+        }
+    )
+    return _pem("CERTIFICATE REQUEST", request.dump())
+
+
+def import_chain(
+    device: Device, pem: str, *, now: datetime, identity: Identity = "eseal"
+) -> Imported:
+    """
+    Write the leaf and its chain, in any order in *pem*, beside the key that they belong to.
+
+    The leaf gets the key's label and CKA_ID. What is there already stays as it is, so that a
+    second time changes nothing. Raises ConfigurationError for a file that cannot be read,
+    CertificateError ``certificate-foreign`` where no key on the device has the public key of
+    any of them, those of the chain's and the leaf's faults (not yet valid is none), and
+    DeviceError where not even the leaf finds room.
+    """
+    from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
+
+    try:
+        given = from_pem(pem)
+    except ValueError as exc:
+        raise ConfigurationError(f"key import: the file cannot be used: {exc}") from exc
+    leaf, key = _leaf(given, objects.keys(device))
+    there = [each for stored in device.certificates() if (each := _read(stored.der))]
+    faults = [
+        fault
+        for fault in chains.leaf_faults(leaf, identity=identity, now=now)
+        if fault.code != "certificate-not-yet-valid"
+    ]
+    preferred = frozenset(each.sha256 for each in given)
+    chain = chains.build(leaf, [*given, *there], now=now, preferred=preferred)
+    faults += chains.chain_faults(chain, identity=identity, now=now)
+    if faults:
+        raise faults[0].error()
+    named = [(leaf.der, key.label, key.id)]
+    named += [(each.der, _label(each), _ca_id(each)) for each in chain.certificates[1:]]
+    stored = objects.store(device, named)
+    return Imported(
+        chain, *(_of(chain, ders) for ders in (stored.written, stored.present, stored.left))
+    )
+
+
+def jwk(device: Device, *, alg: str = "RS256") -> dict[str, str]:
+    """
+    The public key as a JWK (RFC 7517) with its RFC 7638 thumbprint as kid, ready to be
+    registered; HSMTOLL_KID=thumbprint signs with the same kid.
+    """
+    public = _public(device)
+    return {**public.jwk(), "use": "sig", "alg": alg, "kid": public.thumbprint()}
+
+
+def _public(device: Device) -> RsaPublicKey:
+    certificates = [each for stored in device.certificates() if (each := _read(stored.der))]
+    candidates = {each.public_key for each in certificates if each.public_key is not None}
+    public = device.key(candidates=candidates).public
+    if public is None:
+        raise DeviceError(
+            "key: the device does not show its public half",
+            hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
+            code="public-key-hidden",
+        )
+    return public
+
+
+def _read(der: bytes) -> Certificate | None:
+    try:
+        return Certificate.load(der)
+    except ValueError:
+        return None
+
+
+def _country(value: str) -> str:
+    if len(value) != 2 or not value.isascii() or not value.isupper():
+        raise UsageError(f"--country {foreign(value)}: two capital letters, such as SE or NO")
+    return value
+
+
+def _name(parts: Iterable[tuple[str, str | None]]) -> Any:
+    relative = []
+    for kind, value in parts:
+        if value is None:
+            continue
+        if not value.strip() or not value.isprintable() or len(value) > 200:
+            option = kind.removesuffix("_name").replace("_", "-")
+            raise UsageError(f"--{option}: one line of printable characters is expected")
+        # RFC 5280 appendix A: these two are PrintableString; all else is UTF-8.
+        form = "printable_string" if kind in ("country_name", "serial_number") else "utf8_string"
+        held = _String(name=form, value=value)
+        pair = _Pair({"type": kind, "value": held})
+        relative.append(_Relative([pair]))
+    return _Name(name="", value=_Sequence(relative))
+
+
+def _leaf(given: Sequence[Certificate], there: Sequence[KeyFacts]) -> tuple[Certificate, KeyFacts]:
+    found = [
+        (each, key)
+        for each in given
+        for key in there
+        if key.public is not None and key.public == each.public_key
+    ]
+    if not found:
+        raise CertificateError(
+            f"key import: none of the {len(given)} certificates belongs to a key on the device",
+            hint="a certificate fits the key whose request (hsmtoll key csr) it was ordered with; "
+            "`hsmtoll objects` lists the keys",
+            code="certificate-foreign",
+            who="you",
+        )
+    if len(found) > 1:
+        raise CertificateError(
+            f"key import: {len(found)} certificates belong to keys on the device",
+            hint="import one leaf with its chain at a time",
+            code="certificate-ambiguous",
+            who="you",
+        )
+    return found[0]
+
+
+def _label(certificate: Certificate) -> str:
+    return (certificate.common_name or certificate.subject)[:64]
+
+
+def _ca_id(certificate: Certificate) -> bytes:
+    # Another one than the key's, which would make it look like the key's own certificate.
+    return certificate.subject_key_id or bytes.fromhex(certificate.sha256)[:20]
+
+
+def _of(chain: chains.Chain, ders: Iterable[bytes]) -> tuple[Certificate, ...]:
+    wanted = frozenset(ders)
+    return tuple(each for each in chain.certificates if each.der in wanted)
+
+
+def _pem(what: str, der: bytes) -> str:
+    body = "\n".join(textwrap.wrap(base64.b64encode(der).decode("ascii"), 64))
+    return f"-----BEGIN {what}-----\n{body}\n-----END {what}-----\n"
