@@ -27,10 +27,8 @@ def main() -> None:
     """Carry out the orders of stdin."""
     orders = json.load(sys.stdin)
     token = pkcs11.lib(orders["module"]).get_token(token_label=orders["token_label"])
-    made = []
     with token.open(rw=True, user_pin=orders["pin"]) as session:
-        for order in orders["do"]:
-            made.append(_DO[order.pop("what")](session, **order))
+        made = [_DO[order.pop("what")](session, **order) for order in orders["do"]]
     json.dump(made, sys.stdout)
     sys.stdout.flush()
     # The module's own clean-up at exit is not ours to test.
@@ -41,14 +39,14 @@ def _rsa_key(
     session: pkcs11.Session,
     *,
     label: str,
-    id: str,
+    key_id: str,
     bits: int,
-    private: dict[str, bool],  # noqa: A002
+    private: dict[str, bool],
 ) -> str:
     public, _ = session.generate_keypair(
         KeyType.RSA,
         bits,
-        id=bytes.fromhex(id),
+        id=bytes.fromhex(key_id),
         label=label,
         store=True,
         capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
@@ -62,11 +60,11 @@ def _rsa_key(
     return base64.b64encode(spki).decode()
 
 
-def _ec_key(session: pkcs11.Session, *, label: str, id: str) -> str:  # noqa: A002
+def _ec_key(session: pkcs11.Session, *, label: str, key_id: str) -> str:
     curve = {Attribute.EC_PARAMS: encode_named_curve_parameters("secp256r1")}
     parameters = session.create_domain_parameters(KeyType.EC, curve, local=True)
     public, _ = parameters.generate_keypair(
-        id=bytes.fromhex(id),
+        id=bytes.fromhex(key_id),
         label=label,
         store=True,
         capabilities=MechanismFlag.SIGN | MechanismFlag.VERIFY,
@@ -75,9 +73,9 @@ def _ec_key(session: pkcs11.Session, *, label: str, id: str) -> str:  # noqa: A0
     return base64.b64encode(encode_ec_public_key(public)).decode()
 
 
-def _certificate(session: pkcs11.Session, *, label: str, id: str, der: str) -> None:  # noqa: A002
+def _certificate(session: pkcs11.Session, *, label: str, key_id: str, der: str) -> None:
     value = base64.b64decode(der)
-    body = x509.Certificate.load(value)["tbs_certificate"]
+    body: Any = x509.Certificate.load(value)["tbs_certificate"]  # type: ignore[no-untyped-call]  # asn1crypto has no types
     session.create_object(
         {
             Attribute.CLASS: ObjectClass.CERTIFICATE,
@@ -85,7 +83,7 @@ def _certificate(session: pkcs11.Session, *, label: str, id: str, der: str) -> N
             Attribute.TOKEN: True,
             Attribute.PRIVATE: False,
             Attribute.LABEL: label,
-            Attribute.ID: bytes.fromhex(id),
+            Attribute.ID: bytes.fromhex(key_id),
             Attribute.VALUE: value,
             Attribute.SUBJECT: body["subject"].dump(),
             Attribute.ISSUER: body["issuer"].dump(),

@@ -95,8 +95,10 @@ class SoftHsm:
         made._private("pin", made.pin)
         # softhsm2-util takes PINs on argv alone; they are of a device that nobody knows yet.
         _run(
-            [tool, "--init-token", "--free", "--label", made.label, "--pin", made.pin]
-            + ["--so-pin", f"{secrets.randbelow(10**8):08d}"],
+            [
+                *(tool, "--init-token", "--free", "--label", made.label, "--pin", made.pin),
+                *("--so-pin", f"{secrets.randbelow(10**8):08d}"),
+            ],
             {**os.environ, "SOFTHSM2_CONF": str(directory / "softhsm2.conf")},
         )
         return made
@@ -150,18 +152,20 @@ class SoftHsm:
         private = {"SENSITIVE": sensitive, "EXTRACTABLE": extractable}
         if always_authenticate:
             private["ALWAYS_AUTHENTICATE"] = True
-        return self._key(what="rsa-key", label=label, id=key_id.hex(), bits=bits, private=private)
+        return self._key(
+            what="rsa-key", label=label, key_id=key_id.hex(), bits=bits, private=private
+        )
 
     def generate_ec_key(self, label: str, key_id: bytes) -> bytes:
         """A new P-256 key, which Maskinporten does not take; its public half."""
-        return self._key(what="ec-key", label=label, id=key_id.hex())
+        return self._key(what="ec-key", label=label, key_id=key_id.hex())
 
     def store_certificate(self, der: bytes, *, label: str, key_id: bytes) -> None:
         """A certificate object; a leaf has the id of its key."""
         self._order(
             what="certificate",
             label=label,
-            id=key_id.hex(),
+            key_id=key_id.hex(),
             der=base64.b64encode(der).decode(),
         )
 
