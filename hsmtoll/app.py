@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import uuid
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,21 +28,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.apis import Identity
-    from hsmtoll.cache import Budget
+    from hsmtoll.budget import Budget
     from hsmtoll.certificate import Certificate
     from hsmtoll.chain import Chain
-    from hsmtoll.client import AsyncTollClient, Engine, TollClient
+    from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.renewal import Engine
     from hsmtoll.signer import LocalSigner, Signer
     from hsmtoll.stores import Store
     from hsmtoll.wire import Wire
 
 __all__ = ["App", "aconnect", "connect"]
+
+#: Variables by which PKCS#11 modules find their devices.
+_OF_MODULES = re.compile(
+    "SOFTHSM|PKCS11|P11_|OPENSC|TPM|YUBIHSM|NFAST|CHRYSTOKI|CLOUDHSM|KMS|^CS_|^ET_", re.IGNORECASE
+)
 
 
 def connect(
@@ -140,7 +147,14 @@ class App:
             return stores.MemoryStore()
         if url == "file:":
             return stores.FileStore(_runtime_directory())
-        return stores.FileStore(Path(url.removeprefix("file://")))
+        if url.startswith("file:"):
+            return stores.FileStore(Path(url.removeprefix("file://")))
+        key_file = self.settings.cache_key_file
+        if key_file is None:
+            raise _missing("HSMTOLL_CACHE_KEY_FILE", "values in Redis are encrypted with it")
+        return stores.RedisStore.at(
+            url, key_file=key_file, ca_file=self.settings.ca_file, clock=self.clock
+        )
 
     def uris(self) -> tuple[KeyUri, ...]:
         """The keys named: HSMTOLL_HSM__KEY, or its parts as one URI."""
@@ -302,7 +316,7 @@ class App:
     def engine_with(self, signer: Signer) -> Engine:
         """The renewal, with *signer*."""
         from hsmtoll.cache import Cache
-        from hsmtoll.client import Engine
+        from hsmtoll.renewal import Engine
 
         settings = self.settings
         default = TokenRequest(settings.scope or "", settings.resource, settings.consumer_org)
@@ -328,7 +342,7 @@ class App:
     @cached_property
     def budget(self) -> Budget:
         """Signatures left, for every command alike."""
-        from hsmtoll.cache import Budget
+        from hsmtoll.budget import Budget
 
         return Budget(self.store, self.clock, per_hour=self.settings.budget.per_hour)
 
@@ -356,6 +370,8 @@ class App:
             "endpoints": [self.endpoints.issuer, self.endpoints.token, self.endpoints.customs],
             "hsm": {k: v for k, v in dumped["hsm"].items() if not k.startswith(unlock)},
             "signer": dumped["signer"],
+            # Two devices behind one module may differ by its own variables alone.
+            "module": {k: v for k, v in sorted(os.environ.items()) if _OF_MODULES.search(k)},
         }
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 

@@ -6,19 +6,27 @@ How a token is had is decided elsewhere; assertion and subject token never come 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final
 
 import httpx
 
-from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll import apis
+from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError, foreign
+from hsmtoll.tokens import Wish
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+    from collections.abc import AsyncGenerator, Generator
 
-    from hsmtoll.client import Engine
+    from hsmtoll.renewal import Engine
     from hsmtoll.tokens import AccessToken, TokenRequest
 
 __all__ = ["AsyncTollAuth", "TollAuth"]
+
+_log = logging.getLogger("hsmtoll.client")
+
+#: Where a request remembers the bearer that we have put on it.
+_OURS: Final = "hsmtoll.bearer"
 
 
 class _Bearing(httpx.Auth):
@@ -35,7 +43,9 @@ class _Bearing(httpx.Auth):
                 hint="use a client of your own for other hosts",
                 code="foreign-origin",
             )
-        if "authorization" in request.headers:
+        given = request.headers.get("authorization")
+        # A request may be sent twice: what it carries then is ours.
+        if given is not None and given != request.extensions.get(_OURS):
             raise UsageError(
                 "call: it has an Authorization header of its own",
                 hint="leave it out; hsmtoll sets it",
@@ -46,6 +56,10 @@ class _Bearing(httpx.Auth):
                 hint="leave it out; it would send the token to another server behind the address",
             )
 
+    def _bearing(self, request: httpx.Request, token: AccessToken) -> httpx.Request:
+        request.headers["Authorization"] = request.extensions[_OURS] = f"Bearer {token.value}"
+        return request
+
     def _again(self, request: httpx.Request, response: httpx.Response, token: AccessToken) -> bool:
         """Whether a 401 is worth a new token, and the request can be sent a second time."""
         return (
@@ -54,6 +68,17 @@ class _Bearing(httpx.Auth):
             and isinstance(request.stream, httpx.ByteStream)
             and self._engine.worth_renewing(token.value, self._request)
         )
+
+    def _explain(self, request: httpx.Request, response: httpx.Response) -> None:
+        """A 403 is about the scope, mostly: which one opens this path, and which was sent."""
+        if response.status_code != httpx.codes.FORBIDDEN:
+            return
+        try:
+            api = apis.api_of_path(request.url.path)
+            opens = f"API {api.name}, which {api.scope(self._engine.family)} opens"
+        except HsmTollError:
+            opens = "no API of `hsmtoll apis`"
+        _log.warning("call: 403 for a token with %s; the path is of %s", self._request.scope, opens)
 
 
 class TollAuth(_Bearing):
@@ -65,27 +90,16 @@ class TollAuth(_Bearing):
         """Bearer on; after a 401, once more with a renewed one."""
         self._check(request)
         engine = self._engine
-        key = engine.key(self._request)
-        token = engine.cache.held(key) or engine.cache.get(key, engine.fetch(self._request))
-        request.headers["Authorization"] = f"Bearer {token.value}"
-        response = yield request
+        token = engine.token(self._request)
+        response = yield self._bearing(request, token)
         if self._again(request, response, token):
-            token = engine.cache.get(key, engine.fetch(self._request), avoid=token.value)
-            request.headers["Authorization"] = f"Bearer {token.value}"
-            yield request
+            token = engine.token(self._request, Wish(avoid=token.value))
+            response = yield self._bearing(request, token)
+        self._explain(request, response)
 
 
 class AsyncTollAuth(_Bearing):
     """For httpx.AsyncClient. Raises what `AsyncTollClient.token` raises."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        request: TokenRequest,
-        key: Callable[[TokenRequest], Awaitable[str]],
-    ) -> None:
-        super().__init__(engine, request)
-        self._key = key
 
     async def async_auth_flow(
         self, request: httpx.Request
@@ -93,16 +107,12 @@ class AsyncTollAuth(_Bearing):
         """Bearer on; after a 401, once more with a renewed one."""
         self._check(request)
         engine = self._engine
-        key = await self._key(self._request)
-        token = engine.cache.held(key)
-        if token is None:
-            token = await engine.cache.aget(key, engine.fetch(self._request))
-        request.headers["Authorization"] = f"Bearer {token.value}"
-        response = yield request
+        token = await engine.atoken(self._request)
+        response = yield self._bearing(request, token)
         if self._again(request, response, token):
-            token = await engine.cache.aget(key, engine.fetch(self._request), avoid=token.value)
-            request.headers["Authorization"] = f"Bearer {token.value}"
-            yield request
+            token = await engine.atoken(self._request, Wish(avoid=token.value))
+            response = yield self._bearing(request, token)
+        self._explain(request, response)
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

@@ -7,15 +7,13 @@ The only room that reads a clock. What time means for a token is decided in toke
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll.errors import ClockError
+from hsmtoll.remembered import Remembered
 from hsmtoll.tokens import Moment
 
 if TYPE_CHECKING:
@@ -74,6 +72,8 @@ def offset_of(headers: Mapping[str, str], *, sent: Moment, received: Moment) -> 
     """
     if "date" not in headers or "age" in headers:
         return None
+    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - 5 ms, and only with an answer
+
     try:
         theirs = parsedate_to_datetime(headers["date"]).timestamp() + 0.5
     except (ValueError, TypeError, OverflowError):
@@ -81,25 +81,21 @@ def offset_of(headers: Mapping[str, str], *, sent: Moment, received: Moment) -> 
     return theirs - (sent.wall + received.wall) / 2
 
 
-@dataclass(slots=True)
 class Skew:
     """
     What this machine has learned of Maskinporten's clock; it corrects ``iat`` and nothing else.
 
     Kept in a file of this machine, never in a shared store: another machine has another
-    clock. *path* ``None`` keeps it in memory.
+    clock. *path* ``None`` keeps it in memory. *seconds* are to be added to our own time.
     """
 
-    path: Path | None = None
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            return
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            kept = float(json.loads(self.path.read_text(encoding="ascii"))["seconds"])
-            if abs(kept) <= MAX_SKEW:
-                self.seconds = kept
+    def __init__(self, path: Path | None = None) -> None:
+        self._kept = Remembered(path)
+        self.seconds = 0.0
+        with contextlib.suppress(ValueError):
+            seconds = float(self._kept.read() or 0.0)
+            # A file that others or a bug wrote corrects no more than an answer may.
+            self.seconds = seconds if abs(seconds) <= MAX_SKEW else 0.0
 
     def learn(self, offset: float) -> bool:
         """Take *offset* in; whether that changed the correction. Noise is taken as none."""
@@ -107,14 +103,7 @@ class Skew:
         if abs(offset) > MAX_SKEW or abs(corrected - self.seconds) < _NOISE:
             return False
         self.seconds = corrected
-        if self.path is not None:
-            # Fail soft: not being able to remember only costs the next process one signature.
-            with contextlib.suppress(OSError):
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                draft = self.path.with_suffix(f".{os.getpid()}")
-                draft.write_text(json.dumps({"seconds": corrected}), encoding="ascii")
-                draft.chmod(0o600)
-                draft.replace(self.path)
+        self._kept.write(f"{corrected:.1f}")
         return True
 
     def check(self, offset: float) -> None:

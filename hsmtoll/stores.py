@@ -7,26 +7,47 @@ an unreadable value means is decided in cache.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import hashlib
+import logging
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
-from filelock import FileLock, Timeout
-
-from hsmtoll.errors import ConfigurationError
+from hsmtoll.errors import ConfigurationError, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import socket
+    import ssl
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-__all__ = ["FileStore", "MemoryStore", "Store"]
+    import redis
+
+    from hsmtoll.clock import Clock
+
+__all__ = ["FileStore", "Kept", "MemoryStore", "RedisStore", "Store", "name_of", "read_key"]
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger("hsmtoll.cache")
+
+#: AES-256.
+_KEY_BYTES: Final = 32
 
 #: A stored value is a token of some kilobytes; more is not ours.
 _LARGEST: Final = 256 * 1024
+
+
+class Kept(NamedTuple):
+    """A *value*, and the seconds that are *left* of it where the store itself counts time."""
+
+    value: bytes
+    left: float | None = None
 
 
 class Store(Protocol):
@@ -34,13 +55,11 @@ class Store(Protocol):
     Bytes by key. *key* is hexadecimal text; *ttl* is in seconds.
 
     None of the methods raises for trouble that passes: an unreadable value is a miss, a value
-    that cannot be kept is not kept, a lock that cannot be had is told by False.
+    that cannot be kept is not kept, and where nobody can be asked for a lock the caller
+    carries on alone.
     """
 
-    #: Whether what lies here outlives the process, or is seen by others.
-    shared: bool
-
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> Kept | None:
         """What was put, or ``None``."""
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
@@ -50,22 +69,21 @@ class Store(Protocol):
         """
         Hold the lock of *key* while the context lasts; at most *patience* seconds of waiting.
 
-        Yields whether it is held. A holder that dies frees it.
+        Yields False if somebody else holds it still. A holder that dies frees it.
         """
 
 
 class MemoryStore:
-    """The process alone. It stores nothing: the cache above holds the living tokens itself."""
-
-    shared = False
+    """The process alone."""
 
     def __init__(self) -> None:
         self._kept: dict[str, bytes] = {}
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks: dict[tuple[int, str], threading.Lock] = {}
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> Kept | None:
         """What was put, or ``None``."""
-        return self._kept.get(key)
+        value = self._kept.get(key)
+        return Kept(value) if value is not None else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Keep *value*; the reader sees by the value whether it is over."""
@@ -75,7 +93,8 @@ class MemoryStore:
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
         """Hold the lock of *key* within this process."""
-        lock = self._locks.setdefault(key, threading.Lock())
+        # By process: a lock that a thread held when it forked has no owner in the child.
+        lock = self._locks.setdefault((os.getpid(), key), threading.Lock())
         held = lock.acquire(timeout=patience)
         try:
             yield held
@@ -90,15 +109,13 @@ class FileStore:
 
     Files are replaced whole. Whatever is a link, belongs to another or may be read by others
     is refused with ConfigurationError: somebody has touched it. A lock is freed by the kernel
-    when its process dies.
+    when its process dies, whatever children it has left.
     """
-
-    shared = True
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> Kept | None:
         """What was put, or ``None``; ConfigurationError if the file is not safely ours."""
         self._checked_directory()
         path = self._directory / f"{key}.json"
@@ -108,10 +125,10 @@ class FileStore:
             return None
         except OSError as exc:
             raise _unsafe(path, "is a link or cannot be opened") from exc
-        with os.fdopen(descriptor, "rb") as file:
+        with open(descriptor, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor
             _check(path, os.fstat(descriptor), stat.S_IFREG)
             value = file.read(_LARGEST + 1)
-        return value if len(value) <= _LARGEST else None
+        return Kept(value) if len(value) <= _LARGEST else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Keep *value* by an atomic replace; a full disk keeps nothing and breaks nothing."""
@@ -120,23 +137,32 @@ class FileStore:
         draft = self._directory / f".{key}.{os.getpid()}.{threading.get_ident()}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
+            # One that a killed process of the same number has left.
+            draft.unlink(missing_ok=True)
             with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
                 file.write(value)
             draft.replace(self._directory / f"{key}.json")
-        except OSError:
+        except OSError as exc:
             # Fail soft: the caller has the token; the next process renews.
+            _log.warning("cache %s: a token could not be kept (%s)", self._directory, exc.strerror)
             with contextlib.suppress(OSError):
                 draft.unlink()
 
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
         """Hold the lock of *key* among the processes that use this directory."""
+        from filelock import FileLock, Timeout  # noqa: PLC0415 - a token that lies here needs none
+
         self._checked_directory()
         lock = FileLock(self._directory / f"{key}.lock", mode=0o600, thread_local=False)
         try:
             lock.acquire(timeout=patience, poll_interval=0.02)
-        except (Timeout, OSError):
+        except Timeout:
             yield False
+            return
+        except OSError as exc:
+            _log.warning("cache %s: no lock (%s), alone", self._directory, exc.strerror)
+            yield True
             return
         try:
             yield True
@@ -151,8 +177,223 @@ class FileStore:
             raise ConfigurationError(
                 f"cache directory {self._directory}: cannot be used ({exc.strerror})",
                 hint="set HSMTOLL_CACHE=file:///DIR to a directory of yours, or memory:",
+                code="cache-unusable",
             ) from exc
         _check(self._directory, seen, stat.S_IFDIR)
+
+
+class RedisStore:
+    """
+    A Redis server shared by machines. What lies there is encrypted and bound to its key.
+
+    Whoever can write there can delete, and no more: neither read a token, nor put one under
+    another key. Redis counts the lifetimes. If it is down, every process carries on alone,
+    with one warning. *secret* is the key for AES-256-GCM, 32 bytes, the same for all.
+    *connect* gives the client, when the first call needs one.
+    """
+
+    #: Seconds after which the lock of a holder that died is free; who lives prolongs it.
+    LEASE: Final = 10.0
+
+    #: Seconds for which a server that did not answer is not asked again.
+    REST: Final = 5.0
+
+    def __init__(self, connect: Callable[[], redis.Redis], *, secret: bytes, clock: Clock) -> None:
+        self._connect = connect
+        self._secret = secret
+        self._clock = clock
+        self._client: redis.Redis | None = None
+        self._guard = threading.Lock()
+        self._down_until: float | None = None
+
+    @classmethod
+    def at(cls, url: str, *, key_file: Path, ca_file: Path | None, clock: Clock) -> RedisStore:
+        """
+        The server at *url*: ``redis://``, ``rediss://`` or ``unix://``, checked by settings.
+
+        Nothing is opened but *key_file*. Raises ConfigurationError.
+        """
+        return cls(lambda: _redis(url, ca_file), secret=read_key(key_file), clock=clock)
+
+    def get(self, key: str) -> Kept | None:
+        """What was put and still lives, or ``None``; what does not open is told once and a miss."""
+
+        def read(client: redis.Redis) -> Kept | None:
+            pipe = client.pipeline(transaction=True)
+            pipe.get(_name(key))
+            pipe.pttl(_name(key))
+            sealed, left = pipe.execute()
+            if not isinstance(sealed, bytes) or left <= 0:
+                return None
+            value = self._opened(key, sealed)
+            return Kept(value, left / 1000) if value is not None else None
+
+        return self._asked(read, None)
+
+    def put(self, key: str, value: bytes, *, ttl: float) -> None:
+        """Keep *value* for *ttl*."""
+        nonce = os.urandom(12)
+        sealed = nonce + self._cipher().encrypt(nonce, value, _name(key).encode())
+        milliseconds = int(ttl * 1000)
+        if milliseconds > 0:
+            self._asked(lambda client: client.set(_name(key), sealed, px=milliseconds), None)
+
+    @contextlib.contextmanager
+    def lock(self, key: str, *, patience: float) -> Iterator[bool]:
+        """Hold the lock of *key* among all who share the server; it expires with its holder."""
+
+        def acquired(client: redis.Redis) -> Any:
+            lock = client.lock(
+                f"{_name(key)}:lock", timeout=self.LEASE, sleep=0.03, thread_local=False
+            )
+            return lock if lock.acquire(blocking_timeout=patience) else False
+
+        lock = self._asked(acquired, None)
+        if not lock:
+            yield lock is None
+            return
+        done = threading.Event()
+        threading.Thread(
+            target=self._prolong, args=(lock, done), name="hsmtoll-lease", daemon=True
+        ).start()
+        try:
+            yield True
+        finally:
+            done.set()
+            self._asked(lambda _: lock.release(), None)
+
+    def _prolong(self, lock: Any, done: threading.Event) -> None:
+        while not done.wait(self.LEASE / 3):
+            self._asked(lambda _: None if done.is_set() else lock.reacquire(), None)
+
+    def _asked(self, question: Callable[[redis.Redis], _T], otherwise: _T) -> _T:
+        """What Redis says, or *otherwise* while it is down."""
+        import redis  # noqa: PLC0415 - an extra, and only for those who use it
+
+        now = self._clock.now().boot
+        if self._down_until is not None and now < self._down_until:
+            return otherwise
+        try:
+            with self._guard:
+                if self._client is None:
+                    self._client = self._connect()
+            answer = question(self._client)
+        except redis.exceptions.LockError:
+            # The lease ran out under its holder: two may have renewed, and both tokens live.
+            return otherwise
+        except (redis.exceptions.RedisError, OSError) as exc:
+            if self._down_until is None:
+                _log.warning("cache: Redis does not answer (%s); alone until it does", _why(exc))
+            self._down_until = now + self.REST
+            return otherwise
+        if self._down_until is not None:
+            _log.info("cache: Redis answers again")
+            self._down_until = None
+        return answer
+
+    def _opened(self, key: str, sealed: bytes) -> bytes | None:
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415
+
+        try:
+            value: bytes = self._cipher().decrypt(sealed[:12], sealed[12:], _name(key).encode())
+        except (InvalidTag, ValueError):
+            _log.warning(
+                "cache: a value in Redis does not open; it was made with another "
+                "HSMTOLL_CACHE_KEY_FILE, or somebody changed it"
+            )
+            return None
+        return value
+
+    def _cipher(self) -> Any:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415
+
+        return AESGCM(self._secret)
+
+
+def _name(key: str) -> str:
+    """Where *key* lies in Redis, and what its value is bound to: name and version."""
+    return f"hsmtoll:1:{key}"
+
+
+def _why(exc: Exception) -> str:
+    # The kind alone: redis-py's texts may hold the URL, and that may hold a password.
+    return type(exc).__name__
+
+
+def _redis(url: str, ca_file: Path | None) -> redis.Redis:
+    try:
+        import redis  # noqa: PLC0415
+        from redis.backoff import NoBackoff  # noqa: PLC0415
+        from redis.connection import SSLConnection, parse_url  # noqa: PLC0415
+        from redis.retry import Retry  # noqa: PLC0415
+    except ImportError as exc:
+        raise ConfigurationError(
+            "HSMTOLL_CACHE: redis-py is not installed",
+            hint="install hsmtoll[redis]",
+            code="extra-missing",
+        ) from exc
+    from hsmtoll import tls  # noqa: PLC0415
+
+    class OurTls(SSLConnection):
+        """With our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""
+
+        def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+            return tls.client_context(ca_file).wrap_socket(sock, server_hostname=self.host)
+
+    try:
+        options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call] # redis-py's own
+    except ValueError:
+        # `from None`: the original quotes the URL.
+        raise ConfigurationError("HSMTOLL_CACHE: not a URL of a Redis server") from None
+    if url.startswith("rediss:"):
+        options["connection_class"] = OurTls
+    # One more try at once: a connection that idled may have been closed by a restart.
+    options |= {
+        "socket_connect_timeout": 2.0,
+        "socket_timeout": 2.0,
+        "retry": Retry(NoBackoff(), 1),
+    }
+    return redis.Redis(connection_pool=redis.ConnectionPool(**options))
+
+
+def read_key(path: Path) -> bytes:
+    """
+    The 32 bytes of a key file: as they are, or as hexadecimal or base64 text.
+
+    ConfigurationError unless it belongs to root or this user and nobody else may read it.
+    """
+    try:
+        with path.open("rb") as file:
+            seen = os.fstat(file.fileno())
+            raw = file.read(1024)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: cannot be read ({exc.strerror})"
+        ) from exc
+    if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o077:
+        raise ConfigurationError(
+            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: others may read or change it "
+            f"(mode {stat.S_IMODE(seen.st_mode):04o})",
+            hint=f"chmod 600 {foreign(path)}, and make a new key if it was open for long",
+            code="unsafe-file",
+        )
+    for key in (raw, *_as_text(raw)):
+        if len(key) == _KEY_BYTES:
+            return key
+    raise ConfigurationError(
+        f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: a key of 32 bytes is expected",
+        hint="as they are, or as 64 hexadecimal digits, or as base64: "
+        "(umask 077; openssl rand -hex 32 > FILE)",
+        code="cache-key",
+    )
+
+
+def _as_text(raw: bytes) -> Iterator[bytes]:
+    text = raw.strip()
+    with contextlib.suppress(binascii.Error):
+        yield binascii.unhexlify(text)
+    with contextlib.suppress(binascii.Error):
+        yield base64.b64decode(text, validate=True)
 
 
 def _check(path: Path, seen: os.stat_result, kind: int) -> None:

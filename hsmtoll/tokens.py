@@ -9,16 +9,15 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, NamedTuple
 
-__all__ = ["MARGIN", "AccessToken", "Freshness", "Moment", "TokenRequest"]
+__all__ = ["ANY", "MARGIN", "AccessToken", "Freshness", "Moment", "TokenRequest", "Wish"]
 
 #: Seconds before its end at which a token is renewed, at most (PROTOCOL C11).
 MARGIN: Final = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Moment:
+class Moment(NamedTuple):
     """
     One reading of both clocks.
 
@@ -99,3 +98,30 @@ class AccessToken:
         if left <= 0:
             return Freshness.EXPIRED
         return Freshness.STALE if left <= self.margin else Freshness.FRESH
+
+
+class Wish(NamedTuple):
+    """
+    What a caller will not do without, beyond a token that lives.
+
+    *min_life*: seconds it shall live at least. *avoid*: the value of one that an API has
+    refused. *since*: it was asked for no earlier than this.
+    """
+
+    min_life: float = 0.0
+    avoid: str | None = None
+    since: Moment | None = None
+
+    def met_by(self, token: AccessToken, now: Moment) -> bool:
+        """Whether *token* will do at *now*; an expired one never does."""
+        left = token.remaining(now)
+        return (
+            left > 0
+            and left >= self.min_life
+            and token.value != self.avoid
+            and (self.since is None or token.asked.wall >= self.since.wall)
+        )
+
+
+#: Any token that lives.
+ANY: Final = Wish()

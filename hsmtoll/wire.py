@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import http.cookiejar
+import ipaddress
 import socket
-import ssl
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import httpx
 
-from hsmtoll import exchange
-from hsmtoll.errors import ConfigurationError, NetworkError, foreign
+from hsmtoll import exchange, tls
+from hsmtoll.errors import NetworkError, foreign
 
 if TYPE_CHECKING:
+    import ssl
     from pathlib import Path
 
     from hsmtoll.exchange import Answer, Post
@@ -27,27 +28,6 @@ __all__ = ["Wire"]
 
 #: Bytes. An answer of a token endpoint is some kilobytes; more is not one (DESIGN 4.14).
 _LARGEST: Final = 1024 * 1024
-
-
-def tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """
-    The one TLS context of ours: the system's roots and *ca_file*, TLS 1.2 or newer, verified.
-
-    Made by hand: ``ssl.create_default_context`` would write session keys to wherever
-    SSLKEYLOGFILE points. Raises ConfigurationError for a file that holds no certificates.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_default_certs()
-    if ca_file is not None:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigurationError(
-                f"HSMTOLL_CA_FILE {ca_file}: cannot be read as PEM certificates",
-                hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
-            ) from exc
-    return context
 
 
 class Wire:
@@ -77,7 +57,7 @@ class Wire:
         """Keyword arguments for every httpx client of ours, for tokens and for calls alike."""
         with self._lock:
             if self._context is None:
-                self._context = tls_context(self._ca_file)
+                self._context = tls.client_context(self._ca_file)
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         named = self._proxy if self._proxy != "environment" else None
         return {
@@ -96,36 +76,79 @@ class Wire:
         Raises NetworkError: refused, unknown host, untrusted certificate, broken off, too
         slow, too large. Those that a new attempt may cure are retryable.
         """
-        host = httpx.URL(post.url).host
-        guard = _Guard(self._deadline)
+        return self._sent(
+            post.leg,
+            "POST",
+            post.url,
+            guard=_Guard(self._deadline),
+            data=dict(post.form),
+            headers={"accept": "application/json", "accept-encoding": "identity"},
+        )
+
+    def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
+        """
+        What lies at *url*, for the doctor; raises as post does, and for a url that is none.
+
+        *public* is for addresses that others wrote (in a certificate): this machine and its
+        own network are not asked then, whatever the name resolves to (``address-private``).
+        """
+        try:
+            host = httpx.URL(url).host
+            named = ipaddress.ip_address(host) if public else None
+        except httpx.InvalidURL as exc:
+            raise NetworkError(f"{leg}: its address cannot be read", code="unreachable") from exc
+        except ValueError:
+            named = None
+        if named is not None and not named.is_global:
+            raise _private(leg)
+        # A proxy has a place of its own in the network; its address says nothing.
+        guard = _Guard(self._deadline, public=public and self._proxy is None, leg=leg)
+        headers = {"accept": "*/*", "accept-encoding": "identity"}
+        return self._sent(leg, "GET", url, guard=guard, headers=headers)
+
+    def _sent(self, leg: str, method: str, url: str, *, guard: _Guard, **request: Any) -> Answer:
+        host = httpx.URL(url).host
         try:
             # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
             with httpx.Client(**self.options()) as client, guard:
-                request = client.build_request(
-                    "POST",
-                    post.url,
-                    data=dict(post.form),
-                    headers={"accept": "application/json", "accept-encoding": "identity"},
-                    extensions={"trace": guard.trace},
+                built = client.build_request(
+                    method, url, extensions={"trace": guard.trace}, **request
                 )
-                response = client.send(request, stream=True)
-                return _read(response, post.leg)
+                answer = _read(client.send(built, stream=True), leg)
+            # A line that was cut looks like the end of an answer that names no length.
+            if guard.struck:
+                raise self._too_slow(leg, host)
+            return answer
         except httpx.HTTPError as exc:
             if guard.struck:
-                raise NetworkError(
-                    f"{post.leg} ({host}): no whole answer within {self._deadline:.0f} s",
-                    hint="HSMTOLL_DEADLINE sets how long to wait",
-                    code="deadline",
-                    retryable=False,
-                ) from exc
-            raise _named(exc, post.leg, host, self._timeout) from exc
+                raise self._too_slow(leg, host) from exc
+            raise _named(exc, leg, host, self._timeout) from exc
+
+    def _too_slow(self, leg: str, host: str) -> NetworkError:
+        return NetworkError(
+            f"{leg} ({host}): no whole answer within {self._deadline:.0f} s",
+            hint="HSMTOLL_DEADLINE sets how long to wait",
+            code="deadline",
+        )
+
+
+def _private(leg: str) -> NetworkError:
+    return NetworkError(
+        f"{leg}: its address is of this machine or its own network, which is not asked",
+        hint="a certificate names it; ask its issuer",
+        code="address-private",
+    )
 
 
 def _read(response: httpx.Response, leg: str) -> Answer:
     with contextlib.closing(response):
         headers = {name.lower(): value for name, value in response.headers.items()}
         if headers.get("content-encoding", "identity") != "identity":
-            raise NetworkError(f"{leg}: the answer is compressed, which was not asked for")
+            raise NetworkError(
+                f"{leg}: the answer is compressed, which was not asked for",
+                hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+                code="answer-compressed",
+            )
         body = bytearray()
         for chunk in response.iter_raw():
             body += chunk
@@ -146,8 +169,10 @@ class _Guard:
     meets them all. So the socket itself is shut down under the reader.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, public: bool = False, leg: str = "") -> None:
         self.struck = False
+        self._public = public
+        self._leg = leg
         self._sockets: list[socket.socket] = []
         self._timer = threading.Timer(seconds, self._strike)
         self._timer.daemon = True
@@ -164,7 +189,12 @@ class _Guard:
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             found = info["return_value"].get_extra_info("socket")
             if isinstance(found, socket.socket):
+                if self._public and not ipaddress.ip_address(found.getpeername()[0]).is_global:
+                    # Asked of the connection itself: a name may resolve otherwise the next time.
+                    raise _private(self._leg)
                 self._sockets.append(found)
+                if self.struck:
+                    self._strike()
 
     def _strike(self) -> None:
         self.struck = True

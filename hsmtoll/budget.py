@@ -1,0 +1,70 @@
+"""
+How many signatures may still be spent, counted where everybody can see it.
+
+A device may be metered, and an answer that never satisfies must not drain it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.errors import TryAgainLater
+from hsmtoll.stores import name_of
+
+if TYPE_CHECKING:
+    from hsmtoll.clock import Clock
+    from hsmtoll.stores import Store
+
+__all__ = ["Budget"]
+
+_HOUR: Final = 3600.0
+
+#: Seconds that another machine's clock may be ahead and its signatures still count.
+_AHEAD: Final = 300.0
+
+
+class Budget:
+    """*per_hour* signatures for one identity, over all programs that share the *store*."""
+
+    def __init__(self, store: Store, clock: Clock, *, per_hour: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._per_hour = per_hour
+        self._guard = threading.Lock()
+        self._own: dict[str, list[float]] = {}
+
+    def spend(self, identity: str) -> None:
+        """Count one signature of *identity*; TryAgainLater if the hour's are spent."""
+        key = name_of("budget", identity)
+        with self._guard, self._store.lock(key, patience=2.0):
+            now = self._clock.now().wall
+            kept = self._store.get(key)
+            shared = [at for at in _times(kept.value) if _counts(at, now)] if kept else []
+            own = [at for at in self._own.get(key, ()) if _counts(at, now)]
+            # Without the store (it is down, its file was removed) this process still counts.
+            spent = max(shared, own, key=len)
+            if len(spent) >= self._per_hour:
+                wait = max(1.0, sorted(spent)[-self._per_hour] + _HOUR - now)
+                raise TryAgainLater(
+                    f"signing: {len(spent)} signatures were spent in the last hour, the budget",
+                    hint=f"the next is free in {wait:.0f} s; HSMTOLL_BUDGET__PER_HOUR sets it, but "
+                    "look first at what spends them",
+                    code="budget",
+                    retry_after=wait,
+                )
+            self._own[key] = [*own, now]
+            self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
+
+
+def _counts(at: float, now: float) -> bool:
+    return now - _HOUR < at <= now + _AHEAD
+
+
+def _times(raw: bytes) -> list[float]:
+    try:
+        times = json.loads(raw)
+    except (ValueError, RecursionError):
+        return []
+    return [at for at in times if isinstance(at, float | int)] if isinstance(times, list) else []

@@ -1,0 +1,85 @@
+"""
+Renewal ahead of time, for programs that run long: nobody waits, and a fleet does not renew at once.
+
+Which token is good, and who renews it, is decided in cache; this only asks at the right moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from typing import TYPE_CHECKING, Final, Self
+
+from hsmtoll.errors import HsmTollError
+from hsmtoll.tokens import Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hsmtoll.renewal import Engine
+    from hsmtoll.tokens import TokenRequest
+
+__all__ = ["Keeper"]
+
+_log = logging.getLogger("hsmtoll.client")
+
+#: Seconds between two looks at the clocks: a machine that slept is back in time within these.
+_LOOK: Final = 10.0
+
+#: How much earlier than stale a token is renewed, as a share of its margin; each picks its own.
+_EARLY: Final = (1.05, 1.25)
+
+
+class Keeper:
+    """
+    A thread that keeps the tokens of some requests fresh. Stop it, or leave its ``with``.
+
+    *due* and *done* count renewals; what fails is logged, and tried again after a rest.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[TokenRequest]) -> None:
+        self.due = 0
+        self.done = 0
+        self._engine = engine
+        self._early = {request: random.uniform(*_EARLY) for request in requests}  # noqa: S311
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="hsmtoll-keeper", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it; a renewal under way lands, and its token is kept."""
+        self._ended.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _keep(self) -> None:
+        wait = 0.0
+        while not self._ended.wait(wait):
+            wait = min(self._looked_after(request) for request in list(self._early))
+
+    def _looked_after(self, request: TokenRequest) -> float:
+        """Renew what is due; seconds until the next look."""
+        engine = self._engine
+        held = engine.cache.living(request)
+        if held is not None:
+            before = held.margin * self._early[request]
+            spare = held.remaining(engine.clock.now()) - before
+            if spare > 0:
+                return min(spare, _LOOK)
+        self.due += 1
+        try:
+            # A new draw each time, so that two programs do not stay in step.
+            self._early[request] = random.uniform(*_EARLY)  # noqa: S311
+            min_life = min(held.lifetime - 1.0, before) if held else 0.0
+            token = engine.token(request, Wish(min_life=max(0.0, min_life)))
+        except HsmTollError as exc:
+            _log.warning("renewal ahead of time failed: %s", exc)
+            return _LOOK * random.uniform(0.5, 1.0)  # noqa: S311
+        self.done += 1
+        del token
+        return 0.2

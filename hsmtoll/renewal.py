@@ -1,0 +1,307 @@
+"""
+The one renewal: sign, Maskinporten, Customs; written once, synchronously, for both clients.
+
+Every attempt starts at the grant (new jti, new signature), within a budget of signatures.
+Who waits for it and what is kept is decided in cache; PKCS#11 and the environment never enter.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import Counter
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from hsmtoll import apis, exchange
+from hsmtoll.clock import offset_of
+from hsmtoll.errors import (
+    ClockError,
+    ConfigurationError,
+    ExchangeRefused,
+    HsmTollError,
+    foreign,
+)
+from hsmtoll.remembered import Remembered
+from hsmtoll.stores import name_of
+from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.budget import Budget
+    from hsmtoll.cache import Cache, Flight
+    from hsmtoll.clock import Clock, Skew
+    from hsmtoll.exchange import Answer, Endpoints, Issued, Post
+    from hsmtoll.signer import Signer
+    from hsmtoll.wire import Wire
+
+__all__ = ["Engine"]
+
+_log = logging.getLogger("hsmtoll.client")
+
+#: Seconds. A 401 on a younger token is not about its age, and a new one would change nothing.
+_YOUNG: Final = 30.0
+
+#: Seconds. A longer Retry-After is not slept through: it is the caller's to decide about.
+_LONGEST_SLEEP: Final = 10.0
+
+#: Refusals that a new grant may cure, tried once more and no oftener (PROTOCOL C08).
+_ONCE: Final = ("MP-012", "MP-130", "issued-in-future")
+
+
+class Engine:
+    """
+    A request in, a living Customs token out.
+
+    *selector* is the hash of all settings that select key, identity and endpoints; with the
+    identity itself and the request it is the key of the store (DESIGN 4.10).
+    """
+
+    def __init__(
+        self,
+        signer: Signer,
+        *,
+        endpoints: Endpoints,
+        wire: Callable[[], Wire],
+        cache: Cache,
+        budget: Budget,
+        clock: Clock,
+        skew: Skew,
+        selector: str,
+        family: Identity,
+        per_request: int = 2,
+        default: TokenRequest | None = None,
+        identity_file: Path | None = None,
+    ) -> None:
+        self.signer = signer
+        self.endpoints = endpoints
+        self.cache = cache
+        self.clock = clock
+        self.skew = skew
+        self.family = family
+        self.signatures = 0
+        #: Legs by name and outcome: a status, or the code of what went wrong before one.
+        self.legs: Counter[tuple[str, str]] = Counter()
+        self._wire = wire
+        self._budget = budget
+        self._selector = selector
+        self._per_request = per_request
+        self._default = default
+        # Who signs, learned at first contact, so that a warm start needs no device.
+        self._identity = Remembered(identity_file)
+        self._requests: dict[str | None, TokenRequest] = {}
+        self._counting = threading.Lock()
+
+    @cached_property
+    def wire(self) -> Wire:
+        """How the legs travel; made when the first one does."""
+        return self._wire()
+
+    def request(self, scope: str | None) -> TokenRequest:
+        """What is asked for: an API or a scope, or the default; ConfigurationError without one."""
+        request = self._requests.get(scope)
+        if request is None:
+            default = self._default or TokenRequest("")
+            word = scope if scope is not None else default.scope
+            if not word:
+                raise ConfigurationError(
+                    "HSMTOLL_SCOPE: required where no API or scope is named",
+                    hint="set it to an API of `hsmtoll apis`, such as road",
+                    code="setting-missing",
+                )
+            named = apis.scope_of(word, self.family)
+            request = TokenRequest(named, default.resource, default.consumer_org)
+            self._requests[scope] = request
+        return request
+
+    def token(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+        """From memory, the store, or a renewal. Raises what the renewal raises."""
+        held = self.cache.held(request) if wish is ANY else None
+        return held or self.cache.get(request, _Renewal(self, request), wish)
+
+    async def atoken(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+        """As token; what is held is given at once, and waiting holds no thread."""
+        held = self.cache.held(request) if wish is ANY else None
+        return held or await self.cache.aget(request, _Renewal(self, request), wish)
+
+    def key(self, request: TokenRequest) -> str:
+        """The key of the store; the device is asked who it is if nobody knows yet."""
+        identity = self._identity.read()
+        if identity is None:
+            identity = self.signer.identity()
+            self._identity.write(identity)
+        consumer = f"for {request.consumer_org}"
+        return name_of(self._selector, identity, request.scope, *request.resource, consumer)
+
+    def renewed(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """A new token, in as many attempts as the budget of a request allows."""
+        import stamina  # noqa: PLC0415 - seldom needed, and a warm start should not pay
+
+        for attempt in stamina.retry_context(
+            on=_again,
+            attempts=self._per_request,
+            timeout=None,
+            wait_initial=0.5,
+            wait_max=5.0,
+            wait_jitter=1.0,
+        ):
+            with attempt:
+                try:
+                    return self._attempt(request, flight)
+                except HsmTollError as exc:
+                    if exc.code in _ONCE and attempt.num > 1:
+                        exc.retryable = False
+                    raise
+        raise AssertionError  # the loop returns or raises
+
+    def _attempt(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """One grant, new from the ground: jti, signature, both legs (PROTOCOL C06, C12)."""
+        flight.doing = "signing"
+        identity = self.signer.identity()
+        self._identity.write(identity)
+        self._budget.spend(identity)
+        with self._counting:
+            self.signatures += 1
+        assertion = self.signer.assertion(request)
+        asked = self.clock.now()
+        flight.doing = "Maskinporten"
+        subject = self.granted(assertion)
+        if request.scope == apis.SELF_TEST_SCOPE:
+            raise self.self_test()
+        flight.doing = "Customs"
+        issued = self.exchanged(subject)
+        lifetime = min(issued.expires_in, subject.expires_in)
+        return AccessToken(issued.value, request.scope, asked, lifetime)
+
+    @staticmethod
+    def self_test() -> ExchangeRefused:
+        """Where a grant for the self-test's scope ends: it worked, and opens nothing at Customs."""
+        return ExchangeRefused(
+            f"{apis.SELF_TEST_SCOPE}: Maskinporten granted it; stopped before the exchange",
+            hint="this scope is a self-test and opens nothing at Customs: "
+            "the key, its certificates and Maskinporten work together",
+            code="self-test",
+        )
+
+    def granted(self, assertion: str) -> Issued:
+        """Leg one; the answer's Date teaches the skew, which may call for another attempt."""
+        from hsmtoll import jws  # noqa: PLC0415
+
+        named = jws.read_unverified(assertion)[1].get("jti")
+        jti = named if isinstance(named, str) else None
+        post = exchange.grant_post(self.endpoints, assertion)
+        sent = self.clock.now()
+
+        def read(answer: Answer) -> Issued:
+            offset = offset_of(answer.headers, sent=sent, received=self.clock.now())
+            learned = offset is not None and self._learn(offset)
+            try:
+                return exchange.read_subject(answer, post, jti=jti)
+            except HsmTollError as exc:
+                if offset is not None and (isinstance(exc, ClockError) or exc.code == "MP-130"):
+                    self.skew.check(offset)
+                if isinstance(exc, ClockError):
+                    exc.retryable = learned
+                raise
+
+        return self._leg(post, read, jti=jti)
+
+    def exchanged(self, subject: Issued) -> Issued:
+        """Leg two."""
+        post = exchange.exchange_post(self.endpoints, subject)
+        return self._leg(post, lambda answer: exchange.read_issued(answer, post))
+
+    def _learn(self, offset: float) -> bool:
+        if not self.skew.learn(offset):
+            return False
+        if self.skew.seconds:
+            side = "behind" if offset > 0 else "ahead of"
+            _log.warning(
+                "clock: this machine is %.0f s %s Maskinporten; grants are corrected until it "
+                "is synchronised",
+                abs(offset),
+                side,
+            )
+        else:
+            _log.info("clock: this machine and Maskinporten agree again")
+        return True
+
+    def _leg(
+        self, post: Post, read: Callable[[Answer], Issued], *, jti: str | None = None
+    ) -> Issued:
+        """One leg, and the one line of the log that tells of it."""
+        began = self.clock.now()
+        outcome, trace = "failed", "-"
+        try:
+            answer = self.wire.post(post)
+            outcome = str(answer.status)
+            ids = (answer.headers.get(name) for name in ("x-correlationid", "x-request-id"))
+            trace = foreign(next((each for each in ids if each), "-"))
+            try:
+                return read(answer)
+            except HsmTollError as exc:
+                trace = exc.trace_id or trace
+                if exc.retryable:
+                    now = self.clock.now().wall
+                    exc.retry_after = exchange.retry_after(answer.headers, now=now)
+                raise
+        except HsmTollError as exc:
+            outcome = outcome if outcome != "failed" else exc.code or "failed"
+            raise
+        finally:
+            with self._counting:
+                self.legs[post.leg, outcome] += 1
+            _log.info(
+                "leg=%s host=%s status=%s ms=%.0f jti=%s trace=%s",
+                post.leg,
+                urlsplit(post.url).hostname,
+                outcome,
+                (self.clock.now().boot - began.boot) * 1000,
+                jti or "-",
+                trace,
+            )
+
+    def worth_renewing(self, value: str, request: TokenRequest) -> bool:
+        """
+        Whether a 401 on the token *value* calls for a new one.
+
+        Not if it is younger than 30 s: then the API says no to something else (DESIGN 4.13).
+        If another caller has renewed it already, the new one is used, and costs nothing.
+        """
+        held = self.cache.living(request)
+        if held is None or held.value != value:
+            return True
+        return held.lifetime - held.remaining(self.clock.now()) >= _YOUNG
+
+
+class _Renewal:
+    """One request's source of tokens, as the cache asks for it."""
+
+    __slots__ = ("_engine", "_request")
+
+    def __init__(self, engine: Engine, request: TokenRequest) -> None:
+        self._engine = engine
+        self._request = request
+
+    def key(self) -> str:
+        """Of the store."""
+        return self._engine.key(self._request)
+
+    def fetch(self, flight: Flight) -> AccessToken:
+        """A new token."""
+        return self._engine.renewed(self._request, flight)
+
+
+def _again(exc: Exception) -> bool | float:
+    """Whether to try once more, and after how many seconds where the server said so."""
+    if not isinstance(exc, HsmTollError) or not exc.retryable:
+        return False
+    if exc.retry_after is None:
+        return True
+    jitter = random.uniform(0, 0.5)  # noqa: S311 - spreads callers, keeps no secret
+    return exc.retry_after + jitter if exc.retry_after <= _LONGEST_SLEEP else False

@@ -1,0 +1,523 @@
+"""What the cache promises to one process: one flight, nothing expired, nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import records
+from hsmtoll.cache import Cache, Flight
+from hsmtoll.errors import (
+    ConfigurationError,
+    GrantRefused,
+    HsmTollError,
+    NetworkError,
+    TryAgainLater,
+    UsageError,
+)
+from hsmtoll.stores import FileStore, MemoryStore, Store
+from hsmtoll.tokens import ANY, AccessToken, Moment, TokenRequest, Wish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+REQUEST = TokenRequest("toll:eu/movement/road/v2")
+
+
+@dataclass
+class HandClock:
+    """Both clocks, moved by hand; sleeping moves them."""
+
+    wall: float = 1_800_000_000.0
+    boot: float = 1000.0
+    boot_id: str = "one"
+
+    def now(self) -> Moment:
+        return Moment(self.wall, self.boot, self.boot_id)
+
+    def sleep(self, seconds: float) -> None:
+        self.pass_(seconds)
+
+    def pass_(self, seconds: float) -> None:
+        self.wall += seconds
+        self.boot += seconds
+
+
+@dataclass
+class Well:
+    """A source that counts: tokens numbered, or the error it was told to raise."""
+
+    clock: HandClock
+    lifetime: int = 120
+    name: str = "a" * 64
+    fetched: int = 0
+    error: BaseException | None = None
+    hold: threading.Event | None = None
+    entered: threading.Event = field(default_factory=threading.Event)
+    before: Callable[[], None] | None = None
+
+    def key(self) -> str:
+        return self.name
+
+    def fetch(self, flight: Flight) -> AccessToken:
+        flight.doing = "signing"
+        self.fetched += 1
+        asked = self.clock.now()
+        self.entered.set()
+        if self.hold is not None:
+            assert self.hold.wait(30)
+        if self.error is not None:
+            raise self.error
+        return AccessToken(f"token-{self.fetched}", REQUEST.scope, asked, self.lifetime)
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def well(clock: HandClock) -> Well:
+    return Well(clock)
+
+
+def cache_of(
+    clock: HandClock, store: Store | None = None, *, patience: float = 20, background: bool = True
+) -> Cache:
+    return Cache(
+        MemoryStore() if store is None else store, clock, patience=patience, background=background
+    )
+
+
+def landed(cache: Cache) -> None:
+    """Wait for the flight in the air, if there is one."""
+    for flight in list(cache._flights.values()):
+        assert flight.landed.wait(10)
+
+
+def wait_for(come: Callable[[], bool]) -> None:
+    """Until it has come; the room's own time limit ends a test that waits in vain."""
+    while not come():
+        time.sleep(0.002)
+
+
+async def crowded(cache: Cache, callers: int) -> None:
+    """Until so many wait."""
+    while cache.waiting() < callers:  # noqa: ASYNC110 - a count of callers has no event
+        await asyncio.sleep(0)
+
+
+def test_a_fresh_token_is_given_again_and_costs_nothing(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    first = cache.get(REQUEST, well)
+    clock.pass_(59)
+    assert cache.get(REQUEST, well) is first
+    assert cache.held(REQUEST) is first
+    assert well.fetched == 1
+
+
+def test_a_stale_token_is_given_while_one_renews(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    first = cache.get(REQUEST, well)
+    clock.pass_(61)
+    well.hold = threading.Event()
+    assert [cache.get(REQUEST, well) for _ in range(50)] == [first] * 50
+    well.hold.set()
+    landed(cache)
+    assert cache.get(REQUEST, well).value == "token-2"
+    assert well.fetched == 2
+
+
+def test_the_command_line_waits_for_the_renewal_of_a_stale_token(
+    clock: HandClock, well: Well
+) -> None:
+    cache = cache_of(clock, background=False)
+    cache.get(REQUEST, well)
+    clock.pass_(61)
+    assert cache.get(REQUEST, well).value == "token-2"
+
+
+def test_and_falls_back_to_it_when_the_renewal_fails(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock, background=False)
+    first = cache.get(REQUEST, well)
+    clock.pass_(61)
+    well.error = NetworkError("nobody there", retryable=True)
+    assert cache.get(REQUEST, well) is first
+    assert well.fetched == 2
+
+
+def test_a_process_that_starts_with_a_stale_token_on_disk_falls_back_to_it(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    cache_of(clock, store).get(REQUEST, well)
+    clock.pass_(61)
+    well.error = NetworkError("nobody there")
+    token = cache_of(clock, store, background=False).get(REQUEST, well)
+    assert token.value == "token-1"
+
+
+def test_an_expired_token_is_never_given_even_if_nothing_else_can_be_had(
+    clock: HandClock, well: Well
+) -> None:
+    cache = cache_of(clock)
+    cache.get(REQUEST, well)
+    clock.pass_(120)
+    well.error = NetworkError("nobody there")
+    with pytest.raises(NetworkError, match="nobody there"):
+        cache.get(REQUEST, well)
+    assert cache.living(REQUEST) is None
+
+
+def test_a_failed_renewal_backs_off_and_then_tries_again(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.error = NetworkError("nobody there")
+    for _ in range(100):
+        with pytest.raises(NetworkError):
+            cache.get(REQUEST, well)
+    assert well.fetched == 1
+    clock.pass_(1.3)
+    with pytest.raises(NetworkError):
+        cache.get(REQUEST, well)
+    assert well.fetched == 2
+    clock.pass_(3)
+    well.error = None
+    assert cache.get(REQUEST, well).value == "token-3"
+
+
+def test_every_caller_gets_an_error_of_its_own(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.error = GrantRefused("no", code="MP-100", trace_id="t", hint="do this")
+    seen: list[HsmTollError] = []
+    for _ in range(3):
+        with pytest.raises(GrantRefused) as caught:
+            cache.get(REQUEST, well)
+        seen.append(caught.value)
+    assert len({id(each) for each in seen}) == 3
+    assert {(str(e), e.code, e.trace_id, e.hint) for e in seen} == {
+        ("no", "MP-100", "t", "do this")
+    }
+
+
+def test_a_refusal_is_remembered_for_30_s_by_every_process(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    well.error = GrantRefused("no", code="MP-100", who="you")
+    for _ in range(50):
+        with pytest.raises(GrantRefused, match="no") as caught:
+            cache_of(clock, store, background=False).get(REQUEST, well)
+        assert caught.value.code == "MP-100"
+    assert well.fetched == 1
+    clock.pass_(31)
+    with pytest.raises(GrantRefused):
+        cache_of(clock, store, background=False).get(REQUEST, well)
+    assert well.fetched == 2
+
+
+def test_a_refusal_takes_no_living_token_from_the_others(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    cache_of(clock, store).get(REQUEST, well)
+    clock.pass_(61)
+    well.error = GrantRefused("no")
+    for _ in range(3):
+        assert cache_of(clock, store, background=False).get(REQUEST, well).value == "token-1"
+    assert well.fetched == 2
+
+
+def test_trouble_that_passes_is_not_remembered_for_others(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    well.error = NetworkError("nobody there", retryable=True)
+    for _ in range(2):
+        with pytest.raises(NetworkError):
+            cache_of(clock, store).get(REQUEST, well)
+    assert well.fetched == 2
+
+
+def test_a_server_that_asks_for_patience_gets_it_from_every_process(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    well.error = TryAgainLater("slow down", code="throttled", retryable=True, retry_after=90)
+    for _ in range(5):
+        with pytest.raises(TryAgainLater):
+            cache_of(clock, store).get(REQUEST, well)
+        clock.pass_(15)
+    assert well.fetched == 1
+    clock.pass_(20)
+    well.error = None
+    assert cache_of(clock, store).get(REQUEST, well).value == "token-2"
+
+
+def test_a_token_that_was_refused_is_not_given_again(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    first = cache.get(REQUEST, well)
+    assert cache.get(REQUEST, well, Wish(avoid=first.value)).value == "token-2"
+    assert cache.get(REQUEST, well, Wish(avoid=first.value)).value == "token-2"
+    assert well.fetched == 2
+
+
+def test_one_who_joins_a_flight_for_another_wish_gets_his_own(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+    got: dict[str, AccessToken] = {}
+    first = threading.Thread(target=lambda: got.update(first=cache.get(REQUEST, well)))
+    first.start()
+    assert well.entered.wait(10)
+    clock.pass_(1)
+    # A token that was asked for before this moment will not do.
+    wish = Wish(since=clock.now())
+    second = threading.Thread(target=lambda: got.update(second=cache.get(REQUEST, well, wish)))
+    second.start()
+    wait_for(lambda: cache.waiting() == 2)
+    well.hold.set()
+    first.join(10)
+    second.join(10)
+    assert (got["first"].value, got["second"].value) == ("token-1", "token-2")
+
+
+def test_renew_gives_a_new_token_also_to_a_process_that_holds_none(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    cache_of(clock, store).get(REQUEST, well)
+    clock.pass_(1)
+    wish = Wish(since=clock.now())
+    assert cache_of(clock, store).get(REQUEST, well, wish).value == "token-2"
+    # And one who waited for the lock while that one was fetched takes it.
+    assert cache_of(clock, store).get(REQUEST, well, wish).value == "token-2"
+    assert well.fetched == 2
+
+
+def test_a_life_that_no_token_has_is_refused_and_spends_one_signature_at_most(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    for _ in range(20):
+        with pytest.raises(UsageError, match="new ones live 120 s"):
+            cache_of(clock, store).get(REQUEST, well, Wish(min_life=600))
+    assert well.fetched == 1
+
+
+def test_a_minimum_life_renews_a_token_that_has_less(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    cache.get(REQUEST, well)
+    clock.pass_(30)
+    assert cache.get(REQUEST, well, Wish(min_life=80)).value == "token-1"
+    assert cache.get(REQUEST, well, Wish(min_life=100)).value == "token-2"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"version": 2, "key": "%s", "access_token": "new"}' % (b"a" * 64),
+        b'{"version": 1, "key": "%s"}' % (b"a" * 64),
+        b'{"version": 1, "key": "%s", "access_token": "x", "scope": "s", "wall": NaN, "boot": 1,'
+        b' "boot_id": "one", "lifetime": 120}' % (b"a" * 64),
+        b"[" * 100_000,
+    ],
+)
+def test_what_is_torn_or_foreign_or_newer_is_a_miss(
+    clock: HandClock, well: Well, tmp_path: Path, raw: bytes
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    store.put(well.name, raw, ttl=100)
+    store.put("refused", raw, ttl=100)
+    assert cache_of(clock, store).get(REQUEST, well).value == "token-1"
+
+
+def test_a_value_of_another_key_is_a_miss(clock: HandClock, well: Well, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "cache")
+    other = Well(clock, name="b" * 64)
+    cache_of(clock, store).get(REQUEST, other)
+    kept = store.get(other.name)
+    assert kept is not None
+    store.put(well.name, kept.value, ttl=100)
+    cache_of(clock, store).get(REQUEST, well)
+    assert well.fetched == 1
+    # The control: under its own key it is read.
+    cache_of(clock, store).get(REQUEST, other)
+    assert other.fetched == 1
+
+
+def test_another_machines_token_lives_as_long_as_the_store_says(clock: HandClock) -> None:
+    token = AccessToken("t", "s", Moment(clock.wall + 200, 5.0, "other"), 120)
+    raw = records.token("k", token)
+    # Its clock is ahead of ours: by our wall clock alone it would prove nothing.
+    ours = records.read_token("k", raw, now=clock.now(), left=None)
+    assert ours is not None
+    assert ours.remaining(clock.now()) <= 0
+    read = records.read_token("k", raw, now=clock.now(), left=100.0)
+    assert read is not None
+    assert read.remaining(clock.now()) == pytest.approx(100)
+    assert records.read_token("k", raw, now=Moment(clock.wall - 200, 1, "one"), left=100) is None
+
+
+def test_400_threads_on_a_cold_cache_cost_one_signature(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+    got: list[AccessToken] = []
+    threads = [
+        threading.Thread(target=lambda: got.append(cache.get(REQUEST, well))) for _ in range(400)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: cache.waiting() == 400)
+    well.hold.set()
+    for thread in threads:
+        thread.join(20)
+    assert {token.value for token in got} == {"token-1"}
+    assert len(got) == 400
+    assert (well.fetched, cache.waiting()) == (1, 0)
+
+
+def test_10_000_tasks_on_a_cold_cache_cost_one_signature(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+
+    async def crowd() -> list[AccessToken]:
+        tasks = [asyncio.create_task(cache.aget(REQUEST, well)) for _ in range(10_000)]
+        await crowded(cache, 10_000)
+        assert well.hold is not None
+        well.hold.set()
+        return await asyncio.gather(*tasks)
+
+    assert {token.value for token in asyncio.run(crowd())} == {"token-1"}
+    assert (well.fetched, cache.waiting()) == (1, 0)
+
+
+def test_without_the_flight_every_caller_costs_a_signature(clock: HandClock, well: Well) -> None:
+    """The control of the two above: what they count is the flight's doing."""
+
+    async def crowd() -> None:
+        await asyncio.gather(*(cache_of(clock).aget(REQUEST, well) for _ in range(20)))
+
+    asyncio.run(crowd())
+    assert well.fetched == 20
+
+
+def test_a_task_that_is_cancelled_cancels_nobody_else(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+
+    async def crowd() -> list[AccessToken | BaseException]:
+        tasks = [asyncio.create_task(cache.aget(REQUEST, well)) for _ in range(10)]
+        await crowded(cache, 10)
+        # The one that started the flight is among them.
+        for task in tasks[:5]:
+            task.cancel()
+        await asyncio.sleep(0)
+        assert cache.waiting() == 5
+        assert well.hold is not None
+        well.hold.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    got = asyncio.run(crowd())
+    assert all(isinstance(each, asyncio.CancelledError) for each in got[:5])
+    assert [each.value for each in got[5:] if isinstance(each, AccessToken)] == ["token-1"] * 5
+    assert well.fetched == 1
+
+
+def test_if_all_who_waited_are_gone_the_token_is_kept(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+
+    async def crowd() -> None:
+        task = asyncio.create_task(cache.aget(REQUEST, well))
+        await crowded(cache, 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(crowd())
+    well.hold.set()
+    landed(cache)
+    assert cache.get(REQUEST, well).value == "token-1"
+    assert well.fetched == 1
+
+
+def test_two_loops_and_threads_share_one_flight(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.hold = threading.Event()
+    got: list[str] = []
+
+    async def one() -> None:
+        got.append((await cache.aget(REQUEST, well)).value)
+
+    threads = [threading.Thread(target=lambda: asyncio.run(one())) for _ in range(4)]
+    threads += [threading.Thread(target=lambda: got.append(cache.get(REQUEST, well).value))]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: cache.waiting() == 5)
+    well.hold.set()
+    for thread in threads:
+        thread.join(20)
+    assert got == ["token-1"] * 5
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(3)])
+def test_whatever_ends_a_flight_those_who_wait_hear_of_it(
+    clock: HandClock, well: Well, error: BaseException
+) -> None:
+    cache = cache_of(clock)
+    well.error = error
+    with pytest.raises(type(error)):
+        cache.get(REQUEST, well)
+    well.error = None
+    assert cache.get(REQUEST, well).value == "token-2"
+
+
+def test_a_device_that_hangs_is_told_after_the_patience_of_the_first(
+    clock: HandClock, well: Well
+) -> None:
+    cache = cache_of(clock, patience=0.2)
+    well.hold = threading.Event()
+    with pytest.raises(HsmTollError) as caught:
+        cache.get(REQUEST, well)
+    assert (caught.value.code, caught.value.exit_code) == ("device-hangs", 30)
+    with pytest.raises(HsmTollError):
+        asyncio.run(cache.aget(REQUEST, well))
+    well.hold.set()
+    landed(cache)
+    # What came late is not lost.
+    assert cache.get(REQUEST, well).value == "token-1"
+    assert well.fetched == 1
+
+
+def test_a_store_that_is_not_safe_is_an_error_and_not_a_signature(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir(mode=0o755)
+    with pytest.raises(ConfigurationError):
+        cache_of(clock, FileStore(tmp_path / "cache")).get(REQUEST, well)
+    assert well.fetched == 0
+
+
+def test_the_count_of_hits_says_where_tokens_came_from(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    cache = cache_of(clock, store)
+    for _ in range(3):
+        cache.get(REQUEST, well)
+    other = cache_of(clock, store)
+    other.get(REQUEST, well, ANY)
+    assert cache.hits == {"fresh": 2, "stale": 0, "stored": 0, "fetched": 1}
+    assert other.hits == {"fresh": 0, "stale": 0, "stored": 1, "fetched": 0}
+    assert cache.left() == 120
+    clock.pass_(1000)
+    assert cache.left() == 0
