@@ -275,29 +275,37 @@ _ROUTES: Final = tuple(
         ("DELETE", rf"{_BASE}/(?P<level>relation)", "relation"),
         (
             "GET",
-            rf"{_QUERY}/(?P<level>transport|master-consignment|house-consignment|relation)"
-            r"/validation-status/(?P<a>[^/]+)",
+            (
+                rf"{_QUERY}/(?P<level>transport|master-consignment|house-consignment|relation)"
+                r"/validation-status/(?P<a>[^/]+)"
+            ),
             "validation-status",
         ),
         ("GET", rf"{_QUERY}/{_LEVEL}/(?P<a>[^/]+)/status-with-descendants", "descendants"),
         (
             "GET",
-            rf"{_QUERY}/{_LEVEL}/(?P<a>[^/]+)(?:/(?:master|house)-consignment)?"
-            r"/transport-document/status",
+            (
+                rf"{_QUERY}/{_LEVEL}/(?P<a>[^/]+)(?:/(?:master|house)-consignment)?"
+                r"/transport-document/status"
+            ),
             "documents",
         ),
         ("GET", rf"{_QUERY}/{_LEVEL}/transport-document/status", "document"),
         (
             "GET",
-            rf"{_QUERY}/(?P<level>house-consignment)/postal-receptacle/(?P<a>[^/]+)"
-            r"/transport-document/status",
+            (
+                rf"{_QUERY}/(?P<level>house-consignment)/postal-receptacle/(?P<a>[^/]+)"
+                r"/transport-document/status"
+            ),
             "documents",
         ),
         ("GET", rf"{_QUERY}/entry/status/(?P<a>[^/]+)", "entry"),
         (
             "POST",
-            r"/api/movement/presentation/v1/(?P<level>house-consignment|master-consignment"
-            r"|container|receptacle|entry-summary-declaration)",
+            (
+                r"/api/movement/presentation/v1/(?P<level>house-consignment|master-consignment"
+                r"|container|receptacle|entry-summary-declaration)"
+            ),
             "present",
         ),
         ("GET", r"/api/movement/presentation/v1/validation-status", "presentations"),

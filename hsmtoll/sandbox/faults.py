@@ -42,15 +42,16 @@ ENDPOINTS: Final = ("*", "token", "exchange", "api", "metadata", "jwk", "health"
 _STANDING: Final = frozenset({"refuse", "clock"})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fault:
-    """One switch. *times* is how many requests it still hits, None for all; *after* lets some by."""
+    """One switch. *times*: how many requests it still hits (None: all); *after*: how many pass."""
 
     name: str
     endpoint: str = "*"
     times: int | None = None
     after: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    seen: int = 0
 
     def hits(self, endpoint: str, path: str) -> bool:
         """Whether this request is meant."""

@@ -1,5 +1,5 @@
 """
-What is issued when no rule refuses: access tokens of Maskinporten, tokens of Customs (PROTOCOL A.8, A.9, C.4).
+What is issued when no rule refuses: tokens of Maskinporten (PROTOCOL A.9) and of Customs (C.4).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-What Customs' APIs say about messages: synchronous errors, asynchronous ones, uploads (PROTOCOL C.8 to C.13).
+What Customs' APIs say about messages, at once and later, and about uploads (PROTOCOL C.8 to C.13).
 
 The documents name the error texts, not the whole schema: what is demanded here is the part of a
 message that the guide's pages mention.

@@ -1,5 +1,5 @@
 """
-Made-up certificate authorities: for eSeals (ETSI EN 319 412), for Norwegian enterprises (SEID 2.0), for TLS.
+Made-up authorities: for eSeals (ETSI EN 319 412), Norwegian enterprises (SEID 2.0), and TLS.
 
 Everything is a value made by `cryptography`. No real authority or organisation appears, and private
 keys of authorities stay in memory unless a caller writes them.
@@ -196,7 +196,7 @@ def norwegian_authority(
     return _authority("norwegian", environment, name, "NO", algorithm, bits, not_before, not_after)
 
 
-def _authority(
+def _authority(  # noqa: PLR0917 -- the same order in two calls
     kind: Literal["eseal", "norwegian"],
     environment: Environment,
     name: str,
@@ -293,7 +293,7 @@ def _subject(
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in parts if value])
 
 
-def _leaf(
+def _leaf(  # noqa: PLR0917 -- the fields of every certificate, in its order
     subject: x509.Name,
     issuer: x509.Name,
     key: CertificatePublicKeyTypes,
@@ -313,7 +313,7 @@ def _leaf(
     )
 
 
-def _ca(
+def _ca(  # noqa: PLR0917 -- the fields of every certificate, in its order
     subject: x509.Name,
     issuer: x509.Name,
     key: CertificatePublicKeyTypes,

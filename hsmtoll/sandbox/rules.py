@@ -9,6 +9,7 @@ shape; a rule that is switched off does none of it, so that tests can show what 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -20,20 +21,21 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from hsmtoll.sandbox import facts, jose
-from hsmtoll.sandbox.facts import Call, TokenRequest
 from hsmtoll.sandbox.messages import answered, synchronous_errors, unpack_upload
-from hsmtoll.sandbox.settings import Settings
-from hsmtoll.sandbox.state import CUSTOMS_SCOPES, Client, State
+from hsmtoll.sandbox.state import CUSTOMS_SCOPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from cryptography.hazmat.primitives.asymmetric import rsa
 
+    from hsmtoll.sandbox.facts import Call, TokenRequest
+    from hsmtoll.sandbox.settings import Settings
+    from hsmtoll.sandbox.state import Client, State
+
 __all__ = ["TABLE", "Refusal", "Rule", "World", "refuse", "replay_key"]
 
 Stage = Literal["grant", "exchange", "call", "answer"]
-Check = "Callable[[Any, World], str | None]"
 
 JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 FORM: Final = "application/x-www-form-urlencoded"
@@ -47,9 +49,8 @@ _POLICIES: Final = {
     r"|2\.16\.578\.1\.29\.13\.1\.1\.0|2\.16\.578\.1\.1\.1\.1\.100",
 }
 _NORWEGIAN: Final = re.compile(r"2\.16\.578\.1\.(26|29|1\.1\.1)\..+")
-_CLAIMS: Final = frozenset(
-    ["aud", "iss", "scope", "iat", "exp", "jti", "resource", "pid", "consumer_org", "iss_onbehalfof", "authorization_details"]
-)
+_OPTIONS: Final = ("resource", "pid", "consumer_org", "iss_onbehalfof", "authorization_details")
+_CLAIMS: Final = frozenset(("aud", "iss", "scope", "iat", "exp", "jti", *_OPTIONS))
 _NOT_MASKINPORTEN: Final = re.compile(r"openid|profile|offline_access|idporten:.+|krr:user/.+")
 _QC_COMPLIANCE: Final = "0.4.0.1862.1.1"
 _QC_TYPE: Final = "0.4.0.1862.1.6."
@@ -160,7 +161,7 @@ def refuse(stage: Stage, request: TokenRequest | Call, world: World) -> Refusal 
     return None
 
 
-def replay_key(request: TokenRequest, world: World) -> str:
+def replay_key(request: TokenRequest) -> str:
     """What is remembered of a grant: its jti, or the whole of it (M58, M59)."""
     jti = request.jws.claims.get("jti")
     if isinstance(jti, str) and jti:
@@ -392,7 +393,7 @@ def _m34(request: TokenRequest, _: World) -> str | None:
 @_rule("M26", "each certificate is signed by the next", "D/I", code="MP-120")
 def _m26(request: TokenRequest, _: World) -> str | None:
     chain = request.certificates
-    pairs = zip(chain, chain[1:], strict=False)
+    pairs = itertools.pairwise(chain)
     return None if all(_issued(lower, upper) for lower, upper in pairs) else _bad("order")
 
 
@@ -625,7 +626,7 @@ def _m59(request: TokenRequest, _: World) -> str | None:
 
 @_rule("M58", "a grant is used once", "D/I", code="MP-012")
 def _m58(request: TokenRequest, world: World) -> str | None:
-    used = world.state.used.get(replay_key(request, world), 0) >= world.now
+    used = world.state.used.get(replay_key(request), 0) >= world.now
     return "Validation of JWT (Bearer grant) failed. Grant is used before" if used else None
 
 

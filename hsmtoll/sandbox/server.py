@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from aiohttp.web_request import BaseRequest
 
-__all__ = ["Sandbox", "read_clients", "run"]
+__all__ = ["Sandbox", "read_anchors", "read_clients", "run"]
 
 Side = Literal["maskinporten", "customs", "admin"]
 
@@ -106,8 +106,7 @@ class Sandbox:
         self._runners: dict[str, web.ServerRunner] = {}
         self._sites: dict[str, web.TCPSite] = {}
         self._tls: ssl.SSLContext | None = None
-        self._waiting: dict[int, int] = {}
-        self._rotated: set[int] = set()
+        self._gates: dict[Fault, asyncio.Event] = {}
         self._services = Services(chosen, self.state, clock)
         self._services.offset = self._offset
         for authority in trust:
@@ -169,7 +168,7 @@ class Sandbox:
         *,
         environment: Literal["test", "prod"] | None = None,
     ) -> None:
-        """Puts a root (or any CA) on the trust list; of an `Authority` its intermediate is known, too."""
+        """Puts a root (or any CA) on the trust list; of an `Authority` also its intermediate."""
         with self.state.lock:
             if isinstance(authority, Authority):
                 only = authority.environment if authority.kind == "norwegian" else None
@@ -395,16 +394,18 @@ class Sandbox:
     async def _before(self, fault: Fault) -> None:
         if fault.name == "slow":
             await asyncio.sleep(fault.seconds(2))
-        elif fault.name == "rotate-keys" and id(fault) not in self._rotated:
-            self._rotated.add(id(fault))
-            with self.state.lock:
-                self._services.rotate()
+        elif fault.name == "rotate-keys":
+            fault.seen += 1
+            if fault.seen == 1:
+                with self.state.lock:
+                    self._services.rotate()
         elif fault.name == "hold":
-            wanted = int(fault.options.get("callers", 2))
-            self._waiting[id(fault)] = self._waiting.get(id(fault), 0) + 1
-            until = time.monotonic() + _PATIENCE
-            while self._waiting[id(fault)] < wanted and time.monotonic() < until:
-                await asyncio.sleep(0.01)
+            gate = self._gates.setdefault(fault, asyncio.Event())
+            fault.seen += 1
+            if fault.seen >= int(fault.options.get("callers", 2)):
+                gate.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(gate.wait(), _PATIENCE)
 
     # --- admin ------------------------------------------------------------------------------
 
@@ -429,7 +430,7 @@ class Sandbox:
             case "POST", "/faults":
                 wanted = json.loads(body)
                 if not isinstance(wanted, dict):
-                    raise ValueError("a JSON object with at least a name")
+                    raise ValueError("a JSON object with at least a name")  # noqa: TRY004 -- input
                 fault = self.faults.set(**wanted)
                 await self._listen_or_not()
                 return 201, asdict(fault)
@@ -469,7 +470,7 @@ def _shown(one: Received) -> dict[str, Any]:
     return shown | {"body": one.body.decode("utf-8", "replace")[:10_000]}
 
 
-def _instead(fault: Fault | None, asked: Request) -> Reply | None:
+def _instead(fault: Fault | None, asked: Request) -> Reply | None:  # noqa: PLR0911 -- a table
     """Answers that replace the real one, which then has no effect."""
     html = {"Content-Type": "text/html"}
     match fault.name if fault else "":
@@ -601,7 +602,8 @@ def _client(entry: dict[str, Any], folder: Path, now: float) -> Client:
     )
 
 
-def _anchors(path: Path) -> list[x509.Certificate]:
+def read_anchors(path: Path) -> list[x509.Certificate]:
+    """CA certificates of a PEM file; ConfigurationError (10) for anything else."""
     try:
         return x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -628,7 +630,7 @@ def run(
     With *port* N, Maskinporten has N, Customs N+1, admin N+2. The variables to export go to stdout
     as ``NAME=value`` lines, and to *env_file* (0600) when everything listens.
     """
-    anchors = [one for path in trust_files for one in _anchors(path)]
+    anchors = [one for path in trust_files for one in read_anchors(path)]
     clients = read_clients(client_file, now=time.time()) if client_file else []
     ports = (port, port + 1, port + 2) if port else (0, 0, 0)
     sandbox = Sandbox(

@@ -4,6 +4,7 @@ The two services as one function from request to reply; sockets and faults are t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import secrets
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from hsmtoll.sandbox import jose, messages
-from hsmtoll.sandbox.facts import Call, TokenRequest, route
+from hsmtoll.sandbox.facts import Call, Jws, TokenRequest, route
 from hsmtoll.sandbox.issue import access_claims, customs_claims, grant_answer
 from hsmtoll.sandbox.keys import signing_key
 from hsmtoll.sandbox.rules import Refusal, World, refuse, replay_key
@@ -82,7 +83,7 @@ def json_reply(status: int, content: object, headers: Mapping[str, str] | None =
 
 
 class Services:
-    """Maskinporten and Customs over one state. *issuer* and *customs* are set once ports are known."""
+    """Maskinporten and Customs over one state. Their origins are set once the ports are known."""
 
     def __init__(self, settings: Settings, state: State, clock: Callable[[], float]) -> None:
         self.settings = settings
@@ -165,7 +166,7 @@ class Services:
         if refusal is None or refusal.rule.id in _AFTER_REPLAY:
             self.state.forget_used(world.now)
             until = max(asked.number("exp", world.now), world.now) + 10
-            self.state.used[replay_key(asked, world)] = until
+            self.state.used[replay_key(asked)] = until
         reply = self._refused(refusal, world) if refusal else self._granted(asked, world)
         if world.on("M09"):
             kept = {"Cache-Control": "no-cache, no-store, max-age=0, must-revalidate"}
@@ -274,15 +275,13 @@ class Services:
 
     def _own(self, bearer: str) -> Mapping[str, Any] | None:
         """The claims of a token that Customs made; None for any other."""
-        from hsmtoll.sandbox.facts import Jws  # noqa: PLC0415 -- one use
-
         jws = Jws.read(bearer)
         if jws.malformed or jws.header.get("alg") != "RS512":
             return None
         key = self._customs_key.public_key()
         return jws.claims if jose.verified("RS512", key, jws.data, jws.signature) else None
 
-    def _answer(self, call: Call, world: World) -> Reply:
+    def _answer(self, call: Call, world: World) -> Reply:  # noqa: PLR0911 -- a table of endpoints
         if call.route is None:
             return Reply(404)
         match call.route.kind:
@@ -463,8 +462,6 @@ def _instant(now: float) -> str:
 
 def _own_chain(key: rsa.RSAPrivateKey) -> list[str]:
     """A self-signed certificate as the x5c of a published key (M02): leaf and root in one."""
-    import base64  # noqa: PLC0415 -- one use
-
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hsmtoll sandbox Maskinporten")])
     begin = datetime.now(UTC) - timedelta(days=1)
     certificate = (

@@ -1,5 +1,5 @@
 """
-What the sandbox knows and remembers: clients, trust, what was issued, what was submitted, what came in.
+What the sandbox knows and remembers: clients, trust, submissions, and what came in.
 """
 
 from __future__ import annotations

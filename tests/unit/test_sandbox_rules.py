@@ -1,0 +1,163 @@
+"""The sandbox's rules as pure functions: each passes its good twin, refuses the bad one, alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hsmtoll.sandbox.facts import TokenRequest
+from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
+from hsmtoll.sandbox.settings import PROFILES, Settings
+from hsmtoll.sandbox.state import Anchor, State
+from tests.sandbox_twins import (
+    NOW,
+    Ask,
+    Twins,
+    by_key,
+    certificate,
+    clients,
+    enterprise,
+    eseal,
+    grants,
+    leaf,
+    seals,
+)
+
+ISSUER = "https://localhost:1/"
+TWINS = grants()
+
+
+def world(settings: Settings | None = None) -> World:
+    state = State()
+    state.anchors = [Anchor(authority.root) for authority in (seals(), enterprise())]
+    state.anchors.append(Anchor(enterprise("prod").root, "prod"))
+    state.pinned = [enterprise().intermediate]
+    state.clients = {client.client_id: client for client in clients()}
+    return World(state, settings or Settings(), ISSUER, NOW)
+
+
+def request(ask: Ask) -> TokenRequest:
+    return TokenRequest.read(
+        ask.method,
+        ask.media_type,
+        ask.form(ISSUER),
+        token="assertion",
+        authorization=ask.authorization,
+    )
+
+
+def judged(twins: Twins, ask: Ask, **changes: frozenset[str]) -> Refusal | None:
+    here = world(replace(Settings(**twins.settings), **changes))
+    if twins.revoked:
+        here.state.revoked.add(twins.revoked.serial_number)
+    return refuse("grant", request(ask), here)
+
+
+@pytest.mark.parametrize("twins", TWINS, ids=lambda twins: twins.rule)
+def test_a_rule_passes_the_good_twin_and_refuses_the_bad_one_by_its_name(twins: Twins) -> None:
+    assert judged(twins, twins.good) is None
+    refusal = judged(twins, twins.bad)
+    assert refusal is not None
+    assert (refusal.rule.id, refusal.status, refusal.code) == (twins.rule, twins.status, twins.code)
+
+
+@pytest.mark.parametrize("twins", TWINS, ids=lambda twins: twins.rule)
+def test_a_rule_switched_off_lets_the_bad_twin_pass(twins: Twins) -> None:
+    assert judged(twins, twins.bad, without=frozenset({twins.rule})) is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "ask"),
+    [
+        ("M10", eseal().but(authorization=True)),
+        ("M56", eseal().but(claims={"iat": NOW - 60, "exp": NOW + 60})),
+        ("M59", eseal().but(claims={"jti": None})),
+    ],
+)
+def test_a_permission_passes_what_its_absence_refuses(rule: str, ask: Ask) -> None:
+    assert refuse("grant", request(ask), world()) is None
+    refusal = refuse("grant", request(ask), world(Settings(without=frozenset({rule}))))
+    assert refusal is not None
+    assert refusal.rule.id == rule
+
+
+def test_a_replay_is_refused_by_jti_and_without_jti_by_the_whole_grant() -> None:
+    for ask in (eseal(), eseal().but(claims={"jti": None})):
+        here = world()
+        asked = request(ask)
+        assert refuse("grant", asked, here) is None
+        here.state.used[replay_key(asked)] = NOW + 130
+        refusal = refuse("grant", asked, here)
+        assert refusal is not None
+        assert refusal.code == "MP-012"
+        other = request(eseal().but(claims={"jti": "j-2"}))
+        assert refuse("grant", other, here) is None
+        off = replace(here, settings=Settings(without=frozenset({"M58"})))
+        assert refuse("grant", asked, off) is None
+
+
+def test_consumer_org_may_not_be_the_clients_own() -> None:
+    ask = certificate().but(claims={"consumer_org": "987654325"})
+    refusal = refuse("grant", request(ask), world())
+    assert refusal is not None
+    assert refusal.rule.id == "M72"
+    other = certificate().but(claims={"consumer_org": "999999999"})
+    here = world()
+    here.state.delegations.add(("999999999", "987654325", "toll:movement/road/v2"))
+    assert refuse("grant", request(other), here) is None
+
+
+def test_one_bad_scope_fails_the_whole_request() -> None:
+    ask = eseal().but(claims={"scope": "toll:eu/movement/air toll:movement/air"})
+    refusal = refuse("grant", request(ask), world())
+    assert refusal is not None
+    assert "toll:movement/air" in refusal.description
+    assert refuse("grant", request(ask), world(Settings(without=frozenset({"M68"})))) is None
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        certificate().but(chain=certificate().chain[:1]),
+        by_key().but(header={"typ": "JWT"}),
+        by_key().but(claims={"nbf": NOW}),
+        eseal().but(claims={"exp": NOW + 180}),
+        eseal().but(claims={"aud": ["ISSUER"]}),
+        eseal().but(claims={"resource": "https://api.invalid"}),
+    ],
+)
+def test_as_observed_tolerates_what_strict_docs_refuses(ask: Ask) -> None:
+    assert refuse("grant", request(ask), world(PROFILES["strict-docs"])) is not None
+    assert refuse("grant", request(ask), world(PROFILES["as-observed"])) is None
+
+
+def test_the_root_may_be_left_out_unless_the_settings_demand_it() -> None:
+    ask = eseal().but(chain=eseal().chain[:2])
+    assert refuse("grant", request(ask), world()) is None
+    refusal = refuse("grant", request(ask), world(Settings(root_in_x5c=True)))
+    assert refusal is not None
+    assert refusal.rule.id == "M27"
+
+
+def test_an_authority_that_signs_with_pss_or_ec_is_as_good_as_any() -> None:
+    from hsmtoll.sandbox.pki import eseal_authority
+
+    for authority in (eseal_authority(algorithm="rsa-pss"), eseal_authority(algorithm="ec")):
+        here = world()
+        ask = eseal().but(chain=leaf(authority))
+        assert refuse("grant", request(ask), here) is not None
+        here.state.anchors.append(Anchor(authority.root))
+        assert refuse("grant", request(ask), here) is None
+
+
+def test_each_m_rule_of_the_conformance_list_has_a_row() -> None:
+    wanted = {f"M{n:02d}" for n in (*range(1, 11), *range(20, 41), *range(50, 76), *range(80, 90))}
+    wanted |= {f"T{n:02d}" for n in range(1, 28)}
+    assert wanted <= set(TABLE)
+    assert all(rule.says and rule.basis for rule in TABLE.values())
+
+
+def test_each_refusing_m_rule_has_twins() -> None:
+    refusing = {r.id for r in TABLE.values() if r.stage == "grant" and r.kind == "refuses"}
+    assert refusing - {twins.rule for twins in TWINS} == {"M58", "M72"}
