@@ -142,6 +142,9 @@ def main(ctx: click.Context, config: str | None, profile: str | None, verbose: i
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
 
 
+_path = click.Path(path_type=Path)
+_file = click.Path(path_type=Path, exists=True, dir_okay=False)
+
 _final_try = click.option(
     "--use-final-try",
     is_flag=True,
@@ -595,6 +598,51 @@ def list_apis() -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         click.echo("  ".join([*cells, row[3]]))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--trust", multiple=True, type=_file, help="PEM with CA certificates to trust.")
+@click.option("--client", "client_file", type=_file, help="Norwegian clients (TOML or JSON).")
+@click.option("--env-file", type=_path, help="Where to write the variables to set.")
+@click.option("--port", default=0, metavar="N", help="Maskinporten on N, Customs on N+1.")
+@click.option("--rules", type=click.Choice(["strict-docs", "as-observed"]), default="strict-docs",
+              help="How strict: as documented, or as seen.")  # fmt: skip
+@click.option("--identity", type=click.Choice(["eseal", "norwegian", "norwegian-key"]),
+              default="eseal", help="Who CMD is.")  # fmt: skip
+@click.argument("command", nargs=-1, metavar="[-- CMD…]", type=click.UNPROCESSED)
+def sandbox(
+    *,
+    trust: tuple[Path, ...],
+    client_file: Path | None,
+    env_file: Path | None,
+    port: int,
+    rules: Any,
+    identity: str,
+    command: tuple[str, ...],
+) -> int:
+    """
+    Run a local Maskinporten and Customs, as strict as the real ones.
+
+    Without CMD: until interrupted, printing the variables to set. With CMD: makes a throw-away
+    SoftHSM device and an identity, runs CMD with everything set, and leaves with its code.
+    """
+    try:
+        from hsmtoll.sandbox import server
+    except ImportError as exc:
+        raise UsageError(
+            "sandbox: its server is not installed", hint="pip install 'hsmtoll[sandbox]'"
+        ) from exc
+    if command:
+        from hsmtoll.testing.identity import run_as
+
+        return run_as(identity, command, trust=trust, client_file=client_file, rules=rules)
+    return server.run(
+        port=port,
+        trust_files=trust,
+        client_file=client_file,
+        env_file=env_file,
+        profile=rules,
+    )
 
 
 def leave(code: int) -> NoReturn:

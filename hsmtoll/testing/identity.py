@@ -1,0 +1,173 @@
+"""
+Identities for the sandbox: a key made on a device, its certificates beside it, its settings.
+
+The three ways there are: a foreign eSeal, a Norwegian enterprise certificate, a Norwegian key
+that is registered under a kid. Nobody in them exists.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
+
+from hsmtoll.errors import UsageError
+from hsmtoll.sandbox import pki
+from hsmtoll.sandbox.server import Sandbox, read_anchors, read_clients
+from hsmtoll.sandbox.state import Client
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cryptography import x509
+
+    from hsmtoll.sandbox.pki import Authority
+    from hsmtoll.sandbox.settings import Profile
+
+__all__ = ["ThrowAway", "eseal", "introduce", "norwegian", "norwegian_key", "run_as"]
+
+
+@dataclass(frozen=True, slots=True)
+class ThrowAway:
+    """
+    Who signs: a key called *key_label* on *device*, and what makes the sandbox believe it.
+
+    *chain* is (leaf, intermediate, root), empty for a key with a kid. *authority* is what the
+    sandbox must trust, *client* what it must know; each None where it is not needed.
+    """
+
+    device: SoftHsm
+    key_label: str
+    settings: dict[str, str]
+    chain: tuple[x509.Certificate, ...] = ()
+    authority: Authority | None = None
+    client: Client | None = None
+
+    def environ(self) -> dict[str, str]:
+        """The variables of device and identity; `Sandbox.environ` has the others."""
+        return {**self.device.environ(self.key_label), **self.settings}
+
+
+def eseal(
+    device: SoftHsm, *, label: str = "eseal", authority: Authority | None = None
+) -> ThrowAway:
+    """
+    A foreign business with an eSeal: a protected RSA key made on the device, and the chain of
+    three stored in a scrambled order with a stranger among them, as real devices hold them.
+    """
+    issuer = authority or pki.eseal_authority()
+    chain = _certified(device, label, issuer)
+    settings = {"HSMTOLL_IDENTITY": "eseal"}
+    return ThrowAway(device, label, settings, chain, issuer)
+
+
+def norwegian(
+    device: SoftHsm, *, label: str = "virksomhet", authority: Authority | None = None
+) -> ThrowAway:
+    """A Norwegian business with an enterprise certificate for test, and its client id."""
+    issuer = authority or pki.norwegian_authority()
+    chain = _certified(device, label, issuer)
+    client = Client(str(uuid.uuid4()), pki.NORWEGIAN_ORG_NO)
+    settings = {"HSMTOLL_IDENTITY": "norwegian", "HSMTOLL_ISS": client.client_id}
+    return ThrowAway(device, label, settings, chain, issuer, client)
+
+
+def norwegian_key(device: SoftHsm, *, label: str = "nokkel", posted: float) -> ThrowAway:
+    """
+    A Norwegian business with a registered key and no certificate at all.
+
+    *posted* is when the key was registered, in epoch seconds: it lives a year from there.
+    """
+    public = _loaded(device.generate_key(label, _key_id(label)))
+    kid = str(uuid.uuid4())
+    client = Client(str(uuid.uuid4()), pki.NORWEGIAN_ORG_NO, keys={kid: (public, posted)})
+    settings = {
+        "HSMTOLL_IDENTITY": "norwegian",
+        "HSMTOLL_ISS": client.client_id,
+        "HSMTOLL_KID": kid,
+    }
+    return ThrowAway(device, label, settings, client=client)
+
+
+def run_as(
+    kind: str,
+    command: Sequence[str],
+    *,
+    trust: Sequence[Path] = (),
+    client_file: Path | None = None,
+    rules: Profile = "strict-docs",
+) -> int:
+    """
+    Run *command* as a throw-away ``eseal``, ``norwegian`` or ``norwegian-key`` at a sandbox of
+    its own, and return its exit code. Everything made is removed, however it ends.
+    """
+    clients = read_clients(client_file, now=time.time()) if client_file else []
+    anchors = [each for path in trust for each in read_anchors(path)]
+    with (
+        tempfile.TemporaryDirectory(prefix="hsmtoll-") as folder,
+        Sandbox(profile=rules, trust=anchors, clients=clients) as sandbox,
+    ):
+        device = SoftHsm.create(Path(folder) / "softhsm")
+        makers: dict[str, Callable[[SoftHsm], ThrowAway]] = {
+            "eseal": eseal,
+            "norwegian": norwegian,
+            "norwegian-key": partial(norwegian_key, posted=time.time()),
+        }
+        known = makers[kind](device)
+        introduce(sandbox, known)
+        variables = {
+            **known.environ(),
+            **sandbox.environ(),
+            "HSMTOLL_STATE": f"{folder}/state",
+            "HSMTOLL_CACHE": f"file://{folder}/cache",
+        }
+        kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}
+        try:
+            return subprocess.run(command, env={**kept, **variables}, check=False).returncode
+        except OSError as exc:
+            raise UsageError(f"{command[0]}: cannot be run ({exc.strerror})") from exc
+
+
+def introduce(sandbox: Sandbox, identity: ThrowAway) -> None:
+    """Make *sandbox* trust and know *identity*."""
+    if identity.authority is not None:
+        sandbox.trust(identity.authority)
+    if identity.client is not None:
+        sandbox.register_client(identity.client)
+
+
+def _certified(
+    device: SoftHsm, label: str, authority: Authority
+) -> tuple[x509.Certificate, x509.Certificate, x509.Certificate]:
+    key_id = _key_id(label)
+    leaf = authority.issue(device.generate_key(label, key_id))
+    intermediate, root = authority.chain
+    with device.batch():
+        for at, each in enumerate((root, pki.stranger(), leaf, intermediate)):
+            device.store_certificate(
+                each.public_bytes(Encoding.DER),
+                label=label if each is leaf else f"{label}-ca-{at}",
+                key_id=key_id if each is leaf else bytes([0xA0 + at, *key_id]),
+            )
+    return leaf, intermediate, root
+
+
+def _key_id(label: str) -> bytes:
+    # Like the ids that HSM tools give: short, and the same for the key and its leaf.
+    return label.encode()[:8]
+
+
+def _loaded(spki: bytes) -> rsa.RSAPublicKey:
+    key = load_der_public_key(spki)
+    assert isinstance(key, rsa.RSAPublicKey)
+    return key

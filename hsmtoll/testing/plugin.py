@@ -1,0 +1,140 @@
+"""
+pytest fixtures for projects that use hsmtoll: a device, identities, services, a client.
+
+Loaded by every pytest run of an environment that has hsmtoll, so nothing but pytest is
+imported before a fixture is asked for. Every fixture is prefixed ``toll_``.
+
+A device is made once a session under a random label and lives in pytest's own temporary
+directory, so parallel workers (pytest-xdist) have one each. SoftHSM finds its device by
+SOFTHSM2_CONF: `toll_softhsm` sets it for the session and puts it back at the end; a module
+that the process has loaded before is initialised again, which ends its sessions.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hsmtoll.client import TollClient
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.clock import SettableClock
+    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.softhsm import SoftHsm
+
+
+@pytest.fixture(scope="session")
+def toll_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftHsm]:
+    """A SoftHSM device of this session's own, empty."""
+    from hsmtoll.testing.softhsm import SoftHsm
+
+    device = SoftHsm.create(tmp_path_factory.mktemp("toll") / "softhsm")
+    before = os.environ.get("SOFTHSM2_CONF")
+    os.environ["SOFTHSM2_CONF"] = str(device.conf)
+    _loaded_again(device.module)
+    yield device
+    if before is None:
+        del os.environ["SOFTHSM2_CONF"]
+    else:
+        os.environ["SOFTHSM2_CONF"] = before
+
+
+@pytest.fixture(scope="session")
+def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
+    """A foreign business with an eSeal: key on the device, chain of three, a stranger."""
+    from hsmtoll.testing.identity import eseal
+
+    return eseal(toll_softhsm)
+
+
+@pytest.fixture(scope="session")
+def toll_norwegian(toll_softhsm: SoftHsm) -> ThrowAway:
+    """A Norwegian business with an enterprise certificate for test."""
+    from hsmtoll.testing.identity import norwegian
+
+    return norwegian(toll_softhsm)
+
+
+@pytest.fixture
+def toll_clock() -> SettableClock:
+    """A clock that stands still until it is moved, for the client and for the services alike."""
+    from hsmtoll.testing.clock import SettableClock
+
+    return SettableClock.at_real_time()
+
+
+@pytest.fixture
+def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """
+    A strict Maskinporten and Customs on free ports of this machine.
+
+    It trusts and knows the identities that the test asks for as fixtures. If the test asks
+    for `toll_clock` as well, that is its clock.
+    """
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.identity import ThrowAway, introduce
+
+    clock = time.time
+    if "toll_clock" in request.fixturenames:
+        settable: SettableClock = request.getfixturevalue("toll_clock")
+
+        def clock() -> float:
+            return settable.now().wall
+
+    with Sandbox(clock=clock) as sandbox:
+        for name in ("toll_eseal", "toll_norwegian"):
+            if name in request.fixturenames:
+                known = request.getfixturevalue(name)
+                assert isinstance(known, ThrowAway)
+                introduce(sandbox, known)
+        yield sandbox
+
+
+@pytest.fixture
+def toll_settings(
+    toll_eseal: ThrowAway,
+    toll_sandbox: Sandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Settings:
+    """Settings of the eSeal at the sandbox, and the same as environment variables."""
+    from hsmtoll.settings import load
+
+    variables = {
+        **toll_eseal.environ(),
+        **toll_sandbox.environ(),
+        "HSMTOLL_STATE": str(tmp_path / "toll-state"),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load()
+
+
+@pytest.fixture
+def toll_client(toll_settings: Settings, request: pytest.FixtureRequest) -> Iterator[TollClient]:
+    """A connected client: `toll_client.token("road")` signs on the device."""
+    from hsmtoll.app import App
+
+    app = App(toll_settings)
+    if "toll_clock" in request.fixturenames:
+        app.clock = request.getfixturevalue("toll_clock")
+    with app.client() as client:
+        yield client
+
+
+def _loaded_again(module: Path) -> None:
+    """If this process has used the module already, let it read SOFTHSM2_CONF anew."""
+    import sys
+
+    if "hsmtoll.hsm.module" in sys.modules:
+        from hsmtoll.hsm.module import GATE, restart
+
+        with GATE.held(60):
+            restart(module)
