@@ -10,19 +10,24 @@ signed offline, and no secret enters a report.
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from hsmtoll import apis
+from hsmtoll import apis, exchange, jws
 from hsmtoll import chain as chains
+from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import (
     CertificateError,
+    ClockError,
     ConfigurationError,
     DeviceError,
     HsmTollError,
+    NetworkError,
     foreign,
 )
 from hsmtoll.grant import Grant
@@ -30,7 +35,7 @@ from hsmtoll.signer import readable
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hsmtoll.apis import Identity
     from hsmtoll.app import App
@@ -39,12 +44,17 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.revocation import Status
     from hsmtoll.settings import Settings
+    from hsmtoll.wire import Wire
 
 __all__ = ["CHECKS", "Check", "Facts", "Report", "Seen", "examine", "run"]
 
 #: Days. A new certificate takes an issuer some weeks (PROTOCOL C25).
 WARN_DAYS: Final = 60
+
+#: Seconds. The Date header is whole seconds old and a round trip away (C07).
+_NOTICED: Final = 5.0
 
 Verdict = Literal["ok", "warn", "fail", "skip"]
 
@@ -85,10 +95,39 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """
+    What the services answered; an error stands where an answer would.
+
+    *offset*: seconds that Maskinporten's clock is ahead. *consumer* and *amr* are read from
+    the token of the self-test, for diagnosis alone. *scopes*: each one asked for, with what
+    was said to it, None for yes.
+    """
+
+    metadata: dict[str, Any] | HsmTollError | None = None
+    offset: float | None = None
+    health: int | HsmTollError | None = None
+    consumer: str | None = None
+    amr: str | None = None
+    self_test: HsmTollError | None = None
+    scopes: tuple[tuple[str, HsmTollError | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """What was learned of one certificate of the chain: a *status*, or why there is none."""
+
+    certificate: Certificate
+    status: Status | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """
     Everything a check may look at. *seen* has one entry for each key named; *pem* are the
-    certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them.
+    certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them. *answers*
+    is None offline, *revocation* where nothing was asked.
     """
 
     settings: Settings
@@ -97,6 +136,8 @@ class Facts:
     pem: tuple[Certificate, ...] = ()
     scopes: tuple[str, ...] = ()
     error: HsmTollError | None = None
+    answers: Answers | None = None
+    revocation: tuple[Revocation, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +194,16 @@ def run(
     *scopes* are APIs or scopes to be asked for; *crl* is a revocation list in a file. Never
     raises for what is wrong with the setup: that is what it reports.
     """
-    del online, crl
     facts = gather(app, scopes=tuple(scopes))
-    return Report(examine(facts), facts)
+    checks = examine(facts)
+    chain = signing_chain(facts)
+    if chain is not None and (crl is not None or online):
+        facts = replace(facts, revocation=_revocation(app, chain, crl=crl, online=online))
+        checks = examine(facts)
+    if online and not _first_failure(checks):
+        facts = replace(facts, answers=_ask(app, facts))
+        checks = examine(facts)
+    return Report(checks, facts)
 
 
 # ----- facts ------------------------------------------------------------------------------
@@ -215,6 +263,146 @@ def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
         )
     ]
     return next((each for each in fitting if each.initialized), None)
+
+
+def _ask(app: App, facts: Facts) -> Answers:
+    """Ask the services what they say; nothing that they answer is obeyed."""
+    wire, issuer = app.wire(), app.endpoints.issuer
+    base = issuer if issuer.endswith("/") else f"{issuer}/"
+    found: dict[str, Any] = {}
+    sent = app.clock.now()
+    try:
+        answer = wire.get(f"{base}.well-known/oauth-authorization-server", leg="Maskinporten")
+        found["offset"] = offset_of(answer.headers, sent=sent, received=app.clock.now())
+        found["metadata"] = _object(answer)
+    except HsmTollError as exc:
+        return Answers(metadata=exc)
+    try:
+        found["health"] = wire.get(f"{base}health", leg="Maskinporten").status
+    except HsmTollError as exc:
+        found["health"] = exc
+    if app.family == "eseal":
+        try:
+            subject = _granted(app, wire, apis.SELF_TEST_SCOPE)
+            found["consumer"], found["amr"] = _consumer(subject.value)
+        except HsmTollError as exc:
+            found["self_test"] = exc
+            return Answers(**found)
+    found["scopes"] = tuple((scope, _tried(app, wire, scope)) for scope in _asked(facts))
+    return Answers(**found)
+
+
+def _object(answer: exchange.Answer) -> dict[str, Any]:
+    try:
+        read = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        read = None
+    if answer.status != 200 or not isinstance(read, dict):
+        raise NetworkError(
+            f"Maskinporten's metadata: {answer.status}, and not a JSON object",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="metadata",
+        )
+    return read
+
+
+def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
+    """One real grant: a signature of the budget, and leg one."""
+    app.budget.spend(app.signer.identity())
+    settings = app.settings
+    request = TokenRequest(scope, settings.resource, settings.consumer_org)
+    post = exchange.grant_post(app.endpoints, app.signer.assertion(request))
+    return exchange.read_subject(wire.post(post), post)
+
+
+def _tried(app: App, wire: Wire, scope: str) -> HsmTollError | None:
+    try:
+        subject = _granted(app, wire, scope)
+        if scope != apis.SELF_TEST_SCOPE:
+            post = exchange.exchange_post(app.endpoints, subject)
+            exchange.read_issued(wire.post(post), post)
+    except HsmTollError as exc:
+        return exc
+    return None
+
+
+def _consumer(token: str) -> tuple[str | None, str | None]:
+    """``consumer.ID`` and ``client_amr`` of a token. *Not verified*, and opaque to all but us."""
+    try:
+        claims = jws.read_unverified(token)[1]
+    except ValueError:
+        return None, None
+    consumer = claims.get("consumer")
+    named = consumer.get("ID") if isinstance(consumer, dict) else None
+    amr = claims.get("client_amr")
+    return (named if isinstance(named, str) else None, amr if isinstance(amr, str) else None)
+
+
+def _revocation(
+    app: App, chain: chains.Chain, *, crl: Path | None, online: bool
+) -> tuple[Revocation, ...]:
+    """What the issuers say of the certificates below the root."""
+    now = datetime.fromtimestamp(app.clock.now().wall, UTC)
+    pairs = list(itertools.pairwise(chain.certificates))
+    if crl is not None:
+        return tuple(_by_file(crl, pairs, now))
+    wire = app.wire() if online else None
+    return tuple(_by_asking(app, wire, *pair, now) for pair in pairs) if wire else ()
+
+
+def _by_file(
+    path: Path, pairs: list[tuple[Certificate, Certificate]], now: datetime
+) -> Iterator[Revocation]:
+    from hsmtoll import revocation  # noqa: PLC0415 - 35 ms, and seldom needed
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(revocation.MAX_BYTES + 1)
+    except OSError as exc:
+        why = f"the list {foreign(path)} cannot be read: {exc.strerror}"
+        yield Revocation(certificate=pairs[0][0], problem=why)
+        return
+    problem = ""
+    found = False
+    for certificate, issuer in pairs:
+        try:
+            status = revocation.by_crl(data, certificate, issuer, now=now)
+        except ValueError as exc:
+            problem = problem or f"the list {foreign(path)}: {exc}"
+        else:
+            found = True
+            yield Revocation(certificate=certificate, status=status)
+    if not found:
+        yield Revocation(certificate=pairs[0][0], problem=problem)
+
+
+def _by_asking(
+    app: App, wire: Wire, certificate: Certificate, issuer: Certificate, now: datetime
+) -> Revocation:
+    from hsmtoll import revocation  # noqa: PLC0415 - see above
+
+    public = app.settings.environment != "sandbox"
+    problem = "it names no OCSP responder and no revocation list"
+    asked = [(url, True) for url in certificate.ocsp_urls[:2]]
+    asked += [(url, False) for url in certificate.crl_urls[:2]]
+    for url, is_ocsp in asked:
+        if not url.lower().startswith(("http://", "https://")) or len(url) > 2000:
+            continue
+        where = revocation.ocsp_url(url, certificate, issuer) if is_ocsp else url
+        judge = revocation.by_ocsp if is_ocsp else revocation.by_crl
+        try:
+            answer = wire.get(where, leg="revocation", public=public)
+            if answer.status != 200:
+                problem = f"{foreign(url)} answered {answer.status}"
+                continue
+            status = judge(answer.body, certificate, issuer, now=now)
+        except HsmTollError as exc:
+            problem = str(exc)
+        except ValueError as exc:
+            problem = f"{foreign(url)}: {exc}"
+        else:
+            return Revocation(certificate=certificate, status=status)
+    return Revocation(certificate=certificate, problem=problem)
 
 
 # ----- checks -----------------------------------------------------------------------------
@@ -683,7 +871,7 @@ def check_qualified(way: _Way, leaf: Certificate) -> Check:
     amr = leaf.client_amr(way.identity)
     if way.identity == "eseal":
         kinds = leaf.qc.types
-        wrong = leaf.qc.semantics == "natural person" or (kinds and "eseal" not in kinds)
+        wrong = leaf.qc.semantics == "natural person" or {"esign", "web"} & set(kinds)
         if leaf.qc.compliance and wrong:
             return _failed(
                 "qualified",
@@ -782,10 +970,17 @@ def _issued_for(leaf: Certificate) -> str | None:
 def check_environment(way: _Way, leaf: Certificate) -> Check:
     """Norwegian certificates fit the environment (M31, M36); eSeals are the same in both (M32)."""
     environment = "prod" if way.settings.environment == "prod" else "test"
+    told = _issued_for(leaf)
+    if way.identity == "eseal" and told == "test":
+        exc = CertificateError(
+            f"'{leaf.subject}' is of a test CA, which no EU trusted list knows (MP-120)",
+            hint="eSeals use their production certificate in test as well",
+            code="certificate-environment",
+        )
+        return _failed("environment", exc)
     if way.identity == "eseal":
         return _ok("environment", "an eSeal's certificate serves test and prod alike")
     other = "test" if environment == "prod" else "prod"
-    told = _issued_for(leaf)
     if told == other or (not _accepted(leaf, environment) and _accepted(leaf, other)):
         exc = CertificateError(
             f"'{leaf.subject}' is a certificate for {other}, and Norwegian ones are for one "
@@ -822,14 +1017,21 @@ def check_kid(way: _Way) -> Check:
 
 def check_scopes(way: _Way) -> Check:
     """Scopes belong to the family of the identity (C18, M66, M67)."""
-    asked = [*([way.settings.scope] if way.settings.scope else ()), *way.facts.scopes]
-    if not asked:
-        return _ok("scope", "none is set; each command names its own")
     try:
-        named = [apis.scope_of(word, way.identity) for word in asked]
+        named = _asked(way.facts)
     except HsmTollError as exc:
         return _failed("scope", exc)
-    return _ok("scope", f"{', '.join(dict.fromkeys(named))}, of the family of {way.identity}")
+    if not named:
+        return _ok("scope", "none is set; each command names its own")
+    return _ok("scope", f"{', '.join(named)}, of the family of {way.identity}")
+
+
+def _asked(facts: Facts) -> tuple[str, ...]:
+    """The scopes asked for, each once; errors as `apis.scope_of`."""
+    settings = facts.settings
+    words = [*([settings.scope] if settings.scope else ()), *facts.scopes]
+    family = settings.identity or "eseal"
+    return tuple(dict.fromkeys(apis.scope_of(word, family) for word in words))
 
 
 def check_grant(way: _Way) -> Check:
@@ -856,6 +1058,140 @@ def check_grant(way: _Way) -> Check:
     except HsmTollError as exc:
         return _failed("grant", exc)
     return _ok("grant", f"{settings.alg}, the documented claims and no others")
+
+
+def check_revocation(way: _Way) -> Check:
+    """No certificate of the chain was taken back (M30)."""
+    learned = way.facts.revocation
+    if way.kid or learned is None or way.chain is None:
+        return _skip("revocation", _NO_CERTIFICATE if way.kid else "asked with --crl or --online")
+    mine = [each for each in learned if each.certificate in way.chain.certificates]
+    for each in mine:
+        status = each.status
+        if status is not None and status.revoked_at is not None:
+            why = f" ({foreign(status.reason)})" if status.reason else ""
+            exc = CertificateError(
+                f"'{each.certificate.subject}' was revoked at "
+                f"{status.revoked_at:%Y-%m-%d %H:%M} UTC{why}, says its issuer's {status.source}",
+                hint="Maskinporten will refuse it (MP-120): order a new one, with a new key if "
+                "this one may be in other hands",
+                code="certificate-revoked",
+                who="issuer",
+            )
+            return _failed("revocation", exc)
+    for each in mine:
+        if each.problem is not None:
+            line = f"nothing is known of '{each.certificate.subject}': {each.problem}"
+            hint = "fetch the issuer's list by other means and give it with --crl"
+            return _warn("revocation", "revocation-unknown", line, hint)
+    for each in mine:
+        if each.status is not None and each.status.stale:
+            line = f"what the issuer said of '{each.certificate.subject}' is out of date"
+            return _warn("revocation", "revocation-stale", line, "fetch the newest list")
+    sources = ", ".join(sorted({each.status.source for each in mine if each.status}))
+    return _ok("revocation", f"{len(mine)} certificates stand, says {sources}")
+
+
+_OFFLINE: Final = "asked with --online"
+
+
+def check_metadata(way: _Way) -> Check:
+    """Maskinporten calls itself what the settings call it, byte for byte (RFC 8414, M51)."""
+    answers = way.facts.answers
+    if answers is None:
+        return _skip("metadata", _OFFLINE)
+    if isinstance(answers.metadata, HsmTollError):
+        return _failed("metadata", answers.metadata)
+    said = answers.metadata or {}
+    settings = way.settings
+    expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
+    issuer = expected.issuer if expected else settings.endpoints.issuer
+    token = expected.token if expected else settings.endpoints.token
+    algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
+    wrong = (
+        f"issuer {foreign(said.get('issuer'))}, not {issuer}" if said.get("issuer") != issuer
+        else f"token_endpoint {foreign(said.get('token_endpoint'))}, not {token}"
+        if said.get("token_endpoint") != token
+        else f"no {settings.alg} among its algorithms" if settings.alg not in algs
+        else None
+    )  # fmt: skip
+    if wrong is None:
+        return _ok("metadata", f"{issuer} calls itself so")
+    exc = ConfigurationError(
+        f"Maskinporten's metadata says {wrong}",
+        hint="check HSMTOLL_ENDPOINTS__ISSUER, slash included; if these are test or prod, tell us",
+        code="metadata-differs",
+    )
+    return _failed("metadata", exc)
+
+
+def check_clock(way: _Way) -> Check:
+    """This machine's clock and Maskinporten's agree (A.5, C07)."""
+    answers = way.facts.answers
+    if answers is None:
+        return _skip("clock", _OFFLINE)
+    offset = answers.offset
+    if offset is None:
+        return _ok("clock", "the answers carry no Date to compare with")
+    told = (
+        f"this machine is {abs(offset):.0f} s {'behind' if offset > 0 else 'ahead of'} Maskinporten"
+    )
+    if abs(offset) > MAX_SKEW:
+        hint = f"synchronise the clock (NTP); up to {MAX_SKEW:.0f} s would have been corrected"
+        return _failed("clock", ClockError(told, hint=hint, code="clock-skew"))
+    if abs(offset) > _NOTICED:
+        return _warn(
+            "clock", "clock-differs", f"{told}; grants are corrected", "synchronise it (NTP)"
+        )
+    return _ok("clock", "agrees with Maskinporten's")
+
+
+def check_health(way: _Way) -> Check:
+    """Maskinporten says that it is well."""
+    answers = way.facts.answers
+    if answers is None:
+        return _skip("health", _OFFLINE)
+    if answers.health == 200:
+        return _ok("health", "Maskinporten says it is well")
+    if isinstance(answers.health, HsmTollError):
+        return _warn("health", "health-unknown", str(answers.health), "see status.digdir.no")
+    line = f"Maskinporten's health answers {answers.health}"
+    return _warn("health", "health-bad", line, "try again later; see status.digdir.no")
+
+
+def check_self_test(way: _Way) -> Check:
+    """One real grant that opens nothing, and whom Maskinporten took us for (C27)."""
+    answers = way.facts.answers
+    if answers is None:
+        return _skip("self-test", _OFFLINE)
+    if way.identity != "eseal":
+        return _skip("self-test", f"{apis.SELF_TEST_SCOPE} is for eSeals")
+    if answers.self_test is not None:
+        return _failed("self-test", answers.self_test)
+    took = f"consumer.ID {foreign(answers.consumer)}, client_amr {foreign(answers.amr)}"
+    leaf = way.chain.leaf if way.chain else None
+    foretold = (leaf.consumer_id(way.identity), leaf.client_amr(way.identity)) if leaf else None
+    if foretold is not None and foretold != (answers.consumer, answers.amr):
+        return _warn(
+            "self-test",
+            "foretold-otherwise",
+            f"granted, with {took}; foretold were {foreign(foretold[0])} and {foretold[1]}",
+            "nothing is wrong with the grant; tell us what the certificate is",
+        )
+    return _ok("self-test", f"granted, with {took}")
+
+
+def check_granted(way: _Way) -> tuple[Check, ...]:
+    """Each scope asked for: granted by both services, or who must act."""
+    answers = way.facts.answers
+    if answers is None:
+        return ()
+    return tuple(
+        _ok(f"scope {scope}", "granted, and exchanged at Customs where that is to be done")
+        if error is None
+        else _failed(f"scope {scope}", error)
+        for scope, error in answers.scopes
+    )
 
 
 #: The way from the device outward, in order.
@@ -885,6 +1221,11 @@ CHECKS: Final[tuple[tuple[str, Callable[[_Way], Check]], ...]] = (
     ("kid", check_kid),
     ("scope", check_scopes),
     ("grant", check_grant),
+    ("revocation", check_revocation),
+    ("metadata", check_metadata),
+    ("clock", check_clock),
+    ("health", check_health),
+    ("self-test", check_self_test),
 )
 
 
@@ -895,14 +1236,25 @@ def examine(facts: Facts) -> tuple[Check, ...]:
     """
     ways = [_way(facts, seen) for seen in facts.seen] or [_way(facts, None)]
     results = [_walk(way) for way in ways]
-    usable = [n for n, result in enumerate(results) if not _first_failure(result)]
-    chosen = usable[0] if usable else 0
+    chosen = _signing(ways)
     others = [
         _other_key(ways[n], result, before=n < chosen, with_key=ways[chosen])
         for n, result in enumerate(results)
         if n != chosen
     ]
     return (*results[chosen], *(each for each in others if each is not None))
+
+
+def signing_chain(facts: Facts) -> chains.Chain | None:
+    """The chain of the key that signs; None with a kid, or where no key is usable."""
+    ways = [_way(facts, seen) for seen in facts.seen]
+    return ways[_signing(ways)].chain if ways else None
+
+
+def _signing(ways: Sequence[_Way]) -> int:
+    """The place of the first key whose device and certificate are there, as `FirstUp` takes it."""
+    usable = (n for n, way in enumerate(ways) if way.key and (way.kid or way.chain))
+    return next(usable, 0)
 
 
 def _walk(way: _Way) -> tuple[Check, ...]:
@@ -916,7 +1268,7 @@ def _walk(way: _Way) -> tuple[Check, ...]:
         found.append(result)
         if result.verdict == "fail":
             broken = result.check
-    return tuple(found)
+    return tuple(found) if broken else (*found, *check_granted(way))
 
 
 def _first_failure(result: Iterable[Check]) -> Check | None:
