@@ -1,0 +1,129 @@
+"""
+What an auditor files: the key as the module reports it, the chain, the device, the settings.
+
+No secret enters: of settings that hold one, only that they are set.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import SecretStr  # noqa: TID251 - to know secrets by their type
+
+from hsmtoll import apis, refusals
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from hsmtoll.chain import Chain
+    from hsmtoll.doctor.facts import Facts, Seen
+    from hsmtoll.hsm.device import KeyFacts
+
+__all__ = ["evidence"]
+
+_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+_PACKAGES: Final = ("hsmtoll", "python-pkcs11", "cryptography", "asn1crypto", "httpx")
+_FLAGS: Final = (
+    "sensitive",
+    "always_sensitive",
+    "extractable",
+    "never_extractable",
+    "local",
+    "sign",
+    "always_authenticate",
+)
+
+
+def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
+    """The report's members beside its checks; None where something is not known."""
+    return {
+        "made_at": facts.now.strftime(_TIME),
+        "versions": {
+            **{name: _version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+            "table_of_apis": apis.VERSION,
+            "table_of_refusals": refusals.VERSION,
+        },
+        "settings": _settings(facts.settings),
+        "keys": [_key(seen) for seen in facts.seen],
+        "chain": [
+            {
+                "subject": each.subject,
+                "issuer": each.issuer,
+                "serial": each.serial_hex,
+                "not_before": each.not_before.strftime(_TIME),
+                "not_after": each.not_after.strftime(_TIME),
+                "sha256": each.sha256,
+                "pem": each.pem(),
+            }
+            for each in (chain.certificates if chain else ())
+        ],
+        "chain_is_complete": chain.complete if chain else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _settings(group: BaseModel) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for name in type(group).model_fields:
+        value = getattr(group, name)
+        if isinstance(value, SecretStr):
+            told[name] = "set, and not told"
+        elif hasattr(type(value), "model_fields"):
+            told[name] = _settings(value)
+        elif isinstance(value, tuple):
+            told[name] = list(value)
+        else:
+            told[name] = (
+                value if value is None or isinstance(value, bool | int | float) else str(value)
+            )
+    return told
+
+
+def _key(seen: Seen) -> dict[str, Any]:
+    token, module = seen.token, seen.module
+    return {
+        "asked_for": str(seen.uri),
+        "module": module
+        and {
+            "path": module.path,
+            "manufacturer": module.manufacturer,
+            "description": module.description,
+            "version": _dotted(module.version),
+            "cryptoki": _dotted(module.cryptoki),
+        },
+        "device": token
+        and {
+            "uri": str(token.uri),
+            "firmware": _dotted(token.firmware),
+            "pin": token.pin_state,
+            "refused_pins": token.refused,
+            "login_required": token.login_required,
+        },
+        "key_as_reported_by_the_module": seen.key and _attributes(seen.key),
+        "error": seen.error and str(seen.error),
+    }
+
+
+def _attributes(key: KeyFacts) -> dict[str, Any]:
+    return {
+        "uri": str(key.uri),
+        "type": key.key_type,
+        "bits": key.bits,
+        **{name: getattr(key, name) for name in _FLAGS},
+        "public_key_thumbprint": key.public and key.public.thumbprint(),
+        "mechanisms": sorted(key.mechanisms),
+        "warnings": list(key.warnings),
+    }
+
+
+def _dotted(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))

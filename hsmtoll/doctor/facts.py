@@ -1,0 +1,330 @@
+"""
+What the settings, the devices, the files and the services show: gathered here, judged elsewhere.
+
+No PIN is spent beyond the one login that signing needs; the network is used by `ask` and
+`revocation_of` alone, which run only where the user says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsmtoll import apis, exchange, jws
+from hsmtoll import chain as chains
+from hsmtoll.clock import offset_of
+from hsmtoll.errors import HsmTollError, NetworkError, foreign
+from hsmtoll.signer import readable
+from hsmtoll.tokens import TokenRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hsmtoll.app import App
+    from hsmtoll.certificate import Certificate
+    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
+    from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.revocation import Status
+    from hsmtoll.settings import Settings
+    from hsmtoll.wire import Wire
+
+__all__ = [
+    "Answers",
+    "Facts",
+    "Revocation",
+    "Seen",
+    "ask",
+    "candidates_of",
+    "gather",
+    "pool_of",
+    "revocation_of",
+    "scopes_asked",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """
+    What one key of the list showed. *error* is the first thing that went wrong on the way to
+    the key; everything behind it is empty then.
+    """
+
+    uri: KeyUri
+    module: ModuleFacts | None = None
+    token: TokenFacts | None = None
+    pin_given: bool = False
+    logged_in: bool = False
+    key: KeyFacts | None = None
+    error: HsmTollError | None = None
+    certificates: tuple[Certificate, ...] = ()
+    unreadable: int = 0
+    spied: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """
+    What the services answered; an error stands where an answer would.
+
+    *offset*: seconds that Maskinporten's clock is ahead. *consumer* and *amr* are read from
+    the token of the self-test, for diagnosis alone. *scopes*: each one asked for, with what
+    was said to it, None for yes.
+    """
+
+    metadata: dict[str, Any] | HsmTollError | None = None
+    offset: float | None = None
+    health: int | HsmTollError | None = None
+    consumer: str | None = None
+    amr: str | None = None
+    self_test: HsmTollError | None = None
+    scopes: tuple[tuple[str, HsmTollError | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """What was learned of one certificate of the chain: a *status*, or why there is none."""
+
+    certificate: Certificate
+    status: Status | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """
+    Everything a check may look at. *seen* has one entry for each key named; *pem* are the
+    certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them. *answers*
+    is None offline, *revocation* where nothing was asked.
+    """
+
+    settings: Settings
+    now: datetime
+    seen: tuple[Seen, ...] = ()
+    pem: tuple[Certificate, ...] = ()
+    scopes: tuple[str, ...] = ()
+    error: HsmTollError | None = None
+    answers: Answers | None = None
+    revocation: tuple[Revocation, ...] | None = None
+
+
+def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
+    """What the settings, the devices and the files show."""
+    settings = app.settings
+    now = datetime.fromtimestamp(app.clock.now().wall, UTC)
+    if settings.signer.url:
+        return Facts(settings=settings, now=now, scopes=scopes)
+    try:
+        uris = app.uris()
+        pem = app.pem_certificates()
+    except HsmTollError as exc:
+        return Facts(settings=settings, now=now, scopes=scopes, error=exc)
+    seen = tuple(_look(app, uri) for uri in uris)
+    return Facts(settings=settings, now=now, seen=seen, pem=pem, scopes=scopes)
+
+
+def _look(app: App, uri: KeyUri) -> Seen:
+    found: dict[str, Any] = {"uri": uri}
+    try:
+        path = app.module(uri)
+        found["spied"] = "pkcs11-spy" in Path(path).name or bool(os.environ.get("PKCS11SPY"))
+        from hsmtoll.hsm.inspect import inspect  # noqa: PLC0415 - only here is a module loaded
+
+        with app.device(uri) as device:
+            pin = app.pin(uri)
+            found["pin_given"] = pin is not None
+            stored = device.certificates()
+            certificates = tuple(readable(stored))
+            found["certificates"] = certificates
+            found["unreadable"] = len(stored) - len(certificates)
+            module = inspect(Path(path), ledger=app.ledger, lock_timeout=app.settings.deadline)
+            found["module"] = module
+            found["token"] = _token(module, uri)
+            found["logged_in"] = device.login()
+            candidates = {c.public_key for c in certificates if c.public_key is not None}
+            found["key"] = device.key(candidates=candidates)
+    except HsmTollError as exc:
+        found["error"] = exc
+    return Seen(**found)
+
+
+def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
+    fitting = [
+        each
+        for each in module.tokens
+        if uri.matches(
+            token=each.uri.token,
+            manufacturer=each.uri.manufacturer,
+            model=each.uri.model,
+            serial=each.uri.serial,
+            slot_id=each.slot_id,
+            slot_description=each.slot_description,
+        )
+    ]
+    return next((each for each in fitting if each.initialized), None)
+
+
+def ask(app: App, facts: Facts) -> Answers:
+    """Ask the services what they say; nothing that they answer is obeyed."""
+    wire, issuer = app.wire(), app.endpoints.issuer
+    base = issuer if issuer.endswith("/") else f"{issuer}/"
+    found: dict[str, Any] = {}
+    sent = app.clock.now()
+    try:
+        answer = wire.get(f"{base}.well-known/oauth-authorization-server", leg="Maskinporten")
+        found["offset"] = offset_of(answer.headers, sent=sent, received=app.clock.now())
+        found["metadata"] = _object(answer)
+    except HsmTollError as exc:
+        return Answers(metadata=exc)
+    try:
+        found["health"] = wire.get(f"{base}health", leg="Maskinporten").status
+    except HsmTollError as exc:
+        found["health"] = exc
+    if app.family == "eseal":
+        try:
+            subject = _granted(app, wire, apis.SELF_TEST_SCOPE)
+            found["consumer"], found["amr"] = _consumer(subject.value)
+        except HsmTollError as exc:
+            found["self_test"] = exc
+            return Answers(**found)
+    found["scopes"] = tuple((scope, _tried(app, wire, scope)) for scope in scopes_asked(facts))
+    return Answers(**found)
+
+
+def _object(answer: exchange.Answer) -> dict[str, Any]:
+    try:
+        read = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        read = None
+    if answer.status != 200 or not isinstance(read, dict):
+        raise NetworkError(
+            f"Maskinporten's metadata: {answer.status}, and not a JSON object",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="metadata",
+        )
+    return read
+
+
+def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
+    """One real grant: a signature of the budget, and leg one."""
+    app.budget.spend(app.signer.identity())
+    settings = app.settings
+    request = TokenRequest(scope, settings.resource, settings.consumer_org)
+    post = exchange.grant_post(app.endpoints, app.signer.assertion(request))
+    return exchange.read_subject(wire.post(post), post)
+
+
+def _tried(app: App, wire: Wire, scope: str) -> HsmTollError | None:
+    try:
+        subject = _granted(app, wire, scope)
+        if scope != apis.SELF_TEST_SCOPE:
+            post = exchange.exchange_post(app.endpoints, subject)
+            exchange.read_issued(wire.post(post), post)
+    except HsmTollError as exc:
+        return exc
+    return None
+
+
+def _consumer(token: str) -> tuple[str | None, str | None]:
+    """``consumer.ID`` and ``client_amr`` of a token. *Not verified*, and opaque to all but us."""
+    try:
+        claims = jws.read_unverified(token)[1]
+    except ValueError:
+        return None, None
+    consumer = claims.get("consumer")
+    named = consumer.get("ID") if isinstance(consumer, dict) else None
+    amr = claims.get("client_amr")
+    return (named if isinstance(named, str) else None, amr if isinstance(amr, str) else None)
+
+
+def revocation_of(
+    app: App, chain: chains.Chain, *, crl: Path | None, online: bool
+) -> tuple[Revocation, ...]:
+    """What the issuers say of the certificates below the root."""
+    now = datetime.fromtimestamp(app.clock.now().wall, UTC)
+    pairs = list(itertools.pairwise(chain.certificates))
+    if crl is not None:
+        return tuple(_by_file(crl, pairs, now))
+    wire = app.wire() if online else None
+    return tuple(_by_asking(app, wire, *pair, now) for pair in pairs) if wire else ()
+
+
+def _by_file(
+    path: Path, pairs: list[tuple[Certificate, Certificate]], now: datetime
+) -> Iterator[Revocation]:
+    from hsmtoll import revocation  # noqa: PLC0415 - 35 ms, and seldom needed
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(revocation.MAX_BYTES + 1)
+    except OSError as exc:
+        why = f"the list {foreign(path)} cannot be read: {exc.strerror}"
+        yield Revocation(certificate=pairs[0][0], problem=why)
+        return
+    problem = ""
+    found = False
+    for certificate, issuer in pairs:
+        try:
+            status = revocation.by_crl(data, certificate, issuer, now=now)
+        except ValueError as exc:
+            problem = problem or f"the list {foreign(path)}: {exc}"
+        else:
+            found = True
+            yield Revocation(certificate=certificate, status=status)
+    if not found:
+        yield Revocation(certificate=pairs[0][0], problem=problem)
+
+
+def _by_asking(
+    app: App, wire: Wire, certificate: Certificate, issuer: Certificate, now: datetime
+) -> Revocation:
+    from hsmtoll import revocation  # noqa: PLC0415 - see above
+
+    public = app.settings.environment != "sandbox"
+    problem = "it names no OCSP responder and no revocation list"
+    asked = [(url, True) for url in certificate.ocsp_urls[:2]]
+    asked += [(url, False) for url in certificate.crl_urls[:2]]
+    for url, is_ocsp in asked:
+        if not url.lower().startswith(("http://", "https://")) or len(url) > 2000:
+            continue
+        where = revocation.ocsp_url(url, certificate, issuer) if is_ocsp else url
+        judge = revocation.by_ocsp if is_ocsp else revocation.by_crl
+        try:
+            answer = wire.get(where, leg="revocation", public=public)
+            if answer.status != 200:
+                problem = f"{foreign(url)} answered {answer.status}"
+                continue
+            status = judge(answer.body, certificate, issuer, now=now)
+        except HsmTollError as exc:
+            problem = str(exc)
+        except ValueError as exc:
+            problem = f"{foreign(url)}: {exc}"
+        else:
+            return Revocation(certificate=certificate, status=status)
+    return Revocation(certificate=certificate, problem=problem)
+
+
+def pool_of(facts: Facts, seen: Seen) -> tuple[Certificate, ...]:
+    return (*seen.certificates, *facts.pem)
+
+
+def candidates_of(facts: Facts, seen: Seen) -> tuple[Certificate, ...]:
+    pool = pool_of(facts, seen)
+    public: RsaPublicKey | None = seen.key.public if seen.key else None
+    if public is not None:
+        return chains.for_key(pool, public)
+    return tuple(each for each in pool if each.public_key is not None)
+
+
+def scopes_asked(facts: Facts) -> tuple[str, ...]:
+    """The scopes asked for, each once; errors as `apis.scope_of`."""
+    settings = facts.settings
+    words = [*([settings.scope] if settings.scope else ()), *facts.scopes]
+    family = settings.identity or "eseal"
+    return tuple(dict.fromkeys(apis.scope_of(word, family) for word in words))

@@ -1,0 +1,336 @@
+"""
+Checks of the leaf and its chain, by the functions that the signer uses: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll import chain as chains
+from hsmtoll.doctor.facts import candidates_of
+from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
+from hsmtoll.errors import CertificateError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.certificate import Certificate
+
+__all__ = ["CHECKS", "WARN_DAYS"]
+
+#: Days. A new certificate takes an issuer some weeks (PROTOCOL C25).
+WARN_DAYS: Final = 60
+
+_NO_CERTIFICATE: Final = "a key registered with a kid needs no certificate"
+
+
+def of_the_leaf(
+    check: str,
+) -> Callable[[Callable[[Way, Certificate], Check]], Callable[[Way], Check]]:
+    """A check of the leaf: skipped with a kid, failed where the way to the chain broke on it."""
+
+    def decorated(judge: Callable[[Way, Certificate], Check]) -> Callable[[Way], Check]:
+        def asked(way: Way) -> Check:
+            if way.kid:
+                return skip(check, _NO_CERTIFICATE)
+            if way.seen is None:
+                return skip(check, NO_DEVICE)
+            if broken := broken_at(way, check, "chain"):
+                return broken
+            leaf = way.chain.leaf if way.chain else _nearest(way)
+            return judge(way, leaf) if leaf else skip(check, "no certificate to look at")
+
+        asked.__doc__ = judge.__doc__
+        return asked
+
+    return decorated
+
+
+def _nearest(way: Way) -> Certificate | None:
+    """The leaf meant where its chain does not hold."""
+    hsm = way.settings.hsm
+    try:
+        return chains.choose(
+            way.candidates,
+            identity=way.identity,
+            now=way.facts.now,
+            pinned_sha256=hsm.certificate_sha256,
+        )
+    except CertificateError:
+        found = sorted(way.candidates, key=lambda each: each.not_before, reverse=True)
+        return found[0] if found else None
+
+
+@of_the_leaf("certificate")
+def check_certificate(way: Way, leaf: Certificate) -> Check:
+    """There is a certificate for the key, and why this one of several."""
+    why = "; ".join(way.chain.notes) if way.chain else ""
+    told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
+    return ok("certificate", f"{told}; {why}" if why else told)
+
+
+@of_the_leaf("certificate-key")
+def check_certificate_key(way: Way, leaf: Certificate) -> Check:
+    """Its key is RSA and large enough (M33)."""
+    del way
+    return ok("certificate-key", f"RSA, {leaf.key_bits} bits")
+
+
+@of_the_leaf("certificate-kind")
+def check_certificate_kind(way: Way, leaf: Certificate) -> Check:
+    """It is not self-signed and not a CA's (M34)."""
+    del way
+    return ok("certificate-kind", f"issued by {leaf.issuer}")
+
+
+@of_the_leaf("consumer-id")
+def check_consumer(way: Way, leaf: Certificate) -> Check:
+    """Whom Maskinporten will name in ``consumer.ID`` (M74, M75, M85, M86)."""
+    return ok("consumer-id", f"Maskinporten will say {foreign(leaf.consumer_id(way.identity))}")
+
+
+@of_the_leaf("certificate-usage")
+def check_certificate_usage(way: Way, leaf: Certificate) -> Check:
+    """keyUsage lets it sign (PROTOCOL B.1, B.4)."""
+    del way
+    usage = leaf.key_usage
+    return ok("certificate-usage", ", ".join(sorted(usage)) if usage else "no keyUsage, so any")
+
+
+@of_the_leaf("certificate-critical")
+def check_certificate_critical(way: Way, leaf: Certificate) -> Check:
+    """No critical extension that Maskinporten does not know (M35)."""
+    del way, leaf
+    return ok("certificate-critical", "no critical extension that Maskinporten does not know")
+
+
+@of_the_leaf("certificate-validity")
+def check_validity(way: Way, leaf: Certificate) -> Check:
+    """It is valid now, and for how long (M29, C25)."""
+    now = way.facts.now
+    days = leaf.days_left(now)
+    until = f"valid until {leaf.not_after:%Y-%m-%d}, {days} days left"
+    waiting = next_of(way, leaf)
+    if days >= WARN_DAYS or waiting is not None:
+        return ok("certificate-validity", until)
+    return warn(
+        "certificate-validity",
+        "certificate-ends-soon",
+        until,
+        "order the next one now, for this key or a new one, and import it beside this one",
+    )
+
+
+def next_of(way: Way, leaf: Certificate) -> Certificate | None:
+    """The certificate that takes over from *leaf* by itself, of this key or the next ones."""
+    facts = way.facts
+    later = [
+        each
+        for seen in facts.seen
+        for each in candidates_of(facts, seen)
+        if each.not_after > leaf.not_after
+        and each.consumer_id(way.identity) == leaf.consumer_id(way.identity)
+        and each.not_before <= leaf.not_after
+        and not chains.leaf_faults(each, identity=way.identity, now=max(each.not_before, facts.now))
+    ]
+    pinned = facts.settings.hsm.certificate_sha256
+    if pinned is not None:
+        later = [each for each in later if each.sha256 == pinned and each != leaf]
+    return min(later, key=lambda each: each.not_before, default=None)
+
+
+@of_the_leaf("roll-over")
+def check_roll_over(way: Way, leaf: Certificate) -> Check:
+    """Which certificate takes over next, and when."""
+    following = next_of(way, leaf)
+    if following is None:
+        end = f"{leaf.not_after:%Y-%m-%d}"
+        return ok("roll-over", f"no certificate is waiting; this one ends on {end}")
+    when = max(following.not_before, way.facts.now)
+    return ok(
+        "roll-over", f"sha256 {following.sha256[:16]} takes over at {when:%Y-%m-%d %H:%M} UTC"
+    )
+
+
+@of_the_leaf("qualified")
+def check_qualified(way: Way, leaf: Certificate) -> Check:
+    """What Maskinporten will say in ``client_amr`` (M85, M87), and QcType (PROTOCOL B.4)."""
+    amr = leaf.client_amr(way.identity)
+    if way.identity == "eseal":
+        kinds = leaf.qc.types
+        wrong = leaf.qc.semantics == "natural person" or {"esign", "web"} & set(kinds)
+        if leaf.qc.compliance and wrong:
+            return failed(
+                "qualified",
+                CertificateError(
+                    f"'{leaf.subject}' is qualified, but not as an eSeal "
+                    f"({foreign(', '.join(kinds) or leaf.qc.semantics)})",
+                    hint="order an eSeal of a legal person: signatures and web sites are others",
+                    code="certificate-not-eseal",
+                    who="issuer",
+                ),
+            )
+    held = ", on a QSCD by its own word" if leaf.qc.qscd else ""
+    return ok("qualified", f"client_amr will be {amr}{held}")
+
+
+def check_chain(way: Way) -> Check:
+    """The chain is complete, valid and proven (M26 to M28)."""
+    if way.kid:
+        return skip("chain", _NO_CERTIFICATE)
+    if way.seen is None:
+        return skip("chain", NO_DEVICE)
+    if broken := broken_at(way, "chain", "chain"):
+        return broken
+    chain = way.chain
+    if chain is None:
+        return skip("chain", "no certificate to look at")
+    if way.settings.x5c == "leaf":
+        return warn(
+            "chain",
+            "chain-left-out",
+            "HSMTOLL_X5C=leaf sends the certificate alone: seen working, not documented",
+            "unset HSMTOLL_X5C",
+        )
+    if chain.cut_short:
+        return warn(
+            "chain",
+            "chain-cut-short",
+            "proven, but the search among so many certificates was cut short",
+            "name the chain in HSMTOLL_HSM__CERTIFICATES",
+        )
+    end = chain.root.subject if chain.root else "no root"
+    sent = len(chain.x5c(way.settings.x5c))
+    weakest = chain.weakest_not_after
+    if weakest < min(chain.leaf.not_after, way.facts.now + timedelta(days=WARN_DAYS)):
+        return warn(
+            "chain",
+            "chain-ends-soon",
+            f"a CA certificate in it expires on {weakest:%Y-%m-%d}, before the leaf",
+            "get the issuer's new CA certificates and name them in HSMTOLL_HSM__CERTIFICATES",
+        )
+    return ok("chain", f"{len(chain.certificates)} certificates, proven up to {end}; {sent} sent")
+
+
+# PROTOCOL B.3: policies that Digdir's validator takes, by environment. An arc that ends in a
+# dot stands for everything below it.
+_BUYPASS: Final = ("2.16.578.1.26.1.3.2", "2.16.578.1.26.1.3.5")
+_POLICIES: Final = {
+    "prod": (
+        *_BUYPASS,
+        "2.16.578.1.29.13.200.",
+        "2.16.578.1.29.13.210.",
+        "2.16.578.1.29.13.220.",
+        "2.16.578.1.29.13.1.1.0",
+        "2.16.578.1.29.13.1",
+    ),
+    "test": (
+        *_BUYPASS,
+        "2.16.578.1.26.1.0.3.2",
+        "2.16.578.1.29.913.200.",
+        "2.16.578.1.29.913.210.",
+        "2.16.578.1.29.913.220.",
+        "2.16.578.1.29.913.1.1.0",
+        "2.16.578.1.29.13.1.1.0",
+        "2.16.578.1.1.1.1.100",
+    ),
+}
+
+
+def _accepted(leaf: Certificate, environment: str) -> bool:
+    return any(
+        policy == known or (known.endswith(".") and policy.startswith(known))
+        for policy in leaf.policies
+        for known in _POLICIES[environment]
+    )
+
+
+def _issued_for(leaf: Certificate) -> str | None:
+    """The environment that a known Norwegian CA's name tells (PROTOCOL B.3)."""
+    name = leaf.issuer.lower()
+    if not any(known in name for known in ("buypass class 3", "commfides")):
+        return None
+    return "test" if "test" in name else "prod"
+
+
+@of_the_leaf("environment")
+def check_environment(way: Way, leaf: Certificate) -> Check:
+    """Norwegian certificates fit the environment (M31, M36); eSeals are the same in both (M32)."""
+    environment = "prod" if way.settings.environment == "prod" else "test"
+    told = _issued_for(leaf)
+    if way.identity == "eseal" and told == "test":
+        exc = CertificateError(
+            f"'{leaf.subject}' is of a test CA, which no EU trusted list knows (MP-120)",
+            hint="eSeals use their production certificate in test as well",
+            code="certificate-environment",
+        )
+        return failed("environment", exc)
+    if way.identity == "eseal":
+        return ok("environment", "an eSeal's certificate serves test and prod alike")
+    other = "test" if environment == "prod" else "prod"
+    if told == other or (not _accepted(leaf, environment) and _accepted(leaf, other)):
+        exc = CertificateError(
+            f"'{leaf.subject}' is a certificate for {other}, and Norwegian ones are for one "
+            f"environment: Maskinporten refuses it in {environment} (MP-120)",
+            hint=f"use a {environment} certificate, or set HSMTOLL_ENVIRONMENT={other}",
+            code="certificate-environment",
+        )
+        return failed("environment", exc)
+    if not _accepted(leaf, environment):
+        listed = foreign(", ".join(leaf.policies) or "none")
+        exc = CertificateError(
+            f"'{leaf.subject}' has no policy that Maskinporten accepts (it has {listed})",
+            hint="take the enterprise certificate (virksomhetssertifikat) of Buypass or Commfides",
+            code="certificate-policy",
+        )
+        return failed("environment", exc)
+    return ok("environment", f"a certificate for {environment}")
+
+
+def check_revocation(way: Way) -> Check:
+    """No certificate of the chain was taken back (M30)."""
+    learned = way.facts.revocation
+    if way.kid or learned is None or way.chain is None:
+        return skip("revocation", _NO_CERTIFICATE if way.kid else "asked with --crl or --online")
+    mine = [each for each in learned if each.certificate in way.chain.certificates]
+    for each in mine:
+        status = each.status
+        if status is not None and status.revoked_at is not None:
+            why = f" ({foreign(status.reason)})" if status.reason else ""
+            exc = CertificateError(
+                f"'{each.certificate.subject}' was revoked at "
+                f"{status.revoked_at:%Y-%m-%d %H:%M} UTC{why}, says its issuer's {status.source}",
+                hint="Maskinporten will refuse it (MP-120): order a new one, with a new key if "
+                "this one may be in other hands",
+                code="certificate-revoked",
+                who="issuer",
+            )
+            return failed("revocation", exc)
+    for each in mine:
+        if each.problem is not None:
+            line = f"nothing is known of '{each.certificate.subject}': {each.problem}"
+            hint = "fetch the issuer's list by other means and give it with --crl"
+            return warn("revocation", "revocation-unknown", line, hint)
+    for each in mine:
+        if each.status is not None and each.status.stale:
+            line = f"what the issuer said of '{each.certificate.subject}' is out of date"
+            return warn("revocation", "revocation-stale", line, "fetch the newest list")
+    sources = ", ".join(sorted({each.status.source for each in mine if each.status}))
+    return ok("revocation", f"{len(mine)} certificates stand, says {sources}")
+
+
+CHECKS: Final = (
+    ("certificate", check_certificate),
+    ("certificate-key", check_certificate_key),
+    ("certificate-kind", check_certificate_kind),
+    ("consumer-id", check_consumer),
+    ("certificate-usage", check_certificate_usage),
+    ("certificate-critical", check_certificate_critical),
+    ("certificate-validity", check_validity),
+    ("qualified", check_qualified),
+    ("chain", check_chain),
+    ("environment", check_environment),
+    ("roll-over", check_roll_over),
+    ("revocation", check_revocation),
+)

@@ -1,0 +1,188 @@
+"""
+Checks of module, device, PIN and key: everything below the certificate.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
+from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+
+__all__ = ["CHECKS"]
+
+
+def check_module(way: Way) -> Check:
+    """The module loads."""
+    if way.seen is None:
+        return skip("module", NO_DEVICE)
+    if broken := broken_at(way, "module", "key"):
+        return broken
+    module = way.seen.module
+    if module is None:
+        return ok("module", "loads")
+    made = f"{foreign(module.description)} {module.version[0]}.{module.version[1]}".strip()
+    return ok("module", f"{foreign(module.path)} loads ({made})")
+
+
+def check_spy(way: Way) -> Check:
+    """Nothing between us and the device writes the PIN to a log."""
+    if way.seen is None:
+        return skip("module-spy", NO_DEVICE)
+    if not way.seen.spied:
+        return ok("module-spy", "no pkcs11-spy between hsmtoll and the device")
+    line = "pkcs11-spy is between hsmtoll and the device: it writes every PIN to its log"
+    hint = "unset PKCS11SPY, and name the device's own module in HSMTOLL_HSM__MODULE"
+    if way.settings.environment == "sandbox":
+        return warn("module-spy", "module-spy", line, hint)
+    return failed("module-spy", ConfigurationError(line, hint=hint, code="module-spy"))
+
+
+def check_device(way: Way) -> Check:
+    """The p11_token that the URI names is there."""
+    if way.seen is None:
+        return skip("device", NO_DEVICE)
+    if broken := broken_at(way, "device", "key"):
+        return broken
+    token = way.seen.token
+    if token is None:
+        return ok("device", f"{foreign(way.seen.uri.device_only())} is there")
+    firmware = ".".join(map(str, token.firmware))
+    return ok("device", f"{foreign(token.uri)} is there, firmware {firmware}")
+
+
+_PIN_WARNINGS: Final = {
+    "count-low": ("pin-count-low", "a wrong PIN was given since the last login"),
+    "to-be-changed": ("pin-to-be-changed", "the device wants the PIN to be changed"),
+}
+
+
+def check_pin(way: Way) -> Check:
+    """The PIN is there, accepted, and not about to be locked."""
+    if way.seen is None:
+        return skip("pin", NO_DEVICE)
+    if broken := broken_at(way, "pin", "key"):
+        return broken
+    token = way.seen.token
+    if token is not None and token.pin_state in _PIN_WARNINGS:
+        code, line = _PIN_WARNINGS[token.pin_state]
+        hint = "see that no other program has an old PIN; two more wrong ones may lock the device"
+        return warn("pin", code, line, hint)
+    if token is not None and not token.login_required:
+        return ok("pin", "the device wants none")
+    if not way.seen.logged_in:
+        return ok("pin", "logged in by other code of this process; this PIN was not proven")
+    return ok("pin", "accepted")
+
+
+def check_key(way: Way) -> Check:
+    """There is one private key of that name, and its public half is known."""
+    if way.seen is None:
+        return skip("key", NO_DEVICE)
+    if broken := broken_at(way, "key", "key"):
+        return broken
+    key = way.key
+    if key is not None and key.public is None:
+        return warn(
+            "key",
+            "public-key-hidden",
+            f"{foreign(key.uri)} is there, but the device hides its public half: whether key and "
+            "certificate belong together shows at the first grant",
+            "set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
+        )
+    return ok("key", f"{foreign(key.uri)} is there" if key else "there")
+
+
+def check_key_type(way: Way) -> Check:
+    """RSA, because Maskinporten takes RS256, RS384 and RS512 alone (M20)."""
+    if way.seen is None:
+        return skip("key-type", NO_DEVICE)
+    return broken_at(way, "key-type", "key") or ok(
+        "key-type", f"RSA, which {way.settings.alg} needs"
+    )
+
+
+def check_key_size(way: Way) -> Check:
+    """2048 bits or more (M33)."""
+    if way.seen is None:
+        return skip("key-size", NO_DEVICE)
+    bits = way.key.bits if way.key else None
+    return broken_at(way, "key-size", "key") or ok(
+        "key-size", f"{bits} bits" if bits else "not told; the certificate's is checked below"
+    )
+
+
+def check_key_usage(way: Way) -> Check:
+    """The device lets the key sign, and the PIN for each signature is there."""
+    if way.seen is None:
+        return skip("key-usage", NO_DEVICE)
+    if broken := broken_at(way, "key-usage", "key"):
+        return broken
+    if way.key is not None and way.key.always_authenticate and not way.seen.pin_given:
+        return failed(
+            "key-usage",
+            DeviceError(
+                f"the key {foreign(way.key.uri)} wants a PIN for every signature",
+                hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE",
+                code="signing-pin",
+            ),
+        )
+    return ok("key-usage", "it may sign")
+
+
+def check_key_protection(way: Way) -> Check:
+    """The device says that the key cannot leave it, and never was outside (DESIGN 4.7)."""
+    if way.seen is None:
+        return skip("key-protection", NO_DEVICE)
+    if broken := broken_at(way, "key-protection", "key"):
+        return broken
+    key = way.key
+    if key is not None and not key.protected:
+        return warn(
+            "key-protection",
+            "key-exportable-allowed",
+            "the device does not say that the key stays inside it, and the settings allow that",
+            "generate a key on the device and unset HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY",
+        )
+    if key is not None and "key-imported" in key.warnings:
+        return warn(
+            "key-protection",
+            "key-imported",
+            "the key was outside the device, or the device does not say that it never was",
+            "copies may exist: `hsmtoll key generate` makes one that never leaves",
+        )
+    return ok("key-protection", "made on the device, never extractable, as the module reports")
+
+
+def check_mechanism(way: Way) -> Check:
+    """The device can sign with HSMTOLL_ALG, whole or from a DigestInfo."""
+    if way.key is None:
+        return skip("mechanism", NO_DEVICE)
+    alg = way.settings.alg
+    whole = f"SHA{alg.removeprefix('RS')}_RSA_PKCS"
+    if whole in way.key.mechanisms:
+        return ok("mechanism", f"the device has {whole} for {alg}")
+    if "RSA_PKCS" in way.key.mechanisms:
+        return ok("mechanism", f"the device has RSA_PKCS: {alg} by a DigestInfo made here")
+    return failed(
+        "mechanism",
+        DeviceError(
+            f"the device has neither {whole} nor RSA_PKCS: {alg} cannot be signed",
+            hint="`hsmtoll objects` shows what the device can do",
+            code="mechanism",
+        ),
+    )
+
+
+CHECKS: Final = (
+    ("module", check_module),
+    ("module-spy", check_spy),
+    ("device", check_device),
+    ("pin", check_pin),
+    ("key", check_key),
+    ("key-type", check_key_type),
+    ("key-size", check_key_size),
+    ("key-usage", check_key_usage),
+    ("key-protection", check_key_protection),
+    ("mechanism", check_mechanism),
+)

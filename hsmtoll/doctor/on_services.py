@@ -1,0 +1,125 @@
+"""
+Checks of what Maskinporten and Customs answered. Nothing they say is obeyed, only compared.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hsmtoll import apis, exchange
+from hsmtoll.clock import MAX_SKEW
+from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
+from hsmtoll.errors import ClockError, ConfigurationError, HsmTollError, foreign
+
+__all__ = ["CHECKS", "check_granted"]
+
+#: Seconds. The Date header is whole seconds old and a round trip away (C07).
+_NOTICED: Final = 5.0
+_OFFLINE: Final = "asked with --online"
+
+
+def check_metadata(way: Way) -> Check:
+    """Maskinporten calls itself what the settings call it, byte for byte (RFC 8414, M51)."""
+    answers = way.facts.answers
+    if answers is None:
+        return skip("metadata", _OFFLINE)
+    if isinstance(answers.metadata, HsmTollError):
+        return failed("metadata", answers.metadata)
+    said = answers.metadata or {}
+    settings = way.settings
+    expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
+    issuer = expected.issuer if expected else settings.endpoints.issuer
+    token = expected.token if expected else settings.endpoints.token
+    algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
+    wrong = (
+        f"issuer {foreign(said.get('issuer'))}, not {issuer}" if said.get("issuer") != issuer
+        else f"token_endpoint {foreign(said.get('token_endpoint'))}, not {token}"
+        if said.get("token_endpoint") != token
+        else f"no {settings.alg} among its algorithms" if settings.alg not in algs
+        else None
+    )  # fmt: skip
+    if wrong is None:
+        return ok("metadata", f"{issuer} calls itself so")
+    exc = ConfigurationError(
+        f"Maskinporten's metadata says {wrong}",
+        hint="check HSMTOLL_ENDPOINTS__ISSUER, slash included; if these are test or prod, tell us",
+        code="metadata-differs",
+    )
+    return failed("metadata", exc)
+
+
+def check_clock(way: Way) -> Check:
+    """This machine's clock and Maskinporten's agree (A.5, C07)."""
+    answers = way.facts.answers
+    if answers is None:
+        return skip("clock", _OFFLINE)
+    offset = answers.offset
+    if offset is None:
+        return ok("clock", "the answers carry no Date to compare with")
+    told = (
+        f"this machine is {abs(offset):.0f} s {'behind' if offset > 0 else 'ahead of'} Maskinporten"
+    )
+    if abs(offset) > MAX_SKEW:
+        hint = f"synchronise the clock (NTP); up to {MAX_SKEW:.0f} s would have been corrected"
+        return failed("clock", ClockError(told, hint=hint, code="clock-skew"))
+    if abs(offset) > _NOTICED:
+        return warn(
+            "clock", "clock-differs", f"{told}; grants are corrected", "synchronise it (NTP)"
+        )
+    return ok("clock", "agrees with Maskinporten's")
+
+
+def check_health(way: Way) -> Check:
+    """Maskinporten says that it is well."""
+    answers = way.facts.answers
+    if answers is None:
+        return skip("health", _OFFLINE)
+    if answers.health == 200:
+        return ok("health", "Maskinporten says it is well")
+    if isinstance(answers.health, HsmTollError):
+        return warn("health", "health-unknown", str(answers.health), "see status.digdir.no")
+    line = f"Maskinporten's health answers {answers.health}"
+    return warn("health", "health-bad", line, "try again later; see status.digdir.no")
+
+
+def check_self_test(way: Way) -> Check:
+    """One real grant that opens nothing, and whom Maskinporten took us for (C27)."""
+    answers = way.facts.answers
+    if answers is None:
+        return skip("self-test", _OFFLINE)
+    if way.identity != "eseal":
+        return skip("self-test", f"{apis.SELF_TEST_SCOPE} is for eSeals")
+    if answers.self_test is not None:
+        return failed("self-test", answers.self_test)
+    took = f"consumer.ID {foreign(answers.consumer)}, client_amr {foreign(answers.amr)}"
+    leaf = way.chain.leaf if way.chain else None
+    foretold = (leaf.consumer_id(way.identity), leaf.client_amr(way.identity)) if leaf else None
+    if foretold is not None and foretold != (answers.consumer, answers.amr):
+        return warn(
+            "self-test",
+            "foretold-otherwise",
+            f"granted, with {took}; foretold were {foreign(foretold[0])} and {foretold[1]}",
+            "nothing is wrong with the grant; tell us what the certificate is",
+        )
+    return ok("self-test", f"granted, with {took}")
+
+
+def check_granted(way: Way) -> tuple[Check, ...]:
+    """Each scope asked for: granted by both services, or who must act."""
+    answers = way.facts.answers
+    if answers is None:
+        return ()
+    return tuple(
+        ok(f"scope {scope}", "granted, and exchanged at Customs where that is to be done")
+        if error is None
+        else failed(f"scope {scope}", error)
+        for scope, error in answers.scopes
+    )
+
+
+CHECKS: Final = (
+    ("metadata", check_metadata),
+    ("clock", check_clock),
+    ("health", check_health),
+    ("self-test", check_self_test),
+)

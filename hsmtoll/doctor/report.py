@@ -1,0 +1,147 @@
+"""
+All checks in the order of the way, and what is made of them: lines, JSON, evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.doctor import on_certificates, on_device, on_services, on_settings
+from hsmtoll.doctor.evidence import evidence
+from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn, way_of
+from hsmtoll.errors import CertificateError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from hsmtoll import chain as chains
+    from hsmtoll.doctor.facts import Facts
+
+__all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain"]
+
+#: The way from the device outward, in order.
+CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
+    ("settings", on_settings.check_settings),
+    *on_device.CHECKS,
+    *on_certificates.CHECKS[:-1],
+    ("kid", on_settings.check_kid),
+    ("scope", on_settings.check_scopes),
+    ("grant", on_settings.check_grant),
+    *on_certificates.CHECKS[-1:],
+    *on_services.CHECKS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All findings, in the order of the way from the device to Customs."""
+
+    checks: tuple[Check, ...]
+    facts: Facts = field(repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """That of the first failure's class, 0 where nothing fails."""
+        return next((each.exit_code for each in self.checks if each.verdict == "fail"), 0)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a program."""
+        return {
+            "schema": 1,
+            "exit_code": self.exit_code,
+            "checks": [
+                {
+                    "check": each.check,
+                    "code": each.code,
+                    "verdict": each.verdict,
+                    "line": each.line,
+                    "hint": each.hint,
+                    "who": each.who,
+                }
+                for each in self.checks
+            ],
+        }
+
+    def evidence(self) -> dict[str, Any]:
+        """As `as_json`, with all that an auditor asks for: key, chain, device, settings, versions."""
+        return {**self.as_json(), **evidence(self.facts, signing_chain(self.facts))}
+
+    def lines(self) -> tuple[str, ...]:
+        """For a person: one line a check, its hint below it where something is to be done."""
+        told: list[str] = []
+        for each in self.checks:
+            named = each.code if each.code == each.check else f"{each.check} ({each.code})"
+            told.append(f"{each.verdict:4}  {named}: {each.line}")
+            if each.hint and each.verdict in ("warn", "fail"):
+                told += [f"        {line}" for line in each.hint.splitlines()]
+        return tuple(told)
+
+
+def examine(facts: Facts) -> tuple[Check, ...]:
+    """
+    Every check over *facts*. Of several keys, the first usable one is judged in full, as it
+    is the one that signs; what keeps the others from it is a warning.
+    """
+    ways = [way_of(facts, seen) for seen in facts.seen] or [way_of(facts, None)]
+    results = [_walk(way) for way in ways]
+    chosen = _signing(ways)
+    others = [
+        _other_key(ways[n], result, before=n < chosen, with_key=ways[chosen])
+        for n, result in enumerate(results)
+        if n != chosen
+    ]
+    return (*results[chosen], *(each for each in others if each is not None))
+
+
+def signing_chain(facts: Facts) -> chains.Chain | None:
+    """The chain of the key that signs; None with a kid, or where no key is usable."""
+    ways = [way_of(facts, seen) for seen in facts.seen]
+    return ways[_signing(ways)].chain if ways else None
+
+
+def _signing(ways: Sequence[Way]) -> int:
+    """The place of the first key whose device and certificate are there, as `FirstUp` takes it."""
+    usable = (n for n, way in enumerate(ways) if way.key and (way.kid or way.chain))
+    return next(usable, 0)
+
+
+def _walk(way: Way) -> tuple[Check, ...]:
+    found: list[Check] = []
+    broken: str | None = None
+    for name, judge in CHECKS:
+        if broken is not None:
+            found.append(skip(name, f"not reached: {broken} comes first"))
+            continue
+        result = judge(way)
+        found.append(result)
+        if result.verdict == "fail":
+            broken = result.check
+    return tuple(found) if broken else (*found, *on_services.check_granted(way))
+
+
+def first_failure(result: Iterable[Check]) -> Check | None:
+    return next((each for each in result if each.verdict == "fail"), None)
+
+
+def _other_key(way: Way, result: tuple[Check, ...], *, before: bool, with_key: Way) -> Check | None:
+    named = foreign(way.seen.uri) if way.seen else ""
+    failure = first_failure(result)
+    if failure is not None:
+        what = "passed over" if before else "cannot take over"
+        waiting = failure.code == "certificate-not-yet-valid"
+        if waiting:
+            return ok("other-key", f"{named} waits: {failure.line}")
+        return warn(
+            "other-key", "key-unusable", f"{named} {what}: {failure.line}", failure.hint or ""
+        )
+    mine, theirs = (each.chain.leaf if each.chain else None for each in (with_key, way))
+    if mine and theirs and mine.consumer_id(way.identity) != theirs.consumer_id(way.identity):
+        exc = CertificateError(
+            f"{named} is of {foreign(theirs.consumer_id(way.identity))}, the key that signs of "
+            f"{foreign(mine.consumer_id(way.identity))}",
+            hint="all keys of HSMTOLL_HSM__KEY carry the same organizationIdentifier",
+            code="keys-differ",
+        )
+        return failed("other-key", exc)
+    return ok("other-key", f"{named} stands by")
