@@ -1,4 +1,4 @@
-"""Speaking to the sandbox with httpx and hand-made grants: no code of the client has a part in it."""
+"""Speaking to the sandbox with httpx and hand-made grants, without any code of the client."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from urllib.parse import urlencode
 import httpx
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.sandbox_twins import Ask, clients, enterprise, eseal, seals
+from tests.sandbox_twins import NOW, Ask, clients, enterprise, eseal, seals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Wire:
     """One sandbox and one HTTP client."""
 
-    def __init__(self, sandbox: Sandbox, http: httpx.Client) -> None:
-        self.sandbox, self.http = sandbox, http
+    def __init__(self, sandbox: Sandbox, http: httpx.Client, clock: Callable[[], float]) -> None:
+        self.sandbox, self.http, self.clock = sandbox, http, clock
 
     def grant(self, ask: Ask | None = None, **claims: Any) -> httpx.Response:
         """Posts a grant, with a new jti and fresh times where the ask has them at all."""
         ask = ask or eseal()
-        now = int(time.time())
+        now = int(self.clock())
         fresh: dict[str, Any] = {"iat": now, "exp": now + 120, "jti": str(uuid.uuid4())}
         return self.send(ask.but(claims=fresh | claims))
 
@@ -69,11 +69,19 @@ class Wire:
 @contextmanager
 def wire(**settings: Any) -> Iterator[Wire]:
     """A sandbox that trusts the twins' authorities; a small signing key unless told otherwise."""
+    begin = time.monotonic()
+
+    def clock() -> float:
+        # The twins were made at NOW, however long ago that was.
+        return NOW + time.monotonic() - begin
+
     settings = {"signing_bits": 2048, "polling_delay": 0.0, **settings}
-    with Sandbox(trust=[seals(), enterprise()], clients=clients(), **settings) as sandbox:
+    with Sandbox(
+        trust=[seals(), enterprise()], clients=clients(), clock=clock, **settings
+    ) as sandbox:
         context = ssl.create_default_context(cafile=str(sandbox.ca_file))
         with httpx.Client(verify=context, timeout=10, trust_env=False) as http:
-            yield Wire(sandbox, http)
+            yield Wire(sandbox, http, clock)
 
 
 def claims_of(token: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.sandbox_twins import Twins, eseal, grants, leaf
-from tests.sandbox_wire import Wire, wire
+from tests.sandbox_twins import NOW, Twins, eseal, grants, leaf
+from tests.sandbox_wire import Wire, claims_of, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,9 +48,12 @@ def _replayed(found: Wire) -> Any:
 
 
 def _claims(found: Wire) -> Any:
-    from tests.sandbox_wire import claims_of
-
     return claims_of(found.grant().json()["access_token"])
+
+
+def _identifier(found: Wire) -> Any:
+    ask = eseal().but(chain=leaf(organization_id="ei:SE 1"))
+    return claims_of(found.grant(ask).json()["access_token"])["consumer"]["ID"]
 
 
 SHAPES: dict[str, Callable[[Wire], Any]] = {
@@ -61,7 +64,7 @@ SHAPES: dict[str, Callable[[Wire], Any]] = {
     "M09": lambda w: "cache-control" in w.grant().headers,
     "M10": lambda w: w.send(eseal().but(authorization=True)).status_code,
     "M56": lambda w: (
-        w.send(eseal().but(claims={"iat": eseal().claims["iat"] - 60}))
+        w.send(eseal().but(claims={"iat": NOW - 60, "exp": NOW + 60}))
         .json()
         .get("error_description", "")[:19]
     ),
@@ -73,7 +76,7 @@ SHAPES: dict[str, Callable[[Wire], Any]] = {
     "M82": lambda w: w.grant().json()["expires_in"],
     "M83": lambda w: len(w.grant().json()["access_token"].split(".")[0]),
     "M84": lambda w: "sub" in _claims(w),
-    "M86": lambda w: claims_id(w),
+    "M86": _identifier,
     "M87": lambda w: _claims(w)["client_id"].startswith("eidas-"),
     "M88": lambda w: _claims(w)["consumer"]["authority"],
     "T06": lambda w: len(w.exchange(w.grant().json()["access_token"]).json()),
@@ -90,13 +93,6 @@ SHAPES: dict[str, Callable[[Wire], Any]] = {
 
 def _short() -> dict[str, Any]:
     return {"documentIssueDate": "2026-05-04T10:00:00Z", "declarant": {"name": "Eksempel AB"}}
-
-
-def claims_id(found: Wire) -> Any:
-    from tests.sandbox_wire import claims_of
-
-    ask = eseal().but(chain=leaf(organization_id="ei:SE 1"))
-    return claims_of(found.grant(ask).json()["access_token"])["consumer"]["ID"]
 
 
 @pytest.mark.parametrize("rule", sorted(SHAPES))

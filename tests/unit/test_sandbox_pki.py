@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
 DAY = timedelta(days=1)
+VERIFY = ["openssl", "verify", "-x509_strict", "-CAfile", "root.pem"]
 
 
 def verified(
@@ -33,8 +34,17 @@ def verified(
     for name, cert in (("leaf", leaf), ("middle", middle), ("root", root)):
         (folder / f"{name}.pem").write_bytes(pem(cert))
     done = subprocess.run(
-        ["openssl", "verify", "-x509_strict", "-CAfile", folder / "root.pem"]
-        + ["-untrusted", folder / "middle.pem", folder / "leaf.pem"],
+        [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-CAfile",
+            "root.pem",
+            "-untrusted",
+            "middle.pem",
+            "leaf.pem",
+        ],
+        cwd=folder,
         capture_output=True,
         check=False,
     )

@@ -47,8 +47,8 @@ def request(ask: Ask) -> TokenRequest:
     )
 
 
-def judged(twins: Twins, ask: Ask, **changes: frozenset[str]) -> Refusal | None:
-    here = world(replace(Settings(**twins.settings), **changes))
+def judged(twins: Twins, ask: Ask, without: frozenset[str] = frozenset()) -> Refusal | None:
+    here = world(replace(Settings(**twins.settings), without=without))
     if twins.revoked:
         here.state.revoked.add(twins.revoked.serial_number)
     return refuse("grant", request(ask), here)
