@@ -10,13 +10,9 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import SecretStr  # noqa: TID251 - to know secrets by their type
-
 from hsmtoll import apis, refusals
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from hsmtoll.chain import Chain
     from hsmtoll.doctor.facts import Facts, Seen
     from hsmtoll.hsm.device import KeyFacts
@@ -71,11 +67,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _settings(group: BaseModel) -> dict[str, Any]:
+def _settings(group: Any) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name in type(group).model_fields:
         value = getattr(group, name)
-        if isinstance(value, SecretStr):
+        if hasattr(value, "get_secret_value"):
             told[name] = "set, and not told"
         elif hasattr(type(value), "model_fields"):
             told[name] = _settings(value)

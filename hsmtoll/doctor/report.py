@@ -64,7 +64,7 @@ class Report:
         }
 
     def evidence(self) -> dict[str, Any]:
-        """As `as_json`, with all that an auditor asks for: key, chain, device, settings, versions."""
+        """As `as_json`, with what an auditor asks for: key, chain, device, settings, versions."""
         return {**self.as_json(), **evidence(self.facts, signing_chain(self.facts))}
 
     def lines(self) -> tuple[str, ...]:
