@@ -1,0 +1,122 @@
+"""
+A client without a device, for rooms where the device is not the question.
+
+`SoftSigner` makes real assertions with a key in memory, and counts them. It belongs to the
+tests alone: a signer in software is what the package exists to replace.
+"""
+
+from __future__ import annotations
+
+import base64
+import uuid
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from hsmtoll import jws
+from hsmtoll.budget import Budget
+from hsmtoll.cache import Cache
+from hsmtoll.clock import Skew, SystemClock
+from hsmtoll.exchange import Endpoints
+from hsmtoll.grant import Grant
+from hsmtoll.renewal import Engine
+from hsmtoll.sandbox.pki import Authority, eseal_authority
+from hsmtoll.stores import MemoryStore, Store
+from hsmtoll.wire import Wire
+
+if TYPE_CHECKING:
+    import threading
+    from pathlib import Path
+
+    from hsmtoll.clock import Clock
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.tokens import TokenRequest
+
+
+@lru_cache
+def authority() -> Authority:
+    """The one authority that the signers of this run are certified by."""
+    return eseal_authority()
+
+
+class SoftSigner:
+    """Signs in memory. *hold*, if given, is waited for before each signature."""
+
+    def __init__(
+        self, audience: str, *, clock: Clock, skew: Skew, hold: threading.Event | None = None
+    ) -> None:
+        self._key = _key()
+        leaf = authority().issue(self._key.public_key())
+        chain = (leaf, *authority().chain)
+        self._x5c = tuple(base64.b64encode(c.public_bytes(Encoding.DER)).decode() for c in chain)
+        self._who = leaf.fingerprint(hashes.SHA256()).hex()
+        self._audience = audience
+        self._clock = clock
+        self._skew = skew
+        self._hold = hold
+        self.signed: list[str] = []
+        self.asked = 0
+
+    def identity(self) -> str:
+        self.asked += 1
+        return self._who
+
+    def assertion(self, request: TokenRequest) -> str:
+        if self._hold is not None:
+            assert self._hold.wait(30)
+        now = self._clock.now().wall + self._skew.seconds
+        grant = Grant("RS256", "acme", self._audience, request, x5c=self._x5c)
+        jti = str(uuid.uuid4())
+        unsigned = grant.unsigned(now=now, jti=jti)
+        self.signed.append(jti)
+        return jws.compact(unsigned, self._key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256()))
+
+
+@lru_cache
+def _key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
+
+
+def endpoints_of(sandbox: Sandbox) -> Endpoints:
+    """Where *sandbox* listens."""
+    return Endpoints(sandbox.issuer, sandbox.token_endpoint, sandbox.customs)
+
+
+def engine_of(
+    sandbox: Sandbox,
+    *,
+    clock: Clock | None = None,
+    store: Store | None = None,
+    skew_file: Path | None = None,
+    identity_file: Path | None = None,
+    selector: str = "selector",
+    background: bool = True,
+    patience: float = 30.0,
+    per_hour: int = 1000,
+    per_request: int = 2,
+    hold: threading.Event | None = None,
+    **wire: Any,
+) -> tuple[Engine, SoftSigner]:
+    """An engine that speaks to *sandbox* with a signer of its own; and the signer."""
+    sandbox.trust(authority())
+    clock = clock or SystemClock()
+    store = store if store is not None else MemoryStore()
+    skew = Skew(skew_file)
+    signer = SoftSigner(sandbox.issuer, clock=clock, skew=skew, hold=hold)
+    engine = Engine(
+        signer,
+        endpoints=endpoints_of(sandbox),
+        wire=lambda: Wire(ca_file=sandbox.ca_file, **wire),
+        cache=Cache(store, clock, patience=patience, background=background),
+        budget=Budget(store, clock, per_hour=per_hour),
+        clock=clock,
+        skew=skew,
+        selector=selector,
+        family="eseal",
+        per_request=per_request,
+        identity_file=identity_file,
+    )
+    return engine, signer
