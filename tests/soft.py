@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
+    from cryptography import x509
+
     from hsmtoll.clock import Clock
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.tokens import TokenRequest
@@ -49,7 +51,7 @@ class SoftSigner:
         self, audience: str, *, clock: Clock, skew: Skew, hold: threading.Event | None = None
     ) -> None:
         self._key = _key()
-        leaf = authority().issue(self._key.public_key())
+        leaf = _leaf()
         chain = (leaf, *authority().chain)
         self._x5c = tuple(base64.b64encode(c.public_bytes(Encoding.DER)).decode() for c in chain)
         self._who = leaf.fingerprint(hashes.SHA256()).hex()
@@ -73,6 +75,11 @@ class SoftSigner:
         unsigned = grant.unsigned(now=now, jti=jti)
         self.signed.append(jti)
         return jws.compact(unsigned, self._key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256()))
+
+
+@lru_cache
+def _leaf() -> x509.Certificate:
+    return authority().issue(_key().public_key())
 
 
 @lru_cache
