@@ -1,0 +1,142 @@
+"""
+Contracts of the tree that no linter knows: sizes, the lock, the version, words that stay out.
+
+Run from the top of the tree by `scripts/check`; prints one line for each breach.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: Non-blank lines. What every call passes through stays small enough to be read in one sitting.
+HEART: Final = ("tokens.py", "exchange.py", "cache.py", "client.py", "auth.py")
+HEART_LINES: Final = 900
+CORE_LINES: Final = 3000
+
+#: Rooms around the core, each with a purpose of its own.
+AROUND: Final = frozenset(
+    {"doctor", "enrol.py", "customs.py", "cli.py", "host", "sandbox", "testing"}
+)
+
+# The brackets keep this file from finding itself.
+_WORDS: Final = {
+    "a promise instead of code": r"\bTOD[O]\b|\bFIXM[E]\b|\bXX[X]\b|raise NotImplemente[d]Error",
+    "a path of the machine it was written on": r"/wor[k]/|/far[m]/|/tmp/la[b]",
+    "the host of a package registry": r"deb\.debia[n]\.org|pyp[i]\.org|pythonhoste[d]|npmj[s]",
+}
+#: A suppression has its reason beside it: after a dash, or in the comment on the line above.
+_SUPPRESSED: Final = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)$")
+
+
+def lines_of(path: Path) -> int:
+    """Non-blank lines."""
+    return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def sizes(package: Path) -> Iterator[str]:
+    """The heart and the core keep to their lines."""
+    heart = sum(lines_of(package / name) for name in HEART)
+    if heart > HEART_LINES:
+        yield f"{' + '.join(HEART)}: {heart} lines, {HEART_LINES} at most"
+    core = sum(
+        lines_of(path)
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] not in AROUND
+    )
+    if core > CORE_LINES:
+        yield f"the core of hsmtoll: {core} lines, {CORE_LINES} at most"
+
+
+def lock(top: Path) -> Iterator[str]:
+    """Every requirement of pyproject.toml is in the lock, in a version it allows, with hashes."""
+    project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    everything = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
+    running = [
+        *project["dependencies"],
+        *(each for name, extra in extras.items() if name not in ("test", "dev") for each in extra),
+    ]
+    for name, wanted in (("requirements.txt", everything), ("requirements-run.txt", running)):
+        text = (top / "scripts" / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        locked = {}
+        for line in text.splitlines():
+            if match := re.match(r"([A-Za-z0-9_.-]+)==(\S+)", line):
+                locked[canonicalize_name(match[1])] = match[2]
+                if "--hash=sha256:" not in line:
+                    yield f"scripts/{name}: {match[1]} has no hash"
+        for requirement in map(Requirement, wanted):
+            have = locked.get(canonicalize_name(requirement.name))
+            if have is None:
+                yield f"scripts/{name}: lacks {requirement.name} of pyproject.toml"
+            elif have not in requirement.specifier:
+                yield f"scripts/{name}: {requirement.name} {have} is not {requirement.specifier}"
+
+
+def versions(top: Path) -> Iterator[str]:
+    """What is installed is this tree's version; pyproject.toml alone states it."""
+    stated = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]
+    if version("hsmtoll") != stated:
+        yield f"hsmtoll {version('hsmtoll')} is installed, pyproject.toml says {stated}"
+
+
+def words(top: Path) -> Iterator[str]:
+    """No promise, no path of a machine, no registry; each suppression has its reason."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=top, capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    for name in sorted(filter(None, listed.stdout.split("\0"))):
+        try:
+            text = (top / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        lines = text.splitlines()
+        for number, line in enumerate(lines, 1):
+            for what, pattern in _WORDS.items():
+                if re.search(pattern, line):
+                    yield f"{name}:{number}: {what}"
+        if name.endswith(".py"):
+            yield from (
+                f"{name}:{number}: a suppression without a reason" for number in _bare(lines)
+            )
+
+
+def _bare(lines: list[str]) -> Iterator[int]:
+    """Line numbers of suppressions that say no reason, the same rule having had none before."""
+    explained: set[str] = set()
+    for number, line in enumerate(lines, 1):
+        if not (found := _SUPPRESSED.search(line)):
+            continue
+        rule, _, reason = found["rest"].partition(" ")[2].partition(" ")
+        rule = rule or found["rest"]
+        above = lines[number - 2].strip() if number > 1 else ""
+        if reason.strip(" -#") or above.startswith("#"):
+            explained.add(rule)
+        elif rule not in explained:
+            yield number
+
+
+def main(top: Path) -> int:
+    """Print the breaches. 1 if there are any."""
+    breaches = [*sizes(top / "hsmtoll"), *lock(top), *versions(top), *words(top)]
+    for breach in breaches:
+        print(breach)
+    return 1 if breaches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path.cwd()))
