@@ -45,14 +45,15 @@ def linted(top: Path) -> dict[str, str]:
         cwd=top, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(top), "COLUMNS": "400", "NO_COLOR": "1"},
     )  # fmt: skip
-    broken = re.MULTILINE | re.DOTALL
-    said = {}
-    for contract in CONTRACTS:
-        name = re.escape(contract["name"])
-        if re.search(rf"^{name} KEPT$", run.stdout, re.MULTILINE):
-            said[contract["id"]] = "KEPT"
-        elif found := re.search(rf"^{name}\n-+\n\n(.*?)(?:\n\n\n|\Z)", run.stdout, broken):
-            said[contract["id"]] = found[1]
+    name_of = {contract["name"]: contract["id"] for contract in CONTRACTS}
+    said = dict.fromkeys(
+        (name_of[name] for name in re.findall(r"^(.*) KEPT$", run.stdout, re.MULTILINE)), "KEPT"
+    )
+    # A heading, underlined, then its findings up to the next heading.
+    parts = re.split(r"^(\S.*)\n-+$", run.stdout, flags=re.MULTILINE)
+    for heading, findings in zip(parts[1::2], parts[2::2], strict=True):
+        if heading in name_of:
+            said[name_of[heading]] = findings
     assert len(said) == len(CONTRACTS), run.stdout + run.stderr
     assert run.returncode == any(each != "KEPT" for each in said.values())
     return said
