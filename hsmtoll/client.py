@@ -7,6 +7,8 @@ never enter.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,7 +18,6 @@ from hsmtoll.errors import ConfigurationError, UsageError, foreign
 from hsmtoll.tokens import ANY, AccessToken, Wish
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from types import TracebackType
 
@@ -114,6 +115,10 @@ class TollClient(_Shared):
     Every method raises the errors of `hsmtoll.errors`, each with its exit code and a hint.
     """
 
+    def __init__(self, engine: Engine, *, close: Callable[[], None] = lambda: None) -> None:
+        super().__init__(engine, close=close)
+        self._clients: dict[tuple[str, int], httpx.Client] = {}
+
     def token(
         self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
     ) -> AccessToken:
@@ -140,9 +145,14 @@ class TollClient(_Shared):
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         """One call; the scope is found from *path*. Arguments as for httpx.Client.request."""
-        api = apis.api_of_path(path)
-        with self.api(api.name) as client:
-            return client.request(method, f"{self._engine.endpoints.customs}{path}", **request)
+        url = f"{self._engine.endpoints.customs}{path}"
+        return self._kept(apis.api_of_path(path).name).request(method, url, **request)
+
+    def _kept(self, name: str) -> httpx.Client:
+        """One client an API, so that 500 submissions do not make 500 connections."""
+        # A child of fork has its own: a TLS connection cannot be shared.
+        key = (name, os.getpid())
+        return self._clients.get(key) or self._clients.setdefault(key, self.api(name))
 
     def submit(
         self,
@@ -177,8 +187,8 @@ class TollClient(_Shared):
         from hsmtoll import customs  # noqa: PLC0415
 
         engine = self._engine
-        with self.api(api) as client:
-            return customs.spoken(talk, client, engine.endpoints.customs, engine.clock.sleep)
+        client = self._kept(api)
+        return customs.spoken(talk, client, engine.endpoints.customs, engine.clock.sleep)
 
     def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
@@ -193,7 +203,9 @@ class TollClient(_Shared):
             )
 
     def close(self) -> None:
-        """Let go of the device. Living tokens of a shared cache live on."""
+        """Let go of the device and the connections. Living tokens of a shared cache live on."""
+        while self._clients:
+            self._clients.popitem()[1].close()
         self._let_go()
 
     def __enter__(self) -> Self:
@@ -210,6 +222,10 @@ class TollClient(_Shared):
 
 class AsyncTollClient(_Shared):
     """As TollClient, for tasks: what is held is given at once, and waiting holds no thread."""
+
+    def __init__(self, engine: Engine, *, close: Callable[[], None] = lambda: None) -> None:
+        super().__init__(engine, close=close)
+        self._clients: dict[tuple[str, int], httpx.AsyncClient] = {}
 
     async def token(
         self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
@@ -235,10 +251,13 @@ class AsyncTollClient(_Shared):
 
     async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         """As TollClient.call."""
-        api = apis.api_of_path(path)
-        async with self.api(api.name) as client:
-            url = f"{self._engine.endpoints.customs}{path}"
-            return await client.request(method, url, **request)
+        url = f"{self._engine.endpoints.customs}{path}"
+        return await self._kept(apis.api_of_path(path).name).request(method, url, **request)
+
+    def _kept(self, name: str) -> httpx.AsyncClient:
+        # Connections belong to the loop that they were made in.
+        key = (name, id(asyncio.get_running_loop()))
+        return self._clients.get(key) or self._clients.setdefault(key, self.api(name))
 
     async def submit(
         self,
@@ -270,14 +289,10 @@ class AsyncTollClient(_Shared):
         return await self._speak("document", talk)
 
     async def _speak(self, api: str, talk: Talk) -> Receipt:
-        import asyncio  # noqa: PLC0415
-
         from hsmtoll import customs  # noqa: PLC0415
 
-        async with self.api(api) as client:
-            return await customs.aspoken(
-                talk, client, self._engine.endpoints.customs, asyncio.sleep
-            )
+        origin = self._engine.endpoints.customs
+        return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
 
     async def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
@@ -295,6 +310,8 @@ class AsyncTollClient(_Shared):
 
     async def aclose(self) -> None:
         """As TollClient.close."""
+        while self._clients:
+            await self._clients.popitem()[1].aclose()
         self._let_go()
 
     async def __aenter__(self) -> Self:

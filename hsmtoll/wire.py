@@ -64,7 +64,8 @@ class Wire:
             "verify": self._context,
             "proxy": named,
             "trust_env": self._proxy == "environment",
-            "timeout": self._timeout,
+            # Waiting for a connection of our own pool is not the network's fault.
+            "timeout": httpx.Timeout(self._timeout, pool=self._deadline),
             "follow_redirects": False,
             "cookies": jar,
         }

@@ -310,7 +310,12 @@ class Sandbox:
             await self._stopping.wait()
         finally:
             for runner in self._runners.values():
+                for connection in runner.server.connections if runner.server else ():
+                    if connection.transport is not None:
+                        connection.transport.abort()
                 await runner.cleanup()
+            # What was aborted, here or by a fault, is closed in the loop's next turns.
+            await asyncio.sleep(0.05)
 
     async def _listen(self, side: Side) -> None:
         handlers = {"maskinporten": self._maskinporten, "customs": self._customs}
