@@ -33,7 +33,7 @@ rm -f "$SOCKET"
 server=
 # p11-kit keeps the whole of each connection in a process of its own: all of them end with us.
 trap 'trap "" TERM INT; [ -z "$server" ] || kill -TERM "$server" 2>/dev/null; rm -f "$SOCKET"; exit 0' TERM INT
-p11-kit server --foreground --name "$SOCKET" --provider "$module" "pkcs11:token=$TOKEN_LABEL" &
+p11-kit server --foreground --name "$SOCKET" --provider "$module" "pkcs11:token=$TOKEN_LABEL" >/dev/null &
 server=$!
 until [ -S "$SOCKET" ]; do
     kill -0 "$server" || exit 1
