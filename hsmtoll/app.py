@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.renewal import Engine
-    from hsmtoll.signer import LocalSigner, Signer
+    from hsmtoll.signer import Lineage, LocalSigner, Signer
     from hsmtoll.stores import Store
     from hsmtoll.wire import Wire
 
@@ -305,7 +305,14 @@ class App:
             pem=self.pem_certificates(),
             root_sha256=settings.hsm.root_sha256,
             certificate_sha256=settings.hsm.certificate_sha256,
+            lineage=self._lineage,
         )
+
+    @cached_property
+    def _lineage(self) -> Lineage:
+        from hsmtoll.signer import Lineage
+
+        return Lineage()
 
     @cached_property
     def engine(self) -> Engine:

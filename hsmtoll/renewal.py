@@ -156,8 +156,17 @@ class Engine:
                 except HsmTollError as exc:
                     if exc.code in _ONCE and attempt.num > 1:
                         exc.retryable = False
+                    # A new certificate that is not taken yet: the older one may still be.
+                    if self._has_another(exc.code):
+                        exc.retryable = True
                     raise
         raise AssertionError  # the loop returns or raises
+
+    def _has_another(self, code: str | None) -> bool:
+        from hsmtoll.signer import SecondChoice  # noqa: PLC0415 - it is there if anything signed
+
+        signer = self.signer
+        return code is not None and isinstance(signer, SecondChoice) and signer.refused(code)
 
     def _attempt(self, request: TokenRequest, flight: Flight) -> AccessToken:
         """One grant, new from the ground: jti, signature, both legs (PROTOCOL C06, C12)."""

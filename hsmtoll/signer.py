@@ -6,9 +6,11 @@ HTTP never enters. Nothing here takes bytes to sign from anybody.
 
 from __future__ import annotations
 
+import logging
 import threading
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from hsmtoll import chain as chains
 from hsmtoll import jws
@@ -32,7 +34,18 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device, StoredCertificate
     from hsmtoll.tokens import TokenRequest
 
-__all__ = ["FirstUp", "LocalSigner", "Signer", "SpentOnce", "readable"]
+__all__ = ["FirstUp", "Lineage", "LocalSigner", "SecondChoice", "Signer", "SpentOnce", "readable"]
+
+_log = logging.getLogger("hsmtoll.signer")
+
+#: Seconds. Certificates are read from the device at most this often (DESIGN 4.5).
+_REREAD: Final = 60.0
+
+#: Seconds. So long a certificate counts as new, and one that it replaced is fallen back on.
+_NEW: Final = 86_400.0
+
+#: What Maskinporten says to a certificate that it does not take (PROTOCOL A.11).
+_NOT_TAKEN: Final = ("MP-120", "MP-122", "MP-123", "MP-124")
 
 
 class Signer(Protocol):
@@ -43,6 +56,47 @@ class Signer(Protocol):
 
     def assertion(self, request: TokenRequest) -> str:
         """One assertion for *request*, new jti and new signature each time."""
+
+
+@runtime_checkable
+class SecondChoice(Protocol):
+    """A signer that may have another certificate to try where the first one was refused."""
+
+    def refused(self, code: str) -> bool:
+        """Told what Maskinporten said to the last assertion: whether another one is worth it."""
+
+    def refused_lately(self) -> bool:
+        """Whether the certificate in use was refused; the device is not asked."""
+
+
+@dataclass(slots=True)
+class Lineage:
+    """
+    What the keys of one list share while the process lives: the *organization* they sign for,
+    learned at first contact, and the leaves that Maskinporten *refused*, by SHA-256, with the
+    wall time until which an older one is preferred.
+    """
+
+    organization: str | None = None
+    refused: dict[str, float] = field(default_factory=dict)
+
+    def unwanted(self, now: float) -> frozenset[str]:
+        """The leaves that were refused lately."""
+        return frozenset(sha256 for sha256, until in self.refused.items() if now < until)
+
+
+@dataclass(frozen=True, slots=True)
+class _Proven:
+    """
+    A chain and how long it may be used without looking again: until *boot*, or *wall*, when a
+    certificate that was seen becomes valid or ends, and as long as the device's handles live.
+    """
+
+    chain: chains.Chain
+    boot: float
+    wall: float
+    generation: int
+    unwanted: frozenset[str]
 
 
 class LocalSigner:
@@ -71,6 +125,7 @@ class LocalSigner:
         pem: Iterable[Certificate] = (),
         root_sha256: str | None = None,
         certificate_sha256: str | None = None,
+        lineage: Lineage | None = None,
     ) -> None:
         self._device = device
         self._audience = audience
@@ -85,6 +140,11 @@ class LocalSigner:
         self._pem = tuple(pem)
         self._root_sha256 = root_sha256
         self._certificate_sha256 = certificate_sha256
+        self._lineage = lineage or Lineage()
+        self._proven: _Proven | None = None
+        # The leaf in use, and when it took over from another one in this process.
+        self._leaf: Certificate | None = None
+        self._took_over: float | None = None
 
     def identity(self) -> str:
         """SHA-256 (hex) of the leaf, or of the public key where a kid names it."""
@@ -95,13 +155,74 @@ class LocalSigner:
         return self.chain().leaf.sha256
 
     def chain(self) -> chains.Chain:
-        """The proven chain of the device's key, as it is now. CertificateError without one."""
+        """
+        The proven chain of the device's key; CertificateError without one.
+
+        Read and proven anew every 60 s, after the device was opened again, and when one of
+        its certificates becomes valid or ends: so a new one takes over by itself.
+        """
+        now = self._clock.now()
+        unwanted = self._lineage.unwanted(now.wall)
+        known = self._proven
+        if known is not None and (
+            now.boot < known.boot
+            and now.wall < known.wall
+            and known.unwanted == unwanted
+            and known.generation == self._device.generation
+        ):
+            return known.chain
+        self._proven = None
         pool = [*readable(self._device.certificates()), *self._pem]
-        now = datetime.fromtimestamp(self._clock.now().wall, UTC)
         public = self._device.key(candidates=_keys(pool)).public
         # Where the device hides the public half, the grant's own signature proves the leaf.
         leaves = chains.for_key(pool, public) if public else [c for c in pool if c.public_key]
-        return self._checked(leaves, pool, now)
+        chain = self._checked(leaves, pool, datetime.fromtimestamp(now.wall, UTC), unwanted)
+        self._took(chain.leaf, now.wall)
+        edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
+        self._proven = _Proven(
+            chain,
+            boot=now.boot + _REREAD,
+            wall=min((edge for edge in edges if edge > now.wall), default=now.wall + _REREAD),
+            generation=self._device.generation,
+            unwanted=unwanted,
+        )
+        return chain
+
+    def _took(self, leaf: Certificate, now: float) -> None:
+        if self._leaf is not None and self._leaf != leaf:
+            _log.info("certificate %s takes over from %s", leaf.sha256[:16], self._leaf.sha256[:16])
+            self._took_over = now
+        self._leaf = leaf
+        if self._lineage.organization is None:
+            self._lineage.organization = leaf.consumer_id(self._family)
+
+    def refused(self, code: str) -> bool:
+        """
+        Told what Maskinporten said: a leaf in its first day steps back behind the older ones,
+        with a warning. Whether this device has another leaf that lives.
+        """
+        leaf, now = self._leaf, self._clock.now().wall
+        if self._kid is not None or leaf is None or code not in _NOT_TAKEN:
+            return False
+        began = max(leaf.not_before.timestamp(), self._took_over or 0.0)
+        if now >= began + _NEW or self.refused_lately():
+            return False
+        self._lineage.refused[leaf.sha256] = began + _NEW
+        _log.warning(
+            "certificate-refused: Maskinporten refused the new certificate %s (%s); an older one "
+            "is used where one lives: run `hsmtoll doctor`",
+            leaf.sha256[:16],
+            code,
+        )
+        try:
+            return self.chain().leaf != leaf
+        except HsmTollError:
+            return False
+
+    def refused_lately(self) -> bool:
+        """Whether the leaf in use was refused; the device is not asked."""
+        unwanted = self._lineage.unwanted(self._clock.now().wall)
+        return self._leaf is not None and self._leaf.sha256 in unwanted
 
     def chain_without_pin(self) -> chains.Chain:
         """
@@ -113,10 +234,15 @@ class LocalSigner:
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
         pool = [*readable(stored), *self._pem]
         leaves = readable(named) or [each for each in pool if not each.is_ca]
-        return self._checked(leaves, pool, datetime.fromtimestamp(self._clock.now().wall, UTC))
+        now = datetime.fromtimestamp(self._clock.now().wall, UTC)
+        return self._checked(leaves, pool, now, frozenset())
 
     def _checked(
-        self, leaves: Iterable[Certificate], pool: Iterable[Certificate], now: datetime
+        self,
+        leaves: Iterable[Certificate],
+        pool: Iterable[Certificate],
+        now: datetime,
+        unwanted: frozenset[str],
     ) -> chains.Chain:
         return chains.checked(
             leaves,
@@ -127,6 +253,8 @@ class LocalSigner:
             root_sha256=self._root_sha256,
             preferred=frozenset(certificate.sha256 for certificate in self._pem),
             pinned_sha256=self._certificate_sha256,
+            organization=self._lineage.organization,
+            refused=unwanted,
         )
 
     def assertion(self, request: TokenRequest) -> str:
@@ -136,6 +264,14 @@ class LocalSigner:
         ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
         signing is not given out (PROTOCOL C05).
         """
+        try:
+            return self._signed(request)
+        except HsmTollError:
+            # Whatever it was, the device is looked at afresh the next time.
+            self._proven = None
+            raise
+
+    def _signed(self, request: TokenRequest) -> str:
         grant, key = self._grant(request)
         self._device.login()
         now = self._clock.now()
@@ -217,10 +353,14 @@ _DOWN: Final = (DeviceError, CertificateError)
 
 
 class FirstUp:
-    """Several signers in order: the first usable one signs (device up, certificate valid now)."""
+    """
+    Several signers in order: the first usable one signs (device up, certificate valid now).
+    One whose new certificate was refused lately comes after the others.
+    """
 
     def __init__(self, signers: Sequence[Signer]) -> None:
         self._signers = tuple(signers)
+        self._last: SecondChoice | None = None
 
     def identity(self) -> str:
         """The identity of the first usable one."""
@@ -230,14 +370,38 @@ class FirstUp:
         """An assertion of the first usable one; the first one's error if none is."""
         return self._first(lambda signer: signer.assertion(request))
 
+    def refused(self, code: str) -> bool:
+        """As `LocalSigner.refused`; another key of the list will do as well."""
+        last = self._last
+        if last is None:
+            return False
+        before = last.refused_lately()
+        if last.refused(code):
+            return True
+        if before or not last.refused_lately():
+            return False
+        self._first(lambda signer: signer.identity())
+        return self._last is not last
+
+    def refused_lately(self) -> bool:
+        """Whether that holds for the one used last."""
+        return self._last is not None and self._last.refused_lately()
+
     def _first(self, ask: Callable[[Signer], str]) -> str:
         first: HsmTollError | None = None
-        for signer in self._signers:
+        for signer in sorted(self._signers, key=_lately):
             try:
-                return ask(signer)
+                answer = ask(signer)
             except _DOWN as exc:
                 first = first or exc
+            else:
+                self._last = signer if isinstance(signer, SecondChoice) else None
+                return answer
         raise first or ConfigurationError("HSMTOLL_HSM__KEY: no key is named")
+
+
+def _lately(signer: Signer) -> bool:
+    return isinstance(signer, SecondChoice) and signer.refused_lately()
 
 
 class SpentOnce:

@@ -173,6 +173,8 @@ class Device:
         self._use_final_try = use_final_try
         self._allow_exportable_key = allow_exportable_key
         self._lock_timeout = lock_timeout
+        #: Goes up when the handles are new: what was read before may be out of date then.
+        self.generation = 0
         self._open: _Open | None = None
         self._shared: Login | None = None
         self._proven: RsaPublicKey | None = None
@@ -307,6 +309,7 @@ class Device:
         self._open = _Open(module=module, token=token, login=login, session=token.open())
         self._shared = login
         login.users.add(self)
+        self.generation += 1
         return self._open
 
     def _drop(self, exc: BaseException) -> None:
