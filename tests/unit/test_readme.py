@@ -1,0 +1,96 @@
+"""What the README states as a list or a table is what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+from click.testing import CliRunner
+
+from hsmtoll import errors
+from hsmtoll.cli import main
+from hsmtoll.refusals import REFUSALS
+from hsmtoll.settings import Settings, variable
+
+TOP: Final = Path(__file__).parents[2]
+README: Final = (TOP / "README.md").read_text(encoding="utf-8")
+
+#: Settings of the part that the README names as kept for later, by their group.
+_LATER: Final = ("HSMTOLL_SIGNER__", "HSMTOLL_HOST__")
+
+
+def section(title: str) -> str:
+    """From a heading to the next one of its level."""
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found, title
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of the tables in *text*, without heads, rules and code marks."""
+    return [
+        [cell.strip().strip("`") for cell in line.strip("|").split(" | ")]
+        for line in re.findall(r"^\| (?!---).*\|$", text, re.MULTILINE)
+    ]
+
+
+def variables() -> set[str]:
+    """Every variable that settings know."""
+    found = {"HSMTOLL_CONFIG"}
+    for name, field in Settings.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        found |= {variable(name, sub) for sub in inner} if inner else {variable(name)}
+    return found
+
+
+def test_the_help_text_is_the_commands_own() -> None:
+    shown = CliRunner().invoke(main, ["--help"], prog_name="hsmtoll", terminal_width=78).output
+    assert f"```console\n$ hsmtoll --help\n{shown}```\n" in README
+
+
+def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:
+    named = [cells[0] for cells in rows(section("Settings"))[1:]]
+    assert len(named) == len(set(named))
+    assert set(named) == {name for name in variables() if not name.startswith(_LATER)}
+    for group in _LATER:
+        assert f"`{group}…`" in section("Settings")
+
+
+def test_no_variable_is_named_that_does_not_exist() -> None:
+    named = set(re.findall(r"HSMTOLL_[A-Z0-9_]*[A-Z0-9]", README)) - {"HSMTOLL_ENVIROMENT"}
+    known = variables()
+    assert {name for name in named if name not in known} <= {name.rstrip("_") for name in _LATER}
+
+
+def test_the_exit_codes_are_those_of_the_classes() -> None:
+    stated = {(int(code), name) for code, name, _ in rows(section("Exit codes"))[1:]}
+    classes = {
+        (getattr(errors, name).exit_code, name)
+        for name in errors.__all__
+        if name not in ("foreign", "HsmTollError")
+    }
+    assert stated == {(0, "-"), *classes}
+
+
+def test_the_codes_of_maskinporten_are_the_table_of_refusals() -> None:
+    stated = [cells for cells in rows(section("When it fails"))[1:] if cells[0].startswith("MP-")]
+    assert stated == [[row.code, row.meaning, row.who, row.do] for row in REFUSALS.values()]
+
+
+def test_every_code_of_ours_that_is_explained_exists() -> None:
+    stated = [
+        cells[0] for cells in rows(section("When it fails")) if not cells[0].startswith("MP-")
+    ]
+    source = "".join(path.read_text("utf-8") for path in (TOP / "hsmtoll").rglob("*.py"))
+    assert len(stated) > 10
+    assert [code for code in stated if code != "code" and f'"{code}"' not in source] == []
+
+
+def test_every_link_inside_the_readme_leads_to_a_heading() -> None:
+    headings = {
+        title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
+    links = set(re.findall(r"\]\(#([^)]*)\)", README))
+    assert links
+    assert links <= headings
