@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 -- a program of an image, not part of the package
 """
 A key made on the device, a signing request for it, and the issuer's answer stored beside it.
 
@@ -42,7 +43,9 @@ def main() -> int:
         beside.write_text(request, "ascii")
         beside.replace(DESK / "request.pem")
         say("a signing request, signed on the device, went to the issuer")
-        while not answer.exists():
+        for _ in range(600):
+            if answer.exists():
+                break
             time.sleep(0.1)
         done = enrol.import_chain(device, answer.read_text("ascii"), now=datetime.now(UTC))
         for one in done.written:

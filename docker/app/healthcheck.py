@@ -1,3 +1,4 @@
+# ruff: noqa: INP001 -- a program of an image, not part of the package
 """
 Whether this container is well: exit code 0 or 1. Asked for by the images' HEALTHCHECK.
 

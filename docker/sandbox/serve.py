@@ -1,3 +1,4 @@
+# ruff: noqa: INP001, TID251 -- a program of an image, not part of the package
 """
 The sandbox in a container, and the issuer of its test certificates, until SIGTERM.
 
@@ -38,9 +39,7 @@ def main() -> int:
     write(kept, pem(*known, authority.root))
     # All addresses: a container's only way to be reached, and nothing is published by itself.
     everywhere = "0.0.0.0"  # noqa: S104 -- see above
-    with Sandbox(
-        trust=[authority, *known], host=everywhere, names=NAMES, ports=PORTS
-    ) as sandbox:
+    with Sandbox(trust=[authority, *known], host=everywhere, names=NAMES, ports=PORTS) as sandbox:
         write(DESK / "ca.pem", sandbox.ca_file.read_bytes())
         say(f"Maskinporten at {sandbox.issuer}, Customs at {sandbox.customs}")
         told = 0
@@ -58,17 +57,22 @@ def issue(authority: Authority) -> None:
     if not request.exists():
         return
     try:
-        asked = x509.load_pem_x509_csr(request.read_bytes())
-        key = asked.public_key()
-        if not asked.is_signature_valid or not isinstance(key, rsa.RSAPublicKey):
-            raise ValueError("not signed by the RSA key it names")
-        leaf = authority.issue(key)
+        leaf = issued(authority, request.read_bytes())
     except ValueError as exc:
         say(f"a signing request was refused: {exc}")
     else:
         write(DESK / "chain.pem", pem(leaf, *authority.chain))
         say(f"issued {leaf.subject.rfc4514_string()}")
     request.unlink()
+
+
+def issued(authority: Authority, request: bytes) -> x509.Certificate:
+    """A leaf for the key of *request* (PEM). ValueError for what no issuer would take."""
+    asked = x509.load_pem_x509_csr(request)
+    key = asked.public_key()
+    if not asked.is_signature_valid or not isinstance(key, rsa.RSAPublicKey):
+        raise ValueError("not signed by the RSA key it names")
+    return authority.issue(key)
 
 
 def write(path: Path, content: bytes) -> None:
