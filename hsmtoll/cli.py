@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -521,8 +522,6 @@ def _key_row(key: KeyFacts) -> dict[str, Any]:
 
 
 def _certificate_row(uri: KeyUri, der: bytes, now: float) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
     from hsmtoll.certificate import Certificate
 
     try:
@@ -564,6 +563,142 @@ def _print_device(device: dict[str, Any]) -> None:
             if "problem" in each
             else f"       {each['subject']}, {each['days_left']} days left"
         )
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Every check, for a program.")
+@click.option("--online", is_flag=True, help="Ask the services as well: clock, grants.")
+@click.option("--scope", "--api", "scopes", multiple=True, metavar="S", help="To be asked for.")
+@click.option("--crl", type=_file, help="A revocation list to judge the leaf by.")
+@click.option("--evidence", is_flag=True, help="A JSON report for an auditor.")
+@_final_try
+@click.pass_obj
+def doctor(
+    ours: _Globals,
+    *,
+    as_json: bool,
+    online: bool,
+    scopes: tuple[str, ...],
+    crl: Path | None,
+    evidence: bool,
+    use_final_try: bool,
+) -> int:
+    """
+    Foretell what Maskinporten and Customs will say, from the device outward.
+
+    Leaves with 0, or with the code of the first failure. Nothing is sent without --online.
+    """
+    from hsmtoll import doctor as checks
+
+    app = ours.app(use_final_try=use_final_try)
+    try:
+        report = checks.run(app, online=online, scopes=scopes, crl=crl)
+        told = report.evidence() if evidence else report.as_json() if as_json else None
+    finally:
+        app.close()
+    if told is not None:
+        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+    else:
+        click.echo("\n".join(report.lines()))
+    return report.exit_code
+
+
+@main.group()
+def key() -> None:
+    """Enrolment: a key made on the device, its request, its certificates."""
+
+
+@key.command("generate")
+@click.option("--bits", type=click.Choice(["3072", "2048", "4096"]), default="3072")
+@click.option("--label", metavar="L", help="Default: that of HSMTOLL_HSM__KEY.")
+@click.option("--id", "key_id", metavar="HEX", help="Default: that of HSMTOLL_HSM__KEY, or random.")
+@click.option("--always-authenticate", is_flag=True, help="The PIN for every signature.")
+@_final_try
+@click.pass_obj
+def key_generate(
+    ours: _Globals,
+    *,
+    bits: str,
+    label: str | None,
+    key_id: str | None,
+    always_authenticate: bool,
+    use_final_try: bool,
+) -> None:
+    """Make an RSA key on the device: for signing alone, never to leave it. Prints its URI."""
+    from hsmtoll import enrol
+
+    try:
+        given = bytes.fromhex(key_id) if key_id else None
+    except ValueError:
+        raise UsageError("--id: hexadecimal bytes are expected, such as 01") from None
+    app = ours.app(use_final_try=use_final_try)
+    with app.devices[0] as device:
+        uri = enrol.generate(
+            device,
+            bits=int(bits),
+            label=label,
+            id=given,
+            always_authenticate=always_authenticate,
+        )
+    click.echo(str(uri))
+
+
+@key.command("csr")
+@click.option("--country", required=True, metavar="CC")
+@click.option("--organization", required=True, metavar="NAME")
+@click.option("--common-name", required=True, metavar="NAME")
+@click.option("--organization-identifier", required=True, metavar="ID",
+              help="NTRSE-5566778899, NTRNO-987654325, VATDE-123456789, …")  # fmt: skip
+@click.option("--unit", metavar="NAME")
+@click.option("--serial-number", metavar="N")
+@_final_try
+@click.pass_obj
+def key_csr(ours: _Globals, /, *, use_final_try: bool, **subject: Any) -> None:
+    """Print a certificate request (PKCS#10, PEM), signed on the device."""
+    from hsmtoll import enrol
+
+    app = ours.app(use_final_try=use_final_try)
+    with app.devices[0] as device:
+        click.echo(enrol.csr(device, **subject).rstrip())
+
+
+@key.command("import")
+@click.argument("chain_pem", type=_file)
+@_final_try
+@click.pass_obj
+def key_import(ours: _Globals, *, chain_pem: Path, use_final_try: bool) -> None:
+    """Put a chain onto the device, beside its key. Again changes nothing."""
+    from hsmtoll import enrol
+
+    app = ours.app(use_final_try=use_final_try)
+    try:
+        text = chain_pem.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{foreign(chain_pem)}: cannot be read as PEM") from None
+    with app.devices[0] as device:
+        now = datetime.fromtimestamp(app.clock.now().wall, UTC)
+        # Without an identity the rules of eSeals judge: what they take, the others take.
+        family = app.settings.identity or "eseal"
+        done = enrol.import_chain(device, text, now=now, identity=family)
+    for what, certificates in (
+        ("written", done.written),
+        ("there already", done.present),
+        ("no room for it: name it in a file, HSMTOLL_HSM__CERTIFICATES", done.left),
+    ):
+        for each in certificates:
+            click.echo(f"{each.subject}: {what}")
+
+
+@key.command("jwk")
+@_final_try
+@click.pass_obj
+def key_jwk(ours: _Globals, *, use_final_try: bool) -> None:
+    """Print the public key as JWK with an RFC 7638 kid, ready for Samarbeidsportalen."""
+    from hsmtoll import enrol
+
+    app = ours.app(use_final_try=use_final_try)
+    with app.devices[0] as device:
+        click.echo(json.dumps(enrol.jwk(device, alg=app.settings.alg), indent=2))
 
 
 @main.group()

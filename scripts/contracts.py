@@ -20,10 +20,11 @@ from packaging.utils import canonicalize_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: Non-blank lines. What every call passes through stays small enough to be read in one sitting.
+#: Non-blank lines. What every call passes through stays small enough to be read in one sitting;
+#: the core as a whole has a ceiling, so that it grows on purpose and never by accident.
 HEART: Final = ("tokens.py", "exchange.py", "cache.py", "client.py", "auth.py")
 HEART_LINES: Final = 900
-CORE_LINES: Final = 3000
+CORE_LINES: Final = 7800
 
 #: Rooms around the core, each with a purpose of its own.
 AROUND: Final = frozenset(
