@@ -193,10 +193,10 @@ class RedisStore:
     """
 
     #: Seconds after which the lock of a holder that died is free; who lives prolongs it.
-    LEASE: Final = 10.0
+    LEASE = 10.0
 
     #: Seconds for which a server that did not answer is not asked again.
-    REST: Final = 5.0
+    REST = 5.0
 
     def __init__(self, connect: Callable[[], redis.Redis], *, secret: bytes, clock: Clock) -> None:
         self._connect = connect
@@ -349,8 +349,8 @@ def _redis(url: str, ca_file: Path | None) -> redis.Redis:
         options["connection_class"] = OurTls
     # One more try at once: a connection that idled may have been closed by a restart.
     options |= {
-        "socket_connect_timeout": 2.0,
-        "socket_timeout": 2.0,
+        "socket_connect_timeout": 5.0,
+        "socket_timeout": 5.0,
         "retry": Retry(NoBackoff(), 1),
     }
     return redis.Redis(connection_pool=redis.ConnectionPool(**options))

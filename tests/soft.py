@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
-    from cryptography import x509
-
     from hsmtoll.clock import Clock
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.tokens import TokenRequest
@@ -50,11 +48,7 @@ class SoftSigner:
     def __init__(
         self, audience: str, *, clock: Clock, skew: Skew, hold: threading.Event | None = None
     ) -> None:
-        self._key = _key()
-        leaf = _leaf()
-        chain = (leaf, *authority().chain)
-        self._x5c = tuple(base64.b64encode(c.public_bytes(Encoding.DER)).decode() for c in chain)
-        self._who = leaf.fingerprint(hashes.SHA256()).hex()
+        self._key, self._x5c, self._who = identity()
         self._audience = audience
         self._clock = clock
         self._skew = skew
@@ -78,13 +72,16 @@ class SoftSigner:
 
 
 @lru_cache
-def _leaf() -> x509.Certificate:
-    return authority().issue(_key().public_key())
-
-
-@lru_cache
-def _key() -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(65537, 2048)
+def identity(
+    key: rsa.RSAPrivateKey | None = None,
+) -> tuple[rsa.RSAPrivateKey, tuple[str, ...], str]:
+    """A key, the chain that certifies it as x5c carries it, and the leaf's SHA-256."""
+    if key is None:
+        key = rsa.generate_private_key(65537, 2048)
+    leaf = authority().issue(key.public_key())
+    chain = (leaf, *authority().chain)
+    x5c = tuple(base64.b64encode(each.public_bytes(Encoding.DER)).decode() for each in chain)
+    return key, x5c, leaf.fingerprint(hashes.SHA256()).hex()
 
 
 def endpoints_of(sandbox: Sandbox) -> Endpoints:

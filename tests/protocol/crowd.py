@@ -1,0 +1,128 @@
+"""
+One process of a crowd: gets a token through a shared store and says which.
+
+    python crowd.py '{"environ": {…}, "step": null, "fork": false}'
+
+It signs with a key in memory and tells each signature on stdout as a line ``signed``, the
+token's hash as ``token …``. *step* is where it stops for good and says ``at STEP``: locked,
+signed, granted, exchanged. With *fork* it leaves a child there, as servers do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from hsmtoll import jws
+from hsmtoll.budget import Budget
+from hsmtoll.cache import Cache
+from hsmtoll.client import TollClient
+from hsmtoll.clock import Skew, SystemClock
+from hsmtoll.errors import HsmTollError
+from hsmtoll.exchange import Answer, Endpoints, Post
+from hsmtoll.grant import Grant
+from hsmtoll.renewal import Engine
+from hsmtoll.stores import FileStore, RedisStore, Store
+from hsmtoll.wire import Wire
+
+if TYPE_CHECKING:
+    from hsmtoll.tokens import TokenRequest
+
+ORDER: dict[str, Any] = json.loads(sys.argv[1])
+
+
+def reached(step: str) -> None:
+    """Stop here for good, if this is the step that was ordered."""
+    if ORDER.get("step") != step:
+        return
+    if ORDER.get("fork"):
+        child = os.fork()
+        if child == 0:
+            time.sleep(600)
+            os._exit(0)
+        say(f"child {child}")
+    say(f"at {step}")
+    time.sleep(600)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class Signer:
+    """As SoftSigner, with the key and the chain that it was given."""
+
+    def __init__(self, skew: Skew, clock: SystemClock) -> None:
+        self._skew = skew
+        self._clock = clock
+
+    def identity(self) -> str:
+        return str(ORDER["identity"])
+
+    def assertion(self, request: TokenRequest) -> str:
+        reached("locked")
+        key = serialization.load_pem_private_key(ORDER["key"].encode(), None)
+        assert isinstance(key, rsa.RSAPrivateKey)
+        say("signed")
+        grant = Grant("RS256", "acme", ORDER["issuer"], request, x5c=tuple(ORDER["x5c"]))
+        now = self._clock.now().wall + self._skew.seconds
+        unsigned = grant.unsigned(now=now, jti=os.urandom(16).hex())
+        signature = key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256())
+        reached("signed")
+        return jws.compact(unsigned, signature)
+
+
+class Stopping(Wire):
+    """The real wire, which may stop behind a leg."""
+
+    def post(self, post: Post) -> Answer:
+        answer = super().post(post)
+        reached({"Maskinporten": "granted", "Customs": "exchanged"}[post.leg])
+        return answer
+
+
+def store(clock: SystemClock) -> Store:
+    url = ORDER["cache"]
+    if url.startswith("file://"):
+        return FileStore(Path(url.removeprefix("file://")))
+    return RedisStore.at(url, key_file=Path(ORDER["cache_key_file"]), ca_file=None, clock=clock)
+
+
+def main() -> int:
+    clock, skew = SystemClock(), Skew()
+    kept = store(clock)
+    engine = Engine(
+        Signer(skew, clock),
+        endpoints=Endpoints(ORDER["issuer"], ORDER["token"], ORDER["customs"]),
+        wire=lambda: Stopping(ca_file=Path(ORDER["ca_file"])),
+        cache=Cache(kept, clock, patience=ORDER.get("patience", 60), background=False),
+        budget=Budget(kept, clock, per_hour=1000),
+        clock=clock,
+        skew=skew,
+        selector=ORDER.get("selector", "selector"),
+        family="eseal",
+        per_request=2,
+    )
+    say("ready")
+    if ORDER.get("wait"):
+        sys.stdin.readline()
+    try:
+        token = TollClient(engine).token("road")
+    except HsmTollError as exc:
+        say(f"failed {exc.exit_code} {exc}")
+        return exc.exit_code
+    say(f"token {hashlib.sha256(token.value.encode()).hexdigest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

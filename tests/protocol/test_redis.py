@@ -1,0 +1,298 @@
+"""Machines that share a Redis: one signature, and nothing that whoever writes there could use."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from hsmtoll.client import TollClient
+from hsmtoll.clock import SystemClock
+from hsmtoll.errors import ConfigurationError
+from hsmtoll.stores import RedisStore, name_of
+from tests.crowds import Crowd, fresh_key
+from tests.soft import engine_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hsmtoll.sandbox.server import Sandbox
+
+# Crowds of processes on a busy machine take their time to start.
+pytestmark = pytest.mark.timeout(300)
+
+KEY, OTHER = name_of("a key"), name_of("another")
+
+
+class Server:
+    """A Redis of this test's own, on a Unix socket."""
+
+    def __init__(self, directory: Path) -> None:
+        self.socket = directory / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "save": "",
+            "appendonly": "no",
+            "dir": str(self._directory),
+        }
+        argv = [word for name, value in options.items() for word in (f"--{name}", value)]
+        self._process = subprocess.Popen(
+            ["redis-server", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while True:
+            assert self._process.poll() is None, "redis-server ended at once"
+            try:
+                with self.client() as client:
+                    client.ping()
+                return
+            except redis.exceptions.RedisError:
+                time.sleep(0.02)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+            self.socket.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    path = tmp_path / "key"
+    path.write_bytes(secrets.token_bytes(32))
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def store(server: Server, key_file: Path) -> RedisStore:
+    return store_at(server, key_file)
+
+
+def store_at(server: Server, key_file: Path) -> RedisStore:
+    return RedisStore.at(server.url, key_file=key_file, ca_file=None, clock=SystemClock())
+
+
+@contextmanager
+def raw(server: Server) -> Iterator[redis.Redis]:
+    """As whoever can write to Redis."""
+    with server.client() as client:
+        yield client
+
+
+def test_what_was_put_is_got_with_the_time_that_redis_gives_it(store: RedisStore) -> None:
+    assert store.get(KEY) is None
+    store.put(KEY, b"value", ttl=100)
+    kept = store.get(KEY)
+    assert kept is not None
+    assert kept.value == b"value"
+    assert kept.left is not None
+    assert 90 < kept.left <= 100
+    store.put(OTHER, b"value", ttl=0.05)
+    time.sleep(0.1)
+    assert store.get(OTHER) is None
+
+
+def test_nothing_readable_lies_there(store: RedisStore, server: Server) -> None:
+    store.put(KEY, b"the-secret-token", ttl=100)
+    with raw(server) as client:
+        lying = repr([(name, client.get(name)) for name in client.scan_iter("*")])
+    assert KEY in lying
+    assert "secret" not in lying
+
+
+def test_a_value_moved_to_another_key_does_not_open(
+    store: RedisStore, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put(KEY, b"mine", ttl=100)
+    store.put(OTHER, b"theirs", ttl=100)
+    with raw(server) as client:
+        mine, theirs = f"hsmtoll:1:{KEY}", f"hsmtoll:1:{OTHER}"
+        client.rename(theirs, mine)
+    assert store.get(KEY) is None
+    assert "does not open" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["bit", "cut", "empty", "plain", "list"])
+def test_a_value_that_was_changed_is_a_miss(store: RedisStore, server: Server, change: str) -> None:
+    store.put(KEY, b"value", ttl=100)
+    name = f"hsmtoll:1:{KEY}"
+    with raw(server) as client:
+        sealed = client.get(name)
+        assert isinstance(sealed, bytes)
+        client.delete(name)
+        if change == "list":
+            client.rpush(name, sealed)
+        else:
+            client.set(
+                name,
+                {
+                    "bit": sealed[:-1] + bytes([sealed[-1] ^ 1]),
+                    "cut": sealed[:-3],
+                    "empty": b"",
+                    "plain": b"value",
+                }[change],
+                px=100_000,
+            )
+    assert store.get(KEY) is None
+
+
+def test_a_value_of_another_secret_is_a_miss(
+    store: RedisStore, server: Server, tmp_path: Path
+) -> None:
+    store.put(KEY, b"value", ttl=100)
+    path = tmp_path / "other-key"
+    path.write_bytes(secrets.token_bytes(32))
+    path.chmod(0o600)
+    assert store_at(server, path).get(KEY) is None
+    # The control.
+    assert store.get(KEY) is not None
+
+
+def test_a_lock_excludes_and_is_freed(server: Server, key_file: Path) -> None:
+    first, second = store_at(server, key_file), store_at(server, key_file)
+    with first.lock(KEY, patience=1) as held:
+        assert held
+        with second.lock(KEY, patience=0.1) as free:
+            assert not free
+        with second.lock(OTHER, patience=0.1) as free:
+            assert free
+    with second.lock(KEY, patience=0.1) as free:
+        assert free
+
+
+def test_a_holder_who_lives_keeps_the_lock_longer_than_its_lease(
+    server: Server, key_file: Path
+) -> None:
+    class Short(RedisStore):
+        LEASE = 0.6
+
+    def at() -> Short:
+        return Short(server.client, secret=key_file.read_bytes(), clock=SystemClock())
+
+    first, second = at(), at()
+    with first.lock(KEY, patience=1):
+        time.sleep(1.2)
+        with second.lock(KEY, patience=0.1) as free:
+            assert not free
+    # The control: one who is gone without a word loses it.
+    with raw(server) as client:
+        assert client.lock(f"hsmtoll:1:{KEY}:lock", timeout=0.3).acquire()
+    with second.lock(KEY, patience=2) as free:
+        assert free
+
+
+def test_40_processes_of_four_machines_cost_one_signature(
+    server: Server, toll_sandbox: Sandbox, key_file: Path
+) -> None:
+    with Crowd(toll_sandbox, server.url, key_file) as crowd:
+        signed, ended = crowd.run(40)
+    assert signed == 1
+    assert len(ended) == 1
+    assert ended.pop().startswith("token ")
+
+
+def test_a_leader_that_is_killed_blocks_the_others_for_its_lease_alone(
+    server: Server, toll_sandbox: Sandbox, key_file: Path
+) -> None:
+    with Crowd(toll_sandbox, server.url, key_file) as crowd:
+        leader = crowd.member(step="signed")
+        leader.until("at signed")
+        leader.process.kill()
+        said = crowd.member().end()
+    assert said.count("signed") == 1
+    assert any(line.startswith("token ") for line in said)
+
+
+def test_two_devices_with_equal_settings_never_share_a_token(
+    server: Server, toll_sandbox: Sandbox, key_file: Path
+) -> None:
+    ours = Crowd(toll_sandbox, server.url, key_file)
+    theirs = Crowd(toll_sandbox, server.url, key_file, key=fresh_key())
+    with ours, theirs:
+        first, mine = ours.run(2)
+        second, others = theirs.run(2)
+    assert (first, second) == (1, 1)
+    assert not mine & others
+
+
+def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
+    server: Server, toll_sandbox: Sandbox, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = store_at(server, key_file)
+    store.REST = 0.0  # asked again at once, so that the test need not wait
+    engine, signer = engine_of(toll_sandbox, store=store)
+    client = TollClient(engine)
+    first = client.token("road")
+    server.kill()
+    assert client.token("road") is first
+    caplog.clear()
+    for _ in range(3):
+        client.token("road", renew=True)
+    assert len(signer.signed) == 4
+    down = [r for r in caplog.records if "Redis does not answer" in r.getMessage()]
+    assert len(down) == 1, "one warning for one outage"
+    server.start()
+    client.token("air")
+    other, unused = engine_of(toll_sandbox, store=store_at(server, key_file))
+    TollClient(other).token("air")
+    assert unused.signed == []
+
+
+def test_a_redis_that_never_was_there_costs_a_warning(
+    tmp_path: Path, toll_sandbox: Sandbox, key_file: Path
+) -> None:
+    store = RedisStore.at(
+        f"unix://{tmp_path}/nothing", key_file=key_file, ca_file=None, clock=SystemClock()
+    )
+    engine, signer = engine_of(toll_sandbox, store=store)
+    client = TollClient(engine)
+    threads = [threading.Thread(target=client.token, args=("road",)) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(signer.signed) == 1, "in this process the flight is one still"
+
+
+def test_a_password_in_the_url_is_told_to_nobody(
+    server: Server, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"unix://:hunter2hunter2@{server.socket}"
+    store = RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
+    assert store.get(KEY) is None
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in repr(store)
+
+
+def test_a_url_that_is_none_is_told_without_its_password(key_file: Path) -> None:
+    store = RedisStore.at(
+        "redis://:hunter2@localhost:port/0", key_file=key_file, ca_file=None, clock=SystemClock()
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        store.get(KEY)
+    assert "hunter2" not in str(caught.value)
