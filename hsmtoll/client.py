@@ -7,9 +7,7 @@ never enter.
 
 from __future__ import annotations
 
-import asyncio
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,30 +24,10 @@ if TYPE_CHECKING:
     from hsmtoll.auth import AsyncTollAuth, TollAuth
     from hsmtoll.customs import Receipt, Talk
     from hsmtoll.keeper import Keeper
+    from hsmtoll.metrics import Status
     from hsmtoll.renewal import Engine
 
-__all__ = ["AsyncTollClient", "Status", "TollClient"]
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """
-    What an operator sees, as this process has seen it.
-
-    *waiting*: callers who wait for a renewal. *signatures* spent. *legs*: by name and outcome.
-    *hits*: tokens given, by where they came from. *dark_in*: seconds until the last living
-    token dies, if nothing can be renewed. *certificate_days* left, and *pin*, the state of the
-    PIN as last seen: ``None`` where the device was not needed. *skew*: seconds.
-    """
-
-    waiting: int
-    signatures: int
-    legs: Mapping[tuple[str, str], int]
-    hits: Mapping[str, int]
-    dark_in: float | None
-    certificate_days: float | None
-    skew: float
-    pin: str | None
+__all__ = ["AsyncTollClient", "TollClient"]
 
 
 class _Shared:
@@ -62,20 +40,9 @@ class _Shared:
 
     def status(self) -> Status:
         """How it stands; asks neither the device nor the network."""
-        engine = self._engine
-        ends = getattr(engine.signer, "certificate_ends", None)
-        return Status(
-            waiting=engine.cache.waiting(),
-            signatures=engine.signatures,
-            legs=dict(engine.legs),
-            hits=dict(engine.cache.hits),
-            dark_in=engine.cache.left(),
-            certificate_days=(
-                (ends.timestamp() - engine.clock.now().wall) / 86_400 if ends else None
-            ),
-            skew=engine.skew.seconds,
-            pin=getattr(engine.signer, "pin_state", None),
-        )
+        from hsmtoll.metrics import status_of  # noqa: PLC0415
+
+        return status_of(self._engine)
 
     def keep_fresh(self, *scopes: str) -> Keeper:
         """
@@ -256,6 +223,8 @@ class AsyncTollClient(_Shared):
 
     def _kept(self, name: str) -> httpx.AsyncClient:
         # Connections belong to the loop that they were made in.
+        import asyncio  # noqa: PLC0415
+
         key = (name, id(asyncio.get_running_loop()))
         return self._clients.get(key) or self._clients.setdefault(key, self.api(name))
 
@@ -292,6 +261,8 @@ class AsyncTollClient(_Shared):
         from hsmtoll import customs  # noqa: PLC0415
 
         origin = self._engine.endpoints.customs
+        import asyncio  # noqa: PLC0415
+
         return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
 
     async def routing(

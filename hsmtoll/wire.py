@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import httpx
 
 from hsmtoll import exchange, tls
-from hsmtoll.errors import NetworkError, foreign
+from hsmtoll.errors import ConfigurationError, NetworkError, foreign
 
 if TYPE_CHECKING:
     import ssl
@@ -60,6 +60,15 @@ class Wire:
                 self._context = tls.client_context(self._ca_file)
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         named = self._proxy if self._proxy != "environment" else None
+        if named is not None:
+            try:
+                httpx.Proxy(named)
+            except (ValueError, httpx.InvalidURL):
+                # `from None`: the original quotes the URL, and that may hold a password.
+                raise ConfigurationError(
+                    "HSMTOLL_PROXY: not the URL of a proxy",
+                    hint="http://host:port, or https://…; or environment, to use its variables",
+                ) from None
         return {
             "verify": self._context,
             "proxy": named,

@@ -1,0 +1,307 @@
+"""The way to a token endpoint: one deadline, one size, no redirects, no cookies, no surprises."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from hsmtoll import tls
+from hsmtoll.errors import ConfigurationError, NetworkError
+from hsmtoll.exchange import Post
+from hsmtoll.wire import Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from hsmtoll.sandbox.server import Sandbox
+
+ASSERTION = "eyJhbGciOiJSUzI1NiJ9.eyJqdGkiOiIxIn0.c2lnbmF0dXJl"
+
+
+def post_to(url: str) -> Post:
+    return Post("Maskinporten", url, {"assertion": ASSERTION}, ASSERTION)
+
+
+@contextmanager
+def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Plain HTTP on this machine: *answer* gets each connection once the request is read."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.1)
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                connection.settimeout(5)
+                try:
+                    while b"\r\n\r\n" not in connection.recv(65536):
+                        pass
+                    answer(connection)
+                    # Whoever closes with something unread cuts the line instead of ending it.
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):
+                        pass
+                except OSError:
+                    continue
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/token"
+    finally:
+        ended.set()
+        thread.join(10)
+        listener.close()
+
+
+def dripping(head: bytes, drop: bytes) -> Callable[[socket.socket], None]:
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(head)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            connection.sendall(drop)
+            time.sleep(0.05)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("head", "drop"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\nx-a: ", b"a"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"1\r\na\r\n"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["status", "header", "body", "body without a length", "chunks", "interim answers"],
+)
+def test_a_server_that_sends_a_little_now_and_then_meets_the_deadline(
+    head: bytes, drop: bytes
+) -> None:
+    with server(dripping(head, drop)) as url:
+        began = time.monotonic()
+        with pytest.raises(NetworkError) as caught:
+            Wire(timeout=5, deadline=0.6).post(post_to(url))
+        took = time.monotonic() - began
+    # A line that is cut while the status drips is no HTTP: the words may differ, the end not.
+    assert caught.value.code in ("deadline", "broken")
+    assert took < 10
+
+
+def test_a_server_that_says_nothing_meets_the_time_out() -> None:
+    with (
+        server(lambda _: time.sleep(2)) as url,
+        pytest.raises(NetworkError, match="no answer within") as caught,
+    ):
+        Wire(timeout=0.3, deadline=30).post(post_to(url))
+    assert (caught.value.code, caught.value.retryable) == ("timeout", True)
+
+
+def fixed(raw: bytes) -> Callable[[socket.socket], None]:
+    return lambda connection: connection.sendall(raw)
+
+
+def test_an_answer_is_read_whole() -> None:
+    """The control of everything here."""
+    raw = b"HTTP/1.1 400 Bad\r\nX-Correlationid: c\r\ncontent-length: 2\r\n\r\n{}"
+    with server(fixed(raw)) as url:
+        answer = Wire().post(post_to(url))
+    assert (answer.status, answer.body, answer.headers["x-correlationid"]) == (400, b"{}", "c")
+
+
+@pytest.mark.parametrize("length", [b"", b"content-length: 99999999\r\n"])
+def test_more_than_a_mebibyte_is_not_an_answer(length: bytes) -> None:
+    raw = b"HTTP/1.1 200 OK\r\n" + length + b"\r\n" + b"x" * (2 * 1024 * 1024)
+    with (
+        server(fixed(raw)) as url,
+        pytest.raises(NetworkError, match="larger than 1024 KiB") as caught,
+    ):
+        Wire().post(post_to(url))
+    assert not caught.value.retryable
+
+
+def test_a_mebibyte_is() -> None:
+    body = b"x" * (1024 * 1024)
+    raw = b"HTTP/1.1 200 OK\r\ncontent-length: 1048576\r\n\r\n" + body
+    with server(fixed(raw)) as url:
+        assert Wire().post(post_to(url)).body == body
+
+
+def test_a_bomb_is_not_unpacked() -> None:
+    raw = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nxxxx"
+    with server(fixed(raw)) as url, pytest.raises(NetworkError, match="compressed"):
+        Wire().post(post_to(url))
+
+
+def test_a_redirect_is_an_answer_and_nobody_follows_it() -> None:
+    asked: list[str] = []
+    target = fixed(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    def note(connection: socket.socket) -> None:
+        asked.append("followed")
+        target(connection)
+
+    with server(note) as elsewhere:
+        head = f"HTTP/1.1 307 Over there\r\nlocation: {elsewhere}\r\ncontent-length: 0\r\n\r\n"
+        with server(fixed(head.encode())) as url:
+            assert Wire().post(post_to(url)).status == 307
+    assert asked == []
+
+
+def test_a_cookie_is_not_sent_back() -> None:
+    seen: list[bytes] = []
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(
+            b"HTTP/1.1 200 OK\r\nset-cookie: a=b; path=/\r\ncontent-length: 2\r\n\r\n{}"
+        )
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+
+    def serve() -> None:
+        for _ in range(4):
+            connection, _ = listener.accept()
+            with connection:
+                seen.append(connection.recv(65536))
+                answer(connection)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    wire = Wire()
+    url = f"http://127.0.0.1:{port}/token"
+    wire.post(post_to(url))
+    wire.post(post_to(url))
+    with httpx.Client(**wire.options()) as client:
+        client.get(url)
+        client.get(url)
+    thread.join(10)
+    listener.close()
+    assert len(seen) == 4
+    assert not any(b"cookie" in each.lower() for each in seen)
+
+
+def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(NetworkError, match="connection refused") as caught:
+        Wire().post(post_to(f"http://127.0.0.1:{port}/token"))
+    assert (caught.value.code, caught.value.retryable) == ("refused", True)
+
+
+def test_a_host_that_does_not_exist_is_not_tried_again() -> None:
+    with pytest.raises(NetworkError, match=r"maskinporten\.invalid") as caught:
+        Wire().post(post_to("https://maskinporten.invalid/token"))
+    assert caught.value.code in ("unknown-host", "unreachable")
+    assert caught.value.hint is not None
+
+
+def test_a_certificate_that_is_not_trusted_is_told_with_the_setting_that_helps(
+    toll_sandbox: Sandbox,
+) -> None:
+    with pytest.raises(NetworkError, match="not trusted") as caught:
+        Wire().post(post_to(toll_sandbox.token_endpoint))
+    assert caught.value.code == "tls-untrusted"
+    assert "HSMTOLL_CA_FILE" in (caught.value.hint or "")
+    # The control: with its CA it answers.
+    assert Wire(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint)).status
+
+
+def test_a_certificate_of_another_name_is_not_trusted(toll_sandbox: Sandbox) -> None:
+    url = toll_sandbox.token_endpoint.replace("localhost", "127.0.0.2")
+    with pytest.raises(NetworkError):
+        Wire(ca_file=toll_sandbox.ca_file).post(post_to(url))
+
+
+def test_no_error_repeats_the_assertion(toll_sandbox: Sandbox) -> None:
+    with pytest.raises(NetworkError) as caught:
+        Wire().post(post_to(toll_sandbox.token_endpoint))
+    assert ASSERTION not in f"{caught.value} {caught.value.hint} {post_to('http://x/')!r}"
+
+
+def test_a_file_without_certificates_is_a_setting_that_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("nothing")
+    with pytest.raises(ConfigurationError, match="HSMTOLL_CA_FILE"):
+        tls.client_context(tmp_path / "ca.pem")
+
+
+def test_the_context_verifies_and_is_not_old() -> None:
+    context = tls.client_context(None)
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert context.check_hostname
+    assert context.minimum_version >= ssl.TLSVersion.TLSv1_2
+
+
+def test_session_keys_are_written_nowhere(
+    toll_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(log))
+    Wire(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint))
+    assert not log.exists()
+    # The control: the library's default context does as the variable says.
+    context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
+    httpx.post(toll_sandbox.token_endpoint, verify=context, data={})
+    assert log.read_text()
+
+
+@pytest.mark.parametrize(("proxy", "passes"), [(None, False), ("environment", True)])
+def test_a_proxy_of_the_environment_is_used_only_when_told(
+    monkeypatch: pytest.MonkeyPatch,
+    proxy: str | None,
+    passes: bool,
+) -> None:
+    asked: list[bool] = []
+
+    def note(connection: socket.socket) -> None:
+        asked.append(True)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    direct = fixed(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+    with server(note) as between, server(direct) as url:
+        monkeypatch.setenv("HTTP_PROXY", between.removesuffix("/token"))
+        monkeypatch.setenv("NO_PROXY", "")
+        assert Wire(proxy=proxy).post(post_to(url)).status == 200
+    assert bool(asked) is passes
+
+
+def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
+    with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
+        proxy = between.replace("http://", "http://me:hunter2hunter2@").removesuffix("/token")
+        with pytest.raises(NetworkError) as caught:
+            Wire(proxy=proxy).post(post_to("https://test.maskinporten.invalid/token"))
+    assert "HSMTOLL_PROXY" in (caught.value.hint or "")
+    assert "hunter2" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize("proxy", ["ftp://me:hunter2@proxy", "::"])
+def test_a_proxy_that_is_none_is_told_without_its_password(proxy: str) -> None:
+    with pytest.raises(ConfigurationError, match="HSMTOLL_PROXY") as caught:
+        Wire(proxy=proxy).post(post_to("http://127.0.0.1:9/token"))
+    assert "hunter2" not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_cached_token_needs_no_http() -> None:
+    code = """
+import sys, hsmtoll.client, hsmtoll.cache, hsmtoll.renewal, hsmtoll.stores
+late = "httpx asyncio cryptography pkcs11 redis stamina filelock".split()
+print(*(name for name in late if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
