@@ -47,8 +47,8 @@ class _Shared:
     def keep_fresh(self, *scopes: str) -> Keeper:
         """
         Renew in the background before anybody has to wait, until stopped: for programs that
-        run long. *scopes*: APIs or scopes; none means the default. ConfigurationError for one
-        that is not known.
+        run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
+        is not known.
         """
         from hsmtoll.keeper import Keeper  # noqa: PLC0415
 

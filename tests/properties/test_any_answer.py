@@ -47,8 +47,19 @@ _values: st.SearchStrategy[object] = st.recursive(
 )
 _objects = st.fixed_dictionaries(
     {},
-    optional=dict.fromkeys(("access_token", "token_type", "expires_in", "scope", "error", "error_description", "error_uri"), _values),
-)  # fmt: skip
+    optional=dict.fromkeys(
+        (
+            "access_token",
+            "token_type",
+            "expires_in",
+            "scope",
+            "error",
+            "error_description",
+            "error_uri",
+        ),
+        _values,
+    ),
+)
 _good = st.builds(
     lambda token, seconds: {
         "access_token": token, "token_type": "Bearer", "expires_in": seconds

@@ -1,0 +1,167 @@
+"""The bearer: on Customs' own origin, and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from hsmtoll import metrics
+from hsmtoll.client import AsyncTollClient, TollClient
+from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError
+from tests.soft import engine_of
+
+if TYPE_CHECKING:
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.clock import SettableClock
+
+
+@pytest.fixture
+def client(toll_sandbox: Sandbox) -> TollClient:
+    return TollClient(engine_of(toll_sandbox)[0])
+
+
+def test_both_colours_reach_the_api(toll_sandbox: Sandbox, client: TollClient) -> None:
+    async def call() -> int:
+        async with AsyncTollClient(engine_of(toll_sandbox)[0]) as other, other.api("road") as api:
+            return (await api.get("test-auth")).status_code
+
+    with client.api("road") as api:
+        assert api.get("test-auth").status_code == 200
+    assert asyncio.run(call()) == 200
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/api",
+        "https://{host}:1/api",
+        "http://{host}:{port}/api",
+        "https://{host}.example.org:{port}/api",
+        "https://{host}:{port}@example.org/api",
+        "https://127.0.0.1:{port}/api",
+    ],
+)
+def test_no_other_origin_gets_it(toll_sandbox: Sandbox, client: TollClient, url: str) -> None:
+    customs = httpx.URL(toll_sandbox.customs)
+    address = url.format(host=customs.host, port=customs.port)
+    with client.api("road") as api, pytest.raises(ConfigurationError, match="token is for"):
+        api.get(address)
+    assert toll_sandbox.received == [], "no token was even asked for"
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization", "Host"])
+def test_a_header_that_would_send_it_astray_is_refused(client: TollClient, name: str) -> None:
+    with client.api("road") as api, pytest.raises(UsageError, match="of its own"):
+        api.get("test-auth", headers={name: "example.org"})
+
+
+def test_a_request_may_be_sent_twice(client: TollClient) -> None:
+    with client.api("road") as api:
+        request = api.build_request("GET", "test-auth")
+        assert [api.send(request).status_code for _ in range(2)] == [200, 200]
+
+
+def test_a_redirect_to_another_host_gets_none(toll_sandbox: Sandbox, client: TollClient) -> None:
+    seen: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        if len(seen) == 1:
+            return httpx.Response(302, headers={"location": "https://elsewhere.invalid/"})
+        return httpx.Response(200)
+
+    with httpx.Client(
+        auth=client.auth("road"), follow_redirects=True, transport=httpx.MockTransport(answer)
+    ) as users:
+        users.get(f"{toll_sandbox.customs}/api/movement/road/v2/test-auth")
+    assert [request.url.host for request in seen] == ["localhost", "elsewhere.invalid"]
+    assert ["authorization" in request.headers for request in seen] == [True, False]
+
+
+def test_our_own_clients_follow_none(toll_sandbox: Sandbox, client: TollClient) -> None:
+    toll_sandbox.fault("redirect", "api", times=1)
+    with client.api("road") as api:
+        assert api.get("test-auth").status_code == 302
+
+
+def test_the_users_hooks_see_neither_assertion_nor_subject_token(
+    toll_sandbox: Sandbox, client: TollClient
+) -> None:
+    seen: list[httpx.Request] = []
+    options = client._engine.wire.options()
+    with httpx.Client(
+        auth=client.auth("road"), event_hooks={"request": [seen.append]}, **options
+    ) as users:
+        users.get(f"{toll_sandbox.customs}/api/movement/road/v2/test-auth")
+    assert [request.url.path for request in seen] == ["/api/movement/road/v2/test-auth"]
+
+
+def test_a_403_names_the_scope_that_opens_the_path(
+    client: TollClient, toll_sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"{toll_sandbox.customs}/api/movement/air/v1/test-auth"
+    with caplog.at_level("WARNING"), client.api("road") as api:
+        status = api.get(url).status_code
+    assert status == 403
+    assert "toll:eu/movement/road" in caplog.text
+    assert "toll:eu/movement/air" in caplog.text
+
+
+def test_an_error_of_the_renewal_reaches_the_caller(toll_sandbox: Sandbox) -> None:
+    engine, _ = engine_of(toll_sandbox, per_request=1)
+    toll_sandbox.fault("500", "token")
+    with TollClient(engine).api("road") as api, pytest.raises(HsmTollError, match="Maskinporten"):
+        api.get("test-auth")
+
+
+def test_a_keeper_renews_before_anybody_asks(
+    toll_sandbox: Sandbox, toll_clock: SettableClock
+) -> None:
+    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
+    client = TollClient(engine)
+    first = client.token("road")
+    # Seventy-four seconds before the end: beyond a quarter of the margin on top of it, or close.
+    toll_clock.advance(first.lifetime - 62)
+    with client.keep_fresh("road") as keeper:
+        while not keeper.done:
+            pass
+    assert len(signer.signed) == 2
+    assert client.status().hits["stale"] == 0
+    assert client.token("road").asked == toll_clock.now()
+    assert keeper.due == keeper.done == 1
+
+
+def test_a_keeper_refuses_a_scope_that_is_none(client: TollClient) -> None:
+    with pytest.raises(UsageError):
+        client.keep_fresh("no-such-api")
+
+
+def test_a_client_that_is_closed_keeps_nothing_fresh(client: TollClient) -> None:
+    keeper = client.keep_fresh("road")
+    client.close()
+    keeper._thread.join(30)
+    assert not keeper._thread.is_alive()
+
+
+def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
+    client = TollClient(engine_of(toll_sandbox)[0])
+    registry = CollectorRegistry()
+    metrics.register(registry, client.status)
+    assert "hsmtoll_signatures_total 0.0" in generate_latest(registry).decode()
+    client.token("road")
+    client.token("road")
+    text = generate_latest(registry).decode()
+    for line in (
+        "hsmtoll_signatures_total 1.0",
+        'hsmtoll_legs_total{leg="Maskinporten",outcome="200"} 1.0',
+        'hsmtoll_tokens_total{state="fresh"} 1.0',
+        'hsmtoll_tokens_total{state="fetched"} 1.0',
+        "hsmtoll_waiting_callers 0.0",
+        "hsmtoll_clock_skew_seconds 0.0",
+    ):
+        assert line in text
+    assert "hsmtoll_dark_in_seconds" in text
