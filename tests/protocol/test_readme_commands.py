@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.softhsm import SoftHsm
+
 if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
-    from hsmtoll.testing.identity import ThrowAway
 
 README: Final = Path(__file__).parents[2] / "README.md"
 
@@ -41,11 +43,13 @@ def shows(output: str, expected: str) -> bool:
 
 
 @pytest.fixture
-def readers_shell(toll_eseal: ThrowAway, toll_sandbox: Sandbox, tmp_path: Path) -> dict[str, str]:
+def readers_shell(toll_sandbox: Sandbox, tmp_path: Path) -> dict[str, str]:
     """The environment of somebody who set hsmtoll up as the README says."""
+    reader = eseal(SoftHsm.create(tmp_path / "softhsm"))
+    introduce(toll_sandbox, reader)
     return {
         **os.environ,
-        **toll_eseal.environ(),
+        **reader.environ(),
         **toll_sandbox.environ(),
         "HSMTOLL_STATE": str(tmp_path / "state"),
         "COLUMNS": "80",
@@ -65,7 +69,7 @@ def test_every_command_of_the_readme_shows_what_the_readme_says(
             )  # fmt: skip
             assert shows(done.stdout, expected), f"$ {command}\n{done.stdout}\nis not\n{expected}"
             ran += 1
-    assert ran >= 8
+    assert ran >= 10
 
 
 @pytest.mark.parametrize("number", range(len(fences("python"))))
