@@ -201,6 +201,7 @@ class _Guard:
             if isinstance(found, socket.socket):
                 if self._public and not ipaddress.ip_address(found.getpeername()[0]).is_global:
                     # Asked of the connection itself: a name may resolve otherwise the next time.
+                    found.close()
                     raise _private(self._leg)
                 self._sockets.append(found)
                 if self.struck:

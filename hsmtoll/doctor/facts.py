@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, exchange, jws
 from hsmtoll import chain as chains
-from hsmtoll.clock import offset_of
+from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.signer import readable
 from hsmtoll.tokens import TokenRequest
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.app import App
     from hsmtoll.certificate import Certificate
-    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.device import Device, KeyFacts
     from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
@@ -43,6 +43,7 @@ __all__ = [
     "ask",
     "candidates_of",
     "gather",
+    "metadata_wrong",
     "pool_of",
     "revocation_of",
     "scopes_asked",
@@ -125,30 +126,35 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
         pem = app.pem_certificates()
     except HsmTollError as exc:
         return Facts(settings=settings, now=now, scopes=scopes, error=exc)
-    seen = tuple(_look(app, uri) for uri in uris)
+    try:
+        # The App's own devices: what is asked later needs no second login, and no second prompt.
+        devices = app.devices
+    except HsmTollError as exc:
+        seen = tuple(Seen(uri=uri, error=exc) for uri in uris)
+    else:
+        pairs = zip(uris, devices, strict=True)
+        seen = tuple(_look(app, uri, device) for uri, device in pairs)
     return Facts(settings=settings, now=now, seen=seen, pem=pem, scopes=scopes)
 
 
-def _look(app: App, uri: KeyUri) -> Seen:
+def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     found: dict[str, Any] = {"uri": uri}
     try:
-        path = app.module(uri)
-        found["spied"] = "pkcs11-spy" in Path(path).name or bool(os.environ.get("PKCS11SPY"))
+        path = Path(app.module(uri))
+        found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
+        found["pin_given"] = app.pin(uri) is not None
         from hsmtoll.hsm.inspect import inspect  # noqa: PLC0415 - only here is a module loaded
 
-        with app.device(uri) as device:
-            pin = app.pin(uri)
-            found["pin_given"] = pin is not None
-            stored = device.certificates()
-            certificates = tuple(readable(stored))
-            found["certificates"] = certificates
-            found["unreadable"] = len(stored) - len(certificates)
-            module = inspect(Path(path), ledger=app.ledger, lock_timeout=app.settings.deadline)
-            found["module"] = module
-            found["token"] = _token(module, uri)
-            found["logged_in"] = device.login()
-            candidates = {c.public_key for c in certificates if c.public_key is not None}
-            found["key"] = device.key(candidates=candidates)
+        stored = device.certificates()
+        certificates = tuple(readable(stored))
+        found["certificates"] = certificates
+        found["unreadable"] = len(stored) - len(certificates)
+        module = inspect(path, ledger=app.ledger, lock_timeout=app.settings.deadline)
+        found["module"] = module
+        found["token"] = _token(module, uri)
+        found["logged_in"] = device.login()
+        candidates = {c.public_key for c in certificates if c.public_key is not None}
+        found["key"] = device.key(candidates=candidates)
     except HsmTollError as exc:
         found["error"] = exc
     return Seen(**found)
@@ -182,6 +188,10 @@ def ask(app: App, facts: Facts) -> Answers:
         found["metadata"] = _object(answer)
     except HsmTollError as exc:
         return Answers(metadata=exc)
+    far_off = abs(found["offset"] or 0.0) > MAX_SKEW
+    if far_off or metadata_wrong(app.settings, found["metadata"]) is not None:
+        # Its answers would say nothing new, and a grant is for the right Maskinporten alone.
+        return Answers(**found)
     try:
         found["health"] = wire.get(f"{base}health", leg="Maskinporten").status
     except HsmTollError as exc:
@@ -195,6 +205,21 @@ def ask(app: App, facts: Facts) -> Answers:
             return Answers(**found)
     found["scopes"] = tuple((scope, _tried(app, wire, scope)) for scope in scopes_asked(facts))
     return Answers(**found)
+
+
+def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
+    """What in the metadata is not as the settings say, in words (RFC 8414 section 3.3, M51)."""
+    expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
+    issuer = expected.issuer if expected else settings.endpoints.issuer
+    token = expected.token if expected else settings.endpoints.token
+    algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
+    if said.get("issuer") != issuer:
+        return f"issuer {foreign(said.get('issuer'))}, not {issuer}"
+    if said.get("token_endpoint") != token:
+        return f"token_endpoint {foreign(said.get('token_endpoint'))}, not {token}"
+    if not isinstance(algs, list) or settings.alg not in algs:
+        return f"no {settings.alg} among its algorithms"
+    return None
 
 
 def _object(answer: exchange.Answer) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from hsmtoll import apis, exchange
+from hsmtoll import apis
 from hsmtoll.clock import MAX_SKEW
+from hsmtoll.doctor.facts import metadata_wrong
 from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
 from hsmtoll.errors import ClockError, ConfigurationError, HsmTollError, foreign
 
@@ -25,21 +26,9 @@ def check_metadata(way: Way) -> Check:
         return skip("metadata", _OFFLINE)
     if isinstance(answers.metadata, HsmTollError):
         return failed("metadata", answers.metadata)
-    said = answers.metadata or {}
-    settings = way.settings
-    expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
-    issuer = expected.issuer if expected else settings.endpoints.issuer
-    token = expected.token if expected else settings.endpoints.token
-    algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
-    wrong = (
-        f"issuer {foreign(said.get('issuer'))}, not {issuer}" if said.get("issuer") != issuer
-        else f"token_endpoint {foreign(said.get('token_endpoint'))}, not {token}"
-        if said.get("token_endpoint") != token
-        else f"no {settings.alg} among its algorithms" if settings.alg not in algs
-        else None
-    )  # fmt: skip
+    wrong = metadata_wrong(way.settings, answers.metadata or {})
     if wrong is None:
-        return ok("metadata", f"{issuer} calls itself so")
+        return ok("metadata", "Maskinporten calls itself what the settings call it")
     exc = ConfigurationError(
         f"Maskinporten's metadata says {wrong}",
         hint="check HSMTOLL_ENDPOINTS__ISSUER, slash included; if these are test or prod, tell us",

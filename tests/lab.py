@@ -1,0 +1,132 @@
+"""A device of one's own inside the room's SoftHSM, and clocks that can be moved."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hsmtoll.app import App
+from hsmtoll.hsm.module import GATE, restart
+from hsmtoll.settings import Settings
+from hsmtoll.tokens import Moment
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PIN = "24681012"
+
+_KEYS = r"""
+import json, sys
+import pkcs11
+from pkcs11 import Attribute as A, KeyType
+
+module, token, pin, keys = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin) as session:
+    for number, (label, template) in enumerate(keys.items(), 0x40):
+        asked = {A.SENSITIVE: True, A.EXTRACTABLE: False}
+        asked |= {A[name]: value for name, value in template.items() if name in A.__members__}
+        public, _ = session.generate_keypair(
+            KeyType.RSA, template.get("bits", 2048), id=bytes([number]), label=label, store=True,
+            private_template=asked,
+        )
+        if template.get("hidden"):
+            public.destroy()
+"""
+
+_READ = r"""
+import json, sys
+import pkcs11
+from pkcs11 import Attribute as A, ObjectClass
+
+module, token, pin, label = sys.argv[1:5]
+names = ("SENSITIVE", "EXTRACTABLE", "NEVER_EXTRACTABLE", "LOCAL", "SIGN", "DECRYPT", "UNWRAP",
+         "SIGN_RECOVER", "DERIVE", "ALWAYS_AUTHENTICATE")
+with pkcs11.lib(module).get_token(token_label=token).open(user_pin=pin) as session:
+    (key,) = session.get_objects({A.CLASS: ObjectClass.PRIVATE_KEY, A.LABEL: label})
+    (half,) = session.get_objects({A.CLASS: ObjectClass.PUBLIC_KEY, A.LABEL: label})
+    told = {name: bool(key[A[name]]) for name in names}
+    told |= {name: bool(half[A[name]]) for name in ("ENCRYPT", "WRAP", "VERIFY_RECOVER")}
+    print(json.dumps(told))
+"""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One device by its label, behind a module that this process sees as well."""
+
+    module: Path
+    environment: dict[str, str]
+    label: str
+
+    def run(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A tool in a process of its own."""
+        return subprocess.run(
+            argv, env=self.environment, check=check, capture_output=True, text=True
+        )
+
+    def generate(self, **keys: dict[str, Any]) -> None:
+        """Keys by label, with the template's exceptions."""
+        told = json.dumps(keys)
+        self.run(sys.executable, "-c", _KEYS, str(self.module), self.label, PIN, told)
+        self.seen_anew()
+
+    def attributes(self, label: str) -> dict[str, bool]:
+        """What python-pkcs11 reads of a key pair, in a process of its own."""
+        argv = (sys.executable, "-c", _READ, str(self.module), self.label, PIN, label)
+        read: dict[str, bool] = json.loads(self.run(*argv).stdout)
+        return read
+
+    def listed(self) -> str:
+        """All objects, as pkcs11-tool lists them."""
+        argv = ("--module", str(self.module), "--token-label", self.label, "-O", "-l", "-p", PIN)
+        return self.run("pkcs11-tool", *argv).stdout
+
+    def seen_anew(self) -> None:
+        """SoftHSM looks at its directory when it is initialised."""
+        with GATE.held(10):
+            restart(self.module)
+
+    def app(self, key: str, state: Path, **settings: Any) -> App:
+        """An App for one key (or several, with blanks between) of this device."""
+        hsm = {"module": self.module, "pin": PIN, **settings.pop("hsm", {})}
+        uris = [f"pkcs11:token={self.label};object={each}" for each in key.split()]
+        chosen = {
+            "environment": "test",
+            "identity": "eseal",
+            "state": state,
+            **settings,
+            "hsm": {"key": uris, **hsm},
+        }
+        return App(Settings.model_validate(chosen))
+
+
+def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:
+    """A new, empty device in the directory that *environment* names."""
+    made = Lab(module, environment, label)
+    made.run(
+        "softhsm2-util", "--init-token", "--free", "--label", label, "--pin", PIN,
+        "--so-pin", "13579113",
+    )  # fmt: skip
+    made.seen_anew()
+    return made
+
+
+@dataclass
+class MovedClock:
+    """Seconds since the epoch, moved by hand."""
+
+    wall: float
+    boot: float = field(default=1000.0)
+
+    def now(self) -> Moment:
+        return Moment(self.wall, self.boot, "boot")
+
+    def sleep(self, seconds: float) -> None:
+        self.move(seconds)
+
+    def move(self, seconds: float) -> None:
+        self.wall += seconds
+        self.boot += seconds

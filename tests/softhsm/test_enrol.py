@@ -1,0 +1,246 @@
+"""Enrolment on a device: openssl and pkcs11-tool judge what was made there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography import x509
+from joserfc.jwk import RSAKey
+
+from hsmtoll import doctor, enrol
+from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
+from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, stranger
+from tests.lab import PIN, Lab, make_lab
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hsmtoll.app import App
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+NOW = datetime.now(UTC)
+SUBJECT = {
+    "country": "SE",
+    "organization": "Exempel Åkeri AB",
+    "common_name": "Exempel Åkeri",
+    "organization_identifier": "NTRSE-5566778899",
+}
+
+
+@pytest.fixture(scope="module")
+def lab(device_softhsm: DeviceSoftHsm) -> Lab:
+    """An empty device."""
+    return make_lab(device_softhsm.module, device_softhsm.environment, "enrol")
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return eseal_authority()
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def app(lab: Lab, state: Path) -> App:
+    """With a key made on the device, called acme."""
+    made = lab.app("acme", state)
+    enrol.generate(made.devices[0], bits=2048, id=b"\x01")
+    return made
+
+
+def certified(app: App, authority: Authority) -> x509.Certificate:
+    request = x509.load_pem_x509_csr(enrol.csr(app.devices[0], **SUBJECT).encode())
+    key = request.public_key()
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    assert isinstance(key, rsa.RSAPublicKey)
+    return authority.issue(key)
+
+
+def test_a_key_made_here_signs_and_does_nothing_else(app: App, lab: Lab) -> None:
+    del app
+    told = lab.attributes("acme")
+    able = {"DECRYPT", "UNWRAP", "SIGN_RECOVER", "DERIVE", "ENCRYPT", "WRAP", "VERIFY_RECOVER"}
+    assert {name for name in able if told[name]} == set()
+    assert told["SENSITIVE"]
+    assert told["NEVER_EXTRACTABLE"]
+    assert told["LOCAL"]
+    assert told["SIGN"]
+    assert not told["EXTRACTABLE"]
+    # The control: a key made by another tool's defaults can do more, and that is seen.
+    lab.generate(other={})
+    assert lab.attributes("other")["DECRYPT"]
+
+
+def test_the_uri_that_is_returned_finds_the_key(lab: Lab, state: Path) -> None:
+    app = lab.app("uri", state)
+    uri = enrol.generate(app.devices[0], bits=2048)
+    assert (uri.token, uri.object, uri.type) == ("enrol", "uri", "private")
+    assert uri.id is not None
+    assert len(uri.id) == 16
+    again = lab.app("uri", state, hsm={"key": [str(uri)]})
+    assert again.devices[0].key().uri == uri
+
+
+def test_nothing_is_overwritten_by_label_or_by_id(app: App, lab: Lab, state: Path) -> None:
+    before = lab.listed()
+    with pytest.raises(DeviceError) as same_label:
+        enrol.generate(app.devices[0], bits=2048, id=b"\x77")
+    with pytest.raises(DeviceError) as same_id:
+        enrol.generate(lab.app("fresh", state).devices[0], bits=2048, id=b"\x01")
+    assert same_label.value.code == same_id.value.code == "key-exists"
+    assert "label 'acme'" in str(same_label.value)
+    assert "id 01" in str(same_id.value)
+    assert lab.listed() == before
+
+
+def test_only_sizes_that_maskinporten_takes_are_made(app: App, lab: Lab, state: Path) -> None:
+    with pytest.raises(UsageError, match="1024 bits"):
+        enrol.generate(app.devices[0], bits=1024, label="tiny")
+    large = lab.app("large", state)
+    enrol.generate(large.devices[0])
+    assert large.devices[0].key().bits == 3072
+
+
+def test_openssl_verifies_the_request_and_reads_the_subject(app: App) -> None:
+    request = enrol.csr(app.devices[0], **SUBJECT, unit="Tull", serial_number="42")
+    argv = ["openssl", "req", "-verify", "-noout", "-subject", "-nameopt", "RFC2253,utf8,-esc_msb"]
+    judged = subprocess.run(argv, input=request, capture_output=True, text=True, check=True)
+    assert "verify OK" in judged.stderr
+    assert judged.stdout.strip() == (
+        "subject=CN=Exempel Åkeri,serialNumber=42,OU=Tull,organizationIdentifier=NTRSE-5566778899,"
+        "O=Exempel Åkeri AB,C=SE"
+    )
+    read = x509.load_pem_x509_csr(request.encode())
+    assert read.is_signature_valid
+    # The control: a changed request does not verify.
+    lines = request.splitlines()
+    lines[3] = lines[3][:-1] + ("A" if lines[3][-1] != "A" else "B")
+    changed = "\n".join(lines) + "\n"
+    assert "verify OK" not in subprocess.run(
+        argv, input=changed, capture_output=True, text=True, check=False
+    ).stderr  # fmt: skip
+
+
+@pytest.mark.parametrize("alg", ["RS384", "RS512"])
+def test_the_request_can_be_signed_with_each_algorithm(app: App, alg: str) -> None:
+    read = x509.load_pem_x509_csr(enrol.csr(app.devices[0], **SUBJECT, alg=alg).encode())
+    assert read.is_signature_valid
+    assert read.signature_hash_algorithm is not None
+    assert read.signature_hash_algorithm.name == f"sha{alg[2:]}"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"country": "se"}, {"country": "SWE"}, {"organization": " "}, {"common_name": "a\nb"}]
+)
+def test_a_subject_that_no_certificate_can_have_is_refused(app: App, wrong: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="--"):
+        enrol.csr(app.devices[0], **{**SUBJECT, **wrong})
+
+
+def test_the_jwk_is_the_public_key_under_its_thumbprint(app: App) -> None:
+    found = enrol.jwk(app.devices[0])
+    judge = RSAKey.import_key({k: v for k, v in found.items() if k in ("kty", "n", "e")})
+    assert found["kid"] == judge.thumbprint()
+    assert (found["use"], found["alg"]) == ("sig", "RS256")
+    assert set(found) == {"kty", "n", "e", "use", "alg", "kid"}
+    json.dumps(found)
+
+
+def test_a_foreign_leaf_is_refused_and_nothing_is_written(
+    app: App, lab: Lab, authority: Authority
+) -> None:
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    other = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
+    before = lab.listed()
+    with pytest.raises(CertificateError) as caught:
+        enrol.import_chain(
+            app.devices[0], pem(authority.issue(other), *authority.chain).decode(), now=NOW
+        )
+    assert caught.value.code == "certificate-foreign"
+    assert lab.listed() == before
+
+
+def test_a_chain_with_a_gap_or_an_unusable_leaf_is_refused(
+    app: App, lab: Lab, authority: Authority
+) -> None:
+    leaf = certified(app, authority)
+    key = leaf.public_key()
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    assert isinstance(key, rsa.RSAPublicKey)
+    before = lab.listed()
+    old = authority.issue(key, not_before=NOW - timedelta(9), not_after=NOW - timedelta(2))
+    for given, code in (
+        ((leaf, authority.root), "chain-incomplete"),
+        ((old, *authority.chain), "certificate-expired"),
+        ((leaf, authority.issue(key), *authority.chain), "certificate-ambiguous"),
+    ):
+        with pytest.raises(CertificateError) as caught:
+            enrol.import_chain(app.devices[0], pem(*given).decode(), now=NOW)
+        assert caught.value.code == code
+    with pytest.raises(ConfigurationError, match="no certificate"):
+        enrol.import_chain(app.devices[0], "nothing", now=NOW)
+    assert lab.listed() == before
+
+
+def test_a_norwegian_leaf_is_judged_by_its_own_rules(app: App) -> None:
+    authority = norwegian_authority("test")
+    key = certified(app, authority).public_key()
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    assert isinstance(key, rsa.RSAPublicKey)
+    signing = authority.issue(key, key_usage=["nonRepudiation"])
+    given = pem(signing, *authority.chain).decode()
+    with pytest.raises(CertificateError) as caught:
+        enrol.import_chain(app.devices[0], given, now=NOW, identity="norwegian")
+    assert caught.value.code == "certificate-usage"
+
+
+def test_a_chain_is_imported_once_and_then_serves_without_a_file(
+    app: App, lab: Lab, state: Path, authority: Authority
+) -> None:
+    leaf = certified(app, authority)
+    given = pem(authority.root, stranger(), leaf, authority.intermediate).decode()
+    done = enrol.import_chain(app.devices[0], given, now=NOW)
+    assert [len(each) for each in (done.written, done.present, done.left)] == [3, 0, 0]
+    listed = lab.listed()
+    again = enrol.import_chain(app.devices[0], given, now=NOW)
+    assert [len(each) for each in (again.written, again.present, again.left)] == [0, 3, 0]
+    assert lab.listed() == listed
+    # pkcs11-tool reads what other programs look for: the key's id, subject and serial number.
+    blocks = listed.split("Certificate Object")[1:]
+    block = next(part for part in blocks if "label:      acme" in "".join(part.splitlines()[:2]))
+    assert "ID:         01" in block
+    assert "organizationIdentifier=NTRSE-5566778899" in block
+    assert f"{leaf.serial_number:X}" in block.replace(":", "").upper()
+    report = doctor.run(lab.app("acme", state))
+    assert [c for c in report.checks if c.verdict in ("warn", "fail")] == []
+
+
+def test_a_certificate_for_later_is_imported_before_its_time(
+    lab: Lab, state: Path, authority: Authority
+) -> None:
+    app = lab.app("later", state)
+    enrol.generate(app.devices[0], bits=2048)
+    key = certified(app, authority).public_key()
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    assert isinstance(key, rsa.RSAPublicKey)
+    later = authority.issue(key, not_before=NOW + timedelta(days=3))
+    done = enrol.import_chain(app.devices[0], pem(later, *authority.chain).decode(), now=NOW)
+    assert done.written[0].common_name == "Eksempel AB"
+
+
+def test_no_pin_stands_in_what_enrolment_says(app: App) -> None:
+    with pytest.raises(DeviceError) as caught:
+        enrol.generate(app.devices[0], bits=2048)
+    assert PIN not in f"{caught.value!r} {caught.value.hint} {app.settings!r}"
