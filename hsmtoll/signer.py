@@ -142,9 +142,9 @@ class LocalSigner:
         self._certificate_sha256 = certificate_sha256
         self._lineage = lineage or Lineage()
         self._proven: _Proven | None = None
-        # The leaf in use, and when it took over from another one in this process.
+        # The leaf in use, and since when each one seen took over from an older one here.
         self._leaf: Certificate | None = None
-        self._took_over: float | None = None
+        self._since: dict[str, float] = {}
 
     def identity(self) -> str:
         """SHA-256 (hex) of the leaf, or of the public key where a kid names it."""
@@ -189,10 +189,11 @@ class LocalSigner:
         return chain
 
     def _took(self, leaf: Certificate, now: float) -> None:
-        if self._leaf is not None and self._leaf != leaf:
-            _log.info("certificate %s takes over from %s", leaf.sha256[:16], self._leaf.sha256[:16])
-            self._took_over = now
-        self._leaf = leaf
+        before, self._leaf = self._leaf, leaf
+        if before is not None and before != leaf:
+            _log.info("certificate %s takes over from %s", leaf.sha256[:16], before.sha256[:16])
+        newer = before is not None and before.not_before < leaf.not_before
+        self._since.setdefault(leaf.sha256, now if newer else 0.0)
         if self._lineage.organization is None:
             self._lineage.organization = leaf.consumer_id(self._family)
 
@@ -204,7 +205,7 @@ class LocalSigner:
         leaf, now = self._leaf, self._clock.now().wall
         if self._kid is not None or leaf is None or code not in _NOT_TAKEN:
             return False
-        began = max(leaf.not_before.timestamp(), self._took_over or 0.0)
+        began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
         if now >= began + _NEW or self.refused_lately():
             return False
         self._lineage.refused[leaf.sha256] = began + _NEW

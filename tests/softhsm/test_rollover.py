@@ -1,0 +1,268 @@
+"""A new certificate or key takes over by itself, and steps back once if it is not taken yet."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from hsmtoll.clock import Skew
+from hsmtoll.errors import CertificateError, GrantRefused
+from hsmtoll.hsm.device import Device, StoredCertificate
+from hsmtoll.sandbox import Sandbox
+from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
+from hsmtoll.signer import FirstUp, Lineage, LocalSigner
+from hsmtoll.tokens import TokenRequest
+from tests.lab import Lab, MovedClock, make_lab
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hsmtoll.certificate import Certificate
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+DAY = timedelta(days=1)
+START = datetime.now(UTC).replace(microsecond=0)
+ROAD = TokenRequest("toll:eu/movement/road/v2")
+
+
+class Counting(Device):
+    """A device that counts how often its certificates are read."""
+
+    reads = 0
+
+    def certificates(self) -> tuple[StoredCertificate, ...]:
+        self.reads += 1
+        return super().certificates()
+
+
+@pytest.fixture(scope="module")
+def lab(device_softhsm: DeviceSoftHsm) -> Lab:
+    made = make_lab(device_softhsm.module, device_softhsm.environment, "rollover")
+    made.generate(old={}, new={})
+    return made
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return eseal_authority()
+
+
+@pytest.fixture
+def clock() -> MovedClock:
+    return MovedClock(START.timestamp())
+
+
+class Bench:
+    """Signers over the lab's keys with certificates as given."""
+
+    def __init__(self, lab: Lab, state: Path, clock: MovedClock, authority: Authority) -> None:
+        self.lab, self.state, self.clock, self.authority = lab, state, clock, authority
+        self.lineage = Lineage()
+
+    def device(self, key: str) -> Counting:
+        made = self.lab.app(key, self.state)
+        (plain,) = made.devices
+        return Counting(
+            plain.module_path,
+            plain.uri,
+            pin=made.pin(plain.uri),
+            ledger=made.ledger,
+        )
+
+    def issue(self, key: str, **options: Any) -> x509.Certificate:
+        with self.device(key) as device:
+            public = device.key().public
+        assert public is not None
+        return self.authority.issue(public.spki(), **options)
+
+    def signer(self, key: str, *leaves: x509.Certificate, **options: Any) -> LocalSigner:
+        return LocalSigner(
+            options.pop("device", None) or self.device(key),
+            audience="https://test.maskinporten.no/",
+            identity="eseal",
+            clock=self.clock,
+            skew=Skew(),
+            new_jti=lambda: "jti",
+            pem=[_ours(each) for each in (*leaves, *self.authority.chain)],
+            lineage=self.lineage,
+            **options,
+        )
+
+
+@pytest.fixture
+def bench(lab: Lab, tmp_path: Path, clock: MovedClock, authority: Authority) -> Bench:
+    return Bench(lab, tmp_path, clock, authority)
+
+
+def _ours(certificate: x509.Certificate) -> Certificate:
+    from hsmtoll.certificate import Certificate
+
+    return Certificate.load(certificate.public_bytes(Encoding.DER))
+
+
+def sent(signer: LocalSigner | FirstUp) -> x509.Certificate:
+    """The leaf of an assertion; its key verified the signature before it left."""
+    header = signer.assertion(ROAD).split(".")[0]
+    first = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["x5c"][0]
+    return x509.load_der_x509_certificate(base64.b64decode(first))
+
+
+def test_a_new_certificate_takes_over_when_it_becomes_valid(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY, not_after=START + 20 * DAY)
+    new = bench.issue("old", not_before=START + timedelta(seconds=30))
+    signer = bench.signer("old", old, new)
+    assert sent(signer) == old
+    # A minute is not awaited: the moment is known from the certificate itself.
+    bench.clock.move(29)
+    assert sent(signer) == old
+    bench.clock.move(1)
+    assert sent(signer) == new
+    # It stays when the old one ends, and without it the end is an end.
+    bench.clock.move(21 * 86_400)
+    assert sent(signer) == new
+    alone = Bench(bench.lab, bench.state, bench.clock, bench.authority).signer("old", old)
+    with pytest.raises(CertificateError, match="expired"):
+        sent(alone)
+
+
+def test_a_certificate_of_another_organisation_never_takes_over(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY, not_after=START + 20 * DAY)
+    other = bench.issue("old", not_before=START + DAY, organization_id="NTRSE-0000000001")
+    signer = bench.signer("old", old, other)
+    assert sent(signer) == old
+    bench.clock.move(2 * 86_400)
+    assert sent(signer) == old
+    bench.clock.move(20 * 86_400)
+    with pytest.raises(CertificateError) as caught:
+        sent(signer)
+    assert caught.value.code == "certificate-orgid"
+
+
+def test_a_pinned_certificate_stays(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY, not_after=START + 20 * DAY)
+    new = bench.issue("old", not_before=START - DAY)
+    assert sent(bench.signer("old", old, new)) == new
+    pinned = bench.signer("old", old, new, certificate_sha256=_ours(old).sha256)
+    assert sent(pinned) == old
+
+
+def test_the_next_key_of_the_list_takes_over_and_the_old_one_stands_in(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY, not_after=START + 20 * DAY)
+    new = bench.issue("new", not_before=START + DAY)
+    both = FirstUp([bench.signer("new", new), bench.signer("old", old)])
+    assert sent(both) == old
+    bench.clock.move(86_400)
+    assert sent(both) == new
+
+
+def test_the_next_key_is_of_the_same_organisation_or_is_passed_over(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    other = bench.issue("new", not_before=START + DAY, organization_id="NTRSE-0000000001")
+    both = FirstUp([bench.signer("new", other), bench.signer("old", old)])
+    assert sent(both) == old
+    bench.clock.move(2 * 86_400)
+    assert sent(both) == old
+
+
+def test_a_new_certificate_that_is_refused_steps_back_once_for_its_first_day(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    new = bench.issue("old", not_before=START - timedelta(hours=1))
+    signer = bench.signer("old", old, new)
+    assert sent(signer) == new
+    with caplog.at_level(logging.WARNING, "hsmtoll.signer"):
+        assert signer.refused("MP-120")
+    assert "certificate-refused" in caplog.text
+    assert sent(signer) == old
+    # Once: what is said to the old one is an answer.
+    assert not signer.refused("MP-120")
+    assert sent(signer) == old
+    bench.clock.move(86_400)
+    assert sent(signer) == new
+    assert not signer.refused("MP-120")
+    assert sent(signer) == new
+
+
+@pytest.mark.parametrize("code", ["MP-200", "MP-130", "MP-012", "MP-100", ""])
+def test_other_refusals_are_not_about_the_certificate(bench: Bench, code: str) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    new = bench.issue("old", not_before=START - timedelta(hours=1))
+    signer = bench.signer("old", old, new)
+    assert sent(signer) == new
+    assert not signer.refused(code)
+    assert sent(signer) == new
+
+
+def test_without_an_older_one_there_is_nothing_to_fall_back_on(bench: Bench) -> None:
+    new = bench.issue("old", not_before=START - timedelta(hours=1))
+    signer = bench.signer("old", new)
+    assert sent(signer) == new
+    assert not signer.refused("MP-120")
+    assert sent(signer) == new
+
+
+def test_a_refused_certificate_of_a_new_key_gives_way_to_the_old_key(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    new = bench.issue("new", not_before=START - timedelta(hours=1))
+    both = FirstUp([bench.signer("new", new), bench.signer("old", old)])
+    assert sent(both) == new
+    assert both.refused("MP-124")
+    assert sent(both) == old
+    assert not both.refused("MP-124")
+    bench.clock.move(86_400)
+    assert sent(both) == new
+
+
+def test_the_chain_is_proven_once_a_minute(bench: Bench) -> None:
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    device = bench.device("old")
+    signer = bench.signer("old", old, device=device)
+    for _ in range(5):
+        sent(signer)
+    assert device.reads == 1
+    bench.clock.move(61)
+    sent(signer)
+    assert device.reads == 2
+    # Opened again, it is looked at again: another device may be in the slot.
+    device.close()
+    sent(signer)
+    sent(signer)
+    assert device.reads in (3, 4)
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_no_call_fails_when_maskinporten_does_not_take_the_new_certificate(
+    lab: Lab, tmp_path: Path, authority: Authority, *, older: bool
+) -> None:
+    bench = Bench(lab, tmp_path, MovedClock(START.timestamp()), authority)
+    old = bench.issue("old", not_before=START - 300 * DAY)
+    new = bench.issue("old", not_before=START - timedelta(hours=1))
+    path = tmp_path / "chain.pem"
+    path.write_bytes(pem(*((new, old) if older else (new,)), *authority.chain))
+    with Sandbox(trust=[authority], signing_bits=2048) as sandbox:
+        sandbox.revoke(new)
+        endpoints = {
+            "issuer": sandbox.issuer,
+            "token": sandbox.token_endpoint,
+            "customs": sandbox.customs,
+        }
+        app = lab.app(
+            "old", tmp_path, environment="sandbox", endpoints=endpoints, ca_file=sandbox.ca_file,
+            hsm={"certificates": path},
+        )  # fmt: skip
+        with app.client() as client:
+            if not older:
+                with pytest.raises(GrantRefused, match="MP-120"):
+                    client.token("road")
+                return
+            assert client.token("road").value
+        grants = [one.status for one in sandbox.received if one.kind == "grant"]
+        assert grants == [400, 200]
