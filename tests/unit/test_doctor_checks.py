@@ -149,6 +149,15 @@ def test_buypass_shares_a_policy_so_that_its_issuer_decides() -> None:
         assert found == ({} if fine else {"certificate-environment": "fail"})
 
 
+def test_an_eseal_of_a_test_ca_is_foretold_to_fail_in_test_as_well() -> None:
+    """No EU trusted list knows it; the production CA of the same issuer is taken."""
+    from hsmtoll.sandbox.pki import eseal_authority
+
+    of_test = setup(authority=eseal_authority("Buypass Class 3 Test4"))
+    assert told(of_test.facts) == {"certificate-environment": "fail"}
+    assert told(setup(authority=eseal_authority("Buypass Class 3")).facts) == {}
+
+
 def test_the_choice_between_certificates_is_explained() -> None:
     old = seals().issue(key().public_key(), not_before=NOW - 300 * DAY)
     made = setup()
