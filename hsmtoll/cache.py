@@ -106,7 +106,7 @@ class Cache:
     def held(self, request: TokenRequest) -> AccessToken | None:
         """The token in memory if it is fresh: no lock, no I/O."""
         token = self._tokens.get(request)
-        if token is None or token.freshness(self._clock.now()) is not Freshness.FRESH:
+        if token is None or token.remaining(self._clock.now()) <= token.margin:
             return None
         self.hits["fresh"] += 1
         return token

@@ -38,8 +38,7 @@ class Freshness(enum.Enum):
     EXPIRED = "expired"  # it is never handed out
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
+class TokenRequest(NamedTuple):
     """What is asked of Maskinporten: one scope (PROTOCOL C13) and the documented options."""
 
     scope: str
