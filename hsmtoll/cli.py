@@ -140,6 +140,10 @@ def main(ctx: click.Context, config: str | None, profile: str | None, verbose: i
     logger = logging.getLogger("hsmtoll")
     logger.handlers[:] = [_Stderr()]
     logger.propagate = False
+    # Attempts are told by our own lines; the library that repeats would tell them once more.
+    retries = logging.getLogger("stamina")
+    retries.handlers[:] = [logging.NullHandler()]
+    retries.propagate = False
     logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
 
 
