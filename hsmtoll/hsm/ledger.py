@@ -113,7 +113,9 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self, place: Place) -> Iterator[Path]:
         folder = self._folder()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # One after the other: a mode is for the last directory of a path alone.
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         facts, above = folder.stat(), folder.parent.stat()
         if (
             facts.st_uid != os.geteuid()

@@ -1,0 +1,184 @@
+"""
+What both clients offer for calling Customs: one call, a submission, an upload, the routing feed.
+
+Thin, and imported without HTTP: what a conversation says is in customs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hsmtoll import apis
+from hsmtoll.errors import UsageError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+
+    import httpx
+
+    from hsmtoll.customs import Receipt, Talk
+    from hsmtoll.renewal import Engine
+
+__all__ = ["AsyncCalls", "Calls"]
+
+
+class Calls(Protocol):
+    """For threads."""
+
+    _engine: Engine
+    # By API, and by process: a TLS connection cannot be shared with a child of fork.
+    _clients: dict[tuple[str, int], httpx.Client]
+
+    def api(self, name: str) -> httpx.Client:
+        """An httpx.Client for the API called *name*."""
+
+    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """One call; the scope is found from *path*. Arguments as for httpx.Client.request."""
+        url = f"{self._engine.endpoints.customs}{path}"
+        return self._kept(apis.api_of_path(path).name).request(method, url, **request)
+
+    def _kept(self, name: str) -> httpx.Client:
+        """One client an API, so that 500 submissions do not make 500 connections."""
+        key = (name, os.getpid())
+        if key not in self._clients:
+            self._clients.setdefault(key, self.api(name))
+        return self._clients[key]
+
+    def submit(
+        self,
+        api: str,
+        method: str,
+        level: str,
+        *,
+        json: Mapping[str, Any],
+        mrn: str | None = None,
+        patience: float = 120.0,
+        accepted: Callable[[str], None] = lambda _: None,
+    ) -> Receipt:
+        """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        talk = customs.submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+        )
+        return self._speak(api, talk)
+
+    def upload(
+        self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
+    ) -> Receipt:
+        """A document to a declaration, checked before it is sent: see `hsmtoll.customs.upload`."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        path = Path(file)
+        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        return self._speak("document", talk)
+
+    def _speak(self, api: str, talk: Talk) -> Receipt:
+        from hsmtoll import customs  # noqa: PLC0415
+
+        engine = self._engine
+        client = self._kept(api)
+        return customs.spoken(talk, client, engine.endpoints.customs, engine.clock.sleep)
+
+    def routing(
+        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+    ) -> Iterator[tuple[Any, ...]]:
+        """Routing signals in batches; *marker* is the file that says how far they were taken."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        clock = self._engine.clock
+        with self.api("routing") as client:
+            yield from customs.routing(
+                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+            )
+
+    def _hang_up(self) -> None:
+        while self._clients:
+            self._clients.popitem()[1].close()
+
+
+class AsyncCalls(Protocol):
+    """For tasks."""
+
+    _engine: Engine
+    # By API, and by loop: connections belong to the loop that they were made in.
+    _clients: dict[tuple[str, int], httpx.AsyncClient]
+
+    def api(self, name: str) -> httpx.AsyncClient:
+        """An httpx.AsyncClient for the API called *name*."""
+
+    async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """As TollClient.call."""
+        url = f"{self._engine.endpoints.customs}{path}"
+        return await self._kept(apis.api_of_path(path).name).request(method, url, **request)
+
+    def _kept(self, name: str) -> httpx.AsyncClient:
+
+        key = (name, id(asyncio.get_running_loop()))
+        if key not in self._clients:
+            self._clients.setdefault(key, self.api(name))
+        return self._clients[key]
+
+    async def submit(
+        self,
+        api: str,
+        method: str,
+        level: str,
+        *,
+        json: Mapping[str, Any],
+        mrn: str | None = None,
+        patience: float = 120.0,
+        accepted: Callable[[str], None] = lambda _: None,
+    ) -> Receipt:
+        """As TollClient.submit."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        talk = customs.submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+        )
+        return await self._speak(api, talk)
+
+    async def upload(
+        self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
+    ) -> Receipt:
+        """As TollClient.upload."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        path = Path(file)
+        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        return await self._speak("document", talk)
+
+    async def _speak(self, api: str, talk: Talk) -> Receipt:
+        from hsmtoll import customs  # noqa: PLC0415
+
+        origin = self._engine.endpoints.customs
+
+        return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
+
+    async def routing(
+        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """As TollClient.routing."""
+        from hsmtoll import customs  # noqa: PLC0415
+
+        clock = self._engine.clock
+        async with self.api("routing") as client:
+            feed = customs.arouting(
+                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+            )
+            async for batch in feed:
+                yield batch
+
+    async def _hang_up(self) -> None:
+        while self._clients:
+            await self._clients.popitem()[1].aclose()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise UsageError(f"upload of {foreign(path)}: cannot be read ({exc.strerror})") from exc
