@@ -305,7 +305,7 @@ class Cache:
     def _rest(self, request: TokenRequest, exc: HsmTollError) -> None:
         before = self._rests.get(request)
         failures = before.failures + 1 if before else 1
-        seconds = min(_LONGEST_REST, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311
+        seconds = min(_LONGEST_REST, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
         seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))
         if isinstance(exc, UsageError):
             return

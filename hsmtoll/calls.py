@@ -59,7 +59,7 @@ class Calls(Protocol):
         accepted: Callable[[str], None] = lambda _: None,
     ) -> Receipt:
         """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
 
         talk = customs.submission(
             apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted

@@ -40,7 +40,7 @@ class _Shared:
 
     def status(self) -> Status:
         """How it stands; asks neither the device nor the network."""
-        from hsmtoll.metrics import status_of  # noqa: PLC0415
+        from hsmtoll.metrics import status_of  # noqa: PLC0415 - loaded when it is asked for
 
         return status_of(self._engine)
 

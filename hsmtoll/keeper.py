@@ -42,7 +42,7 @@ class Keeper:
         self.due = 0
         self.done = 0
         self._engine = engine
-        self._early = {request: random.uniform(*_EARLY) for request in requests}  # noqa: S311
+        self._early = {request: random.uniform(*_EARLY) for request in requests}  # noqa: S311 - jitter, not a secret
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="hsmtoll-keeper", daemon=True)
         self._thread.start()

@@ -7,6 +7,7 @@ HTTP never enters. Nothing here takes bytes to sign from anybody.
 from __future__ import annotations
 
 import logging
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -148,7 +149,6 @@ class LocalSigner:
 
     def identity(self) -> str:
         """SHA-256 (hex) of the leaf, or of the public key where a kid names it."""
-        import hashlib  # noqa: PLC0415
 
         if self._kid is not None:
             return hashlib.sha256(self._public_key().spki()).hexdigest()

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from hsmtoll.testing.softhsm import SoftHsm
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where pytest-docker is installed, offer `toll_softhsm_docker` as well."""
+    if config.pluginmanager.hasplugin("docker"):
+        from hsmtoll.testing import docker
+
+        config.pluginmanager.register(docker, "hsmtoll-docker")
+
+
 @pytest.fixture(scope="session")
 def toll_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftHsm]:
     """A SoftHSM device of this session's own, empty."""

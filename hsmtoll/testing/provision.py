@@ -92,9 +92,14 @@ def _certificate(session: pkcs11.Session, *, label: str, key_id: str, der: str) 
     )
 
 
+def _pin(session: pkcs11.Session, *, old: str, new: str) -> None:
+    session.set_pin(old, new)
+
+
 def _delete(session: pkcs11.Session, *, label: str) -> None:
-    for found in list(session.get_objects({Attribute.LABEL: label})):
-        found.destroy()
+    for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY, ObjectClass.CERTIFICATE):
+        for found in list(session.get_objects({Attribute.CLASS: kind, Attribute.LABEL: label})):
+            found.destroy()
 
 
 _DO: dict[str, Any] = {
@@ -102,6 +107,7 @@ _DO: dict[str, Any] = {
     "ec-key": _ec_key,
     "certificate": _certificate,
     "delete": _delete,
+    "pin": _pin,
 }
 
 if __name__ == "__main__":

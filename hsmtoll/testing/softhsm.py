@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from hsmtoll.errors import DeviceError, UsageError, foreign
 
@@ -93,14 +94,17 @@ class SoftHsm:
         )
         made._private("softhsm2.conf", made._configuration())
         made._private("pin", made.pin)
-        # softhsm2-util takes PINs on argv alone; they are of a device that nobody knows yet.
+        # softhsm2-util takes PINs on argv alone, where others can see them: this one is over
+        # before the device is used.
+        first = f"{secrets.randbelow(10**8):08d}"
         _run(
             [
-                *(tool, "--init-token", "--free", "--label", made.label, "--pin", made.pin),
+                *(tool, "--init-token", "--free", "--label", made.label, "--pin", first),
                 *("--so-pin", f"{secrets.randbelow(10**8):08d}"),
             ],
             {**os.environ, "SOFTHSM2_CONF": str(directory / "softhsm2.conf")},
         )
+        made._do([{"what": "pin", "old": first, "new": made.pin}], pin=first)
         return made
 
     def _configuration(self) -> str:
@@ -112,6 +116,7 @@ class SoftHsm:
     def _private(self, name: str, text: str) -> None:
         path = self.directory / name
         path.touch(mode=0o600)
+        path.chmod(0o600)
         path.write_text(text, encoding="utf-8")
 
     @property
@@ -126,7 +131,7 @@ class SoftHsm:
 
     def uri(self, key_label: str) -> str:
         """The RFC 7512 URI of a key here."""
-        return f"pkcs11:token={self.label};object={key_label}"
+        return f"pkcs11:token={quote(self.label)};object={quote(key_label)}"
 
     def environ(self, key_label: str | None = None) -> dict[str, str]:
         """Variables for a process that uses the device, and the key called *key_label*."""
@@ -177,9 +182,12 @@ class SoftHsm:
     def batch(self) -> Iterator[None]:
         """Certificates stored and objects deleted inside are sent together at the end."""
         self._orders.append({"what": "batch"})
-        yield
-        orders = [each for each in self._orders if each["what"] != "batch"]
-        self._orders.clear()
+        try:
+            yield
+            orders = [each for each in self._orders if each["what"] != "batch"]
+        finally:
+            # What was asked for before an error is not done: all of it, or nothing.
+            self._orders.clear()
         if orders:
             self._do(orders)
 
@@ -194,11 +202,11 @@ class SoftHsm:
         else:
             self._do([order])
 
-    def _do(self, orders: list[dict[str, Any]]) -> list[Any]:
+    def _do(self, orders: list[dict[str, Any]], *, pin: str | None = None) -> list[Any]:
         told = {
             "module": str(self.module),
             "token_label": self.label,
-            "pin": self.pin,
+            "pin": pin or self.pin,
             "do": orders,
         }
         environment = {**os.environ, "SOFTHSM2_CONF": str(self.conf)}

@@ -18,10 +18,8 @@ from typing import Final
 import pytest
 from pytest_docker.plugin import DockerComposeExecutor
 
-from hsmtoll.testing.docker import find_client, toll_softhsm_docker
+from hsmtoll.testing.docker import find_client
 from tests.docker.containers import PREFIX, PROJECT, Stack, docker
-
-__all__ = ["toll_softhsm_docker"]
 
 MADE_OF: Final = ("docker", "hsmtoll", "pyproject.toml", "README.md", ".dockerignore")
 

@@ -91,7 +91,7 @@ def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(
         # the control: a candidate that is right where the device hides its half
         assert facts.public is not None
         device._proven = strange
-        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]
+        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
         with pytest.raises(DeviceError) as caught:
             device.sign("RS256", UNSIGNED)
         assert caught.value.code == "signature-wrong"
@@ -105,7 +105,7 @@ def test_where_the_public_half_is_hidden_the_signature_chooses_the_candidate(
         right = facts.public
         assert right is not None
         wrong = RsaPublicKey((1 << 2047) | 1, 65537)
-        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]
+        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
         signature = device.sign("RS256", UNSIGNED, candidates=[wrong, right])
         device._proven = None
         with pytest.raises(DeviceError):
