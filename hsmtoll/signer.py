@@ -6,8 +6,8 @@ HTTP never enters. Nothing here takes bytes to sign from anybody.
 
 from __future__ import annotations
 
-import logging
 import hashlib
+import logging
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 def seen(device: SoftHsm, pin: str) -> subprocess.CompletedProcess[str]:
     """What pkcs11-tool, which is not ours, sees with *pin*."""
     return subprocess.run(
-        ["pkcs11-tool", "--module", str(device.module), "--token-label", device.label]
-        + ["--login", "--pin", pin, "--list-objects"],
+        [
+            *("pkcs11-tool", "--module", str(device.module), "--token-label", device.label),
+            *("--login", "--pin", pin, "--list-objects"),
+        ],
         env={"SOFTHSM2_CONF": str(device.conf), "PATH": "/usr/bin"},
         capture_output=True,
         text=True,
@@ -64,10 +66,13 @@ def test_two_devices_differ_in_label_and_pin(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_done_whole_or_not_at_all(device: SoftHsm) -> None:
-    with pytest.raises(RuntimeError), device.batch():
-        device.delete("sealed")
-        raise RuntimeError
+    def half_way() -> None:
+        with device.batch():
+            device.delete("sealed")
+            raise RuntimeError
 
+    with pytest.raises(RuntimeError):
+        half_way()
     assert "sealed" in seen(device, device.pin).stdout
     with device.batch(), pytest.raises(UsageError):
         device.generate_key("x", b"\x03")
