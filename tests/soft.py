@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import uuid
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.clock import Clock
-    from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.tokens import TokenRequest
 
 
@@ -84,13 +83,28 @@ def identity(
     return key, x5c, leaf.fingerprint(hashes.SHA256()).hex()
 
 
-def endpoints_of(sandbox: Sandbox) -> Endpoints:
+class Listening(Protocol):
+    """As much of a sandbox as an engine needs to know."""
+
+    @property
+    def issuer(self) -> str: ...
+    @property
+    def token_endpoint(self) -> str: ...
+    @property
+    def customs(self) -> str: ...
+    @property
+    def ca_file(self) -> Path: ...
+
+    def trust(self, authority: Authority, /) -> None: ...
+
+
+def endpoints_of(sandbox: Listening) -> Endpoints:
     """Where *sandbox* listens."""
     return Endpoints(sandbox.issuer, sandbox.token_endpoint, sandbox.customs)
 
 
 def engine_of(
-    sandbox: Sandbox,
+    sandbox: Listening,
     *,
     clock: Clock | None = None,
     store: Store | None = None,
