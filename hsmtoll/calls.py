@@ -6,7 +6,6 @@ Thin, and imported without HTTP: what a conversation says is in customs.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -117,6 +116,8 @@ class AsyncCalls(Protocol):
 
     def _kept(self, name: str) -> httpx.AsyncClient:
 
+        import asyncio  # noqa: PLC0415 - a token that is at hand needs none of it
+
         key = (name, id(asyncio.get_running_loop()))
         if key not in self._clients:
             self._clients.setdefault(key, self.api(name))
@@ -155,6 +156,8 @@ class AsyncCalls(Protocol):
         from hsmtoll import customs  # noqa: PLC0415
 
         origin = self._engine.endpoints.customs
+
+        import asyncio  # noqa: PLC0415
 
         return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
 

@@ -188,6 +188,11 @@ class LocalSigner:
         )
         return chain
 
+    @property
+    def certificate_ends(self) -> datetime | None:
+        """When the leaf in use expires, for those who watch; ``None`` before it was needed."""
+        return self._leaf.not_after if self._leaf is not None else None
+
     def _took(self, leaf: Certificate, now: float) -> None:
         before, self._leaf = self._leaf, leaf
         if before is not None and before != leaf:
@@ -370,6 +375,12 @@ class FirstUp:
     def assertion(self, request: TokenRequest) -> str:
         """An assertion of the first usable one; the first one's error if none is."""
         return self._first(lambda signer: signer.assertion(request))
+
+    @property
+    def certificate_ends(self) -> datetime | None:
+        """The first end among the leaves that were used."""
+        seen = (getattr(signer, "certificate_ends", None) for signer in self._signers)
+        return min((end for end in seen if end is not None), default=None)
 
     def refused(self, code: str) -> bool:
         """As `LocalSigner.refused`; another key of the list will do as well."""

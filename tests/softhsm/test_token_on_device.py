@@ -162,7 +162,9 @@ def test_renew_and_min_life_at_the_command_line(toll_sandbox: Sandbox) -> None:
 def test_a_token_outlives_a_device_that_is_gone(
     toll_client: TollClient, toll_sandbox: Sandbox
 ) -> None:
+    assert toll_client.status().certificate_days is None
     token = toll_client.token("road")
+    assert 300 < (toll_client.status().certificate_days or 0) < 800
     toll_client.close()
     assert toll_client.token("road") is token
     toll_sandbox.fault("500", "token")
