@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
+    from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
     from hsmtoll.testing.softhsm import SoftHsm
 
@@ -52,6 +53,19 @@ def toll_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftHsm]:
         del os.environ["SOFTHSM2_CONF"]
     else:
         os.environ["SOFTHSM2_CONF"] = before
+
+
+@pytest.fixture
+def toll_faults(toll_softhsm: SoftHsm, tmp_path: Path) -> Iterator[Faults]:
+    """
+    Faults of the device by name, and counts of what it was asked.
+
+    The shim is in the way of `toll_settings` and `toll_client` where the test asks for it.
+    """
+    from hsmtoll.testing.faults import Faults
+
+    with Faults(toll_softhsm.module, tmp_path / "toll-faults") as faults:
+        yield faults
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +125,7 @@ def toll_settings(
     toll_sandbox: Sandbox,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> Settings:
     """Settings of the eSeal at the sandbox, and the same as environment variables."""
     from hsmtoll.settings import load
@@ -120,6 +135,8 @@ def toll_settings(
         **toll_sandbox.environ(),
         "HSMTOLL_STATE": str(tmp_path / "toll-state"),
     }
+    if "toll_faults" in request.fixturenames:
+        variables |= request.getfixturevalue("toll_faults").environ()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return load()

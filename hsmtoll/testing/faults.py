@@ -1,0 +1,263 @@
+"""
+Device faults by name, at the PKCS#11 call itself, and counts of what a device was asked.
+
+Between hsmtoll and the real module stands a small module of ours (shim.c), compiled when it is
+first wanted. Orders and counts lie in shared memory: they hold at once, in every process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.errors import DeviceError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+    from typing import Self
+
+__all__ = ["FUNCTIONS", "NAMES", "Faults"]
+
+#: The function list of PKCS#11 v2.40, in its order.
+FUNCTIONS: Final = (
+    "C_Initialize", "C_Finalize", "C_GetInfo", "C_GetFunctionList", "C_GetSlotList",
+    "C_GetSlotInfo", "C_GetTokenInfo", "C_GetMechanismList", "C_GetMechanismInfo", "C_InitToken",
+    "C_InitPIN", "C_SetPIN", "C_OpenSession", "C_CloseSession", "C_CloseAllSessions",
+    "C_GetSessionInfo", "C_GetOperationState", "C_SetOperationState", "C_Login", "C_Logout",
+    "C_CreateObject", "C_CopyObject", "C_DestroyObject", "C_GetObjectSize",
+    "C_GetAttributeValue", "C_SetAttributeValue", "C_FindObjectsInit", "C_FindObjects",
+    "C_FindObjectsFinal", "C_EncryptInit", "C_Encrypt", "C_EncryptUpdate", "C_EncryptFinal",
+    "C_DecryptInit", "C_Decrypt", "C_DecryptUpdate", "C_DecryptFinal", "C_DigestInit",
+    "C_Digest", "C_DigestUpdate", "C_DigestKey", "C_DigestFinal", "C_SignInit", "C_Sign",
+    "C_SignUpdate", "C_SignFinal", "C_SignRecoverInit", "C_SignRecover", "C_VerifyInit",
+    "C_Verify", "C_VerifyUpdate", "C_VerifyFinal", "C_VerifyRecoverInit", "C_VerifyRecover",
+    "C_DigestEncryptUpdate", "C_DecryptDigestUpdate", "C_SignEncryptUpdate",
+    "C_DecryptVerifyUpdate", "C_GenerateKey", "C_GenerateKeyPair", "C_WrapKey", "C_UnwrapKey",
+    "C_DeriveKey", "C_SeedRandom", "C_GenerateRandom", "C_GetFunctionStatus", "C_CancelFunction",
+    "C_WaitForSlotEvent",
+)  # fmt: skip
+
+#: Every fault, with what it does and its options.
+NAMES: Final[Mapping[str, str]] = {
+    "pin-wrong": "C_Login answers CKR_PIN_INCORRECT to every PIN; the device is not asked",
+    "pin-count-low": "the flag CKF_USER_PIN_COUNT_LOW",
+    "pin-final-try": "the flags COUNT_LOW and CKF_USER_PIN_FINAL_TRY",
+    "pin-locked": "the flag CKF_USER_PIN_LOCKED, and CKR_PIN_LOCKED from C_Login",
+    "session-lost": "once: every open session is gone, and the login with them",
+    "handles-stale": "once: every object handle that was given is void; a new search helps",
+    "token-removed": "the slot is empty until cleared; then the sessions are gone",
+    "device-error": "once: CKR_DEVICE_ERROR to everything until C_Finalize and C_Initialize",
+    "slow": "function='C_Sign' takes ms=1000 more",
+    "hang": "function='C_Sign' does not return until cleared",
+    "wrong-signature": "one bit of every signature is flipped",
+    "mechanism-missing": "no SHAxxx_RSA_PKCS; with raw=True no RSA_PKCS either",
+    "hidden-modulus": "no public half can be read: no public-key objects, no modulus",
+    "nth-call-fails": "the n=1st call of function='C_Sign' from now on answers rv=0x30",
+    "crash": "the process aborts in function='C_Sign'",
+    "rate": "one C_SignInit in ms=1000, for all processes together",
+    "kill-inside-login": "the process is killed in C_Login, after=False or True the real call",
+    "slot-error": "one more slot, whose C_GetTokenInfo answers CKR_DEVICE_ERROR",
+}
+
+# struct control of shim.c, behind the counts.
+_MEMBERS: Final = (
+    "pin_wrong", "pin_flags", "pin_locked", "sessions", "handles", "device", "removed",
+    "slow_function", "slow_ms", "hang_function", "wrong_signature", "hidden_mechanisms",
+    "hidden_modulus", "nth_function", "nth_left", "nth_answer", "crash_function", "rate_ms",
+    "rate_next_ms", "kill_login", "slot_error",
+)  # fmt: skip
+_SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
+_EPOCHS: Final = frozenset(("sessions", "handles", "device"))
+_COUNT_LOW, _FINAL_TRY, _LOCKED = 0x10000, 0x20000, 0x40000
+
+
+class Faults:
+    """
+    Faults of the device behind *module*, as a context manager.
+
+        with Faults(device.module, tmp_path / "faults") as faults:
+            faults.set("pin-locked")
+            ...                         # HSMTOLL_HSM__MODULE = faults.module
+            assert faults.count("C_Login") == 0
+
+    *directory* (0700) holds the shim and its shared memory. Raises DeviceError
+    (``compiler-missing``) where there is no C compiler.
+    """
+
+    def __init__(self, module: Path, directory: Path) -> None:
+        self._real = module
+        self._directory = directory
+        self._memory: mmap.mmap | None = None
+
+    @property
+    def module(self) -> Path:
+        """The path to use instead of the real module's."""
+        return self._directory / "shim.so"
+
+    def environ(self) -> dict[str, str]:
+        """The variable that puts the shim in the way."""
+        return {"HSMTOLL_HSM__MODULE": str(self.module)}
+
+    def __enter__(self) -> Self:
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory.chmod(0o700)
+        control = self._directory / "control"
+        control.touch(mode=0o600)
+        control.write_bytes(bytes(_SIZE))
+        self._compile(control)
+        descriptor = os.open(control, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._memory = mmap.mmap(descriptor, _SIZE)
+        finally:
+            os.close(descriptor)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._memory is not None:
+            # The module stays loaded in this process: from now on it is the real one's mirror.
+            self.clear()
+            self._memory.close()
+            self._memory = None
+
+    def _compile(self, control: Path) -> None:
+        compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if compiler is None:
+            raise DeviceError(
+                "device faults: there is no C compiler on this machine",
+                hint="install one (Debian: apt-get install gcc libc6-dev)",
+                code="compiler-missing",
+            )
+        source = Path(__file__).with_name("shim.c")
+        done = subprocess.run(
+            [
+                *(compiler, "-shared", "-fPIC", "-O1", "-fvisibility=hidden"),
+                f'-DMODULE="{self._real}"',
+                f'-DCONTROL="{control}"',
+                *("-o", str(self.module), str(source), "-ldl"),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        if done.returncode:
+            raise DeviceError(
+                f"device faults: {Path(compiler).name} failed on shim.c",
+                hint=done.stderr.strip()[-300:] or "it said nothing",
+                code="compiler",
+            )
+
+    # ------------------------------------------------------------------ orders
+
+    def set(
+        self,
+        name: str,
+        *,
+        function: str = "C_Sign",
+        ms: int = 1000,
+        n: int = 1,
+        rv: int = 0x30,
+        raw: bool = False,
+        after: bool = False,
+    ) -> None:
+        """Let *name* happen from now on; UsageError for a fault or a function that is none."""
+        if name not in NAMES:
+            raise UsageError(f"fault {name}: there is no such fault", hint=", ".join(NAMES))
+        if function not in FUNCTIONS:
+            raise UsageError(f"fault {name}: PKCS#11 has no function {function}")
+        number = FUNCTIONS.index(function) + 1
+        orders: dict[str, dict[str, int]] = {
+            "pin-wrong": {"pin_wrong": 1},
+            "pin-count-low": {"pin_flags": _COUNT_LOW},
+            "pin-final-try": {"pin_flags": _COUNT_LOW | _FINAL_TRY},
+            "pin-locked": {"pin_flags": _LOCKED, "pin_locked": 1},
+            "session-lost": {"sessions": 1},
+            "handles-stale": {"handles": 1},
+            "token-removed": {"removed": 1},
+            "device-error": {"device": 1},
+            "slow": {"slow_ms": ms, "slow_function": number},
+            "hang": {"hang_function": number},
+            "wrong-signature": {"wrong_signature": 1},
+            "mechanism-missing": {"hidden_mechanisms": 3 if raw else 1},
+            "hidden-modulus": {"hidden_modulus": 1},
+            "nth-call-fails": {"nth_left": n, "nth_answer": rv, "nth_function": number},
+            "crash": {"crash_function": number},
+            "rate": {"rate_ms": ms},
+            "kill-inside-login": {"kill_login": 2 if after else 1},
+            "slot-error": {"slot_error": 1},
+        }
+        for member, value in orders[name].items():
+            self._put(member, self._get(member) + 1 if member in _EPOCHS else value)
+
+    def clear(self, name: str | None = None) -> None:
+        """End *name*, or everything. What happens once (session-lost, …) is over anyway."""
+        if self._get("removed") and name in (None, "token-removed"):
+            self._put("sessions", self._get("sessions") + 1)
+        kept = {each for each in _MEMBERS if name and each not in _CLEARED.get(name, ())}
+        for member in _MEMBERS:
+            if member not in kept and member not in _EPOCHS:
+                self._put(member, 0)
+
+    # ------------------------------------------------------------------ counts
+
+    def count(self, function: str) -> int:
+        """How often *function* was called, by all processes together."""
+        if function not in FUNCTIONS:
+            raise UsageError(f"PKCS#11 has no function {function}")
+        return self._at(FUNCTIONS.index(function))
+
+    def calls(self) -> dict[str, int]:
+        """All counts that are not zero."""
+        counts = {name: self._at(number) for number, name in enumerate(FUNCTIONS)}
+        return {name: count for name, count in counts.items() if count}
+
+    def reset_counts(self) -> None:
+        """Count from zero."""
+        for number in range(len(FUNCTIONS)):
+            self._write(number, 0)
+
+    def _at(self, number: int) -> int:
+        if self._memory is None:
+            raise UsageError("faults: used outside its `with` block")
+        return int(struct.unpack_from("q", self._memory, 8 * number)[0])
+
+    def _write(self, number: int, value: int) -> None:
+        if self._memory is None:
+            raise UsageError("faults: used outside its `with` block")
+        struct.pack_into("q", self._memory, 8 * number, value)
+
+    def _get(self, member: str) -> int:
+        return self._at(len(FUNCTIONS) + _MEMBERS.index(member))
+
+    def _put(self, member: str, value: int) -> None:
+        self._write(len(FUNCTIONS) + _MEMBERS.index(member), value)
+
+
+_CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
+    "pin-wrong": ("pin_wrong",),
+    "pin-count-low": ("pin_flags",),
+    "pin-final-try": ("pin_flags",),
+    "pin-locked": ("pin_flags", "pin_locked"),
+    "token-removed": ("removed",),
+    "slow": ("slow_function", "slow_ms"),
+    "hang": ("hang_function",),
+    "wrong-signature": ("wrong_signature",),
+    "mechanism-missing": ("hidden_mechanisms",),
+    "hidden-modulus": ("hidden_modulus",),
+    "nth-call-fails": ("nth_function", "nth_left", "nth_answer"),
+    "crash": ("crash_function",),
+    "rate": ("rate_ms", "rate_next_ms"),
+    "kill-inside-login": ("kill_login",),
+    "slot-error": ("slot_error",),
+}

@@ -1,0 +1,272 @@
+/* A PKCS#11 module that stands before another one, counts what is asked of it, and fails by order.
+ *
+ * It is compiled for one device at a time: MODULE is the real module's path, CONTROL the file that
+ * orders come from and counts go to. The file is shared memory (struct control), so an order holds
+ * at once in every process, and a count is the sum of all of them. No argument of a call is kept;
+ * a PIN passes through and is not looked at.
+ *
+ * Every entry of the function list takes at most eight arguments, each a machine word; on the ABIs
+ * of Linux and macOS words can be passed on without knowing what they mean.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+typedef unsigned long word;
+typedef struct { word type; void *value; word length; } attribute;
+typedef struct { unsigned char major, minor; } version;
+typedef struct { version v; void *function[68]; } list;
+typedef struct { unsigned char text[64 + 32]; word flags; version hardware, firmware; } slot_info;
+typedef struct { unsigned char text[32 + 32 + 16 + 16]; word flags; } token_info;
+
+enum {
+    INITIALIZE = 0, FINALIZE = 1, GET_INFO = 2, GET_FUNCTION_LIST = 3, GET_SLOT_LIST = 4, GET_SLOT_INFO = 5,
+    GET_TOKEN_INFO = 6, GET_MECHANISM_LIST = 7, GET_MECHANISM_INFO = 8, OPEN_SESSION = 12, CLOSE_ALL = 14,
+    LOGIN = 18, CREATE_OBJECT = 20, COPY_OBJECT = 21, DESTROY_OBJECT = 22, GET_OBJECT_SIZE = 23,
+    GET_ATTRIBUTE = 24, SET_ATTRIBUTE = 25, FIND_OBJECTS = 27, ENCRYPT_INIT = 29, DECRYPT_INIT = 33,
+    DIGEST_KEY = 40, SIGN_INIT = 42, SIGN = 43, SIGN_RECOVER_INIT = 46, VERIFY_INIT = 48,
+    VERIFY_RECOVER_INIT = 52, GENERATE_KEY = 58, GENERATE_PAIR = 59, WRAP_KEY = 60, UNWRAP_KEY = 61,
+    DERIVE_KEY = 62, FUNCTIONS = 68
+};
+enum {
+    OK = 0, DEVICE_ERROR = 0x30, DEVICE_REMOVED = 0x32, OBJECT_HANDLE_INVALID = 0x82, PIN_INCORRECT = 0xA0,
+    PIN_LOCKED = 0xA4, MECHANISM_INVALID = 0x70, ATTRIBUTE_TYPE_INVALID = 0x12, TOKEN_NOT_PRESENT = 0xE0
+};
+enum { CKA_CLASS = 0, CKO_PUBLIC_KEY = 2, CKO_PRIVATE_KEY = 3, CKA_MODULUS = 0x120, CKA_PUBLIC_EXPONENT = 0x122 };
+
+/* What the Python side writes; the order of the members is its order. All are 64 bits wide. */
+struct control {
+    int64_t calls[FUNCTIONS];
+    int64_t pin_wrong, pin_flags, pin_locked;
+    int64_t sessions, handles, device;      /* epochs: a change makes what is older void */
+    int64_t removed;
+    int64_t slow_function, slow_ms;         /* functions count from 1; 0 is none */
+    int64_t hang_function;
+    int64_t wrong_signature, hidden_mechanisms, hidden_modulus;
+    int64_t nth_function, nth_left, nth_answer;
+    int64_t crash_function;
+    int64_t rate_ms, rate_next_ms;
+    int64_t kill_login;                     /* 1 before the real call, 2 after it */
+    int64_t slot_error;
+};
+
+#define FAKE_SLOT 0x7fff0000UL
+#define EPOCH_SHIFT 40
+
+static struct control *control;
+static list *real, ours;
+static int64_t seen_sessions, seen_device;
+static word slots[16];
+static int slot_count;
+
+#define READ(member) __atomic_load_n(&control->member, __ATOMIC_SEQ_CST)
+
+static word call(int n, word a, word b, word c, word d, word e, word f, word g, word h) {
+    return ((word (*)(word, word, word, word, word, word, word, word)) real->function[n])(a, b, c, d, e, f, g, h);
+}
+
+static int64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t) t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void wait_ms(int64_t ms) {
+    struct timespec t = {ms / 1000, (ms % 1000) * 1000000};
+    if (ms > 0) nanosleep(&t, NULL);
+}
+
+/* Handles carry the epoch in which they were given, in bits that modules do not use. */
+static void tag(word *handle) { *handle |= (word) READ(handles) << EPOCH_SHIFT; }
+
+static word untag(word *handle) {
+    if ((int64_t) (*handle >> EPOCH_SHIFT) != READ(handles)) return OBJECT_HANDLE_INVALID;
+    *handle &= ((word) 1 << EPOCH_SHIFT) - 1;
+    return OK;
+}
+
+static word class_of(word session, word object) {
+    word class = (word) -1;
+    attribute asked = {CKA_CLASS, &class, sizeof class};
+    call(GET_ATTRIBUTE, session, object, (word) &asked, 1, 0, 0, 0, 0);
+    return class;
+}
+
+static int hidden(word mechanism) {
+    int64_t what = READ(hidden_mechanisms);
+    return ((what & 1) && mechanism >= 0x40 && mechanism <= 0x42) || ((what & 2) && mechanism == 0x1);
+}
+
+/* In a position 1 or 2 of the arguments stands an object that was found before. */
+static int object_at(int n) {
+    switch (n) {
+        case COPY_OBJECT: case DESTROY_OBJECT: case GET_OBJECT_SIZE: case GET_ATTRIBUTE: case SET_ATTRIBUTE:
+        case DIGEST_KEY:
+            return 1;
+        case ENCRYPT_INIT: case DECRYPT_INIT: case SIGN_INIT: case SIGN_RECOVER_INIT: case VERIFY_INIT:
+        case VERIFY_RECOVER_INIT: case WRAP_KEY: case UNWRAP_KEY: case DERIVE_KEY:
+            return 2;
+    }
+    return 0;
+}
+
+static word slot_list(word present, word given, word counted) {
+    word *out = (word *) given, *count = (word *) counted, room = *count;
+    if (READ(removed)) { *count = 0; return OK; }
+    word rv = call(GET_SLOT_LIST, present, given, counted, 0, 0, 0, 0, 0);
+    if (rv == OK && READ(slot_error)) {
+        if (out && *count >= room) return 0x150;    /* CKR_BUFFER_TOO_SMALL */
+        if (out) { memmove(out + 1, out, *count * sizeof *out); out[0] = FAKE_SLOT; }
+        ++*count;
+    }
+    return rv;
+}
+
+static word fake_slot(int n, word out) {
+    if (n != GET_SLOT_INFO) return DEVICE_ERROR;
+    slot_info *info = (slot_info *) out;
+    memset(info, ' ', sizeof info->text);
+    info->flags = 1;
+    info->hardware = info->firmware = (version) {1, 0};
+    return OK;
+}
+
+static word mechanisms(word slot, word given, word counted) {
+    word *out = (word *) given, *count = (word *) counted;
+    word rv = call(GET_MECHANISM_LIST, slot, given, counted, 0, 0, 0, 0, 0);
+    if (rv != OK || !out) return rv;
+    word kept = 0;
+    for (word i = 0; i < *count; i++) if (!hidden(out[i])) out[kept++] = out[i];
+    *count = kept;
+    return OK;
+}
+
+static word attributes(word session, word object, word given, word count) {
+    word rv = call(GET_ATTRIBUTE, session, object, given, count, 0, 0, 0, 0);
+    if (!READ(hidden_modulus) || class_of(session, object) != CKO_PRIVATE_KEY) return rv;
+    attribute *asked = (attribute *) given;
+    for (word i = 0; i < count; i++)
+        if (asked[i].type == CKA_MODULUS || asked[i].type == CKA_PUBLIC_EXPONENT) {
+            asked[i].length = (word) -1;
+            rv = ATTRIBUTE_TYPE_INVALID;
+        }
+    return rv;
+}
+
+static word find(word session, word given, word most, word counted) {
+    word *out = (word *) given, *count = (word *) counted, kept;
+    do {
+        word rv = call(FIND_OBJECTS, session, given, most, counted, 0, 0, 0, 0);
+        if (rv != OK || *count == 0) return rv;
+        kept = 0;
+        for (word i = 0; i < *count; i++)
+            if (!READ(hidden_modulus) || class_of(session, out[i]) != CKO_PUBLIC_KEY) out[kept++] = out[i];
+    } while (kept == 0);    /* none of these may be seen, and zero would mean that there are no more */
+    *count = kept;
+    for (word i = 0; i < kept; i++) tag(&out[i]);
+    return OK;
+}
+
+static word login(word session, word user, word pin, word length) {
+    if (READ(kill_login) == 1) kill(getpid(), SIGKILL);
+    if (READ(pin_locked)) return PIN_LOCKED;
+    if (READ(pin_wrong)) return PIN_INCORRECT;
+    word rv = call(LOGIN, session, user, pin, length, 0, 0, 0, 0);
+    if (READ(kill_login) == 2) kill(getpid(), SIGKILL);
+    return rv;
+}
+
+/* The answer that an order wants instead of the real one, or -1. */
+static int64_t ordered(int n) {
+    int64_t crash = READ(crash_function), slow = READ(slow_function), nth = READ(nth_function);
+    if (crash == n + 1) abort();
+    if (slow == n + 1) wait_ms(READ(slow_ms));
+    while (READ(hang_function) == n + 1) wait_ms(20);
+    if (nth == n + 1 && __atomic_sub_fetch(&control->nth_left, 1, __ATOMIC_SEQ_CST) == 0) return READ(nth_answer);
+    if (n == INITIALIZE) { seen_device = READ(device); seen_sessions = READ(sessions); slot_count = 0; return -1; }
+    if (n == FINALIZE || n == GET_FUNCTION_LIST) return -1;
+    if (READ(device) != seen_device) return DEVICE_ERROR;
+    if (READ(removed) && n != GET_SLOT_LIST && n != GET_INFO && n != GET_SLOT_INFO)
+        return n == GET_TOKEN_INFO || n == OPEN_SESSION ? TOKEN_NOT_PRESENT : DEVICE_REMOVED;
+    if (READ(sessions) != seen_sessions) {
+        /* The device forgot its sessions: the real module shall say so in its own words. */
+        seen_sessions = READ(sessions);
+        for (int i = 0; i < slot_count; i++) call(CLOSE_ALL, slots[i], 0, 0, 0, 0, 0, 0, 0);
+    }
+    return -1;
+}
+
+static word forward(int n, word a, word b, word c, word d, word e, word f, word g, word h) {
+    __atomic_add_fetch(&control->calls[n], 1, __ATOMIC_SEQ_CST);
+    int64_t answer = ordered(n);
+    if (answer >= 0) return (word) answer;
+    if (n >= GET_SLOT_INFO && n <= OPEN_SESSION && a == FAKE_SLOT) return fake_slot(n, b);
+    word *object = object_at(n) == 1 ? &b : object_at(n) == 2 ? &c : NULL, rv;
+    if (object && (rv = untag(object)) != OK) return rv;
+    if (n == WRAP_KEY && (rv = untag(&d)) != OK) return rv;
+    switch (n) {
+        case GET_FUNCTION_LIST: *(list **) a = &ours; return OK;
+        case GET_SLOT_LIST: return slot_list(a, b, c);
+        case GET_MECHANISM_LIST: return mechanisms(a, b, c);
+        case GET_MECHANISM_INFO: if (hidden(b)) return MECHANISM_INVALID; break;
+        case GET_ATTRIBUTE: return attributes(a, b, c, d);
+        case FIND_OBJECTS: return find(a, b, c, d);
+        case LOGIN: return login(a, b, c, d);
+        case SIGN_INIT:
+            if (hidden(*(word *) b)) return MECHANISM_INVALID;
+            if (READ(rate_ms)) {
+                int64_t now = now_ms(), next = READ(rate_next_ms), mine;
+                do mine = next > now ? next : now;
+                while (!__atomic_compare_exchange_n(&control->rate_next_ms, &next, mine + READ(rate_ms), 0,
+                                                    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+                wait_ms(mine - now);
+            }
+            break;
+    }
+    rv = call(n, a, b, c, d, e, f, g, h);
+    if (rv != OK) return rv;
+    switch (n) {
+        case GET_TOKEN_INFO: ((token_info *) b)->flags |= (word) READ(pin_flags); break;
+        case OPEN_SESSION: if (slot_count < 16) slots[slot_count++] = a; break;
+        case CREATE_OBJECT: case COPY_OBJECT: tag((word *) d); break;
+        case GENERATE_KEY: tag((word *) e); break;
+        case GENERATE_PAIR: tag((word *) g); tag((word *) h); break;
+        case UNWRAP_KEY: tag((word *) h); break;
+        case DERIVE_KEY: tag((word *) f); break;
+        case SIGN: if (d && READ(wrong_signature)) ((unsigned char *) d)[0] ^= 1; break;
+    }
+    return OK;
+}
+
+#define ENTRY(n) static word entry_##n(word a, word b, word c, word d, word e, word f, word g, word h) \
+    { return forward(n, a, b, c, d, e, f, g, h); }
+#define TEN(X, t) X(t##0) X(t##1) X(t##2) X(t##3) X(t##4) X(t##5) X(t##6) X(t##7) X(t##8) X(t##9)
+#define ALL(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) TEN(X, 1) TEN(X, 2) TEN(X, 3) TEN(X, 4) TEN(X, 5) \
+    X(60) X(61) X(62) X(63) X(64) X(65) X(66) X(67)
+ALL(ENTRY)
+
+__attribute__((visibility("default"))) word C_GetFunctionList(list **out) {
+    if (!real) {
+        void *library = dlopen(MODULE, RTLD_NOW | RTLD_LOCAL);
+        word (*get)(list **) = library ? (word (*)(list **)) dlsym(library, "C_GetFunctionList") : NULL;
+        int file = open(CONTROL, O_RDWR | O_CLOEXEC);
+        list *found;
+        if (!get || file < 0 || get(&found)) return 0x5;    /* CKR_GENERAL_ERROR */
+        control = mmap(NULL, sizeof *control, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        close(file);
+        if (control == MAP_FAILED) return 0x5;
+        ours.v = found->v;
+#define FILL(n) ours.function[n] = (void *) entry_##n;
+        ALL(FILL)
+        real = found;
+    }
+    *out = &ours;
+    return OK;
+}

@@ -1,0 +1,380 @@
+"""
+Figures that a sceptical reader can repeat: ours against something bare, in one run, as ratios.
+
+The two sides of a row take turns and medians are compared, because machines are noisy and a
+ratio is less so. Nothing here is a test: a goal that is missed is shown and fails nothing.
+Signatures are counted as C_SignInit, which is what a device is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.app import App
+from hsmtoll.sandbox.server import Sandbox
+from hsmtoll.settings import load
+from hsmtoll.testing.identity import ThrowAway, eseal, introduce
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.client import TollClient
+    from hsmtoll.tokens import TokenRequest
+
+HERE: Final = Path(__file__).parent
+ROUNDS: Final = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. *ours* and *bare* are medians in *unit*; *goal* is for the ratio."""
+
+    what: str
+    against: str
+    unit: str
+    ours: float
+    bare: float
+    goal: str
+
+    @property
+    def ratio(self) -> float:
+        """Ours by bare."""
+        return self.ours / self.bare if self.bare else float("nan")
+
+
+def turns(ours: Callable[[], float], bare: Callable[[], float]) -> tuple[float, float]:
+    """Medians of both sides, which take turns."""
+    pairs = [(ours(), bare()) for _ in range(ROUNDS)]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def per_second(work: Callable[[], object], seconds: float) -> float:
+    """How often *work* is done in a second."""
+    until, done, began = time.perf_counter() + seconds, 0, time.perf_counter()
+    while time.perf_counter() < until:
+        work()
+        done += 1
+    return done / (time.perf_counter() - began)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long *work* takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+class Stage:
+    """The device, the services and the settings that every benchmark uses."""
+
+    def __init__(self, folder: Path, sandbox: Sandbox) -> None:
+        self.folder = folder
+        self.sandbox = sandbox
+        self.device = SoftHsm.create(folder / "softhsm")
+        self.who: ThrowAway = eseal(self.device)
+        introduce(sandbox, self.who)
+        self.environ = {
+            **self.who.environ(),
+            **sandbox.environ(),
+            "HSMTOLL_STATE": str(folder / "state"),
+            # The benchmark spends what nobody else would.
+            "HSMTOLL_BUDGET__PER_HOUR": "100000",
+        }
+        os.environ.update(self.environ)
+        self.loop = folder / "loop"
+        subprocess.run(["cc", "-O2", "-w", "-o", self.loop, HERE / "loop.c", "-ldl"], check=True)
+
+    def app(self, **changes: Any) -> App:
+        """Fresh parts."""
+        return App(load(**changes))
+
+    def bare_signatures(self, seconds: float, processes: int = 1) -> float:
+        """Signatures a second of the C loop, of all *processes* together."""
+        where = (self.loop, self.device.module, self.device.label, self.who.key_label)
+        argv = [*map(str, where), str(seconds)]
+        running = [
+            subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
+        ]
+        return sum(float(each.communicate(f"{self.device.pin}\n")[0]) for each in running)
+
+    def command(self, *argv: str, **environ: str) -> float:
+        """Seconds of one command."""
+        full = {**os.environ, **environ}
+        return seconds_of(
+            lambda: subprocess.run(argv, env=full, check=True, stdout=subprocess.DEVNULL)
+        )
+
+
+def assertions(stage: Stage) -> Row:
+    """A whole assertion: claims, x5c of three, signature, its check, compact form."""
+    app = stage.app()
+    signer, request = app.signer, app.engine.request("road")
+    signer.assertion(request)
+    ours, bare = turns(
+        lambda: per_second(lambda: signer.assertion(request), 1.5),
+        lambda: stage.bare_signatures(1.5),
+    )
+    app.close()
+    return Row(
+        "full assertions, one thread", "a C loop on the same key", "/s", ours, bare, "≥ 0.90"
+    )
+
+
+def held_token(stage: Stage) -> Row:
+    """What a call pays for a token that is held."""
+    with stage.app().client() as client:
+        client.token("road")
+        known = {"road": client.token("road")}
+        many = 20_000
+
+        def ours() -> float:
+            return seconds_of(lambda: [client.token("road") for _ in range(many)]) / many * 1e6
+
+        def bare() -> float:
+            return seconds_of(lambda: [known["road"] for _ in range(many)]) / many * 1e6
+
+        mine, theirs = turns(ours, bare)
+    return Row("client.token(), held", "a dict look-up", "µs", mine, theirs, "≤ 3 µs")
+
+
+def bearing(stage: Stage) -> list[Row]:
+    """A request with our auth against the same client with a fixed header, in both colours."""
+    import httpx
+
+    calls = 300
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"].startswith("Bearer ")
+        return httpx.Response(200)
+
+    async def ahandle(request: httpx.Request) -> httpx.Response:
+        return handle(request)
+
+    url = f"{stage.sandbox.customs}/api/movement/road/v2/test-auth"
+    with stage.app().client() as toll:
+        fixed = {"authorization": f"Bearer {toll.token('road').value}"}
+        own = httpx.Client(transport=httpx.MockTransport(handle), auth=toll.auth("road"))
+        bare = httpx.Client(transport=httpx.MockTransport(handle), headers=fixed)
+        sync = turns(
+            lambda: seconds_of(lambda: [own.get(url) for _ in range(calls)]) / calls * 1e6,
+            lambda: seconds_of(lambda: [bare.get(url) for _ in range(calls)]) / calls * 1e6,
+        )
+
+    async def both() -> tuple[float, float]:
+        async with stage.app().aclient() as toll:
+            token = await toll.token("road")
+            fixed = {"authorization": f"Bearer {token.value}"}
+            own = httpx.AsyncClient(transport=httpx.MockTransport(ahandle), auth=toll.auth("road"))
+            bare = httpx.AsyncClient(transport=httpx.MockTransport(ahandle), headers=fixed)
+            pairs = []
+            for _ in range(ROUNDS):
+                took = []
+                for client in (own, bare):
+                    began = time.perf_counter()
+                    for _ in range(calls):
+                        await client.get(url)
+                    took.append((time.perf_counter() - began) / calls * 1e6)
+                pairs.append(took)
+            return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+    tasks = asyncio.run(both())
+    return [
+        Row("httpx.Auth, held token, sync", "a fixed header", "µs", *sync, "≤ 1.03"),
+        Row("httpx.Auth, held token, async", "a fixed header", "µs", *tasks, "≤ 1.03"),
+    ]
+
+
+def crowds(stage: Stage) -> list[Row]:
+    """Everybody on a cold token against everybody on one bare future of the same length."""
+
+    def tasks(count: int) -> tuple[float, float, int]:
+        async def cold() -> tuple[float, int]:
+            async with stage.app(cache="memory:").aclient() as toll:
+                began = time.perf_counter()
+                await asyncio.gather(*(toll.token("road") for _ in range(count)))
+                return time.perf_counter() - began, toll.status().signatures
+
+        async def bare(single: float) -> float:
+            future = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_later(single, future.set_result, None)
+            began = time.perf_counter()
+            await asyncio.gather(*(asyncio.shield(future) for _ in range(count)))
+            return time.perf_counter() - began
+
+        ours, theirs, spent = [], [], 0
+        for _ in range(3):
+            single = seconds_of(lambda: stage.app(cache="memory:").client().token("road"))
+            took, spent = asyncio.run(cold())
+            ours.append(took)
+            theirs.append(asyncio.run(bare(single)))
+        return statistics.median(ours), statistics.median(theirs), spent
+
+    def threads(count: int) -> tuple[float, float, int]:
+        def crowd(wait: Callable[[], object]) -> float:
+            all_of_them = [threading.Thread(target=wait) for _ in range(count)]
+
+            def run() -> None:
+                for each in all_of_them:
+                    each.start()
+                for each in all_of_them:
+                    each.join()
+
+            return seconds_of(run)
+
+        ours, theirs, spent = [], [], 0
+        for _ in range(3):
+            single = seconds_of(lambda: stage.app(cache="memory:").client().token("road"))
+            client: TollClient = stage.app(cache="memory:").client()
+            ours.append(crowd(lambda client=client: client.token("road")))  # type: ignore[misc]  # bound now
+            spent = client.status().signatures
+            event = threading.Event()
+            threading.Timer(single, event.set).start()
+            theirs.append(crowd(event.wait))
+        return statistics.median(ours), statistics.median(theirs), spent
+
+    rows = []
+    for what, count, (ours, bare, spent) in (
+        ("tasks", 10_000, tasks(10_000)),
+        ("threads", 400, threads(400)),
+    ):
+        name = f"{count:,} {what} on a cold token ({spent} signature)"
+        rows.append(Row(name, "one bare future", "s", ours, bare, "≤ 1.3"))
+    return rows
+
+
+def commands(stage: Stage) -> list[Row]:
+    """The command line, warm and cold."""
+    python = sys.executable
+    cache = {"HSMTOLL_CACHE": f"file://{stage.folder}/cache"}
+    stage.command(python, "-m", "hsmtoll", "token", "road", **cache)
+    warm = turns(
+        lambda: stage.command(python, "-m", "hsmtoll", "token", "road", **cache) * 1000,
+        lambda: stage.command(python, "-c", "import click, pydantic_settings") * 1000,
+    )
+    by_hand = HERE / "by_hand.py"
+    cold = turns(
+        lambda: (
+            stage.command(python, "-m", "hsmtoll", "token", "road", HSMTOLL_CACHE="memory:") * 1000
+        ),
+        lambda: stage.command(python, str(by_hand), stage.who.key_label) * 1000,
+    )
+    return [
+        Row("hsmtoll token, warm", "import click, pydantic_settings", "ms", *warm, "≤ 1.25"),
+        Row("hsmtoll token, cold", "the same calls by hand", "ms", *cold, "≤ 1.15"),
+    ]
+
+
+def two_hundred(stage: Stage) -> Row:
+    """The chain out of 200 certificates against openssl on the same set."""
+    from datetime import UTC, datetime
+
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    from hsmtoll import chain as chains
+    from hsmtoll.certificate import Certificate
+    from hsmtoll.sandbox import pki
+
+    others = [pki.stranger(f"Rot {number}") for number in range(197)]
+    every = [*others[:100], *stage.who.chain, *others[100:]]
+    ders = [each.public_bytes(Encoding.DER) for each in every]
+    pems = b"".join(each.public_bytes(Encoding.PEM) for each in every)
+    (stage.folder / "all.pem").write_bytes(pems)
+    (stage.folder / "leaf.pem").write_bytes(stage.who.chain[0].public_bytes(Encoding.PEM))
+    (stage.folder / "root.pem").write_bytes(stage.who.chain[2].public_bytes(Encoding.PEM))
+    now = datetime.now(UTC)
+    leaf = Certificate.load(stage.who.chain[0].public_bytes(Encoding.DER))
+
+    def ours() -> float:
+        pool = [Certificate.load(der) for der in ders]
+        return seconds_of(lambda: chains.checked([leaf], pool, identity="eseal", now=now)) * 1000
+
+    def bare() -> float:
+        return stage.command(
+            "openssl", "verify", "-CAfile", str(stage.folder / "root.pem"),
+            "-untrusted", str(stage.folder / "all.pem"), str(stage.folder / "leaf.pem"),
+        ) * 1000  # fmt: skip
+
+    return Row(
+        "the chain out of 200 certificates", "openssl verify", "ms", *turns(ours, bare), "≤ 50 ms"
+    )
+
+
+def scopes(stage: Stage) -> list[Row]:
+    """Cost of a held token as more of them are held."""
+    rows = []
+    with stage.app().client() as client:
+        client.token("road")
+        engine = client._engine
+        token = client.token("road")
+
+        def one() -> float:
+            return seconds_of(lambda: [client.token("road") for _ in range(5000)]) / 5000 * 1e6
+
+        alone = one()
+        for count in (10, 100, 1000):
+            for number in range(count):
+                request: TokenRequest = engine.request(f"toll:eu/movement/x{number}")
+                engine.cache._tokens[request] = token
+            rows.append(
+                Row(f"client.token() among {count} held", "alone", "µs", one(), alone, "flat")
+            )
+    return rows
+
+
+def main() -> int:
+    """Run what was asked for; write the JSON and print the table."""
+    every: dict[str, Callable[[Stage], Row | list[Row]]] = {
+        "assertions": assertions,
+        "held": held_token,
+        "auth": bearing,
+        "crowds": crowds,
+        "commands": commands,
+        "chain": two_hundred,
+        "scopes": scopes,
+    }
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *every], metavar="NAME",
+                        help=f"of {', '.join(every)}; none means all")  # fmt: skip
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
+    given = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, Sandbox(lifetime=7200) as sandbox:
+        stage = Stage(Path(folder), sandbox)
+        for name in given.names or every:
+            print(f"{name} …", file=sys.stderr, flush=True)
+            made = every[name](stage)
+            rows += made if isinstance(made, list) else [made]
+    told = {
+        "schema": 1,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "rounds": ROUNDS,
+        "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
+    }
+    given.json.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    print("| what | against | ours | bare | ratio | goal |\n| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row.what} | {row.against} | {row.ours:.4g} {row.unit} | {row.bare:.4g} {row.unit} "
+            f"| {row.ratio:.2f} | {row.goal} |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

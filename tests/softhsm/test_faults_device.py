@@ -1,0 +1,252 @@
+"""Every fault of the device, and what a user of hsmtoll sees of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient
+from hsmtoll.app import App
+from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.settings import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+
+DATA = SigningInput(b"header.payload")
+
+
+@pytest.fixture
+def device(toll_settings: Settings, toll_faults: Faults) -> Any:
+    del toll_faults
+    app = App(toll_settings)
+    yield app.devices[0]
+    app.close()
+
+
+def fails(device: Device) -> HsmTollError:
+    with pytest.raises(HsmTollError) as caught:
+        device.sign("RS256", DATA)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "code", "logins"),
+    [
+        ("pin-wrong", PinIncorrect, "pin-incorrect", 1),
+        ("pin-final-try", PinNotTried, "pin-final-try", 0),
+        ("pin-locked", PinNotTried, "pin-locked", 0),
+        ("token-removed", DeviceError, None, 0),
+        ("wrong-signature", DeviceError, "signature-wrong", 1),
+    ],
+)
+def test_a_fault_has_its_class_and_the_pin_is_not_wasted(
+    device: Device, toll_faults: Faults, name: str, error: type, code: str | None, logins: int
+) -> None:
+    toll_faults.set(name)
+    told = fails(device)
+
+    assert type(told) is error
+    assert code is None or told.code == code
+    assert toll_faults.count("C_Login") == logins
+
+
+def test_a_low_count_is_a_warning_and_not_a_refusal(
+    device: Device, toll_faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    toll_faults.set("pin-count-low")
+
+    assert device.sign("RS256", DATA)
+    assert any(each.levelname == "WARNING" for each in caplog.records)
+
+
+def test_the_final_try_is_taken_where_a_person_says_so(
+    toll_settings: Settings, toll_faults: Faults
+) -> None:
+    toll_faults.set("pin-final-try")
+    app = App(toll_settings, use_final_try=True)
+
+    assert app.devices[0].sign("RS256", DATA)
+    assert toll_faults.count("C_Login") == 1
+    app.close()
+
+
+def _sign(**variables: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "hsmtoll", "sign", "road"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_a_wrong_pin_in_ten_runs_is_tried_once(toll_faults: Faults) -> None:
+    toll_faults.set("pin-wrong")
+    codes = [_sign().returncode for _ in range(10)]
+
+    assert codes == [20] + [21] * 9
+    assert toll_faults.count("C_Login") == 1
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_a_wrong_pin_in_twenty_at_once_is_tried_once_and_the_right_one_works(
+    toll_faults: Faults, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("00000000")
+    wrong.chmod(0o600)
+    with ThreadPoolExecutor(20) as pool:
+        done = list(pool.map(lambda _: _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)), range(20)))
+
+    assert sorted(each.returncode for each in done) == [20] + [21] * 19
+    assert toll_faults.count("C_Login") == 1
+    assert _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)).returncode == 21
+    assert toll_faults.count("C_Login") == 1
+    assert _sign().returncode == 0
+    assert (toll_faults.count("C_Login"), toll_faults.count("C_SignInit")) == (2, 1)
+
+
+@pytest.mark.usefixtures("toll_settings")
+@pytest.mark.parametrize("after", [False, True])
+def test_a_process_killed_inside_the_login_does_not_lock_out_the_next(
+    toll_faults: Faults, after: bool
+) -> None:
+    toll_faults.set("kill-inside-login", after=after)
+    assert _sign().returncode == -9
+    toll_faults.clear()
+
+    assert _sign().returncode == 0
+    assert toll_faults.count("C_Login") == 2
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_processes_that_keep_dying_in_the_login_stop_trying(toll_faults: Faults) -> None:
+    toll_faults.set("kill-inside-login")
+    codes = [_sign().returncode for _ in range(5)]
+    toll_faults.clear()
+
+    assert set(codes) == {-9, 21}
+    assert toll_faults.count("C_Login") <= 3
+    assert _sign().returncode == 21
+
+
+def test_without_the_hashing_mechanism_the_digest_is_made_here(
+    device: Device, toll_faults: Faults, toll_eseal: ThrowAway
+) -> None:
+    plain = device.sign("RS256", DATA)
+    device.close()
+    toll_faults.set("mechanism-missing")
+    toll_faults.reset_counts()
+
+    assert _after_one_error(device) == plain
+    key = load_der_public_key(
+        toll_eseal.chain[0].public_key().public_bytes(*_spki()),
+    ).public_numbers()  # type: ignore[union-attr]  # an RSA key
+    public = RsaPublicKey(key.n, key.e)  # type: ignore[union-attr]
+    assert public.verify("RS256", DATA, plain)
+    toll_faults.set("mechanism-missing", raw=True)
+    device.close()
+    assert fails(device).code == "mechanism"
+
+
+def _spki() -> tuple[Any, Any]:
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return Encoding.DER, PublicFormat.SubjectPublicKeyInfo
+
+
+def _after_one_error(device: Device) -> bytes:
+    """What was cached of the device may cost one error; then it is asked anew."""
+    try:
+        return device.sign("RS256", DATA)
+    except DeviceError:
+        return device.sign("RS256", DATA)
+
+
+def test_where_the_public_half_is_hidden_the_first_grant_proves_the_leaf(
+    toll_client: TollClient, toll_faults: Faults
+) -> None:
+    toll_faults.set("hidden-modulus")
+
+    assert toll_client.token("road").value
+    # The grant's own signature is the proof: none was made for it.
+    assert toll_faults.count("C_SignInit") == 1
+
+
+@pytest.mark.parametrize("name", ["session-lost", "handles-stale"])
+def test_what_the_device_forgot_is_found_again(
+    device: Device, toll_faults: Faults, name: str
+) -> None:
+    first = device.sign("RS256", DATA)
+    toll_faults.set(name)
+
+    assert _after_one_error(device) == first
+
+
+def test_a_card_that_was_pulled_works_again_when_it_is_back(
+    device: Device, toll_faults: Faults
+) -> None:
+    first = device.sign("RS256", DATA)
+    toll_faults.set("token-removed")
+    assert isinstance(fails(device), DeviceError)
+    toll_faults.clear("token-removed")
+
+    assert _after_one_error(device) == first
+
+
+def test_a_slot_that_fails_does_not_hide_the_others(device: Device, toll_faults: Faults) -> None:
+    toll_faults.set("slot-error")
+
+    assert device.sign("RS256", DATA)
+
+
+def test_a_thousand_cached_tokens_ask_the_device_nothing(
+    toll_client: TollClient, toll_faults: Faults
+) -> None:
+    toll_client.token("road")
+    before = toll_faults.calls()
+    for _ in range(1000):
+        toll_client.token("road")
+
+    assert toll_faults.calls() == before
+    assert before["C_SignInit"] == 1
+
+
+def test_a_device_that_hangs_ends_at_the_deadline_and_living_tokens_are_still_given(
+    toll_settings: Settings, toll_faults: Faults
+) -> None:
+    del toll_settings
+    app = App(load(deadline=3.0))
+    client = app.client()
+    client.token("road")
+    toll_faults.set("hang")
+    with pytest.raises(DeviceError) as caught:
+        client.token("air")
+
+    assert "ISOLATION=process" in (caught.value.hint or "")
+    assert client.token("road").value
+    toll_faults.clear("hang")
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_a_module_that_crashes_takes_one_command_and_no_more(toll_faults: Faults) -> None:
+    toll_faults.set("crash", function="C_SignInit")
+    assert _sign().returncode == -6
+    toll_faults.clear()
+
+    assert _sign().returncode == 0
