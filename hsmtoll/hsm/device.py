@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
@@ -23,12 +24,13 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
 from hsmtoll.hsm.codes import NOT_TRIED, REFUSED, recoverable, speaking, translated
 from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.hsm.module import GATE, Module, current, opened
+from hsmtoll.hsm.module import GATE, Module, current, loaded, opened, restarted
+from hsmtoll.hsm.recovery import RESTART_PAUSE, Breaker, mended
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput, digest_info
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Device", "KeyFacts", "StoredCertificate"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
 _SMALLEST_KEY: Final = 2048
@@ -128,6 +131,17 @@ class Login:
             _close(self.anchor)
         self.anchor, self.by_others = None, False
 
+    def alive(self) -> bool:
+        """Whether a restart of the module would take a login away that serves somebody."""
+        if self.anchor is None:
+            return self.by_others
+        try:
+            self.anchor.token.slot.get_token()
+            list(self.anchor.get_objects({Attribute.CLASS: ObjectClass.CERTIFICATE}))
+        except p11.PKCS11Error:
+            return False
+        return True
+
 
 @dataclass(slots=True, eq=False)
 class _Open:
@@ -147,8 +161,10 @@ class Device:
     A signing key behind a PKCS#11 module.
 
     Nothing is opened before the first call. Every method may be called from any thread; it
-    waits at most *lock_timeout* seconds for its turn. After an error the handles are dropped
-    and the next call starts afresh.
+    waits at most *lock_timeout* seconds for its turn. After an error the handles are dropped;
+    what a new session, a new login or a restart of the module cures is cured within the call.
+    Where nothing helps, the next callers are told ``device-down`` at once for a while
+    (`hsmtoll.hsm.recovery`). *boot* is a clock in seconds that never goes back.
     """
 
     def __init__(
@@ -163,6 +179,7 @@ class Device:
         use_final_try: bool = False,
         allow_exportable_key: bool = False,
         lock_timeout: float = 60.0,
+        boot: Callable[[], float] = time.monotonic,
     ) -> None:
         self.module_path = module_path
         self.uri = uri
@@ -173,12 +190,17 @@ class Device:
         self._use_final_try = use_final_try
         self._allow_exportable_key = allow_exportable_key
         self._lock_timeout = lock_timeout
+        self._boot = boot
+        self._breaker = Breaker(uri, boot=boot)
         #: Goes up when the handles are new: what was read before may be out of date then.
         self.generation = 0
         self._open: _Open | None = None
         self._shared: Login | None = None
         self._proven: RsaPublicKey | None = None
         self._accepted: Pin | None = None
+        # Who answered the first question; another one is not taken in its place.
+        self._known: tuple[str, str, str, str] | None = None
+        self._undecided = False
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -200,8 +222,9 @@ class Device:
 
         One that cannot be read, or is larger than 64 KiB, is left out with a warning.
         """
-        with self._using("Reading certificates") as here:
-            return tuple(certificates_of(here.session))
+        return self._mended(
+            "Reading certificates", lambda here: tuple(certificates_of(here.session))
+        )
 
     def login(self) -> bool:
         """
@@ -209,9 +232,12 @@ class Device:
         during this process's life; False where no login was needed, or where other code of the
         process had logged in already, which proves nothing about this PIN.
         """
-        with self._using("Logging in") as here:
+
+        def log_in(here: _Open) -> bool:
             self._log_in(here)
             return here.login.anchor is not None
+
+        return self._mended("Logging in", log_in)
 
     def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
         """
@@ -221,9 +247,13 @@ class Device:
         DeviceError: ``key-missing``, ``key-ambiguous``, ``not-logged-in``, ``key-type``,
         ``key-size``, ``key-sign``, ``key-exportable``, ``key-mismatch``.
         """
-        with self._using("Looking for the key") as here:
+        offered = tuple(candidates)
+
+        def find(here: _Open) -> KeyFacts:
             self._log_in(here)
-            return self._find(here, tuple(candidates))
+            return self._find(here, offered)
+
+        return self._mended("Looking for the key", find)
 
     def sign(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
@@ -238,14 +268,16 @@ class Device:
         if alg not in ALGS:
             raise ConfigurationError(f"The algorithm is one of {', '.join(ALGS)}", code="alg")
         offered = tuple(candidates)
-        with self._using("Signing") as here:
+
+        def signed(here: _Open) -> tuple[KeyFacts, bytes]:
             self._log_in(here)
             facts = self._find(here, offered)
             mechanism, data = _mechanism(alg, unsigned, facts.mechanisms)
             if facts.always_authenticate:
-                signature = self._sign_with_pin(here, data, mechanism)
-            else:
-                signature = _signer(here.key)(data, mechanism=mechanism)
+                return facts, self._sign_with_pin(here, data, mechanism)
+            return facts, _signer(here.key)(data, mechanism=mechanism)
+
+        facts, signature = self._mended("Signing", signed)
         known = facts.public or self._proven
         for public in [known] if known else offered:
             if public.verify(alg, unsigned, signature):
@@ -290,14 +322,75 @@ class Device:
     # ------------------------------------------------------------------ module and p11_token
 
     @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The gate, unless the device is known to be down; what is said inside is judged."""
+        self._breaker.admit()
+        try:
+            with GATE.held(self._lock_timeout):
+                # The one before may have found out while this one waited.
+                self._breaker.admit()
+                yield
+        except BaseException as exc:
+            self._breaker.judge(exc)
+            raise
+        self._breaker.worked()
+
+    @contextlib.contextmanager
     def _using(self, doing: str) -> Iterator[_Open]:
-        with GATE.held(self._lock_timeout):
-            try:
-                with speaking(f"{doing} ({foreign(self.uri)})"):
-                    yield self._opened()
-            except BaseException as exc:
-                self._drop(exc)
-                raise
+        with self._held(), self._speaking(doing):
+            yield self._opened()
+
+    @contextlib.contextmanager
+    def _speaking(self, doing: str) -> Iterator[None]:
+        try:
+            with speaking(f"{doing} ({foreign(self.uri)})"):
+                yield
+        except BaseException:
+            self._drop()
+            raise
+
+    def _mended(self, doing: str, ask: Callable[[_Open], _T]) -> _T:
+        """What *ask* returns, after whatever it takes to have the device answer."""
+        with self._held():
+            there = loaded(self.module_path)
+            self._undecided = False
+
+            def call() -> _T:
+                with self._speaking(doing):
+                    here = self._opened()
+                    answer = ask(here)
+                    self._known = self._known or _named(here.token)
+                    return answer
+
+            def new_session(exc: HsmTollError) -> bool:
+                return old and self._may_help(exc) and exc.code != "key-missing"
+
+            def new_login(exc: HsmTollError) -> bool:
+                login = self._shared
+                if login is None or not login.there or not self._may_help(exc):
+                    return False
+                login.end()
+                return True
+
+            def module_started_again(exc: HsmTollError) -> bool:
+                # One that was loaded for this very call is as fresh as it gets.
+                if there is None or not self._may_help(exc) or not recoverable(exc):
+                    return False
+                if self._shared is not None:
+                    self._shared.end()
+                return restarted(there, now=self._boot(), pause=RESTART_PAUSE)
+
+            old = self._open is not None
+            return mended(call, (new_session, new_login, module_started_again))
+
+    def _may_help(self, exc: HsmTollError) -> bool:
+        # A PIN whose try has an unknown fate is not tried again for the same call.
+        if self._undecided:
+            return False
+        # A login that the device has lost looks like a key that is not there.
+        lost = exc.code == "key-missing" and self._known is not None
+        others = self._shared is not None and len(self._shared.users) > 0
+        return recoverable(exc) or (lost and not others)
 
     def _opened(self) -> _Open:
         module = opened(self.module_path)
@@ -305,23 +398,36 @@ class Device:
         if here is not None and here.module is module:
             return here
         _, token = self._choose(module)
+        self._same(token)
         login = module.logins.setdefault(login_key(token), Login(module))
+        before = self._shared
+        if before is not None and before is not login and self._known is not None:
+            # The module was started again: the PIN that this device took is still good.
+            login.pin = login.pin or before.pin
         self._open = _Open(module=module, token=token, login=login, session=token.open())
         self._shared = login
         login.users.add(self)
         self.generation += 1
         return self._open
 
-    def _drop(self, exc: BaseException) -> None:
+    def _same(self, token: Token) -> None:
+        """Refuse a device that has taken the place of the one that was used before."""
+        known, now = self._known, _named(token)
+        if known is None or known == now:
+            return
+        raise DeviceError(
+            f"{foreign(self.uri)} is another device than before: serial {foreign(now[2])}, and it"
+            f" was {foreign(known[2])}",
+            hint="It was initialised anew, or exchanged. Start again to use it as it is.",
+            code="device-changed",
+        )
+
+    def _drop(self) -> None:
         here, self._open = self._open, None
         if here is None or not current(here.module):
             return
         _close(here.session)
         here.login.users.discard(self)
-        # A login that the device has lost looks like a key that is not there.
-        lost = isinstance(exc, HsmTollError) and exc.code == "key-missing"
-        if recoverable(exc) or (lost and not here.login.users):
-            here.login.end()
 
     def _choose(self, module: Module) -> tuple[Slot, Token]:
         seen: list[tuple[Slot, Token]] = []
@@ -362,6 +468,7 @@ class Device:
         if not flags & TokenFlag.LOGIN_REQUIRED:
             return
         place = Place(*_named(here.token))
+        # What the device took before needs no asking again.
         pin = login.pin or self._pin.read(device=_called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             raise DeviceError(
@@ -371,7 +478,9 @@ class Device:
             )
         with self._ledger.held(place) as page:
             # Another process may have used the tries up while this one waited.
+            login.pin = None
             page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
+            login.pin = pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
                 login.anchor = here.token.open(user_pin=value)
@@ -389,9 +498,11 @@ class Device:
                 page.refuse(pin)
                 login.pin = None
                 raise self._login_failed(here, pin, exc) from exc
+            except p11.PKCS11Error:
+                self._undecided = True
+                raise
             else:
                 page.accept()
-                login.pin = pin
 
     def _flags(self, here: _Open) -> TokenFlag:
         """The PIN's state as the device reports it now; refuses where a try could be the last."""
@@ -446,6 +557,9 @@ class Device:
                 page.refuse(pin)
                 self._accepted = None
                 raise self._login_failed(here, pin, exc) from exc
+            except p11.PKCS11Error:
+                self._undecided = True
+                raise
             page.accept()
             self._accepted = pin
             return signed

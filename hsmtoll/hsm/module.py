@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pkcs11 import Slot, Token
 
-__all__ = ["GATE", "Module", "check_path", "current", "opened", "restart"]
+__all__ = ["GATE", "Module", "check_path", "current", "loaded", "opened", "restart", "restarted"]
 
 # A forked child can start these afresh without harm to its parent (measured). With a TPM or a
 # smartcard the child's C_Finalize ends the parent's device; of others nothing is known.
@@ -111,6 +111,8 @@ class Module:
 
 _opened: dict[str, Module] = {}
 _inherited: dict[str, Module] = {}
+# When each was ended because nothing else helped.
+_ended: dict[str, float] = {}
 
 
 def opened(path: Path) -> Module:
@@ -152,6 +154,28 @@ def restart(path: Path) -> None:
         # Some answer "not initialised" where the other side died; it is what was wanted.
         with contextlib.suppress(PKCS11Error):
             module.lib.finalize()
+
+
+def loaded(path: Path) -> Module | None:
+    """The module at *path* if this process has it open."""
+    return _opened.get(str(path.resolve()))
+
+
+def restarted(module: Module, *, now: float, pause: float) -> bool:
+    """
+    End *module* as `restart` does, unless that was done less than *pause* seconds ago, or would
+    take away a login that still serves another device. Whether it was done. Call it with `GATE`
+    held.
+    """
+    if not current(module):
+        return True
+    if now < _ended.get(module.path, -pause) + pause:
+        return False
+    if any(login.alive() for login in module.logins.values()):
+        return False
+    _ended[module.path] = now
+    restart(Path(module.path))
+    return True
 
 
 def check_path(path: Path) -> None:

@@ -1,0 +1,129 @@
+"""
+Back by itself: which steps may cure a device that failed, and when it is left in peace.
+
+    call ── error ──► new session ──► new login ──► module started again ──► error
+      ▲                   │                │                  │                │
+      └───────────────────┴────────────────┴──────────────────┘        breaker: device-down
+
+No module is touched here, and no PIN is seen: the steps belong to the caller.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from hsmtoll.errors import DeviceError, HsmTollError, foreign
+from hsmtoll.hsm.codes import recoverable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["RESTART_PAUSE", "Breaker", "mended"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+#: Seconds. A module is not started again more often.
+RESTART_PAUSE: Final = 30.0
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 10.0
+# What was decided before the device was asked; as Ctrl-C, it says nothing about it.
+_NOTHING_SAID: Final = frozenset({"device-busy", "device-down"})
+
+
+def mended(call: Callable[[], _T], steps: Sequence[Callable[[HsmTollError], bool]]) -> _T:
+    """
+    What *call* returns. After an error it is made again as soon as one of *steps*, in their
+    order and each at most once, says that it changed something.
+
+    A step is given the error and decides for itself whether it can help. Errors about a PIN
+    never reach one.
+    """
+    left = iter(steps)
+    while True:
+        try:
+            return call()
+        except HsmTollError as exc:
+            if exc.exit_code != DeviceError.exit_code:
+                raise
+            taken = next((step.__name__.strip("_") for step in left if step(exc)), None)
+            if taken is None:
+                raise
+            _log.info("%s after: %s", taken.replace("_", " "), exc)
+
+
+class Breaker:
+    """
+    Says ``device-down`` at once instead of letting callers queue at a device that is.
+
+    It opens after *threshold* failures in a row, lets one caller try after 1 s, then 2, 4, …
+    10 s, and closes when a call worked. *boot* is a clock in seconds that never goes back.
+    """
+
+    def __init__(self, name: object, *, boot: Callable[[], float], threshold: int = 1) -> None:
+        self._name = name
+        self._boot = boot
+        self._threshold = threshold
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._until = 0.0
+        self._trying: tuple[int, int] | None = None
+        self._why = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether the device counts as down."""
+        return self._failures >= self._threshold
+
+    def admit(self) -> None:
+        """Raises DeviceError (``device-down``) while the device is left in peace."""
+        if not self.open:
+            return
+        me = (os.getpid(), threading.get_ident())
+        with self._lock:
+            left = self._until - self._boot()
+            # After a fork nobody of the parent's tries here.
+            free = self._trying is None or self._trying[0] != me[0]
+            if self._trying == me or (free and left <= 0):
+                self._trying = me
+                return
+        raise DeviceError(
+            f"{foreign(self._name)} is down: {self._why}",
+            hint="It is asked again by itself; living tokens are served meanwhile.",
+            code="device-down",
+            retry_after=max(left, _FIRST_PAUSE),
+        )
+
+    def worked(self) -> None:
+        """The device answered, whatever it said."""
+        if not self._failures:
+            return
+        with self._lock:
+            was_open, self._failures, self._trying = self.open, 0, None
+        if was_open:
+            _log.warning("device-back: %s works again", foreign(self._name))
+
+    def failed(self, exc: HsmTollError) -> None:
+        """The device did not answer, and nothing helped."""
+        with self._lock:
+            was_open, self._trying = self.open, None
+            self._failures += 1
+            over = min(self._failures - self._threshold, 8)
+            self._until = self._boot() + min(_FIRST_PAUSE * 2**over, _LONGEST_PAUSE)
+            self._why = str(exc)
+            tell = self.open and not was_open
+        if tell:
+            _log.warning("device-down: %s: %s", foreign(self._name), exc)
+
+    def judge(self, exc: BaseException) -> None:
+        """Count *exc* as what it says about the device: down, or there and of another mind."""
+        if not isinstance(exc, HsmTollError) or exc.code in _NOTHING_SAID:
+            # The next caller may try in its place.
+            self._trying = None
+        elif recoverable(exc):
+            self.failed(exc)
+        else:
+            self.worked()
