@@ -55,17 +55,27 @@ def toll_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftHsm]:
         os.environ["SOFTHSM2_CONF"] = before
 
 
+@pytest.fixture(scope="session")
+def _toll_shim(toll_softhsm: SoftHsm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    from hsmtoll.testing.faults import Faults
+
+    with Faults(toll_softhsm.module, tmp_path_factory.mktemp("toll") / "faults") as faults:
+        yield faults
+
+
 @pytest.fixture
-def toll_faults(toll_softhsm: SoftHsm, tmp_path: Path) -> Iterator[Faults]:
+def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
     """
-    Faults of the device by name, and counts of what it was asked.
+    Faults of the device by name, and counts of what it was asked, from zero for each test.
 
     The shim is in the way of `toll_settings` and `toll_client` where the test asks for it.
     """
-    from hsmtoll.testing.faults import Faults
-
-    with Faults(toll_softhsm.module, tmp_path / "toll-faults") as faults:
-        yield faults
+    # One library under two names: whichever was used is let go of before the other is.
+    _loaded_again(toll_softhsm.module)
+    _toll_shim.reset_counts()
+    yield _toll_shim
+    _toll_shim.clear()
+    _loaded_again(_toll_shim.module)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from cryptography.hazmat.primitives.serialization import load_der_public_key
@@ -16,6 +17,7 @@ from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hsmtoll.hsm.device import Device
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
 
+_T = TypeVar("_T")
 DATA = SigningInput(b"header.payload")
 
 
@@ -113,7 +116,10 @@ def test_a_wrong_pin_in_twenty_at_once_is_tried_once_and_the_right_one_works(
     with ThreadPoolExecutor(20) as pool:
         done = list(pool.map(lambda _: _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)), range(20)))
 
-    assert sorted(each.returncode for each in done) == [20] + [21] * 19
+    codes = [each.returncode for each in done]
+    # On a slow machine one may tire of waiting for its turn (30): it did not try either.
+    assert codes.count(20) == 1
+    assert set(codes) <= {20, 21, 30}
     assert toll_faults.count("C_Login") == 1
     assert _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)).returncode == 21
     assert toll_faults.count("C_Login") == 1
@@ -188,14 +194,25 @@ def test_where_the_public_half_is_hidden_the_first_grant_proves_the_leaf(
     assert toll_faults.count("C_SignInit") == 1
 
 
-@pytest.mark.parametrize("name", ["session-lost", "handles-stale"])
-def test_what_the_device_forgot_is_found_again(
+def _when_back(ask: Callable[[], _T]) -> _T:
+    """A device that was down is asked again by itself after a pause."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return ask()
+        except HsmTollError:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", ["session-lost", "handles-stale", "device-error"])
+def test_what_the_device_forgot_is_found_again_within_the_call(
     device: Device, toll_faults: Faults, name: str
 ) -> None:
     first = device.sign("RS256", DATA)
     toll_faults.set(name)
 
-    assert _after_one_error(device) == first
+    assert device.sign("RS256", DATA) == first
 
 
 def test_a_card_that_was_pulled_works_again_when_it_is_back(
@@ -204,9 +221,10 @@ def test_a_card_that_was_pulled_works_again_when_it_is_back(
     first = device.sign("RS256", DATA)
     toll_faults.set("token-removed")
     assert isinstance(fails(device), DeviceError)
+    assert fails(device).code == "device-down"
     toll_faults.clear("token-removed")
 
-    assert _after_one_error(device) == first
+    assert _when_back(lambda: device.sign("RS256", DATA)) == first
 
 
 def test_a_slot_that_fails_does_not_hide_the_others(device: Device, toll_faults: Faults) -> None:
@@ -241,6 +259,7 @@ def test_a_device_that_hangs_ends_at_the_deadline_and_living_tokens_are_still_gi
     assert "ISOLATION=process" in (caught.value.hint or "")
     assert client.token("road").value
     toll_faults.clear("hang")
+    assert _when_back(lambda: client.token("air").value)
 
 
 @pytest.mark.usefixtures("toll_settings")
