@@ -361,12 +361,14 @@ _DOWN: Final = (DeviceError, CertificateError)
 class FirstUp:
     """
     Several signers in order: the first usable one signs (device up, certificate valid now).
-    One whose new certificate was refused lately comes after the others.
+    One whose new certificate was refused lately comes after the others. How often a device that
+    is down is asked is the device's own affair: it says ``device-down`` at once meanwhile.
     """
 
     def __init__(self, signers: Sequence[Signer]) -> None:
         self._signers = tuple(signers)
         self._last: SecondChoice | None = None
+        self._in_use = self._signers[0] if self._signers else None
 
     def identity(self) -> str:
         """The identity of the first usable one."""
@@ -408,8 +410,17 @@ class FirstUp:
                 first = first or exc
             else:
                 self._last = signer if isinstance(signer, SecondChoice) else None
+                self._tell(signer, first)
                 return answer
         raise first or ConfigurationError("HSMTOLL_HSM__KEY: no key is named")
+
+    def _tell(self, signer: Signer, why: HsmTollError | None) -> None:
+        """One line where another key takes over, and one when the first is back."""
+        if signer is self._in_use:
+            return
+        self._in_use = signer
+        number, of = self._signers.index(signer) + 1, len(self._signers)
+        _log.warning("key %d of %d signs now%s", number, of, f": {why}" if why else "")
 
 
 def _lately(signer: Signer) -> bool:

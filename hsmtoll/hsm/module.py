@@ -169,7 +169,7 @@ def restarted(module: Module, *, now: float, pause: float) -> bool:
     """
     if not current(module):
         return True
-    if now < _ended.get(module.path, -pause) + pause:
+    if 0 <= now - _ended.get(module.path, now - pause) < pause:
         return False
     if any(login.alive() for login in module.logins.values()):
         return False

@@ -1,0 +1,363 @@
+"""A device that fails in every way it can, and what it takes to have it back."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.module import GATE, restart
+from hsmtoll.hsm.pin import Pin, PinFile, PinValue
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.testing.clock import SettableClock
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.testing.faults import Faults
+
+DATA = SigningInput(b"header.payload")
+CLIENT = Path("/usr/lib/x86_64-linux-gnu/pkcs11/p11-kit-client.so")
+BOOTS = itertools.count(1_000.0, 10_000.0)
+#: CKR_GENERAL_ERROR, which a module answers when it does not know what to say.
+GENERAL = 0x5
+
+
+class Counted:
+    """A PIN source that counts how often it was asked."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+        self.asked = 0
+
+    def read(self, *, device: str) -> Pin:
+        del device
+        self.asked += 1
+        return Pin(self.value, source="a test")
+
+
+@pytest.fixture
+def clock() -> SettableClock:
+    # Modules are started again every 30 s at most, and one process runs all these tests.
+    return SettableClock(time.time(), boot=next(BOOTS))
+
+
+@pytest.fixture(scope="module")
+def key(toll_softhsm: SoftHsm) -> RsaPublicKey:
+    return public(toll_softhsm.generate_key("mended", b"\x71"))
+
+
+@pytest.fixture
+def pin(toll_softhsm: SoftHsm) -> Counted:
+    return Counted(toll_softhsm.pin)
+
+
+@pytest.fixture
+def make(
+    toll_softhsm: SoftHsm,
+    toll_faults: Faults,
+    key: RsaPublicKey,
+    pin: Counted,
+    clock: SettableClock,
+    tmp_path: Path,
+) -> Iterator[Callable[..., Device]]:
+    del key
+    made: list[Device] = []
+
+    def device(label: str = "mended", source: PinSource = pin) -> Device:
+        one = Device(
+            toll_faults.module,
+            KeyUri.parse(toll_softhsm.uri(label)),
+            pin=source,
+            ledger=Ledger(tmp_path / "state"),
+            boot=lambda: clock.now().boot,
+        )
+        made.append(one)
+        return one
+
+    yield device
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def device(make: Callable[..., Device], toll_faults: Faults) -> Device:
+    made = make()
+    made.sign("RS256", DATA)
+    toll_faults.reset_counts()
+    return made
+
+
+def public(spki: bytes) -> RsaPublicKey:
+    body = base64.encodebytes(spki).decode()
+    return RsaPublicKey.from_pem(f"-----BEGIN PUBLIC KEY-----\n{body}-----END PUBLIC KEY-----\n")
+
+
+def refused(device: Device) -> HsmTollError:
+    with pytest.raises(HsmTollError) as caught:
+        device.sign("RS256", DATA)
+    return caught.value
+
+
+# ---------------------------------------------------------------------- what each step costs
+
+
+def test_a_session_that_broke_costs_a_new_session_and_no_login(
+    device: Device, toll_faults: Faults, key: RsaPublicKey
+) -> None:
+    toll_faults.set("nth-call-fails", function="C_SignInit", rv=GENERAL)
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert toll_faults.count("C_OpenSession") == 1
+    assert toll_faults.count("C_Login") == 0
+    assert toll_faults.count("C_Initialize") == 0
+
+
+def test_a_login_that_was_lost_costs_one_login_with_the_pin_that_was_accepted(
+    device: Device, toll_faults: Faults, key: RsaPublicKey, pin: Counted
+) -> None:
+    toll_faults.set("session-lost")
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert toll_faults.count("C_Login") == 1
+    assert toll_faults.count("C_Initialize") == 0
+    assert pin.asked == 1
+
+
+def test_a_module_that_says_nothing_else_is_started_again_and_the_pin_is_remembered(
+    device: Device, toll_faults: Faults, key: RsaPublicKey, pin: Counted
+) -> None:
+    toll_faults.set("device-error")
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert toll_faults.count("C_Initialize") == 1
+    assert toll_faults.count("C_Login") == 1
+    assert pin.asked == 1
+
+
+def test_a_module_is_not_started_again_before_thirty_seconds_have_passed(
+    device: Device, toll_faults: Faults, clock: SettableClock
+) -> None:
+    toll_faults.set("device-error")
+    device.sign("RS256", DATA)
+    toll_faults.set("device-error")
+    for _ in range(29):
+        assert isinstance(refused(device), DeviceError)
+        clock.advance(1)
+    assert toll_faults.count("C_Initialize") == 1
+    clock.advance(10)
+    assert device.sign("RS256", DATA)
+    assert toll_faults.count("C_Initialize") == 2
+
+
+def test_a_device_that_stays_away_is_asked_rarely_and_comes_back_by_itself(
+    device: Device, toll_faults: Faults, clock: SettableClock
+) -> None:
+    toll_faults.set("token-removed")
+    assert refused(device).code == "device-missing"
+    toll_faults.reset_counts()
+    for _ in range(100):
+        assert refused(device).code == "device-down"
+    assert toll_faults.calls() == {}
+    toll_faults.clear("token-removed")
+    clock.advance(1)
+    assert device.sign("RS256", DATA)
+
+
+def test_a_device_that_serves_another_is_not_started_again(
+    device: Device, make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    other = make()
+    other.sign("RS256", DATA)
+    missing = make()
+    missing.uri = KeyUri.parse("pkcs11:token=elsewhere")
+    toll_faults.reset_counts()
+    assert refused(missing).code == "device-missing"
+    assert toll_faults.count("C_Finalize") == 0
+    assert device.sign("RS256", DATA) == other.sign("RS256", DATA)
+    assert toll_faults.count("C_Login") == 0
+
+
+# ---------------------------------------------------------------------- never after a PIN error
+
+
+def test_a_wrong_pin_is_tried_once_and_nothing_is_mended(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    device = make(source=Counted("00000000"))
+    toll_faults.reset_counts()
+    assert isinstance(refused(device), PinIncorrect)
+    assert isinstance(refused(device), PinNotTried)
+    assert toll_faults.count("C_Login") == 1
+    assert toll_faults.count("C_Finalize") == 0
+
+
+def test_a_pin_that_is_refused_while_mending_ends_it(
+    device: Device, toll_faults: Faults, pin: Counted
+) -> None:
+    toll_faults.set("session-lost")
+    toll_faults.set("pin-wrong")
+    assert isinstance(refused(device), PinIncorrect)
+    assert toll_faults.count("C_Login") == 1
+    assert toll_faults.count("C_Finalize") == 0
+    toll_faults.clear("pin-wrong")
+    assert isinstance(refused(device), PinNotTried)
+    assert pin.asked == 2
+    assert toll_faults.count("C_Login") == 1
+
+
+def test_a_login_whose_fate_is_unknown_is_not_repeated_for_the_same_call(
+    device: Device, toll_faults: Faults
+) -> None:
+    toll_faults.set("session-lost")
+    toll_faults.set("nth-call-fails", function="C_Login", rv=GENERAL)
+    assert isinstance(refused(device), DeviceError)
+    assert toll_faults.count("C_Login") == 1
+
+
+# ---------------------------------------------------------------------- changed by others
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toll_faults: Faults) -> Iterator[SoftHsm]:
+    """A SoftHSM that a test may ruin."""
+    del toll_faults
+    made = SoftHsm.create(tmp_path / "own")
+    made.generate_key("k", b"\x01")
+    monkeypatch.setenv("SOFTHSM2_CONF", str(made.conf))
+    _let_go(made.module)
+    yield made
+    _let_go(made.module)
+
+
+def _let_go(module: Path) -> None:
+    with GATE.held(60):
+        restart(module)
+
+
+def plain(own: SoftHsm, state: Path, clock: SettableClock, pin: PinSource | None = None) -> Device:
+    return Device(
+        own.module,
+        KeyUri.parse(own.uri("k")),
+        pin=pin or PinValue.of(own.pin),
+        ledger=Ledger(state),
+        boot=lambda: clock.now().boot,
+    )
+
+
+def _util(*arguments: str) -> None:
+    subprocess.run(["softhsm2-util", *arguments], check=True, capture_output=True)
+
+
+def test_a_key_that_was_deleted_is_missed_by_name_and_found_when_it_is_back(
+    own: SoftHsm, tmp_path: Path, clock: SettableClock
+) -> None:
+    device = plain(own, tmp_path, clock)
+    device.sign("RS256", DATA)
+    own.delete("k")
+    assert refused(device).code == "key-missing"
+    assert refused(device).code == "key-missing"
+    fresh = public(own.generate_key("k", b"\x02"))
+    assert fresh.verify("RS256", DATA, device.sign("RS256", DATA, candidates=[fresh]))
+    device.close()
+
+
+def test_a_device_that_was_initialised_anew_is_refused_and_not_silently_used(
+    own: SoftHsm, tmp_path: Path, clock: SettableClock
+) -> None:
+    device = plain(own, tmp_path, clock)
+    device.sign("RS256", DATA)
+    _util("--delete-token", "--token", own.label)
+    _util("--init-token", "--free", "--label", own.label, "--pin", own.pin, "--so-pin", "5678")
+    made_anew = SoftHsm(own.directory, own.module, own.label, own.pin)
+    made_anew.generate_key("k", b"\x01")
+    codes = []
+    for _ in range(4):
+        codes.append(refused(device).code)
+        clock.advance(31)
+    assert codes[-1] == "device-changed"
+    assert "initialised anew" in str(refused(device).hint)
+    device.close()
+    # Who starts again takes it as it is.
+    assert plain(own, tmp_path, clock).sign("RS256", DATA)
+
+
+def test_a_pin_that_another_process_changed_costs_one_try_and_the_new_one_works(
+    own: SoftHsm, tmp_path: Path, clock: SettableClock
+) -> None:
+    device = plain(own, tmp_path, clock, PinFile(own.pin_file))
+    device.sign("RS256", DATA)
+    own._do([{"what": "pin", "old": own.pin, "new": "87651234"}])
+    _let_go(own.module)
+    assert isinstance(refused(device), PinIncorrect)
+    assert isinstance(refused(device), PinNotTried)
+    own.pin_file.write_text("87651234\n")
+    assert device.sign("RS256", DATA)
+    device.close()
+
+
+# ---------------------------------------------------------------------- over a socket
+
+
+@contextlib.contextmanager
+def served(own: SoftHsm, socket: Path) -> Iterator[None]:
+    """A `p11-kit server` for the device; killed with all it started at the end."""
+    socket.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [
+            *("p11-kit", "server", "--foreground", "--name", str(socket)),
+            *("--provider", str(own.module), f"pkcs11:token={own.label}"),
+        ],
+        env={**os.environ, "SOFTHSM2_CONF": str(own.conf)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        end = time.monotonic() + 30
+        while not socket.exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_server_that_was_killed_and_started_again_is_used_again(
+    own: SoftHsm, tmp_path: Path, clock: SettableClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = tmp_path / "p11.sock"
+    monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={socket}")
+    asked = Counted(own.pin)
+    device = Device(
+        CLIENT,
+        KeyUri.parse(own.uri("k")),
+        pin=asked,
+        ledger=Ledger(tmp_path),
+        boot=lambda: clock.now().boot,
+    )
+    with served(own, socket):
+        first = device.sign("RS256", DATA)
+    assert refused(device).exit_code == 30
+    assert refused(device).code == "device-down"
+    with served(own, socket):
+        clock.advance(31)
+        assert device.sign("RS256", DATA) == first
+    # Back before anybody noticed: nobody sees an error at all.
+    clock.advance(31)
+    with served(own, socket):
+        assert device.sign("RS256", DATA) == first
+        assert asked.asked == 1
+        device.close()
+    _let_go(CLIENT)
