@@ -66,6 +66,7 @@ class Programs(RuleBasedStateMachine):
         self.directory = Path(tempfile.mkdtemp())
         self.clock = SettableClock(1_800_000_000.0)
         self.issuer = Issuer(self.clock)
+        self.lifetimes = {self.issuer.lifetime}
         self.caches = [self._cache(), self._cache()]
         self.set_back = 0.0
 
@@ -81,7 +82,9 @@ class Programs(RuleBasedStateMachine):
         try:
             token = cache.get(REQUEST, self.issuer, wish)
         except UsageError:
-            assert wish.min_life > self.issuer.lifetime or wish.min_life > 100
+            # Told by what new tokens live, or by what the one that lives now was given: no
+            # signature is spent to find out whether the issuer has changed its mind.
+            assert wish.min_life > min(self.lifetimes)
         except HsmTollError:
             # Nothing could be renewed: then nothing that lives was held back either.
             held = cache.living(REQUEST, wish)
@@ -155,6 +158,7 @@ class Programs(RuleBasedStateMachine):
     @rule(lifetime=st.sampled_from([1, 20, 120, 600]))
     def change_lifetimes(self, lifetime: int) -> None:
         self.issuer.lifetime = lifetime
+        self.lifetimes.add(lifetime)
 
     @rule(cut=st.integers(0, 400))
     def tear_a_file(self, cut: int) -> None:
@@ -174,7 +178,9 @@ class Programs(RuleBasedStateMachine):
 
 
 TestPrograms: Any = Programs.TestCase
-TestPrograms.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestPrograms.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, derandomize=True
+)
 
 
 def test_the_model_would_see_an_expired_token() -> None:

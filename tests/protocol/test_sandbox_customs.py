@@ -190,7 +190,7 @@ def test_routing_is_read_from_marker_to_marker(sandbox_customs: Wire) -> None:
         ("123456789-01092023-1", "invoice", "a.pdf", 10_000_001, 400),
     ],
 )
-def test_an_upload_is_checked(  # noqa: PLR0917 -- one column each
+def test_an_upload_is_checked(
     sandbox_customs: Wire, declaration: str, kind: str, name: str, size: int, status: int
 ) -> None:
     token = sandbox_customs.bearer("toll:eu/goodsdeclaration/document.write")
