@@ -6,6 +6,7 @@ Thin, and imported without HTTP: what a conversation says is in customs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +31,7 @@ class Calls(Protocol):
     _engine: Engine
     # By API, and by process: a TLS connection cannot be shared with a child of fork.
     _clients: dict[tuple[str, int], httpx.Client]
+    _given: list[httpx.Client]
 
     def api(self, name: str) -> httpx.Client:
         """An httpx.Client for the API called *name*."""
@@ -95,8 +97,9 @@ class Calls(Protocol):
             )
 
     def _hang_up(self) -> None:
-        while self._clients:
-            self._clients.popitem()[1].close()
+        self._clients.clear()
+        while self._given:
+            self._given.pop().close()
 
 
 class AsyncCalls(Protocol):
@@ -105,6 +108,7 @@ class AsyncCalls(Protocol):
     _engine: Engine
     # By API, and by loop: connections belong to the loop that they were made in.
     _clients: dict[tuple[str, int], httpx.AsyncClient]
+    _given: list[httpx.AsyncClient]
 
     def api(self, name: str) -> httpx.AsyncClient:
         """An httpx.AsyncClient for the API called *name*."""
@@ -176,8 +180,11 @@ class AsyncCalls(Protocol):
                 yield batch
 
     async def _hang_up(self) -> None:
-        while self._clients:
-            await self._clients.popitem()[1].aclose()
+        self._clients.clear()
+        while self._given:
+            # One that was used in a loop that is over has no connection left to close.
+            with contextlib.suppress(RuntimeError):
+                await self._given.pop().aclose()
 
 
 def _content(path: Path) -> bytes:

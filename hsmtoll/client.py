@@ -37,6 +37,7 @@ class _Shared:
         self._keepers: list[Keeper] = []
         # Whose clients they are is said by the colour.
         self._clients: dict[tuple[str, int], Any] = {}
+        self._given: list[Any] = []
 
     def status(self) -> Status:
         """How it stands; asks neither the device nor the network."""
@@ -56,6 +57,10 @@ class _Shared:
         keeper = Keeper(engine, [engine.request(scope) for scope in scopes or (None,)])
         self._keepers.append(keeper)
         return keeper
+
+    def _lent(self, client: Any) -> None:
+        """Closed with this client, if nobody closes it before."""
+        self._given = [*(each for each in self._given if not each.is_closed), client]
 
     def _let_go(self) -> None:
         while self._keepers:
@@ -100,11 +105,16 @@ class TollClient(_Shared, Calls):
         return TollAuth(self._engine, self._engine.request(scope))
 
     def api(self, name: str) -> httpx.Client:
-        """An httpx.Client for the API called *name*: base URL, bearer, proxy, CA."""
+        """
+        An httpx.Client for the API called *name*: base URL, bearer, proxy, CA. It is closed
+        with this client at the latest.
+        """
         import httpx  # noqa: PLC0415
 
         base, scope = self._target(name)
-        return httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options())
+        made = httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options())
+        self._lent(made)
+        return made
 
     def close(self) -> None:
         """Let go of the device and the connections. Living tokens of a shared cache live on."""
@@ -144,9 +154,11 @@ class AsyncTollClient(_Shared, AsyncCalls):
         import httpx  # noqa: PLC0415
 
         base, scope = self._target(name)
-        return httpx.AsyncClient(
+        made = httpx.AsyncClient(
             base_url=base, auth=self.auth(scope), **self._engine.wire.options()
         )
+        self._lent(made)
+        return made
 
     async def aclose(self) -> None:
         """As TollClient.close."""

@@ -423,6 +423,14 @@ def _consistent(settings: Settings) -> None:
             "HSMTOLL_HSM__MODULE: an absolute path is expected",
             hint="a module is code: it is never looked for in the working directory",
         )
+    if settings.signer.url:
+        # Signing here although the user asked for another host would be worse than an error.
+        raise ConfigurationError(
+            "HSMTOLL_SIGNER__URL: the signing host is not part of this version",
+            hint="unset it to sign on a local device; `ssh HOST hsmtoll sign | hsmtoll exchange` "
+            "signs on another host",
+            code="not-in-this-version",
+        )
     _check_endpoints(settings)
     _check_proxy(settings)
     if settings.cache is not None:

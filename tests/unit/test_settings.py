@@ -261,5 +261,10 @@ def test_the_working_directory_is_never_looked_into(
     assert load().timeout == 10
 
 
+def test_a_signing_host_is_refused_instead_of_signing_here() -> None:
+    assert "HSMTOLL_SIGNER__URL" in str(refusal(signer__url="unix:///run/hsmtoll/socket"))
+    load(signer__profile="acme")
+
+
 def test_every_setting_has_a_group_and_no_default_environment() -> None:
     assert Settings.model_fields["environment"].default is None
