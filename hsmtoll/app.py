@@ -201,21 +201,27 @@ class App:
         return tuple(self.device(uri) for uri in self.uris())
 
     def device(self, uri: KeyUri) -> Device:
-        """The device of one key."""
+        """The device of one key; with HSMTOLL_HSM__ISOLATION=process in processes of its own."""
         from hsmtoll.hsm.device import Device
 
+        settings = self.settings
         pin = self._pin("pin", uri)
-        return Device(
-            Path(self.module(uri)),
-            uri,
-            pin=pin,
-            signing_pin=self._pin("signing_pin", None) or pin,
-            ledger=self.ledger,
-            public_key=self._public_key(),
-            use_final_try=self.use_final_try,
-            allow_exportable_key=self.settings.hsm.allow_exportable_key,
-            lock_timeout=self.settings.deadline,
-        )
+        told: dict[str, Any] = {
+            "pin": pin,
+            "signing_pin": self._pin("signing_pin", None) or pin,
+            "ledger": self.ledger,
+            "public_key": self._public_key(),
+            "use_final_try": self.use_final_try,
+            "allow_exportable_key": settings.hsm.allow_exportable_key,
+            "boot": lambda: self.clock.now().boot,
+        }
+        path = Path(self.module(uri))
+        if settings.hsm.isolation == "none":
+            return Device(path, uri, lock_timeout=settings.deadline, **told)
+        from hsmtoll.hsm.isolated import IsolatedDevice
+
+        workers = settings.host.workers
+        return IsolatedDevice(path, uri, deadline=settings.deadline, workers=workers, **told)
 
     def pin(self, uri: KeyUri | None) -> PinSource | None:
         """The source of the user PIN, or ``None`` where none is set."""

@@ -1,0 +1,351 @@
+"""
+A Device whose module runs in processes of its own: one that hangs is ended, one that crashes
+takes nobody with it.
+
+    caller ── free child? ── question ──► worker: Device ── module
+                 │              │  ◄── PIN, when it is asked for
+                 │              └─ deadline over, or silence: killed, DeviceError
+                 └─ none in time: device-busy
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from base64 import b64decode
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.hsm import pipe
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.recovery import Breaker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from hsmtoll.hsm.device import KeyFacts, StoredCertificate
+    from hsmtoll.hsm.ledger import Ledger
+    from hsmtoll.hsm.pin import Pin, PinSource
+    from hsmtoll.jws import RsaPublicKey, SigningInput
+
+__all__ = ["IsolatedDevice"]
+
+_log = logging.getLogger(__name__)
+
+#: Seconds that a person may take at a pinpad, on top of the deadline.
+_AT_THE_PINPAD: Final = 120.0
+#: Seconds that a child may take to log out.
+_GOODBYE: Final = 1.0
+#: Of a service's own; a module has no business with them.
+_NOT_HANDED_DOWN: Final = frozenset({"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"})
+
+
+class IsolatedDevice(Device):
+    """
+    The same questions as Device, answered by *workers* child processes, each call within
+    *deadline* seconds; reading a PIN is not counted.
+
+    Raises, on top of Device's errors, DeviceError: ``device-hung`` where the deadline was over,
+    ``module-crashed`` where the child died; the next call gets a new child. PINs are read here
+    and handed over when the device wants one; what was accepted is handed over again.
+    """
+
+    def __init__(
+        self,
+        module_path: Path,
+        uri: Any,
+        *,
+        pin: PinSource | None,
+        signing_pin: PinSource | None = None,
+        ledger: Ledger,
+        public_key: RsaPublicKey | None = None,
+        use_final_try: bool = False,
+        allow_exportable_key: bool = False,
+        deadline: float = 60.0,
+        workers: int = 1,
+        boot: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            module_path,
+            uri,
+            pin=pin,
+            signing_pin=signing_pin,
+            ledger=ledger,
+            public_key=public_key,
+            use_final_try=use_final_try,
+            allow_exportable_key=allow_exportable_key,
+            lock_timeout=deadline,
+            boot=boot,
+        )
+        self._deadline = deadline
+        self._workers = workers
+        self._sources = {"user": self._pin, "signing": self._signing_pin}
+        self._pins: dict[str, Pin] = {}
+        # A single failure is the next caller's new child; a second one means more.
+        self._outside = Breaker(uri, boot=boot, threshold=2)
+        self._lock = threading.Lock()
+        self._reading = threading.Lock()
+        self._made_by = 0
+        self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
+
+    def __repr__(self) -> str:
+        return f"IsolatedDevice({foreign(self.uri)})"
+
+    def certificates(self) -> tuple[StoredCertificate, ...]:
+        """As Device.certificates."""
+        return pipe.certificates_from(self._ask("Reading certificates", do="certificates"))
+
+    def login(self) -> bool:
+        """As Device.login, for the child that answers."""
+        return bool(self._ask("Logging in", do="login"))
+
+    def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
+        """As Device.key."""
+        offered = pipe.keys_to(tuple(candidates))
+        return pipe.facts_from(self._ask("Looking for the key", do="key", candidates=offered))
+
+    def sign(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> bytes:
+        """As Device.sign; *unsigned* is ASCII, as every signing input of JWS is."""
+        offered = pipe.keys_to(tuple(candidates))
+        text = unsigned.decode("ascii")
+        return b64decode(
+            self._ask("Signing", do="sign", alg=alg, unsigned=text, candidates=offered)
+        )
+
+    @contextlib.contextmanager
+    def writing(self, doing: str) -> Iterator[Any]:
+        """As Device.writing, in this process: what is written is watched by a person."""
+        with super().writing(doing) as opened:
+            yield opened
+
+    def close(self) -> None:
+        """Log out and end the children."""
+        super().close()
+        if self._made_by == os.getpid():
+            for _ in range(self._workers):
+                with contextlib.suppress(queue.Empty):
+                    self._free.get_nowait().end()
+        self._made_by = 0
+        self._pins.clear()
+
+    # ------------------------------------------------------------------ children
+
+    def _ask(self, doing: str, **question: Any) -> Any:
+        doing = f"{doing} ({foreign(self.uri)})"
+        self._outside.admit()
+        try:
+            child = self._take(doing)
+        except HsmTollError as exc:
+            self._outside.judge(exc)
+            raise
+        try:
+            answer = child.ask(question, doing=doing, pins=self._read)
+        except _Silent as exc:
+            child.kill()
+            error = DeviceError(str(exc), hint=exc.hint, code=exc.code)
+            self._outside.failed(error)
+            raise error from None
+        except BaseException as exc:
+            # Half a conversation cannot be gone on with.
+            child.kill()
+            self._outside.judge(exc)
+            raise
+        finally:
+            self._free.put(child)
+        self._outside.worked()
+        return self._understood(child, answer)
+
+    def _understood(self, child: _Child, answer: dict[str, Any]) -> Any:
+        for name, level, message in answer["log"]:
+            logging.getLogger(str(name)).log(int(level), "%s", message)
+        if answer["generation"] != child.generation:
+            child.generation = answer["generation"]
+            self.generation += 1
+        if "error" in answer:
+            error = pipe.error_from(answer["error"])
+            if isinstance(error, PinIncorrect | PinNotTried):
+                self._pins.clear()
+            raise error
+        return answer["answer"]
+
+    def _take(self, doing: str) -> _Child:
+        with self._lock:
+            # A forked child has no part in its parent's conversations.
+            if self._made_by != os.getpid():
+                self._made_by = os.getpid()
+                self._free = queue.LifoQueue()
+                for _ in range(self._workers):
+                    self._free.put(_Child(self))
+        try:
+            return self._free.get(timeout=self._deadline)
+        except queue.Empty:
+            raise DeviceError(
+                f"{doing}: no process of the device was free within {self._deadline:g} s",
+                hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
+                code="device-busy",
+            ) from None
+
+    def _read(self, user: str, device: str) -> Pin:
+        # One prompt, however many children want to log in.
+        with self._reading:
+            pin, source = self._pins.get(user), self._sources.get(user)
+            if pin is None and source is not None:
+                pin = self._pins[user] = source.read(device=device)
+        if pin is None:
+            raise DeviceError("The device's process asked for a PIN that is not its", code="worker")
+        return pin
+
+    def _told(self) -> dict[str, Any]:
+        """All that a child is told, but the PIN."""
+        directory = self._ledger.directory
+        return {
+            "module": str(self.module_path),
+            "uri": str(self.uri),
+            "user": self._pin is not None,
+            "signing": self._signing_pin is not None,
+            "ledger": directory and str(directory.absolute()),
+            "optional": self._ledger.optional,
+            "public_key": pipe.keys_to([self._public_key])[0],
+            "use_final_try": self._use_final_try,
+            "allow_exportable_key": self._allow_exportable_key,
+            "lock_timeout": self._deadline,
+        }
+
+
+class _Silent(Exception):
+    """No answer: *code* and *hint* of the error that the caller gets."""
+
+    def __init__(self, message: str, *, code: str, hint: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.hint = hint
+
+
+class _Child:
+    """One worker process, started when it is first asked and after it was killed."""
+
+    def __init__(self, device: IsolatedDevice) -> None:
+        # Not the device itself: it must be free to be forgotten, and its children end then.
+        self._told = device._told()  # noqa: SLF001 - two halves of one thing
+        self._deadline = device._deadline  # noqa: SLF001 - as above
+        self._process: subprocess.Popen[bytes] | None = None
+        self._there: socket.socket | None = None
+        self.generation = 0
+        weakref.finalize(self, _ended, self.__dict__)
+
+    def ask(
+        self, question: dict[str, Any], *, doing: str, pins: Callable[[str, str], Pin]
+    ) -> dict[str, Any]:
+        """The answer. Raises _Silent where there is none, and what *pins* raises."""
+        try:
+            there = self._started()
+            until = time.monotonic() + self._deadline
+            there.settimeout(self._deadline)
+            pipe.send(there, question)
+            while True:
+                said = pipe.receive(there, until=until)
+                if "pin" not in said:
+                    return said
+                more = self._hand_over(there, said, pins)
+                until = time.monotonic() + self._deadline + more
+        except TimeoutError:
+            raise _Silent(
+                f"{doing}: the module did not answer within {self._deadline:g} s, and its process"
+                " was ended",
+                code="device-hung",
+                hint="The next call starts a new one. Is the device reachable?",
+            ) from None
+        except (EOFError, OSError, ValueError, TypeError, KeyError):
+            raise _Silent(
+                f"{doing}: the module's process {self._fate()}",
+                code="module-crashed",
+                hint="The next call starts a new one. Ask the module's maker, with its log.",
+            ) from None
+
+    def _hand_over(
+        self, there: socket.socket, said: dict[str, Any], pins: Callable[[str, str], Pin]
+    ) -> float:
+        try:
+            pin = pins(str(said["pin"]), str(said["device"]))
+        except HsmTollError as exc:
+            pipe.send(there, {"error": pipe.error_to(exc)})
+            return 0.0
+        version = pin.origin.removeprefix(pin.source).strip()
+        there.settimeout(self._deadline)
+        pipe.send(there, {"value": pin.reveal(), "source": pin.source, "version": version})
+        return _AT_THE_PINPAD if pin.on_pinpad else 0.0
+
+    def _started(self) -> socket.socket:
+        if self._there is not None:
+            return self._there
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "hsmtoll.hsm.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # Modules write where they like; results are ours to write.
+                stdout=subprocess.DEVNULL,
+                env=_environment(),
+                # Ctrl-C at the terminal is for the caller, who says what becomes of the call.
+                start_new_session=True,
+            )
+        self._there = ours
+        self.generation = 0
+        pipe.send(ours, self._told)
+        return ours
+
+    def _fate(self) -> str:
+        if self._process is None:
+            return "could not be started"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(_GOODBYE)
+            if code < 0:
+                return f"was ended by {signal.Signals(-code).name}"
+            return f"ended with {code}"
+        return "said nothing that can be understood"
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        _ended(self.__dict__)
+
+    def end(self) -> None:
+        """Let it log out and end, or end it."""
+        if self._there is not None and self._process is not None:
+            with contextlib.suppress(OSError, EOFError, ValueError, subprocess.TimeoutExpired):
+                self._there.settimeout(_GOODBYE)
+                pipe.send(self._there, {"do": "close"})
+                pipe.receive(self._there, until=time.monotonic() + _GOODBYE)
+                self._process.wait(_GOODBYE)
+        self.kill()
+
+
+def _ended(parts: dict[str, Any]) -> None:
+    process, parts["_process"] = parts.get("_process"), None
+    there, parts["_there"] = parts.get("_there"), None
+    if there is not None:
+        there.close()
+    # Only who started a process may end it: a forked child knows its number too.
+    if process is not None and process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("HSMTOLL_") and name not in _NOT_HANDED_DOWN
+    }

@@ -1,0 +1,161 @@
+"""
+What a Device and the process that isolates it say to each other: frames, and values in them.
+
+JSON with a length before it, so that a module gone wrong can send nonsense, but no code.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from base64 import b64decode, b64encode
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll import errors
+from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import KeyFacts, StoredCertificate
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import RsaPublicKey
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Sequence
+
+__all__ = [
+    "certificates_from",
+    "certificates_to",
+    "error_from",
+    "error_to",
+    "facts_from",
+    "facts_to",
+    "keys_from",
+    "keys_to",
+    "receive",
+    "send",
+]
+
+_HEAD: Final = struct.Struct(">I")
+#: Bytes. A device full of certificates of the largest size stays below.
+_LARGEST: Final = 16 * 1024 * 1024
+
+
+def send(there: socket.socket, message: dict[str, Any]) -> None:
+    """Send one message whole."""
+    body = json.dumps(message).encode()
+    there.sendall(_HEAD.pack(len(body)) + body)
+
+
+def receive(
+    there: socket.socket, *, until: float | None = None, now: Callable[[], float] = time.monotonic
+) -> dict[str, Any]:
+    """
+    One message. EOFError where the other side ended, TimeoutError after *until* (of *now*),
+    ValueError or TypeError for what is none.
+    """
+    (size,) = _HEAD.unpack(_exactly(there, _HEAD.size, until, now))
+    if size > _LARGEST:
+        raise ValueError("a frame that is too large")
+    message = json.loads(_exactly(there, size, until, now))
+    if not isinstance(message, dict):
+        raise TypeError("a frame that is no message")
+    return message
+
+
+def _exactly(
+    there: socket.socket, size: int, until: float | None, now: Callable[[], float]
+) -> bytes:
+    got = bytearray()
+    while len(got) < size:
+        left = None if until is None else until - now()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        there.settimeout(left)
+        part = there.recv(min(size - len(got), 65536))
+        if not part:
+            raise EOFError
+        got += part
+    there.settimeout(None)
+    return bytes(got)
+
+
+# ---------------------------------------------------------------------- values
+
+
+def error_to(exc: HsmTollError) -> dict[str, Any]:
+    """An error as a value; it never holds a secret, and its cause stays behind."""
+    return {
+        "type": type(exc).__name__,
+        "message": str(exc),
+        "hint": exc.hint,
+        "code": exc.code,
+        "who": exc.who,
+        "retryable": exc.retryable,
+        "retry_after": exc.retry_after,
+    }
+
+
+def error_from(said: dict[str, Any]) -> HsmTollError:
+    """The error that was sent, of one of our classes whatever was sent."""
+    kind = getattr(errors, str(said.get("type")), None)
+    if not (isinstance(kind, type) and issubclass(kind, HsmTollError)):
+        kind = errors.DeviceError
+    return kind(
+        str(said.get("message")),
+        hint=said.get("hint"),
+        code=said.get("code"),
+        who=said.get("who"),
+        retryable=bool(said.get("retryable")),
+        retry_after=said.get("retry_after"),
+    )
+
+
+def certificates_to(certificates: Sequence[StoredCertificate]) -> list[Any]:
+    """Certificates as values."""
+    return [[b64encode(each.der).decode(), each.label, each.id.hex()] for each in certificates]
+
+
+def certificates_from(said: list[Any]) -> tuple[StoredCertificate, ...]:
+    """Certificates that were sent."""
+    return tuple(
+        StoredCertificate(b64decode(der), str(label), bytes.fromhex(key_id))
+        for der, label, key_id in said
+    )
+
+
+def keys_to(keys: Sequence[RsaPublicKey | None]) -> list[Any]:
+    """Public keys as values."""
+    return [each and [hex(each.modulus), each.exponent] for each in keys]
+
+
+def keys_from(said: list[Any]) -> tuple[RsaPublicKey | None, ...]:
+    """Public keys that were sent."""
+    return tuple(each and RsaPublicKey(int(each[0], 16), int(each[1])) for each in said)
+
+
+def facts_to(facts: KeyFacts) -> dict[str, Any]:
+    """KeyFacts as a value."""
+    said = {each.name: getattr(facts, each.name) for each in fields(facts)}
+    return said | {
+        "uri": str(facts.uri),
+        "id": facts.id.hex(),
+        "public": keys_to([facts.public])[0],
+        "mechanisms": sorted(facts.mechanisms),
+    }
+
+
+def facts_from(said: dict[str, Any]) -> KeyFacts:
+    """KeyFacts that were sent."""
+    return KeyFacts(
+        **said
+        | {
+            "uri": KeyUri.parse(said["uri"]),
+            "id": bytes.fromhex(said["id"]),
+            "public": keys_from([said["public"]])[0],
+            "mechanisms": frozenset(said["mechanisms"]),
+            "firmware": tuple(said["firmware"]),
+            "library_version": tuple(said["library_version"]),
+            "warnings": tuple(said["warnings"]),
+        }
+    )

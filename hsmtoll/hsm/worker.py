@@ -1,0 +1,145 @@
+"""
+The process that a Device is isolated in: ``python -m hsmtoll.hsm.worker FD``.
+
+It is started by `hsmtoll.hsm.isolated`, speaks over the socket FD alone, and ends with it.
+Settings come as the first message and a PIN when a login needs it; neither environment nor
+argv has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from base64 import b64encode
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import DeviceError, HsmTollError
+from hsmtoll.hsm import pipe
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import SigningInput
+
+if TYPE_CHECKING:
+    from hsmtoll.hsm.pin import PinSource
+
+#: Seconds that a call may still take once nobody waits for it any more.
+_GRACE: Final = 2.0
+
+
+class _Asked:
+    """The PIN source of the other side."""
+
+    def __init__(self, there: socket.socket, user: str) -> None:
+        self._there = there
+        self._user = user
+
+    def read(self, *, device: str) -> Pin:
+        pipe.send(self._there, {"pin": self._user, "device": device})
+        said = pipe.receive(self._there)
+        if "error" in said:
+            raise pipe.error_from(said["error"])
+        return Pin(said["value"], source=said["source"], version=said["version"])
+
+
+class _Told(logging.Handler):
+    """What would be logged here, for the other side to log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[list[Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append([record.name, record.levelno, record.getMessage()])
+
+
+def main(descriptor: int) -> None:
+    """Serve one Device over the socket *descriptor* until the other side ends."""
+    # A core file of a module that crashed would have the PIN in it.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    told = _Told()
+    logger = logging.getLogger("hsmtoll")
+    logger.addHandler(told)
+    logger.setLevel(logging.INFO)
+    with socket.socket(fileno=descriptor) as there:
+        threading.Thread(target=_end_with, args=(there,), daemon=True).start()
+        with contextlib.suppress(EOFError, OSError):
+            device = _device(there, pipe.receive(there))
+            with contextlib.closing(device):
+                while True:
+                    question = pipe.receive(there)
+                    answer = _answered(device, question)
+                    answer |= {"generation": device.generation, "log": told.records}
+                    told.records = []
+                    pipe.send(there, answer)
+                    if question["do"] == "close":
+                        return
+
+
+def _end_with(there: socket.socket) -> None:
+    """A call that hangs does not outlive those who asked."""
+    poll = select.poll()
+    poll.register(there, 0)
+    poll.poll()
+    time.sleep(_GRACE)
+    os._exit(1)
+
+
+def _device(there: socket.socket, told: dict[str, Any]) -> Device:
+    def source(user: str) -> PinSource | None:
+        return _Asked(there, user) if told[user] else None
+
+    return Device(
+        Path(told["module"]),
+        KeyUri.parse(told["uri"]),
+        pin=source("user"),
+        signing_pin=source("signing"),
+        ledger=Ledger(told["ledger"] and Path(told["ledger"]), optional=told["optional"]),
+        public_key=pipe.keys_from([told["public_key"]])[0],
+        use_final_try=told["use_final_try"],
+        allow_exportable_key=told["allow_exportable_key"],
+        lock_timeout=told["lock_timeout"],
+    )
+
+
+def _answered(device: Device, question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"answer": _answer(device, question)}
+    except HsmTollError as exc:
+        return {"error": pipe.error_to(exc)}
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
+        kind = type(exc).__name__
+        return {"error": pipe.error_to(DeviceError(f"The device's process: {kind}", code="worker"))}
+
+
+def _answer(device: Device, question: dict[str, Any]) -> Any:
+    candidates = [key for key in pipe.keys_from(question.get("candidates", [])) if key]
+    match question["do"]:
+        case "certificates":
+            return pipe.certificates_to(device.certificates())
+        case "login":
+            return device.login()
+        case "key":
+            return pipe.facts_to(device.key(candidates=candidates))
+        case "sign":
+            unsigned = SigningInput(question["unsigned"].encode("ascii"))
+            signature = device.sign(question["alg"], unsigned, candidates=candidates)
+            return b64encode(signature).decode()
+        case _:
+            device.close()
+            return None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

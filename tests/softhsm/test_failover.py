@@ -1,0 +1,89 @@
+"""A list of keys: the next one signs while one is down, and the first again when it is back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import PinIncorrect
+from hsmtoll.app import App
+from hsmtoll.settings import load
+from hsmtoll.tokens import TokenRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+
+ROAD = TokenRequest("toll:eu/movement/road/v2")
+
+
+@pytest.fixture
+def app(
+    toll_settings: Settings,
+    toll_faults: Faults,
+    toll_eseal: ThrowAway,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[App]:
+    """The same key twice: behind the shim, and behind the module itself."""
+    del toll_settings
+    monkeypatch.delenv("HSMTOLL_HSM__MODULE")
+    uri = toll_eseal.device.uri(toll_eseal.key_label)
+    keys = [f"{uri}?module-path={path}" for path in (toll_faults.module, toll_eseal.device.module)]
+    # Two names of one library need two processes.
+    made = App(load(hsm__key=keys, hsm__isolation="process"))
+    yield made
+    made.close()
+
+
+def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_back(
+    app: App, toll_faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    signer = app.signer
+    assert signer.assertion(ROAD)
+    assert toll_faults.count("C_SignInit") == 1
+    toll_faults.set("token-removed")
+    with caplog.at_level(logging.WARNING, "hsmtoll.signer"):
+        for _ in range(3):
+            assert signer.assertion(ROAD)
+    assert [each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signer"] == [
+        "key 2 of 2 signs now: "
+    ]
+    assert toll_faults.count("C_SignInit") == 1
+
+    toll_faults.clear("token-removed")
+    caplog.clear()
+    end = time.monotonic() + 60
+    while toll_faults.count("C_SignInit") == 1:
+        assert time.monotonic() < end
+        assert signer.assertion(ROAD)
+        time.sleep(0.1)
+    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signer"]
+    assert said == ["key 1 of 2 signs now"]
+
+
+def test_a_device_that_is_down_is_not_asked_by_every_call(app: App, toll_faults: Faults) -> None:
+    signer = app.signer
+    signer.assertion(ROAD)
+    toll_faults.set("token-removed")
+    signer.assertion(ROAD)
+    began = time.monotonic()
+    toll_faults.reset_counts()
+    calls = 0
+    while time.monotonic() - began < 0.5:
+        signer.assertion(ROAD)
+        calls += 1
+    assert calls > 1
+    # Half a second is within its first pause of one; a slow machine may see one try more.
+    assert toll_faults.count("C_GetSlotList") <= 4 * (time.monotonic() - began)
+
+
+def test_a_wrong_pin_does_not_move_on_to_the_next_device(app: App, toll_faults: Faults) -> None:
+    toll_faults.set("pin-wrong")
+    with pytest.raises(PinIncorrect):
+        app.signer.assertion(ROAD)

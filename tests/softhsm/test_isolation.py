@@ -1,0 +1,330 @@
+"""A module in a process of its own: what hangs is ended, what crashes is started again."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.app import App
+from hsmtoll.hsm.isolated import IsolatedDevice
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import SigningInput
+from hsmtoll.settings import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+
+DATA = SigningInput(b"header.payload")
+
+
+class Asked:
+    """A PIN source that counts how often it was asked."""
+
+    def __init__(self, value: str) -> None:
+        self.value = value
+        self.asked = 0
+
+    def read(self, *, device: str) -> Pin:
+        del device
+        self.asked += 1
+        return Pin(self.value, source="a test")
+
+
+@pytest.fixture
+def pin(toll_eseal: ThrowAway) -> Asked:
+    return Asked(toll_eseal.device.pin)
+
+
+@pytest.fixture
+def make(
+    toll_eseal: ThrowAway,
+    toll_faults: Faults,
+    pin: Asked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Callable[..., IsolatedDevice]]:
+    monkeypatch.setenv("SOFTHSM2_CONF", str(toll_eseal.device.conf))
+    made: list[IsolatedDevice] = []
+
+    def device(*, deadline: float = 30.0, workers: int = 1) -> IsolatedDevice:
+        uri = KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label))
+        ledger = Ledger(tmp_path / "state")
+        one = IsolatedDevice(
+            toll_faults.module, uri, pin=pin, ledger=ledger, deadline=deadline, workers=workers
+        )
+        made.append(one)
+        return one
+
+    yield device
+    toll_faults.clear()
+    for each in made:
+        each.close()
+
+
+def refused(device: Device) -> HsmTollError:
+    with pytest.raises(HsmTollError) as caught:
+        device.sign("RS256", DATA)
+    return caught.value
+
+
+def children() -> list[int]:
+    """The process ids of this process's children, whoever started them."""
+    mine = f"\nPPid:\t{os.getpid()}\n"
+    found = []
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            try:
+                if mine in (each / "status").read_text():
+                    found.append(int(each.name))
+            except OSError:
+                continue
+    return found
+
+
+def workers() -> list[int]:
+    return [one for one in children() if b"hsmtoll.hsm.worker" in _read(one, "cmdline")]
+
+
+def _read(process: int, name: str) -> bytes:
+    return (Path("/proc") / str(process) / name).read_bytes()
+
+
+def test_the_answers_are_those_of_the_device_in_this_process(
+    make: Callable[..., IsolatedDevice], toll_settings: Settings
+) -> None:
+    isolated, app = make(), App(toll_settings)
+    (plain,) = app.devices
+    facts = isolated.key()
+    assert facts.public is not None
+    for alg in ("RS256", "RS384", "RS512"):
+        signature = isolated.sign(alg, DATA, candidates=[facts.public])
+        assert facts.public.verify(alg, DATA, signature)
+        assert signature == plain.sign(alg, DATA)
+    assert facts == plain.key()
+    # SoftHSM lists them in another order in each process.
+    assert set(isolated.certificates()) == set(plain.certificates())
+    assert isolated.login()
+    app.close()
+
+
+def test_the_setting_alone_isolates_and_a_token_is_fetched_that_way(
+    toll_settings: Settings,
+) -> None:
+    del toll_settings
+    app = App(load(hsm__isolation="process"))
+    with app.client() as client:
+        assert client.token("road").value
+        (device,) = app.devices
+        assert isinstance(device, IsolatedDevice)
+        assert len(workers()) == 1
+    assert workers() == []
+
+
+def test_without_the_setting_no_process_is_started(toll_settings: Settings) -> None:
+    app = App(toll_settings)
+    with app.client() as client:
+        assert client.token("road").value
+        assert workers() == []
+
+
+def test_a_hung_module_is_ended_at_the_deadline_and_the_next_call_works(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+) -> None:
+    device = make(deadline=6.0)
+    first = device.sign("RS256", DATA)
+    (before,) = workers()
+    toll_faults.set("hang")
+    error = refused(device)
+    assert (error.code, error.exit_code) == ("device-hung", 30)
+    assert "within 6 s" in str(error)
+    assert not Path(f"/proc/{before}").exists()
+    toll_faults.clear("hang")
+    assert device.sign("RS256", DATA) == first
+    assert pin.asked == 1
+
+
+def test_a_device_that_hangs_again_is_down_at_once_for_those_who_come_after(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make(deadline=1.5)
+    toll_faults.set("hang", function="C_Initialize")
+    assert [refused(device).code for _ in range(4)] == [
+        "device-hung", "device-hung", "device-down", "device-down",
+    ]  # fmt: skip
+    toll_faults.clear("hang")
+
+
+@pytest.mark.parametrize("function", ["C_Initialize", "C_FindObjectsInit", "C_Sign"])
+def test_a_module_that_crashes_is_an_error_with_its_signal_and_the_next_call_works(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults, function: str
+) -> None:
+    device = make()
+    toll_faults.set("crash", function=function)
+    error = refused(device)
+    assert (error.code, error.exit_code) == ("module-crashed", 30)
+    assert "SIGABRT" in str(error)
+    toll_faults.clear("crash")
+    assert device.sign("RS256", DATA)
+
+
+def test_a_child_that_was_killed_is_replaced(
+    make: Callable[..., IsolatedDevice],
+) -> None:
+    device = make()
+    first = device.sign("RS256", DATA)
+    (child,) = workers()
+    os.kill(child, 9)
+    assert refused(device).code == "module-crashed"
+    assert device.sign("RS256", DATA) == first
+    assert workers() != [child]
+
+
+def test_the_child_has_no_secret_in_its_environment_or_on_its_command_line(
+    make: Callable[..., IsolatedDevice], pin: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__PIN", pin.value)
+    monkeypatch.setenv("hsmtoll_cache", "redis://:canary@localhost")
+    make().sign("RS256", DATA)
+    (child,) = workers()
+    environment = _read(child, "environ")
+    assert b"SOFTHSM2_CONF=" in environment
+    assert b"HSMTOLL_" not in environment.upper()
+    for seen in (environment, _read(child, "cmdline")):
+        assert pin.value.encode() not in seen
+        assert b"canary" not in seen
+
+
+def test_a_wrong_pin_is_tried_once_whatever_the_number_of_children(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+) -> None:
+    pin.value = "00000000"
+    device = make(workers=3)
+    with ThreadPoolExecutor(3) as pool:
+        errors = list(pool.map(lambda _: refused(device), range(6)))
+    assert sorted({type(each).__name__ for each in errors}) == [
+        PinIncorrect.__name__,
+        PinNotTried.__name__,
+    ]
+    assert toll_faults.count("C_Login") == 1
+
+
+def test_children_sign_in_parallel_and_ask_for_the_pin_once(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+) -> None:
+    device = make(workers=3)
+    together = threading.Barrier(3)
+
+    def sign(_: int) -> bytes:
+        together.wait(60)
+        return device.sign("RS256", DATA)
+
+    # Each call holds its child long enough for the others to need one of their own.
+    toll_faults.set("slow", ms=300)
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(sign, range(3)))) == 1
+    assert len(workers()) == 3
+    assert pin.asked == 1
+    assert toll_faults.count("C_Login") == 3
+
+
+def test_who_finds_no_child_free_in_time_is_told_so(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make(deadline=6.0)
+    device.sign("RS256", DATA)
+    toll_faults.set("hang")
+    with ThreadPoolExecutor(2) as pool:
+        codes = sorted(each.code or "" for each in pool.map(lambda _: refused(device), range(2)))
+    assert codes[-1] == "device-hung"
+    assert set(codes) <= {"device-busy", "device-hung"}
+
+
+def test_a_forked_process_starts_children_of_its_own(
+    make: Callable[..., IsolatedDevice],
+) -> None:
+    device = make()
+    first = device.sign("RS256", DATA)
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if device.sign("RS256", DATA) == first else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert device.sign("RS256", DATA) == first
+
+
+def test_a_child_ends_with_those_who_started_it(make: Callable[..., IsolatedDevice]) -> None:
+    device = make()
+    device.sign("RS256", DATA)
+    (child,) = workers()
+    device.close()
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_the_child_would_log_is_logged_here(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    toll_faults.set("pin-count-low")
+    make().sign("RS256", DATA)
+    assert "pin-count-low" in caplog.text
+
+
+def test_an_error_of_the_device_crosses_as_a_value(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    toll_faults.set("wrong-signature")
+    error = refused(make())
+    assert isinstance(error, DeviceError)
+    assert error.code == "signature-wrong"
+    assert error.hint
+
+
+def test_a_hung_module_does_not_outlive_its_caller(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make(deadline=60.0)
+    device.sign("RS256", DATA)
+    (worker,) = workers()
+    toll_faults.set("hang")
+    child = os.fork()
+    if child == 0:
+        # Its own child hangs; it is killed without a word.
+        threading.Thread(target=refused, args=(device,), daemon=True).start()
+        time.sleep(60)
+    end = time.monotonic() + 30
+    while not (orphan := _children_of(child)):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(1)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    while Path(f"/proc/{orphan}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert Path(f"/proc/{worker}").exists()
+    toll_faults.clear("hang")
+
+
+def _children_of(process: int) -> int | None:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    found = [
+        int(each) for task in path.parent.parent.iterdir()
+        for each in (task / "children").read_text().split()
+    ]  # fmt: skip
+    return found[0] if found else None
