@@ -54,12 +54,12 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     assert [each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signer"] == [
         "key 2 of 2 signs now: "
     ]
-    assert toll_faults.count("C_SignInit") == 1
+    before = toll_faults.count("C_SignInit")
 
     toll_faults.clear("token-removed")
     caplog.clear()
     end = time.monotonic() + 60
-    while toll_faults.count("C_SignInit") == 1:
+    while toll_faults.count("C_SignInit") == before:
         assert time.monotonic() < end
         assert signer.assertion(ROAD)
         time.sleep(0.1)
