@@ -1,0 +1,150 @@
+"""`hsmtoll sandbox`, as a server of its own and around a command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+)
+
+from hsmtoll.testing.identity import eseal
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HSMTOLL = (sys.executable, "-m", "hsmtoll")
+
+
+def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*HSMTOLL, *argv],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=90,
+    )
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> SoftHsm:
+    return SoftHsm.create(tmp_path / "softhsm")
+
+
+def started(tmp_path: Path, *argv: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """The server, and the variables it wrote when it listened."""
+    env_file = tmp_path / "sandbox.env"
+    server = subprocess.Popen(
+        [*HSMTOLL, "sandbox", "--env-file", str(env_file), *argv],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not env_file.exists() and time.monotonic() < until and server.poll() is None:
+        time.sleep(0.05)
+    assert server.poll() is None, server.stderr.read() if server.stderr else ""
+    assert env_file.stat().st_mode & 0o777 == 0o600
+    lines = env_file.read_text().splitlines()
+    return server, dict(line.split("=", maxsplit=1) for line in lines)
+
+
+@pytest.fixture
+def stopping() -> Iterator[list[subprocess.Popen[str]]]:
+    servers: list[subprocess.Popen[str]] = []
+    yield servers
+    for each in servers:
+        each.kill()
+        each.communicate()
+
+
+def test_a_server_of_its_own_knows_whom_it_was_told_of(
+    tmp_path: Path, device: SoftHsm, stopping: list[subprocess.Popen[str]]
+) -> None:
+    who = eseal(device)
+    trusted = tmp_path / "root.pem"
+    trusted.write_bytes(who.chain[2].public_bytes(Encoding.PEM))
+    public = load_der_public_key(device.generate_key("nokkel", b"\x07"))
+    key = tmp_path / "nokkel.pem"
+    key.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    clients = tmp_path / "clients.toml"
+    clients.write_text(
+        '[[client]]\nclient_id = "c-1"\norg_no = "987654325"\n'
+        '[[client.key]]\nkid = "k-1"\npem = "nokkel.pem"\n'
+    )
+    server, variables = started(tmp_path, "--trust", str(trusted), "--client", str(clients))
+    stopping.append(server)
+    named = {name: value for name, value in variables.items() if name.startswith("HSMTOLL_")}
+
+    sealed = run("test-auth", "road", **who.environ(), **named)
+    assert (sealed.returncode, sealed.stdout) == (0, "200 OK\n"), sealed.stderr
+    norwegian = {
+        **device.environ("nokkel"),
+        **named,
+        "HSMTOLL_IDENTITY": "norwegian",
+        "HSMTOLL_ISS": "c-1",
+    }
+    assert run("test-auth", "road", **norwegian, HSMTOLL_KID="k-1").stdout == "200 OK\n"
+    stranger = run("token", "air", **norwegian, HSMTOLL_KID="k-2")
+    assert stranger.returncode == 60
+    assert "hsmtoll key jwk" in stranger.stderr
+
+    context = ssl.create_default_context(cafile=variables["HSMTOLL_CA_FILE"])
+    secret = {"Authorization": f"Bearer {variables['SANDBOX_ADMIN_SECRET']}"}
+    with httpx.Client(verify=context, base_url=variables["SANDBOX_ADMIN"]) as admin:
+        assert admin.get("/received").status_code == 401
+        kinds = [each["kind"] for each in admin.get("/received", headers=secret).json()]
+        assert kinds.count("grant") == 3
+        fault = {"name": "503", "endpoint": "token"}
+        assert admin.post("/faults", headers=secret, json=fault).status_code == 201
+    assert run("token", "rail", **who.environ(), **named).returncode == 80
+
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(10) == 0
+
+
+def test_a_command_is_run_in_it_and_its_code_is_kept() -> None:
+    done = run("sandbox", "--", "sh", "-c", 'test "$HSMTOLL_ENVIRONMENT" = sandbox && exit 7')
+
+    assert done.returncode == 7
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (("--client", "/etc/hostname"), 10),
+        (("--trust", "/etc/hostname"), 10),
+        (("--client", "/nowhere"), 2),
+        (("--identity", "nobody"), 2),
+        (("--", "/nowhere/command"), 2),
+    ],
+)
+def test_what_it_cannot_use_is_told_in_a_line(argv: tuple[str, ...], code: int) -> None:
+    done = run("sandbox", *argv)
+
+    assert done.returncode == code
+    assert done.stderr.startswith("hsmtoll: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_in_a_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("sandbox", "--port", str(taken.getsockname()[1]))
+
+    assert done.returncode == 10
+    assert "--port" in done.stderr
