@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.softhsm.conftest import DeviceSoftHsm
+
+# scripts/soak lets them run a minute each.
+SECONDS = os.environ.get("TOLL_SOAK_SECONDS", "3")
 
 _THREADS = """
 import sys, threading, time
@@ -84,7 +88,7 @@ def test_every_signature_of_every_thread_verifies(
 ) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _THREADS, str(device_softhsm.module), str(tmp_path),
-         str(threads), "3"],
+         str(threads), SECONDS],
         env=device_softhsm.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
