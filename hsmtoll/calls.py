@@ -58,12 +58,20 @@ class Calls(Protocol):
         mrn: str | None = None,
         patience: float = 120.0,
         accepted: Callable[[str], None] = lambda _: None,
+        waiting: Callable[[float], None] = lambda _: None,
     ) -> Receipt:
         """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
         from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
 
         talk = customs.submission(
-            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+            apis.named(api),
+            method,
+            level,
+            json,
+            mrn=mrn,
+            patience=patience,
+            accepted=accepted,
+            waiting=waiting,
         )
         return self._speak(api, talk)
 
@@ -137,12 +145,20 @@ class AsyncCalls(Protocol):
         mrn: str | None = None,
         patience: float = 120.0,
         accepted: Callable[[str], None] = lambda _: None,
+        waiting: Callable[[float], None] = lambda _: None,
     ) -> Receipt:
         """As TollClient.submit."""
         from hsmtoll import customs  # noqa: PLC0415
 
         talk = customs.submission(
-            apis.named(api), method, level, json, mrn=mrn, patience=patience, accepted=accepted
+            apis.named(api),
+            method,
+            level,
+            json,
+            mrn=mrn,
+            patience=patience,
+            accepted=accepted,
+            waiting=waiting,
         )
         return await self._speak(api, talk)
 

@@ -409,8 +409,16 @@ def submit(
             mrn=mrn,
             # At once and before the first question, so that it can be asked for later.
             accepted=lambda request_id: _say(f"accepted, requestId {request_id}"),
+            waiting=_waiting,
         )
     click.echo(f"SUCCESS {receipt.mrn}" if receipt.mrn else "SUCCESS")
+
+
+def _waiting(seconds: float) -> None:
+    """One line that is written over, for a person; a log gets none of it."""
+    if sys.stderr.isatty():
+        print(f"\rhsmtoll: waiting for the result, {seconds:.0f} s ", end="", file=sys.stderr)
+        sys.stderr.flush()
 
 
 @main.command()

@@ -138,12 +138,14 @@ def submission(
     mrn: str | None = None,
     patience: float = 120.0,
     accepted: Callable[[str], None] = lambda _: None,
+    waiting: Callable[[float], None] = lambda _: None,
 ) -> Talk:
     """
     POST, PUT or DELETE of a message, then questions until the result is there.
 
     *accepted* is told the requestId before the first question, so that nothing is lost if the
-    process dies. *patience* is how many seconds the result may take.
+    process dies; *waiting* is told before each pause how many seconds have passed. *patience*
+    is how many seconds the result may take.
 
     Raises UsageError before anything is sent; ApiRefused for a message with errors (they are
     in the hint, field by field); SubmissionFailed for a result FAILURE, OutcomeUnknown where
@@ -162,6 +164,7 @@ def submission(
         pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
         if waited + pause > patience:
             raise _unknown(f"no result after {waited:.0f} s", api, request_id)
+        waiting(waited)
         yield Wait(pause)
         waited, asked = waited + pause, asked + 1
         answer = yield Send("GET", question)

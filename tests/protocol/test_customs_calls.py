@@ -9,9 +9,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from hsmtoll import (
@@ -325,6 +327,94 @@ def test_a_process_killed_between_sending_and_answer_has_told_its_request_id(
     assert toll.call("GET", path).json()["status"] == "SUCCESS"
     sent = [e for e in toll_sandbox.received if e.kind == "call" and e.method == "POST"]
     assert len(sent) == 1
+
+
+def test_a_process_killed_before_the_answer_has_sent_once(
+    toll_settings: Settings, toll_sandbox: Sandbox
+) -> None:
+    del toll_settings
+    toll_sandbox.fault("slow", "/api/movement/road/v2", seconds=8)
+    environment = {**os.environ, "MESSAGE": json.dumps(message("transport"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", _KILLED], env=environment, stdin=subprocess.PIPE
+    ) as child:
+        until = time.monotonic() + 30
+        while not toll_sandbox.faults.active()[0].seen and time.monotonic() < until:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+
+    assert child.returncode == -signal.SIGKILL
+    # Nothing was told, so nothing may be repeated: there is at most the one that was sent.
+    assert len(toll_sandbox.state.submissions) <= 1
+
+
+@pytest.mark.parametrize(("mode", "version"), [("road", "v2"), *((m, "v1") for m in MODES[1:])])
+def test_what_was_submitted_is_found_by_its_query_api(
+    toll: TollClient, mode: str, version: str
+) -> None:
+    mrn = toll.submit(mode, "POST", "transport", json=message("transport")).mrn
+    base = f"/api/movement/{mode}/status/{version}"
+
+    assert toll.call("GET", f"{base}/transport/{mrn}/status-with-descendants").json()["mrn"] == mrn
+    assert toll.call("GET", f"{base}/entry/status/{mrn}").status_code == 200
+    unknown = toll.call("GET", f"{base}/transport/26NO00000000000000/status-with-descendants")
+    assert unknown.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (400, "http-400", ApiRefused),
+        (401, "http-401", ApiRefused),
+        (403, "http-403", ApiRefused),
+        (404, "http-404", ApiRefused),
+        (409, "http-409", ApiRefused),
+        (415, "http-415", ApiRefused),
+        (429, "throttled", TryAgainLater),
+        (500, "server-error", NetworkError),
+        (503, "server-error", NetworkError),
+        (599, "server-error", NetworkError),
+    ],
+)
+def test_every_status_has_its_class_and_its_advice(status: int, code: str, error: type) -> None:
+    headers = {"x-correlationid": "c-1", "retry-after": "9"}
+    told = refused(httpx.Response(status, headers=headers), named("road"), now=0)
+
+    assert type(told) is error
+    assert told is not None
+    assert (told.code, told.correlation_id) == (code, "c-1")
+    assert told.hint
+    assert refused(httpx.Response(204), named("road"), now=0) is None
+
+
+def test_a_wrong_content_type_is_a_415(toll: TollClient) -> None:
+    sent = toll.call("POST", "/api/movement/road/v2/transport", content=b"{}")
+    error = refused(sent, named("road"), now=0)
+
+    assert error is not None
+    assert error.code == "http-415"
+
+
+def test_tasks_upload_and_follow_the_feed_as_threads_do(
+    toll_settings: Settings, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.pdf"
+    file.write_bytes(b"x")
+    sent = [toll_sandbox.signal(ORG) for _ in range(1200)]
+
+    async def both() -> tuple[Any, list[int]]:
+        async with App(toll_settings).aclient() as client:
+            done = await client.upload(DECLARATION, file, document_type="invoice")
+            with pytest.raises(UsageError):
+                await client.upload(DECLARATION, file, document_type="selfie")
+            feed = client.routing(tmp_path / "marker")
+            return done.body["documentId"], [len(batch) async for batch in feed]
+
+    document, sizes = asyncio.run(both())
+
+    assert document
+    assert sizes == [1000, 200]
+    assert (tmp_path / "marker").read_text() == sent[-1]
 
 
 DECLARATION = "123456789-01092026-1"
