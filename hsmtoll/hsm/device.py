@@ -374,11 +374,13 @@ class Device:
 
             def module_started_again(exc: HsmTollError) -> bool:
                 # One that was loaded for this very call is as fresh as it gets.
-                if there is None or not self._may_help(exc) or not recoverable(exc):
+                if there is None or not recoverable(exc):
                     return False
                 if self._shared is not None:
                     self._shared.end()
-                return restarted(there, now=self._boot(), pause=RESTART_PAUSE)
+                done = restarted(there, now=self._boot(), pause=RESTART_PAUSE)
+                # After a login whose fate is unknown it is the next call that gains by it.
+                return done and not self._undecided
 
             old = self._open is not None
             return mended(call, (new_session, new_login, module_started_again))

@@ -1,0 +1,446 @@
+"""
+Six PKCS#11 stacks, each made in seconds and gone afterwards; what can be in a namespace of its
+own is. They need root, as their daemons do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+LIBRARIES: Final = Path(f"/usr/lib/{platform.machine()}-linux-gnu/pkcs11")
+HERE: Final = Path(__file__).parent
+CARD: Final = ("smartcard==0.3", "smartcard-app-openpgp==0.4.0")
+
+
+def wait_for(what: Callable[[], object], *, seconds: float = 60) -> None:
+    """Until *what* is true."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not start"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that is free now, as is the one after it."""
+    while True:
+        with socket.socket() as one, socket.socket() as next_one:
+            one.bind(("127.0.0.1", 0))
+            port = int(one.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                next_one.bind(("127.0.0.1", port + 1))
+                return port
+
+
+@dataclass
+class Stack(ABC):
+    """A device behind a module: how to reach it, and how to take it away."""
+
+    folder: Path
+    module: Path
+    uri: str
+    pin: str
+    wrong_pin: str = "000000"
+    environment: dict[str, str] = field(default_factory=dict)
+    prefix: tuple[str, ...] = ()
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    #: Whether a forked child may use the module again by itself.
+    fork_safe: bool = True
+    #: Whether who has it open goes on when it is lost, and only newcomers notice.
+    open_goes_on: bool = False
+
+    @abstractmethod
+    def lose(self) -> None:
+        """Take the device, or what leads to it, away."""
+
+    @abstractmethod
+    def back(self) -> None:
+        """Bring it back."""
+
+    def run(self, *argv: str, stdin: str | None = None, check: bool = True) -> str:
+        """A command in the stack's namespace and environment; its stdout."""
+        done = subprocess.run(
+            [*self.prefix, *argv],
+            env={**os.environ, **self.environment},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr or done.stdout
+        return done.stdout
+
+    def start(self, *argv: str) -> subprocess.Popen[bytes]:
+        """A daemon, in a process group of its own."""
+        process = subprocess.Popen(
+            [*self.prefix, *argv],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def stop(self, process: subprocess.Popen[bytes]) -> None:
+        """End a daemon and what it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process in self.processes:
+            self.processes.remove(process)
+
+    def close(self) -> None:
+        """End everything."""
+        for process in reversed(list(self.processes)):
+            self.stop(process)
+
+    @contextlib.contextmanager
+    def driver(self, state: Path, *, pin: str | None = None, **more: Any) -> Iterator[Driver]:
+        """A Device on this stack, in a process of its own."""
+        process = subprocess.Popen(
+            [*self.prefix, sys.executable, str(HERE / "driver.py")],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        driver = Driver(process)
+        told = {"module": str(self.module), "uri": self.uri, "pin": pin or self.pin}
+        driver.tell({**told, "state": str(state), **more})
+        try:
+            yield driver
+        finally:
+            with process:
+                assert process.stdin is not None
+                process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+                process.kill()
+
+
+class Driver:
+    """The other end of driver.py."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def tell(self, order: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, do: str, **order: Any) -> dict[str, Any]:
+        """``{"answer": …}`` or ``{"error": …}``."""
+        self.tell({"do": do, **order})
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the driver ended with {self.process.wait(20)}"
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def does(self, do: str, **order: Any) -> Any:
+        """The answer; an error fails the test."""
+        said = self.ask(do, **order)
+        assert "answer" in said, said
+        return said["answer"]
+
+    def error(self, do: str, **order: Any) -> dict[str, Any]:
+        """The error; an answer fails the test."""
+        said = self.ask(do, **order)
+        assert "error" in said, said
+        error: dict[str, Any] = said["error"]
+        return error
+
+
+# ---------------------------------------------------------------------- the stacks
+
+
+class Direct(Stack):
+    """SoftHSM in the process itself; its files are moved away."""
+
+    def lose(self) -> None:
+        (self.folder / "softhsm" / "tokens").rename(self.folder / "away")
+
+    def back(self) -> None:
+        (self.folder / "away").rename(self.folder / "softhsm" / "tokens")
+
+
+def direct(folder: Path) -> Stack:
+    made = SoftHsm.create(folder / "softhsm")
+    made.generate_key("k", b"\x01")
+    environment = {"SOFTHSM2_CONF": str(made.conf)}
+    return Direct(folder, made.module, made.uri("k"), made.pin, environment=environment)
+
+
+class Remote(Stack):
+    """SoftHSM behind `p11-kit server`; the server is killed."""
+
+    def lose(self) -> None:
+        for process in list(self.processes):
+            self.stop(process)
+
+    def back(self) -> None:
+        self.socket.unlink(missing_ok=True)
+        self.start(
+            *("p11-kit", "server", "--foreground", "--name", str(self.socket)),
+            *("--provider", str(self.behind), self.uri.partition(";")[0]),
+        )
+        wait_for(self.socket.exists)
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "p11.sock"
+
+    behind: Path = Path()
+
+
+def remote(folder: Path) -> Stack:
+    made = SoftHsm.create(folder / "softhsm")
+    made.generate_key("k", b"\x01")
+    stack = Remote(folder, LIBRARIES / "p11-kit-client.so", made.uri("k"), made.pin)
+    stack.behind = made.module
+    stack.environment = {
+        "SOFTHSM2_CONF": str(made.conf),
+        "P11_KIT_SERVER_ADDRESS": f"unix:path={stack.socket}",
+    }
+    stack.back()
+    return stack
+
+
+def in_namespace(stack: Stack, kinds: Sequence[str], script: str) -> None:
+    """Run *script* in new namespaces, which stay until the stack ends, and all else in them."""
+    ready = stack.folder / "ready"
+    holder = stack.start(
+        "unshare", *(f"--{kind}" for kind in kinds), "sh", "-euc",
+        f"{script}\ntouch {ready}\nexec sleep infinity",
+    )  # fmt: skip
+    wait_for(lambda: ready.exists() or holder.poll() is not None)
+    assert holder.poll() is None, "the namespace could not be made: are we root?"
+    stack.prefix = ("nsenter", "-t", str(holder.pid), *(f"--{kind}" for kind in kinds))
+
+
+class Opencryptoki(Stack):
+    """The software token of opencryptoki; its daemon is ended."""
+
+    def lose(self) -> None:
+        self.stop(self.processes[-1])
+
+    def back(self) -> None:
+        self.run("sh", "-c", "rm -rf /run/opencryptoki/* /run/pkcsslotd.pid /dev/shm/*")
+        self.start("pkcsslotd", "-f")
+        wait_for(lambda: "Token #0" in self.run("pkcsconf", "-t", "-c", "0", check=False))
+
+    def conf(self, *arguments: str) -> None:
+        self.run("pkcsconf", "-c", "0", *arguments, stdin="lab\n")
+
+
+def opencryptoki(folder: Path) -> Stack:
+    (folder / "etc").mkdir()
+    (folder / "etc/opencryptoki.conf").write_text(
+        "version opencryptoki-3.1\nslot 0\n{\nstdll = libpkcs11_sw.so\n}\n"
+    )
+    uri = "pkcs11:token=lab;object=k"
+    module = LIBRARIES / "libopencryptoki.so"
+    stack = Opencryptoki(folder, module, uri, "12341234", "99999999", open_goes_on=True)
+    in_namespace(
+        stack,
+        ("mount", "ipc"),
+        f"mount --bind {folder}/etc /etc/opencryptoki\n"
+        "mount -t tmpfs tmpfs /dev/shm\nmount -t tmpfs tmpfs /var/lib/opencryptoki\n"
+        "mount -t tmpfs tmpfs /run\n"
+        "mkdir -p /run/lock/opencryptoki/swtok /run/opencryptoki\n"
+        "mkdir -p /var/lib/opencryptoki/swtok/TOK_OBJ\n"
+        "chgrp -R pkcs11 /run/lock/opencryptoki /run/opencryptoki /var/lib/opencryptoki\n"
+        "chmod -R 770 /run/lock/opencryptoki /run/opencryptoki /var/lib/opencryptoki\n",
+    )
+    stack.back()
+    for arguments in (
+        ("-I", "-S", "87654321"),
+        ("-P", "-S", "87654321", "-n", "56785678"),
+        ("-u", "-S", "56785678", "-n", "12345678"),
+        ("-p", "-U", "12345678", "-n", stack.pin),
+    ):
+        stack.conf(*arguments)
+    private = {"SENSITIVE": True, "EXTRACTABLE": False}
+    order = {"what": "rsa-key", "label": "k", "key_id": "01", "bits": 2048, "private": private}
+    told = {"module": str(stack.module), "token_label": "lab", "pin": stack.pin, "do": [order]}
+    stack.run(sys.executable, "-m", "hsmtoll.testing.provision", stdin=json.dumps(told))
+    return stack
+
+
+class Tpm(Stack):
+    """tpm2-pkcs11 on a software TPM; the TPM and its broker are killed."""
+
+    def lose(self) -> None:
+        for process in self.processes[1:]:
+            self.stop(process)
+
+    def back(self) -> None:
+        port = self.port
+        self.start(
+            *("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={self.folder / 'state'}"),
+            *("--ctrl", f"type=tcp,port={port + 1},bindaddr=127.0.0.1"),
+            *("--server", f"type=tcp,port={port},bindaddr=127.0.0.1"),
+            *("--flags", "not-need-init,startup-clear"),
+        )
+        wait_for(lambda: str(port) in self.run("ss", "-ltn"))
+        self.start(
+            *("tpm2-abrmd", "--session", "--allow-root"),
+            f"--tcti=swtpm:host=127.0.0.1,port={port}",
+        )
+        wait_for(lambda: self.run("tpm2_getrandom", "--hex", "1", check=False))
+
+    port = 0
+
+    def unlock(self) -> None:
+        """As the owner of a TPM does after too many wrong PINs."""
+        self.run("tpm2_dictionarylockout", "--clear-lockout")
+
+
+def tpm(folder: Path) -> Stack:
+    for name in ("state", "store"):
+        (folder / name).mkdir()
+    bus = f"unix:path={folder / 'bus'}"
+    uri = "pkcs11:token=lab;object=k"
+    stack = Tpm(folder, LIBRARIES / "libtpm2_pkcs11.so", uri, "271828", fork_safe=False)
+    stack.environment = {
+        "DBUS_SESSION_BUS_ADDRESS": bus,
+        "TPM2TOOLS_TCTI": "tabrmd:bus_type=session",
+        "TPM2_PKCS11_TCTI": "tabrmd:bus_type=session",
+        "TPM2_PKCS11_STORE": str(folder / "store"),
+        "TSS2_LOG": "all+NONE",
+        "TPM2_PKCS11_LOG_LEVEL": "0",
+    }
+    stack.port = free_port()
+    stack.start("dbus-daemon", "--session", "--nofork", f"--address={bus}")
+    wait_for((folder / "bus").exists)
+    stack.back()
+    store = ("--path", str(folder / "store"))
+    stack.run("tpm2_ptool", "init", *store)
+    stack.run(
+        *("tpm2_ptool", "addtoken", "--pid", "1", "--label", "lab", "--sopin", "5678"),
+        *("--userpin", stack.pin, *store),
+    )
+    stack.run(
+        *("tpm2_ptool", "addkey", "--algorithm", "rsa2048", "--label", "lab"),
+        *("--key-label", "k", "--id", "01", "--userpin", stack.pin, *store),
+    )
+    return stack
+
+
+class Smartcard(Stack):
+    """A virtual OpenPGP card in a reader of pcscd, behind OpenSC; the card is pulled."""
+
+    card: Any = None
+
+    def lose(self) -> None:
+        os.killpg(self.card.pid, signal.SIGUSR1)
+        wait_for(lambda: not self.seen())
+
+    def back(self) -> None:
+        os.killpg(self.card.pid, signal.SIGUSR1)
+        wait_for(self.seen)
+
+    def seen(self) -> bool:
+        return "OpenPGP" in self.run("opensc-tool", "-n", check=False)
+
+    def unblock(self) -> None:
+        """With the admin PIN, as its holder does."""
+        verify, reset = "0020008308" + b"12345678".hex(), "002C028106" + b"123456".hex()
+        apdus = [
+            ":".join(each[n : n + 2] for n in range(0, len(each), 2)) for each in (verify, reset)
+        ]
+        self.run("opensc-tool", "-s", apdus[0], "-s", apdus[1])
+
+
+def smartcard(folder: Path) -> Stack:
+    python = card_environment()
+    readers = folder / "readers"
+    readers.mkdir()
+    (readers / "vpcd").write_text(
+        'FRIENDLYNAME "Virtual PCD"\nDEVICENAME /dev/null:0x8C7B\n'
+        "LIBPATH /usr/lib/pcsc/drivers/serial/libifdvpcd.so\nCHANNELID 0x8C7B\n"
+    )
+    uri = "pkcs11:token=OpenPGP%20card%20%28User%20PIN%20%28sig%29%29;id=%01"
+    stack = Smartcard(
+        folder, LIBRARIES / "opensc-pkcs11.so", uri, "123456", "654321", fork_safe=False
+    )
+    # Its port is fixed and open to all: nobody else is in its network.
+    in_namespace(
+        stack,
+        ("mount", "net"),
+        "ip link set lo up\nmount -t tmpfs tmpfs /run\nmkdir -p /run/pcscd",
+    )
+    stack.start("pcscd", "--foreground", "--error", "--config", str(readers))
+    wait_for(lambda: ":35963" in stack.run("ss", "-ltn"))
+    stack.card = stack.start(str(python), str(HERE / "card_bridge.py"), "35963")
+    wait_for(stack.seen)
+    stack.run(
+        *("openpgp-tool", "--verify", "CHV3", "--pin", "12345678"),
+        *("--gen-key", "1", "--key-type", "rsa2048"),
+    )
+    return stack
+
+
+def card_environment() -> Path:
+    """The virtual environment with the card; made when it is first wanted."""
+    place = HERE.parent.parent / ".venv-card"
+    python = place / "bin" / "python"
+    if not (place / "made").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *CARD], check=True)
+        (place / "made").touch()
+    return python
+
+
+STACKS: Final[dict[str, Callable[[Path], Stack]]] = {
+    "softhsm": direct,
+    "p11-kit": remote,
+    "opencryptoki": opencryptoki,
+    "tpm": tpm,
+    "smartcard": smartcard,
+}
+
+
+@pytest.fixture(scope="session")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Stack]]:
+    """The stack of a name, made once."""
+    made: dict[str, Stack] = {}
+
+    def stack(name: str) -> Stack:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(f"{name}-{secrets.token_hex(2)}")
+            made[name] = STACKS[name](folder)
+        return made[name]
+
+    yield stack
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture(params=sorted(STACKS))
+def stack(request: pytest.FixtureRequest, stacks: Callable[[str], Stack]) -> Stack:
+    """Each stack in turn."""
+    return stacks(request.param)

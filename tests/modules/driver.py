@@ -1,0 +1,97 @@
+"""
+One Device in a process of its own, driven by lines of JSON: where it runs is the stack's affair.
+
+    stdin   {"do": "sign", "alg": "RS256", "text": "header.payload"}
+    stdout  {"answer": …} or {"error": {"type", "code", "exit", "message"}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.inspect import inspect
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import SigningInput
+from hsmtoll.testing.clock import SettableClock
+
+
+class Driver:
+    """The device, and a clock that is moved instead of waiting for it."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.clock = SettableClock.at_real_time()
+        self.module = Path(told["module"])
+        self.ledger = Ledger(Path(told["state"]))
+        self.pin = PinValue.of(told["pin"])
+        self.device = Device(
+            self.module,
+            KeyUri.parse(told["uri"]),
+            pin=self.pin,
+            ledger=self.ledger,
+            use_final_try=told.get("use_final_try", False),
+            boot=lambda: self.clock.now().boot,
+        )
+
+    def sign(self, order: dict[str, Any]) -> str:
+        return self.device.sign(order["alg"], SigningInput(order["text"].encode())).hex()
+
+    def threads(self, order: dict[str, Any]) -> list[str]:
+        with ThreadPoolExecutor(order["threads"]) as pool:
+            return list(pool.map(lambda _: self.sign(order), range(order["times"])))
+
+    def fork(self, order: dict[str, Any]) -> dict[str, Any]:
+        """What a forked child is told, and whether the parent still signs after it."""
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(theirs, json.dumps(self.answer({**order, "do": "sign"})).encode())
+            os._exit(0)
+        os.close(theirs)
+        with os.fdopen(ours) as said:
+            answer = json.loads(said.read() or "{}")
+        os.waitpid(child, 0)
+        return {"child": answer, "parent": self.sign(order)}
+
+    def key(self, _order: dict[str, Any]) -> dict[str, Any]:
+        facts = self.device.key()
+        public = facts.public
+        return {
+            "uri": str(facts.uri),
+            "public": public and [hex(public.modulus), public.exponent],
+            "protected": facts.protected,
+            "mechanisms": sorted(facts.mechanisms),
+        }
+
+    def objects(self, _order: dict[str, Any]) -> list[str]:
+        seen = inspect(self.module, ledger=self.ledger, uri=self.device.uri, pin=self.pin)
+        return [str(key.uri) for each in seen.tokens for key in each.keys]
+
+    def advance(self, order: dict[str, Any]) -> None:
+        self.clock.advance(order["seconds"])
+
+    def answer(self, order: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"answer": getattr(self, order["do"])(order)}
+        except HsmTollError as exc:
+            said = {"code": exc.code, "exit": exc.exit_code, "message": str(exc)}
+            return {"error": {"type": type(exc).__name__, **said}}
+
+
+def main() -> None:
+    driver = Driver(json.loads(sys.stdin.readline()))
+    for line in sys.stdin:
+        print(json.dumps(driver.answer(json.loads(line))), flush=True)
+    driver.device.close()
+
+
+if __name__ == "__main__":
+    main()
