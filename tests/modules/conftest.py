@@ -283,10 +283,7 @@ def opencryptoki(folder: Path) -> Stack:
         ("-p", "-U", "12345678", "-n", stack.pin),
     ):
         stack.conf(*arguments)
-    private = {"SENSITIVE": True, "EXTRACTABLE": False}
-    order = {"what": "rsa-key", "label": "k", "key_id": "01", "bits": 2048, "private": private}
-    told = {"module": str(stack.module), "token_label": "lab", "pin": stack.pin, "do": [order]}
-    stack.run(sys.executable, "-m", "hsmtoll.testing.provision", stdin=json.dumps(told))
+    generate(stack, "lab")
     return stack
 
 
@@ -404,6 +401,47 @@ def smartcard(folder: Path) -> Stack:
     return stack
 
 
+class Nss(Stack):
+    """The key database of NSS through p11-kit's proxy; its files are moved away."""
+
+    def lose(self) -> None:
+        (self.folder / "db").rename(self.folder / "away")
+
+    def back(self) -> None:
+        (self.folder / "away").rename(self.folder / "db")
+
+
+def nss(folder: Path) -> Stack:
+    database, configuration = folder / "db", folder / "config" / "pkcs11"
+    database.mkdir()
+    (configuration / "modules").mkdir(parents=True)
+    (configuration / "pkcs11.conf").write_text("user-config: only\n")
+    (configuration / "modules" / "nss.module").write_text(
+        f"module: {LIBRARIES.parent / 'libsoftokn3.so'}\n"
+        f"x-init-reserved: configdir='sql:{database}' certPrefix='' keyPrefix=''"
+        " secmod='secmod.db' flags=\n"
+    )
+    uri = "pkcs11:token=NSS%20Certificate%20DB;object=k"
+    module = LIBRARIES.parent / "p11-kit-proxy.so"
+    # Behind the proxy may be anything: it is not started again after a fork.
+    stack = Nss(folder, module, uri, "31415926", fork_safe=False, open_goes_on=True)
+    stack.environment = {"XDG_CONFIG_HOME": str(folder / "config")}
+    # Of root p11-kit does not read the configuration of a user: be somebody else.
+    stack.prefix = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
+    (folder / "pin").write_text(f"{stack.pin}\n")
+    stack.run("certutil", "-N", "-d", f"sql:{database}", "-f", str(folder / "pin"))
+    generate(stack, "NSS Certificate DB")
+    return stack
+
+
+def generate(stack: Stack, label: str) -> None:
+    """A protected key called k, made on the device."""
+    private = {"SENSITIVE": True, "EXTRACTABLE": False}
+    order = {"what": "rsa-key", "label": "k", "key_id": "01", "bits": 2048, "private": private}
+    told = {"module": str(stack.module), "token_label": label, "pin": stack.pin, "do": [order]}
+    stack.run(sys.executable, "-m", "hsmtoll.testing.provision", stdin=json.dumps(told))
+
+
 def card_environment() -> Path:
     """The virtual environment with the card; made when it is first wanted."""
     place = HERE.parent.parent / ".venv-card"
@@ -421,6 +459,7 @@ STACKS: Final[dict[str, Callable[[Path], Stack]]] = {
     "opencryptoki": opencryptoki,
     "tpm": tpm,
     "smartcard": smartcard,
+    "nss": nss,
 }
 
 
