@@ -13,6 +13,7 @@ import pytest
 
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.uri import KeyUri
 
@@ -155,3 +156,23 @@ def device_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceS
         os.environ.pop("SOFTHSM2_CONF", None)
     else:
         os.environ["SOFTHSM2_CONF"] = before
+
+
+@pytest.fixture(autouse=True)
+def _its_own_device(request: pytest.FixtureRequest) -> None:
+    """
+    Let the module see the device that the test is about.
+
+    SoftHSM has one directory a process, and the room has two devices with one each: its own
+    and the plugin's. Whichever a test uses is the one that SOFTHSM2_CONF names for it.
+    """
+    if "device_softhsm" in request.fixturenames:
+        mine = request.getfixturevalue("device_softhsm").environment["SOFTHSM2_CONF"]
+    elif "toll_softhsm" in request.fixturenames:
+        mine = str(request.getfixturevalue("toll_softhsm").conf)
+    else:
+        return
+    if os.environ.get("SOFTHSM2_CONF") != mine:
+        os.environ["SOFTHSM2_CONF"] = mine
+        with GATE.held(10):
+            restart(SOFTHSM)
