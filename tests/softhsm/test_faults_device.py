@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient
 from hsmtoll.app import App
@@ -160,20 +160,13 @@ def test_without_the_hashing_mechanism_the_digest_is_made_here(
     toll_faults.reset_counts()
 
     assert _after_one_error(device) == plain
-    key = load_der_public_key(
-        toll_eseal.chain[0].public_key().public_bytes(*_spki()),
-    ).public_numbers()  # type: ignore[union-attr]  # an RSA key
-    public = RsaPublicKey(key.n, key.e)  # type: ignore[union-attr]
-    assert public.verify("RS256", DATA, plain)
+    key = toll_eseal.chain[0].public_key()
+    assert isinstance(key, rsa.RSAPublicKey)
+    numbers = key.public_numbers()
+    assert RsaPublicKey(numbers.n, numbers.e).verify("RS256", DATA, plain)
     toll_faults.set("mechanism-missing", raw=True)
     device.close()
     assert fails(device).code == "mechanism"
-
-
-def _spki() -> tuple[Any, Any]:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    return Encoding.DER, PublicFormat.SubjectPublicKeyInfo
 
 
 def _after_one_error(device: Device) -> bytes:
