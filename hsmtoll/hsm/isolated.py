@@ -46,6 +46,8 @@ _log = logging.getLogger(__name__)
 _AT_THE_PINPAD: Final = 120.0
 #: Seconds that a child may take to log out.
 _GOODBYE: Final = 1.0
+#: Seconds that a child waits for another one's start, before it starts all the same.
+_START: Final = 5.0
 #: Of a service's own; a module has no business with them.
 _NOT_HANDED_DOWN: Final = frozenset({"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"})
 
@@ -95,6 +97,7 @@ class IsolatedDevice(Device):
         self._outside = Breaker(uri, boot=boot, threshold=2)
         self._lock = threading.Lock()
         self._reading = threading.Lock()
+        self._starting = threading.Lock()
         self._made_by = 0
         self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
 
@@ -150,6 +153,8 @@ class IsolatedDevice(Device):
         except HsmTollError as exc:
             self._outside.judge(exc)
             raise
+        # Tokens in files are rewritten at login: two that start at once may each miss it.
+        starting = not child.running and self._starting.acquire(timeout=_START)
         try:
             answer = child.ask(question, doing=doing, pins=self._read)
         except _Silent as exc:
@@ -163,6 +168,8 @@ class IsolatedDevice(Device):
             self._outside.judge(exc)
             raise
         finally:
+            if starting:
+                self._starting.release()
             self._free.put(child)
         self._outside.worked()
         return self._understood(child, answer)
@@ -244,6 +251,11 @@ class _Child:
         self._there: socket.socket | None = None
         self.generation = 0
         weakref.finalize(self, _ended, self.__dict__)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process that has been asked before."""
+        return self._process is not None
 
     def ask(
         self, question: dict[str, Any], *, doing: str, pins: Callable[[str, str], Pin]

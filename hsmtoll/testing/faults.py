@@ -92,7 +92,8 @@ class Faults:
 
     def __init__(self, module: Path, directory: Path) -> None:
         self._real = module
-        self._directory = directory
+        # Compiled into the shim, which other processes load from directories of their own.
+        self._directory = directory.absolute()
         self._memory: mmap.mmap | None = None
 
     @property
@@ -201,7 +202,13 @@ class Faults:
             self._put(member, self._get(member) + 1 if member in _EPOCHS else value)
 
     def clear(self, name: str | None = None) -> None:
-        """End *name*, or everything. What happens once (session-lost, …) is over anyway."""
+        """
+        End *name*, or everything; UsageError for a fault that is none.
+
+        What happens once (session-lost, …) cannot be taken back.
+        """
+        if name is not None and name not in NAMES:
+            raise UsageError(f"fault {name}: there is no such fault", hint=", ".join(NAMES))
         if self._get("removed") and name in (None, "token-removed"):
             self._put("sessions", self._get("sessions") + 1)
         kept = {each for each in _MEMBERS if name and each not in _CLEARED.get(name, ())}

@@ -31,7 +31,7 @@ enum {
     GET_TOKEN_INFO = 6, GET_MECHANISM_LIST = 7, GET_MECHANISM_INFO = 8, OPEN_SESSION = 12, CLOSE_ALL = 14,
     LOGIN = 18, CREATE_OBJECT = 20, COPY_OBJECT = 21, DESTROY_OBJECT = 22, GET_OBJECT_SIZE = 23,
     GET_ATTRIBUTE = 24, SET_ATTRIBUTE = 25, FIND_OBJECTS = 27, ENCRYPT_INIT = 29, DECRYPT_INIT = 33,
-    DIGEST_KEY = 40, SIGN_INIT = 42, SIGN = 43, SIGN_RECOVER_INIT = 46, VERIFY_INIT = 48,
+    DIGEST_KEY = 40, SIGN_INIT = 42, SIGN = 43, SIGN_FINAL = 45, SIGN_RECOVER_INIT = 46, VERIFY_INIT = 48,
     VERIFY_RECOVER_INIT = 52, GENERATE_KEY = 58, GENERATE_PAIR = 59, WRAP_KEY = 60, UNWRAP_KEY = 61,
     DERIVE_KEY = 62, FUNCTIONS = 68
 };
@@ -117,6 +117,11 @@ static int object_at(int n) {
     return 0;
 }
 
+static void remember_slot(word slot) {
+    for (int i = 0; i < slot_count; i++) if (slots[i] == slot) return;
+    if (slot_count < 16) slots[slot_count++] = slot;
+}
+
 static word slot_list(word present, word given, word counted) {
     word *out = (word *) given, *count = (word *) counted, room = *count;
     if (READ(removed)) { *count = 0; return OK; }
@@ -190,8 +195,7 @@ static int64_t ordered(int n) {
     if (slow == n + 1) wait_ms(READ(slow_ms));
     while (READ(hang_function) == n + 1) wait_ms(20);
     if (nth == n + 1 && __atomic_sub_fetch(&control->nth_left, 1, __ATOMIC_SEQ_CST) == 0) return READ(nth_answer);
-    if (n == INITIALIZE) { seen_device = READ(device); seen_sessions = READ(sessions); slot_count = 0; return -1; }
-    if (n == FINALIZE || n == GET_FUNCTION_LIST) return -1;
+    if (n == INITIALIZE || n == FINALIZE || n == GET_FUNCTION_LIST) return -1;
     if (READ(device) != seen_device) return DEVICE_ERROR;
     if (READ(removed) && n != GET_SLOT_LIST && n != GET_INFO && n != GET_SLOT_INFO)
         return n == GET_TOKEN_INFO || n == OPEN_SESSION ? TOKEN_NOT_PRESENT : DEVICE_REMOVED;
@@ -233,14 +237,17 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
     rv = call(n, a, b, c, d, e, f, g, h);
     if (rv != OK) return rv;
     switch (n) {
+        /* Only where the module was not initialised before: CKR_CRYPTOKI_ALREADY_INITIALIZED mends nothing. */
+        case INITIALIZE: seen_device = READ(device); seen_sessions = READ(sessions); slot_count = 0; break;
         case GET_TOKEN_INFO: ((token_info *) b)->flags |= (word) READ(pin_flags); break;
-        case OPEN_SESSION: if (slot_count < 16) slots[slot_count++] = a; break;
-        case CREATE_OBJECT: case COPY_OBJECT: tag((word *) d); break;
-        case GENERATE_KEY: tag((word *) e); break;
+        case OPEN_SESSION: remember_slot(a); break;
+        case CREATE_OBJECT: tag((word *) d); break;
+        case COPY_OBJECT: case GENERATE_KEY: tag((word *) e); break;
         case GENERATE_PAIR: tag((word *) g); tag((word *) h); break;
         case UNWRAP_KEY: tag((word *) h); break;
         case DERIVE_KEY: tag((word *) f); break;
         case SIGN: if (d && READ(wrong_signature)) ((unsigned char *) d)[0] ^= 1; break;
+        case SIGN_FINAL: if (b && READ(wrong_signature)) ((unsigned char *) b)[0] ^= 1; break;
     }
     return OK;
 }
