@@ -1,0 +1,411 @@
+"""
+What was signed for whom: a chain of lines on disk, sealed by a key of its own.
+
+A line holds the SHA-256 of the one before; every hundred lines or minute the head is signed
+with the audit key. No assertion, token or PIN enters: only their hashes do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
+from hsmtoll.host.policy import Counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+__all__ = ["EVENTS", "MEMBERS", "Audit", "Report", "list_records", "verify"]
+
+_log = logging.getLogger("hsmtoll.audit")
+
+# fmt: off
+MEMBERS: Final = (
+    "seq", "time", "prev", "event", "caller", "profile", "scope", "options", "jti", "iat", "exp",
+    "cert_sha256", "assertion_sha256", "token_sha256", "policy_sha256", "outcome",
+)
+# fmt: on
+EVENTS: Final = frozenset(
+    {"intent", "result", "release", "refused", "policy", "certificate", "start", "stop"}
+)
+_FIRST: Final = "0" * 64
+_EVERY: Final = 100
+_SECONDS: Final = 60.0
+_SEGMENT: Final = 16 * 1024 * 1024
+_SEALS: Final = "checkpoints.jsonl"
+_DAY: Final = 86_400.0
+
+
+def _sealed(seq: int, head: str, at: str) -> bytes:
+    return f"hsmtoll audit checkpoint\n{seq}\n{head}\n{at}\n".encode()
+
+
+def _stamp(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
+
+
+def _segments(path: Path) -> list[Path]:
+    return sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    for segment in _segments(path):
+        with segment.open("rb") as file:
+            yield from file
+
+
+class Audit:
+    """
+    The one writer. Every method may be called from any thread.
+
+    Opening reads all that is there: a log that does not verify is not continued. AuditBroken
+    from then on for whatever cannot be written: nothing may be signed after that.
+    """
+
+    def __init__(self, directory: Path, key: Path, *, now: Callable[[], float]) -> None:
+        self._directory = directory
+        self._now = now
+        self._lock = threading.RLock()
+        self._key = _private(key)
+        self._broken: str | None = None
+        self._recent: deque[tuple[float, str, str, str, str]] = deque()
+        self.seq, self.head = 0, _FIRST
+        self._sealed_seq, self._sealed_at = 0, now()
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._owner = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._read_back()
+            self._file, self._size = self._opened()
+        except OSError as exc:
+            raise AuditBroken(
+                f"audit {directory}: cannot be written ({exc.strerror})",
+                hint="one signing host writes it, and its account must own the directory",
+                code="audit-unwritable",
+            ) from exc
+
+    def _read_back(self) -> None:
+        segments = _segments(self._directory)
+        if segments:
+            # A crash in the middle of a write leaves half a line. It was never acknowledged.
+            _drop_half_line(segments[-1])
+        if (self._directory / _SEALS).exists():
+            _drop_half_line(self._directory / _SEALS)
+        report = verify(self._directory, self._key.public_key())
+        if report.bad is not None:
+            raise AuditBroken(
+                f"audit {self._directory}: {report.bad}",
+                hint="keep it as evidence, and start with an empty directory",
+                code="audit-broken",
+            )
+        self.seq, self.head = report.seq, report.head
+        self._sealed_seq = report.sealed
+        since = self._now() - _DAY
+        for line in _lines(self._directory):
+            record = json.loads(line)
+            at = datetime.fromisoformat(record["time"]).timestamp()
+            if at >= since:
+                self._count(record, at)
+
+    def _opened(self) -> tuple[int, int]:
+        segments = _segments(self._directory)
+        if segments and segments[-1].stat().st_size < _SEGMENT:
+            path = segments[-1]
+        else:
+            path = self._directory / f"audit-{self.seq + 1:012d}.jsonl"
+        descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o640)
+        _sync_directory(self._directory)
+        return descriptor, os.fstat(descriptor).st_size
+
+    def write(self, event: str, **members: Any) -> tuple[int, str]:
+        """One record, on disk when this returns. The seq and the head; AuditBroken otherwise."""
+        if event not in EVENTS or members.keys() - set(MEMBERS):
+            raise ValueError("not a member of an audit record")
+        with self._lock:
+            if self._broken:
+                raise self._unwritable(self._broken)
+            now = self._now()
+            record = dict.fromkeys(MEMBERS) | members
+            record |= {
+                "seq": self.seq + 1, "time": _stamp(now), "prev": self.head, "event": event,
+            }  # fmt: skip
+            line = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+            try:
+                if self._size >= _SEGMENT:
+                    os.close(self._file)
+                    self._file, self._size = self._opened()
+                self._append(line)
+            except OSError as exc:
+                self._broken = exc.strerror
+                raise self._unwritable(exc.strerror) from exc
+            self.seq, self.head = self.seq + 1, hashlib.sha256(line[:-1]).hexdigest()
+            self._count(record, now)
+            if self.seq - self._sealed_seq >= _EVERY or now - self._sealed_at >= _SECONDS:
+                self.seal()
+            return self.seq, self.head
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = os.write(self._file, line)
+            # What is left over after a short write says why itself.
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError:
+            # Half a line must not stay: what follows would look as if it had been changed.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(line)
+
+    def _unwritable(self, why: str | None) -> AuditBroken:
+        return AuditBroken(
+            f"audit {self._directory}: cannot be written ({why})",
+            hint="nothing is signed until it can: make room, then restart the host",
+            code="audit-unwritable",
+        )
+
+    def seal(self) -> None:
+        """Sign the head, and tell it to the system log. Nothing if it was sealed before."""
+        with self._lock:
+            if self._broken or self.seq == self._sealed_seq:
+                return
+            at = _stamp(self._now())
+            signature = self._key.sign(_sealed(self.seq, self.head, at)).hex()
+            seal = {"seq": self.seq, "head": self.head, "time": at, "signature": signature}
+            try:
+                path = self._directory / _SEALS
+                with path.open("ab") as file:
+                    file.write(json.dumps(seal).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as exc:
+                self._broken = exc.strerror
+                raise self._unwritable(exc.strerror) from exc
+            self._sealed_seq, self._sealed_at = self.seq, self._now()
+            _log.info("audit head %d:%s", self.seq, self.head)
+
+    def seal_if_due(self) -> None:
+        """For a timer: a quiet log is sealed as well."""
+        with self._lock:
+            if self._now() - self._sealed_at >= _SECONDS:
+                self.seal()
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing can be written, if so."""
+        return self._broken
+
+    def held(self) -> threading.RLock:
+        """The critical section: what is decided in it and written is one step."""
+        return self._lock
+
+    def counts(self, caller: str, profile: str) -> Counts:
+        """What *caller* had of *profile*: grants and releases, or signatures if they are more."""
+        now = self._now()
+        while self._recent and self._recent[0][0] < now - _DAY:
+            self._recent.popleft()
+
+        def had(since: float) -> int:
+            found = [
+                (event, mode)
+                for at, who, what, event, mode in self._recent
+                if at > since and (who, what) == (caller, profile)
+            ]
+            signed = sum(event == "intent" for event, _ in found)
+            given = sum(event == "release" or mode == "grant" for event, mode in found)
+            return max(signed, given)
+
+        return Counts(minute=had(now - 60), day=had(now - _DAY))
+
+    def _count(self, record: dict[str, Any], at: float) -> None:
+        if record["event"] in ("intent", "release"):
+            mode = (record["options"] or {}).get("mode", "grant")
+            key = "" if record["event"] == "release" else mode
+            self._recent.append((at, record["caller"], record["profile"], record["event"], key))
+
+    def close(self) -> None:
+        """Seal, and let another host have it."""
+        with self._lock, contextlib.suppress(AuditBroken):
+            self.seal()
+        self._broken = "it is closed"
+        os.close(self._file)
+        os.close(self._owner)
+
+
+def _drop_half_line(segment: Path) -> None:
+    raw = segment.read_bytes()
+    if raw and not raw.endswith(b"\n"):
+        with segment.open("r+b") as file:
+            file.truncate(raw.rfind(b"\n") + 1)
+            os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _private(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        # `from None`: the original may carry the key.
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__AUDIT_KEY {path}: not an Ed25519 private key in PEM",
+            hint="openssl genpkey -algorithm ed25519 -out audit.key",
+            code="audit-key",
+        ) from None
+    return key
+
+
+def _public(given: Path | Ed25519PublicKey) -> Ed25519PublicKey:
+    if isinstance(given, Ed25519PublicKey):
+        return given
+    try:
+        key = serialization.load_pem_public_key(given.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as exc:
+        raise ConfigurationError(f"public key {given}: cannot be read as PEM") from exc
+    if not isinstance(key, Ed25519PublicKey):
+        raise ConfigurationError(f"public key {given}: not an Ed25519 key")
+    return key
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """
+    Of a verification: *bad* names the first bad record, ``None`` if all is well. *seq* and
+    *head* of the last record, *sealed* the last seq that a seal or a given head anchors,
+    *open_intents* the seqs of intents without a result.
+    """
+
+    bad: str | None
+    seq: int
+    head: str
+    sealed: int
+    open_intents: tuple[int, ...]
+
+
+def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = None) -> Report:
+    """
+    Read the log (its directory) and compare each line with the next, the seals and *head*.
+
+    *head*: ``SEQ:HASH`` from a reply or the system log; without it a tail that was cut off
+    after the last seal cannot show.
+    """
+    key = _public(public_key)
+    seals, bad_seal = _seals(path, key)
+    anchors = dict(seals)
+    if head is not None:
+        seq, _, value = head.partition(":")
+        if not seq.isdigit() or len(value) != 64:
+            raise ConfigurationError("head: SEQ:HASH is expected, from a reply or the system log")
+        if anchors.get(int(seq), value) != value:
+            return Report(f"record {seq}: not the one of the head given", 0, _FIRST, 0, ())
+        anchors[int(seq)] = value
+    last, before, sealed = 0, _FIRST, 0
+    open_intents: dict[str, int] = {}
+    bad = None
+    for line, after in pairwise(chain(_lines(path), (b"",))):
+        bad = _wrong(line, last + 1, before, anchors, after)
+        if bad is not None:
+            break
+        record = json.loads(line)
+        last, before = record["seq"], hashlib.sha256(line[:-1]).hexdigest()
+        if last in anchors:
+            sealed = last
+        if record["event"] == "intent":
+            open_intents[str(record["jti"])] = last
+        elif record["event"] == "result":
+            open_intents.pop(str(record["jti"]), None)
+    if bad is None and anchors and max(anchors) > last:
+        bad = f"record {last + 1}: cut off; record {max(anchors)} is known to have been there"
+    return Report(bad or bad_seal, last, before, sealed, tuple(open_intents.values()))
+
+
+def _wrong(line: bytes, seq: int, before: str, anchors: dict[int, str], after: bytes) -> str | None:
+    try:
+        record = json.loads(line)
+        fits = isinstance(record, dict) and tuple(record) == MEMBERS and line.endswith(b"\n")
+    except (ValueError, RecursionError):
+        fits = False
+    if not fits or record["event"] not in EVENTS:
+        return f"record {seq}: changed (not an audit record)"
+    if type(record["seq"]) is not int or record["seq"] != seq:
+        return f"record {seq}: removed or reordered (found {foreign(record['seq'])})"
+    if record["prev"] != before:
+        # One of two lines was changed: not this one, if what comes later vouches for it.
+        own = hashlib.sha256(line[:-1]).hexdigest()
+        vouched = own == anchors.get(seq) or own.encode() in after
+        return f"record {seq - 1 if vouched and seq > 1 else seq}: changed"
+    if anchors.get(seq, "") not in ("", hashlib.sha256(line[:-1]).hexdigest()):
+        return f"record {seq}: changed (not what was sealed)"
+    return None
+
+
+def _seals(path: Path, key: Ed25519PublicKey) -> tuple[dict[int, str], str | None]:
+    file = (path if path.is_dir() else path.parent) / _SEALS
+    found: dict[int, str] = {}
+    bad = None
+    if not file.exists():
+        return found, bad
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            seal = json.loads(line)
+            seq, head, at = seal["seq"], seal["head"], seal["time"]
+            key.verify(bytes.fromhex(seal["signature"]), _sealed(seq, head, at))
+        except (ValueError, KeyError, TypeError, InvalidSignature):
+            bad = bad or f"checkpoint {number}: not signed by this audit key"
+            continue
+        found[seq] = head
+    return found, bad
+
+
+def list_records(
+    path: Path,
+    *,
+    caller: str | None = None,
+    profile: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The records of a caller or profile between two aware moments, oldest first."""
+    for line in _lines(path):
+        try:
+            record = json.loads(line)
+            at = datetime.fromisoformat(record["time"])
+        except (ValueError, KeyError, TypeError) as exc:
+            raise AuditBroken(
+                f"audit {path}: a line is not an audit record",
+                hint="`hsmtoll audit verify` names it",
+                code="audit-broken",
+            ) from exc
+        if (
+            (caller is None or record["caller"] == caller)
+            and (profile is None or record["profile"] == profile)
+            and (since is None or at >= since)
+            and (until is None or at < until)
+        ):
+            yield record

@@ -1,0 +1,84 @@
+"""
+Who is at the other end: the kernel's word on a Unix socket, a verified certificate over TLS.
+
+A process id never counts: it may belong to somebody else by the time it is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import PolicyDenied
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["OVERFLOW", "Peer", "of_certificate", "of_socket"]
+
+#: asm-generic/socket.h; Python 3.11 has no name for it.
+_SO_PEERGROUPS: Final = 59
+
+
+def _overflow() -> frozenset[int]:
+    found = {65534, 0xFFFFFFFF}
+    for kind in ("uid", "gid"):
+        try:
+            found.add(int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return frozenset(found)
+
+
+#: What the kernel says of an account that this namespace does not know: anybody's.
+OVERFLOW: Final = _overflow()
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The *names* a policy may know it by, and the SHA-256 (hex) of its certificate over TLS."""
+
+    names: frozenset[str]
+    certificate_sha256: str | None = None
+
+    @property
+    def account(self) -> str:
+        """One name for limits and refusals: the account, or the certificate."""
+        uids = sorted(name for name in self.names if name.startswith("uid:"))
+        return (uids or [f"sha256:{self.certificate_sha256}"])[0]
+
+    @classmethod
+    def local(cls, uid: int, *gids: int) -> Peer:
+        """An account; PolicyDenied for one that the kernel could not name."""
+        if {uid, *gids} & OVERFLOW:
+            raise PolicyDenied(
+                "caller: its account is not known here (another user namespace)",
+                hint="callers in containers use TLS with a client certificate",
+                code="caller-unknown",
+            )
+        return cls(frozenset({f"uid:{uid}", *(f"gid:{gid}" for gid in gids)}))
+
+
+def of_socket(connection: socket.socket) -> Peer:
+    """The peer of a connected Unix socket: SO_PEERCRED and SO_PEERGROUPS (unix(7), socket(7))."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, gid = struct.unpack("iII", raw)
+    size = 4 * 1024
+    groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size)
+    more = struct.unpack(f"{len(groups) // 4}I", groups)
+    return Peer.local(uid, gid, *more)
+
+
+def of_certificate(shown: Mapping[str, Any], der: bytes) -> Peer:
+    """The peer of a verified client certificate, as `ssl.SSLSocket.getpeercert` shows it."""
+    kinds = {"DNS": "dns", "URI": "uri"}
+    names = {
+        f"san:{kinds[kind]}:{value}"
+        for kind, value in shown.get("subjectAltName", ())
+        if kind in kinds
+    }
+    return Peer(frozenset(names), hashlib.sha256(der).hexdigest())

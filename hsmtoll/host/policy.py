@@ -1,0 +1,306 @@
+"""
+Who may have what: a TOML file, default deny, and the verdict on one request with its reason.
+
+The verdict is a pure function of policy, peer, request and counts; neither a clock nor the
+device enters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from hsmtoll import apis
+from hsmtoll.errors import ConfigurationError, HsmTollError, foreign
+from hsmtoll.host.peers import Peer
+from hsmtoll.settings import check_code_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["Ask", "Counts", "Entry", "Mode", "Policy", "Verdict", "decide", "explain"]
+
+Mode = Literal["grant", "token"]
+
+_CALLER: Final = re.compile(r"(?:uid|gid):\d+|san:(?:dns|uri):[!-~]+")
+_MODES: Final = ("grant", "token")
+_OPTIONS: Final = frozenset({"scopes", "mode", "consumer_org", "resource", "per_minute", "per_day"})
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a caller may name: nothing else is taken from it."""
+
+    profile: str
+    scope: str
+    consumer_org: str | None = None
+    resource: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the audit says the caller had of this profile: in the last minute and day."""
+
+    minute: int = 0
+    day: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one caller may have of one profile; *line* is where the file says so."""
+
+    scopes: frozenset[str]
+    mode: frozenset[str]
+    consumer_org: frozenset[str]
+    resource: frozenset[str]
+    per_minute: int | None
+    per_day: int | None
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One ``[caller."…"]`` table."""
+
+    profiles: Mapping[str, Entry]
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    *allowed*, *why* in a sentence, the *line* that decided (0: no line allows it), the *scope*
+    in full, the *caller* by the policy's name. *quota*: only the quota said no; ask later.
+    """
+
+    allowed: bool
+    why: str
+    line: int = 0
+    scope: str = ""
+    caller: str = ""
+    quota: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A policy file that was read whole; *sha256* is of its bytes."""
+
+    profiles: Mapping[str, Mapping[str, Any]]
+    callers: Mapping[str, Caller]
+    revoked: frozenset[str]
+    sha256: str
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """ConfigurationError for a file that others may change, or that says anything unknown."""
+        check_code_file(path, "HSMTOLL_HOST__POLICY")
+        try:
+            raw = path.read_bytes()
+        except OSError as exc:
+            raise ConfigurationError(f"policy {path}: cannot be read") from exc
+        return cls.parse(raw, str(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, name: str = "policy") -> Policy:
+        """As load, of the file's bytes."""
+        try:
+            text = raw.decode()
+            tables = tomllib.loads(text)
+        except (ValueError, RecursionError) as exc:
+            at = re.search(r"\(at .*\)", str(exc))
+            # `from None`: the parser may quote a line, and a profile may hold a PIN.
+            raise _wrong(name, f"not valid TOML {at[0] if at else ''}".rstrip()) from None
+        return _Reader(name, text).policy(tables, hashlib.sha256(raw).hexdigest())
+
+    def identity(self, profile: str) -> apis.Identity:
+        """eseal or norwegian."""
+        found: apis.Identity = self.profiles[profile]["identity"]
+        return found
+
+
+def _wrong(name: str, what: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"policy {name}: {what}",
+        hint="`hsmtoll policy test` shows what a policy says",
+        code="policy-wrong",
+    )
+
+
+class _Reader:
+    def __init__(self, name: str, text: str) -> None:
+        self._name = name
+        self._lines = text.splitlines()
+
+    def policy(self, tables: dict[str, Any], sha256: str) -> Policy:
+        unknown = sorted(tables.keys() - {"profile", "caller", "revoked_sha256"})
+        if unknown:
+            raise self._bad(f"{foreign(unknown[0])}: there is no such key")
+        profiles = self._table(tables.get("profile", {}), "profile")
+        for name, profile in profiles.items():
+            self._profile(name, self._table(profile, f"profile.{name}"))
+        revoked = set(self._texts(tables.get("revoked_sha256", []), "revoked_sha256"))
+        callers = {}
+        for name, table in self._table(tables.get("caller", {}), "caller").items():
+            # Written below a table, as the documented example has it, TOML makes it that table's.
+            given = dict(self._table(table, f"caller.{name}"))
+            revoked |= set(self._texts(given.pop("revoked_sha256", []), "revoked_sha256"))
+            callers[name] = self._caller(name, given, profiles)
+        bare = {each.replace(":", "").lower() for each in revoked}
+        wrong = [each for each in bare if not re.fullmatch(r"[0-9a-f]{64}", each)]
+        if wrong:
+            raise self._bad(f"revoked_sha256: {foreign(wrong[0])} is not a SHA-256")
+        return Policy(profiles, callers, frozenset(bare), sha256)
+
+    def _profile(self, name: str, profile: dict[str, Any]) -> None:
+        if profile.get("identity") not in ("eseal", "norwegian"):
+            raise self._bad(f"profile {foreign(name)}: identity must be eseal or norwegian")
+        if profile.get("environment") not in ("test", "prod", "sandbox"):
+            raise self._bad(f"profile {foreign(name)}: environment must be test, prod or sandbox")
+        if {"host", "signer"} & profile.keys():
+            raise self._bad(f"profile {foreign(name)}: host and signer are not a profile's")
+
+    def _caller(self, name: str, table: dict[str, Any], profiles: Mapping[str, Any]) -> Caller:
+        if not _CALLER.fullmatch(name):
+            raise self._bad(
+                f"caller {foreign(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
+            )
+        if table.keys() - {"profile"}:
+            raise self._bad(f"caller {name}: only profile.NAME is expected in it")
+        line = self._line(rf"\[\s*caller\s*\.\s*[\"']{re.escape(name)}[\"']")
+        entries = {}
+        for profile, entry in self._table(table.get("profile", {}), "profile").items():
+            if profile not in profiles:
+                raise self._bad(f"caller {name}: there is no profile {foreign(profile)}")
+            given = self._table(entry, f"caller {name}: profile.{profile}")
+            entries[profile] = self._entry(
+                name, given, profiles[profile]["identity"], line, profile
+            )
+        return Caller(entries, line)
+
+    def _entry(
+        self, caller: str, given: dict[str, Any], identity: apis.Identity, line: int, profile: str
+    ) -> Entry:
+        where = f"caller {caller}, profile {profile}"
+        unknown = sorted(given.keys() - _OPTIONS)
+        if unknown:
+            raise self._bad(f"{where}: there is no option {foreign(unknown[0])}")
+        modes = self._texts(given.get("mode", []), f"{where}: mode")
+        if not set(modes) <= set(_MODES):
+            raise self._bad(f"{where}: mode is grant or token")
+        try:
+            scopes = frozenset(
+                apis.scope_of(each, identity)
+                for each in self._texts(given.get("scopes", []), f"{where}: scopes")
+            )
+        except HsmTollError as exc:
+            raise self._bad(f"{where}: {exc}") from exc
+        quotas = []
+        for name in ("per_minute", "per_day"):
+            value = given.get(name)
+            if value is not None and (type(value) is not int or value < 0):
+                raise self._bad(f"{where}: {name} must be a whole number")
+            quotas.append(value)
+        return Entry(
+            scopes,
+            frozenset(modes),
+            frozenset(self._texts(given.get("consumer_org", []), f"{where}: consumer_org")),
+            frozenset(self._texts(given.get("resource", []), f"{where}: resource")),
+            quotas[0],
+            quotas[1],
+            self._line(rf"\s*(?:profile\s*\.\s*)?[\"']?{re.escape(profile)}[\"']?\s*=", line)
+            or line,
+        )
+
+    def _line(self, pattern: str, after: int = 0) -> int:
+        for number, text in enumerate(self._lines[after:], after + 1):
+            if re.match(pattern, text):
+                return number
+        return 0
+
+    def _table(self, value: object, what: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._bad(f"{foreign(what)}: a table is expected")
+        return value
+
+    def _texts(self, value: object, what: str) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self._bad(f"{foreign(what)}: a list of strings is expected")
+        return value
+
+    def _bad(self, what: str) -> ConfigurationError:
+        return _wrong(self._name, what)
+
+
+def decide(
+    policy: Policy, peer: Peer, ask: Ask, mode: str, counts: Counts | Mapping[str, Counts]
+) -> Verdict:
+    """
+    Whether *peer* gets what it asks for. *counts*: of this caller, or by the caller's name.
+
+    Exactly one caller entry must match; two are a mistake of the file that nobody may profit
+    from.
+    """
+    if peer.certificate_sha256 in policy.revoked:
+        return Verdict(False, "the caller's certificate is revoked")
+    matching = sorted(peer.names & policy.callers.keys())
+    if not matching:
+        return Verdict(False, "no caller entry matches")
+    if len(matching) > 1:
+        line = policy.callers[matching[1]].line
+        return Verdict(False, f"more than one caller entry matches: {', '.join(matching)}", line)
+    name = matching[0]
+    caller = policy.callers[name]
+    entry = caller.profiles.get(ask.profile)
+    if entry is None:
+        why = f"{name} has no profile {foreign(ask.profile)}"
+        return Verdict(False, why, caller.line, caller=name)
+    try:
+        scope = apis.scope_of(ask.scope, policy.identity(ask.profile))
+    except HsmTollError as exc:
+        return Verdict(False, str(exc), entry.line, caller=name)
+    seen = counts if isinstance(counts, Counts) else counts.get(name, Counts())
+    refusal = _refusal(entry, ask, scope, mode)
+    if refusal is not None:
+        return Verdict(False, refusal, entry.line, scope, name)
+    for had, limit, span in (
+        (seen.minute, entry.per_minute, "minute"),
+        (seen.day, entry.per_day, "day"),
+    ):
+        if limit is not None and had >= limit:
+            why = f"the quota of {limit} per {span} is used up"
+            return Verdict(False, why, entry.line, scope, name, quota=True)
+    return Verdict(True, f"{name} may have {scope} of {ask.profile}", entry.line, scope, name)
+
+
+def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
+    if mode not in entry.mode:
+        return f"mode {foreign(mode)} is not allowed"
+    if scope not in entry.scopes:
+        return f"scope {foreign(scope)} is not allowed"
+    if ask.consumer_org is not None and ask.consumer_org not in entry.consumer_org:
+        return f"consumer_org {foreign(ask.consumer_org)} is not allowed"
+    for each in ask.resource:
+        if each not in entry.resource:
+            return f"resource {foreign(each)} is not allowed"
+    return None
+
+
+def explain(path: Path, profile: str, caller: str, scope: str) -> str:
+    """What the policy says to *caller* (``uid:1001``), for each mode, with the deciding line."""
+    policy = Policy.load(path)
+    if not _CALLER.fullmatch(caller):
+        raise ConfigurationError(
+            f"caller {foreign(caller)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
+        )
+    said = []
+    for mode in _MODES:
+        verdict = decide(policy, Peer(frozenset({caller})), Ask(profile, scope), mode, Counts())
+        place = f"{path}:{verdict.line}" if verdict.line else f"{path}: default deny"
+        said.append(
+            f"{mode}: {'allowed' if verdict.allowed else 'denied'}: {verdict.why} ({place})"
+        )
+    return "\n".join(said)

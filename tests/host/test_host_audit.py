@@ -1,0 +1,147 @@
+"""The audit log shows what was done to it, and counts what was had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography.hazmat.primitives import serialization as s
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from hsmtoll.host.audit import Audit, list_records, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+KEY = Ed25519PrivateKey.generate()
+NOW = 1_790_000_000.0
+
+
+def audit_in(place: Path, key: Ed25519PrivateKey = KEY, now: float = NOW) -> Audit:
+    file = place / "audit.key"
+    file.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
+    return Audit(place / "log", file, now=lambda: now)
+
+
+def intents(audit: Audit, count: int, caller: str = "uid:1") -> None:
+    for number in range(count):
+        audit.write("intent", caller=caller, profile="acme", jti=f"{caller}-{number}")
+
+
+def filled(place: Path) -> Path:
+    audit = audit_in(place)
+    intents(audit, 6)
+    audit.close()
+    return next((place / "log").glob("audit-*"))
+
+
+def test_an_untouched_log_is_right_and_names_intents_without_result(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 2)
+    seq, head = audit.write("result", caller="uid:1", profile="acme", jti="uid:1-0")
+    audit.close()
+    report = verify(tmp_path / "log", KEY.public_key(), f"{seq}:{head}")
+    assert (report.bad, report.seq, report.sealed, report.open_intents) == (None, 3, 3, (2,))
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda lines, at: [*lines[:at], lines[at].replace(b"acme", b"evil"), *lines[at + 1 :]],
+        lambda lines, at: [*lines[:at], lines[at].replace(b'v":"', b'v":"f'), *lines[at + 1 :]],
+        lambda lines, at: [*lines[:at], *lines[at + 1 :]],
+        lambda lines, at: [*lines[:at], *lines[at + 1 :], lines[at]] if at < 5 else lines[::-1],
+        lambda lines, at: lines[:at],
+    ],
+    ids=["flip", "flip-prev", "delete", "reorder", "truncate"],
+)
+def test_each_record_that_is_harmed_is_found_and_named(
+    tmp_path: Path, at: int, harm: Callable[[list[bytes], int], list[bytes]]
+) -> None:
+    segment = filled(tmp_path)
+    lines = segment.read_bytes().splitlines(keepends=True)
+    harmed = harm(lines, at)
+    first = next(
+        (n for n, pair in enumerate(zip(lines, harmed, strict=False)) if pair[0] != pair[1]), at
+    )
+    segment.write_bytes(b"".join(harmed))
+    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith(f"record {first + 1}:")
+
+
+def test_a_log_sealed_anew_with_another_key_fails(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path, Ed25519PrivateKey.generate())
+    intents(audit, 3)
+    audit.close()
+    assert "key" in str(verify(tmp_path / "log", KEY.public_key()).bad)
+
+
+def test_a_rewritten_whole_fails_against_a_head_that_was_noted(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 3, caller="uid:2")
+    noted = f"{audit.seq}:{audit.head}"
+    audit.close()
+    (tmp_path / "new").mkdir()
+    filled(tmp_path / "new")
+    assert verify(tmp_path / "log", KEY.public_key(), noted).bad is None
+    assert verify(tmp_path / "new" / "log", KEY.public_key(), noted).bad is not None
+
+
+def test_a_restart_forgets_no_quota_and_a_day_does(tmp_path: Path) -> None:
+    filled(tmp_path)
+    for later, day in ((30.0, 6), (90_000.0, 0)):
+        audit = audit_in(tmp_path, now=NOW + later)
+        assert audit.counts("uid:1", "acme").day == day
+        assert audit.counts("uid:2", "acme").day == 0
+        audit.close()
+
+
+def test_half_a_line_of_a_crash_is_dropped_and_the_log_goes_on(tmp_path: Path) -> None:
+    segment = filled(tmp_path)
+    with segment.open("ab") as file:
+        file.write(b'{"seq":7,')
+    audit = audit_in(tmp_path)
+    assert audit.write("stop")[0] == 7
+    audit.close()
+
+
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+from hsmtoll.errors import AuditBroken
+from hsmtoll.host.audit import Audit
+audit = Audit(Path(sys.argv[1]), Path(sys.argv[2]), now=lambda: 1.79e9)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+for number in range(5):
+    try:
+        audit.write("intent", caller="uid:1", profile="acme", jti=str(number))
+    except AuditBroken:
+        print("broken at", number)
+"""
+
+
+@pytest.mark.parametrize(("limit", "said"), [(1000, "broken at"), (100_000, "")])
+def test_a_full_disk_breaks_the_audit_and_leaves_whole_lines(
+    tmp_path: Path, limit: int, said: str
+) -> None:
+    log = tmp_path / "log"
+    audit_in(tmp_path).close()
+    argv = [sys.executable, "-c", _FULL, str(log), str(tmp_path / "audit.key"), str(limit)]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(said)
+    # Once broken it stays so: no later record slips in behind the gap.
+    assert bool(said) == told.endswith("broken at 4\n")
+    assert verify(log, KEY.public_key()).bad is None
+
+
+def test_only_the_records_of_a_caller_are_listed(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 2)
+    intents(audit, 3, caller="uid:2")
+    audit.close()
+    assert len(list(list_records(tmp_path / "log", caller="uid:2"))) == 3
+    assert not list(list_records(tmp_path / "log", profile="other"))

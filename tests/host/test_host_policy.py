@@ -1,0 +1,100 @@
+"""What a policy allows, and that each refusal has a twin that differs in one thing and passes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hsmtoll.errors import ConfigurationError, PolicyDenied
+from hsmtoll.host.peers import OVERFLOW, Peer
+from hsmtoll.host.policy import Ask, Counts, Policy, decide, explain
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXT = """[profile.acme]
+environment = "prod"
+identity = "eseal"
+
+[caller."uid:1001"]
+profile.acme = { scopes = ["road"], mode = ["grant"], consumer_org = ["987654321"], per_minute = 6 }
+[caller."gid:7"]
+profile.acme = { scopes = ["air"], mode = ["token"] }
+"""
+POLICY = Policy.parse(TEXT.encode())
+PEER = Peer.local(1001, 1001)
+ROAD = Ask("acme", "road")
+
+
+def test_what_the_line_allows_is_allowed_and_the_line_is_named() -> None:
+    verdict = decide(POLICY, PEER, ROAD, "grant", Counts(minute=5))
+    assert (verdict.allowed, verdict.line) == (True, 6)
+    assert verdict.scope == "toll:eu/movement/road/v2"
+
+
+@pytest.mark.parametrize(
+    ("peer", "ask", "mode", "counts"),
+    [
+        (Peer.local(1002, 1002), ROAD, "grant", Counts()),
+        (Peer.local(1001, 7), ROAD, "grant", Counts()),
+        (PEER, Ask("other", "road"), "grant", Counts()),
+        (PEER, Ask("acme", "air"), "grant", Counts()),
+        (PEER, Ask("acme", "road", "123456789"), "grant", Counts()),
+        (PEER, Ask("acme", "road", None, ("https://a.example",)), "grant", Counts()),
+        (PEER, ROAD, "token", Counts()),
+        (PEER, ROAD, "grant", Counts(minute=6)),
+    ],
+)
+def test_a_twin_that_differs_in_one_thing_is_denied(
+    peer: Peer, ask: Ask, mode: str, counts: Counts
+) -> None:
+    assert not decide(POLICY, peer, ask, mode, counts).allowed
+
+
+def test_two_entries_that_match_are_both_named() -> None:
+    verdict = decide(POLICY, Peer.local(1001, 7), ROAD, "grant", Counts())
+    assert "gid:7" in verdict.why
+    assert "uid:1001" in verdict.why
+
+
+def test_an_account_that_the_kernel_cannot_name_is_nobody() -> None:
+    with pytest.raises(PolicyDenied):
+        Peer.local(min(OVERFLOW), 1)
+    assert Peer.local(1001, 1).account == "uid:1001"
+
+
+def test_a_revoked_certificate_is_denied_and_another_is_not() -> None:
+    text = TEXT.replace("uid:1001", "san:dns:app") + f'revoked_sha256 = ["{"ab" * 32}"]\n'
+    policy = Policy.parse(text.encode())
+    for sha256, allowed in (("ab" * 32, False), ("cd" * 32, True)):
+        peer = Peer(frozenset({"san:dns:app"}), sha256)
+        assert decide(policy, peer, ROAD, "grant", Counts()).allowed is allowed
+
+
+@pytest.mark.parametrize("old", ["scopes", "[caller", "road", "per_minute", '"grant"', "eseal"])
+def test_an_unknown_word_is_an_error(old: str) -> None:
+    with pytest.raises(ConfigurationError):
+        Policy.parse(TEXT.replace(old, old[:-1] + "x" + old[-1:], 1).encode())
+
+
+@given(st.binary(max_size=300), st.integers(0, len(TEXT)))
+def test_any_file_is_a_policy_or_a_configuration_error(noise: bytes, at: int) -> None:
+    raw = TEXT.encode()
+    try:
+        policy = Policy.parse(raw[:at] + noise + raw[at:])
+    except ConfigurationError:
+        return
+    assert not decide(policy, Peer.local(4242, 4242), ROAD, "grant", Counts()).allowed
+
+
+def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(TEXT)
+    path.chmod(0o644)
+    assert "grant: allowed" in explain(path, "acme", "uid:1001", "road")
+    path.chmod(0o666)
+    with pytest.raises(ConfigurationError, match="others may change"):
+        Policy.load(path)
