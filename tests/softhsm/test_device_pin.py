@@ -115,7 +115,10 @@ def test_a_wrong_pin_in_ten_runs_is_one_login_and_a_corrected_one_works_at_once(
 def test_a_wrong_pin_in_twenty_processes_at_once_is_one_login(bench: Bench) -> None:
     running = [bench.start("9999") for _ in range(20)]
     said = sorted(process.communicate(timeout=100)[0].strip() for process in running)
-    assert said == ["20 pin-incorrect"] + ["21 pin-refused"] * 19
+    assert said.count("20 pin-incorrect") == 1
+    # SoftHSM rewrites its files at a login, and who starts then may not see the device (30).
+    others = [each for each in said if not each.startswith("30 ")]
+    assert set(others) == {"20 pin-incorrect", "21 pin-refused"}
     assert bench.logins() == 1
     assert bench.sign("9999") == "21 pin-refused"
     assert bench.logins() == 0
