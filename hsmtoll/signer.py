@@ -193,6 +193,11 @@ class LocalSigner:
         """When the leaf in use expires, for those who watch; ``None`` before it was needed."""
         return self._leaf.not_after if self._leaf is not None else None
 
+    @property
+    def pin_state(self) -> str | None:
+        """The PIN as the device reported it at the last login; ``None`` before there was one."""
+        return self._device.pin_state
+
     def _took(self, leaf: Certificate, now: float) -> None:
         before, self._leaf = self._leaf, leaf
         if before is not None and before != leaf:
@@ -383,6 +388,12 @@ class FirstUp:
         """The first end among the leaves that were used."""
         seen = (getattr(signer, "certificate_ends", None) for signer in self._signers)
         return min((end for end in seen if end is not None), default=None)
+
+    @property
+    def pin_state(self) -> str | None:
+        """That of the first device that was logged in to."""
+        seen = (getattr(signer, "pin_state", None) for signer in self._signers)
+        return next((state for state in seen if state is not None), None)
 
     def refused(self, code: str) -> bool:
         """As `LocalSigner.refused`; another key of the list will do as well."""

@@ -64,6 +64,21 @@ _HASHED: Final = {
 }
 
 
+_PIN_FLAGS: Final = {
+    TokenFlag.USER_PIN_LOCKED: "locked",
+    TokenFlag.USER_PIN_FINAL_TRY: "final-try",
+    TokenFlag.USER_PIN_COUNT_LOW: "count-low",
+    TokenFlag.USER_PIN_TO_BE_CHANGED: "to-be-changed",
+}
+
+
+def pin_state(flags: TokenFlag) -> str:
+    """The worst of ``ok count-low to-be-changed final-try locked``, or ``unset``."""
+    if not flags & TokenFlag.USER_PIN_INITIALIZED:
+        return "unset"
+    return next((word for flag, word in _PIN_FLAGS.items() if flags & flag), "ok")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredCertificate:
     """A certificate object: its DER, CKA_LABEL and CKA_ID as the device gives them."""
@@ -509,6 +524,7 @@ class Device:
     def _flags(self, here: _Open) -> TokenFlag:
         """The PIN's state as the device reports it now; refuses where a try could be the last."""
         flags: TokenFlag = here.token.slot.get_token().flags
+        self.pin_state = pin_state(flags)
         called = _called(here.token)
         if flags & TokenFlag.USER_PIN_LOCKED:
             raise PinNotTried(

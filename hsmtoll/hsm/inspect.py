@@ -25,6 +25,7 @@ from hsmtoll.hsm.device import (
     device_uri,
     key_facts,
     login_key,
+    pin_state,
 )
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.module import GATE, Module, opened
@@ -38,13 +39,6 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import PinSource
 
 __all__ = ["ModuleFacts", "TokenFacts", "inspect", "places"]
-
-_PIN_FLAGS = {
-    TokenFlag.USER_PIN_LOCKED: "locked",
-    TokenFlag.USER_PIN_FINAL_TRY: "final-try",
-    TokenFlag.USER_PIN_COUNT_LOW: "count-low",
-    TokenFlag.USER_PIN_TO_BE_CHANGED: "to-be-changed",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +154,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
         initialized=bool(flags & TokenFlag.TOKEN_INITIALIZED),
         login_required=bool(flags & TokenFlag.LOGIN_REQUIRED),
         pinpad=bool(flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH),
-        pin_state=_pin_state(flags),
+        pin_state=pin_state(flags),
         refused=refused,
         unresolved=unresolved,
         firmware=token.firmware_version,
@@ -191,12 +185,6 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
     login = module.logins.get(login_key(token))
     there = not seen.login_required or (login is not None and login.there)
     return replace(seen, keys=keys, certificates=named, logged_in=there)
-
-
-def _pin_state(flags: TokenFlag) -> str:
-    if not flags & TokenFlag.USER_PIN_INITIALIZED:
-        return "unset"
-    return next((word for flag, word in _PIN_FLAGS.items() if flags & flag), "ok")
 
 
 def _place(token: Token, user: str) -> Place:

@@ -73,6 +73,16 @@ def test_a_low_count_is_a_warning_and_not_a_refusal(
     assert any(each.levelname == "WARNING" for each in caplog.records)
 
 
+def test_the_status_shows_the_pin_as_the_device_last_reported_it(
+    toll_client: TollClient, toll_faults: Faults
+) -> None:
+    assert toll_client.status().pin is None
+    toll_faults.set("pin-count-low")
+    toll_client.token("road")
+
+    assert toll_client.status().pin == "count-low"
+
+
 def test_the_final_try_is_taken_where_a_person_says_so(
     toll_settings: Settings, toll_faults: Faults
 ) -> None:
