@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import subprocess
 import threading
 import time
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hsmtoll.client import TollClient
 from hsmtoll.clock import SystemClock
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
 from hsmtoll.stores import RedisStore, name_of
 from tests.crowds import Crowd, fresh_key
 from tests.soft import engine_of
@@ -296,3 +299,44 @@ def test_a_url_that_is_none_is_told_without_its_password(key_file: Path) -> None
     with pytest.raises(ConfigurationError) as caught:
         store.get(KEY)
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_redis_on_another_machine_is_reached_by_verified_tls_alone(
+    tmp_path: Path, key_file: Path
+) -> None:
+    certificate, key = issue_tls(("localhost", "127.0.0.1"))
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(pem(tls_authority()[0]))
+    (tmp_path / "server.pem").write_bytes(pem(certificate))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "server.key").write_bytes(private)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [
+            *("redis-server", "--port", "0", "--tls-port", str(port), "--save", ""),
+            *("--tls-cert-file", "server.pem", "--tls-key-file", "server.key"),
+            *("--tls-auth-clients", "no", "--bind", "127.0.0.1"),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"rediss://localhost:{port}/0"
+        until = time.monotonic() + 20
+        kept = None
+        while kept is None and time.monotonic() < until:
+            trusted = RedisStore.at(url, key_file=key_file, ca_file=authority, clock=SystemClock())
+            trusted.put(KEY, b"value", ttl=100)
+            kept = trusted.get(KEY)
+            time.sleep(0.05)
+        assert kept is not None
+        assert kept.value == b"value"
+        # The control: without that CA the same server is nobody, and a cache that is down a miss.
+        stranger = RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
+        assert stranger.get(KEY) is None
+    finally:
+        process.kill()
+        process.wait(10)
