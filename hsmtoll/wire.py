@@ -75,6 +75,8 @@ class Wire:
             "trust_env": self._proxy == "environment",
             # Waiting for a connection of our own pool is not the network's fault.
             "timeout": httpx.Timeout(self._timeout, pool=self._deadline),
+            # However many tasks there are, nobody's server is met by hundreds of handshakes.
+            "limits": httpx.Limits(max_connections=20),
             "follow_redirects": False,
             "cookies": jar,
         }
