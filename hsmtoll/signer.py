@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.hsm.device import Device, StoredCertificate
+    from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
     from hsmtoll.tokens import TokenRequest
 
 __all__ = ["FirstUp", "Lineage", "LocalSigner", "SecondChoice", "Signer", "SpentOnce", "readable"]
@@ -143,6 +143,10 @@ class LocalSigner:
         self._certificate_sha256 = certificate_sha256
         self._lineage = lineage or Lineage()
         self._proven: _Proven | None = None
+        # Public keys that may be the device's, where it does not tell which one is.
+        self._guesses: tuple[jws.RsaPublicKey, ...] = ()
+        # The one of them that a signature showed to be it.
+        self._learned: jws.RsaPublicKey | None = None
         # The leaf in use, and since when each one seen took over from an older one here.
         self._leaf: Certificate | None = None
         self._since: dict[str, float] = {}
@@ -172,10 +176,13 @@ class LocalSigner:
         ):
             return known.chain
         self._proven = None
-        pool = [*readable(self._device.certificates()), *self._pem]
-        public = self._device.key(candidates=_keys(pool)).public
+        stored = self._device.certificates()
+        pool = [*readable(stored), *self._pem]
+        key = self._device.key(candidates=_keys(pool))
         # Where the device hides the public half, the grant's own signature proves the leaf.
-        leaves = chains.for_key(pool, public) if public else [c for c in pool if c.public_key]
+        self._guesses = () if key.public else _keys(pool)
+        public = key.public or self._learned
+        leaves = chains.for_key(pool, public) if public else self._likely(stored, key)
         chain = self._checked(leaves, pool, datetime.fromtimestamp(now.wall, UTC), unwanted)
         self._took(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
@@ -187,6 +194,19 @@ class LocalSigner:
             unwanted=unwanted,
         )
         return chain
+
+    def _likely(self, stored: Iterable[StoredCertificate], key: KeyFacts) -> list[Certificate]:
+        """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
+        stored = tuple(stored)
+        for named in (
+            readable(each for each in stored if key.id and each.id == key.id),
+            readable(each for each in stored if key.label and each.label == key.label),
+            [*readable(stored), *self._pem],
+        ):
+            found = [each for each in named if each.public_key and not each.is_ca]
+            if found:
+                return found
+        return []
 
     @property
     def certificate_ends(self) -> datetime | None:
@@ -277,9 +297,11 @@ class LocalSigner:
         """
         try:
             return self._signed(request)
-        except HsmTollError:
+        except HsmTollError as exc:
             # Whatever it was, the device is looked at afresh the next time.
             self._proven = None
+            if exc.code == "signature-wrong":
+                self._learned = None
             raise
 
     def _signed(self, request: TokenRequest) -> str:
@@ -287,8 +309,18 @@ class LocalSigner:
         self._device.login()
         now = self._clock.now()
         unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        signature = self._device.sign(self._alg, unsigned, candidates=(key,))
-        if not key.verify(self._alg, unsigned, signature):
+        signature = self._device.sign(self._alg, unsigned, candidates=(key, *self._guesses))
+        fits = key.verify(self._alg, unsigned, signature)
+        if not fits and self._guesses:
+            others = (k for k in self._guesses if k.verify(self._alg, unsigned, signature))
+            self._learned = next(others, None)
+            raise DeviceError(
+                "signing: the signature belongs to another certificate than the one tried first",
+                hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
+                code="leaf-guessed",
+                retryable=True,
+            )
+        if not fits:
             raise DeviceError(
                 "signing: the device's signature does not verify with the public key",
                 hint="key and certificate may not belong together, or the device is faulty; "

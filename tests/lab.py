@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -101,6 +102,12 @@ class Lab:
             "hsm": {"key": uris, **hsm},
         }
         return App(Settings.model_validate(chosen))
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody takes connections there: the socket's file is older than that."""
+    with socket.socket(socket.AF_UNIX) as one:
+        return one.connect_ex(str(path)) == 0
 
 
 def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:

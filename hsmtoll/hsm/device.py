@@ -133,6 +133,7 @@ class Login:
     anchor: Session | None = None
     by_others: bool = False
     pin: Pin | None = field(default=None, repr=False)
+    source: PinSource | None = field(default=None, repr=False)
     users: WeakSet[Device] = field(default_factory=WeakSet)
 
     @property
@@ -243,14 +244,14 @@ class Device:
 
     def login(self) -> bool:
         """
-        Log in where the device wants it. True where *this* PIN was accepted by the device
-        during this process's life; False where no login was needed, or where other code of the
-        process had logged in already, which proves nothing about this PIN.
+        Log in where the device wants it. True where the device accepted a PIN from *this*
+        source during this process's life; False where no login was needed, or where somebody
+        else of the process had logged in already, which proves nothing about this PIN.
         """
 
         def log_in(here: _Open) -> bool:
             self._log_in(here)
-            return here.login.anchor is not None
+            return here.login.anchor is not None and here.login.source == self._pin
 
         return self._mended("Logging in", log_in)
 
@@ -293,12 +294,15 @@ class Device:
             return facts, _signer(here.key)(data, mechanism=mechanism)
 
         facts, signature = self._mended("Signing", signed)
-        known = facts.public or self._proven
-        for public in [known] if known else offered:
+        learned = (self._proven,) if self._proven else ()
+        halves = (facts.public,) if facts.public else (*learned, *offered)
+        for public in halves:
             if public.verify(alg, unsigned, signature):
                 self._proven = public
                 return signature
-        if known or offered:
+        # What an earlier signature taught may have been another key by the same name.
+        self._proven = None
+        if halves:
             raise DeviceError(
                 f"The device's signature does not fit the public key of {foreign(facts.uri)}",
                 hint="The certificate belongs to another key, or the device is faulty.",
@@ -420,7 +424,7 @@ class Device:
         before = self._shared
         if before is not None and before is not login and self._known is not None:
             # The module was started again: the PIN that this device took is still good.
-            login.pin = login.pin or before.pin
+            login.pin, login.source = login.pin or before.pin, login.source or before.source
         self._open = _Open(module=module, token=token, login=login, session=token.open())
         self._shared = login
         login.users.add(self)
@@ -497,7 +501,7 @@ class Device:
             # Another process may have used the tries up while this one waited.
             login.pin = None
             page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
-            login.pin = pin
+            login.pin, login.source = pin, self._pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
                 login.anchor = here.token.open(user_pin=value)

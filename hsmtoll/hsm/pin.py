@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import hmac
 import logging
 import os
 import shlex
@@ -60,6 +61,15 @@ class Pin:
     def reveal(self) -> str | None:
         """The value, for C_Login and the hash of a refusal; None on a pinpad."""
         return self._value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Pin) or self.origin != other.origin:
+            return False
+        mine, theirs = (each.reveal() or "" for each in (self, other))
+        return hmac.compare_digest(mine.encode(), theirs.encode())
+
+    def __hash__(self) -> int:
+        return hash(self.origin)
 
     def __repr__(self) -> str:
         return f"Pin(from {self.source})"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.lab import listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -207,7 +208,7 @@ class Remote(Stack):
             *("p11-kit", "server", "--foreground", "--name", str(self.socket)),
             *("--provider", str(self.behind), self.uri.partition(";")[0]),
         )
-        wait_for(self.socket.exists)
+        wait_for(lambda: listens(self.socket))
 
     @property
     def socket(self) -> Path:

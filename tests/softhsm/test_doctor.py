@@ -48,8 +48,10 @@ def authority() -> Authority:
 def leaf(
     lab: Lab, authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> x509.Certificate:
-    device = lab.app("acme", tmp_path_factory.mktemp("leaf")).devices[0]
-    public = device.key().public
+    app = lab.app("acme", tmp_path_factory.mktemp("leaf"))
+    public = app.devices[0].key().public
+    # A login that stays would make every PIN of these tests look good.
+    app.close()
     assert public is not None
     return authority.issue(public.spki())
 
@@ -127,6 +129,21 @@ def test_a_wrong_pin_is_tried_once_and_then_not_again(
         {"pin-count-low": "warn"},
     )
     assert told(lab.app("acme", tmp_path, hsm={"certificates": chain})) == {}
+
+
+def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
+    lab: Lab, tmp_path: Path, chain: Path
+) -> None:
+    app = lab.app("acme", tmp_path, hsm={"certificates": chain})
+    app.devices[0].login()
+    said = {}
+    for pin in (PIN, "99999999"):
+        rider = lab.app("acme", tmp_path, hsm={"pin": pin, "certificates": chain})
+        said[pin] = next(c.line for c in doctor.run(rider).checks if c.check == "pin")
+        rider.close()
+    app.close()
+    assert said[PIN] == "accepted"
+    assert "not proven" in said["99999999"]
 
 
 @pytest.mark.parametrize(

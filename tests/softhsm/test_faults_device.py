@@ -6,24 +6,29 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient, connect
 from hsmtoll.app import App
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
+from hsmtoll.testing.identity import eseal, introduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from hsmtoll.hsm.device import Device
+    from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.softhsm import SoftHsm
 
 _T = TypeVar("_T")
 DATA = SigningInput(b"header.payload")
@@ -195,6 +200,48 @@ def test_where_the_public_half_is_hidden_the_first_grant_proves_the_leaf(
     assert toll_client.token("road").value
     # The grant's own signature is the proof: none was made for it.
     assert toll_faults.count("C_SignInit") == 1
+
+
+@pytest.fixture(scope="module")
+def twin(toll_softhsm: SoftHsm) -> ThrowAway:
+    """An eSeal beside which lies a newer one of another key, under the same name and id."""
+    made = eseal(toll_softhsm, label="twin")
+    assert made.authority is not None
+    key = rsa.generate_private_key(65537, 2048).public_key()
+    other = made.authority.issue(key, not_before=datetime.now(UTC) - timedelta(minutes=1))
+    assert other.not_valid_before_utc > made.chain[0].not_valid_before_utc
+    der = other.public_bytes(Encoding.DER)
+    toll_softhsm.store_certificate(der, label="twin", key_id=b"twin")
+    return made
+
+
+@pytest.mark.parametrize(("hidden", "signatures"), [(False, 1), (True, 2)])
+def test_a_leaf_that_was_guessed_wrongly_is_corrected_by_the_first_signature(
+    twin: ThrowAway,
+    toll_settings: Settings,
+    toll_sandbox: Sandbox,
+    toll_faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    hidden: bool,
+    signatures: int,
+) -> None:
+    del toll_settings
+    for name, value in {**twin.environ(), **toll_faults.environ()}.items():
+        monkeypatch.setenv(name, value)
+    introduce(toll_sandbox, twin)
+    if hidden:
+        toll_faults.set("hidden-modulus")
+
+    with connect() as client:
+        assert client.token("road").value
+        assert toll_faults.count("C_SignInit") == signatures
+        # What was learned stays: the next token costs one signature.
+        assert client.token("air").value
+        assert toll_faults.count("C_SignInit") == signatures + 1
+    done = _sign()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert toll_faults.count("C_SignInit") == 2 * signatures + 1
 
 
 def _when_back(ask: Callable[[], _T]) -> _T:

@@ -23,6 +23,7 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.lab import listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -325,7 +326,7 @@ def served(own: SoftHsm, socket: Path) -> Iterator[None]:
     )
     try:
         end = time.monotonic() + 30
-        while not socket.exists():
+        while not listens(socket):
             assert time.monotonic() < end
             time.sleep(0.01)
         yield

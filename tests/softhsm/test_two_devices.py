@@ -16,6 +16,7 @@ import pytest
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.identity import ThrowAway, eseal
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.lab import listens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +92,7 @@ def test_on_one_redis(twins: Twins, tmp_path: Path) -> None:
         stdout=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        while not socket.exists():
+        while not listens(socket):
             assert server.poll() is None
             time.sleep(0.02)
         proven(twins, f"unix://{socket}")
