@@ -324,10 +324,12 @@ class App:
     def engine(self) -> Engine:
         """The renewal, with the signer of these settings."""
         _ = self.family, self.endpoints
-        return self.engine_with(self.signer)
+        # What a command finds in the cache needs no signer, nor the libraries behind one.
+        made = None if self.one_shot else self.signer
+        return self.engine_with(lambda: made or self.signer)
 
-    def engine_with(self, signer: Signer) -> Engine:
-        """The renewal, with *signer*."""
+    def engine_with(self, signer: Callable[[], Signer]) -> Engine:
+        """The renewal, with what *signer* makes."""
         from hsmtoll.cache import Cache
         from hsmtoll.renewal import Engine
 

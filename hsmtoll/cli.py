@@ -254,7 +254,7 @@ def exchange(ours: _Globals, *, as_json: bool) -> None:
         )
     raw = sys.stdin.buffer.read(_LARGEST_ASSERTION + 1)
     handed = SpentOnce(raw.decode("ascii", "replace").strip(), audience=audience)
-    engine = app.engine_with(handed)
+    engine = app.engine_with(lambda: handed)
     subject = engine.granted(handed.spend())
     if handed.scope == catalogue.SELF_TEST_SCOPE:
         raise engine.self_test()

@@ -64,7 +64,7 @@ class Engine:
 
     def __init__(
         self,
-        signer: Signer,
+        signer: Callable[[], Signer],
         *,
         endpoints: Endpoints,
         wire: Callable[[], Wire],
@@ -78,7 +78,6 @@ class Engine:
         default: TokenRequest | None = None,
         identity_file: Path | None = None,
     ) -> None:
-        self.signer = signer
         self.endpoints = endpoints
         self.cache = cache
         self.clock = clock
@@ -87,6 +86,7 @@ class Engine:
         self.signatures = 0
         #: Legs by name and outcome: a status, or the code of what went wrong before one.
         self.legs: Counter[tuple[str, str]] = Counter()
+        self._signer = signer
         self._wire = wire
         self._budget = budget
         self._selector = selector
@@ -96,6 +96,11 @@ class Engine:
         self._identity = Remembered(identity_file)
         self._requests: dict[str | None, TokenRequest] = {}
         self._counting = threading.Lock()
+
+    @cached_property
+    def signer(self) -> Signer:
+        """Who signs; made when a token has to be."""
+        return self._signer()
 
     @cached_property
     def wire(self) -> Wire:

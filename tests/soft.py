@@ -125,7 +125,7 @@ def engine_of(
     skew = Skew(skew_file)
     signer = SoftSigner(sandbox.issuer, clock=clock, skew=skew, hold=hold)
     engine = Engine(
-        signer,
+        lambda: signer,
         endpoints=endpoints_of(sandbox),
         wire=lambda: Wire(ca_file=sandbox.ca_file, **wire),
         cache=Cache(store, clock, patience=patience, background=background),

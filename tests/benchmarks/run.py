@@ -113,8 +113,9 @@ class Stage:
         return sum(float(each.communicate(f"{self.device.pin}\n")[0]) for each in running)
 
     def command(self, *argv: str, **environ: str) -> float:
-        """Seconds of one command."""
-        full = {**os.environ, **environ}
+        """Seconds of one command, with bytecode beside the sources as an installation has it."""
+        full = {**os.environ, "PYTHONPYCACHEPREFIX": str(self.folder / "bytecode"), **environ}
+        full.pop("PYTHONDONTWRITEBYTECODE", None)
         return seconds_of(
             lambda: subprocess.run(argv, env=full, check=True, stdout=subprocess.DEVNULL)
         )
@@ -262,6 +263,7 @@ def commands(stage: Stage) -> list[Row]:
     python = sys.executable
     cache = {"HSMTOLL_CACHE": f"file://{stage.folder}/cache"}
     stage.command(python, "-m", "hsmtoll", "token", "road", **cache)
+    stage.command(python, "-c", "import click, pydantic_settings")
     warm = turns(
         lambda: stage.command(python, "-m", "hsmtoll", "token", "road", **cache) * 1000,
         lambda: stage.command(python, "-c", "import click, pydantic_settings") * 1000,

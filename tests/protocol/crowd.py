@@ -101,7 +101,7 @@ def main() -> int:
     clock, skew = SystemClock(), Skew()
     kept = store(clock)
     engine = Engine(
-        Signer(skew, clock),
+        lambda: Signer(skew, clock),
         endpoints=Endpoints(ORDER["issuer"], ORDER["token"], ORDER["customs"]),
         wire=lambda: Stopping(ca_file=Path(ORDER["ca_file"])),
         cache=Cache(kept, clock, patience=ORDER.get("patience", 60), background=False),
