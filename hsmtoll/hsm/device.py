@@ -199,6 +199,7 @@ class Device:
     ) -> None:
         self.module_path = module_path
         self.uri = uri
+        self._name = foreign(uri)
         self._pin = pin
         self._signing_pin = signing_pin if signing_pin is not pin else None
         self._ledger = ledger
@@ -362,7 +363,7 @@ class Device:
     @contextlib.contextmanager
     def _speaking(self, doing: str) -> Iterator[None]:
         try:
-            with speaking(f"{doing} ({foreign(self.uri)})"):
+            with speaking(f"{doing} ({self._name})"):
                 yield
         except BaseException:
             self._drop()

@@ -110,6 +110,8 @@ class Module:
 
 
 _opened: dict[str, Module] = {}
+# The real file behind a path that was given, as long as that module is open.
+_real: dict[Path, str] = {}
 _inherited: dict[str, Module] = {}
 # When each was ended because nothing else helped.
 _ended: dict[str, float] = {}
@@ -122,8 +124,7 @@ def opened(path: Path) -> Module:
     Raises ConfigurationError (``module-path``) for a path that is not one, DeviceError
     (``module-load``, ``forked``) for what happens behind it.
     """
-    # Two paths of one file are one library, which can be initialised only once.
-    name = str(path.resolve()) if path.is_absolute() else str(path)
+    name = _name(path)
     if name in _opened:
         return _opened[name]
     if name in _inherited:
@@ -139,6 +140,14 @@ def opened(path: Path) -> Module:
     return _opened[name]
 
 
+def _name(path: Path) -> str:
+    # Two paths of one file are one library, which can be initialised only once.
+    known = _real.get(path)
+    if known is None or known not in _opened:
+        known = _real[path] = str(path.resolve()) if path.is_absolute() else str(path)
+    return known
+
+
 def current(module: Module) -> bool:
     """Whether *module* is still what this process uses: no fork, no restart since."""
     return _opened.get(module.path) is module
@@ -149,7 +158,7 @@ def restart(path: Path) -> None:
     End the module, so that the next call initialises it again; every handle on it is void.
     Call it with `GATE` held.
     """
-    module = _opened.pop(str(path.resolve()), None)
+    module = _opened.pop(_name(path), None)
     if module is not None:
         # Some answer "not initialised" where the other side died; it is what was wanted.
         with contextlib.suppress(PKCS11Error):
@@ -158,7 +167,7 @@ def restart(path: Path) -> None:
 
 def loaded(path: Path) -> Module | None:
     """The module at *path* if this process has it open."""
-    return _opened.get(str(path.resolve()))
+    return _opened.get(_name(path))
 
 
 def restarted(module: Module, *, now: float, pause: float) -> bool:
