@@ -33,24 +33,27 @@ class _Bearing(httpx.Auth):
     def __init__(self, engine: Engine, request: TokenRequest) -> None:
         self._engine = engine
         self._request = request
-        self._origin = _origin(httpx.URL(engine.endpoints.customs))
+        url = httpx.URL(engine.endpoints.customs)
+        self._origin = _origin(url)
+        self._spelled = url.scheme, url.netloc
 
     def _check(self, request: httpx.Request) -> None:
         """Before a token is asked for: is this Customs, and the request as we would send it?"""
-        if _origin(request.url) != self._origin:
+        url, netloc = request.url, request.url.netloc
+        if (url.scheme, netloc) != self._spelled and _origin(url) != self._origin:
             raise ConfigurationError(
                 f"call to {foreign(request.url.host)}: the token is for {self._origin[1]} alone",
                 hint="use a client of your own for other hosts",
                 code="foreign-origin",
             )
-        given = request.headers.get("authorization")
+        given, host = request.headers.get("authorization"), request.headers.get("host", "")
         # A request may be sent twice: what it carries then is ours.
         if given is not None and given != request.extensions.get(_OURS):
             raise UsageError(
                 "call: it has an Authorization header of its own",
                 hint="leave it out; hsmtoll sets it",
             )
-        if request.headers.get("host", "").lower() != request.url.netloc.decode("ascii").lower():
+        if host.lower() != netloc.decode("ascii").lower():
             raise UsageError(
                 "call: it has a Host header of its own",
                 hint="leave it out; it would send the token to another server behind the address",

@@ -54,8 +54,11 @@ class Flight:
     waiting: int = 0
     outcome: AccessToken | BaseException | None = None
     landed: threading.Event = field(default_factory=threading.Event)
-    # One future a loop, however many tasks wait in it.
-    loops: dict[asyncio.AbstractEventLoop, asyncio.Future[None]] = field(default_factory=dict)
+    # The futures of the tasks that wait in a loop, one each, so that each can be cancelled
+    # alone; None once they were woken.
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
+        default_factory=dict
+    )
 
 
 class Source(Protocol):
@@ -151,7 +154,7 @@ class Cache:
             flight, token, led = self._join(request, source, wish)
             if flight is not None:
                 try:
-                    await asyncio.shield(self._in_loop(flight, asyncio.get_running_loop()))
+                    await self._landing(flight, asyncio.get_running_loop())
                 finally:
                     self._leave(flight)
                 token = self._settled(request, flight, wish, led=led)
@@ -235,12 +238,12 @@ class Cache:
             elif isinstance(outcome, HsmTollError):
                 self._rest(request, outcome)
             flight.outcome = outcome
-            loops = list(flight.loops.items())
+            loops = list(flight.loops)
         flight.landed.set()
-        for loop, future in loops:
+        for loop in loops:
             # A loop that was closed has nobody left in it.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_wake, future)
+                loop.call_soon_threadsafe(self._wake, flight, loop)
         if isinstance(outcome, HsmTollError) and self.living(request) is not None:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
@@ -315,20 +318,26 @@ class Cache:
         # Who joins late waits no longer than who came first: a flight that hangs is told at once.
         return max(0.05, flight.started + self._patience - self._clock.now().boot)
 
-    def _in_loop(self, flight: Flight, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+    def _landing(self, flight: Flight, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """A future of one task's own, done when the flight has landed or took too long."""
+        future = loop.create_future()
         with self._guard:
-            future = flight.loops.get(loop)
-            if future is None:
-                future = flight.loops[loop] = loop.create_future()
-                loop.call_later(self._patience_left(flight), _wake, future)
-                if flight.outcome is not None:
-                    _wake(future)
-            return future
+            if loop not in flight.loops:
+                flight.loops[loop] = []
+                loop.call_later(self._patience_left(flight), self._wake, flight, loop)
+            waiting = flight.loops[loop]
+            if waiting is None or flight.outcome is not None:
+                future.set_result(None)
+            else:
+                waiting.append(future)
+        return future
 
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+    def _wake(self, flight: Flight, loop: asyncio.AbstractEventLoop) -> None:
+        with self._guard:
+            waiting, flight.loops[loop] = flight.loops[loop], None
+        for future in waiting or ():
+            if not future.done():
+                future.set_result(None)
 
 
 def _remembered_for(exc: HsmTollError) -> float:
