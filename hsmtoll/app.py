@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.remote import Hosts
     from hsmtoll.renewal import Engine
     from hsmtoll.signer import Lineage, LocalSigner, Signer
     from hsmtoll.stores import Store
@@ -274,11 +275,57 @@ class App:
 
     @cached_property
     def signer(self) -> Signer:
-        """The devices of HSMTOLL_HSM__KEY, the first usable one first."""
+        """The signing host of HSMTOLL_SIGNER__URL, or the first usable key of HSMTOLL_HSM__KEY."""
+        if self.settings.signer.url:
+            return self._remote()
         from hsmtoll.signer import FirstUp
 
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FirstUp(signers)
+
+    def hosts(self) -> Hosts:
+        """The signing hosts of HSMTOLL_SIGNER__URL, in order."""
+        from hsmtoll.remote import Hosts, SigningHost
+
+        settings = self.settings
+        of_each = settings.deadline / len(settings.signer.url)
+        return Hosts(
+            [
+                SigningHost(
+                    url,
+                    settings.signer,
+                    clock=self.clock,
+                    ca_file=settings.ca_file,
+                    timeout=settings.timeout,
+                    # One that trickles leaves time for the others before callers give up.
+                    deadline=of_each,
+                )
+                for url in settings.signer.url
+            ],
+            self.clock,
+        )
+
+    def _remote(self) -> Signer:
+        from hsmtoll.proof import Expected
+        from hsmtoll.remote import RemoteSigner, RemoteTokens
+
+        settings = self.settings
+        profile = settings.signer.profile or ""
+        if settings.signer.mode == "token":
+            return RemoteTokens(self.hosts(), profile=profile)
+        expected = Expected(
+            audience=self.endpoints.issuer,
+            family=self.family,
+            issuer=settings.iss,
+            kid=settings.kid,
+            public_key=self._public_key(),
+            organization=settings.signer.organization,
+            root_sha256=settings.hsm.root_sha256,
+            certificate_sha256=settings.hsm.certificate_sha256,
+        )
+        return RemoteSigner(
+            self.hosts(), profile=profile, expected=expected, clock=self.clock, skew=self.skew
+        )
 
     def local_signer(self, device: Device) -> LocalSigner:
         """The signer of one device."""

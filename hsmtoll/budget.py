@@ -10,19 +10,31 @@ import json
 import threading
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.errors import TryAgainLater
+from hsmtoll.errors import HsmTollError, TryAgainLater
 from hsmtoll.stores import name_of
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
+    from hsmtoll.signer import Signer
     from hsmtoll.stores import Store
+    from hsmtoll.tokens import TokenRequest
 
-__all__ = ["Budget"]
+__all__ = ["UNSPENT", "Budget"]
 
 _HOUR: Final = 3600.0
 
 #: Seconds that another machine's clock may be ahead and its signatures still count.
 _AHEAD: Final = 300.0
+
+#: Codes of errors that say that nothing was signed: who was refused, or met nobody, spent nothing.
+UNSPENT: Final = frozenset(
+    {
+        "audit-broken", "bad-request", "budget", "busy", "caller-untrusted", "device-down",
+        "host-peer",
+        "host-untrusted", "host-version", "policy-denied", "quota-exceeded", "refused",
+        "socket-access", "socket-unsafe", "stopped", "unknown-host", "unreachable",
+    }
+)  # fmt: skip
 
 
 class Budget:
@@ -34,6 +46,34 @@ class Budget:
         self._per_hour = per_hour
         self._guard = threading.Lock()
         self._own: dict[str, list[float]] = {}
+
+    def assertion(self, signer: Signer, request: TokenRequest, *, identity: str) -> str:
+        """
+        One assertion of *signer*, counted for *identity* before it is asked for, and given back
+        where it says that it signed nothing. Raises as `spend` and the signer do.
+        """
+        self.spend(identity)
+        try:
+            return signer.assertion(request)
+        except HsmTollError as exc:
+            if exc.code in UNSPENT:
+                self._give_back(identity)
+            raise
+
+    def _give_back(self, identity: str) -> None:
+        key = name_of("budget", identity)
+        with self._guard, self._store.lock(key, patience=2.0):
+            kept = self._store.get(key)
+            shared = _times(kept.value) if kept else []
+            own = self._own.get(key, [])
+            # The one taken last here; another process may have counted its own meanwhile.
+            last = own[-1] if own else None
+            if last is None:
+                return
+            self._own[key] = own[:-1]
+            if last in shared:
+                shared.remove(last)
+                self._store.put(key, json.dumps(shared).encode(), ttl=_HOUR)
 
     def spend(self, identity: str) -> None:
         """Count one signature of *identity*; TryAgainLater if the hour's are spent."""

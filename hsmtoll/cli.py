@@ -21,9 +21,12 @@ import click
 from hsmtoll import apis as catalogue
 from hsmtoll.errors import (
     ApiRefused,
+    AuditBroken,
+    ConfigurationError,
     DeviceError,
     ExchangeRefused,
     HsmTollError,
+    PolicyDenied,
     UsageError,
     foreign,
 )
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import KeyFacts
     from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.settings import Settings
 
 __all__ = ["main", "run"]
 
@@ -108,11 +112,15 @@ class _Globals:
     config: str | None
     profile: str | None
 
-    def app(self, *, use_final_try: bool = False) -> App:
-        from hsmtoll.app import App
+    def settings(self) -> Settings:
         from hsmtoll.settings import load
 
-        settings = load(config=self.config, profile=self.profile)
+        return load(config=self.config, profile=self.profile)
+
+    def app(self, *, use_final_try: bool = False) -> App:
+        from hsmtoll.app import App
+
+        settings = self.settings()
         if settings.environment != "sandbox" and settings.hsm.pin is not None:
             logging.getLogger("hsmtoll").warning(
                 "HSMTOLL_HSM__PIN: every child process and crash report sees the environment; "
@@ -224,15 +232,14 @@ def sign(ours: _Globals, *, what: str | None, named: str | None, use_final_try: 
     app = ours.app(use_final_try=use_final_try)
     request = app.engine.request(_one(what, named))
     try:
-        app.budget.spend(app.signer.identity())
+        signer = app.signer
         try:
-            assertion = app.signer.assertion(request)
+            assertion = app.budget.assertion(signer, request, identity=signer.identity())
         except HsmTollError as exc:
             if exc.code != "leaf-guessed":
                 raise
             # The signature showed which certificate it is; the next one is for that.
-            app.budget.spend(app.signer.identity())
-            assertion = app.signer.assertion(request)
+            assertion = app.budget.assertion(signer, request, identity=signer.identity())
         click.echo(assertion)
     finally:
         app.close()
@@ -753,6 +760,144 @@ def list_apis() -> None:
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         click.echo("  ".join([*cells, row[3]]))
+
+
+@main.command()
+@click.pass_obj
+def serve(ours: _Globals) -> int:
+    """
+    Run the signing host: named callers get grants or tokens, as the policy says.
+
+    Until SIGTERM. SIGHUP reads policy and certificates again.
+    """
+    try:
+        from hsmtoll.host import server
+    except ImportError as exc:
+        raise UsageError(
+            "serve: its server is not installed", hint="pip install 'hsmtoll[host]'"
+        ) from exc
+    settings = ours.settings()
+    return server.serve(settings, config=ours.config, profile=ours.profile)
+
+
+@main.group()
+def policy() -> None:
+    """What the signing host's policy says."""
+
+
+@policy.command("test")
+@click.option("--profile", required=True, metavar="P", help="The profile asked for.")
+@click.option("--mode", type=click.Choice(["grant", "token"]), help="Default: both are told.")
+@click.argument("caller")
+@click.argument("scope", metavar="API|SCOPE")
+@click.pass_obj
+def policy_test(ours: _Globals, *, profile: str, mode: str | None, caller: str, scope: str) -> int:
+    """
+    Explain the verdict on CALLER (uid:N, gid:N, san:dns:NAME, san:uri:URI), with the line of
+    HSMTOLL_HOST__POLICY that decides. Leaves with 90 if nothing is allowed.
+    """
+    from hsmtoll.host.brake import needed
+    from hsmtoll.host.policy import explain
+
+    path = needed(ours.settings().host.policy, "policy")
+    verdicts = explain(path, profile, caller, scope)
+    told = {each: verdicts[each] for each in verdicts if mode in (None, each)}
+    for each, (_, said) in told.items():
+        click.echo(f"{each}: {said}")
+    return 0 if any(allowed for allowed, _ in told.values()) else PolicyDenied.exit_code
+
+
+@main.group()
+def audit() -> None:
+    """The signing host's log of what was signed for whom."""
+
+
+@audit.command("verify")
+@click.option("--public-key", required=True, type=_file, help="Of the audit key (PEM).")
+@click.option("--head", metavar="SEQ:HASH", help="From a reply or the system log.")
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
+    """
+    Look for the first record that was changed, removed, reordered or cut off.
+
+    Leaves with 91 if there is one. Intents without a result are named: there the host ended
+    between the two, or is signing at this moment.
+    """
+    from hsmtoll.host.audit import verify
+
+    report = verify(path, public_key, head)
+    if report.bad is not None:
+        raise AuditBroken(
+            f"audit {foreign(path)}: {report.bad}",
+            hint="keep it as evidence; the records before are as they were written",
+            code="audit-broken",
+        )
+    click.echo(f"{report.seq} records, as they were written; head {report.seq}:{report.head}")
+    click.echo(
+        f"anchored up to record {report.sealed}"
+        + ("" if head else "; what was cut off after it shows with --head alone")
+    )
+    for seq in report.open_intents:
+        click.echo(f"record {seq}: an intent without a result")
+
+
+_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+
+
+@audit.command("list")
+@click.option("--caller", metavar="NAME", help="uid:N, gid:N, san:dns:NAME or san:uri:URI.")
+@click.option("--profile", metavar="P")
+@click.option(
+    "--since", type=_moment, metavar="WHEN", help="2026-11-01 or 2026-11-01T08:00:00, UTC."
+)
+@click.option("--until", type=_moment, metavar="WHEN", help="Up to, and without, that moment.")
+@click.argument("path", type=click.Path(path_type=Path, exists=True), required=False)
+@click.pass_obj
+def audit_list(
+    ours: _Globals,
+    *,
+    caller: str | None,
+    profile: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    path: Path | None,
+) -> None:
+    """Print the records of a caller or profile, a JSON line each, of HSMTOLL_HOST__AUDIT_DIR."""
+    from hsmtoll.host.audit import list_records
+    from hsmtoll.host.brake import needed
+
+    place = path or needed(ours.settings().host.audit_dir, "audit_dir")
+    span = {"since": _utc(since), "until": _utc(until)}
+    for record in list_records(place, caller=caller, profile=profile, **span):
+        click.echo(json.dumps(record, separators=(",", ":")))
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+@main.command()
+@click.pass_obj
+def stop(ours: _Globals) -> None:
+    """Stop the signing host: nothing is signed or released from now on. Needs no host running."""
+    from hsmtoll.host.brake import stop, stop_file
+
+    path = stop_file(ours.settings())
+    click.echo(f"stopped: {path}" if stop(path) else f"stopped already: {path}")
+
+
+@main.command()
+@click.pass_obj
+def resume(ours: _Globals) -> None:
+    """Let the signing host go on."""
+    from hsmtoll.host.brake import resume, stop_file, stopped_by
+
+    path = stop_file(ours.settings())
+    was = resume(path)
+    why = stopped_by(path)
+    if why is not None:
+        raise ConfigurationError(f"resume: still stopped: {why}", hint=f"look at {path.parent}")
+    click.echo(f"resumed: {path}" if was else f"was not stopped: {path}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from hsmtoll import apis, exchange
+from hsmtoll.budget import UNSPENT
 from hsmtoll.clock import offset_of
 from hsmtoll.errors import (
     ClockError,
@@ -136,12 +137,26 @@ class Engine:
 
     def key(self, request: TokenRequest) -> str:
         """The key of the store; the device is asked who it is if nobody knows yet."""
-        identity = self._identity.read()
-        if identity is None:
-            identity = self.signer.identity()
-            self._identity.write(identity)
+        identity = self._identity.read() or self._met()
         consumer = f"for {request.consumer_org}"
         return name_of(self._selector, identity, request.scope, *request.resource, consumer)
+
+    def _met(self) -> str:
+        """Who will sign; remembered if that is certain before it has signed."""
+        from hsmtoll.signer import Elsewhere  # noqa: PLC0415 - it is there if anything signs
+
+        identity = self.signer.identity()
+        if not isinstance(self.signer, Elsewhere):
+            self._identity.write(identity)
+        return identity
+
+    def _shown(self) -> None:
+        """Remember who signed, where only that showed it."""
+        from hsmtoll.signer import Elsewhere  # noqa: PLC0415 - see above
+
+        signer = self.signer
+        if isinstance(signer, Elsewhere) and (identity := signer.shown()) is not None:
+            self._identity.write(identity)
 
     def renewed(self, request: TokenRequest, flight: Flight) -> AccessToken:
         """A new token, in as many attempts as the budget of a request allows."""
@@ -175,13 +190,24 @@ class Engine:
 
     def _attempt(self, request: TokenRequest, flight: Flight) -> AccessToken:
         """One grant, new from the ground: jti, signature, both legs (PROTOCOL C06, C12)."""
-        flight.doing = "signing"
-        identity = self.signer.identity()
-        self._identity.write(identity)
-        self._budget.spend(identity)
-        with self._counting:
-            self.signatures += 1
-        assertion = self.signer.assertion(request)
+        from hsmtoll.signer import Elsewhere, TokenSource  # noqa: PLC0415 - see above
+
+        signer = self.signer
+        if isinstance(signer, TokenSource):
+            flight.doing = "the signing host"
+            asked = self.clock.now()
+            given = signer.issued(request)
+            self._shown()
+            return AccessToken(given.value, request.scope, asked, given.expires_in)
+        flight.doing = "the signing host" if isinstance(signer, Elsewhere) else "signing"
+        identity = self._met()
+        try:
+            assertion = self._budget.assertion(signer, request, identity=identity)
+        except HsmTollError as exc:
+            self._count(0 if exc.code in UNSPENT else 1)
+            raise
+        self._count(1)
+        self._shown()
         asked = self.clock.now()
         flight.doing = "Maskinporten"
         subject = self.granted(assertion)
@@ -191,6 +217,10 @@ class Engine:
         issued = self.exchanged(subject)
         lifetime = min(issued.expires_in, subject.expires_in)
         return AccessToken(issued.value, request.scope, asked, lifetime)
+
+    def _count(self, signatures: int) -> None:
+        with self._counting:
+            self.signatures += signatures
 
     @staticmethod
     def self_test() -> ExchangeRefused:

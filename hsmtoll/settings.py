@@ -14,7 +14,7 @@ import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -121,7 +121,7 @@ class SignerHost(_Group):
     client_cert: Path | None = None
     client_key: Path | None = None
     ca_file: Path | None = None
-    uid: int | None = None
+    uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
     organization: _Text | None = None
 
 
@@ -139,6 +139,9 @@ class Host(_Group):
     stop_file: Path | None = None
     metrics: _Text | None = None
     workers: Annotated[int, Field(ge=1, le=64)] = 1
+    client_crl: Path | None = None
+    # "unchecked" is for machines whose clock is kept by what the kernel does not know of.
+    clock: Literal["synchronised", "unchecked"] = "synchronised"
 
 
 class Settings(BaseSettings):
@@ -423,18 +426,94 @@ def _consistent(settings: Settings) -> None:
             "HSMTOLL_HSM__MODULE: an absolute path is expected",
             hint="a module is code: it is never looked for in the working directory",
         )
-    if settings.signer.url:
-        # Signing here although the user asked for another host would be worse than an error.
-        raise ConfigurationError(
-            "HSMTOLL_SIGNER__URL: the signing host is not part of this version",
-            hint="unset it to sign on a local device; `ssh HOST hsmtoll sign | hsmtoll exchange` "
-            "signs on another host",
-            code="not-in-this-version",
-        )
+    _check_signer(settings)
     _check_endpoints(settings)
     _check_proxy(settings)
     if settings.cache is not None:
         _check_cache(settings.cache.get_secret_value(), settings.cache_key_file)
+
+
+#: Bytes of a Unix socket's path (unix(7): sun_path without its end).
+_SOCKET_PATH: Final = 107
+
+
+def _check_signer(settings: Settings) -> None:
+    """A signing host: its addresses, and that every check asked for can be made."""
+    signer = settings.signer
+    if not signer.url:
+        given = [variable("signer", name) for name in signer.model_fields_set if name != "url"]
+        if given:
+            # Signing here although another host was meant would be worse than an error.
+            raise ConfigurationError(
+                f"{', '.join(sorted(given))}: there is no HSMTOLL_SIGNER__URL",
+                hint="set it to unix:///PATH or https://HOST:PORT, or unset these to sign here",
+                code="signer-incomplete",
+            )
+        return
+    schemes = {_signer_scheme(url) for url in signer.url}
+    if len(set(signer.url)) < len(signer.url):
+        raise ConfigurationError("HSMTOLL_SIGNER__URL: the same signing host is named twice")
+    for wrong, what, hint in (
+        (
+            signer.profile is None,
+            "HSMTOLL_SIGNER__PROFILE: required with HSMTOLL_SIGNER__URL",
+            "the name of a profile in the signing host's policy; its custodian knows it",
+        ),
+        (
+            "https" in schemes and signer.client_cert is None,
+            "HSMTOLL_SIGNER__CLIENT_CERT: required with a signing host over https",
+            "PEM, the key in it or in HSMTOLL_SIGNER__CLIENT_KEY: it knows callers by that",
+        ),
+        (
+            signer.client_key is not None and signer.client_cert is None,
+            "HSMTOLL_SIGNER__CLIENT_KEY: there is no HSMTOLL_SIGNER__CLIENT_CERT to it",
+            "set both, or neither",
+        ),
+        (
+            signer.uid is not None and "unix" not in schemes,
+            "HSMTOLL_SIGNER__UID: only a Unix socket tells the account at its other end",
+            "unset it; over https the certificate shows who answers",
+        ),
+        (
+            signer.organization is not None and signer.mode == "token",
+            "HSMTOLL_SIGNER__ORGANIZATION: a token does not show whose it is",
+            "unset it, or set HSMTOLL_SIGNER__MODE=grant, where the certificate shows it",
+        ),
+        (
+            signer.organization is not None and settings.kid is not None,
+            "HSMTOLL_SIGNER__ORGANIZATION and HSMTOLL_KID: a kid does not show whose key it is",
+            "unset one of them",
+        ),
+    ):
+        if wrong:
+            raise ConfigurationError(what, hint=hint, code="signer-incomplete")
+
+
+def _signer_scheme(url: str) -> str:
+    name = "HSMTOLL_SIGNER__URL"
+    hint = "unix:///PATH or https://HOST:PORT; several with white space between"
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigurationError(f"{name}: not a URL", hint=hint) from None
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ConfigurationError(f"{name}: neither user nor query is expected", hint=hint)
+    if parts.scheme == "unix":
+        path = unquote(parts.path)
+        if parts.netloc or not path.startswith("/") or path.endswith("/") or "\0" in path:
+            raise ConfigurationError(
+                f"{name}: three slashes and an absolute path are expected", hint=hint
+            )
+        if len(os.fsencode(path)) > _SOCKET_PATH:
+            raise ConfigurationError(
+                f"{name}: the path of a socket has {_SOCKET_PATH} bytes at most",
+                hint="choose a shorter one, such as /run/hsmtoll/socket",
+            )
+    elif parts.scheme == "https" and parts.hostname and parts.path in ("", "/"):
+        _port(name, url)
+    else:
+        raise ConfigurationError(f"{name}: not the address of a signing host", hint=hint)
+    return parts.scheme
 
 
 def _check_endpoints(settings: Settings) -> None:

@@ -32,10 +32,21 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
+    from hsmtoll.exchange import Issued
     from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
     from hsmtoll.tokens import TokenRequest
 
-__all__ = ["FirstUp", "Lineage", "LocalSigner", "SecondChoice", "Signer", "SpentOnce", "readable"]
+__all__ = [
+    "Elsewhere",
+    "FirstUp",
+    "Lineage",
+    "LocalSigner",
+    "SecondChoice",
+    "Signer",
+    "SpentOnce",
+    "TokenSource",
+    "readable",
+]
 
 _log = logging.getLogger("hsmtoll.signer")
 
@@ -57,6 +68,25 @@ class Signer(Protocol):
 
     def assertion(self, request: TokenRequest) -> str:
         """One assertion for *request*, new jti and new signature each time."""
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """
+    A signer out of sight: who it is shows in what it made, and before that ``identity`` is a
+    stand-in, which is good for a look into the store and never remembered.
+    """
+
+    def shown(self) -> str | None:
+        """The identity that was shown last; ``None`` before there was one."""
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """A signer that goes on alone to the Customs token, and gives no assertions."""
+
+    def issued(self, request: TokenRequest) -> Issued:
+        """A token for *request*, and the seconds that it has left."""
 
 
 @runtime_checkable

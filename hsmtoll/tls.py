@@ -1,5 +1,5 @@
 """
-The one TLS context of ours: whom this machine trusts, and what the user adds.
+The TLS contexts of ours: whom this machine trusts, and what the user adds.
 
 Made by hand and in one place, so that no library's default (a key log, an older version, a
 certificate that is not checked) slips in.
@@ -15,7 +15,7 @@ from hsmtoll.errors import ConfigurationError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["client_context"]
+__all__ = ["client_context", "host_context"]
 
 
 def client_context(ca_file: Path | None) -> ssl.SSLContext:
@@ -36,4 +36,40 @@ def client_context(ca_file: Path | None) -> ssl.SSLContext:
                 f"HSMTOLL_CA_FILE {ca_file}: cannot be read as PEM certificates",
                 hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
             ) from exc
+    return context
+
+
+def host_context(
+    *, ca_file: Path | None, more: Path | None, certificate: Path, key: Path | None
+) -> ssl.SSLContext:
+    """
+    For a signing host: TLS 1.3, certificate and host name verified, our own certificate shown.
+
+    *ca_file* alone is trusted where it is given; without it, the system's roots and *more*
+    (HSMTOLL_CA_FILE). *key* ``None`` means that it lies in *certificate*'s file. Raises
+    ConfigurationError for files that cannot be used.
+    """
+    if ca_file is None:
+        context = client_context(more)
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(cafile=ca_file)
+        except (OSError, ssl.SSLError) as exc:
+            raise ConfigurationError(
+                f"HSMTOLL_SIGNER__CA_FILE {ca_file}: cannot be read as PEM certificates",
+                hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
+            ) from exc
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        # A password of ours, so that OpenSSL asks for none on a terminal.
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ssl.SSLError) as exc:
+        where = f"HSMTOLL_SIGNER__CLIENT_CERT {certificate}"
+        if key is not None:
+            where += f" with HSMTOLL_SIGNER__CLIENT_KEY {key}"
+        raise ConfigurationError(
+            f"{where}: cannot be used as a certificate and its key",
+            hint="both are PEM, the key is the certificate's own and not encrypted",
+        ) from exc
     return context

@@ -10,24 +10,39 @@ import contextlib
 import http.cookiejar
 import ipaddress
 import socket
+import ssl
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import httpx
 
 from hsmtoll import exchange, tls
-from hsmtoll.errors import ConfigurationError, NetworkError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, NetworkError, foreign
 
 if TYPE_CHECKING:
-    import ssl
+    from collections.abc import Callable
     from pathlib import Path
 
     from hsmtoll.exchange import Answer, Post
 
-__all__ = ["Wire"]
+__all__ = ["Door", "Wire"]
 
 #: Bytes. An answer of a token endpoint is some kilobytes; more is not one (DESIGN 4.14).
 _LARGEST: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """
+    A way that is not the Internet's: over a Unix socket (*uds*, its path), or with a TLS *context*
+    of its own. *meet* is shown the connection before a byte is sent on it, and raises where it does
+    not like what it sees.
+    """
+
+    uds: Path | None = None
+    context: Callable[[], ssl.SSLContext] | None = None
+    meet: Callable[[socket.socket], None] | None = None
 
 
 class Wire:
@@ -35,7 +50,7 @@ class Wire:
     How bytes travel: one leg a call, no redirects, no cookies, one total deadline.
 
     *timeout* bounds each wait for the network, in seconds; *deadline* bounds the whole leg.
-    *proxy* is a URL, ``environment``, or ``None`` for none.
+    *proxy* is a URL, ``environment``, or ``None`` for none. *door* replaces the usual way.
     """
 
     def __init__(
@@ -45,11 +60,13 @@ class Wire:
         proxy: str | None = None,
         timeout: float = 10.0,
         deadline: float = 60.0,
+        door: Door | None = None,
     ) -> None:
         self._ca_file = ca_file
         self._proxy = proxy
         self._timeout = timeout
         self._deadline = deadline
+        self._door = door or Door()
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
 
@@ -57,7 +74,8 @@ class Wire:
         """Keyword arguments for every httpx client of ours, for tokens and for calls alike."""
         with self._lock:
             if self._context is None:
-                self._context = tls.client_context(self._ca_file)
+                made = self._door.context
+                self._context = made() if made else tls.client_context(self._ca_file)
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         named = self._proxy if self._proxy != "environment" else None
         if named is not None:
@@ -92,10 +110,18 @@ class Wire:
             post.leg,
             "POST",
             post.url,
-            guard=_Guard(self._deadline),
+            guard=self._guard(post.leg),
             data=dict(post.form),
             headers={"accept": "application/json", "accept-encoding": "identity"},
         )
+
+    def tell(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
+        """Send *value* as JSON and read the answer; as post otherwise."""
+        said = {"accept": "application/json", "accept-encoding": "identity", **headers}
+        return self._sent(leg, "POST", url, guard=self._guard(leg), json=value, headers=said)
+
+    def _guard(self, leg: str, *, public: bool = False) -> _Guard:
+        return _Guard(self._deadline, public=public, leg=leg, meet=self._door.meet)
 
     def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
         """
@@ -114,7 +140,7 @@ class Wire:
         if named is not None and not named.is_global:
             raise _private(leg)
         # A proxy has a place of its own in the network; its address says nothing.
-        guard = _Guard(self._deadline, public=public and self._proxy is None, leg=leg)
+        guard = self._guard(leg, public=public and self._proxy is None)
         headers = {"accept": "*/*", "accept-encoding": "identity"}
         return self._sent(leg, "GET", url, guard=guard, headers=headers)
 
@@ -122,7 +148,7 @@ class Wire:
         host = httpx.URL(url).host
         try:
             # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
-            with httpx.Client(**self.options()) as client, guard:
+            with httpx.Client(**self._options()) as client, guard:
                 built = client.build_request(
                     method, url, extensions={"trace": guard.trace}, **request
                 )
@@ -132,9 +158,18 @@ class Wire:
                 raise self._too_slow(leg, host)
             return answer
         except httpx.HTTPError as exc:
+            _close_left_open(exc)
             if guard.struck:
                 raise self._too_slow(leg, host) from exc
             raise _named(exc, leg, host, self._timeout) from exc
+
+    def _options(self) -> dict[str, Any]:
+        if self._door.uds is None:
+            return self.options()
+        # The context is asked for nothing on a Unix socket, and made empty because that is quick.
+        nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        transport = httpx.HTTPTransport(uds=str(self._door.uds), verify=nothing, trust_env=False)
+        return {**self.options(), "verify": nothing, "transport": transport}
 
     def _too_slow(self, leg: str, host: str) -> NetworkError:
         return NetworkError(
@@ -142,6 +177,19 @@ class Wire:
             hint="HSMTOLL_DEADLINE sets how long to wait",
             code="deadline",
         )
+
+
+def _close_left_open(exc: BaseException) -> None:
+    """httpcore forgets the Unix socket that nobody answered at (1.0): its frame still holds it."""
+    found: BaseException | None = exc
+    while found is not None:
+        step = found.__traceback__
+        while step is not None:
+            left = step.tb_frame.f_locals.get("sock")
+            if isinstance(left, socket.socket) and left.family == socket.AF_UNIX:
+                left.close()
+            step = step.tb_next
+        found = found.__cause__ or found.__context__
 
 
 def _private(leg: str) -> NetworkError:
@@ -173,6 +221,14 @@ def _read(response: httpx.Response, leg: str) -> Answer:
         return exchange.Answer(response.status_code, headers, bytes(body))
 
 
+#: Steps of httpcore that bring a socket.
+_CONNECTED: Final = (
+    "connect_tcp.complete",
+    "connect_unix_socket.complete",
+    "start_tls.complete",
+)
+
+
 class _Guard:
     """
     Ends a leg at its deadline, whatever it is busy with.
@@ -181,8 +237,16 @@ class _Guard:
     meets them all. So the socket itself is shut down under the reader.
     """
 
-    def __init__(self, seconds: float, *, public: bool = False, leg: str = "") -> None:
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        public: bool = False,
+        leg: str = "",
+        meet: Callable[[socket.socket], None] | None = None,
+    ) -> None:
         self.struck = False
+        self._meet = meet
         self._public = public
         self._leg = leg
         self._sockets: list[socket.socket] = []
@@ -198,9 +262,15 @@ class _Guard:
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         """Called by httpcore at each step; connecting is the one that brings a socket."""
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+        if event.endswith(_CONNECTED):
             found = info["return_value"].get_extra_info("socket")
             if isinstance(found, socket.socket):
+                if self._meet is not None:
+                    try:
+                        self._meet(found)
+                    except HsmTollError:
+                        found.close()
+                        raise
                 if self._public and not ipaddress.ip_address(found.getpeername()[0]).is_global:
                     # Asked of the connection itself: a name may resolve otherwise the next time.
                     found.close()

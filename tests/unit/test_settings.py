@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -261,9 +261,69 @@ def test_the_working_directory_is_never_looked_into(
     assert load().timeout == 10
 
 
-def test_a_signing_host_is_refused_instead_of_signing_here() -> None:
-    assert "HSMTOLL_SIGNER__URL" in str(refusal(signer__url="unix:///run/hsmtoll/socket"))
-    load(signer__profile="acme")
+_HOST: dict[str, Any] = {"signer__url": "unix:///run/hsmtoll/socket", "signer__profile": "acme"}
+_TLS: dict[str, Any] = {
+    "signer__url": "https://signer.example:8443",
+    "signer__profile": "acme",
+    "signer__client_cert": "/c.pem",
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "named"),
+    [
+        ({"signer__profile": "acme"}, _HOST, "HSMTOLL_SIGNER__URL"),
+        ({"signer__uid": 0}, {**_HOST, "signer__uid": 0}, "HSMTOLL_SIGNER__UID"),
+        ({"signer__url": "unix:///s"}, _HOST, "HSMTOLL_SIGNER__PROFILE"),
+        ({**_TLS, "signer__client_cert": None}, _TLS, "HSMTOLL_SIGNER__CLIENT_CERT"),
+        (
+            {**_HOST, "signer__client_key": "/k"},
+            {**_HOST, "signer__client_key": "/k", "signer__client_cert": "/c"},
+            "HSMTOLL_SIGNER__CLIENT_KEY",
+        ),
+        ({**_TLS, "signer__uid": 990}, {**_HOST, "signer__uid": 990}, "HSMTOLL_SIGNER__UID"),
+        (
+            {**_HOST, "signer__mode": "token", "signer__organization": "NTRSE-1"},
+            {**_HOST, "signer__mode": "grant", "signer__organization": "NTRSE-1"},
+            "HSMTOLL_SIGNER__ORGANIZATION",
+        ),
+        (
+            {**_HOST, "kid": "k", "signer__organization": "NTRSE-1"},
+            {**_HOST, "kid": "k"},
+            "HSMTOLL_SIGNER__ORGANIZATION",
+        ),
+        (
+            {**_HOST, "signer__url": "unix:///a unix:///a"},
+            {**_HOST, "signer__url": "unix:///a unix:///b"},
+            "HSMTOLL_SIGNER__URL",
+        ),
+    ],
+)
+def test_settings_of_a_signing_host_that_contradict_each_other_are_refused(
+    wrong: dict[str, Any], right: dict[str, Any], named: str
+) -> None:
+    assert load(**right).signer.profile == "acme"
+    refused = refusal(**{name: value for name, value in wrong.items() if value is not None})
+    assert named in str(refused)
+    assert refused.hint or "twice" in str(refused)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://host:1", "unix://host/s", "unix://s", "unix:///", "unix:///dir/", "https://",
+        "https://user@host", "https://host/path", "https://host?x=1", "https://host:99999", "/s",
+        "unix:///a#b", "https://[::1", "unix:///" + "a" * 108, "unix:///a%00b",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_of_a_signing_host_is_refused(url: str) -> None:
+    refused = refusal(**{**_TLS, "signer__url": url})
+    assert "HSMTOLL_SIGNER__URL" in str(refused)
+
+
+def test_every_address_of_a_signing_host_is_taken() -> None:
+    urls = "unix:///a%20b/s https://localhost https://[::1]:8443/ https://host:8443"
+    assert load(**{**_TLS, "signer__url": urls}).signer.url == tuple(urls.split())
 
 
 def test_every_setting_has_a_group_and_no_default_environment() -> None:

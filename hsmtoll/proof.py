@@ -1,0 +1,301 @@
+"""
+Whether a grant that was made elsewhere is the one that was asked for: claims, signature, time.
+
+Values only. Where it came from, and how, is not known here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from hsmtoll import chain as chains
+from hsmtoll.certificate import Certificate
+from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
+from hsmtoll.grant import LIFETIME, MIN_LEFT
+from hsmtoll.jws import ALGS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.tokens import TokenRequest
+
+__all__ = ["APART", "Expected", "Proof", "not_believed", "prove", "wrong_clock"]
+
+#: Seconds that a host's clock may be apart from Maskinporten's, as far as it is known here:
+#: Maskinporten itself takes no more (M53).
+APART: Final = 10.0
+
+#: Characters. An assertion with a chain of certificates is some ten kilobytes.
+_LARGEST: Final = 64 * 1024
+_CERTIFICATES: Final = 10
+
+_COMPACT: Final = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """
+    What every grant must show, whoever made it.
+
+    *audience* is the environment's issuer byte for byte. *issuer* (iss), *kid* (or
+    ``thumbprint``), *public_key*, *organization* (organizationIdentifier, or the Norwegian
+    organisation number) and the SHA-256s (hex) of root and leaf are compared where they are set.
+    """
+
+    audience: str
+    family: Identity
+    issuer: str | None = None
+    kid: str | None = None
+    public_key: RsaPublicKey | None = None
+    organization: str | None = None
+    root_sha256: str | None = None
+    certificate_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """
+    What a grant proved: *identity* is the SHA-256 (hex) of the leaf, or stands for the kid;
+    *organization* and *ends* (of the leaf's validity) are None with a kid.
+    """
+
+    identity: str
+    jti: str
+    organization: str | None = None
+    ends: datetime | None = None
+
+
+class _Unfit(Exception):
+    """Why a grant is not the one that was asked for; *code* is stable."""
+
+    def __init__(self, what: str, code: str) -> None:
+        super().__init__(what)
+        self.code = code
+
+
+def prove(
+    assertion: object,
+    request: TokenRequest,
+    expected: Expected,
+    *,
+    sent: float,
+    received: float,
+    name: str = "the signing host",
+) -> Proof:
+    """
+    What *assertion* proves, or PolicyDenied: it is not the grant that was asked for.
+
+    *sent* and *received* are Maskinporten's time as far as it is known, in epoch seconds,
+    around the request. ClockError for a grant that is right but for its time.
+    """
+    try:
+        header, claims, unsigned, signature = _parts(assertion)
+        proof = _signed_by(header, unsigned, signature, expected, received)
+        jti = _as_asked(claims, request, expected)
+    except _Unfit as exc:
+        # `from None`: what was refused stays out of every traceback.
+        raise not_believed(name, str(exc), exc.code) from None
+    _in_time(claims, sent=sent, received=received, name=name)
+    return Proof(identity=proof[0], jti=jti, organization=proof[1], ends=proof[2])
+
+
+def not_believed(name: str, what: str, code: str) -> PolicyDenied:
+    """The error for a grant of the host *name* that is not what was asked for."""
+    return PolicyDenied(
+        f"{name}: its grant is not believed: {what}",
+        hint="nothing was sent on; ask the host's custodian what signs there",
+        code=code,
+        who="you",
+    )
+
+
+def _parts(assertion: object) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
+    """Header, claims, signing input and signature of a compact JWS (RFC 7515 section 7.1)."""
+    if (
+        not isinstance(assertion, str)
+        or len(assertion) > _LARGEST
+        or not _COMPACT.fullmatch(assertion)
+    ):
+        raise _Unfit("there is no assertion in its answer", "grant-form")
+    head, body, signature = assertion.split(".")
+    unsigned = f"{head}.{body}".encode("ascii")
+    return _object(head, "header"), _object(body, "payload"), unsigned, _unb64url(signature)
+
+
+def _object(part: str, name: str) -> dict[str, Any]:
+    try:
+        # A name that is there twice is read once by us and perhaps otherwise by Maskinporten.
+        value = json.loads(_unb64url(part), object_pairs_hook=_once, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise _Unfit(f"the {name} of its assertion is not a JSON object", "grant-form")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _unb64url(part: str) -> bytes:
+    raw = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) if len(part) % 4 != 1 else b""
+    if base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii") != part:
+        raise _Unfit("its assertion is not base64url as RFC 7515 has it", "grant-form")
+    return raw
+
+
+def _signed_by(
+    header: Mapping[str, Any], unsigned: bytes, signature: bytes, expected: Expected, now: float
+) -> tuple[str, str | None, datetime | None]:
+    """Identity, organisation and end of the leaf that made *signature*."""
+    alg = header.get("alg")
+    if alg not in ALGS:
+        raise _Unfit(f"alg is {foreign(alg)}", "grant-header")
+    if header.get("typ", "JWT") != "JWT" or header.keys() - {"alg", "typ", "kid", "x5c"}:
+        raise _Unfit("its header has members that nobody asked for", "grant-header")
+    if ("kid" in header) == ("x5c" in header):
+        raise _Unfit("its header has either both of kid and x5c, or neither", "grant-header")
+    if "kid" in header:
+        return _known_by_kid(header["kid"], str(alg), unsigned, signature, expected), None, None
+    if expected.kid is not None:
+        raise _Unfit("it is signed by a certificate, and HSMTOLL_KID is set", "grant-header")
+    certificates = _certificates(header["x5c"])
+    leaf = certificates[0]
+    key = leaf.public_key
+    if key is None or not key.verify(str(alg), unsigned, signature):
+        raise _Unfit("its signature is not by the certificate that it shows", "grant-signature")
+    _proven(certificates, expected, datetime.fromtimestamp(now, UTC))
+    organization = leaf.consumer_id(expected.family)
+    if organization is None:
+        raise _Unfit("its certificate names no organisation", "grant-organization")
+    wanted = expected.organization
+    if wanted is not None and wanted not in (*leaf.organization_identifiers, leaf.orgno()):
+        raise _Unfit(
+            f"it is signed for {foreign(organization)}, not for {foreign(wanted)}",
+            "grant-organization",
+        )
+    return leaf.sha256, organization, leaf.not_after
+
+
+def _known_by_kid(
+    kid: object, alg: str, unsigned: bytes, signature: bytes, expected: Expected
+) -> str:
+    """Who a kid stands for. An eSeal has no client that a key could be registered on (M22)."""
+    key, wanted = expected.public_key, expected.kid
+    if expected.family == "eseal" or expected.organization is not None:
+        raise _Unfit("it shows a kid, and no certificate", "grant-header")
+    if not isinstance(kid, str) or not kid:
+        raise _Unfit("its kid is not a text", "grant-header")
+    if wanted == "thumbprint":
+        wanted = key.thumbprint() if key is not None else None
+        if wanted is None and not _THUMBPRINT.fullmatch(kid):
+            raise _Unfit(f"its kid {foreign(kid)} is not a thumbprint (RFC 7638)", "grant-header")
+    elif wanted is None and key is None:
+        raise _Unfit(
+            "it shows a kid, and neither HSMTOLL_KID nor HSMTOLL_HSM__PUBLIC_KEY says whose",
+            "grant-header",
+        )
+    if wanted is not None and kid != wanted:
+        raise _Unfit(f"its kid is {foreign(kid)}, not {foreign(wanted)}", "grant-header")
+    if key is not None:
+        if not key.verify(alg, unsigned, signature):
+            raise _Unfit("its signature is not by HSMTOLL_HSM__PUBLIC_KEY", "grant-signature")
+        return hashlib.sha256(key.spki()).hexdigest()
+    # Without its public key the signature is Maskinporten's to judge: a kid opens nothing alone.
+    return hashlib.sha256(f"kid {kid}".encode()).hexdigest()
+
+
+def _certificates(x5c: object) -> tuple[Certificate, ...]:
+    if not isinstance(x5c, list) or not 1 <= len(x5c) <= _CERTIFICATES:
+        raise _Unfit("its x5c is not a list of certificates", "grant-certificate")
+    try:
+        ders = [base64.b64decode(each.encode("ascii"), validate=True) for each in x5c]
+        return tuple(Certificate.load(der) for der in ders)
+    except (AttributeError, ValueError, binascii.Error):
+        raise _Unfit("its x5c cannot be read", "grant-certificate") from None
+
+
+def _proven(certificates: tuple[Certificate, ...], expected: Expected, now: datetime) -> None:
+    """x5c is the proven chain of its first certificate, and holds nothing else (M26)."""
+    leaf = certificates[0]
+    pin = expected.certificate_sha256
+    if pin is not None and leaf.sha256 != pin:
+        raise _Unfit("its certificate is not HSMTOLL_HSM__CERTIFICATE_SHA256", "grant-certificate")
+    if not leaf.valid_at(now):
+        raise _Unfit(f"its certificate '{leaf.subject}' is not valid now", "grant-certificate")
+    try:
+        chain = chains.build(leaf, certificates, now=now, root_sha256=expected.root_sha256)
+    except CertificateError as exc:
+        raise _Unfit(str(exc), "grant-certificate") from None
+    if chain.certificates != certificates:
+        raise _Unfit("its x5c is not a chain, each issued by the next", "grant-certificate")
+
+
+def _as_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> str:
+    """The jti, if the claims are those that were asked for and no others (DESIGN 4.8)."""
+    asked: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
+    if expected.issuer is not None:
+        asked["iss"] = expected.issuer
+    if request.resource:
+        asked["resource"] = list(request.resource)
+    if request.consumer_org is not None:
+        asked["consumer_org"] = request.consumer_org
+    for name, value in asked.items():
+        if claims.get(name) != value:
+            raise _Unfit(
+                f"{name} is {foreign(claims.get(name))}, not {foreign(value)}", f"grant-{name}"
+            )
+    more = claims.keys() - asked.keys() - {"iss", "iat", "exp", "jti"}
+    if more:
+        raise _Unfit(f"nobody asked for {foreign(', '.join(sorted(more)))}", "grant-claims")
+    jti, iss = claims.get("jti"), claims.get("iss")
+    for name, text in (("jti", jti), ("iss", iss)):
+        if not isinstance(text, str) or not text:
+            raise _Unfit(f"{name} is not a text", f"grant-{name}")
+    iat, exp = claims.get("iat"), claims.get("exp")
+    if type(iat) is not int or type(exp) is not int or not MIN_LEFT <= exp - iat <= LIFETIME:
+        raise _Unfit(
+            f"iat and exp are not whole seconds, {MIN_LEFT} to {LIFETIME} apart", "grant-lifetime"
+        )
+    return str(jti)
+
+
+def _in_time(claims: Mapping[str, Any], *, sent: float, received: float, name: str) -> None:
+    ahead, behind = claims["iat"] - received, sent - claims["iat"]
+    if max(ahead, behind) > APART:
+        raise wrong_clock(name, ahead if ahead > 0 else -behind)
+    if claims["exp"] - received < MIN_LEFT:
+        raise DeviceError(
+            f"{name}: its grant came too late: {claims['exp'] - received:.0f} s are left of it",
+            hint=f"a grant lives {LIFETIME} s; look at its device and the way to it",
+            code="device-slow",
+        )
+
+
+def wrong_clock(name: str, ahead: float) -> ClockError:
+    """The error for a host whose clock is *ahead* of this machine's, in seconds, or behind."""
+    side = "ahead of" if ahead > 0 else "behind"
+    return ClockError(
+        f"clock: {name} is {abs(ahead):.0f} s {side} this machine",
+        hint="synchronise the host's clock (NTP), which is never corrected; or this machine's, "
+        "if that is the wrong one",
+        code="host-clock",
+        who="you",
+    )

@@ -1,0 +1,626 @@
+"""
+A signer that is a signing host: asked for a grant or a token, believed as far as it is proven.
+
+    kernel or TLS: who answers ──► one request ──► proof: claims, signature, whose it is ──► grant
+
+Who answers is known before a byte is sent. No key, no PIN and no claims of ours enter; what a
+host says in its answers is foreign text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import ssl
+import stat
+import struct
+import threading
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from hsmtoll import errors, exchange, tls
+from hsmtoll.clock import offset_of
+from hsmtoll.errors import (
+    AuditBroken,
+    ClockError,
+    ConfigurationError,
+    DeviceError,
+    HsmTollError,
+    NetworkError,
+    PolicyDenied,
+    TryAgainLater,
+    foreign,
+)
+from hsmtoll.proof import Expected, Proof, not_believed, prove
+from hsmtoll.wire import Door, Wire
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
+
+    from hsmtoll.clock import Clock, Skew
+    from hsmtoll.exchange import Answer, Issued
+    from hsmtoll.settings import SignerHost
+    from hsmtoll.tokens import TokenRequest
+
+__all__ = ["Hosts", "Look", "RemoteSigner", "RemoteTokens", "SigningHost"]
+
+_log = logging.getLogger("hsmtoll.remote")
+_T = TypeVar("_T")
+
+#: The version of the wire that is spoken here; a host may be one older or one newer.
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What a host showed without signing: its wire's *version*, and how far *ahead* it is (s)."""
+
+    name: str
+    version: int | None = None
+    ahead: float | None = None
+    error: HsmTollError | None = None
+
+
+class SigningHost:
+    """
+    One address of a signing host: how it is reached, and whether it is who it should be.
+
+    *timeout* bounds each wait, *deadline* one whole request, in seconds. Neither proxies nor
+    redirects are followed.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: SignerHost,
+        *,
+        clock: Clock,
+        ca_file: Path | None = None,
+        timeout: float = 10.0,
+        deadline: float = 60.0,
+    ) -> None:
+        parts = urlsplit(url)
+        self.name = f"signing host {foreign(url)}"
+        self.place = Path(unquote(parts.path)) if parts.scheme == "unix" else None
+        self._base = "http://localhost" if self.place else f"https://{parts.netloc}"
+        self._settings = settings
+        self._clock = clock
+        self._ca_file = ca_file
+        self._timeout = timeout
+        self._deadline = deadline
+
+    def ask(self, what: str, body: Mapping[str, Any]) -> Answer:
+        """
+        The answer 200 to one request for a ``grant`` or a ``token``.
+
+        Raises PolicyDenied for a host that is not the one it should be and for its own no,
+        NetworkError where none answers, and by its word the errors of its device (30), clock
+        (50), legs (60, 70), time (75) and audit (91).
+        """
+        url, said = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
+        answer = self._met(lambda wire: wire.tell(url, body, leg=_LEG, headers=said))
+        self._speaks(answer, what)
+        if answer.status != 200:
+            raise self._refused(answer)
+        return answer
+
+    def look(self) -> Look:
+        """Who answers, and what its clock says; nothing is signed and nothing refused."""
+        sent = self._clock.now()
+        try:
+            answer = self._met(lambda wire: wire.get(f"{self._base}/v1", leg=_LEG))
+            version = self._speaks(answer)
+        except HsmTollError as exc:
+            return Look(name=self.name, error=exc)
+        ahead = offset_of(answer.headers, sent=sent, received=self._clock.now())
+        return Look(name=self.name, version=version, ahead=ahead)
+
+    def _met(self, send: Callable[[Wire], Answer]) -> Answer:
+        # A door for each request: a certificate that was renewed is shown the next time.
+        try:
+            wire = Wire(door=self._door(), timeout=self._timeout, deadline=self._deadline)
+            return send(wire)
+        except NetworkError as exc:
+            raise self._unreached(exc) from exc
+
+    def _door(self) -> Door:
+        if self.place is None:
+            return Door(context=self._context)
+        trusted = _trusted_at(self.place, self._settings.uid, self.name)
+        return Door(uds=self.place, meet=partial(_meet, trusted=trusted, name=self.name))
+
+    def _context(self) -> ssl.SSLContext:
+        ours = self._settings
+        if ours.client_cert is None:
+            # Refused by settings; a caller of this class alone comes here.
+            raise ConfigurationError("HSMTOLL_SIGNER__CLIENT_CERT: required with https")
+        _check_key_file(ours.client_key or ours.client_cert)
+        return tls.host_context(
+            ca_file=ours.ca_file,
+            more=self._ca_file,
+            certificate=ours.client_cert,
+            key=ours.client_key,
+        )
+
+    def _speaks(self, answer: Answer, what: str | None = None) -> int | None:
+        """The host's version; NetworkError for one that is too far from ours."""
+        said = answer.headers.get("hsmtoll-version", "")
+        version = int(said) if re.fullmatch(r"[0-9]{1,4}", said) else None
+        apart = version is not None and abs(version - VERSION) > 1
+        unknown = what is not None and answer.status == 404
+        if answer.status == 426 or apart or unknown:
+            which = f"version {version}" if version is not None else "no version that is known here"
+            why = f"it does not know /v1/{what}" if unknown and not apart else f"it speaks {which}"
+            raise NetworkError(
+                f"{self.name}: {why}, this client speaks version {VERSION}",
+                hint="one version older or newer is understood: update hsmtoll on the older side; "
+                "or this is no signing host",
+                code="host-version",
+            )
+        return version
+
+    def _refused(self, answer: Answer) -> HsmTollError:
+        """What the host said instead of what was asked for, as an error of ours."""
+        body = read_object(answer.body) or {}
+        word = body.get("error")
+        known = _WORDS.get(word) if isinstance(word, str) else None
+        kind, code, retry = known or _by_status(answer.status)
+        what = foreign(body.get("error_description") or "it gives no reason")
+        hint = body.get("hint")
+        wait = exchange.retry_after(answer.headers, now=self._clock.now().wall)
+        return kind(
+            f"{self.name}: {answer.status}, {what}",
+            hint=f"it says: {foreign(hint)}" if isinstance(hint, str) and hint else None,
+            code=code,
+            retryable=retry,
+            retry_after=wait if kind in _LATER else None,
+        )
+
+    def _unreached(self, exc: NetworkError) -> HsmTollError:
+        """The same trouble in words about this host; whom TLS does not believe is not believed."""
+        cause = _tls_reason(exc)
+        if exc.code == "tls-untrusted":
+            return PolicyDenied(
+                f"{self.name}: its TLS certificate is not trusted, or not for that name",
+                hint="HSMTOLL_SIGNER__CA_FILE names the CA that the host's certificate is from",
+                code="host-untrusted",
+            )
+        if cause in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"):
+            return PolicyDenied(
+                f"{self.name}: it does not speak TLS 1.3",
+                hint="nothing older is spoken to a signing host",
+                code="host-untrusted",
+            )
+        if "ALERT" in cause:
+            return PolicyDenied(
+                f"{self.name}: it does not take the certificate shown ({foreign(cause)})",
+                hint="its custodian knows which CA it takes callers from: see "
+                "HSMTOLL_SIGNER__CLIENT_CERT, and whether that is valid and not revoked",
+                code="caller-untrusted",
+            )
+        if _is_denied(exc):
+            return _no_access(self.name)
+        said = str(exc).partition(": ")[2] or str(exc)
+        return NetworkError(
+            f"{self.name}: {said}",
+            hint=_HINTS.get(exc.code or "", "see that the host runs, and that this is its address"),
+            code=exc.code,
+            retryable=exc.retryable,
+        )
+
+
+_LEG: Final = "signing host"
+
+_HINTS: Final = {
+    "timeout": "HSMTOLL_TIMEOUT sets how long to wait",
+    "deadline": "HSMTOLL_DEADLINE sets how long to wait",
+    "answer-too-large": "this is no signing host",
+    "answer-compressed": "something between answers: a signing host is spoken to directly",
+}
+
+#: The host's words → the error they become, its code, and whether to ask again.
+_WORDS: Final[dict[str, tuple[type[HsmTollError], str, bool]]] = {
+    "policy_denied": (PolicyDenied, "policy-denied", False),
+    "stopped": (PolicyDenied, "stopped", False),
+    "bad_request": (PolicyDenied, "bad-request", False),
+    "too_large": (PolicyDenied, "bad-request", False),
+    "unsupported_media_type": (PolicyDenied, "bad-request", False),
+    "not_found": (NetworkError, "host-version", False),
+    "quota_exceeded": (TryAgainLater, "quota-exceeded", False),
+    "busy": (TryAgainLater, "busy", True),
+    "device_down": (DeviceError, "device-down", True),
+    "audit_broken": (AuditBroken, "audit-broken", False),
+    "clock": (ClockError, "host-clock", False),
+    "grant_refused": (errors.GrantRefused, "grant-refused", False),
+    "exchange_refused": (errors.ExchangeRefused, "exchange-refused", False),
+    "network": (NetworkError, "host-network", True),
+}
+
+#: Those that a Retry-After means something for.
+_LATER: Final = (TryAgainLater, DeviceError, AuditBroken, ClockError, NetworkError)
+
+#: What another host may be asked instead of. A no of policy, stop or quota is a no, and a host
+#: that is not believed is an alarm: neither is gone around.
+_ELSEWHERE: Final = (NetworkError, DeviceError, AuditBroken, ClockError)
+
+
+def _by_status(status: int) -> tuple[type[HsmTollError], str, bool]:
+    """What a status means without a word that is known: a newer host may have new ones."""
+    match status:
+        case 429:
+            return TryAgainLater, "quota-exceeded", False
+        case 503:
+            return TryAgainLater, "busy", True
+        case _ if 400 <= status < 500:
+            return PolicyDenied, "policy-denied", False
+        case _ if status >= 500:
+            return NetworkError, "host-error", True
+    return NetworkError, "redirect", False
+
+
+def read_object(body: bytes) -> dict[str, Any] | None:
+    """A JSON object, or None for anything else."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _tls_reason(exc: BaseException) -> str:
+    """OpenSSL's word for what went wrong, if it was in TLS; or nothing."""
+    found: BaseException | None = exc
+    while found is not None:
+        if isinstance(found, ssl.SSLError):
+            return str(found.reason or "")
+        found = found.__cause__ or found.__context__
+    return ""
+
+
+def _is_denied(exc: BaseException) -> bool:
+    found: BaseException | None = exc
+    while found is not None:
+        if isinstance(found, PermissionError):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _no_access(name: str) -> NetworkError:
+    return NetworkError(
+        f"{name}: this account may not open its socket",
+        hint="the custodian puts callers into the group of the socket and its directory",
+        code="socket-access",
+    )
+
+
+def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
+    """
+    The accounts that may answer at the socket *path*: *uid*, or else the owner of its directory.
+
+    Nobody else may be able to put another socket there: PolicyDenied (``socket-unsafe``) if a
+    directory on the way belongs to somebody else or can be written by others. The directories
+    above must be root's or our own: who was given one in there was given it by them.
+    """
+    own = {0, os.geteuid()} | ({uid} if uid is not None else set())
+    try:
+        directory = path.parent.stat().st_uid
+        owner = path.lstat().st_uid
+        _check_way(path, own, directory, name)
+        # The path as written is where a link could be changed, the path it leads to is where a
+        # socket could.
+        _check_way(path.resolve(strict=True), own, directory, name)
+    except PermissionError as exc:
+        raise _no_access(name) from exc
+    except OSError as exc:
+        raise NetworkError(
+            f"{name}: {(exc.strerror or 'cannot be found').lower()}",
+            hint="see that the host runs, and that this is the path of its socket",
+            code="unreachable",
+            retryable=True,
+        ) from exc
+    if uid is not None:
+        return frozenset({uid})
+    # In root's own directory only root could let another account listen.
+    return frozenset({0, directory, *({owner} if directory == 0 else ())})
+
+
+def _check_way(path: Path, own: set[int], directory: int, name: str) -> None:
+    for place in path.parents:
+        seen = place.stat()
+        nearest = place == path.parent
+        # In a sticky one such as /tmp anybody may make a directory; ours there stays ours.
+        sticky = seen.st_mode & stat.S_ISVTX and not nearest and directory in own
+        if (
+            seen.st_uid not in (own | {directory} if nearest else own)
+            or (seen.st_mode & 0o022 and not sticky)
+        ):  # fmt: skip
+            raise PolicyDenied(
+                f"{name}: others may put another socket there, in {foreign(place)}",
+                hint="the socket's directory belongs to the host's account (or root), those above "
+                "to root, and nobody else may write them; HSMTOLL_SIGNER__UID names the account",
+                code="socket-unsafe",
+            )
+
+
+def _overflow() -> frozenset[int]:
+    found = {65534, 0xFFFFFFFF}
+    with contextlib.suppress(OSError, ValueError):
+        found.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
+    return frozenset(found)
+
+
+def _meet(connection: socket.socket, *, trusted: frozenset[int], name: str) -> None:
+    """PolicyDenied unless the kernel says that one of *trusted* listens there (unix(7))."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        raise PolicyDenied(
+            f"{name}: this system does not tell who listens at a socket",
+            hint="use https",
+            code="host-peer",
+        )
+    raw = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))
+    _, uid, _ = struct.unpack("iII", raw)
+    if uid in _overflow():
+        raise PolicyDenied(
+            f"{name}: who listens there is not known here (another user namespace)",
+            hint="through the border of such a container use https and client certificates",
+            code="host-peer",
+        )
+    if uid not in trusted:
+        raise PolicyDenied(
+            f"{name}: uid {uid} listens there, not uid {' or '.join(map(str, sorted(trusted)))}",
+            hint="if that is the account of the signing host, set HSMTOLL_SIGNER__UID to it",
+            code="host-peer",
+        )
+
+
+def _check_key_file(path: Path) -> None:
+    """As a PIN's file: refused if others may write it, warned about if others may read it."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return  # told when it is loaded
+    if not stat.S_ISREG(seen.st_mode):
+        return
+    if seen.st_mode & 0o022:
+        raise ConfigurationError(
+            f"HSMTOLL_SIGNER__CLIENT_KEY {path}: others may change it",
+            hint=f"chmod go-rwx {path}",
+            code="unsafe-file",
+        )
+    if seen.st_mode & 0o004:
+        _log.warning("HSMTOLL_SIGNER__CLIENT_KEY %s: everybody may read it: chmod o-r", path)
+
+
+@dataclass(slots=True)
+class _Rest:
+    failures: int = 0
+    until: float = 0.0
+
+
+#: Seconds. A host that failed is asked after the others for so long: 1, 2, 4, … 10.
+_LONGEST_REST: Final = 10.0
+
+
+class Hosts:
+    """
+    Several addresses in order: the first one that works answers, and is asked first again once
+    it has rested. Where all rest they are asked all the same: who waits and how often is decided
+    where the tokens are kept. One line of the log for each change.
+    """
+
+    def __init__(self, hosts: Sequence[SigningHost], clock: Clock) -> None:
+        self.all = tuple(hosts)
+        self._clock = clock
+        self._guard = threading.Lock()
+        self._rests = [_Rest() for _ in self.all]
+        self._in_use = 0
+
+    def first(self, ask: Callable[[SigningHost], _T]) -> _T:
+        """What *ask* returns of the first host that is there; the first error if none is."""
+        now = self._clock.now().boot
+        order = sorted(range(len(self.all)), key=lambda n: now < self._rests[n].until)
+        failed: dict[int, HsmTollError] = {}
+        for number in order:
+            try:
+                answer = ask(self.all[number])
+            except HsmTollError as exc:
+                if not isinstance(exc, _ELSEWHERE) and exc.code != "busy":
+                    self._works(number, failed)
+                    raise
+                failed[number] = exc
+                self._failed(number)
+            else:
+                self._works(number, failed)
+                return answer
+        raise failed[min(failed)]
+
+    def _failed(self, number: int) -> None:
+        with self._guard:
+            rest = self._rests[number]
+            pause = min(2.0 ** min(rest.failures, 8), _LONGEST_REST)
+            rest.failures += 1
+            rest.until = self._clock.now().boot + pause
+
+    def _works(self, number: int, failed: Mapping[int, HsmTollError]) -> None:
+        with self._guard:
+            self._rests[number] = _Rest()
+            changed, self._in_use = self._in_use != number, number
+        if changed:
+            why = failed[min(failed)] if failed else None
+            _log.warning(
+                "%s (%d of %d) signs now%s",
+                self.all[number].name,
+                number + 1,
+                len(self.all),
+                f": {why}" if why else "",
+            )
+
+    def stand_in(self) -> str:
+        """
+        A name for who signs as long as no certificate has shown it: of these sockets on this
+        machine since its start, so that no other machine's tokens are ever taken for ours.
+        """
+        parts = [self._clock.now().boot_id]
+        for host in self.all:
+            if host.place is not None:
+                with contextlib.suppress(OSError):
+                    seen = host.place.parent.stat()
+                    parts.append(f"{seen.st_dev}:{seen.st_ino}")
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _body(profile: str, request: TokenRequest) -> dict[str, Any]:
+    return {
+        "profile": profile,
+        "scope": request.scope,
+        "consumer_org": request.consumer_org,
+        "resource": list(request.resource) or None,
+    }
+
+
+class RemoteSigner:
+    """
+    Grants of a signing host, each proven before it is given out.
+
+    *hosts* in order; *skew* is what this machine knows of Maskinporten's clock. All hosts and
+    all grants of one process are for one organisation.
+    """
+
+    def __init__(
+        self, hosts: Hosts, *, profile: str, expected: Expected, clock: Clock, skew: Skew
+    ) -> None:
+        self.hosts = hosts
+        self._profile = profile
+        self._expected = expected
+        self._clock = clock
+        self._skew = skew
+        self._guard = threading.Lock()
+        self._proof: Proof | None = None
+        self._used: deque[str] = deque(maxlen=1000)
+
+    def identity(self) -> str:
+        """The leaf's SHA-256 as the last grant proved it; before that, a stand-in."""
+        return self.shown() or self.hosts.stand_in()
+
+    def shown(self) -> str | None:
+        """What the last grant proved; ``None`` before there was one."""
+        return self._proof.identity if self._proof is not None else None
+
+    @property
+    def certificate_ends(self) -> datetime | None:
+        """When the leaf of the last grant expires."""
+        return self._proof.ends if self._proof is not None else None
+
+    def assertion(self, request: TokenRequest) -> str:
+        """One grant, made there, proven here. Raises as `SigningHost.ask` and `prove`."""
+        return self.hosts.first(partial(self._asked, request))
+
+    def _asked(self, request: TokenRequest, host: SigningHost) -> str:
+        sent = self._clock.now()
+        answer = host.ask("grant", _body(self._profile, request))
+        received = self._clock.now()
+        body = read_object(answer.body) or {}
+        assertion = body.get("assertion")
+        skew = self._skew.seconds
+        proof = prove(
+            assertion,
+            request,
+            self._expected,
+            # The boot clock measures the way: the wall clock may be set meanwhile.
+            sent=received.wall + skew - max(0.0, received.boot - sent.boot),
+            received=received.wall + skew,
+            name=host.name,
+        )
+        self._accept(host, proof, body)
+        _log.info("%s signed jti=%s audit=%s", host.name, foreign(proof.jti), _anchor(body))
+        return str(assertion)
+
+    def _accept(self, host: SigningHost, proof: Proof, body: Mapping[str, Any]) -> None:
+        with self._guard:
+            known = self._proof.organization if self._proof is not None else None
+            if known is not None and proof.organization not in (None, known):
+                raise not_believed(
+                    host.name,
+                    f"it is signed for {foreign(proof.organization)}, grants before it for "
+                    f"{foreign(known)}; HSMTOLL_SIGNER__ORGANIZATION says for whom they shall be",
+                    "grant-organization",
+                )
+            if proof.jti in self._used or body.get("jti", proof.jti) != proof.jti:
+                raise not_believed(
+                    host.name, "its jti was used before, or is not the one it names", "grant-jti"
+                )
+            self._used.append(proof.jti)
+            self._proof = proof
+
+
+def _anchor(body: Mapping[str, Any]) -> str:
+    """Where the host's audit stands, to be compared with it one day; ``-`` if it does not tell."""
+    audit = body.get("audit")
+    if not isinstance(audit, dict):
+        return "-"
+    return foreign(f"{audit.get('seq')}:{audit.get('head')}")
+
+
+class RemoteTokens:
+    """
+    Customs tokens of a signing host, which makes both legs itself.
+
+    A token is opaque: whose it is does not show, so the door is all that proves it.
+    """
+
+    def __init__(self, hosts: Hosts, *, profile: str) -> None:
+        self.hosts = hosts
+        self._profile = profile
+
+    def identity(self) -> str:
+        """A stand-in: tokens show nobody's."""
+        return self.hosts.stand_in()
+
+    def shown(self) -> str | None:
+        """The same, good as long as the socket and this machine's start are."""
+        return self.identity()
+
+    def assertion(self, request: TokenRequest) -> NoReturn:
+        """ConfigurationError: no grant is asked for in this mode."""
+        raise ConfigurationError(
+            f"grant for {foreign(request.scope)}: HSMTOLL_SIGNER__MODE=token gives tokens alone",
+            hint="set HSMTOLL_SIGNER__MODE=grant, if the host's policy allows it",
+            code="mode-token",
+        )
+
+    def issued(self, request: TokenRequest) -> Issued:
+        """A token for *request* and the seconds it has left. Raises as `SigningHost.ask`."""
+        return self.hosts.first(partial(self._asked, request))
+
+    def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
+        answer = host.ask("token", _body(self._profile, request))
+        body = read_object(answer.body) or {}
+        post = exchange.Post(host.name, "", {}, "")
+        try:
+            issued = exchange.read_issued(answer, post)
+        except HsmTollError as exc:
+            raise PolicyDenied(
+                str(exc), hint="this is no signing host, or one of a version not known here",
+                code="answer-unusable",
+            ) from None  # fmt: skip
+        if body.get("scope") != request.scope:
+            raise PolicyDenied(
+                f"{host.name}: its token is for {foreign(body.get('scope'))}, not "
+                f"{foreign(request.scope)}",
+                hint="nothing was sent on; ask the host's custodian",
+                code="token-scope",
+            )
+        _log.info("%s gave a token, audit=%s", host.name, _anchor(body))
+        return issued
