@@ -40,6 +40,9 @@ _LONGEST_WAIT: Final = 300.0
 #: Seconds. The longest rest between two renewals that failed.
 _LONGEST_REST: Final = 60.0
 
+#: Seconds. The same for a device: one that is down says so at once, and asking it costs nothing.
+_LONGEST_REST_OF_DEVICE: Final = 10.0
+
 #: Seconds between two looks at the store while another process renews.
 _SLICE: Final = 0.25
 
@@ -308,7 +311,9 @@ class Cache:
     def _rest(self, request: TokenRequest, exc: HsmTollError) -> None:
         before = self._rests.get(request)
         failures = before.failures + 1 if before else 1
-        seconds = min(_LONGEST_REST, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
+        of_device = isinstance(exc, errors.DeviceError)
+        longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
+        seconds = min(longest, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
         seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))
         if isinstance(exc, UsageError):
             return

@@ -14,6 +14,7 @@ from hsmtoll import records
 from hsmtoll.cache import Cache, Flight
 from hsmtoll.errors import (
     ConfigurationError,
+    DeviceError,
     GrantRefused,
     HsmTollError,
     NetworkError,
@@ -189,6 +190,24 @@ def test_a_failed_renewal_backs_off_and_then_tries_again(clock: HandClock, well:
     clock.pass_(3)
     well.error = None
     assert cache.get(REQUEST, well).value == "token-3"
+
+
+@pytest.mark.parametrize(("trouble", "tries"), [(DeviceError, 60), (NetworkError, 15)])
+def test_a_device_that_was_down_for_long_is_asked_again_within_ten_seconds_or_so(
+    clock: HandClock, well: Well, trouble: type[HsmTollError], tries: int
+) -> None:
+    cache = cache_of(clock)
+    well.error = trouble("it is down")
+    for _ in range(600):
+        with pytest.raises(trouble):
+            cache.get(REQUEST, well)
+        clock.pass_(1)
+    # Ten minutes. With the control, whose askers cost others something, once in one of them.
+    assert 0.7 * tries < well.fetched < 1.3 * tries
+    well.error = None
+    if trouble is DeviceError:
+        clock.pass_(12)
+        assert cache.get(REQUEST, well).value == f"token-{well.fetched}"
 
 
 def test_every_caller_gets_an_error_of_its_own(clock: HandClock, well: Well) -> None:
