@@ -19,7 +19,7 @@ from hsmtoll import apis, exchange, jws
 from hsmtoll import chain as chains
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.signer import readable
+from hsmtoll.signer import TokenSource, readable
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.remote import Look
     from hsmtoll.revocation import Status
     from hsmtoll.settings import Settings
     from hsmtoll.wire import Wire
@@ -102,7 +103,8 @@ class Facts:
     """
     Everything a check may look at. *seen* has one entry for each key named; *pem* are the
     certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them. *answers*
-    is None offline, *revocation* where nothing was asked.
+    is None offline, *revocation* where nothing was asked. *hosts*: what each signing host showed,
+    and *skew* what is known here of Maskinporten's clock, in seconds.
     """
 
     settings: Settings
@@ -113,6 +115,8 @@ class Facts:
     error: HsmTollError | None = None
     answers: Answers | None = None
     revocation: tuple[Revocation, ...] | None = None
+    hosts: tuple[Look, ...] = ()
+    skew: float = 0.0
 
 
 def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
@@ -120,7 +124,9 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
     settings = app.settings
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     if settings.signer.url:
-        return Facts(settings=settings, now=now, scopes=scopes)
+        looks = tuple(host.look() for host in app.hosts().all)
+        skew = app.skew.seconds if settings.environment is not None else 0.0
+        return Facts(settings=settings, now=now, scopes=scopes, hosts=looks, skew=skew)
     try:
         uris = app.uris()
         pem = app.pem_certificates()
@@ -196,7 +202,7 @@ def ask(app: App, facts: Facts) -> Answers:
         found["health"] = wire.get(f"{base}health", leg="Maskinporten").status
     except HsmTollError as exc:
         found["health"] = exc
-    if app.family == "eseal":
+    if app.family == "eseal" and app.settings.signer.mode == "grant":
         try:
             subject = _granted(app, wire, apis.SELF_TEST_SCOPE)
             found["consumer"], found["amr"] = _consumer(subject.value)
@@ -238,15 +244,21 @@ def _object(answer: exchange.Answer) -> dict[str, Any]:
 
 def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
     """One real grant: a signature of the budget, and leg one."""
-    app.budget.spend(app.signer.identity())
-    settings = app.settings
-    request = TokenRequest(scope, settings.resource, settings.consumer_org)
-    post = exchange.grant_post(app.endpoints, app.signer.assertion(request))
+    signer, request = app.signer, _request(app, scope)
+    assertion = app.budget.assertion(signer, request, identity=signer.identity())
+    post = exchange.grant_post(app.endpoints, assertion)
     return exchange.read_subject(wire.post(post), post)
+
+
+def _request(app: App, scope: str) -> TokenRequest:
+    return TokenRequest(scope, app.settings.resource, app.settings.consumer_org)
 
 
 def _tried(app: App, wire: Wire, scope: str) -> HsmTollError | None:
     try:
+        if isinstance(app.signer, TokenSource):
+            app.signer.issued(_request(app, scope))
+            return None
         subject = _granted(app, wire, scope)
         if scope != apis.SELF_TEST_SCOPE:
             post = exchange.exchange_post(app.endpoints, subject)

@@ -5,12 +5,13 @@ Checks of what was set: whether the settings fit each other, the key and the ser
 from __future__ import annotations
 
 from hsmtoll.doctor.facts import scopes_asked
-from hsmtoll.doctor.findings import Check, Way, failed, ok, skip
-from hsmtoll.errors import ConfigurationError, HsmTollError, foreign
+from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
 from hsmtoll.grant import Grant
+from hsmtoll.proof import APART, wrong_clock
 from hsmtoll.tokens import TokenRequest
 
-__all__ = ["check_grant", "check_kid", "check_scopes", "check_settings"]
+__all__ = ["check_grant", "check_host", "check_kid", "check_scopes", "check_settings"]
 
 
 def check_settings(way: Way) -> Check:
@@ -32,7 +33,7 @@ def check_settings(way: Way) -> Check:
             hint="unset HSMTOLL_KID, or set HSMTOLL_IDENTITY=norwegian",
             code="kid-eseal",
         )
-    elif settings.identity == "norwegian" and settings.iss is None:
+    elif settings.identity == "norwegian" and settings.iss is None and not settings.signer.url:
         problem = ConfigurationError(
             "HSMTOLL_ISS: required with HSMTOLL_IDENTITY=norwegian",
             hint="set it to the client id from Samarbeidsportalen",
@@ -47,7 +48,37 @@ def check_settings(way: Way) -> Check:
     if problem is not None:
         return failed("settings", problem)
     how = "a registered key (kid)" if way.kid else "certificates (x5c)"
+    if settings.signer.url:
+        how = f"what a signing host has, asked for a {settings.signer.mode}"
     return ok("settings", f"{settings.identity} in {settings.environment}, known by {how}")
+
+
+def check_host(way: Way) -> Check:
+    """
+    Each signing host is there, is the one it should be, and its clock is right. Nothing is asked
+    to be signed; that it may be is for its policy to say, with --online.
+    """
+    hosts = way.facts.hosts
+    if not hosts:
+        return skip("signing-host", "a device of this machine signs, no signing host")
+    told, troubles = [], []
+    for look in hosts:
+        ahead = (look.ahead or 0.0) - way.facts.skew
+        if look.error is not None:
+            troubles.append(look.error)
+        elif abs(ahead) > APART:
+            troubles.append(wrong_clock(look.name, ahead))
+        else:
+            told.append(look.name)
+    # A host that is not the one it should be is an alarm, however many others there are.
+    alarms = [each for each in troubles if isinstance(each, PolicyDenied | ConfigurationError)]
+    if alarms or not told:
+        return failed("signing-host", (alarms or troubles)[0])
+    answers = f"{', '.join(told)} answer{'s' if len(told) == 1 else ''}, who and when as expected"
+    if troubles:
+        hint = troubles[0].hint or ""
+        return warn("signing-host", "signing-host-down", f"{troubles[0]}; {answers}", hint)
+    return ok("signing-host", answers)
 
 
 def check_kid(way: Way) -> Check:

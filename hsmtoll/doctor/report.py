@@ -23,6 +23,7 @@ __all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain"]
 #: The way from the device outward, in order.
 CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
     ("settings", on_settings.check_settings),
+    ("signing-host", on_settings.check_host),
     *on_device.CHECKS,
     *on_certificates.CHECKS[:-1],
     ("kid", on_settings.check_kid),

@@ -1,0 +1,272 @@
+"""The client of the signing host at a real one: grants, tokens, fail-over, stop, the audit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hsmtoll.app import App
+from hsmtoll.errors import HsmTollError, PolicyDenied
+from hsmtoll.settings import load
+from hsmtoll.tokens import TokenRequest
+from tests.hosting import PATIENCE, POLICY, ROAD_SCOPE, make_host
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+    from tests.hosting import RunningHost
+
+ROAD = TokenRequest(ROAD_SCOPE)
+
+
+def caller(sandbox: Sandbox, state: Path, *urls: str, **more: str) -> dict[str, str]:
+    """The variables of an application that has no device and no PIN."""
+    return {
+        **sandbox.environ(),
+        "HSMTOLL_IDENTITY": "eseal",
+        "HSMTOLL_STATE": str(state),
+        "HSMTOLL_SIGNER__URL": " ".join(urls),
+        "HSMTOLL_SIGNER__PROFILE": "acme",
+        **more,
+    }
+
+
+def hsmtoll(
+    *argv: str, environ: dict[str, str], stdin: str | None = None, **how: Any
+) -> subprocess.CompletedProcess[str]:
+    """One command of that application, in a process of its own."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HSMTOLL_", "SOFTHSM"))}
+    return subprocess.run(
+        [sys.executable, "-m", "hsmtoll", *argv], env=inherited | environ, check=False, text=True,
+        input=stdin, capture_output=True, timeout=2 * PATIENCE, **how,
+    )  # fmt: skip
+
+
+def app_of(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> App:
+    """As the library has it."""
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    return App(load())
+
+
+def over_tls(host: RunningHost, name: str = "app.example") -> dict[str, str]:
+    """What a caller over TLS sets besides."""
+    mine = host.authority.issue(name)
+    return {
+        "HSMTOLL_SIGNER__CLIENT_CERT": str(mine.cert),
+        "HSMTOLL_SIGNER__CLIENT_KEY": str(mine.key),
+        "HSMTOLL_SIGNER__CA_FILE": str(host.authority.ca),
+    }
+
+
+def test_a_program_without_a_device_calls_customs_through_either_door(
+    toll_faults: Faults, running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    before = toll_faults.count("C_SignInit")
+    unix = caller(toll_sandbox, tmp_path / "a", running_host.url)
+    tls = caller(toll_sandbox, tmp_path / "b", running_host.tls_url, **over_tls(running_host))
+    for number, environ in enumerate((unix, tls), 1):
+        called = hsmtoll("test-auth", "road", environ=environ)
+        assert (called.stdout, called.returncode) == ("200 OK\n", 0), called.stderr
+        # The token was kept under the identity that the grant showed: no second signature.
+        assert hsmtoll("test-auth", "road", environ=environ).returncode == 0
+        assert toll_faults.count("C_SignInit") == before + number
+    callers = [each["caller"] for each in running_host.records("intent")]
+    assert callers == ["uid:0", "san:dns:app.example"]
+
+
+def test_mode_token_gives_a_token_that_the_host_made(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url, HSMTOLL_SIGNER__MODE="token")
+    called = hsmtoll("test-auth", "road", environ=environ)
+    assert (called.stdout, called.returncode) == ("200 OK\n", 0), called.stderr
+    shown = json.loads(hsmtoll("token", "road", "--json", environ=environ).stdout)
+    assert shown["scope"] == ROAD_SCOPE
+    assert len(running_host.records("release")) == 1
+    refused = hsmtoll("sign", "road", environ=environ)
+    assert refused.returncode == 10
+    assert "HSMTOLL_SIGNER__MODE" in refused.stderr
+
+
+def test_sign_on_the_host_and_exchange_elsewhere_is_audited_and_can_be_stopped(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    signed = hsmtoll("sign", "road", environ=environ)
+    assert signed.returncode == 0, signed.stderr
+    intents = running_host.records("intent")
+    results = running_host.records("result")
+    assert [each["scope"] for each in intents] == [ROAD_SCOPE]
+    assert results[0]["outcome"] in ("ok", "signed"), results
+    network = {k: v for k, v in environ.items() if "SIGNER" not in k}
+    done = hsmtoll("exchange", environ=network, stdin=signed.stdout)
+    assert done.returncode == 0, done.stderr
+    assert running_host.command("stop").returncode == 0
+    stopped = hsmtoll("sign", "road", environ=environ)
+    assert (stopped.returncode, stopped.stdout) == (90, "")
+    assert "stop" in stopped.stderr
+    assert len(running_host.records("intent")) == 1
+    assert running_host.command("resume").returncode == 0
+    assert hsmtoll("sign", "road", environ=environ).returncode == 0
+
+
+def test_what_the_policy_does_not_allow_is_error_90_with_the_hosts_words(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    for argv, changes in (
+        (("rail",), {}),
+        (("road",), {"HSMTOLL_SIGNER__PROFILE": "other"}),
+        (("road",), {"HSMTOLL_CONSUMER_ORG": "987654325"}),
+    ):
+        refused = hsmtoll("sign", *argv, environ=environ | changes)
+        assert (refused.returncode, refused.stdout) == (90, ""), refused.stderr
+        assert "403" in refused.stderr
+    assert not running_host.records("intent")
+    assert hsmtoll("sign", "road", environ=environ).returncode == 0
+
+
+def test_the_caller_checks_the_hosts_account_and_organisation(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    for changes, code in (
+        ({"HSMTOLL_SIGNER__UID": str(os.geteuid())}, 0),
+        ({"HSMTOLL_SIGNER__UID": "4711"}, 90),
+        ({"HSMTOLL_SIGNER__ORGANIZATION": "NTRSE-5566778899"}, 0),
+        ({"HSMTOLL_SIGNER__ORGANIZATION": "NTRSE-5500000000"}, 90),
+    ):
+        done = hsmtoll("sign", "road", environ=environ | changes)
+        assert done.returncode == code, done.stderr
+        assert (done.stdout != "") is (code == 0)
+
+
+@pytest.fixture
+def two_hosts(
+    toll_eseal: ThrowAway, toll_sandbox: Sandbox
+) -> Iterator[tuple[RunningHost, RunningHost]]:
+    """Two hosts for the same eSeal."""
+    environ = toll_eseal.environ() | toll_sandbox.environ()
+    with make_host(environ) as first, make_host(environ) as second:
+        yield first.start(), second.start()
+
+
+def test_the_second_host_takes_over_and_the_first_comes_back(
+    two_hosts: tuple[RunningHost, RunningHost],
+    toll_sandbox: Sandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("WARNING", "hsmtoll.remote")
+    first, second = two_hosts
+    app = app_of(caller(toll_sandbox, tmp_path, first.url, second.url), monkeypatch)
+
+    def asked() -> tuple[int, int]:
+        assert app.signer.assertion(ROAD)
+        return len(first.records("intent")), len(second.records("intent"))
+
+    assert asked() == (1, 0)
+    first.end()
+    assert asked() == (1, 1)
+    assert asked() == (1, 2)
+    first.start()
+    for _ in range(600):
+        if asked()[0] == 2:
+            break
+        app.clock.sleep(0.1)
+    assert len(first.records("intent")) == 2
+    assert [each.getMessage().partition(" signs now")[0] for each in caplog.records] == [
+        f"signing host {second.url} (2 of 2)", f"signing host {first.url} (1 of 2)",
+    ]  # fmt: skip
+    # A stop is a no, and no reason to ask the other one.
+    assert first.command("stop").returncode == 0
+    before = len(second.records("intent"))
+    with pytest.raises(PolicyDenied):
+        app.signer.assertion(ROAD)
+    assert len(second.records("intent")) == before
+
+
+def test_a_quota_is_told_with_the_time_until_the_next(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    running_host.say(POLICY.replace('"token"] }', '"token"], per_day = 1 }', 1))
+    running_host.reload()
+    app = app_of(caller(toll_sandbox, tmp_path, running_host.url), monkeypatch)
+    assert app.signer.assertion(ROAD)
+    with pytest.raises(HsmTollError) as caught:
+        app.signer.assertion(ROAD)
+    assert (caught.value.exit_code, caught.value.code) == (75, "quota-exceeded")
+    assert caught.value.retry_after is not None
+
+
+def test_the_doctor_looks_at_the_host_without_a_signature(
+    toll_faults: Faults, running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    before = toll_faults.count("C_SignInit")
+    report = hsmtoll("doctor", environ=environ)
+    assert report.returncode == 0, report.stdout
+    assert f"ok    signing-host: signing host {running_host.url} answers" in report.stdout
+    assert toll_faults.count("C_SignInit") == before
+    online = hsmtoll("doctor", "--online", "--scope", "road", environ=environ)
+    assert f"ok    scope {ROAD_SCOPE}" in online.stdout or "policy" in online.stdout, online.stdout
+    wrong = hsmtoll("doctor", environ=environ | {"HSMTOLL_SIGNER__UID": "4711"})
+    assert wrong.returncode == 90
+    assert "fail  signing-host (host-peer)" in wrong.stdout
+    running_host.end()
+    gone = hsmtoll("doctor", environ=environ)
+    assert gone.returncode == 80
+    assert "fail  signing-host" in gone.stdout
+
+
+def test_no_secret_shows_when_things_go_wrong(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.tls_url, **over_tls(running_host))
+    key = Path(environ["HSMTOLL_SIGNER__CLIENT_KEY"])
+    secret = key.read_text().splitlines()[1]
+    other = running_host.authority.issue("stranger.example")
+    said = ""
+    for changes in (
+        {"HSMTOLL_SIGNER__ORGANIZATION": "NTRSE-5500000000"},
+        {"HSMTOLL_SIGNER__CLIENT_KEY": str(other.key)},
+        {"HSMTOLL_SIGNER__CLIENT_CERT": str(key)},
+        {"HSMTOLL_SIGNER__CA_FILE": str(key)},
+        {"HSMTOLL_SIGNER__URL": running_host.tls_url + "/x?secret=1"},
+    ):
+        done = hsmtoll("-vv", "sign", "road", environ=environ | changes)
+        assert done.returncode in (10, 90), done.stderr
+        assert done.stdout == ""
+        said += done.stderr
+    assert secret not in said
+    assert "eyJ" not in said
+    assert "Traceback" not in said
+
+
+def test_a_host_that_is_killed_in_the_middle_leaves_an_error_and_no_hanging_caller(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    running_host.signal(signal.SIGSTOP)
+    try:
+        slow = hsmtoll("sign", "road", environ=environ | {"HSMTOLL_TIMEOUT": "1"})
+    finally:
+        running_host.signal(signal.SIGCONT)
+    assert (slow.returncode, slow.stdout) == (80, "")
+    assert hsmtoll("sign", "road", environ=environ).returncode == 0
+    running_host.kill()
+    gone = hsmtoll("sign", "road", environ=environ)
+    assert (gone.returncode, gone.stdout) == (80, "")
