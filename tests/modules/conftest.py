@@ -352,6 +352,18 @@ class Smartcard(Stack):
     """A virtual OpenPGP card in a reader of pcscd, behind OpenSC; the card is pulled."""
 
     card: Any = None
+    daemon: Any = None
+
+    def start_daemon(self) -> None:
+        """pcscd, after whatever an earlier one left; the reader finds it by itself."""
+        self.run("sh", "-c", "rm -rf /run/pcscd/*")
+        readers = str(self.folder / "readers")
+        self.daemon = self.start("pcscd", "--foreground", "--error", "--config", readers)
+        wait_for(lambda: ":35963" in self.run("ss", "-ltn"))
+
+    def kill_daemon(self) -> None:
+        """pcscd ends without a word."""
+        self.stop(self.daemon)
 
     def lose(self) -> None:
         os.killpg(self.card.pid, signal.SIGUSR1)
@@ -391,8 +403,7 @@ def smartcard(folder: Path) -> Stack:
         ("mount", "net"),
         "ip link set lo up\nmount -t tmpfs tmpfs /run\nmkdir -p /run/pcscd",
     )
-    stack.start("pcscd", "--foreground", "--error", "--config", str(readers))
-    wait_for(lambda: ":35963" in stack.run("ss", "-ltn"))
+    stack.start_daemon()
     stack.card = stack.start(str(python), str(HERE / "card_bridge.py"), "35963")
     wait_for(stack.seen)
     stack.run(
