@@ -30,6 +30,7 @@ NEEDS: Final = {
     "security": {"softhsm2-util": "softhsm2"},
     "docker": {"docker": "docker.io"},
     "modules": {"pkcs11-tool": "opensc"},
+    "host": {"softhsm2-util": "softhsm2", "systemd-analyze": "systemd"},
 }
 
 #: Variables that change what our code, or the libraries under it, would do.

@@ -16,9 +16,6 @@ from hsmtoll.settings import Settings, variable
 TOP: Final = Path(__file__).parents[2]
 README: Final = (TOP / "README.md").read_text(encoding="utf-8")
 
-#: Settings of the part that the README names as kept for later, by their group.
-_LATER: Final = ("HSMTOLL_SIGNER__", "HSMTOLL_HOST__")
-
 
 def section(title: str) -> str:
     """From a heading to the next one of its level."""
@@ -52,15 +49,12 @@ def test_the_help_text_is_the_commands_own() -> None:
 def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:
     named = [cells[0] for cells in rows(section("Settings"))[1:]]
     assert len(named) == len(set(named))
-    assert set(named) == {name for name in variables() if not name.startswith(_LATER)}
-    for group in _LATER:
-        assert f"`{group}…`" in section("Settings")
+    assert set(named) == variables()
 
 
 def test_no_variable_is_named_that_does_not_exist() -> None:
     named = set(re.findall(r"HSMTOLL_[A-Z0-9_]*[A-Z0-9]", README)) - {"HSMTOLL_ENVIROMENT"}
-    known = variables()
-    assert {name for name in named if name not in known} <= {name.rstrip("_") for name in _LATER}
+    assert named <= variables()
 
 
 def test_the_exit_codes_are_those_of_the_classes() -> None:
