@@ -109,7 +109,8 @@ IN_A_CHILD: Final = (
     Fault("hang", 12, {"function": "C_Sign"}),
     Fault("crash", 12, {"function": "C_SignInit"}),
     *IN_PROCESS[:4],
-    Fault("crash", 12, {"function": "C_Login"}, also="session-lost"),
+    # Not in C_Login: a PIN whose try has no known end twice is not tried a third time.
+    Fault("crash", 12, {"function": "C_OpenSession"}, also="session-lost"),
     Fault("hang", 12, {"function": "C_GetSlotList"}, also="device-error"),
     *IN_PROCESS[4:],
 )
