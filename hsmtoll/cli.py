@@ -838,7 +838,7 @@ def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
         + ("" if head else "; what was cut off after it shows with --head alone")
     )
     for seq in report.open_intents:
-        click.echo(f"record {seq}: an intent without a result")
+        click.echo(f"intent without a result: record {seq}")
 
 
 _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
@@ -851,6 +851,7 @@ _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"
     "--since", type=_moment, metavar="WHEN", help="2026-11-01 or 2026-11-01T08:00:00, UTC."
 )
 @click.option("--until", type=_moment, metavar="WHEN", help="Up to, and without, that moment.")
+@click.option("--json", "as_json", is_flag=True, help="The records whole, for a program.")
 @click.argument("path", type=click.Path(path_type=Path, exists=True), required=False)
 @click.pass_obj
 def audit_list(
@@ -860,16 +861,22 @@ def audit_list(
     profile: str | None,
     since: datetime | None,
     until: datetime | None,
+    as_json: bool,
     path: Path | None,
 ) -> None:
-    """Print the records of a caller or profile, a JSON line each, of HSMTOLL_HOST__AUDIT_DIR."""
+    """List what was signed, released and refused: of PATH, or of HSMTOLL_HOST__AUDIT_DIR."""
     from hsmtoll.host.audit import list_records
     from hsmtoll.host.brake import needed
 
     place = path or needed(ours.settings().host.audit_dir, "audit_dir")
     span = {"since": _utc(since), "until": _utc(until)}
-    for record in list_records(place, caller=caller, profile=profile, **span):
-        click.echo(json.dumps(record, separators=(",", ":")))
+    records = list_records(place, caller=caller, profile=profile, **span)
+    if as_json:
+        _print_json({"records": list(records)})
+        return
+    shown = ("seq", "time", "event", "caller", "profile", "scope", "jti", "outcome")
+    for each in records:
+        click.echo("  ".join(foreign(each[name] or "-") for name in shown))
 
 
 def _utc(moment: datetime | None) -> datetime | None:

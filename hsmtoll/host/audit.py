@@ -14,11 +14,11 @@ import json
 import logging
 import os
 import threading
-from collections import deque
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -50,6 +50,10 @@ _SECONDS: Final = 60.0
 _SEGMENT: Final = 16 * 1024 * 1024
 _SEALS: Final = "checkpoints.jsonl"
 _DAY: Final = 86_400.0
+_MINUTE: Final = 60.0
+
+#: An outcome that says: the device was not asked, so nothing was had.
+_NOT_ASKED: Final = "device-down"
 
 
 def _sealed(seq: int, head: str, at: str) -> bytes:
@@ -70,12 +74,23 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
 
 
+@dataclass(slots=True)
+class _Had:
+    """When a caller was signed for, by jti, and when something was handed to it, within a day."""
+
+    signed: deque[tuple[float, str]] = field(default_factory=deque)
+    given: deque[tuple[float, str]] = field(default_factory=deque)
+
+
 class Audit:
     """
     The one writer. Every method may be called from any thread.
 
     Opening reads all that is there: a log that does not verify is not continued. AuditBroken
     from then on for whatever cannot be written: nothing may be signed after that.
+
+    A record is decided about and appended inside `held`, and on disk after `sync`: one fsync
+    serves all who wait for it, so that a crowd costs no more than a few.
     """
 
     def __init__(self, directory: Path, key: Path, *, now: Callable[[], float]) -> None:
@@ -84,9 +99,11 @@ class Audit:
         self._lock = threading.RLock()
         self._key = _private(key)
         self._broken: str | None = None
-        self._recent: deque[tuple[float, str, str, str, str]] = deque()
+        self._had: defaultdict[tuple[str, str], _Had] = defaultdict(_Had)
         self.seq, self.head = 0, _FIRST
         self._sealed_seq, self._sealed_at = 0, now()
+        self._syncing = threading.Lock()
+        self._synced = 0
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._owner = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -115,7 +132,7 @@ class Audit:
                 code="audit-broken",
             )
         self.seq, self.head = report.seq, report.head
-        self._sealed_seq = report.sealed
+        self._sealed_seq, self._synced = report.sealed, report.seq
         since = self._now() - _DAY
         for line in _lines(self._directory):
             record = json.loads(line)
@@ -135,6 +152,12 @@ class Audit:
 
     def write(self, event: str, **members: Any) -> tuple[int, str]:
         """One record, on disk when this returns. The seq and the head; AuditBroken otherwise."""
+        seq, head = self.append(event, **members)
+        self.sync(seq)
+        return seq, head
+
+    def append(self, event: str, **members: Any) -> tuple[int, str]:
+        """One record, not yet safe: nothing may follow from it before `sync` of its seq."""
         if event not in EVENTS or members.keys() - set(MEMBERS):
             raise ValueError("not a member of an audit record")
         with self._lock:
@@ -148,17 +171,35 @@ class Audit:
             line = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
             try:
                 if self._size >= _SEGMENT:
+                    os.fsync(self._file)
                     os.close(self._file)
                     self._file, self._size = self._opened()
                 self._append(line)
             except OSError as exc:
-                self._broken = exc.strerror
-                raise self._unwritable(exc.strerror) from exc
+                raise self._breaks(exc) from exc
             self.seq, self.head = self.seq + 1, hashlib.sha256(line[:-1]).hexdigest()
             self._count(record, now)
-            if self.seq - self._sealed_seq >= _EVERY or now - self._sealed_at >= _SECONDS:
-                self.seal()
             return self.seq, self.head
+
+    def sync(self, seq: int) -> None:
+        """Wait until the record *seq* is on disk; AuditBroken if it cannot be known to be."""
+        with self._syncing:
+            if seq <= self._synced:
+                return
+            with self._lock:
+                if self._broken:
+                    raise self._unwritable(self._broken)
+                upto = self.seq
+                # A copy: the file may be closed for the next one meanwhile, synced before.
+                copy = os.dup(self._file)
+            try:
+                os.fsync(copy)
+            except OSError as exc:
+                raise self._breaks(exc) from exc
+            finally:
+                os.close(copy)
+            self._synced = upto
+        self.seal_if_due()
 
     def _append(self, line: bytes) -> None:
         try:
@@ -166,13 +207,17 @@ class Audit:
             # What is left over after a short write says why itself.
             while written < len(line):
                 written += os.write(self._file, line[written:])
-            os.fsync(self._file)
         except OSError:
             # Half a line must not stay: what follows would look as if it had been changed.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
             raise
         self._size += len(line)
+
+    def _breaks(self, exc: OSError) -> AuditBroken:
+        self._broken = exc.strerror or "unknown"
+        _log.critical("audit %s cannot be written: nothing is signed (%s)", self._directory, exc)
+        return self._unwritable(self._broken)
 
     def _unwritable(self, why: str | None) -> AuditBroken:
         return AuditBroken(
@@ -190,21 +235,23 @@ class Audit:
             signature = self._key.sign(_sealed(self.seq, self.head, at)).hex()
             seal = {"seq": self.seq, "head": self.head, "time": at, "signature": signature}
             try:
+                # A seal must not outlive what it seals.
+                os.fsync(self._file)
                 path = self._directory / _SEALS
                 with path.open("ab") as file:
                     file.write(json.dumps(seal).encode() + b"\n")
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as exc:
-                self._broken = exc.strerror
-                raise self._unwritable(exc.strerror) from exc
+                raise self._breaks(exc) from exc
             self._sealed_seq, self._sealed_at = self.seq, self._now()
             _log.info("audit head %d:%s", self.seq, self.head)
 
     def seal_if_due(self) -> None:
-        """For a timer: a quiet log is sealed as well."""
+        """Every hundred records or sixty seconds; a timer calls it, for logs that are quiet."""
         with self._lock:
-            if self._now() - self._sealed_at >= _SECONDS:
+            late = self._now() - self._sealed_at >= _SECONDS
+            if late or self.seq - self._sealed_seq >= _EVERY:
                 self.seal()
 
     @property
@@ -213,32 +260,68 @@ class Audit:
         return self._broken
 
     def held(self) -> threading.RLock:
-        """The critical section: what is decided in it and written is one step."""
+        """
+        The critical section: what is decided and appended in it is one step. Never wait for the
+        disk inside (`sync`, `write`): who syncs needs the section in turn.
+        """
         return self._lock
 
-    def counts(self, caller: str, profile: str) -> Counts:
-        """What *caller* had of *profile*: grants and releases, or signatures if they are more."""
-        now = self._now()
-        while self._recent and self._recent[0][0] < now - _DAY:
-            self._recent.popleft()
+    def counts(
+        self, caller: str, profile: str, *, of: Literal["signed", "given", "either"] = "either"
+    ) -> Counts:
+        """
+        What *caller* had of *profile*: signatures, what was given (a grant or a token's release),
+        or whichever is more.
+        """
+        with self._lock:
+            now = self._now()
+            seen = self._recent(caller, profile, of, now)
+            return Counts(
+                minute=max((sum(at > now - _MINUTE for at, _ in each) for each in seen), default=0),
+                day=max((len(each) for each in seen), default=0),
+            )
 
-        def had(since: float) -> int:
-            found = [
-                (event, mode)
-                for at, who, what, event, mode in self._recent
-                if at > since and (who, what) == (caller, profile)
-            ]
-            signed = sum(event == "intent" for event, _ in found)
-            given = sum(event == "release" or mode == "grant" for event, mode in found)
-            return max(signed, given)
+    def free_in(self, caller: str, profile: str, *, minute: int | None, day: int | None) -> float:
+        """Seconds until *caller* is below both limits again."""
+        with self._lock:
+            now = self._now()
+            waits = [1.0]
+            for each in self._recent(caller, profile, "either", now):
+                for limit, span in ((minute, _MINUTE), (day, _DAY)):
+                    if limit == 0:
+                        waits.append(span)
+                    elif limit is not None and len(each) >= limit:
+                        waits.append(each[-limit][0] + span - now)
+            return max(waits)
 
-        return Counts(minute=had(now - 60), day=had(now - _DAY))
+    def _recent(
+        self, caller: str, profile: str, of: str, now: float
+    ) -> list[deque[tuple[float, str]]]:
+        had = self._had.get((caller, profile))
+        if had is None:
+            return []
+        for each in (had.signed, had.given):
+            while each and each[0][0] <= now - _DAY:
+                each.popleft()
+        if of == "signed":
+            return [had.signed]
+        return [had.given] if of == "given" else [had.signed, had.given]
 
     def _count(self, record: dict[str, Any], at: float) -> None:
-        if record["event"] in ("intent", "release"):
-            mode = (record["options"] or {}).get("mode", "grant")
-            key = "" if record["event"] == "release" else mode
-            self._recent.append((at, record["caller"], record["profile"], record["event"], key))
+        event, jti = record["event"], str(record["jti"])
+        if event not in ("intent", "result", "release"):
+            return
+        had = self._had[str(record["caller"]), str(record["profile"])]
+        if event == "intent":
+            had.signed.append((at, jti))
+            if (record["options"] or {}).get("mode", "grant") == "grant":
+                had.given.append((at, jti))
+        elif event == "release":
+            had.given.append((at, ""))
+        elif event == "result" and record["outcome"] == _NOT_ASKED:
+            for each in (had.signed, had.given):
+                if kept := [one for one in each if one[1] == jti]:
+                    each.remove(kept[-1])
 
     def close(self) -> None:
         """Seal, and let another host have it."""

@@ -67,8 +67,8 @@ def of_socket(connection: socket.socket) -> Peer:
     """The peer of a connected Unix socket: SO_PEERCRED and SO_PEERGROUPS (unix(7), socket(7))."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, gid = struct.unpack("iII", raw)
-    size = 4 * 1024
-    groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, size)
+    # The most that Python asks the kernel for: 256 groups. With more it says no, and so do we.
+    groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
     more = struct.unpack(f"{len(groups) // 4}I", groups)
     return Peer.local(uid, gid, *more)
 

@@ -289,18 +289,17 @@ def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
     return None
 
 
-def explain(path: Path, profile: str, caller: str, scope: str) -> str:
-    """What the policy says to *caller* (``uid:1001``), for each mode, with the deciding line."""
+def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tuple[bool, str]]:
+    """For each mode: whether *caller* (``uid:1001``) is allowed, and why, with the line."""
     policy = Policy.load(path)
     if not _CALLER.fullmatch(caller):
         raise ConfigurationError(
             f"caller {foreign(caller)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
         )
-    said = []
+    said = {}
     for mode in _MODES:
         verdict = decide(policy, Peer(frozenset({caller})), Ask(profile, scope), mode, Counts())
         place = f"{path}:{verdict.line}" if verdict.line else f"{path}: default deny"
-        said.append(
-            f"{mode}: {'allowed' if verdict.allowed else 'denied'}: {verdict.why} ({place})"
-        )
-    return "\n".join(said)
+        word = "allowed" if verdict.allowed else "denied"
+        said[mode] = (verdict.allowed, f"{word}: {verdict.why} ({place})")
+    return said

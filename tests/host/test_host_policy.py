@@ -94,7 +94,9 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(TEXT)
     path.chmod(0o644)
-    assert "grant: allowed" in explain(path, "acme", "uid:1001", "road")
+    allowed, said = explain(path, "acme", "uid:1001", "road")["grant"]
+    assert allowed
+    assert said.endswith(f"({path}:6)")
     path.chmod(0o666)
     with pytest.raises(ConfigurationError, match="others may change"):
         Policy.load(path)

@@ -1,0 +1,110 @@
+"""
+The emergency stop: a file whose presence says stop, in a directory that the custodian owns.
+
+What cannot be looked at counts as stopped. Who may create or remove the file is the file
+system's to say: the signing socket has no part in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.settings import check_code_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hsmtoll.settings import Settings
+
+__all__ = ["check_stop_directory", "needed", "resume", "stop", "stop_file", "stopped_by"]
+
+_WHY = {
+    "policy": "the TOML file that says who may have what",
+    "audit_dir": "a directory of the host's own account, 0700",
+    "audit_key": "make one: openssl genpkey -algorithm ed25519 -out FILE",
+    "cert": "there is no TCP without TLS and certificates of the callers",
+    "key": "the key of HSMTOLL_HOST__CERT, in PEM",
+    "client_ca": "there is no TCP without certificates of the callers: PEM of who issues them",
+}
+
+
+def needed(value: Path | None, name: str) -> Path:
+    """*value* of the HOST setting *name*; ConfigurationError without one."""
+    if value is None:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__{name.upper()}: required, and not set",
+            hint=_WHY[name],
+            code="setting-missing",
+        )
+    return value
+
+
+def stop_file(settings: Settings) -> Path:
+    """HSMTOLL_HOST__STOP_FILE; ``stop`` beside the policy if it is not set."""
+    host = settings.host
+    return host.stop_file or needed(host.policy, "policy").parent / "stop"
+
+
+def stopped_by(path: Path) -> str | None:
+    """Why nothing may be signed, or ``None``: two system calls, so it can be asked each time."""
+    try:
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        return f"the directory of the stop file cannot be read ({exc.strerror})"
+    try:
+        os.stat(path.name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:
+        return f"the stop file cannot be looked for ({exc.strerror})"
+    finally:
+        os.close(directory)
+    return "the stop file is there"
+
+
+def check_stop_directory(path: Path) -> None:
+    """ConfigurationError where anybody could resume; a directory that is missing is a stop."""
+    if path.parent.exists():
+        check_code_file(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
+
+
+def stop(path: Path) -> bool:
+    """Create the file, for good; whether it was not there before."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+            _sync(path.parent)
+            return True
+    except OSError as exc:
+        raise _not_allowed(path, "stop", exc) from exc
+    return False
+
+
+def resume(path: Path) -> bool:
+    """Remove the file; whether it was there."""
+    try:
+        path.unlink()
+        _sync(path.parent)
+    except FileNotFoundError:
+        return False
+    except OSError as exc:
+        raise _not_allowed(path, "resume", exc) from exc
+    return True
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_allowed(path: Path, doing: str, exc: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{doing}: {foreign(path)} cannot be changed ({exc.strerror})",
+        hint="run it as the account that owns the directory; not that of the host",
+    )

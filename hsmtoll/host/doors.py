@@ -1,0 +1,644 @@
+"""
+The doors: sockets, their limits, and what a request must look like before anybody asks for whom.
+
+    accept ──► peer ──► its share of the connections? ──► one request within 5 s ──► handler
+                             └─ no: 503, and gone             └─ no: cut off
+
+One connection carries one request. Who may have what is not decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import math
+import os
+import socket
+import ssl
+import stat
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import web
+
+from hsmtoll.errors import (
+    AuditBroken,
+    ClockError,
+    ConfigurationError,
+    ExchangeRefused,
+    GrantRefused,
+    HsmTollError,
+    NetworkError,
+    PolicyDenied,
+    TryAgainLater,
+    foreign,
+)
+from hsmtoll.host import peers
+from hsmtoll.host.policy import Ask
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from hsmtoll.host.peers import Peer
+
+__all__ = [
+    "Door",
+    "Refused",
+    "answer",
+    "complete",
+    "listen_tcp",
+    "listen_unix",
+    "read_ask",
+    "reply_to",
+    "server_context",
+]
+
+_log = logging.getLogger("hsmtoll.host")
+
+#: The wire's version, told with every reply.
+VERSION: Final = "1"
+
+#: Connections at once: at a door, of one caller, and of those turned away who are still told so.
+_CONNECTIONS: Final = 64
+_OF_ONE: Final = 8
+_TURNED_AWAY: Final = 64
+
+#: Seconds to complete a request, TLS included; and to take the reply.
+_PATIENCE: Final = 5.0
+#: Seconds that one who was turned away is given to read it.
+_GOODBYE: Final = 1.0
+
+_LARGEST_BODY: Final = 16 * 1024
+_LARGEST_LINE: Final = 4096
+_LONGEST_WORD: Final = 256
+_MOST_RESOURCES: Final = 16
+_PATHS: Final = frozenset({"/v1/grant", "/v1/token"})
+_MEMBERS: Final = frozenset({"profile", "scope", "consumer_org", "resource"})
+
+
+class Refused(Exception):
+    """A request that is turned away at the door: *status* and *word* of the reply."""
+
+    def __init__(self, status: int, word: str, description: str, hint: str) -> None:
+        super().__init__(description)
+        self.status = status
+        self.word = word
+        self.hint = hint
+
+
+# ---------------------------------------------------------------------- requests and replies
+
+
+async def read_ask(request: web.BaseRequest) -> tuple[str, Ask]:
+    """The mode and what is asked for. Refused for everything that is not exactly a request."""
+    if request.raw_path not in _PATHS or request.method != "POST":
+        raise Refused(404, "not_found", "no such request", "POST /v1/grant or /v1/token")
+    if request.content_type != "application/json" or request.headers.get("Content-Encoding"):
+        raise Refused(
+            415, "unsupported_media_type", "the body is not plain JSON",
+            "Content-Type: application/json, and no Content-Encoding",
+        )  # fmt: skip
+    if (request.content_length or 0) > _LARGEST_BODY:
+        raise _too_large()
+    raw = bytearray()
+    async for part in request.content.iter_any():
+        raw += part
+        if len(raw) > _LARGEST_BODY:
+            raise _too_large()
+    return request.raw_path.removeprefix("/v1/"), _ask(bytes(raw))
+
+
+def _ask(raw: bytes) -> Ask:
+    try:
+        said = json.loads(raw, object_pairs_hook=_once_each, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        raise _bad("the body is not a JSON object with each member once") from None
+    if not isinstance(said, dict):
+        raise _bad("the body is not a JSON object")
+    unknown = sorted(said.keys() - _MEMBERS)
+    if unknown:
+        raise _bad(f"unknown member {foreign(unknown[0])}")
+    resource = said.get("resource")
+    listed = [] if resource is None else [resource] if isinstance(resource, str) else resource
+    if not isinstance(listed, list) or len(listed) > _MOST_RESOURCES:
+        raise _bad("resource is null, a string, or a list of few strings")
+    consumer_org = said.get("consumer_org")
+    if consumer_org is not None and not (
+        isinstance(consumer_org, str)
+        and len(consumer_org) == 9
+        and consumer_org.isascii()
+        and consumer_org.isdigit()
+    ):
+        raise _bad("consumer_org is null or nine digits")
+    return Ask(
+        _word(said, "profile"),
+        _word(said, "scope"),
+        consumer_org,
+        tuple(_word({"resource": each}, "resource") for each in listed),
+    )
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a member twice")
+    return made
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
+
+
+def _word(said: dict[str, Any], name: str) -> str:
+    value = said.get(name)
+    if (
+        not isinstance(value, str)
+        or not 0 < len(value) <= _LONGEST_WORD
+        or not (value.isprintable() and value.isascii())
+    ):
+        raise _bad(f"{name} is not a word of printable ASCII")
+    return value
+
+
+def _bad(description: str) -> Refused:
+    members = ", ".join(sorted(_MEMBERS))
+    return Refused(400, "bad_request", description, f"the members are {members}")
+
+
+def _too_large() -> Refused:
+    kib = _LARGEST_BODY // 1024
+    return Refused(413, "too_large", f"the body is larger than {kib} KiB", "a request is small")
+
+
+def reply_to(exc: Exception) -> web.Response:
+    """The reply to a request that failed; nothing of an unexpected error's text is in it."""
+    if isinstance(exc, Refused):
+        return _error(exc.status, exc.word, str(exc), exc.hint, None)
+    if not isinstance(exc, HsmTollError):
+        said = "the host made a mistake; its log says where"
+        return _error(500, "internal", said, "report it to who runs the host", None)
+    status, word = _word_of(exc)
+    wait = exc.retry_after
+    if status in (429, 503) and wait is None:
+        wait = _PATIENCE
+    return _error(status, word, foreign(exc), foreign(exc.hint or ""), wait)
+
+
+def _word_of(exc: HsmTollError) -> tuple[int, str]:
+    match exc:
+        case PolicyDenied():
+            return 403, "stopped" if exc.code == "stopped" else "policy_denied"
+        case TryAgainLater():
+            return (429, "quota_exceeded") if exc.code == "quota" else (503, "busy")
+        case AuditBroken():
+            return 503, "audit_broken"
+        case ClockError():
+            return 503, "clock"
+        case GrantRefused():
+            return 502, "grant_refused"
+        case ExchangeRefused():
+            return 502, "exchange_refused"
+        case NetworkError():
+            return 503, "network"
+        case _:
+            # The device, its PIN, its certificates, or settings that do not fit them.
+            return 503, "device_down"
+
+
+def _error(status: int, word: str, said: str, hint: str, wait: float | None) -> web.Response:
+    response = answer({"error": word, "error_description": said, "hint": hint}, status=status)
+    if wait is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(wait)))
+    return response
+
+
+def answer(body: dict[str, Any], *, status: int = 200) -> web.Response:
+    """A JSON reply."""
+    headers = {"Hsmtoll-Version": VERSION, "Cache-Control": "no-store"}
+    return web.json_response(body, status=status, headers=headers)
+
+
+def _busy() -> bytes:
+    body = json.dumps(
+        {
+            "error": "busy",
+            "error_description": "too many connections at once",
+            "hint": "try again",
+        }
+    )
+    return (
+        f"HTTP/1.1 503 Service Unavailable\r\nHsmtoll-Version: {VERSION}\r\nRetry-After: 1\r\n"
+        f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
+        f"Connection: close\r\n\r\n{body}"
+    ).encode("ascii")
+
+
+# ---------------------------------------------------------------------- connections
+
+
+@dataclass(slots=True, eq=False)
+class _Visit:
+    """
+    One connection: whose share it counts against, and when it is cut off. *peer* is the refusal
+    itself for one that nobody knows. *complete*: its request is, and it will be answered.
+    """
+
+    account: str
+    peer: Peer | PolicyDenied | None
+    until: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    complete: bool = False
+
+
+class _Protocol(web.RequestHandler):
+    """aiohttp's, for one request, with errors of ours and a word when it is over."""
+
+    __slots__ = ("_door", "visit")
+
+    def __init__(self, manager: web.Server, visit: _Visit, door: Door) -> None:
+        super().__init__(
+            manager,
+            loop=asyncio.get_running_loop(),
+            access_log=_silent,
+            logger=_silent,
+            max_line_size=_LARGEST_LINE,
+            max_field_size=_LARGEST_LINE,
+            max_headers=64,
+            auto_decompress=False,
+            # Who is refused before its body was read gets to read why.
+            lingering_time=_GOODBYE,
+            tcp_keepalive=False,
+        )
+        self.visit = visit
+        self._door = door
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The visit begins; over TLS, its handshake is done."""
+        super().connection_made(transport)
+        self._door.met(self.visit, transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The visit is over."""
+        self._door.left(self.visit)
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What aiohttp could not read as a request: its words may quote it, ours do not."""
+        del request, exc, message
+        self.force_close()
+        if status < 500:
+            return reply_to(_bad("that is not HTTP as it is spoken here"))
+        return reply_to(RuntimeError())
+
+
+# aiohttp logs what it could not parse, with pieces of it.
+_silent = logging.getLogger("hsmtoll.host.http")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
+_silent.setLevel(logging.CRITICAL)
+
+
+class Door:
+    """
+    One listening socket. *handler* gets each request with the peer: the refusal itself for one
+    that nobody knows, ``None`` on a door where nobody is asked. *tls* gives the context for each
+    new connection.
+    """
+
+    def __init__(
+        self,
+        listening: socket.socket,
+        handler: Callable[[web.BaseRequest, Peer | PolicyDenied | None], Awaitable[web.Response]],
+        *,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+        peers_known: bool = True,
+    ) -> None:
+        self._listening = listening
+        self._handler = handler
+        self._tls = tls
+        self._peers_known = peers_known
+        self._server = web.Server(self._handled)
+        self._visits: dict[_Visit, asyncio.BaseTransport | None] = {}
+        self._shares: Counter[str] = Counter()
+        self._turned_away: set[asyncio.Task[None]] = set()
+        self._arrivals: set[asyncio.Task[None]] = set()
+        self._accepting: asyncio.Task[None] | None = None
+        self._empty = asyncio.Event()
+        listening.setblocking(False)
+
+    def open(self) -> None:
+        """Take connections from now on."""
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def close(self, *, patience: float) -> None:
+        """Take no more; who is being answered is, within *patience* seconds."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+        self._listening.close()
+        for task in (*self._turned_away, *self._arrivals):
+            task.cancel()
+        for visit, transport in list(self._visits.items()):
+            # A request that is not complete yet is not begun any more.
+            if not visit.complete and transport is not None:
+                _abort(transport)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self._visits:
+                    self._empty.clear()
+                    await self._empty.wait()
+        for transport in list(self._visits.values()):
+            if transport is not None:
+                _abort(transport)
+        await asyncio.gather(*self._turned_away, *self._arrivals, return_exceptions=True)
+
+    @property
+    def visits(self) -> int:
+        """Connections at this moment."""
+        return len(self._visits)
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listening)
+            except OSError as exc:
+                # Out of descriptors, or one who left before it was met.
+                if exc.errno not in (errno.ECONNABORTED, errno.EPROTO):
+                    _log.warning("door: no connection can be taken (%s)", exc.strerror)
+                    await asyncio.sleep(0.1)
+                continue
+            connection.setblocking(False)
+            visit = self._visit(connection)
+            if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= _OF_ONE:
+                self._turn_away(connection)
+                continue
+            visit.until = loop.time() + _PATIENCE
+            self._visits[visit] = None
+            self._shares[visit.account] += 1
+            task = asyncio.create_task(self._arrive(connection, visit))
+            self._arrivals.add(task)
+            task.add_done_callback(self._arrivals.discard)
+
+    def _visit(self, connection: socket.socket) -> _Visit:
+        if not self._peers_known:
+            return _Visit("anybody", None)
+        if self._tls is not None:
+            # Before the handshake a caller is the address it comes from.
+            try:
+                return _Visit(f"address:{connection.getpeername()[0]}", None)
+            except OSError:
+                return _Visit("address:gone", None)
+        try:
+            peer = peers.of_socket(connection)
+        except PolicyDenied as exc:
+            return _Visit("unknown", exc)
+        except OSError:
+            unknown = PolicyDenied("caller: its account cannot be learned", code="caller-unknown")
+            return _Visit("unknown", unknown)
+        return _Visit(peer.account, peer)
+
+    async def _arrive(self, connection: socket.socket, visit: _Visit) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: _Protocol(self._server, visit, self),
+                connection,
+                ssl=self._tls() if self._tls else None,
+                ssl_handshake_timeout=_PATIENCE if self._tls else None,
+                ssl_shutdown_timeout=_GOODBYE if self._tls else None,
+            )
+        except BaseException as exc:
+            connection.close()
+            self.left(visit)
+            if not isinstance(exc, OSError):
+                raise
+            # Whoever has no certificate of ours ends here; what it sent is not worth a line each.
+            _log.info("door: a connection was not made (%s)", type(exc).__name__)
+
+    def met(self, visit: _Visit, transport: asyncio.BaseTransport) -> None:
+        """A connection is there: its time runs, and a certificate says who it is."""
+        loop = asyncio.get_running_loop()
+        self._visits[visit] = transport
+        visit.timer = loop.call_at(visit.until, _abort, transport)
+        if self._tls is None:
+            return
+        shown = transport.get_extra_info("ssl_object")
+        der = shown.getpeercert(binary_form=True)
+        # The context lets nobody in without one.
+        peer = peers.of_certificate(shown.getpeercert() or {}, der or b"")
+        self._shares[visit.account] -= 1
+        visit.peer, visit.account = peer, peer.account
+        self._shares[visit.account] += 1
+        if self._shares[visit.account] > _OF_ONE:
+            visit.peer = PolicyDenied("caller: too many connections at once", code="share")
+            if isinstance(transport, asyncio.WriteTransport):
+                transport.write(_busy())
+            transport.close()
+
+    def left(self, visit: _Visit) -> None:
+        """A connection is gone; a second time changes nothing."""
+        if visit.timer is not None:
+            visit.timer.cancel()
+        if visit not in self._visits:
+            return
+        del self._visits[visit]
+        self._shares[visit.account] -= 1
+        # A name that is not here any more costs no memory.
+        self._shares += Counter()
+        if not self._visits:
+            self._empty.set()
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        if self._tls is not None or len(self._turned_away) >= _TURNED_AWAY:
+            connection.close()
+            return
+        task = asyncio.create_task(_say_goodbye(connection))
+        self._turned_away.add(task)
+        task.add_done_callback(self._turned_away.discard)
+
+    async def _handled(self, request: web.BaseRequest) -> web.Response:
+        visit = _visit_of(request)
+        try:
+            response = await self._handler(request, visit.peer)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the caller is answered
+            if not isinstance(exc, HsmTollError | Refused):
+                _log.error("unexpected %s: a mistake in hsmtoll, please report it", _where(exc))
+            response = reply_to(exc)
+        response.force_close()
+        if request.transport is not None:
+            # Time to take the reply, and no more.
+            complete(request)
+            visit.timer = asyncio.get_running_loop().call_later(
+                _PATIENCE, _abort, request.transport
+            )
+        return response
+
+
+def _visit_of(request: web.BaseRequest) -> _Visit:
+    protocol = request.protocol
+    if not isinstance(protocol, _Protocol):
+        raise TypeError("a request of another server")
+    return protocol.visit
+
+
+def complete(request: web.BaseRequest) -> None:
+    """The request is whole: its time is the device's from now on."""
+    visit = _visit_of(request)
+    visit.complete = True
+    if visit.timer is not None:
+        visit.timer.cancel()
+        visit.timer = None
+
+
+def _where(exc: Exception) -> str:
+    at = exc.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    place = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else "?"
+    return f"{type(exc).__name__} at {place}"
+
+
+def _abort(transport: asyncio.BaseTransport) -> None:
+    if isinstance(transport, asyncio.WriteTransport):
+        transport.abort()
+    else:
+        transport.close()
+
+
+async def _say_goodbye(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    with connection, contextlib.suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_GOODBYE):
+            await loop.sock_sendall(connection, _busy())
+            connection.shutdown(socket.SHUT_WR)
+            # Closed with its request unread, it would see an error instead of the reply.
+            while await loop.sock_recv(connection, 65536):
+                pass
+
+
+# ---------------------------------------------------------------------- sockets
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """
+    A Unix socket, 0660 from its first moment, in a directory of ours: made with 0750 where it is
+    missing, refused where others may write. Its group is the directory's.
+    """
+    directory = path.parent
+    try:
+        if not directory.exists():
+            directory.mkdir(mode=0o750)
+        seen = directory.stat()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__SOCKET {foreign(path)}: no directory for it ({exc.strerror})",
+            hint="systemd makes one with RuntimeDirectory=hsmtoll",
+        ) from exc
+    if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o022:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__SOCKET {foreign(path)}: others may change {foreign(directory)}",
+            hint=f"it belongs to root or the host's account: chmod 0750 {directory}",
+            code="unsafe-file",
+        )
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o117)
+    try:
+        _make_room(path)
+        one.bind(str(path))
+        with contextlib.suppress(PermissionError):
+            os.chown(path, -1, seen.st_gid)
+        one.listen(_CONNECTIONS)
+    except OSError as exc:
+        one.close()
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__SOCKET {foreign(path)}: cannot be listened on ({exc.strerror})"
+        ) from exc
+    finally:
+        os.umask(before)
+    return one
+
+
+def _make_room(path: Path) -> None:
+    """A socket that nobody listens on any more goes."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EEXIST, "something else is there")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise OSError(errno.EADDRINUSE, "another host listens there")
+    path.unlink()
+
+
+def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket:
+    """A TCP socket on ``HOST:PORT``; *local*: on this machine's loopback alone."""
+    host, colon, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not colon or not host or not port.isdigit():
+        raise ConfigurationError(f"{name}: HOST:PORT is expected")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        family, kind, proto, _, where = found[0]
+        if local and not _is_loopback(str(where[0])):
+            raise ConfigurationError(
+                f"{name}: {foreign(address)} is not on the loopback",
+                hint="127.0.0.1:PORT, [::1]:PORT or unix:///PATH",
+            )
+        one = socket.socket(family, kind | socket.SOCK_CLOEXEC, proto)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind(where)
+        one.listen(_CONNECTIONS)
+    except (OSError, OverflowError) as exc:
+        said = getattr(exc, "strerror", None) or "no such address"
+        raise ConfigurationError(
+            f"{name}: {foreign(address)} cannot be listened on ({said})"
+        ) from exc
+    return one
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
+
+
+def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> ssl.SSLContext:
+    """
+    TLS 1.3, and nobody without a certificate of *client_ca*. Revocation lists, in *crl* or beside
+    the CA, are asked for each caller; one that has expired lets nobody in.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    # A session that is resumed would not look at the revocation list again.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
+    doing = "CERT and HSMTOLL_HOST__KEY"
+    try:
+        # Asked for at a terminal otherwise.
+        context.load_cert_chain(cert, key, password=lambda: b"")
+        doing = "CLIENT_CA"
+        context.load_verify_locations(cafile=client_ca)
+        doing = "CLIENT_CRL"
+        if crl is not None:
+            context.load_verify_locations(cafile=crl)
+    except (OSError, ValueError) as exc:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__{doing}: cannot be used ({foreign(exc)})",
+            hint="PEM files, and a key without passphrase that fits the certificate",
+        ) from exc
+    if context.cert_store_stats()["crl"]:
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    elif crl is not None:
+        raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
+    return context

@@ -1,0 +1,295 @@
+"""
+The daemon: opens the doors, lets the service answer, listens to signals and to the service manager.
+
+What may be signed is decided in service, how a request must look in doors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
+from hsmtoll.host import doors, system
+from hsmtoll.host.brake import needed
+from hsmtoll.host.service import Service
+
+if TYPE_CHECKING:
+    import os
+    import ssl
+    from collections.abc import Callable, Coroutine
+
+    from hsmtoll.host.peers import Peer
+    from hsmtoll.settings import Host, Settings
+
+__all__ = ["serve"]
+
+_log = logging.getLogger("hsmtoll.host")
+
+#: Seconds between two looks at what a timer looks after.
+_LOOK: Final = 1.0
+#: Threads that wait for a device or a disk: one for each connection that may be answered at once.
+_THREADS: Final = 144
+
+
+def serve(
+    settings: Settings,
+    *,
+    config: str | os.PathLike[str] | None = None,
+    profile: str | None = None,
+    ready: Callable[[], None] = lambda: None,
+    synchronised: Callable[[], bool] = system.clock_is_synchronised,
+) -> int:
+    """
+    Serve until SIGTERM or SIGINT. *ready* is called once, when grants can be had.
+
+    *config* and *profile* are those that the settings came from. Raises ConfigurationError and
+    AuditBroken for what keeps it from starting; a device that is down does not.
+    """
+    system.keep_secrets_in_memory()
+    system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
+    opened = _Doors(settings.host)
+    try:
+        service = Service(settings, config=config, profile=profile, synchronised=synchronised)
+    except HsmTollError:
+        opened.close()
+        raise
+    try:
+        asyncio.run(_Host(service, opened, ready, patience=settings.deadline).run())
+    finally:
+        opened.close()
+        service.close()
+    return 0
+
+
+class _Doors:
+    """The listening sockets: those that the service manager gave, else those of the settings."""
+
+    def __init__(self, host: Host) -> None:
+        self.signing: list[socket.socket] = []
+        self.tls: list[socket.socket] = []
+        self.metrics: list[socket.socket] = []
+        self._host = host
+        self._made: list[Path] = []
+        self.context: ssl.SSLContext | None = None
+        try:
+            self._open()
+        except HsmTollError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        host = self._host
+        for given in system.given_sockets():
+            if given.name == "metrics":
+                self.metrics.append(given.socket)
+            elif given.socket.family == socket.AF_UNIX:
+                self.signing.append(given.socket)
+            else:
+                self.tls.append(given.socket)
+        if host.socket is not None and not self.signing:
+            self.signing.append(doors.listen_unix(host.socket))
+            self._made.append(host.socket)
+        if host.listen is not None and not self.tls:
+            self.tls.append(doors.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
+        if self.tls:
+            self.context = self._context()
+        if host.metrics is not None and not self.metrics:
+            self.metrics.append(self._metrics(host.metrics))
+        if not self.signing and not self.tls:
+            raise ConfigurationError(
+                "HSMTOLL_HOST__SOCKET: required, and not set, as is HSMTOLL_HOST__LISTEN",
+                hint="a path such as /run/hsmtoll/host.sock",
+                code="setting-missing",
+            )
+
+    def _metrics(self, where: str) -> socket.socket:
+        if where.startswith("unix://"):
+            path = Path(where.removeprefix("unix://"))
+            one = doors.listen_unix(path)
+            self._made.append(path)
+            return one
+        return doors.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+
+    def _context(self) -> ssl.SSLContext:
+        host = self._host
+        return doors.server_context(
+            needed(host.cert, "cert"),
+            needed(host.key, "key"),
+            needed(host.client_ca, "client_ca"),
+            host.client_crl,
+        )
+
+    def reload(self) -> None:
+        """The certificates and revocation lists again; those in use go on if that fails."""
+        if self.context is None:
+            return
+        try:
+            self.context = self._context()
+        except HsmTollError as exc:
+            _log.error("certificates not reloaded, those in use go on: %s", exc)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """The one in use."""
+        if self.context is None:
+            raise ConfigurationError("no TLS is set up")
+        return self.context
+
+    def close(self) -> None:
+        """Close all, and remove the sockets that were made here."""
+        for one in (*self.signing, *self.tls, *self.metrics):
+            one.close()
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        self._made.clear()
+
+
+class _Host:
+    """The event loop's side: it never waits for a disk or a device itself."""
+
+    def __init__(
+        self, service: Service, opened: _Doors, ready: Callable[[], None], *, patience: float
+    ) -> None:
+        self._service = service
+        self._opened = opened
+        self._ready = ready
+        self._patience = patience
+        self._told_ready = False
+        self._reloads = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Apart from each other, so that a crowd of callers cannot keep the timer waiting.
+        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hsmtoll-host")
+        self._own = concurrent.futures.ThreadPoolExecutor(4, "hsmtoll-timer")
+
+    async def run(self) -> None:
+        """Until a signal ends it."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._reload()))
+        opened = self._opened
+        own = [doors.Door(each, self._health, peers_known=False) for each in opened.metrics]
+        signing = [doors.Door(each, self._answer) for each in opened.signing]
+        signing += [doors.Door(each, self._answer, tls=opened.tls_context) for each in opened.tls]
+        for door in (*own, *signing):
+            door.open()
+        self._start(self._tend())
+        self._start(self._prove())
+        self._start(self._watchdog())
+        await ended.wait()
+        system.notify("STOPPING=1")
+        self._service.end()
+        await asyncio.gather(*(door.close(patience=self._patience) for door in signing))
+        await asyncio.gather(*(door.close(patience=0) for door in own))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._own.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # ------------------------------------------------------------------ requests
+
+    async def _answer(
+        self, request: web.BaseRequest, peer: Peer | PolicyDenied | None
+    ) -> web.Response:
+        mode, ask = await doors.read_ask(request)
+        doors.complete(request)
+        loop = asyncio.get_running_loop()
+        if peer is None or isinstance(peer, PolicyDenied):
+            denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
+            await loop.run_in_executor(self._pool, self._service.refuse, denied, "unknown")
+            raise denied
+        transport = request.transport
+
+        def gone() -> bool:
+            return transport is None or transport.is_closing()
+
+        work = self._service.grant if mode == "grant" else self._service.token
+        said = await loop.run_in_executor(self._pool, partial(work, peer, ask, gone=gone))
+        return doors.answer(said)
+
+    async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
+        del peer
+        doors.complete(request)
+        loop = asyncio.get_running_loop()
+        if request.method == "GET":
+            match request.raw_path:
+                case "/live":
+                    return doors.answer({"live": True})
+                case "/ready":
+                    why = await loop.run_in_executor(self._own, self._service.not_ready)
+                    return doors.answer({"ready": not why, "why": why}, status=503 if why else 200)
+                case "/metrics":
+                    numbers = await loop.run_in_executor(self._own, self._service.numbers)
+                    return web.Response(text=_exposed(numbers), content_type="text/plain")
+        raise doors.Refused(404, "not_found", "no such page", "GET /live, /ready or /metrics")
+
+    # ------------------------------------------------------------------ by itself
+
+    async def _tend(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await loop.run_in_executor(self._own, self._service.look_after)
+            except HsmTollError as exc:
+                _log.error("%s", exc)
+                await asyncio.sleep(10 * _LOOK)
+            await asyncio.sleep(_LOOK)
+
+    async def _prove(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await loop.run_in_executor(self._own, self._service.prove)
+            why = await loop.run_in_executor(self._own, self._service.not_ready)
+            if not self._told_ready:
+                if why:
+                    # A device that is down at the start of the machine is waited for.
+                    system.notify(f"STATUS=not ready: {why[0]}", "EXTEND_TIMEOUT_USEC=30000000")
+                else:
+                    self._told_ready = True
+                    system.notify("READY=1", "STATUS=signing")
+                    _log.info("ready")
+                    self._ready()
+            await asyncio.sleep(_LOOK)
+
+    async def _watchdog(self) -> None:
+        every = system.watchdog_seconds()
+        while every is not None:
+            # It proves the loop, a thread and the critical section, not only that time passes.
+            await asyncio.get_running_loop().run_in_executor(self._own, self._service.alive)
+            system.notify("WATCHDOG=1")
+            await asyncio.sleep(every)
+
+    async def _reload(self) -> None:
+        async with self._reloads:
+            system.reloading()
+            self._opened.reload()
+            loop = asyncio.get_running_loop()
+            wrong = await loop.run_in_executor(self._own, self._service.reload)
+            await loop.run_in_executor(self._own, self._service.prove)
+            system.notify(
+                "READY=1", f"STATUS={'old policy kept: ' + wrong if wrong else 'signing'}"
+            )
+
+
+def _exposed(numbers: dict[str, float]) -> str:
+    """Prometheus' text format."""
+    lines = []
+    for name, value in numbers.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:g}"]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,155 @@
+"""
+What a daemon owes its system: systemd's two protocols, no core dumps, a clock that is right.
+
+Nothing of what is signed, or for whom, enters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import logging.handlers
+import os
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.errors import ConfigurationError, foreign
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+__all__ = [
+    "SYSTEM_LOG",
+    "Given",
+    "clock_is_synchronised",
+    "given_sockets",
+    "heads_to_system_log",
+    "keep_secrets_in_memory",
+    "notify",
+    "reloading",
+    "watchdog_seconds",
+]
+
+#: Where syslog(3) writes.
+SYSTEM_LOG: Final = Path("/dev/log")
+
+#: The first descriptor that sd_listen_fds(3) hands over.
+_FIRST: Final = 3
+_PR_SET_DUMPABLE: Final = 4
+#: adjtimex(2): what it returns for a clock that nobody keeps, and the bit that says so as well.
+_TIME_ERROR: Final = 5
+_STA_UNSYNC: Final = 0x40
+
+
+class _Timex(ctypes.Structure):
+    # The first members of struct timex; the kernel writes the rest behind them.
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_byte * 512),
+    )
+
+
+def clock_is_synchronised() -> bool:
+    """Whether the kernel says that something (NTP, PTP) keeps this clock; adjtimex(2)."""
+    answer = _Timex()
+    try:
+        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(answer))
+    except (OSError, AttributeError):
+        return False
+    return state not in (-1, _TIME_ERROR) and not answer.status & _STA_UNSYNC
+
+
+def keep_secrets_in_memory() -> None:
+    """No core file of this process, and no debugger of another one of its account (prctl(2))."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def notify(*lines: str) -> None:
+    """Tell the service manager (sd_notify(3)); nothing where there is none."""
+    where = os.environ.get("NOTIFY_SOCKET", "")
+    if not where.startswith(("/", "@")):
+        return
+    address = "\0" + where[1:] if where.startswith("@") else where
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    # A manager that does not listen is no reason to stop signing.
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as one:
+        one.sendto("\n".join(lines).encode(), address)
+
+
+def reloading() -> None:
+    """RELOADING=1, with the moment that systemd wants beside it; READY=1 ends it."""
+    notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+def watchdog_seconds() -> float | None:
+    """How often WATCHDOG=1 is to be said: half of what the manager waits (sd_watchdog_enabled)."""
+    given, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if not given.isdigit() or int(given) == 0 or (pid and pid != str(os.getpid())):
+        return None
+    return int(given) / 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A listening socket that the service manager made, and the name it gave it."""
+
+    socket: socket.socket
+    name: str
+
+
+def given_sockets(environ: MutableMapping[str, str] | None = None) -> list[Given]:
+    """
+    The sockets of socket activation (sd_listen_fds(3)), once; none if they are not for us.
+
+    ConfigurationError for what is not a listening stream socket.
+    """
+    environ = os.environ if environ is None else environ
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    given = []
+    for at in range(int(count)):
+        descriptor = _FIRST + at
+        os.set_inheritable(descriptor, False)
+        one = socket.socket(fileno=descriptor)
+        listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if one.type != socket.SOCK_STREAM or not listens:
+            raise ConfigurationError(
+                f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket",
+                hint="in the .socket unit: ListenStream= and Accept=no",
+            )
+        given.append(Given(one, names[at] if at < len(names) else ""))
+    return given
+
+
+def heads_to_system_log(logger: logging.Logger, path: Path = SYSTEM_LOG) -> None:
+    """
+    What *logger* says also goes to the system log, where there is one: an account that could
+    change the audit cannot change that. Standard error has it in any case, for a journal.
+    """
+    logger.setLevel(logging.INFO)
+    if not path.exists():
+        return
+    try:
+        handler = logging.handlers.SysLogHandler(
+            str(path), facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV
+        )
+    except OSError as exc:
+        logger.warning("system log %s cannot be reached (%s)", foreign(path), exc.strerror)
+        return
+    handler.setFormatter(logging.Formatter("hsmtoll[%(process)d]: %(message)s"))
+    handler.ident = ""
+    logger.addHandler(handler)

@@ -1,0 +1,45 @@
+"""The signing host of this room, with both doors."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import hosting
+
+# For the tests of this room.
+from tests.hosting import ME, OTHER, RunningHost, entry, eventually, raw_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+
+__all__ = ["ME", "OTHER", "RunningHost", "entry", "eventually", "raw_request"]
+
+
+@pytest.fixture
+def make_host(
+    toll_eseal: ThrowAway, toll_sandbox: Sandbox, toll_faults: Faults
+) -> Iterator[Callable[..., RunningHost]]:
+    """Hosts that are not started yet, by the entries of their policy (`entry`)."""
+    environ = {**toll_eseal.environ(), **toll_sandbox.environ(), **toll_faults.environ()}
+    with contextlib.ExitStack() as stack:
+
+        def made(*entries: str) -> RunningHost:
+            return stack.enter_context(hosting.make_host(environ, *entries, faults=toll_faults))
+
+        yield made
+
+
+@pytest.fixture
+def running_host(make_host: Callable[..., RunningHost]) -> RunningHost:
+    """
+    A real `hsmtoll serve`, ready: Unix socket, TLS and metrics. This account and the certificate
+    of ``app.example`` may have grants and tokens for the road, of profile acme.
+    """
+    return make_host().start()

@@ -1,0 +1,411 @@
+"""The signing host from its socket to its device: who gets what, what it costs, what is written."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import json
+import resource
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from joserfc import jws as judge
+from joserfc.jwk import RSAKey
+
+from tests.host.conftest import ME, OTHER, RunningHost, entry, eventually, raw_request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.sandbox.server import Sandbox
+
+JSON = {"content-type": "application/json"}
+
+
+def test_a_grant_is_the_hosts_own_and_a_library_of_others_verifies_it(
+    running_host: RunningHost, toll_sandbox: Sandbox
+) -> None:
+    before = running_host.signatures()
+    reply = running_host.ask()
+
+    assert reply.status == 200
+    assert running_host.signatures() == before + 1
+    header = json.loads(base64.urlsafe_b64decode(reply.body["assertion"].split(".")[0] + "=="))
+    leaf = x509.load_der_x509_certificate(base64.b64decode(header["x5c"][0]))
+    pem = leaf.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    # Its default knows no chains in a header.
+    registry = judge.JWSRegistry(algorithms=["RS256"])
+    registry.max_header_length = 16_384
+    key = RSAKey.import_key(pem)
+    token = judge.deserialize_compact(reply.body["assertion"], key, registry=registry)
+    claims = json.loads(token.payload)
+    assert claims["aud"] == toll_sandbox.issuer
+    assert claims["scope"] == "toll:eu/movement/road/v2"
+    assert claims["jti"] == reply.body["jti"]
+    assert 0 < reply.body["expires_in"] <= claims["exp"] - claims["iat"] <= 120
+    (intent,), (result,) = running_host.records("intent"), running_host.records("result")
+    assert intent["seq"] < result["seq"] == reply.body["audit"]["seq"]
+    assert (intent["caller"], intent["profile"], intent["jti"]) == (ME, "acme", claims["jti"])
+    assert result["outcome"] == "signed"
+
+
+def test_a_token_is_signed_for_once_and_each_release_is_written_down(
+    running_host: RunningHost,
+) -> None:
+    before = running_host.signatures()
+    replies = [running_host.ask("/v1/token") for _ in range(5)]
+
+    assert {reply.status for reply in replies} == {200}
+    assert len({reply.body["access_token"] for reply in replies}) == 1
+    assert running_host.signatures() == before + 1
+    assert len(running_host.records("intent")) == 1
+    released = running_host.records("release")
+    assert [each["seq"] for each in released] == [r.body["audit"]["seq"] for r in replies]
+    text = "".join(part.read_text() for part in running_host.audit.glob("*.jsonl"))
+    assert replies[0].body["access_token"] not in text + running_host.log()
+
+
+@pytest.mark.parametrize(
+    ("members", "twin", "status", "error"),
+    [
+        ({"scope": "air"}, {"scope": "road"}, 403, "policy_denied"),
+        ({"profile": "other"}, {"profile": "acme"}, 403, "policy_denied"),
+        ({"consumer_org": "987654325"}, {"consumer_org": None}, 403, "policy_denied"),
+        ({"resource": "https://x/"}, {"resource": None}, 403, "policy_denied"),
+        ({"claims": {"iss": "me"}}, {}, 400, "bad_request"),
+        ({"digest": "AAAA"}, {}, 400, "bad_request"),
+        ({"scope": 7}, {"scope": "road"}, 400, "bad_request"),
+        ({"scope": "road\n"}, {"scope": "road"}, 400, "bad_request"),
+        ({"resource": "x" * 17_000}, {"resource": None}, 413, "too_large"),
+    ],
+)  # fmt: skip
+def test_a_refusal_never_asks_the_device_and_its_twin_costs_one_signature(
+    running_host: RunningHost,
+    members: dict[str, Any],
+    twin: dict[str, Any],
+    status: int,
+    error: str,
+) -> None:
+    before = running_host.signatures()
+    refused = running_host.ask(**members)
+
+    assert (refused.status, refused.body["error"]) == (status, error)
+    assert set(refused.body) == {"error", "error_description", "hint"}
+    assert running_host.signatures() == before
+    assert running_host.records("intent") == []
+    assert running_host.ask(**twin).status == 200
+    assert running_host.signatures() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status"),
+    [
+        ("GET", "/v1/grant", {}, 404),
+        ("POST", "/v1/sign", {"json": {}}, 404),
+        ("POST", "/v1/grant?x=1", {"json": {}}, 404),
+        ("POST", "/metrics", {"json": {}}, 404),
+        ("POST", "/v1/grant", {"content": b"{}"}, 415),
+        ("POST", "/v1/grant", {"data": {"profile": "acme"}}, 415),
+        ("POST", "/v1/grant", {"content": b"[", "headers": JSON}, 400),
+        ("POST", "/v1/grant", {"content": b'{"scope":"a","scope":"b"}', "headers": JSON}, 400),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_is_turned_away_before_anything_else(
+    running_host: RunningHost, method: str, path: str, options: dict[str, Any], status: int
+) -> None:
+    before = running_host.signatures(), len(running_host.records())
+    assert running_host.send(method, path, **options).status == status
+    assert (running_host.signatures(), len(running_host.records())) == before
+
+
+def test_another_account_gets_what_its_own_entry_says(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry(ME), entry(f"uid:{OTHER}", scopes=["air"]))
+    host.start()
+    host.open_to_all()
+
+    assert b"403 Forbidden" in host.as_account(OTHER, raw_request(scope="road"))
+    assert b"200 OK" in host.as_account(OTHER, raw_request(scope="air"))
+    assert host.ask(scope="air").status == 403
+    assert [each["caller"] for each in host.records("intent")] == [f"uid:{OTHER}"]
+
+
+def test_the_socket_is_closed_to_others_from_its_first_moment(running_host: RunningHost) -> None:
+    assert running_host.socket.stat().st_mode & 0o777 == 0o660
+    assert running_host.as_account(OTHER, raw_request()) == b""
+
+
+def test_half_requests_of_one_account_do_not_keep_another_waiting(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry(ME), entry(f"uid:{OTHER}"))
+    host.start()
+    host.open_to_all()
+    held = []
+    for _ in range(64):
+        one = socket.socket(socket.AF_UNIX)
+        one.connect(str(host.socket))
+        one.sendall(b"POST /v1/grant HTTP/1.1\r\n")
+        held.append(one)
+
+    assert b"200 OK" in host.as_account(OTHER, raw_request())
+    # Half a request is cut off by itself.
+    for one in held:
+        one.settimeout(60)
+        while one.recv(65536):
+            pass
+        one.close()
+    assert host.ask().status == 200
+
+
+def test_fifty_at_once_with_six_a_minute_are_six_intents(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry(ME, per_minute=6))
+    host.start()
+    before = host.signatures()
+
+    def one(_: int) -> int:
+        # Eight connections of one account are served at once; the others are told to try again.
+        while (reply := host.ask()).body.get("error") == "busy":
+            time.sleep(0.05)
+        return reply.status
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        codes = list(pool.map(one, range(50)))
+    assert (codes.count(200), codes.count(429)) == (6, 44)
+    assert len(host.records("intent")) == 6
+    assert host.signatures() == before + 6
+
+    # A restart forgets nothing.
+    assert host.end() == 0
+    host.start()
+    after = host.signatures()
+    reply = host.ask()
+    assert (reply.status, int(reply.headers["retry-after"]) > 0) == (429, True)
+    assert host.signatures() == after
+
+
+def test_stop_is_effective_at_once_and_without_a_restart(running_host: RunningHost) -> None:
+    assert running_host.ask("/v1/token").status == 200
+    before = running_host.signatures()
+    assert running_host.run("stop").returncode == 0
+
+    for path in ("/v1/grant", "/v1/token"):
+        reply = running_host.ask(path)
+        assert (reply.status, reply.body["error"]) == (403, "stopped")
+    assert running_host.signatures() == before
+    eventually(lambda: running_host.health("/ready").status == 503)
+    assert running_host.run("resume").returncode == 0
+    assert running_host.ask().status == 200
+
+
+def test_stop_while_twenty_wait_lets_one_more_through_at_most(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(*(entry(f"uid:{OTHER + n}") for n in range(20)))
+    host.start()
+    host.open_to_all()
+    before = host.signatures()
+    host.faults.set("slow", ms=3000)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(host.as_account, OTHER + n, raw_request()) for n in range(20)]
+        eventually(lambda: host.records("intent"))
+        assert host.run("stop").returncode == 0
+        said = [each.result() for each in asked]
+    host.faults.clear()
+
+    assert sum(b"200 OK" in each for each in said) <= 2
+    assert host.signatures() - before <= 2
+    assert sum(b'"stopped"' in each for each in said) >= 18
+
+
+def test_a_directory_of_the_stop_file_that_is_gone_means_stopped(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    (host.home / "away").mkdir()
+    host.start(HSMTOLL_HOST__STOP_FILE=str(host.home / "away" / "stop"))
+    assert host.ask().status == 200
+    (host.home / "away").rmdir()
+    reply = host.ask()
+    assert (reply.status, reply.body["error"]) == (403, "stopped")
+
+
+def test_a_new_policy_counts_after_sighup_and_a_broken_one_never(
+    running_host: RunningHost,
+) -> None:
+    assert running_host.process is not None
+    running_host.write_policy(entry(ME, scopes=["air"]))
+    running_host.process.send_signal(signal.SIGHUP)
+    eventually(lambda: running_host.ask(scope="air").status == 200)
+    assert running_host.ask(scope="road").status == 403
+
+    running_host.policy.write_text("[caller")
+    running_host.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "old one goes on" in running_host.log())
+    assert running_host.ask(scope="air").status == 200
+    outcomes = [each["outcome"] for each in running_host.records("policy")]
+    assert outcomes[0] == "loaded"
+    assert outcomes[1].startswith("kept: ")
+
+
+def test_killed_between_intent_and_result_the_audit_shows_it(running_host: RunningHost) -> None:
+    running_host.faults.set("hang")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running_host.ask)
+        eventually(lambda: running_host.records("intent"))
+        running_host.end(signal.SIGKILL)
+        assert asked.exception(60) is not None
+    running_host.faults.clear()
+
+    told = running_host.run("audit", "verify", "--public-key", str(running_host.public_key),
+                            str(running_host.audit))  # fmt: skip
+    seq = running_host.records("intent")[0]["seq"]
+    assert told.returncode == 0
+    assert f"intent without a result: record {seq}" in told.stdout
+    # And it goes on from there.
+    running_host.start()
+    assert running_host.ask().status == 200
+
+
+def test_an_audit_that_cannot_be_written_means_that_nothing_is_signed(
+    running_host: RunningHost,
+) -> None:
+    assert running_host.process is not None
+    before = running_host.signatures()
+    size = max(part.stat().st_size for part in running_host.audit.glob("audit-*.jsonl"))
+    resource.prlimit(running_host.process.pid, resource.RLIMIT_FSIZE, (size + 10, size + 10))
+
+    reply = running_host.ask()
+    assert (reply.status, reply.body["error"]) == (503, "audit_broken")
+    assert running_host.signatures() == before
+    assert running_host.health("/ready").status == 503
+
+
+def test_a_change_of_any_record_is_named_by_the_command(running_host: RunningHost) -> None:
+    heads = [running_host.ask().body["audit"] for _ in range(3)]
+    assert running_host.end() == 0
+    (part,) = running_host.audit.glob("audit-*.jsonl")
+    whole = part.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    argv = ("audit", "verify", "--public-key", str(running_host.public_key))
+
+    assert running_host.run(*argv, str(running_host.audit)).returncode == 0
+    for at in range(len(lines)):
+        changed = lines[at].replace(b'"', b"'", 1)
+        for ruined in (
+            [*lines[:at], changed, *lines[at + 1 :]],
+            [*lines[:at], *lines[at + 1 :]],
+        ):
+            part.write_bytes(b"".join(ruined))
+            told = running_host.run(*argv, str(running_host.audit))
+            assert told.returncode == 91, (at, told.stdout)
+            assert f"record {at + 1}" in told.stderr or f"record {at + 2}" in told.stderr
+    part.write_bytes(whole)
+    head = f"{heads[0]['seq']}:{heads[0]['head']}"
+    assert running_host.run(*argv, "--head", head, str(running_host.audit)).returncode == 0
+    wrong = f"{heads[0]['seq']}:{heads[1]['head']}"
+    assert running_host.run(*argv, "--head", wrong, str(running_host.audit)).returncode == 91
+
+
+def test_a_device_that_is_down_is_a_503_and_comes_back_by_itself(
+    running_host: RunningHost,
+) -> None:
+    running_host.faults.set("token-removed")
+    reply = running_host.ask()
+    assert (reply.status, reply.body["error"]) == (503, "device_down")
+    assert int(reply.headers["retry-after"]) > 0
+    running_host.faults.clear()
+    eventually(lambda: running_host.ask().status == 200, 120)
+    assert running_host.faults.count("C_Login") <= 4
+
+
+def test_what_is_being_signed_is_finished_at_the_end(running_host: RunningHost) -> None:
+    running_host.faults.set("slow", ms=1500)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running_host.ask)
+        eventually(lambda: running_host.records("intent"))
+        assert running_host.end(signal.SIGTERM) == 0
+        assert asked.result(60).status == 200
+    running_host.faults.clear()
+    assert [each["outcome"] for each in running_host.records("result")] == ["signed"]
+    assert not running_host.socket.exists()
+
+
+def test_secrets_are_in_no_log_no_audit_and_no_page(
+    running_host: RunningHost, toll_eseal: Any
+) -> None:
+    grant = running_host.ask().body["assertion"]
+    token = running_host.ask("/v1/token").body["access_token"]
+    pages = [running_host.health(page).body for page in ("/live", "/ready", "/metrics")]
+    kept = b"".join(part.read_bytes() for part in running_host.audit.iterdir() if part.is_file())
+    everything = running_host.log() + repr(pages) + kept.decode("utf-8", "replace")
+
+    for secret in (toll_eseal.device.pin, grant, grant.rpartition(".")[2], token):
+        assert secret not in everything
+    # The control: what may be there is.
+    assert running_host.records("result")[0]["jti"] in everything
+
+
+def test_the_pages_for_those_who_watch(running_host: RunningHost) -> None:
+    assert running_host.health("/live").body == {"live": True}
+    assert running_host.health("/ready").body == {"ready": True, "why": []}
+    assert "hsmtoll_host_signatures_total" in running_host.health("/metrics").body["text"]
+    assert running_host.health("/v1/grant").status == 404
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "words"),
+    [
+        ("policy", 10, "policy"),
+        ("audit.key", 10, "audit"),
+        ("socket", 10, "HSMTOLL_HOST__SOCKET"),
+    ],
+)
+def test_what_keeps_it_from_starting_is_one_line_and_a_code(
+    make_host: Callable[..., RunningHost], broken: str, code: int, words: str
+) -> None:
+    host = make_host()
+    if broken == "policy":
+        host.policy.write_text("nonsense = ")
+    elif broken == "audit.key":
+        (host.home / "audit.key").write_text("no key")
+    else:
+        (host.home / "run").chmod(0o777)
+    told = host.run("serve")
+    assert told.returncode == code, told.stderr
+    assert words in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_policy_test_says_what_decides(make_host: Callable[..., RunningHost]) -> None:
+    host = make_host(entry("uid:1001"))
+    line = host.policy.read_text().splitlines().index('[caller."uid:1001"]') + 2
+
+    allowed = host.run("policy", "test", "--profile", "acme", "uid:1001", "road")
+    assert allowed.returncode == 0
+    assert "grant: allowed: " in allowed.stdout
+    assert f"{host.policy}:{line}" in allowed.stdout
+    denied = host.run("policy", "test", "--profile", "acme", "uid:1002", "road")
+    assert denied.returncode == 90
+    assert "default deny" in denied.stdout
+
+
+def test_audit_list_answers_who_got_what(running_host: RunningHost) -> None:
+    assert running_host.ask().status == 200
+    assert running_host.ask(scope="air").status == 403
+    eventually(lambda: running_host.records("refused"))
+    listed = json.loads(running_host.run("audit", "list", "--caller", ME, "--json").stdout)
+    events = [each["event"] for each in listed["records"]]
+    assert listed["schema"] == 1
+    assert events == ["intent", "result", "refused"]
+    assert running_host.run("audit", "list", "--caller", "uid:7").stdout == ""
+    later = running_host.run("audit", "list", "--since", "2999-01-01")
+    assert (later.returncode, later.stdout) == (0, "")
