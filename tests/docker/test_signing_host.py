@@ -1,0 +1,91 @@
+"""The signing host between containers: mutual TLS, a policy, an audit, a stop."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from pytest_docker.plugin import DockerComposeExecutor
+
+from tests.docker.containers import PREFIX, PROJECT, Stack, run_docker, wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# The first test builds and starts everything, once for each command.
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def hosted(
+    docker_compose_command: str, context: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """The advertised command has run to its end, and all but the application are up again."""
+    folder = tmp_path_factory.mktemp("hosted")
+    file = str(context / "docker" / "compose.host.yml")
+    compose = DockerComposeExecutor(docker_compose_command, [file], f"{PROJECT}-host")
+    # A directory of this machine is what the other stack is about; this one has volumes alone.
+    given = {name: os.environ.pop(name, None) for name in ("TOLL_P11_DIR", "TOLL_PIN_FILE")}
+    os.environ["TOLL_IMAGE_PREFIX"] = PREFIX
+    try:
+        compose.execute("down --volumes --remove-orphans")
+        log: bytes = compose.execute("up --build --exit-code-from app")
+        made = Stack(compose, folder, "", log.decode())
+        made.do("up -d softhsm sandbox host")
+        wait_for(made.container("host"), "healthy")
+        yield made
+    finally:
+        compose.execute("down --volumes --remove-orphans")
+        os.environ.update({name: value for name, value in given.items() if value is not None})
+
+
+def run_app(stack: Stack, *argv: str, **variables: str) -> tuple[int, str]:
+    """One command of the application, in a new container: exit code, and all that it said."""
+    options = " ".join(f"-e {name}={value}" for name, value in variables.items())
+    try:
+        return 0, stack.do(f"run --rm --no-deps {options} app {' '.join(argv)}")
+    except Exception as exc:  # noqa: BLE001 - what the executor raises has the output in its text
+        return 1, str(exc)
+
+
+def test_an_application_without_a_device_gets_its_200_through_the_host(hosted: Stack) -> None:
+    assert "200 OK" in hosted.log
+    app = run_docker(
+        "inspect", hosted.container("host"), "--format", "{{.HostConfig.ReadonlyRootfs}}"
+    )
+    assert app.stdout.strip() == "true"
+    listed = hosted.do("exec -T host hsmtoll audit list")
+    assert "san:dns:app.example" in listed
+    assert "toll:eu/movement/road/v2" in listed
+
+
+def test_what_the_policy_does_not_allow_is_denied_between_containers(hosted: Stack) -> None:
+    code, said = run_app(hosted, "sign", "road")
+    assert code == 0, said
+    code, said = run_app(hosted, "sign", "air")
+    assert code != 0
+    assert "403" in said
+    code, said = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__ORGANIZATION="NTRSE-5500000000")
+    assert code != 0
+    assert "not for NTRSE-5500000000" in said
+
+
+def test_a_caller_without_a_certificate_of_the_ca_is_not_even_heard(hosted: Stack) -> None:
+    path = "/run/sandbox/ca.pem"
+    code, said = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__CA_FILE=path)
+    assert code != 0
+    assert "its TLS certificate is not trusted" in said
+
+
+def test_stop_and_resume_hold_for_the_containers(hosted: Stack) -> None:
+    hosted.do("exec -T host hsmtoll stop")
+    code, said = run_app(hosted, "sign", "road")
+    assert code != 0
+    assert "stop" in said
+    hosted.do("exec -T host hsmtoll resume")
+    code, said = run_app(hosted, "sign", "road")
+    assert code == 0, said
+    verify = "hsmtoll audit verify --public-key /run/callers/audit.pub /var/lib/hsmtoll/audit"
+    assert hosted.do(f"exec -T host {verify}")
