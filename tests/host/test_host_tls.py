@@ -1,0 +1,177 @@
+"""Who is who: certificates over TLS 1.3 and those taken back, accounts on the Unix socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hosting import APP, ME, PROFILE, entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.hosting import Identity, Reply, RunningHost
+
+
+def turned_away(host: RunningHost, identity: Identity) -> bool:
+    """Whether the handshake ends it, as the caller sees it."""
+    try:
+        host.ask_tls(identity)
+    except (ssl.SSLError, OSError):
+        return True
+    return False
+
+
+def s_client(host: RunningHost, *argv: str) -> str:
+    """What openssl says of the door."""
+    return subprocess.run(
+        ["openssl", "s_client", "-connect", f"localhost:{host.tls_port}", "-CAfile",
+         str(host.authority.ca), *argv],
+        input="", capture_output=True, text=True, check=False, timeout=60,
+    ).stdout  # fmt: skip
+
+
+def test_it_speaks_tls_1_3_alone_and_resumes_nothing(running_host: RunningHost) -> None:
+    mine = running_host.authority.issue(APP)
+    own = ("-cert", str(mine.cert), "-key", str(mine.key))
+    new = s_client(running_host, *own)
+    assert "TLSv1.3" in new
+    assert "Verify return code: 0 (ok)" in new
+    # A ticket would spare the next handshake the look at the revocation list.
+    assert "New Session Ticket" not in new
+    assert "Cipher is (NONE)" in s_client(running_host, *own, "-tls1_2")
+
+
+def test_nobody_comes_in_without_a_certificate_of_that_ca(
+    running_host: RunningHost, make_host: Callable[..., RunningHost]
+) -> None:
+    other = make_host().authority.issue(APP)
+    assert turned_away(running_host, other)
+    # One that is good for a server is none of a caller's.
+    assert turned_away(running_host, running_host.authority.issue(APP, server=True))
+    assert running_host.records("intent", "refused") == []
+    assert running_host.ask_tls(running_host.authority.issue(APP)).status == 200
+
+
+def test_there_is_no_tcp_without_certificates_of_callers(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    told = make_host().run("serve", HSMTOLL_HOST__CLIENT_CA="")
+    assert told.returncode == 10
+    assert "HSMTOLL_HOST__CLIENT_CA: required" in told.stderr
+
+
+def test_a_certificate_on_the_policys_list_is_refused_and_its_twin_is_not(
+    running_host: RunningHost,
+) -> None:
+    stolen, twin = running_host.authority.issue(APP), running_host.authority.issue(APP)
+    assert running_host.ask_tls(stolen).status == 200
+    running_host.write_policy(
+        entry(f"san:dns:{APP}"), before=f'revoked_sha256 = ["{stolen.sha256}"]\n{PROFILE}'
+    )
+    running_host.reload()
+
+    before = running_host.signatures()
+    reply = running_host.ask_tls(stolen)
+    assert (reply.status, reply.word) == (403, "policy_denied")
+    assert running_host.signatures() == before
+    assert running_host.ask_tls(twin).status == 200
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in-the-ca-file", "in-its-own"])
+def test_a_revocation_list_counts_from_the_next_handshake_on(
+    make_host: Callable[..., RunningHost], *, beside: bool
+) -> None:
+    host = make_host()
+    stolen, twin = host.authority.issue(APP), host.authority.issue(APP)
+    crl = host.authority.crl()
+    ca = host.home / "callers.pem"
+    ca.write_bytes(host.authority.ca.read_bytes() + (crl.read_bytes() if beside else b""))
+    if not beside:
+        host.environ["HSMTOLL_HOST__CLIENT_CRL"] = str(crl)
+    host.start(HSMTOLL_HOST__CLIENT_CA=str(ca))
+    assert host.ask_tls(stolen).status == 200
+
+    new = host.authority.crl(stolen).read_bytes()
+    if beside:
+        ca.write_bytes(host.authority.ca.read_bytes() + new)
+    host.reload()
+    assert turned_away(host, stolen)
+    assert host.ask_tls(twin).status == 200
+
+    # A list that has expired says nothing about anybody, so nobody comes in.
+    old = host.authority.crl(days=-1).read_bytes()
+    if beside:
+        ca.write_bytes(host.authority.ca.read_bytes() + old)
+    host.reload()
+    assert turned_away(host, twin)
+
+
+def test_a_stolen_certificate_gets_its_quota_and_nothing_after_it_nor_after_a_restart(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry(f"san:dns:{APP}", per_day=3))
+    host.start()
+    stolen = host.authority.issue(APP)
+
+    def tried() -> list[tuple[int, str]]:
+        asked: list[Reply] = [
+            *(host.ask_tls(stolen) for _ in range(3)),
+            host.ask_tls(stolen, scope="air"),
+            host.ask_tls(stolen, profile="other"),
+            host.ask_tls(stolen, consumer_org="987654325"),
+        ]
+        return [(each.status, each.word) for each in asked]
+
+    denied = [(403, "policy_denied")] * 3
+    assert tried() == [(200, "")] * 3 + denied
+    assert tried() == [(429, "quota_exceeded")] * 3 + denied
+    host.end(signal.SIGKILL)
+    host.start()
+    before = host.signatures()
+    assert tried() == [(429, "quota_exceeded")] * 3 + denied
+    assert host.signatures() == before
+    assert len(host.records("intent")) == 3
+
+
+def test_an_account_of_another_namespace_is_refused_and_not_guessed(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry("uid:65534"), entry(f"uid:{os.geteuid()}"))
+    host.start()
+    host.open_to_all()
+    before = host.signatures()
+    for uid, gid in ((65534, 1000), (1000, 65534)):
+        said = host.as_account(uid, _REQUEST, gid=gid)
+        assert b"403 Forbidden" in said
+        assert b"another user namespace" in said
+    assert host.signatures() == before
+    assert host.records("refused")[0]["caller"] == "unknown"
+    assert host.as_account(1000, _REQUEST).count(b"no caller entry matches") == 1
+    assert host.ask().status == 200
+
+
+def test_two_entries_that_fit_are_both_named_and_neither_counts(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host(entry("uid:1000"), entry("gid:1007"))
+    host.start()
+    host.open_to_all()
+    said = host.as_account(1000, _REQUEST, gid=1007)
+    assert b"gid:1007, uid:1000" in said
+    assert b"200 OK" in host.as_account(1000, _REQUEST)
+    assert b"200 OK" in host.as_account(1001, _REQUEST, gid=1007)
+    assert [each["caller"] for each in host.records("intent")] == ["uid:1000", "gid:1007"]
+    assert ME not in str(host.records("intent"))
+
+
+_BODY = b'{"profile": "acme", "scope": "road"}'
+_REQUEST = (
+    b"POST /v1/grant HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
+)
