@@ -336,15 +336,14 @@ def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
 
 
 def _check_way(path: Path, own: set[int], directory: int, name: str) -> None:
+    below: int | None = None
     for place in path.parents:
         seen = place.stat()
-        nearest = place == path.parent
-        # In a sticky one such as /tmp anybody may make a directory; ours there stays ours.
-        sticky = seen.st_mode & stat.S_ISVTX and not nearest and directory in own
-        if (
-            seen.st_uid not in (own | {directory} if nearest else own)
-            or (seen.st_mode & 0o022 and not sticky)
-        ):  # fmt: skip
+        owners = own | {directory} if below is None else own
+        # In a sticky one such as /tmp anybody may make a directory; ours in there stays ours.
+        sticky = seen.st_mode & stat.S_ISVTX and below in own
+        below = seen.st_uid
+        if seen.st_uid not in owners or (seen.st_mode & 0o022 and not sticky):
             raise PolicyDenied(
                 f"{name}: others may put another socket there, in {foreign(place)}",
                 hint="the socket's directory belongs to the host's account (or root), those above "

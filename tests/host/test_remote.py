@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError, PolicyDenied
+from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.tokens import TokenRequest
 from tests.hosting import PATIENCE, POLICY, ROAD_SCOPE, make_host
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from tests.hosting import RunningHost
 
 ROAD = TokenRequest(ROAD_SCOPE)
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
 def caller(sandbox: Sandbox, state: Path, *urls: str, **more: str) -> dict[str, str]:
@@ -119,6 +122,40 @@ def test_sign_on_the_host_and_exchange_elsewhere_is_audited_and_can_be_stopped(
     assert len(running_host.records("intent")) == 1
     assert running_host.command("resume").returncode == 0
     assert hsmtoll("sign", "road", environ=environ).returncode == 0
+
+
+def test_a_forced_command_signs_through_the_socket_whatever_its_caller_asks_for(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """As sshd runs it: settings of a file, the caller's words in a variable that nobody reads."""
+    config = tmp_path / "caller.toml"
+    shown = README.partition("with `caller.toml` naming")[2].split("\n\n")[0]
+    for name in ("environment", "identity", "url", "profile"):
+        assert name in shown
+    config.write_text(
+        'environment = "sandbox"\nidentity = "eseal"\n[signer]\n'
+        f'url = "{running_host.url}"\nprofile = "acme"\n'
+    )
+    config.chmod(0o600)
+    ends = {k: v for k, v in toll_sandbox.environ().items() if k != "HSMTOLL_ENVIRONMENT"}
+    asked = {"SSH_ORIGINAL_COMMAND": "hsmtoll sign air", "HSMTOLL_STATE": str(tmp_path)}
+    signed = hsmtoll("--config", str(config), "sign", "road", environ=ends | asked)
+    assert signed.returncode == 0, signed.stderr
+    assert [each["scope"] for each in running_host.records("intent")] == [ROAD_SCOPE]
+    done = hsmtoll("exchange", environ=toll_sandbox.environ(), stdin=signed.stdout)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_files_that_the_readme_shows_are_understood(tmp_path: Path) -> None:
+    files = re.findall(r"^```toml\n# /etc/hsmtoll/(\S+?):?[ \n](.*?)^```$", README, re.M | re.S)  # noqa: FURB167 - short, on one line
+    shown = dict(files)
+    assert shown.keys() == {"host.toml", "policy.toml"}
+    policy = Policy.parse(f"# {shown['policy.toml']}".encode())
+    assert policy.callers.keys() == {"uid:1001", "san:dns:app.acme.example"}
+    config = tmp_path / "host.toml"
+    config.write_text(shown["host.toml"])
+    config.chmod(0o600)
+    assert str(load(config=config).host.policy) == "/etc/hsmtoll/policy.toml"
 
 
 def test_what_the_policy_does_not_allow_is_error_90_with_the_hosts_words(

@@ -7,11 +7,16 @@ The hosts here are of the tests' own making, so that they can lie.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import ssl
+import subprocess
+import sys
+import tempfile
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,8 +28,9 @@ from hsmtoll import errors
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.proof import Expected, prove
+from hsmtoll.remote import Hosts, SigningHost
 from hsmtoll.sandbox import pki
-from hsmtoll.settings import Settings
+from hsmtoll.settings import Settings, SignerHost
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
 from tests.lying_host import (
@@ -42,7 +48,6 @@ from tests.lying_host import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from cryptography import x509
 
@@ -477,6 +482,87 @@ def test_a_link_in_a_place_that_others_may_write_is_not_followed(
     assert app.signer.assertion(ROAD)
     shared.chmod(0o777)
     assert refusal(app).code == "socket-unsafe"
+
+
+# The interpreter may lie where the other account cannot look: it is started first.
+_AS_ANOTHER = """
+import os, sys
+from pathlib import Path
+from tests.lying_host import LyingHost
+os.setgroups([])
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[2]))
+with LyingHost(Path(sys.argv[1])):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def host_of(uid: int, place: Path) -> Iterator[str]:
+    """A host that runs as another account; its URL."""
+    top = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", _AS_ANOTHER, str(place), str(uid)], cwd=top, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        try:
+            yield f"unix://{place}"
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+
+
+def test_a_host_of_another_account_is_known_by_the_directory_that_root_gave_it(
+    tmp_path: Path,
+) -> None:
+    """Root makes the directory and gives it away; in /tmp anybody could have made it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as top, tempfile.TemporaryDirectory() as loose:
+        given, taken = Path(top) / "given", Path(loose)
+        Path(top).chmod(0o755)
+        given.mkdir(0o755)
+        for place in (given, taken):
+            os.chown(place, 4711, 4711)
+        taken.chmod(0o755)
+        with host_of(4711, given / "s") as url:
+            assert app_of(url, state=tmp_path).signer.assertion(ROAD)
+            assert app_of(url, state=tmp_path, signer={"uid": 4711}).signer.assertion(ROAD)
+            assert refusal(app_of(url, state=tmp_path, signer={"uid": 0})).exit_code == 90
+        with host_of(4711, taken / "s") as url:
+            assert refusal(app_of(url, state=tmp_path)).code == "socket-unsafe"
+            assert app_of(url, state=tmp_path, signer={"uid": 4711}).signer.assertion(ROAD)
+
+
+def test_an_account_that_this_side_cannot_name_is_refused_even_if_it_is_expected(
+    tmp_path: Path,
+) -> None:
+    with tempfile.TemporaryDirectory() as top:
+        place = Path(top)
+        place.chmod(0o755)
+        os.chown(place, 65534, 65534)
+        with host_of(65534, place / "s") as url:
+            refused = refusal(app_of(url, state=tmp_path, signer={"uid": 65534}))
+    assert (refused.exit_code, refused.code) == (90, "host-peer")
+    assert "namespace" in str(refused)
+
+
+def test_tokens_of_other_machines_sockets_and_starts_are_never_taken_for_ours(
+    tmp_path: Path,
+) -> None:
+    clock = SettableClock.at_real_time()
+    names = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        settings = SignerHost(url=(f"unix://{tmp_path}/{name}/s",), profile="acme")
+        hosts = Hosts([SigningHost(settings.url[0], settings, clock=clock)], clock)
+        assert hosts.stand_in() == hosts.stand_in()
+        names.add(hosts.stand_in())
+    clock.reboot()
+    names.add(hosts.stand_in())
+    assert len(names) == 3
 
 
 def test_no_socket_and_nobody_behind_it_are_network_errors(tmp_path: Path) -> None:
