@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -24,7 +25,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
 from hsmtoll.hsm.codes import NOT_TRIED, REFUSED, recoverable, speaking, translated
 from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.hsm.module import GATE, Module, current, loaded, opened, restarted
+from hsmtoll.hsm.module import GATE, Module, current, loaded, opened, restart, restarted
 from hsmtoll.hsm.recovery import RESTART_PAUSE, Breaker, mended
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput, digest_info
@@ -45,6 +46,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
+#: Seconds, from and to, before a module that found no device at its very start is started again.
+_START_PAUSE: Final = (0.1, 0.3)
 _SMALLEST_KEY: Final = 2048
 _UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
 # What C_SignInit says before a signing PIN is looked at.
@@ -178,7 +181,8 @@ class Device:
 
     Nothing is opened before the first call. Every method may be called from any thread; it
     waits at most *lock_timeout* seconds for its turn. After an error the handles are dropped;
-    what a new session, a new login or a restart of the module cures is cured within the call.
+    what a new session, a new login or a restart of the module cures is cured within the call,
+    and a device that is not there when the module starts is looked for twice.
     Where nothing helps, the next callers are told ``device-down`` at once for a while
     (`hsmtoll.hsm.recovery`). *boot* is a clock in seconds that never goes back.
     """
@@ -196,6 +200,7 @@ class Device:
         allow_exportable_key: bool = False,
         lock_timeout: float = 60.0,
         boot: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.module_path = module_path
         self.uri = uri
@@ -208,6 +213,7 @@ class Device:
         self._allow_exportable_key = allow_exportable_key
         self._lock_timeout = lock_timeout
         self._boot = boot
+        self._sleep = sleep
         self._breaker = Breaker(uri, boot=boot)
         #: Goes up when the handles are new: what was read before may be out of date then.
         self.generation = 0
@@ -382,6 +388,17 @@ class Device:
                     self._known = self._known or _named(here.token)
                     return answer
 
+            def started_once_more(exc: HsmTollError) -> bool:
+                # Devices in files are rewritten when somebody logs in, and who starts at that
+                # moment sees half of one. A login that was made is not made again for it.
+                login = self._shared
+                tried = self._undecided or (login is not None and login.there)
+                if there is not None or tried or not recoverable(exc):
+                    return False
+                self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
+                restart(self.module_path)
+                return True
+
             def new_session(exc: HsmTollError) -> bool:
                 return old and self._may_help(exc) and exc.code != "key-missing"
 
@@ -403,7 +420,8 @@ class Device:
                 return done and not self._undecided
 
             old = self._open is not None
-            return mended(call, (new_session, new_login, module_started_again))
+            steps = (started_once_more, new_session, new_login, module_started_again)
+            return mended(call, steps)
 
     def _may_help(self, exc: HsmTollError) -> bool:
         # A PIN whose try has an unknown fate is not tried again for the same call.

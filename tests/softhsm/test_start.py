@@ -1,0 +1,209 @@
+"""A device that is not there when its module starts, and the one more look that it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinSource, PinValue
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import RsaPublicKey, SigningInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.softhsm import SoftHsm
+
+DATA = SigningInput(b"header.payload")
+#: CKR_GENERAL_ERROR: SoftHSM's word for a file that another process is writing.
+GENERAL = 0x5
+
+
+@pytest.fixture(scope="module")
+def key(toll_softhsm: SoftHsm) -> str:
+    toll_softhsm.generate_key("started", b"\x73")
+    return "started"
+
+
+@pytest.fixture
+def make(
+    toll_softhsm: SoftHsm, toll_faults: Faults, key: str, tmp_path: Path
+) -> Iterator[Callable[..., Device]]:
+    """A Device whose module no process of ours has loaded yet; *sleep* is all its waiting."""
+    made: list[Device] = []
+
+    def device(sleep: Callable[[float], None], pin: PinSource | None = None) -> Device:
+        one = Device(
+            toll_faults.module,
+            KeyUri.parse(toll_softhsm.uri(key)),
+            pin=pin or PinValue.of(toll_softhsm.pin),
+            ledger=Ledger(tmp_path / "state"),
+            sleep=sleep,
+        )
+        made.append(one)
+        return one
+
+    yield device
+    for each in made:
+        each.close()
+
+
+def error(device: Device) -> HsmTollError:
+    with pytest.raises(HsmTollError) as caught:
+        device.sign("RS256", DATA)
+    return caught.value
+
+
+def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+
+    def come(seconds: float) -> None:
+        slept.append(seconds)
+        toll_faults.clear("token-removed")
+
+    toll_faults.set("token-removed")
+    device = make(come)
+    public = device.key().public
+    assert isinstance(public, RsaPublicKey)
+    assert public.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert len(slept) == 1
+    assert slept[0] < 1
+    assert toll_faults.count("C_Initialize") == 2
+    assert toll_faults.count("C_Login") == 1
+
+
+def test_one_that_does_not_come_is_looked_for_once_more_and_then_missed(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    toll_faults.set("token-removed")
+    device = make(slept.append)
+    assert error(device).code == "device-missing"
+    assert error(device).code == "device-down"
+    assert len(slept) == 1
+    assert toll_faults.count("C_Initialize") == 2
+    assert toll_faults.count("C_Login") == 0
+
+
+@pytest.mark.parametrize("function", ["C_GetSlotList", "C_GetTokenInfo", "C_OpenSession"])
+@pytest.mark.parametrize("first", ["certificates", "sign"])
+def test_a_module_that_stumbles_over_half_a_file_is_started_once_more(
+    make: Callable[..., Device], toll_faults: Faults, function: str, first: str
+) -> None:
+    slept: list[float] = []
+    device = make(slept.append)
+    toll_faults.set("nth-call-fails", function=function, rv=GENERAL)
+    if first == "certificates":
+        device.certificates()
+    assert device.sign("RS256", DATA)
+    assert toll_faults.count("C_Login") == 1
+    assert len(slept) == 1
+
+
+def test_a_login_whose_fate_is_unknown_is_not_made_again(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    device = make(slept.append)
+    toll_faults.set("nth-call-fails", function="C_Login", rv=GENERAL)
+    assert isinstance(error(device), DeviceError)
+    assert toll_faults.count("C_Login") == 1
+    assert slept == []
+
+
+def test_a_pin_that_is_wrong_starts_nothing_again(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    assert isinstance(error(make(slept.append, PinValue.of("00000000"))), PinIncorrect)
+    assert toll_faults.count("C_Login") == toll_faults.count("C_Initialize") == 1
+    assert slept == []
+
+
+def test_a_module_that_worked_before_waits_for_nothing(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    device = make(slept.append)
+    device.sign("RS256", DATA)
+    toll_faults.set("token-removed")
+    assert error(device).code == "device-missing"
+    assert slept == []
+
+
+_CHILD = """
+import json, sys
+from pathlib import Path
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinFile
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import SigningInput
+
+told = json.loads(sys.stdin.readline())
+device = Device(
+    Path(told["module"]), KeyUri.parse(told["uri"]),
+    pin=PinFile(Path(told["pin_file"]), name="PIN"), ledger=Ledger(Path(told["state"])),
+)
+print("here", flush=True)
+sys.stdin.readline()
+print(device.sign("RS256", SigningInput(b"header.payload")).hex())
+device.close()
+"""
+
+
+def test_four_processes_that_start_at_once_on_bare_softhsm_all_sign(
+    toll_softhsm: SoftHsm, key: str, tmp_path: Path
+) -> None:
+    told = {
+        "module": str(toll_softhsm.module),
+        "uri": toll_softhsm.uri(key),
+        "pin_file": str(toll_softhsm.pin_file),
+        "state": str(tmp_path / "state"),
+    }
+    signatures = set()
+    for _ in range(4):
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", _CHILD],
+                env={**os.environ, "SOFTHSM2_CONF": str(toll_softhsm.conf)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        try:
+            for child in children:
+                assert child.stdin is not None
+                assert child.stdout is not None
+                child.stdin.write(f"{json.dumps(told)}\n")
+                child.stdin.flush()
+                assert child.stdout.readline() == "here\n"
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.write("\n")
+                child.stdin.flush()
+            for child in children:
+                out, err = child.communicate(timeout=120)
+                assert child.returncode == 0, err
+                signatures.add(out)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+    # RSASSA-PKCS1-v1_5 has one signature for one text.
+    assert len(signatures) == 1
