@@ -49,6 +49,7 @@ _EVERY: Final = 100
 _SECONDS: Final = 60.0
 _SEGMENT: Final = 16 * 1024 * 1024
 _SEALS: Final = "checkpoints.jsonl"
+_CLOSED: Final = "it is closed"
 _DAY: Final = 86_400.0
 _MINUTE: Final = 60.0
 
@@ -324,12 +325,14 @@ class Audit:
                     each.remove(kept[-1])
 
     def close(self) -> None:
-        """Seal, and let another host have it."""
-        with self._lock, contextlib.suppress(AuditBroken):
-            self.seal()
-        self._broken = "it is closed"
-        os.close(self._file)
-        os.close(self._owner)
+        """Seal, and let another host have it; a second time changes nothing."""
+        with self._lock:
+            with contextlib.suppress(AuditBroken):
+                self.seal()
+            if self._broken != _CLOSED:
+                self._broken = _CLOSED
+                os.close(self._file)
+                os.close(self._owner)
 
 
 def _drop_half_line(segment: Path) -> None:

@@ -1,0 +1,315 @@
+"""What the host owes its system: the manager's protocols, the clock, the log, and no core files."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll import jws
+from hsmtoll.apis import named
+from hsmtoll.errors import ClockError, ConfigurationError, PolicyDenied, TryAgainLater
+from hsmtoll.host import system
+from hsmtoll.host.audit import verify
+from hsmtoll.host.brake import resume, stop, stopped_by
+from hsmtoll.host.peers import Peer
+from hsmtoll.host.policy import Ask
+from hsmtoll.host.service import SELF_TEST, Service
+from hsmtoll.settings import load
+from tests.hosting import ME, PROFILE, ROAD_SCOPE, entry, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.hosting import RunningHost
+
+
+@pytest.fixture
+def service(
+    make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Service, RunningHost]]]:
+    """Services in this process, with a clock that is said to be right or wrong."""
+    with contextlib.ExitStack() as stack:
+
+        def made(*entries: str, synchronised: bool = True) -> tuple[Service, RunningHost]:
+            host = make_host(*entries)
+            for name, value in host.environ.items():
+                monkeypatch.setenv(name, value)
+            one = Service(load(), synchronised=lambda: synchronised)
+            stack.callback(one.close)
+            return one, host
+
+        yield made
+
+
+def test_the_manager_is_told_of_each_turn(running_host: RunningHost) -> None:
+    running_host.reload()
+    assert any(each.startswith("MONOTONIC_USEC=") for each in running_host.told)
+    assert "RELOADING=1" in running_host.told
+    running_host.signal(signal.SIGTERM)
+    running_host.told.clear()
+    running_host.hear("STOPPING=1")
+    assert running_host.end() == 0
+
+
+def test_the_watchdog_is_fed(make_host: Callable[..., RunningHost]) -> None:
+    host = make_host().start(WATCHDOG_USEC="1000000")
+    host.hear("WATCHDOG=1")
+    # A watchdog that is another process's is none of ours.
+    assert system.watchdog_seconds() is None
+
+
+def test_no_core_file_and_no_debugger_see_its_memory(running_host: RunningHost) -> None:
+    assert running_host.process is not None
+    limits = Path(f"/proc/{running_host.process.pid}/limits").read_text()
+    (core,) = (line for line in limits.splitlines() if line.startswith("Max core file size"))
+    assert core.split()[4:6] == ["0", "0"]
+
+
+_ACTIVATED = """
+import os, socket, sys
+one = socket.socket(socket.AF_UNIX)
+one.bind(sys.argv[1])
+one.listen()
+os.dup2(one.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.executable, [sys.executable, "-m", "hsmtoll", "serve"])
+"""
+
+
+def test_a_socket_of_the_managers_is_taken_over(make_host: Callable[..., RunningHost]) -> None:
+    host = make_host()
+    for name in ("SOCKET", "LISTEN", "METRICS"):
+        del host.environ[f"HSMTOLL_HOST__{name}"]
+    argv = [sys.executable, "-c", _ACTIVATED, str(host.socket)]
+    with (host.home / "stderr").open("wb") as log:
+        host.process = subprocess.Popen(argv, env=os.environ | host.environ, stderr=log)
+    eventually(host.socket.exists)
+    # A caller who came before it was there is served as well.
+    eventually(lambda: host.ask().status == 200)
+    assert host.end() == 0
+    # It belongs to the manager, who listens on.
+    assert host.socket.exists()
+
+
+def test_without_any_door_it_does_not_start(make_host: Callable[..., RunningHost]) -> None:
+    host = make_host()
+    told = host.run("serve", HSMTOLL_HOST__SOCKET="", HSMTOLL_HOST__LISTEN="")
+    assert (told.returncode, "HSMTOLL_HOST__SOCKET" in told.stderr) == (10, True)
+
+
+@pytest.mark.parametrize("name", ["POLICY", "AUDIT_DIR", "AUDIT_KEY"])
+def test_what_it_cannot_do_without_is_named(
+    make_host: Callable[..., RunningHost], name: str
+) -> None:
+    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": ""})
+    assert (told.returncode, f"HSMTOLL_HOST__{name}" in told.stderr) == (10, True)
+    assert told.stderr.count("hsmtoll:") == 1
+
+
+def test_metrics_are_for_this_machine_alone(make_host: Callable[..., RunningHost]) -> None:
+    told = make_host().run("serve", HSMTOLL_HOST__METRICS="0.0.0.0:0")
+    assert (told.returncode, "not on the loopback" in told.stderr) == (10, True)
+
+
+def test_a_second_host_on_one_audit_or_socket_does_not_start(running_host: RunningHost) -> None:
+    same = running_host.run("serve", HSMTOLL_HOST__LISTEN="", HSMTOLL_HOST__METRICS="")
+    assert (same.returncode, "another host listens there" in same.stderr) == (10, True)
+    beside = str(running_host.socket.with_name("b.sock"))
+    other = running_host.run(
+        "serve", HSMTOLL_HOST__LISTEN="", HSMTOLL_HOST__METRICS="", HSMTOLL_HOST__SOCKET=beside
+    )
+    assert (other.returncode, "one signing host writes it" in other.stderr) == (91, True)
+    assert running_host.ask().status == 200
+
+
+def test_the_self_test_signs_what_can_be_no_grant(
+    service: Callable[..., tuple[Service, RunningHost]],
+) -> None:
+    one, host = service()
+    before = host.signatures()
+    assert one.not_ready()
+    one.prove()
+    one.prove()
+    assert host.signatures() == before + 1
+    assert one.not_ready() == []
+    with pytest.raises(ValueError, match="three segments"):
+        jws.read_unverified(SELF_TEST.decode())
+
+
+def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
+    service: Callable[..., tuple[Service, RunningHost]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, host = service(entry(ME))
+    one.close()
+    # The endpoints of the sandbox have no place in a profile of test.
+    for name in ("ISSUER", "TOKEN", "CUSTOMS"):
+        monkeypatch.delenv(f"HSMTOLL_ENDPOINTS__{name}")
+    host.write_policy(entry(ME), before=PROFILE.replace('"sandbox"', '"test"'))
+    me = Peer.local(os.geteuid(), os.getegid())
+    kept: list[str] = []
+    second = Service(load(), synchronised=lambda: bool(kept))
+    try:
+        before = host.signatures()
+        second.prove()
+        assert second.not_ready() == ["profile acme: the clock is not synchronised"]
+        with pytest.raises(ClockError, match="signing host's clock"):
+            second.grant(me, Ask("acme", "road"), gone=lambda: False)
+        assert host.signatures() == before
+        kept.append("by somebody")
+        second.prove()
+        assert second.not_ready() == []
+        assert second.grant(me, Ask("acme", "road"), gone=lambda: False)["jti"]
+        assert host.signatures() == before + 2
+    finally:
+        second.close()
+
+
+def test_who_left_while_waiting_costs_no_signature(
+    service: Callable[..., tuple[Service, RunningHost]],
+) -> None:
+    one, host = service()
+    one.prove()
+    before = host.signatures()
+    me = Peer.local(os.geteuid(), os.getegid())
+    with pytest.raises(TryAgainLater, match="the caller left"):
+        one.grant(me, Ask("acme", "road"), gone=lambda: True)
+    assert host.signatures() == before
+    assert one.grant(me, Ask("acme", "road"), gone=lambda: False)
+    assert host.signatures() == before + 1
+
+
+def test_a_storm_of_refusals_does_not_fill_the_disk(
+    service: Callable[..., tuple[Service, RunningHost]],
+) -> None:
+    one, host = service(entry("uid:1"))
+    for _ in range(200):
+        with pytest.raises(PolicyDenied):
+            one.grant(Peer.local(2, 2), Ask("acme", "road"), gone=lambda: False)
+    assert len(host.records("refused")) == 60
+    # Another one's refusals are written down all the same.
+    with pytest.raises(PolicyDenied):
+        one.grant(Peer.local(3, 3), Ask("acme", "road"), gone=lambda: False)
+    assert host.records("refused")[-1]["caller"] == "uid:3"
+
+
+def test_several_profiles_have_each_what_the_policy_gives_them(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    host.write_policy(
+        f'[caller."{ME}"]',
+        'profile.acme = { scopes = ["road"], mode = ["grant"] }',
+        'profile.second = { scopes = ["air"], mode = ["grant"] }',
+        before=PROFILE + PROFILE.replace("acme", "second"),
+    )
+    host.start()
+    asked = [("acme", "road"), ("second", "air"), ("acme", "air"), ("second", "road")]
+    said = [host.ask(profile=profile, scope=scope).status for profile, scope in asked]
+    assert said == [200, 200, 403, 403]
+    told = [(each["profile"], each["scope"]) for each in host.records("intent")]
+    assert told == [("acme", ROAD_SCOPE), ("second", named("air").eseal)]
+
+
+def test_a_profile_that_cannot_work_is_named_with_its_file(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    for wrong, said in (
+        ('identity = "norwegian"', "iss is required"),
+        ('identity = "eseal"\nconsumer_org = "987654325"', "consumer_org is a caller's to name"),
+        ('identity = "eseal"\nnonsense = 1', "nonsense"),
+    ):
+        host.write_policy(before=PROFILE.replace('identity = "eseal"', wrong))
+        told = host.run("serve")
+        assert told.returncode == 10, told.stderr
+        assert f"policy {host.policy}: profile acme: " in told.stderr
+        assert said in told.stderr
+
+
+def test_the_stop_file_says_stop_by_being_there_and_by_not_being_seen(tmp_path: Path) -> None:
+    file = tmp_path / "stop"
+    assert stopped_by(file) is None
+    assert (stop(file), stop(file)) == (True, False)
+    assert stopped_by(file) == "the stop file is there"
+    assert (resume(file), resume(file)) == (True, False)
+    # A link to nowhere is there as well; what is not a directory cannot be looked into.
+    file.symlink_to(tmp_path / "nowhere")
+    assert stopped_by(file) is not None
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert "cannot be read" in str(stopped_by(plain / "stop"))
+    assert "cannot be read" in str(stopped_by(tmp_path / "gone" / "stop"))
+    with pytest.raises(ConfigurationError, match="cannot be changed"):
+        stop(tmp_path / "gone" / "stop")
+
+
+_UNPRIVILEGED = """
+import os, sys
+from pathlib import Path
+from hsmtoll.errors import HsmTollError
+from hsmtoll.host.brake import check_stop_directory, resume, stop, stopped_by
+from hsmtoll.host.policy import Policy
+policy, file = map(Path, sys.argv[1:])
+os.setgroups([]); os.setresgid(41001, 41001, 41001); os.setresuid(41001, 41001, 41001)
+Policy.load(policy); check_stop_directory(file)
+print("reads", stopped_by(file))
+for change in (stop, resume):
+    try:
+        change(file)
+        print("changed")
+    except HsmTollError as exc:
+        print(exc.exit_code)
+print(os.access(policy, os.W_OK))
+"""
+
+
+def test_the_hosts_account_can_change_neither_policy_nor_stop(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    stop(host.stop_file)
+    argv = [sys.executable, "-c", _UNPRIVILEGED, str(host.policy), str(host.stop_file)]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == ["reads the stop file is there", "changed", "10", "False"]
+    # The control: others who could write them are refused.
+    host.policy.chmod(0o666)
+    told = host.run("serve")
+    assert (told.returncode, "others may change" in told.stderr) == (10, True)
+    host.policy.chmod(0o644)
+    host.stop_file.parent.chmod(0o777)
+    told = host.run("serve")
+    assert (told.returncode, "others may change" in told.stderr) == (10, True)
+
+
+def test_heads_go_to_the_system_log(tmp_path: Path) -> None:
+    logger = logging.getLogger("hsmtoll.test-of-heads")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+        log.bind(str(tmp_path / "log"))
+        log.settimeout(60)
+        system.heads_to_system_log(logger, tmp_path / "log")
+        logger.info("audit head 7:abc")
+        assert log.recv(4096).rstrip(b"\0").endswith(b"audit head 7:abc")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def test_a_log_that_was_changed_is_not_gone_on_with(running_host: RunningHost) -> None:
+    assert running_host.ask().status == 200
+    assert running_host.end() == 0
+    (part,) = running_host.audit.glob("audit-*.jsonl")
+    part.write_bytes(part.read_bytes().replace(b"acme", b"evil", 1))
+    told = running_host.run("serve")
+    assert (told.returncode, told.stderr.count("hsmtoll:")) == (91, 1)
+    assert "record 2: changed" in told.stderr
+    assert verify(running_host.audit, running_host.public_key).bad == "record 2: changed"
