@@ -65,7 +65,7 @@ VERSION: Final = "1"
 
 #: Connections at once: at a door, of one caller, and of those turned away who are still told so.
 _CONNECTIONS: Final = 64
-_OF_ONE: Final = 8
+OF_ONE: Final = 8
 _TURNED_AWAY: Final = 64
 
 #: Seconds to complete a request, TLS included; and to take the reply.
@@ -110,10 +110,11 @@ async def read_ask(request: web.BaseRequest) -> tuple[str, Ask]:
         raw += part
         if len(raw) > _LARGEST_BODY:
             raise _too_large()
-    return request.raw_path.removeprefix("/v1/"), _ask(bytes(raw))
+    return request.raw_path.removeprefix("/v1/"), parsed(bytes(raw))
 
 
-def _ask(raw: bytes) -> Ask:
+def parsed(raw: bytes) -> Ask:
+    """A body as what it asks for; Refused for any other."""
     try:
         said = json.loads(raw, object_pairs_hook=_once_each, parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -296,10 +297,10 @@ class _Protocol(web.RequestHandler):
     ) -> web.StreamResponse:
         """What aiohttp could not read as a request: its words may quote it, ours do not."""
         del request, exc, message
-        self.force_close()
-        if status < 500:
-            return reply_to(_bad("that is not HTTP as it is spoken here"))
-        return reply_to(RuntimeError())
+        malformed = status < 500
+        response = reply_to(_bad("not HTTP as it is spoken here") if malformed else RuntimeError())
+        response.force_close()
+        return response
 
 
 # aiohttp logs what it could not parse, with pieces of it.
@@ -381,7 +382,7 @@ class Door:
                 continue
             connection.setblocking(False)
             visit = self._visit(connection)
-            if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= _OF_ONE:
+            if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= OF_ONE:
                 self._turn_away(connection)
                 continue
             visit.until = loop.time() + _PATIENCE
@@ -440,7 +441,7 @@ class Door:
         self._shares[visit.account] -= 1
         visit.peer, visit.account = peer, peer.account
         self._shares[visit.account] += 1
-        if self._shares[visit.account] > _OF_ONE:
+        if self._shares[visit.account] > OF_ONE:
             visit.peer = PolicyDenied("caller: too many connections at once", code="share")
             if isinstance(transport, asyncio.WriteTransport):
                 transport.write(_busy())

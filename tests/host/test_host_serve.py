@@ -213,17 +213,18 @@ def test_stop_while_twenty_wait_lets_one_more_through_at_most(
     host.start()
     host.open_to_all()
     before = host.signatures()
-    host.faults.set("slow", ms=3000)
+    # The first one holds the device until it is let go of, however slow this machine is.
+    host.faults.set("hang")
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         asked = [pool.submit(host.as_account, OTHER + n, raw_request()) for n in range(20)]
         eventually(lambda: host.records("intent"))
         assert host.run("stop").returncode == 0
+        host.faults.clear()
         said = [each.result() for each in asked]
-    host.faults.clear()
 
-    assert sum(b"200 OK" in each for each in said) <= 2
-    assert host.signatures() - before <= 2
-    assert sum(b'"stopped"' in each for each in said) >= 18
+    assert sum(b"200 OK" in each for each in said) == 1
+    assert host.signatures() == before + 1
+    assert sum(b'"stopped"' in each for each in said) == 19
 
 
 def test_a_directory_of_the_stop_file_that_is_gone_means_stopped(

@@ -1,0 +1,160 @@
+"""Whatever is sent, it is a request or a refusal, and only a request reaches the device."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from hsmtoll.host import doors
+from hsmtoll.host.doors import Refused, parsed
+from hsmtoll.host.policy import Ask
+from tests.hosting import ROAD, eventually, raw_request
+
+if TYPE_CHECKING:
+    from tests.hosting import RunningHost
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=12,
+)
+MEMBERS = st.sampled_from(["profile", "scope", "consumer_org", "resource", "claims", "iat", ""])
+
+
+@given(st.binary(max_size=400) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_body_is_a_request_or_a_refusal_of_one_line(raw: bytes) -> None:
+    try:
+        assert isinstance(parsed(raw), Ask)
+    except Refused as exc:
+        refused = exc
+    else:
+        return
+    assert (refused.status, refused.word) == (400, "bad_request")
+    assert "\n" not in str(refused)
+
+
+@given(st.dictionaries(MEMBERS, JSON))
+def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None:
+    said = {**ROAD, **changes}
+    try:
+        ask = parsed(json.dumps(said).encode())
+    except Refused:
+        return
+    assert said.keys() <= {"profile", "scope", "consumer_org", "resource"}
+    assert (ask.profile, ask.scope, ask.consumer_org) == (
+        said["profile"], said["scope"], said.get("consumer_org"),
+    )  # fmt: skip
+    resource = said.get("resource")
+    listed = [resource] if isinstance(resource, str) else resource or []
+    assert list(ask.resource) == listed
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"profile":"acme","profile":"acme","scope":"road"}',
+        b'{"profile":"acme","scope":"road","iat":1}',
+        b'{"profile":"acme","scope":NaN}',
+        b'{"profile":"acme","scope":"ro\\u0000ad"}',
+        b'{"profile":"acme"}',
+        b"[" * 9000,
+        b"",
+        json.dumps({**ROAD, "resource": ["https://a.example"] * 17}).encode(),
+        json.dumps({**ROAD, "scope": "x" * 257}).encode(),
+        json.dumps({**ROAD, "consumer_org": "98765432٥"}).encode(),
+    ],
+)
+def test_each_of_these_differs_from_a_request_in_one_thing(raw: bytes) -> None:
+    with pytest.raises(Refused):
+        parsed(raw)
+    twin = {**ROAD, "consumer_org": None, "resource": None}
+    assert parsed(json.dumps(twin).encode()) == Ask("acme", "road")
+
+
+def sent(host: RunningHost, raw: bytes, *, hang_up: bool = False) -> bytes:
+    """What comes back, until the host has closed the connection; *hang_up*: nothing more comes."""
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(60)
+        one.connect(str(host.socket))
+        said = bytearray()
+        try:
+            one.sendall(raw)
+            if hang_up:
+                one.shutdown(socket.SHUT_WR)
+            while part := one.recv(65536):
+                said += part
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return bytes(said)
+
+
+def test_noise_on_the_wire_reaches_neither_device_nor_audit(running_host: RunningHost) -> None:
+    before = running_host.signatures(), len(running_host.records())
+    whole = raw_request()
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=40))
+    def noise(at: int, put: bytes) -> None:
+        assume(not (whole[:at] + put).startswith(whole))
+        said = sent(running_host, whole[:at] + put, hang_up=True)
+        assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), said[:80]
+
+    noise()
+    assert (running_host.signatures(), len(running_host.records())) == before
+    assert b"200 OK" in sent(running_host, whole)
+    assert "Traceback" not in running_host.log()
+
+
+def post(headers: bytes, body: bytes = b"") -> bytes:
+    return (
+        b"POST /v1/grant HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        + headers
+        + b"\r\n\r\n"
+        + body
+    )
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"GET /live HTTP/1.1\r\nHost: a\r\n\r\n", b"404"),
+        (post(b"Content-Length: 99999"), b"413"),
+        (post(b"Transfer-Encoding: chunked", (b"1000\r\n" + b" " * 4096 + b"\r\n") * 5), b"413"),
+        (post(b"Content-Encoding: gzip\r\nContent-Length: 2", b"{}"), b"415"),
+        (post(b"X: " + b"y" * 9000), b"400"),
+        (b"nonsense\r\n\r\n", b"400"),
+    ],
+    ids=["live", "long", "chunked", "gzip", "header", "nonsense"],
+)
+def test_it_is_turned_away_with_a_word(
+    running_host: RunningHost, raw: bytes, status: bytes
+) -> None:
+    before = running_host.signatures()
+    said = sent(running_host, raw)
+    assert said.split(b" ", 2)[1] == status
+    assert b"Hsmtoll-Version: 1\r\n" in said
+    assert b'"hint"' in said
+    assert running_host.signatures() == before
+
+
+def test_one_connection_carries_one_request(running_host: RunningHost) -> None:
+    assert sent(running_host, raw_request() * 3).count(b"HTTP/1.1") == 1
+    eventually(lambda: len(running_host.records("result")) == 1)
+
+
+def test_the_ninth_connection_of_an_account_is_told_to_come_again(
+    running_host: RunningHost,
+) -> None:
+    held = [socket.socket(socket.AF_UNIX) for _ in range(doors.OF_ONE)]
+    for one in held:
+        one.connect(str(running_host.socket))
+    reply = running_host.ask()
+    assert (reply.status, reply.word, reply.headers["retry-after"]) == (503, "busy", "1")
+    for one in held:
+        one.close()
+    eventually(lambda: running_host.ask().status == 200)
