@@ -91,12 +91,20 @@ class Audit:
     from then on for whatever cannot be written: nothing may be signed after that.
 
     A record is decided about and appended inside `held`, and on disk after `sync`: one fsync
-    serves all who wait for it, so that a crowd costs no more than a few.
+    serves all who wait for it, so that a crowd costs no more than a few. *fsync* is for tests.
     """
 
-    def __init__(self, directory: Path, key: Path, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: Path,
+        *,
+        now: Callable[[], float],
+        fsync: Callable[[int], None] = os.fsync,
+    ) -> None:
         self._directory = directory
         self._now = now
+        self._fsync = fsync
         self._lock = threading.RLock()
         self._key = _private(key)
         self._broken: str | None = None
@@ -194,7 +202,7 @@ class Audit:
                 # A copy: the file may be closed for the next one meanwhile, synced before.
                 copy = os.dup(self._file)
             try:
-                os.fsync(copy)
+                self._fsync(copy)
             except OSError as exc:
                 raise self._breaks(exc) from exc
             finally:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+import threading
+import time
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 from cryptography.hazmat.primitives import serialization as s
@@ -145,3 +149,57 @@ def test_only_the_records_of_a_caller_are_listed(tmp_path: Path) -> None:
     audit.close()
     assert len(list(list_records(tmp_path / "log", caller="uid:2"))) == 3
     assert not list(list_records(tmp_path / "log", profile="other"))
+
+
+def test_a_crowd_writes_one_chain_and_waits_for_few_syncs(tmp_path: Path) -> None:
+    audit_in(tmp_path).close()
+    synced = []
+
+    def counted(descriptor: int) -> None:
+        # A disk that takes its time: those who come meanwhile share the next one.
+        time.sleep(0.05)
+        synced.append(descriptor)
+        os.fsync(descriptor)
+
+    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: NOW, fsync=counted)
+    start = threading.Barrier(40)
+
+    def one(number: int) -> tuple[int, str]:
+        start.wait()
+        return audit.write("intent", caller="uid:1", profile="acme", jti=str(number))
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        heads = list(pool.map(one, range(40)))
+    assert sorted(seq for seq, _ in heads) == list(range(1, 41))
+    assert len(synced) < 40
+    assert audit.counts("uid:1", "acme").day == 40
+    audit.close()
+    for seq, head in heads:
+        assert verify(tmp_path / "log", KEY.public_key(), f"{seq}:{head}").bad is None
+
+
+def test_a_device_that_was_not_asked_costs_no_quota_and_one_that_was_does(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 3)
+    for number, outcome in ((0, "device-down"), (1, "device-error"), (2, "signed")):
+        audit.write(
+            "result", caller="uid:1", profile="acme", jti=f"uid:1-{number}", outcome=outcome
+        )
+    assert audit.counts("uid:1", "acme").day == 2
+    audit.close()
+    again = audit_in(tmp_path)
+    assert again.counts("uid:1", "acme").day == 2
+    again.close()
+
+
+def test_a_token_needs_a_signature_and_a_release_and_counts_once(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    audit.write("intent", caller="uid:1", profile="acme", jti="a", options={"mode": "token"})
+    assert audit.counts("uid:1", "acme", of="given").day == 0
+    audit.write("release", caller="uid:1", profile="acme")
+    kinds: tuple[Literal["signed", "given", "either"], ...] = ("signed", "given", "either")
+    for of in kinds:
+        assert audit.counts("uid:1", "acme", of=of).minute == 1
+    assert 59 < audit.free_in("uid:1", "acme", minute=1, day=None) <= 60
+    assert audit.free_in("uid:1", "acme", minute=2, day=None) == 1
+    audit.close()
