@@ -252,7 +252,7 @@ class Run:
         self.points: list[tuple[float, dict[str, Any]]] = []
         self.ready = threading.Event()
         self.counts: dict[str, int] = {}
-        self._clearing: threading.Timer | None = None
+        self._clearing: list[threading.Timer] = []
         device = SoftHsm.create(folder / "softhsm")
         known = eseal(device)
         introduce(sandbox, known)
@@ -305,8 +305,8 @@ class Run:
             self.faults.clear(fault.name)
             self.windows.append((fault.title, at, time.monotonic()))
 
-        self._clearing = threading.Timer(fault.seconds, clear)
-        self._clearing.start()
+        self._clearing.append(threading.Timer(fault.seconds, clear))
+        self._clearing[-1].start()
 
     def look(self) -> None:
         """Have the client tell what it holds."""
@@ -316,8 +316,8 @@ class Run:
 
     def end(self) -> None:
         """Stop the client, whatever it does."""
-        if self._clearing is not None:
-            self._clearing.join()
+        for clearing in self._clearing:
+            clearing.join()
         self.faults.clear()
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             assert self.process.stdin is not None
