@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -777,7 +778,8 @@ def serve(ours: _Globals) -> int:
             "serve: its server is not installed", hint="pip install 'hsmtoll[host]'"
         ) from exc
     settings = ours.settings()
-    return server.serve(settings, config=ours.config, profile=ours.profile)
+    ready = partial(_say, "signing host: ready")
+    return server.serve(settings, config=ours.config, profile=ours.profile, ready=ready)
 
 
 @main.group()

@@ -563,7 +563,7 @@ def listen_unix(path: Path) -> socket.socket:
     except OSError as exc:
         one.close()
         raise ConfigurationError(
-            f"HSMTOLL_HOST__SOCKET {foreign(path)}: cannot be listened on ({exc.strerror})"
+            f"HSMTOLL_HOST__SOCKET {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
         ) from exc
     finally:
         os.umask(before)

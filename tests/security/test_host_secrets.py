@@ -1,0 +1,48 @@
+"""The signing host shows no PIN, assertion or token: in no log, error, page or audit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hosting import make_host
+
+if TYPE_CHECKING:
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+
+#: What a JWT begins with, whoever made it.
+JWT = "eyJ"
+
+
+@pytest.mark.parametrize(
+    ("fault", "leg"),
+    [("echo", "token"), ("echo", "exchange"), ("newline-token", "token"), ("html", "token")],
+)
+def test_nothing_that_fails_shows_a_secret(
+    toll_eseal: ThrowAway, toll_sandbox: Sandbox, toll_faults: Faults, fault: str, leg: str
+) -> None:
+    environ = {**toll_eseal.environ(), **toll_sandbox.environ(), **toll_faults.environ()}
+    with make_host(environ, faults=toll_faults) as host:
+        host.start()
+        words = [repr(host.ask(scope="air")), repr(host.ask(profile="other"))]
+        toll_faults.set("wrong-signature")
+        words.append(repr(host.ask()))
+        toll_faults.clear()
+        toll_sandbox.fault(fault, leg)
+        failed = host.ask("/v1/token")
+        assert failed.status in (502, 503), failed
+        words += [repr(failed), *(repr(host.health(page)) for page in ("/ready", "/metrics"))]
+        granted = host.ask().body["assertion"]
+        assert host.end() == 0
+        kept = "".join(part.read_text() for part in host.audit.iterdir() if part.is_file())
+        everything = host.log() + kept + "".join(words)
+
+        # The control: the same search finds what was given on purpose.
+        assert granted.startswith(JWT)
+        assert JWT not in everything
+        assert granted.rpartition(".")[2][:40] not in everything
+        assert toll_eseal.device.pin not in host.log() + "".join(words)
+        assert f'"{toll_eseal.device.pin}"' not in kept
