@@ -278,6 +278,8 @@ class Service:
                     request, _Source(self, house, order, request)
                 )
             except _Withdrawn:
+                if order.denied is not None:
+                    raise order.denied from None
                 continue
             break
         else:

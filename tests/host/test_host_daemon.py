@@ -29,6 +29,7 @@ from tests.hosting import ME, PROFILE, ROAD_SCOPE, entry, eventually
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hsmtoll.sandbox.server import Sandbox
     from tests.hosting import RunningHost
 
 
@@ -313,3 +314,22 @@ def test_a_log_that_was_changed_is_not_gone_on_with(running_host: RunningHost) -
     assert (told.returncode, told.stderr.count("hsmtoll:")) == (91, 1)
     assert "record 2: changed" in told.stderr
     assert verify(running_host.audit, running_host.public_key).bad == "record 2: changed"
+
+
+def test_a_renewal_that_one_caller_may_not_have_is_had_by_another(
+    make_host: Callable[..., RunningHost], toll_sandbox: Sandbox
+) -> None:
+    host = make_host(entry(ME, per_day=1), entry("san:dns:app.example"))
+    host.environ["HSMTOLL_BUDGET__PER_REQUEST"] = "1"
+    host.start()
+    toll_sandbox.fault("500", "exchange")
+    assert host.ask("/v1/token").status >= 500
+    # The signature was spent, so it counts; what others may have is not touched by that.
+    before = host.signatures()
+    eventually(lambda: host.ask("/v1/token").word == "quota_exceeded")
+    assert host.signatures() == before
+    assert host.ask().status == 429
+    toll_sandbox.heal()
+    app = host.authority.issue("app.example")
+    eventually(lambda: host.ask_tls(app, "/v1/token").status == 200)
+    assert [each["outcome"] for each in host.records("result")] == ["signed", "signed"]
