@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
+from statistics import median
 
 __all__ = ["children", "descriptors", "memory", "slope"]
 
@@ -32,9 +34,15 @@ def children() -> list[int]:
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Growth for each unit of x: the line of least squares."""
-    count = len(points)
-    mean_x = sum(x for x, _ in points) / count
-    mean_y = sum(y for _, y in points) / count
-    over = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    return over / (sum((x - mean_x) ** 2 for x, _ in points) or 1.0)
+    """
+    Growth for each unit of x: the median of the slopes between any two points (Theil, Sen).
+
+    An allocator grows in steps: one of half a megabyte says nothing about what comes after it,
+    and would tilt a line of least squares by more than a leak that is worth finding.
+    """
+    between = [
+        (y2 - y1) / (x2 - x1)
+        for (x1, y1), (x2, y2) in itertools.combinations(points, 2)
+        if x1 != x2
+    ]
+    return median(between) if between else 0.0

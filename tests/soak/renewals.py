@@ -27,6 +27,7 @@ from hsmtoll.client import TollClient
 from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.clock import SettableClock
+from tests.soak.measure import memory, slope
 from tests.soft import authority, engine_of
 
 if TYPE_CHECKING:
@@ -44,24 +45,6 @@ FAULTS = (
     ("503", "token", 1), ("500", "exchange", 1), ("reset-after", "token", 1), ("401", "token", 2),
     ("html", "exchange", 2), ("truncated", "token", 1), ("429", "exchange", 1),
 )  # fmt: skip
-
-
-def memory() -> int:
-    """Bytes of this process that are its own (Linux)."""
-    gc.collect()
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
-
-
-def slope(points: list[tuple[int, int]]) -> float:
-    """Bytes a renewal: the line of least squares."""
-    count = len(points)
-    mean_x = sum(x for x, _ in points) / count
-    mean_y = sum(y for _, y in points) / count
-    over = sum((x - mean_x) * (y - mean_y) for x, y in points)
-    return over / (sum((x - mean_x) ** 2 for x, _ in points) or 1.0)
 
 
 @dataclass
@@ -113,7 +96,7 @@ def soak(renewals: int) -> dict[str, float]:
         wall.value = clock.now().wall
 
     seen = dict.fromkeys(("due", "done", "given", "expired", "failed_calls", "faults"), 0)
-    points: list[tuple[int, int]] = []
+    points: list[tuple[float, float]] = []
     engine, signer = engine_of(sandbox, clock=clock, background=False, per_hour=10**6)
     client = TollClient(engine)
 
@@ -146,6 +129,7 @@ def soak(renewals: int) -> dict[str, float]:
         faulty = seen["due"] % 10 == 5
         renew(FAULTS[seen["faults"] % len(FAULTS)] if faulty else None)
         if seen["done"] % max(1, renewals // 100) == 0 and seen["done"] > renewals / 5:
+            gc.collect()
             points.append((seen["done"], memory()))
     ours.send(("end",))
     process.join(10)

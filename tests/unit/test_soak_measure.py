@@ -1,0 +1,26 @@
+"""What the soaks judge growth by finds a leak, and takes a step of the allocator for none."""
+
+from __future__ import annotations
+
+import random
+
+from tests.soak.measure import children, descriptors, memory, slope
+
+
+def test_steady_growth_is_found_under_noise_and_one_step_is_not_growth() -> None:
+    noise = random.Random(4)
+    flat = [(float(x), 46e6 + noise.uniform(-1e5, 1e5)) for x in range(200, 1000, 10)]
+    stepped = [(x, y + (5e5 if x > 320 else 0)) for x, y in flat]
+    leaking = [(x, y + 1500 * x) for x, y in stepped]
+    assert abs(slope(flat)) < 200
+    assert slope(stepped) < 1024
+    assert slope(leaking) > 1024
+
+
+def test_what_this_process_holds_is_seen() -> None:
+    before = memory()
+    held = bytearray(b"\x01") * (32 * 2**20)
+    assert memory() - before > 16 * 2**20
+    assert held[-1] == 1
+    assert descriptors() > 0
+    assert all(isinstance(each, int) for each in children())
