@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tests.soak.measure import children, descriptors, memory, slope
+from tests.soak.measure import children, descriptors, in_use, memory, slope
 
 
 def test_steady_growth_is_found_under_noise_and_one_step_is_not_growth() -> None:
@@ -18,9 +18,10 @@ def test_steady_growth_is_found_under_noise_and_one_step_is_not_growth() -> None
 
 
 def test_what_this_process_holds_is_seen() -> None:
-    before = memory()
+    before, used = memory(), in_use()
     held = bytearray(b"\x01") * (32 * 2**20)
     assert memory() - before > 16 * 2**20
+    assert in_use() - used > 16 * 2**20
     assert held[-1] == 1
     assert descriptors() > 0
     assert all(isinstance(each, int) for each in children())
