@@ -1,0 +1,189 @@
+"""Signatures by more than one worker, and what a signing host adds to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.testing.faults import Faults
+from tests import hosting
+from tests.benchmarks.stage import Row, per_second, turns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.benchmarks.stage import Stage
+
+CALLERS: Final = 32
+SECONDS: Final = 4.0
+_ACCOUNT: Final = 42_000
+
+_NOTHING: Final = """
+import asyncio, json, sys
+from aiohttp import web
+
+async def answer(request):
+    await request.json()
+    return web.json_response({})
+
+async def main():
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.UnixSite(runner, sys.argv[1]).start()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def workers(stage: Stage) -> Row:
+    """Two isolated workers against two processes of the C loop."""
+    app = stage.app(hsm={"isolation": "process"}, host={"workers": 2})
+    signer, request = app.signer, app.engine.request("road")
+    signer.assertion(request)
+
+    def ours() -> float:
+        rates: list[float] = []
+        pair = [
+            threading.Thread(
+                target=lambda: rates.append(per_second(lambda: signer.assertion(request), SECONDS))
+            )
+            for _ in range(2)
+        ]
+        for each in pair:
+            each.start()
+        for each in pair:
+            each.join()
+        return sum(rates)
+
+    mine, theirs = turns(ours, lambda: stage.bare_signatures(SECONDS, processes=2), rounds=3)
+    app.close()
+    return Row("assertions of two isolated workers", "two C loops", "/s", mine, theirs, "≥ 0.80")
+
+
+def _ask(path: Path, request: bytes) -> bool:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(str(path))
+        one.sendall(request)
+        said = b""
+        while part := one.recv(65536):
+            said += part
+    return said.startswith(b"HTTP/1.1 200")
+
+
+def _crowd(
+    path: Path, request: bytes, *, callers: int = CALLERS, rate: float = 0.0
+) -> tuple[float, list[float]]:
+    """
+    Replies a second and how long each took, of *callers* that are accounts of their own; each as
+    fast as it is answered, or all together *rate* times a second at random.
+    """
+    reading = []
+    for number in range(callers):
+        ours, theirs = os.pipe()
+        if os.fork() == 0:
+            took = []
+            try:
+                os.setgroups([])
+                os.setgid(_ACCOUNT + number)
+                os.setuid(_ACCOUNT + number)
+                until = time.monotonic() + SECONDS
+                while time.monotonic() < until:
+                    if rate:
+                        time.sleep(random.expovariate(rate / callers))
+                    began = time.perf_counter()
+                    if _ask(path, request):
+                        took.append(time.perf_counter() - began)
+            finally:
+                with os.fdopen(theirs, "w") as pipe:
+                    json.dump(took, pipe)
+                os._exit(0)
+        os.close(theirs)
+        reading.append(ours)
+    every: list[float] = []
+    for each in reading:
+        with os.fdopen(each) as pipe:
+            every += json.load(pipe)
+    for _ in reading:
+        os.wait()
+    return len(every) / SECONDS, every
+
+
+def host(stage: Stage) -> list[Row]:
+    """Grants and tokens over the Unix socket, policy and audit on."""
+    if os.geteuid() != 0:
+        print("host: callers of 32 accounts need root; left out", file=sys.stderr)
+        return []
+    entries = [hosting.entry(f"uid:{_ACCOUNT + number}") for number in range(CALLERS)]
+    rows = []
+    with Faults(stage.device.module, stage.folder / "host-faults") as faults:
+        for count in (1, 2):
+            with hosting.make_host(stage.environ, *entries, faults=faults) as running:
+                running.start(HSMTOLL_HOST__WORKERS=str(count))
+                running.open_to_all()
+                grant = hosting.raw_request()
+                rates = [_crowd(running.socket, grant)[0] for _ in range(3)]
+                mine = statistics.median(rates)
+                bare = statistics.median(stage.bare_signatures(SECONDS, count) for _ in range(3))
+                rows.append(
+                    Row(
+                        f"signing host, {count} worker(s), {CALLERS} callers, grants",
+                        f"{count} C loop(s)",
+                        "/s",
+                        mine,
+                        bare,
+                        "≥ 0.70" if count == 1 else "reported",
+                    )
+                )
+                if count == 1:
+                    _, took = _crowd(running.socket, grant, rate=0.8 * mine)
+                    took.sort()
+                    rows.append(
+                        Row(
+                            "its p99 at 80 % load",
+                            "its median",
+                            "ms",
+                            took[int(len(took) * 0.99)] * 1000,
+                            statistics.median(took) * 1000,
+                            "≤ 5",
+                        )
+                    )
+                    rows.append(_tokens(stage, running.socket))
+    return rows
+
+
+def _tokens(stage: Stage, path: Path) -> Row:
+    # Both sides close after a reply, as the signing host does by itself.
+    plain = hosting.raw_request("/v1/token")
+    request = plain.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
+    where = stage.folder / "nothing.sock"
+    argv = [sys.executable, "-c", _NOTHING, str(where)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as empty:
+        assert empty.stdout is not None
+        empty.stdout.readline()
+        where.chmod(0o666)
+        stage.folder.chmod(0o755)
+        _crowd(path, request, callers=8)
+        mine, theirs = turns(
+            lambda: _crowd(path, request, callers=8)[0],
+            lambda: _crowd(where, request, callers=8)[0],
+            rounds=3,
+        )
+        empty.terminate()
+    return Row(
+        "signing host, cached tokens, releases audited",
+        "an empty aiohttp handler",
+        "/s",
+        mine,
+        theirs,
+        "reported",
+    )

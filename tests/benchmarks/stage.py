@@ -1,0 +1,108 @@
+"""What every benchmark uses: a device, the services, settings, a C loop, and turns between two."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.app import App
+from hsmtoll.settings import load
+from hsmtoll.testing.identity import ThrowAway, eseal, introduce
+from hsmtoll.testing.softhsm import SoftHsm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.sandbox.server import Sandbox
+
+HERE: Final = Path(__file__).parent
+ROUNDS: Final = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. *ours* and *bare* are medians in *unit*; *goal* is for the ratio."""
+
+    what: str
+    against: str
+    unit: str
+    ours: float
+    bare: float
+    goal: str
+
+    @property
+    def ratio(self) -> float:
+        """Ours by bare."""
+        return self.ours / self.bare if self.bare else float("nan")
+
+
+def turns(
+    ours: Callable[[], float], bare: Callable[[], float], rounds: int = ROUNDS
+) -> tuple[float, float]:
+    """Medians of both sides, which take turns."""
+    pairs = [(ours(), bare()) for _ in range(rounds)]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def per_second(work: Callable[[], object], seconds: float) -> float:
+    """How often *work* is done in a second."""
+    until, done, began = time.perf_counter() + seconds, 0, time.perf_counter()
+    while time.perf_counter() < until:
+        work()
+        done += 1
+    return done / (time.perf_counter() - began)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long *work* takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+class Stage:
+    """The device, the services and the settings that every benchmark uses."""
+
+    def __init__(self, folder: Path, sandbox: Sandbox) -> None:
+        self.folder = folder
+        self.sandbox = sandbox
+        self.device = SoftHsm.create(folder / "softhsm")
+        self.who: ThrowAway = eseal(self.device)
+        introduce(sandbox, self.who)
+        self.environ = {
+            **self.who.environ(),
+            **sandbox.environ(),
+            "HSMTOLL_STATE": str(folder / "state"),
+            # The benchmark spends what nobody else would.
+            "HSMTOLL_BUDGET__PER_HOUR": "100000",
+        }
+        os.environ.update(self.environ)
+        self.loop = folder / "loop"
+        subprocess.run(["cc", "-O2", "-w", "-o", self.loop, HERE / "loop.c", "-ldl"], check=True)
+
+    def app(self, **changes: Any) -> App:
+        """Fresh parts."""
+        return App(load(**changes))
+
+    def bare_signatures(self, seconds: float, processes: int = 1) -> float:
+        """Signatures a second of the C loop, of all *processes* together."""
+        where = (self.loop, self.device.module, self.device.label, self.who.key_label)
+        argv = [*map(str, where), str(seconds)]
+        running = [
+            subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
+        ]
+        return sum(float(each.communicate(f"{self.device.pin}\n")[0]) for each in running)
+
+    def command(self, *argv: str, **environ: str) -> float:
+        """Seconds of one command, with bytecode beside the sources as an installation has it."""
+        full = {**os.environ, "PYTHONPYCACHEPREFIX": str(self.folder / "bytecode"), **environ}
+        full.pop("PYTHONDONTWRITEBYTECODE", None)
+        return seconds_of(
+            lambda: subprocess.run(argv, env=full, check=True, stdout=subprocess.DEVNULL)
+        )
