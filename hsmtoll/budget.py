@@ -30,8 +30,7 @@ _AHEAD: Final = 300.0
 UNSPENT: Final = frozenset(
     {
         "audit-broken", "bad-request", "budget", "busy", "caller-untrusted", "device-down",
-        "host-peer",
-        "host-untrusted", "host-version", "policy-denied", "quota-exceeded", "refused",
+        "host-peer", "host-untrusted", "host-version", "policy-denied", "quota-exceeded", "refused",
         "socket-access", "socket-unsafe", "stopped", "unknown-host", "unreachable",
     }
 )  # fmt: skip

@@ -29,13 +29,7 @@ def client_context(ca_file: Path | None) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_default_certs()
     if ca_file is not None:
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigurationError(
-                f"HSMTOLL_CA_FILE {ca_file}: cannot be read as PEM certificates",
-                hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
-            ) from exc
+        _trust(context, ca_file, "HSMTOLL_CA_FILE")
     return context
 
 
@@ -53,13 +47,7 @@ def host_context(
         context = client_context(more)
     else:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            context.load_verify_locations(cafile=ca_file)
-        except (OSError, ssl.SSLError) as exc:
-            raise ConfigurationError(
-                f"HSMTOLL_SIGNER__CA_FILE {ca_file}: cannot be read as PEM certificates",
-                hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
-            ) from exc
+        _trust(context, ca_file, "HSMTOLL_SIGNER__CA_FILE")
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         # A password of ours, so that OpenSSL asks for none on a terminal.
@@ -73,3 +61,13 @@ def host_context(
             hint="both are PEM, the key is the certificate's own and not encrypted",
         ) from exc
     return context
+
+
+def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
+    try:
+        context.load_verify_locations(cafile=ca_file)
+    except (OSError, ssl.SSLError) as exc:
+        raise ConfigurationError(
+            f"{name} {ca_file}: cannot be read as PEM certificates",
+            hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
+        ) from exc
