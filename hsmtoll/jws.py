@@ -26,7 +26,9 @@ __all__ = [
     "b64url",
     "compact",
     "digest_info",
+    "read_segment",
     "read_unverified",
+    "segment",
     "signing_input",
 ]
 
@@ -51,10 +53,15 @@ def b64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
-def signing_input(header: Mapping[str, Any], claims: Mapping[str, Any]) -> SigningInput:
-    """The bytes to be signed (RFC 7515 section 5.1), members in the order given."""
-    parts = (json.dumps(part, separators=(",", ":")).encode() for part in (header, claims))
-    return SigningInput(".".join(map(b64url, parts)).encode("ascii"))
+def segment(part: Mapping[str, Any]) -> str:
+    """``BASE64URL(UTF8(part))`` with members in the order given."""
+    return b64url(json.dumps(part, separators=(",", ":")).encode())
+
+
+def signing_input(header: Mapping[str, Any] | str, claims: Mapping[str, Any]) -> SigningInput:
+    """The bytes to be signed (RFC 7515 section 5.1); *header* may be a `segment` already."""
+    first = header if isinstance(header, str) else segment(header)
+    return SigningInput(f"{first}.{segment(claims)}".encode("ascii"))
 
 
 def compact(unsigned: SigningInput, signature: bytes) -> str:
@@ -71,17 +78,19 @@ def read_unverified(assertion: str) -> tuple[dict[str, Any], dict[str, Any]]:
     parts = assertion.split(".")
     if len(parts) != 3:
         raise ValueError("not three segments with dots between")
-    read: list[dict[str, Any]] = []
-    for name, part in zip(("header", "payload"), parts, strict=False):
-        try:
-            raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
-            value = json.loads(raw)
-        except (binascii.Error, ValueError, RecursionError):
-            raise ValueError(f"the {name} is not base64url of JSON") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"the {name} is not a JSON object")  # noqa: TRY004 - one error for one reader
-        read.append(value)
-    return read[0], read[1]
+    return read_segment(parts[0], "header"), read_segment(parts[1], "payload")
+
+
+def read_segment(part: str, name: str = "segment") -> dict[str, Any]:
+    """The JSON object in one segment; ValueError as `read_unverified`."""
+    try:
+        raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
+        value = json.loads(raw)
+    except (binascii.Error, ValueError, RecursionError):
+        raise ValueError(f"the {name} is not base64url of JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"the {name} is not a JSON object")  # noqa: TRY004 - one error for one reader
+    return value
 
 
 def digest_info(alg: str, data: bytes) -> bytes:

@@ -320,7 +320,7 @@ class LocalSigner:
 
     def assertion(self, request: TokenRequest) -> str:
         """
-        One assertion: claims built here, signed there, checked here.
+        One assertion: claims built here, signed there, and proven to be of the key it names.
 
         ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
         signing is not given out (PROTOCOL C05).
@@ -339,18 +339,16 @@ class LocalSigner:
         self._device.login()
         now = self._clock.now()
         unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        signature = self._device.sign(self._alg, unsigned, candidates=(key, *self._guesses))
-        fits = key.verify(self._alg, unsigned, signature)
-        if not fits and self._guesses:
-            others = (k for k in self._guesses if k.verify(self._alg, unsigned, signature))
-            self._learned = next(others, None)
+        signature, by = self._device.signed(self._alg, unsigned, candidates=(key, *self._guesses))
+        if by != key and by in self._guesses:
+            self._learned = by
             raise DeviceError(
                 "signing: the signature belongs to another certificate than the one tried first",
                 hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
                 code="leaf-guessed",
                 retryable=True,
             )
-        if not fits:
+        if by != key:
             raise DeviceError(
                 "signing: the device's signature does not verify with the public key",
                 hint="key and certificate may not belong together, or the device is faulty; "

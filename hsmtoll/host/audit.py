@@ -53,8 +53,8 @@ _CLOSED: Final = "it is closed"
 _DAY: Final = 86_400.0
 _MINUTE: Final = 60.0
 
-#: An outcome that says: the device was not asked, so nothing was had.
-_NOT_ASKED: Final = "device-down"
+#: Outcomes that say: the device was not asked, so nothing was had.
+_NOT_ASKED: Final = ("device-down", "busy", "stopped")
 
 
 def _sealed(seq: int, head: str, at: str) -> bytes:
@@ -75,12 +75,40 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
 
 
+class _Window:
+    """When something was had, by jti: of the last day and, apart, of the last minute."""
+
+    def __init__(self) -> None:
+        self._spans = {_MINUTE: deque[tuple[float, str]](), _DAY: deque[tuple[float, str]]()}
+
+    def add(self, at: float, jti: str = "") -> None:
+        """One more, the newest."""
+        for each in self._spans.values():
+            each.append((at, jti))
+
+    def take_back(self, jti: str) -> None:
+        """Not had after all: the newest of that jti."""
+        for each in self._spans.values():
+            # From its end: it was added a moment ago.
+            for place in range(len(each) - 1, -1, -1):
+                if each[place][1] == jti:
+                    del each[place]
+                    break
+
+    def of(self, span: float, now: float) -> deque[tuple[float, str]]:
+        """Those of the last *span* seconds, oldest first: a look costs the same however many."""
+        each = self._spans[span]
+        while each and each[0][0] <= now - span:
+            each.popleft()
+        return each
+
+
 @dataclass(slots=True)
 class _Had:
-    """When a caller was signed for, by jti, and when something was handed to it, within a day."""
+    """When a caller was signed for, and when something was handed to it."""
 
-    signed: deque[tuple[float, str]] = field(default_factory=deque)
-    given: deque[tuple[float, str]] = field(default_factory=deque)
+    signed: _Window = field(default_factory=_Window)
+    given: _Window = field(default_factory=_Window)
 
 
 class Audit:
@@ -111,7 +139,9 @@ class Audit:
         self._had: defaultdict[tuple[str, str], _Had] = defaultdict(_Had)
         self.seq, self.head = 0, _FIRST
         self._sealed_seq, self._sealed_at = 0, now()
+        # Whoever has it may use a descriptor outside the critical section, and closes old ones.
         self._syncing = threading.Lock()
+        self._retired: list[int] = []
         self._synced = 0
         try:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -181,7 +211,7 @@ class Audit:
             try:
                 if self._size >= _SEGMENT:
                     os.fsync(self._file)
-                    os.close(self._file)
+                    self._retired.append(self._file)
                     self._file, self._size = self._opened()
                 self._append(line)
             except OSError as exc:
@@ -198,15 +228,14 @@ class Audit:
             with self._lock:
                 if self._broken:
                     raise self._unwritable(self._broken)
-                upto = self.seq
-                # A copy: the file may be closed for the next one meanwhile, synced before.
-                copy = os.dup(self._file)
+                upto, file = self.seq, self._file
+                # Synced before; another one may still have been at it until now.
+                while self._retired:
+                    os.close(self._retired.pop())
             try:
-                self._fsync(copy)
+                self._fsync(file)
             except OSError as exc:
                 raise self._breaks(exc) from exc
-            finally:
-                os.close(copy)
             self._synced = upto
         self.seal_if_due()
 
@@ -284,10 +313,10 @@ class Audit:
         """
         with self._lock:
             now = self._now()
-            seen = self._recent(caller, profile, of, now)
+            seen = self._windows(caller, profile, of)
             return Counts(
-                minute=max((sum(at > now - _MINUTE for at, _ in each) for each in seen), default=0),
-                day=max((len(each) for each in seen), default=0),
+                minute=max((len(each.of(_MINUTE, now)) for each in seen), default=0),
+                day=max((len(each.of(_DAY, now)) for each in seen), default=0),
             )
 
     def free_in(self, caller: str, profile: str, *, minute: int | None, day: int | None) -> float:
@@ -295,23 +324,19 @@ class Audit:
         with self._lock:
             now = self._now()
             waits = [1.0]
-            for each in self._recent(caller, profile, "either", now):
+            for window in self._windows(caller, profile, "either"):
                 for limit, span in ((minute, _MINUTE), (day, _DAY)):
+                    each = window.of(span, now)
                     if limit == 0:
                         waits.append(span)
                     elif limit is not None and len(each) >= limit:
                         waits.append(each[-limit][0] + span - now)
             return max(waits)
 
-    def _recent(
-        self, caller: str, profile: str, of: str, now: float
-    ) -> list[deque[tuple[float, str]]]:
+    def _windows(self, caller: str, profile: str, of: str) -> list[_Window]:
         had = self._had.get((caller, profile))
         if had is None:
             return []
-        for each in (had.signed, had.given):
-            while each and each[0][0] <= now - _DAY:
-                each.popleft()
         if of == "signed":
             return [had.signed]
         return [had.given] if of == "given" else [had.signed, had.given]
@@ -321,26 +346,26 @@ class Audit:
         if event not in ("intent", "result", "release"):
             return
         had = self._had[str(record["caller"]), str(record["profile"])]
+        grant = (record["options"] or {}).get("mode", "grant") == "grant"
+        windows = [had.signed, had.given] if grant else [had.signed]
         if event == "intent":
-            had.signed.append((at, jti))
-            if (record["options"] or {}).get("mode", "grant") == "grant":
-                had.given.append((at, jti))
+            for each in windows:
+                each.add(at, jti)
         elif event == "release":
-            had.given.append((at, ""))
-        elif event == "result" and record["outcome"] == _NOT_ASKED:
-            for each in (had.signed, had.given):
-                if kept := [one for one in each if one[1] == jti]:
-                    each.remove(kept[-1])
+            had.given.add(at)
+        elif record["outcome"] in _NOT_ASKED:
+            for each in windows:
+                each.take_back(jti)
 
     def close(self) -> None:
         """Seal, and let another host have it; a second time changes nothing."""
-        with self._lock:
+        with self._syncing, self._lock:
             with contextlib.suppress(AuditBroken):
                 self.seal()
             if self._broken != _CLOSED:
                 self._broken = _CLOSED
-                os.close(self._file)
-                os.close(self._owner)
+                for each in (*self._retired, self._file, self._owner):
+                    os.close(each)
 
 
 def _drop_half_line(segment: Path) -> None:

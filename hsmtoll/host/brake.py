@@ -51,18 +51,19 @@ def stop_file(settings: Settings) -> Path:
 def stopped_by(path: Path) -> str | None:
     """Why nothing may be signed, or ``None``: two system calls, so it can be asked each time."""
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        return f"the stop file cannot be read ({exc.strerror})"
+    else:
+        return "the stop file is there"
+    try:
+        # Where its directory is gone, that the file is says nothing.
+        path.parent.stat()
     except OSError as exc:
         return f"the directory of the stop file cannot be read ({exc.strerror})"
-    try:
-        os.stat(path.name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-    except OSError as exc:
-        return f"the stop file cannot be looked for ({exc.strerror})"
-    finally:
-        os.close(directory)
-    return "the stop file is there"
+    return None
 
 
 def check_stop_directory(path: Path) -> None:

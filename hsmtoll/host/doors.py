@@ -72,6 +72,8 @@ _TURNED_AWAY: Final = 64
 _PATIENCE: Final = 5.0
 #: Seconds that one who was turned away is given to read it.
 _GOODBYE: Final = 1.0
+#: Seconds without taking connections where none can be taken.
+_PAUSE: Final = 0.1
 
 _LARGEST_BODY: Final = 16 * 1024
 _LARGEST_LINE: Final = 4096
@@ -334,19 +336,16 @@ class Door:
         self._shares: Counter[str] = Counter()
         self._turned_away: set[asyncio.Task[None]] = set()
         self._arrivals: set[asyncio.Task[None]] = set()
-        self._accepting: asyncio.Task[None] | None = None
         self._empty = asyncio.Event()
         listening.setblocking(False)
 
     def open(self) -> None:
         """Take connections from now on."""
-        self._accepting = asyncio.create_task(self._accept())
+        asyncio.get_running_loop().add_reader(self._listening, self._accept)
 
     async def close(self, *, patience: float) -> None:
         """Take no more; who is being answered is, within *patience* seconds."""
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
+        asyncio.get_running_loop().remove_reader(self._listening)
         self._listening.close()
         for task in (*self._turned_away, *self._arrivals):
             task.cancel()
@@ -369,28 +368,32 @@ class Door:
         """Connections at this moment."""
         return len(self._visits)
 
-    async def _accept(self) -> None:
+    def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, _ = await loop.sock_accept(self._listening)
-            except OSError as exc:
-                # Out of descriptors, or one who left before it was met.
-                if exc.errno not in (errno.ECONNABORTED, errno.EPROTO):
-                    _log.warning("door: no connection can be taken (%s)", exc.strerror)
-                    await asyncio.sleep(0.1)
-                continue
-            connection.setblocking(False)
-            visit = self._visit(connection)
-            if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= OF_ONE:
-                self._turn_away(connection)
-                continue
-            visit.until = loop.time() + _PATIENCE
-            self._visits[visit] = None
-            self._shares[visit.account] += 1
-            task = asyncio.create_task(self._arrive(connection, visit))
-            self._arrivals.add(task)
-            task.add_done_callback(self._arrivals.discard)
+        try:
+            connection, _ = self._listening.accept()
+        except OSError as exc:
+            # Out of descriptors, or one who left before it was met.
+            if exc.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO):
+                _log.warning("door: no connection can be taken (%s)", exc.strerror)
+                loop.remove_reader(self._listening)
+                loop.call_later(_PAUSE, self._resume)
+            return
+        connection.setblocking(False)
+        visit = self._visit(connection)
+        if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= OF_ONE:
+            self._turn_away(connection)
+            return
+        visit.until = loop.time() + _PATIENCE
+        self._visits[visit] = None
+        self._shares[visit.account] += 1
+        task = loop.create_task(self._arrive(connection, visit))
+        self._arrivals.add(task)
+        task.add_done_callback(self._arrivals.discard)
+
+    def _resume(self) -> None:
+        if self._listening.fileno() >= 0:
+            self.open()
 
     def _visit(self, connection: socket.socket) -> _Visit:
         if not self._peers_known:

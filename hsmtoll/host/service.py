@@ -18,7 +18,7 @@ import threading
 import uuid
 from base64 import b64decode
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import jws
@@ -68,6 +68,9 @@ _MINUTE: Final = 60.0
 #: How often a caller starts again whose wait was for a renewal that another one was denied.
 _TRIES: Final = 4
 
+#: Orders on their way at once for each worker of a device: one is being signed.
+_AHEAD: Final = 4
+
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
 
@@ -110,12 +113,16 @@ class _Signed:
 
 @dataclass(slots=True, eq=False)
 class _House:
-    """What one profile, *table* in the policy, signs with. *gate* is its device's door."""
+    """
+    What one profile, *table* in the policy, signs with. *gate* is its device's door; *lane* is
+    before it, for a few more, whose records are on the way to the disk while the device signs.
+    """
 
     name: str
     table: Mapping[str, Any]
     app: App
     engine: Engine
+    lane: threading.BoundedSemaphore
     gate: threading.BoundedSemaphore
     proven: bool = False
     leaf: str | None = None
@@ -219,6 +226,7 @@ class Service:
                 table,
                 app,
                 engine=app.engine_with(lambda: _Audited(self, house)),
+                lane=threading.BoundedSemaphore(_AHEAD * settings.host.workers),
                 gate=threading.BoundedSemaphore(settings.host.workers),
             )
         except HsmTollError as exc:
@@ -399,10 +407,10 @@ class Service:
 
     def _signed(self, house: _House, order: _Order, request: TokenRequest) -> _Signed:
         """
-        One signature, with its intent before and its result after. The device's door comes
-        first: what is decided then is what counts, however long the wait was.
+        One signature, with its intent before and its result after. The lane comes first: what is
+        decided then is what counts, however long the wait was.
         """
-        if not house.gate.acquire(timeout=self._deadline):
+        if not house.lane.acquire(timeout=self._deadline):
             raise _busy(f"no device was free within {self._deadline:g} s")
         try:
             jti = str(uuid.uuid4())
@@ -412,18 +420,13 @@ class Service:
             self.audit.sync(seq)
             return self._asked(house, order, request, jti)
         finally:
-            house.gate.release()
+            house.lane.release()
 
     def _asked(self, house: _House, order: _Order, request: TokenRequest, jti: str) -> _Signed:
         told = order.members() | {"jti": jti}
         outcome = "unexpected"
         try:
-            stopped = self.stopped()
-            if stopped is not None:
-                raise _stopped(stopped)
-            self._here.jti = jti
-            self.signatures += 1
-            assertion = house.app.signer.assertion(request)
+            assertion = self._sign(house, request, jti)
             outcome = "signed"
         except HsmTollError as exc:
             outcome = exc.code or type(exc).__name__
@@ -431,21 +434,36 @@ class Service:
         finally:
             if outcome != "signed":
                 self.audit.write("result", **told, outcome=outcome)
-        header, claims = jws.read_unverified(assertion)
-        leaf = _sha256(b64decode(header["x5c"][0])) if "x5c" in header else None
+        header, claims, _ = assertion.split(".")
+        leaf = _leaf_sha256(header)
         told["cert_sha256"] = leaf
         if leaf is not None and leaf != house.leaf:
             house.leaf = leaf
             self.audit.append("certificate", profile=house.name, cert_sha256=leaf, outcome="used")
+        said = jws.read_segment(claims)
         seq, head = self.audit.write(
             "result",
             **told,
-            iat=claims["iat"],
-            exp=claims["exp"],
+            iat=said["iat"],
+            exp=said["exp"],
             assertion_sha256=_sha256(assertion),
             outcome="signed",
         )
-        return _Signed(assertion, jti, claims["exp"], seq, head)
+        return _Signed(assertion, jti, said["exp"], seq, head)
+
+    def _sign(self, house: _House, request: TokenRequest, jti: str) -> str:
+        """The device's part. A stop is obeyed by those too who wait at its door already."""
+        if not house.gate.acquire(timeout=self._deadline):
+            raise _busy(f"no device was free within {self._deadline:g} s")
+        try:
+            stopped = self.stopped()
+            if stopped is not None:
+                raise _stopped(stopped)
+            self._here.jti = jti
+            self.signatures += 1
+            return house.app.signer.assertion(request)
+        finally:
+            house.gate.release()
 
     def assertion_for(self, house: _House, request: TokenRequest) -> str:
         """For a renewal: the order is that of the thread."""
@@ -619,6 +637,13 @@ class _Source:
 def _sha256(value: str | bytes) -> str:
     raw = value.encode("ascii") if isinstance(value, str) else value
     return hashlib.sha256(raw).hexdigest()
+
+
+@lru_cache(maxsize=32)
+def _leaf_sha256(header: str) -> str | None:
+    # The same kilobytes from grant to grant.
+    x5c = jws.read_segment(header).get("x5c")
+    return _sha256(b64decode(x5c[0])) if x5c else None
 
 
 def _stopped(why: str) -> PolicyDenied:

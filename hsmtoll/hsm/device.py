@@ -288,11 +288,34 @@ class Device:
         half, one of *candidates* must verify it and is kept; without candidates the caller
         has to check. Raises DeviceError ``signature-wrong`` otherwise.
         """
+        return self.signed(alg, unsigned, candidates=candidates)[0]
+
+    def signed(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> tuple[bytes, RsaPublicKey | None]:
+        """As `sign`, with the public key that verified it in this process, if one did."""
+        offered = tuple(candidates)
+        facts, signature = self._signed(alg, unsigned, offered)
+        learned = (self._proven,) if self._proven else ()
+        halves = (facts.public,) if facts.public else (*learned, *offered)
+        # What an earlier signature taught may have been another key by the same name.
+        self._proven = None
+        self._proven = self._verified(halves, alg, unsigned, signature)
+        return signature, self._proven
+
+    def unproven(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> bytes:
+        """As `sign`, for a caller in another process, who checks what comes out of this one."""
+        return self._signed(alg, unsigned, tuple(candidates))[1]
+
+    def _signed(
+        self, alg: str, unsigned: SigningInput, offered: tuple[RsaPublicKey, ...]
+    ) -> tuple[KeyFacts, bytes]:
         if alg not in ALGS:
             raise ConfigurationError(f"The algorithm is one of {', '.join(ALGS)}", code="alg")
-        offered = tuple(candidates)
 
-        def signed(here: _Open) -> tuple[KeyFacts, bytes]:
+        def sign(here: _Open) -> tuple[KeyFacts, bytes]:
             self._log_in(here)
             facts = self._find(here, offered)
             mechanism, data = _mechanism(alg, unsigned, facts.mechanisms)
@@ -300,22 +323,24 @@ class Device:
                 return facts, self._sign_with_pin(here, data, mechanism)
             return facts, _signer(here.key)(data, mechanism=mechanism)
 
-        facts, signature = self._mended("Signing", signed)
-        learned = (self._proven,) if self._proven else ()
-        halves = (facts.public,) if facts.public else (*learned, *offered)
+        return self._mended("Signing", sign)
+
+    def _verified(
+        self, halves: Iterable[RsaPublicKey], alg: str, unsigned: SigningInput, signature: bytes
+    ) -> RsaPublicKey | None:
+        """The one of *halves* that verifies it; DeviceError if none does, ``None`` if none is."""
+        tried = False
         for public in halves:
+            tried = True
             if public.verify(alg, unsigned, signature):
-                self._proven = public
-                return signature
-        # What an earlier signature taught may have been another key by the same name.
-        self._proven = None
-        if halves:
+                return public
+        if tried:
             raise DeviceError(
-                f"The device's signature does not fit the public key of {foreign(facts.uri)}",
+                f"The device's signature does not fit the public key of {self._name}",
                 hint="The certificate belongs to another key, or the device is faulty.",
                 code="signature-wrong",
             )
-        return signature
+        return None
 
     @contextlib.contextmanager
     def writing(self, doing: str) -> Iterator[tuple[Module, Token, Session]]:

@@ -24,7 +24,7 @@ import weakref
 from base64 import b64decode
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.recovery import Breaker
@@ -102,14 +102,14 @@ class IsolatedDevice(Device):
         self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
 
     def __repr__(self) -> str:
-        return f"IsolatedDevice({foreign(self.uri)})"
+        return f"IsolatedDevice({self._name})"
 
     def certificates(self) -> tuple[StoredCertificate, ...]:
         """As Device.certificates."""
         return pipe.certificates_from(self._ask("Reading certificates", do="certificates"))
 
     def login(self) -> bool:
-        """As Device.login, for the child that answers."""
+        """As Device.login, for the child that answers, which is asked once while all goes well."""
         return bool(self._ask("Logging in", do="login"))
 
     def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
@@ -117,10 +117,25 @@ class IsolatedDevice(Device):
         offered = pipe.keys_to(tuple(candidates))
         return pipe.facts_from(self._ask("Looking for the key", do="key", candidates=offered))
 
-    def sign(
+    def signed(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> tuple[bytes, RsaPublicKey | None]:
+        """As Device.signed; what a child says is checked here."""
+        offered = tuple(candidates)
+        signature = self.unproven(alg, unsigned, candidates=offered)
+        try:
+            return signature, self._verified(offered, alg, unsigned, signature)
+        except DeviceError:
+            # None of those offered: the device's own word, if it shows the public half.
+            public = self.key(candidates=offered).public
+            if public is None:
+                raise
+            return signature, self._verified((public,), alg, unsigned, signature)
+
+    def unproven(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
-        """As Device.sign; *unsigned* is ASCII, as every signing input of JWS is."""
+        """As Device.unproven; *unsigned* is ASCII, as every signing input of JWS is."""
         offered = pipe.keys_to(tuple(candidates))
         text = unsigned.decode("ascii")
         return b64decode(
@@ -146,13 +161,16 @@ class IsolatedDevice(Device):
     # ------------------------------------------------------------------ children
 
     def _ask(self, doing: str, **question: Any) -> Any:
-        doing = f"{doing} ({foreign(self.uri)})"
+        doing = f"{doing} ({self._name})"
         self._outside.admit()
         try:
             child = self._take(doing)
         except HsmTollError as exc:
             self._outside.judge(exc)
             raise
+        if question["do"] == "login" and child.logged_in is not None:
+            self._free.put(child)
+            return child.logged_in
         # Tokens in files are rewritten at login: two that start at once may each miss it.
         starting = not child.running and self._starting.acquire(timeout=_START)
         try:
@@ -248,8 +266,10 @@ class _Child:
         self._told = device._told()  # noqa: SLF001 - two halves of one thing
         self._deadline = device._deadline  # noqa: SLF001 - as above
         self._process: subprocess.Popen[bytes] | None = None
-        self._there: socket.socket | None = None
+        self._there: pipe.Pipe | None = None
         self.generation = 0
+        #: What it said when it was last asked to log in; ``None`` if it has to be asked.
+        self.logged_in: bool | None = None
         weakref.finalize(self, _ended, self.__dict__)
 
     @property
@@ -264,11 +284,12 @@ class _Child:
         try:
             there = self._started()
             until = time.monotonic() + self._deadline
-            there.settimeout(self._deadline)
-            pipe.send(there, question)
+            there.socket.settimeout(self._deadline)
+            there.send(question)
             while True:
-                said = pipe.receive(there, until=until)
+                said = there.receive(until=until)
                 if "pin" not in said:
+                    self._note(question, said)
                     return said
                 more = self._hand_over(there, said, pins)
                 until = time.monotonic() + self._deadline + more
@@ -286,20 +307,30 @@ class _Child:
                 hint="The next call starts a new one. Ask the module's maker, with its log.",
             ) from None
 
+    def _note(self, question: dict[str, Any], said: dict[str, Any]) -> None:
+        # After an error, or with new handles, nobody knows whether the login still stands.
+        if "error" in said:
+            self.logged_in = None
+        elif question["do"] == "login":
+            self.logged_in = bool(said["answer"])
+        elif said["generation"] != self.generation:
+            self.logged_in = None
+
     def _hand_over(
-        self, there: socket.socket, said: dict[str, Any], pins: Callable[[str, str], Pin]
+        self, there: pipe.Pipe, said: dict[str, Any], pins: Callable[[str, str], Pin]
     ) -> float:
         try:
             pin = pins(str(said["pin"]), str(said["device"]))
         except HsmTollError as exc:
-            pipe.send(there, {"error": pipe.error_to(exc)})
+            there.socket.settimeout(self._deadline)
+            there.send({"error": pipe.error_to(exc)})
             return 0.0
+        there.socket.settimeout(self._deadline)
         version = pin.origin.removeprefix(pin.source).strip()
-        there.settimeout(self._deadline)
-        pipe.send(there, {"value": pin.reveal(), "source": pin.source, "version": version})
+        there.send({"value": pin.reveal(), "source": pin.source, "version": version})
         return _AT_THE_PINPAD if pin.on_pinpad else 0.0
 
-    def _started(self) -> socket.socket:
+    def _started(self) -> pipe.Pipe:
         if self._there is not None:
             return self._there
         ours, theirs = socket.socketpair()
@@ -314,10 +345,11 @@ class _Child:
                 # Ctrl-C at the terminal is for the caller, who says what becomes of the call.
                 start_new_session=True,
             )
-        self._there = ours
+        self._there = there = pipe.Pipe(ours)
         self.generation = 0
-        pipe.send(ours, self._told)
-        return ours
+        self.logged_in = None
+        there.send(self._told)
+        return there
 
     def _fate(self) -> str:
         if self._process is None:
@@ -337,9 +369,9 @@ class _Child:
         """Let it log out and end, or end it."""
         if self._there is not None and self._process is not None:
             with contextlib.suppress(OSError, EOFError, ValueError, subprocess.TimeoutExpired):
-                self._there.settimeout(_GOODBYE)
-                pipe.send(self._there, {"do": "close"})
-                pipe.receive(self._there, until=time.monotonic() + _GOODBYE)
+                self._there.socket.settimeout(_GOODBYE)
+                self._there.send({"do": "close"})
+                self._there.receive(until=time.monotonic() + _GOODBYE)
                 self._process.wait(_GOODBYE)
         self.kill()
 
@@ -348,7 +380,7 @@ def _ended(parts: dict[str, Any]) -> None:
     process, parts["_process"] = parts.get("_process"), None
     there, parts["_there"] = parts.get("_there"), None
     if there is not None:
-        there.close()
+        there.socket.close()
     # Only who started a process may end it: a forked child knows its number too.
     if process is not None and process.poll() is None:
         process.kill()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = [
+    "Pipe",
     "certificates_from",
     "certificates_to",
     "error_from",
@@ -32,8 +33,6 @@ __all__ = [
     "facts_to",
     "keys_from",
     "keys_to",
-    "receive",
-    "send",
 ]
 
 _HEAD: Final = struct.Struct(">I")
@@ -41,43 +40,46 @@ _HEAD: Final = struct.Struct(">I")
 _LARGEST: Final = 16 * 1024 * 1024
 
 
-def send(there: socket.socket, message: dict[str, Any]) -> None:
-    """Send one message whole."""
-    body = json.dumps(message).encode()
-    there.sendall(_HEAD.pack(len(body)) + body)
+class Pipe:
+    """One end of a connected stream socket: whole messages in both directions, by one thread."""
 
+    def __init__(self, there: socket.socket, now: Callable[[], float] = time.monotonic) -> None:
+        self.socket = there
+        self._now = now
+        self._got = bytearray()
 
-def receive(
-    there: socket.socket, *, until: float | None = None, now: Callable[[], float] = time.monotonic
-) -> dict[str, Any]:
-    """
-    One message. EOFError where the other side ended, TimeoutError after *until* (of *now*),
-    ValueError or TypeError for what is none.
-    """
-    (size,) = _HEAD.unpack(_exactly(there, _HEAD.size, until, now))
-    if size > _LARGEST:
-        raise ValueError("a frame that is too large")
-    message = json.loads(_exactly(there, size, until, now))
-    if not isinstance(message, dict):
-        raise TypeError("a frame that is no message")
-    return message
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message whole, within the socket's own timeout."""
+        body = json.dumps(message).encode()
+        self.socket.sendall(_HEAD.pack(len(body)) + body)
 
+    def receive(self, *, until: float | None = None) -> dict[str, Any]:
+        """
+        One message. EOFError where the other side ended, TimeoutError after *until*, ValueError
+        or TypeError for what is none.
+        """
+        (size,) = _HEAD.unpack(self._exactly(_HEAD.size, until))
+        if size > _LARGEST:
+            raise ValueError("a frame that is too large")
+        message = json.loads(self._exactly(size, until))
+        if not isinstance(message, dict):
+            raise TypeError("a frame that is no message")
+        return message
 
-def _exactly(
-    there: socket.socket, size: int, until: float | None, now: Callable[[], float]
-) -> bytes:
-    got = bytearray()
-    while len(got) < size:
-        left = None if until is None else until - now()
-        if left is not None and left <= 0:
-            raise TimeoutError
-        there.settimeout(left)
-        part = there.recv(min(size - len(got), 65536))
-        if not part:
-            raise EOFError
-        got += part
-    there.settimeout(None)
-    return bytes(got)
+    def _exactly(self, size: int, until: float | None) -> bytes:
+        while len(self._got) < size:
+            if until is not None:
+                left = until - self._now()
+                if left <= 0:
+                    raise TimeoutError
+                self.socket.settimeout(left)
+            part = self.socket.recv(65536)
+            if not part:
+                raise EOFError
+            self._got += part
+        taken = bytes(self._got[:size])
+        del self._got[:size]
+        return taken
 
 
 # ---------------------------------------------------------------------- values

@@ -40,13 +40,13 @@ _GRACE: Final = 2.0
 class _Asked:
     """The PIN source of the other side."""
 
-    def __init__(self, there: socket.socket, user: str) -> None:
+    def __init__(self, there: pipe.Pipe, user: str) -> None:
         self._there = there
         self._user = user
 
     def read(self, *, device: str) -> Pin:
-        pipe.send(self._there, {"pin": self._user, "device": device})
-        said = pipe.receive(self._there)
+        self._there.send({"pin": self._user, "device": device})
+        said = self._there.receive()
         if "error" in said:
             raise pipe.error_from(said["error"])
         return Pin(said["value"], source=said["source"], version=said["version"])
@@ -72,31 +72,32 @@ def main(descriptor: int) -> None:
     logger = logging.getLogger("hsmtoll")
     logger.addHandler(told)
     logger.setLevel(logging.INFO)
-    with socket.socket(fileno=descriptor) as there:
-        threading.Thread(target=_end_with, args=(there,), daemon=True).start()
+    with socket.socket(fileno=descriptor) as connection:
+        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+        there = pipe.Pipe(connection)
         with contextlib.suppress(EOFError, OSError):
-            device = _device(there, pipe.receive(there))
+            device = _device(there, there.receive())
             with contextlib.closing(device):
                 while True:
-                    question = pipe.receive(there)
+                    question = there.receive()
                     answer = _answered(device, question)
                     answer |= {"generation": device.generation, "log": told.records}
                     told.records = []
-                    pipe.send(there, answer)
+                    there.send(answer)
                     if question["do"] == "close":
                         return
 
 
-def _end_with(there: socket.socket) -> None:
+def _end_with(connection: socket.socket) -> None:
     """A call that hangs does not outlive those who asked."""
     poll = select.poll()
-    poll.register(there, 0)
+    poll.register(connection, 0)
     poll.poll()
     time.sleep(_GRACE)
     os._exit(1)
 
 
-def _device(there: socket.socket, told: dict[str, Any]) -> Device:
+def _device(there: pipe.Pipe, told: dict[str, Any]) -> Device:
     def source(user: str) -> PinSource | None:
         return _Asked(there, user) if told[user] else None
 
@@ -134,8 +135,9 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
             return pipe.facts_to(device.key(candidates=candidates))
         case "sign":
             unsigned = SigningInput(question["unsigned"].encode("ascii"))
-            signature = device.sign(question["alg"], unsigned, candidates=candidates)
-            return b64encode(signature).decode()
+            # Who can check it does, on the other side.
+            sign = device.unproven if candidates else device.sign
+            return b64encode(sign(question["alg"], unsigned, candidates=candidates)).decode()
         case _:
             device.close()
             return None
