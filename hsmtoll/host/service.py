@@ -374,7 +374,7 @@ class Service:
             return _busy("the host is ending")
         if not self._clock_is_right(order.ask.profile):
             return _clock_is_wrong()
-        return _busy("the caller left") if order.gone() else None
+        return _left() if order.gone() else None
 
     def _clock_is_right(self, profile: str) -> bool:
         house = self._rules[1].get(profile)
@@ -426,7 +426,7 @@ class Service:
         told = order.members() | {"jti": jti}
         outcome = "unexpected"
         try:
-            assertion = self._sign(house, request, jti)
+            assertion = self._sign(house, order, request, jti)
             outcome = "signed"
         except HsmTollError as exc:
             outcome = exc.code or type(exc).__name__
@@ -451,7 +451,7 @@ class Service:
         )
         return _Signed(assertion, jti, said["exp"], seq, head)
 
-    def _sign(self, house: _House, request: TokenRequest, jti: str) -> str:
+    def _sign(self, house: _House, order: _Order, request: TokenRequest, jti: str) -> str:
         """The device's part. A stop is obeyed by those too who wait at its door already."""
         if not house.gate.acquire(timeout=self._deadline):
             raise _busy(f"no device was free within {self._deadline:g} s")
@@ -459,6 +459,8 @@ class Service:
             stopped = self.stopped()
             if stopped is not None:
                 raise _stopped(stopped)
+            if order.gone():
+                raise _left()
             self._here.jti = jti
             self.signatures += 1
             return house.app.signer.assertion(request)
@@ -656,6 +658,10 @@ def _stopped(why: str) -> PolicyDenied:
 
 def _busy(why: str) -> TryAgainLater:
     return TryAgainLater(f"busy: {why}", hint="try again", code="busy", retry_after=1.0)
+
+
+def _left() -> TryAgainLater:
+    return _busy("the caller left")
 
 
 def _clock_is_wrong() -> ClockError:

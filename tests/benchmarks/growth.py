@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.faults import Faults
 from hsmtoll.testing.identity import introduce
-from tests.benchmarks.stage import Row
+from tests.benchmarks.stage import Row, Series
 from tests.lab import listens
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.benchmarks.stage import Stage
+
+#: Seconds of a run with renewals that the plot shows.
+_SHOWN: Final = 3.0
 
 _ONE: Final = """
 import json, sys, time
@@ -47,34 +53,68 @@ print(calls)
 """
 
 
-def renewal(stage: Stage) -> Row:
-    """Calls over TLS while a stale token is renewed in the background, and with a fresh one."""
-    during: list[float] = []
-    fresh: list[float] = []
-    with stage.app(cache="memory:").client() as toll, toll.api("road") as road:
-        engine = toll._engine
-        request = engine.request("road")
-        road.get("test-auth")
-        for _ in range(30):
-            token = toll.token("road")
-            now = engine.clock.now()
-            ago = token.lifetime - 30.0
-            then = now._replace(wall=now.wall - ago, boot=now.boot - ago)
-            stale = replace(token, asked=then)
-            engine.cache._tokens[request] = stale
-            count = 0
-            while engine.cache.held(request) is None:
-                began = time.perf_counter()
-                road.get("test-auth")
-                during.append(time.perf_counter() - began)
-                count += 1
+def renewal(stage: Stage) -> list[Row | Series]:
+    """
+    Calls over TLS while a stale token is renewed in the background, on a device that takes long
+    enough for many of them, and with a fresh one.
+    """
+    with Faults(stage.device.module, stage.folder / "renewal-faults") as faults:
+        faults.set("slow", function="C_SignInit", ms=300)
+        argv = [sys.executable, "-m", "tests.benchmarks.renewing"]
+        done = subprocess.run(
+            argv, env={**os.environ, **faults.environ()}, check=True, capture_output=True, text=True
+        )
+    calls = json.loads(done.stdout)
+    took = {
+        kind: sorted(took for _, took, during in calls if during is kind) for kind in (True, False)
+    }
+    slowest = {kind: each[int(len(each) * 0.99)] * 1000 for kind, each in took.items()}
+    drawn = [
+        Series(
+            "renewal",
+            name,
+            tuple(
+                (at, took * 1000) for at, took, during in calls if during is kind and at < _SHOWN
+            ),
+        )
+        for kind, name in ((False, "with a fresh token"), (True, "while it is renewed"))
+    ]
+    name = f"p99 of {len(took[True]):,} calls during {_renewals(calls)} renewals"
+    against = f"of {len(took[False]):,} with a fresh token"
+    return [Row(name, against, "ms", slowest[True], slowest[False], "the same"), *drawn]
+
+
+def _renewals(calls: list[tuple[float, float, bool]]) -> int:
+    return sum(now[2] and not before[2] for before, now in pairwise([(0, 0, False), *calls]))
+
+
+def signatures(stage: Stage) -> list[Series]:
+    """What a cold token costs the device: callers of one client, and each with one of its own."""
+
+    async def cold(count: int) -> None:
+        async with stage.app(**quick).aclient() as toll:
+            await asyncio.gather(*(toll.token("road") for _ in range(count)))
+
+    def alone(count: int) -> None:
+        with stage.app(**quick).client() as toll:
             for _ in range(count):
-                began = time.perf_counter()
-                road.get("test-auth")
-                fresh.append(time.perf_counter() - began)
-    slowest = [sorted(each)[int(len(each) * 0.99)] * 1000 for each in (during, fresh)]
-    name = f"p99 of {len(during)} calls during renewals"
-    return Row(name, "as many with a fresh token", "ms", slowest[0], slowest[1], "the same")
+                toll.token("road", renew=True)
+
+    with Faults(stage.device.module, stage.folder / "spent-faults") as faults:
+        # A process of its own, because the real module is loaded in this one.
+        quick = {"cache": "memory:", "hsm": {"module": faults.module, "isolation": "process"}}
+
+        def spent(count: int, work: Callable[[int], object]) -> tuple[int, int]:
+            faults.reset_counts()
+            work(count)
+            return count, faults.count("C_SignInit")
+
+        shared = [spent(n, lambda n: asyncio.run(cold(n))) for n in (1, 10, 100, 1000, 10_000)]
+        each = [spent(n, alone) for n in (1, 10, 100, 1000)]
+    return [
+        Series("signatures", "hsmtoll", tuple(shared)),
+        Series("signatures", "a grant for each of them", tuple(each)),
+    ]
 
 
 def processes(stage: Stage) -> list[Row]:

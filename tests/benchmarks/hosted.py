@@ -11,15 +11,17 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.testing.faults import Faults
 from tests import hosting
-from tests.benchmarks.stage import Row, per_second, turns
+from tests.benchmarks.stage import Row, Series, per_second, turns
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hsmtoll.app import App
     from tests.benchmarks.stage import Stage
 
 CALLERS: Final = 32
@@ -45,29 +47,42 @@ asyncio.run(main())
 """
 
 
-def workers(stage: Stage) -> Row:
-    """Two isolated workers against two processes of the C loop."""
-    app = stage.app(hsm={"isolation": "process"}, host={"workers": 2})
+def workers(stage: Stage) -> list[Row | Series]:
+    """Isolated workers against as many processes of the C loop; two are the row."""
+    mine, theirs = {}, {}
+    for count in (1, 2, 3, 4):
+        app = stage.app(hsm={"isolation": "process"}, host={"workers": count})
+        mine[count], theirs[count] = turns(
+            partial(_of_threads, app, count),
+            partial(stage.bare_signatures, SECONDS, count),
+            rounds=5 if count == 2 else 3,
+        )
+        app.close()
+    return [
+        Row(
+            "assertions of two isolated workers", "two C loops", "/s", mine[2], theirs[2], "≥ 0.80"
+        ),
+        Series("workers", "assertions of isolated workers", tuple(mine.items())),
+        Series("workers", "C loops", tuple(theirs.items())),
+    ]
+
+
+def _of_threads(app: App, count: int) -> float:
+    """Assertions a second of as many threads as there are workers."""
     signer, request = app.signer, app.engine.request("road")
     signer.assertion(request)
-
-    def ours() -> float:
-        rates: list[float] = []
-        pair = [
-            threading.Thread(
-                target=lambda: rates.append(per_second(lambda: signer.assertion(request), SECONDS))
-            )
-            for _ in range(2)
-        ]
-        for each in pair:
-            each.start()
-        for each in pair:
-            each.join()
-        return sum(rates)
-
-    mine, theirs = turns(ours, lambda: stage.bare_signatures(SECONDS, processes=2), rounds=3)
-    app.close()
-    return Row("assertions of two isolated workers", "two C loops", "/s", mine, theirs, "≥ 0.80")
+    rates: list[float] = []
+    every = [
+        threading.Thread(
+            target=lambda: rates.append(per_second(lambda: signer.assertion(request), SECONDS))
+        )
+        for _ in range(count)
+    ]
+    for each in every:
+        each.start()
+    for each in every:
+        each.join()
+    return sum(rates)
 
 
 def _ask(path: Path, request: bytes) -> bool:

@@ -1,6 +1,7 @@
 /* What the device can do at best: C_SignInit + C_Sign in a loop, nothing between.
  *
- *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS      the PIN comes on stdin
+ *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS      the PIN comes on stdin; after it is
+ *                                              ready, a second line lets it begin
  *
  * Prints signatures per second. Declarations are those of PKCS#11 v2.40 that are used here.
  */
@@ -68,6 +69,11 @@ int main(int argc, char **argv) {
     CALL(FIND, session, &key, (ulong_t) 1, &found);
     CALL(FIND_FINAL, session);
     if (!found) { fprintf(stderr, "no such key\n"); return 1; }
+    /* Who logs in at the same time as others may fail; who signs does not. */
+    char go[8];
+    puts("ready");
+    fflush(stdout);
+    if (!fgets(go, sizeof go, stdin)) return 2;
 
     /* About as long as a signing input with three certificates. */
     static unsigned char data[5000], signature[1024];

@@ -24,8 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.benchmarks import growth, hosted
-from tests.benchmarks.stage import HERE, ROUNDS, Row, Stage, per_second, seconds_of, turns
+from tests.benchmarks import growth, hosted, plots
+from tests.benchmarks.stage import (
+    HERE,
+    ROUNDS,
+    Row,
+    Series,
+    Stage,
+    per_second,
+    seconds_of,
+    turns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -295,7 +304,7 @@ def scopes(stage: Stage) -> list[Row]:
 
 def main() -> int:
     """Run what was asked for; write the JSON and print the table."""
-    every: dict[str, Callable[[Stage], Row | list[Row]]] = {
+    every: dict[str, Callable[[Stage], Any]] = {
         "assertions": assertions,
         "held": held_token,
         "auth": bearing,
@@ -306,10 +315,11 @@ def main() -> int:
         "workers": hosted.workers,
         "host": hosted.host,
         "renewal": growth.renewal,
+        "signatures": growth.signatures,
         "processes": growth.processes,
     }
     # Ten minutes: only where it is named.
-    long: dict[str, Callable[[Stage], Row | list[Row]]] = {"slow-device": growth.slow_device}
+    long: dict[str, Callable[[Stage], Any]] = {"slow-device": growth.slow_device}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *every, *long],
                         metavar="NAME", help=f"of {', '.join([*every, *long])}; none means all "
@@ -317,20 +327,25 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
     given = parser.parse_args()
     rows: list[Row] = []
+    series: list[Series] = []
     with tempfile.TemporaryDirectory() as folder, Sandbox(lifetime=7200) as sandbox:
         stage = Stage(Path(folder), sandbox)
         for name in given.names or every:
             print(f"{name} …", file=sys.stderr, flush=True)
             made = (every | long)[name](stage)
-            rows += made if isinstance(made, list) else [made]
+            for each in made if isinstance(made, list) else [made]:
+                (rows if isinstance(each, Row) else series).append(each)
     told = {
         "schema": 1,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "rounds": ROUNDS,
         "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
+        "series": [asdict(each) for each in series],
     }
     given.json.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    for drawn in plots.draw(series, given.json.with_suffix("")):
+        print(f"drawn: {drawn}", file=sys.stderr)
     print("| what | against | ours | bare | ratio | goal |\n| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         print(

@@ -41,6 +41,15 @@ class Row:
         return self.ours / self.bare if self.bare else float("nan")
 
 
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot: *name* and its points."""
+
+    plot: str
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
 def turns(
     ours: Callable[[], float], bare: Callable[[], float], rounds: int = ROUNDS
 ) -> tuple[float, float]:
@@ -93,11 +102,20 @@ class Stage:
         """Signatures a second of the C loop, of all *processes* together."""
         where = (self.loop, self.device.module, self.device.label, self.who.key_label)
         argv = [*map(str, where), str(seconds)]
-        running = [
-            subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for _ in range(processes)
-        ]
-        return sum(float(each.communicate(f"{self.device.pin}\n")[0]) for each in running)
+        running = []
+        for _ in range(processes):
+            one = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            assert one.stdin is not None
+            assert one.stdout is not None
+            one.stdin.write(f"{self.device.pin}\n")
+            one.stdin.flush()
+            assert one.stdout.readline() == "ready\n"
+            running.append(one)
+        for one in running:
+            assert one.stdin is not None
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        return sum(float(one.communicate()[0]) for one in running)
 
     def command(self, *argv: str, **environ: str) -> float:
         """Seconds of one command, with bytecode beside the sources as an installation has it."""

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll.host.audit import Audit, list_records, verify
+from hsmtoll.host.policy import Counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,18 +179,48 @@ def test_a_crowd_writes_one_chain_and_waits_for_few_syncs(tmp_path: Path) -> Non
         assert verify(tmp_path / "log", KEY.public_key(), f"{seq}:{head}").bad is None
 
 
-def test_a_device_that_was_not_asked_costs_no_quota_and_one_that_was_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "costs"),
+    [
+        ("device-down", 0),
+        ("busy", 0),
+        ("stopped", 0),
+        ("device-error", 1),
+        ("device-hung", 1),
+        ("signed", 1),
+    ],
+)
+def test_a_device_that_was_not_asked_costs_no_quota_and_one_that_was_does(
+    tmp_path: Path, outcome: str, costs: int
+) -> None:
     audit = audit_in(tmp_path)
     intents(audit, 3)
-    for number, outcome in ((0, "device-down"), (1, "device-error"), (2, "signed")):
-        audit.write(
-            "result", caller="uid:1", profile="acme", jti=f"uid:1-{number}", outcome=outcome
-        )
-    assert audit.counts("uid:1", "acme").day == 2
+    audit.write("result", caller="uid:1", profile="acme", jti="uid:1-1", outcome=outcome)
+    counts = audit.counts("uid:1", "acme")
+    assert (counts.minute, counts.day) == (2 + costs, 2 + costs)
     audit.close()
     again = audit_in(tmp_path)
-    assert again.counts("uid:1", "acme").day == 2
+    assert again.counts("uid:1", "acme").day == 2 + costs
     again.close()
+
+
+def test_what_was_had_leaves_the_minute_and_then_the_day(tmp_path: Path) -> None:
+    at = [NOW]
+    audit_in(tmp_path).close()
+    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+    for number in range(4):
+        audit.append("intent", caller="uid:1", profile="acme", jti=str(number))
+        at[0] += 20.0
+    # 80 s after the first: those of 0 and 20 s are a minute old.
+    assert audit.counts("uid:1", "acme") == Counts(minute=2, day=4)
+    assert audit.free_in("uid:1", "acme", minute=2, day=None) == 20
+    assert audit.free_in("uid:1", "acme", minute=None, day=4) == 86_400 - 80
+    # One that is taken back leaves both.
+    audit.append("result", caller="uid:1", profile="acme", jti="3", outcome="busy")
+    assert audit.counts("uid:1", "acme") == Counts(minute=1, day=3)
+    at[0] = NOW + 86_400.0 + 30.0
+    assert audit.counts("uid:1", "acme") == Counts(minute=0, day=1)
+    audit.close()
 
 
 def test_a_token_needs_a_signature_and_a_release_and_counts_once(tmp_path: Path) -> None:
