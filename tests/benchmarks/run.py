@@ -37,7 +37,7 @@ from tests.benchmarks.stage import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from hsmtoll.tokens import TokenRequest
 
@@ -302,6 +302,19 @@ def scopes(stage: Stage) -> list[Row]:
     return rows
 
 
+def table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [
+        "| what | against | ours | bare | ratio | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row.what} | {row.against} | {row.ours:.4g} {row.unit} | {row.bare:.4g} {row.unit} "
+            f"| {row.ratio:.2f} | {row.goal} |"
+            for row in rows
+        ),
+    ]
+
+
 def main() -> int:
     """Run what was asked for; write the JSON and print the table."""
     every: dict[str, Callable[[Stage], Any]] = {
@@ -346,12 +359,7 @@ def main() -> int:
     given.json.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     for drawn in plots.draw(series, given.json.with_suffix("")):
         print(f"drawn: {drawn}", file=sys.stderr)
-    print("| what | against | ours | bare | ratio | goal |\n| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        print(
-            f"| {row.what} | {row.against} | {row.ours:.4g} {row.unit} | {row.bare:.4g} {row.unit} "
-            f"| {row.ratio:.2f} | {row.goal} |"
-        )
+    print("\n".join(table(rows)))
     return 0
 
 
