@@ -364,7 +364,8 @@ def _late(flight: Flight, patience: float) -> HsmTollError:
     if flight.doing == "signing":
         return errors.DeviceError(
             f"signing: the device did not answer within {patience:.0f} s",
-            hint="set HSMTOLL_HSM__ISOLATION=process, so that a module that hangs can be restarted",
+            hint="with HSMTOLL_HSM__ISOLATION=process a module that hangs is ended, and the next"
+            " call starts it again",
             code="device-hangs",
         )
     return errors.NetworkError(
