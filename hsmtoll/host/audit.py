@@ -54,7 +54,7 @@ _DAY: Final = 86_400.0
 _MINUTE: Final = 60.0
 
 #: Outcomes that say: the device was not asked, so nothing was had.
-_NOT_ASKED: Final = ("device-down", "busy", "stopped")
+_NOT_ASKED: Final = ("device-down", "device-busy", "busy", "stopped")
 
 
 def _sealed(seq: int, head: str, at: str) -> bytes:

@@ -300,8 +300,8 @@ class Device:
         halves = (facts.public,) if facts.public else (*learned, *offered)
         # What an earlier signature taught may have been another key by the same name.
         self._proven = None
-        self._proven = self._verified(halves, alg, unsigned, signature)
-        return signature, self._proven
+        self._proven = proven = self._verified(halves, alg, unsigned, signature)
+        return signature, proven
 
     def unproven(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()

@@ -363,6 +363,7 @@ class _Child:
 
     def kill(self) -> None:
         """End it, whatever it does."""
+        self.logged_in = None
         _ended(self.__dict__)
 
     def end(self) -> None:

@@ -152,8 +152,9 @@ def host(stage: Stage) -> list[Row]:
                 bare = statistics.median(stage.bare_signatures(SECONDS, count) for _ in range(3))
                 rows.append(
                     Row(
-                        f"signing host, {count} worker(s), {CALLERS} callers, grants",
-                        f"{count} C loop(s)",
+                        f"signing host, {('one worker', 'two workers')[count - 1]}, "
+                        f"{CALLERS} callers, grants",
+                        ("one C loop", "two C loops")[count - 1],
                         "/s",
                         mine,
                         bare,

@@ -33,11 +33,12 @@ from tests.benchmarks.stage import (
     Stage,
     per_second,
     seconds_of,
+    table,
     turns,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from hsmtoll.tokens import TokenRequest
 
@@ -300,19 +301,6 @@ def scopes(stage: Stage) -> list[Row]:
                 Row(f"client.token() among {count} held", "alone", "µs", one(), alone, "flat")
             )
     return rows
-
-
-def table(rows: Iterable[Row]) -> list[str]:
-    """The lines of a table in Markdown."""
-    return [
-        "| what | against | ours | bare | ratio | goal |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *(
-            f"| {row.what} | {row.against} | {row.ours:.4g} {row.unit} | {row.bare:.4g} {row.unit} "
-            f"| {row.ratio:.2f} | {row.goal} |"
-            for row in rows
-        ),
-    ]
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from hsmtoll.testing.identity import ThrowAway, eseal, introduce
 from hsmtoll.testing.softhsm import SoftHsm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from hsmtoll.sandbox.server import Sandbox
 
@@ -39,6 +39,19 @@ class Row:
     def ratio(self) -> float:
         """Ours by bare."""
         return self.ours / self.bare if self.bare else float("nan")
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [
+        "| what | against | ours | bare | ratio | goal |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {row.what} | {row.against} | {row.ours:.4g} {row.unit} | {row.bare:.4g} {row.unit} "
+            f"| {row.ratio:.2f} | {row.goal} |"
+            for row in rows
+        ),
+    ]
 
 
 @dataclass(frozen=True)

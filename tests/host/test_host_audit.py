@@ -183,6 +183,7 @@ def test_a_crowd_writes_one_chain_and_waits_for_few_syncs(tmp_path: Path) -> Non
     ("outcome", "costs"),
     [
         ("device-down", 0),
+        ("device-busy", 0),
         ("busy", 0),
         ("stopped", 0),
         ("device-error", 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
+from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
 
 if TYPE_CHECKING:
@@ -239,6 +240,40 @@ def test_children_sign_in_parallel_and_ask_for_the_pin_once(
     assert len(workers()) == 3
     assert pin.asked == 1
     assert toll_faults.count("C_Login") == 3
+
+
+def test_a_child_is_asked_to_log_in_once_and_its_successor_again(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make()
+    assert device.login()
+    before = toll_faults.calls()
+    assert device.login()
+    # The control: what it remembers is its child's, and ends with it.
+    assert toll_faults.calls() == before
+    os.kill(workers()[0], signal.SIGKILL)
+    assert refused(device).code == "module-crashed"
+    assert device.login()
+    assert toll_faults.count("C_Login") == 2
+
+
+def test_what_a_child_signs_is_checked_on_this_side(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make()
+    public = device.key().public
+    assert public is not None
+    stranger = RsaPublicKey(public.modulus + 2, public.exponent)
+    signature, by = device.signed("RS256", DATA, candidates=[public])
+    assert by == public
+    assert public.verify("RS256", DATA, signature)
+    # None of those offered: then it is whose the device says it is.
+    assert device.signed("RS256", DATA, candidates=[stranger])[1] == public
+    toll_faults.set("wrong-signature")
+    for candidates in ([public], [stranger], []):
+        with pytest.raises(DeviceError) as caught:
+            device.signed("RS256", DATA, candidates=candidates)
+        assert caught.value.code == "signature-wrong"
 
 
 def test_who_finds_no_child_free_in_time_is_told_so(

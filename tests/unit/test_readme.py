@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
+from xml.etree import ElementTree as ET
 
 from click.testing import CliRunner
 
@@ -12,8 +15,10 @@ from hsmtoll import errors
 from hsmtoll.cli import main
 from hsmtoll.refusals import REFUSALS
 from hsmtoll.settings import Settings, variable
+from tests.benchmarks.stage import Row, table
 
 TOP: Final = Path(__file__).parents[2]
+FIGURES: Final = TOP / "tests" / "benchmarks" / "figures"
 README: Final = (TOP / "README.md").read_text(encoding="utf-8")
 
 
@@ -88,3 +93,23 @@ def test_every_link_inside_the_readme_leads_to_a_heading() -> None:
     links = set(re.findall(r"\]\(#([^)]*)\)", README))
     assert links
     assert links <= headings
+
+
+def test_the_table_of_speed_is_that_of_the_run_whose_figures_are_kept() -> None:
+    kept = json.loads((FIGURES / "bench.json").read_text(encoding="utf-8"))
+    shown = section("Speed")
+    named = {each.name for each in fields(Row)}
+    runs = [Row(**{name: row[name] for name in named}) for row in kept["rows"]]
+    assert "\n".join(table(runs)) in shown
+    # The control: a figure that was touched up is not in it.
+    better = [replace(runs[0], ours=runs[0].ours * 1.2), *runs[1:]]
+    assert "\n".join(table(better)) not in shown
+
+
+def test_each_plot_of_speed_is_there_and_runs_nothing() -> None:
+    named = re.findall(r"!\[[^]]+\]\(([^)]+)\)", section("Speed"))
+    assert {TOP / name for name in named} == set(FIGURES.glob("*.svg"))
+    for name in named:
+        tags = [each.tag for each in ET.parse(TOP / name).iter()]  # noqa: S314 - our own
+        assert sum(tag.endswith("}circle") for tag in tags) > 4
+        assert not any(tag.endswith("}script") for tag in tags)
