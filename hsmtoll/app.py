@@ -129,7 +129,9 @@ class App:
     def state(self) -> Path:
         """Where this machine remembers: refused PINs, the clock's skew, who signs."""
         given = self.settings.state or os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-        return Path(given) if given else Path(platformdirs.user_state_dir("hsmtoll"))
+        if given:
+            return Path(given)
+        return _at_home(platformdirs.user_state_dir, "HSMTOLL_STATE")
 
     @cached_property
     def skew(self) -> Skew:
@@ -462,7 +464,25 @@ def _runtime_directory() -> Path:
         if given:
             return Path(given) / "hsmtoll"
     run = Path(f"/run/user/{os.geteuid()}")
-    return (run if run.is_dir() else Path(platformdirs.user_cache_dir())) / "hsmtoll"
+    if run.is_dir():
+        return run / "hsmtoll"
+    return _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
+
+
+def _at_home(of: Callable[[str], str], name: str) -> Path:
+    """A directory of this account, which may have no home for it to be in."""
+    try:
+        path = Path(of("hsmtoll"))
+    except RuntimeError:
+        path = Path()
+    # Older versions of platformdirs leave the ~ as it is: it would be made below whatever is here.
+    if not path.is_absolute():
+        raise ConfigurationError(
+            f"{name}: not set, and this account has no home directory",
+            hint="set HOME, or HSMTOLL_STATE and HSMTOLL_CACHE (memory: keeps nothing)",
+            code="setting-missing",
+        )
+    return path
 
 
 def _read(path: Path, name: str) -> str:

@@ -7,6 +7,7 @@ that over the file's top level. Every name that is not known is an error.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -290,13 +291,25 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
     named = given or os.environ.get(_OWN)
     if named:
         path = Path(named)
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as exc:
+            raise ConfigurationError(
+                f"configuration file {foreign(path)}: cannot be read ({exc.strerror})"
+            ) from exc
+        if not there:
             raise ConfigurationError(f"configuration file {foreign(path)}: there is no such file")
         return path
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    for place in (Path(home) / "hsmtoll", Path("/etc/hsmtoll")):
-        if (place / "hsmtoll.toml").is_file():
-            return place / "hsmtoll.toml"
+    places = [Path("/etc/hsmtoll")]
+    # An account may have no home at all.
+    with contextlib.suppress(RuntimeError):
+        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+        places.insert(0, Path(home) / "hsmtoll")
+    for place in places:
+        # What this account cannot look into is not its own: after sudo, HOME may be another's.
+        with contextlib.suppress(OSError):
+            if (place / "hsmtoll.toml").is_file():
+                return place / "hsmtoll.toml"
     return None
 
 

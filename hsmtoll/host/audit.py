@@ -386,8 +386,16 @@ def _sync_directory(path: Path) -> None:
 
 def _private(path: Path) -> Ed25519PrivateKey:
     try:
-        key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        raw = path.read_bytes()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__AUDIT_KEY {path}: cannot be read ({exc.strerror})",
+            hint="openssl genpkey -algorithm ed25519 -out audit.key; it is for the host's account",
+            code="audit-key",
+        ) from exc
+    try:
+        key = serialization.load_pem_private_key(raw, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         # `from None`: the original may carry the key.
         key = None
     if not isinstance(key, Ed25519PrivateKey):

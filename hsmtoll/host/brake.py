@@ -67,9 +67,13 @@ def stopped_by(path: Path) -> str | None:
 
 
 def check_stop_directory(path: Path) -> None:
-    """ConfigurationError where anybody could resume; a directory that is missing is a stop."""
-    if path.parent.exists():
-        check_code_file(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
+    """
+    ConfigurationError where anybody could resume. A directory that is missing, or that this
+    account cannot look into, is a stop.
+    """
+    with contextlib.suppress(PermissionError):
+        if path.parent.exists():
+            check_code_file(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
 
 
 def stop(path: Path) -> bool:

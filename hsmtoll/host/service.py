@@ -71,6 +71,9 @@ _TRIES: Final = 4
 #: Orders on their way at once for each worker of a device: one is being signed.
 _AHEAD: Final = 4
 
+#: Seconds that a caller waits for the first self-test.
+_FIRST: Final = 15.0
+
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
 
@@ -175,6 +178,7 @@ class Service:
         self._lock = threading.Lock()
         self._refusals: dict[str, tuple[float, int]] = {}
         self._was_stopped: str | None = None
+        self._looked = threading.Event()
         self.signatures = 0
         policy, houses = self._read({})
         self._rules = (policy, houses)
@@ -323,6 +327,9 @@ class Service:
         house = self._rules[1].get(order.ask.profile)
         if house is None:
             raise _busy("the policy is being changed")
+        if not house.proven:
+            # Who comes to a socket that the manager holds is there before the first self-test.
+            self._looked.wait(_FIRST)
         if not house.proven:
             raise DeviceError(
                 f"profile {foreign(order.ask.profile)}: not ready, {house.why}",
@@ -490,6 +497,12 @@ class Service:
         Sign the self-test with every profile that has not yet: with any key of its list. What
         stands in the way is told by `not_ready`, and tried again with the next call.
         """
+        try:
+            self._prove_all()
+        finally:
+            self._looked.set()
+
+    def _prove_all(self) -> None:
         if self.stopped() is not None:
             return
         for house in list(self._rules[1].values()):

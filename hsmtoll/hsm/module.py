@@ -192,27 +192,35 @@ def check_path(path: Path) -> None:
     Raises ConfigurationError unless *path* is an absolute file that only root or this user can
     change, the directories above it included (a sticky one such as /tmp excepted).
     """
-    problem, hint = None, "Set HSMTOLL_HSM__MODULE to the .so of the device's maker."
-    if not path.is_absolute():
-        problem = "is not an absolute path"
-    elif not path.exists():
-        problem = "does not exist"
-    elif not path.is_file():
-        problem = "is not a file"
-    else:
-        real = path.resolve()
-        for place in (real, *real.parents):
-            facts = place.stat()
-            loose = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            sticky = place != real and facts.st_mode & stat.S_ISVTX
-            if facts.st_uid not in {0, os.geteuid()} or (loose and not sticky):
-                problem = f"can be changed by others ({foreign(place)})"
-                hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(place)}"
-                break
+    hint = "Set HSMTOLL_HSM__MODULE to the .so of the device's maker."
+    problem: str | None = None
+    try:
+        if not path.is_absolute():
+            problem = "is not an absolute path"
+        elif not path.exists():
+            problem = "does not exist"
+        elif not path.is_file():
+            problem = "is not a file"
+        elif loose := _loose(path.resolve()):
+            problem = f"can be changed by others ({foreign(loose)})"
+            hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(loose)}"
+    except OSError as exc:
+        problem = f"cannot be looked at ({exc.strerror})"
+        hint = "This account must be able to read it and the directories above it."
     if problem:
         raise ConfigurationError(
             f"The PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
         )
+
+
+def _loose(real: Path) -> Path | None:
+    for place in (real, *real.parents):
+        facts = place.stat()
+        writable = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        sticky = place != real and facts.st_mode & stat.S_ISVTX
+        if facts.st_uid not in {0, os.geteuid()} or (writable and not sticky):
+            return place
+    return None
 
 
 def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:

@@ -1,0 +1,94 @@
+"""Accounts as services have them: without a home, or with one that is another's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Everything is imported before: this Python may lie where the account cannot look.
+_AS_ANOTHER = """
+import codecs, os, sys
+from pathlib import Path
+import platformdirs
+from hsmtoll.app import App
+from hsmtoll.errors import HsmTollError
+from hsmtoll.host.brake import check_stop_directory, stopped_by
+from hsmtoll.hsm.module import check_path
+from hsmtoll.settings import load
+codecs.lookup("ascii"); platformdirs.user_state_dir("hsmtoll"); platformdirs.user_cache_dir("hsmtoll")
+os.chdir("/")
+if os.geteuid() == 0:
+    os.setgroups([]); os.setresgid(41001, 41001, 41001); os.setresuid(41001, 41001, 41001)
+place = Path(sys.argv[1])
+try:
+    exec(sys.argv[2])
+except HsmTollError as exc:
+    print(type(exc).__name__, exc)
+"""
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Path:
+    """A directory that its owner alone, or nobody at all, can look into."""
+    place = tmp_path / "locked"
+    (place / ".config" / "hsmtoll").mkdir(parents=True)
+    (place / ".config" / "hsmtoll" / "hsmtoll.toml").write_text("secret_of_another = 1\n")
+    (place / "module.so").touch()
+    for each in tmp_path.parents:
+        if each != each.parent and not each.stat().st_mode & 0o001:
+            each.chmod(each.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    place.chmod(0o700 if os.geteuid() == 0 else 0)
+    return place
+
+
+def said(place: Path, code: str, **environ: str) -> str:
+    """What *code* printed as another account; an error that is not ours is a failure."""
+    plain = {"PATH": os.environ["PATH"], "HSMTOLL_ENVIRONMENT": "sandbox", **environ}
+    done = subprocess.run(
+        [sys.executable, "-c", _AS_ANOTHER, str(place), code],
+        env=plain, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_home_that_is_anothers_has_no_settings_for_this_account(locked: Path) -> None:
+    code = "print(load().environment)"
+    assert said(locked, code, HOME=str(locked)) == "sandbox"
+    assert said(locked, code, XDG_CONFIG_HOME=str(locked / ".config")) == "sandbox"
+    # The control: once it can be looked into, it counts.
+    locked.chmod(0o755)
+    assert "secret_of_another" in said(locked, code, HOME=str(locked))
+
+
+def test_a_file_that_was_named_and_cannot_be_seen_is_an_error_of_one_line(locked: Path) -> None:
+    named = str(locked / ".config" / "hsmtoll" / "hsmtoll.toml")
+    assert said(locked, "load()", HSMTOLL_CONFIG=named) == (
+        f"ConfigurationError configuration file {named}: cannot be read (Permission denied)"
+    )
+    assert said(locked, "check_path(place / 'module.so')") == (
+        f"ConfigurationError The PKCS#11 module '{locked}/module.so' cannot be looked at"
+        " (Permission denied)"
+    )
+
+
+def test_a_stop_file_that_cannot_be_seen_is_a_stop_and_no_mistake(locked: Path) -> None:
+    code = "check_stop_directory(place / 'run' / 'stop'); print(stopped_by(place / 'run' / 'stop'))"
+    assert said(locked, code) == "the stop file cannot be read (Permission denied)"
+
+
+def test_an_account_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    code = "print(App(load()).state)"
+    told = said(tmp_path, code)
+    assert told.startswith("ConfigurationError HSMTOLL_STATE: not set"), told
+    assert said(tmp_path, code, HSMTOLL_STATE="/var/lib/x") == "/var/lib/x"
+    assert said(tmp_path, code, HOME="/nonexistent") == "/nonexistent/.local/state/hsmtoll"
