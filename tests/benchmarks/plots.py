@@ -24,6 +24,7 @@ _STYLE: Final = Style(
     major_label_font_size=13,
     legend_font_size=13,
 )
+_MOVING: Final = ("}script", "}desc")
 _LOOKS: Final[dict[str, dict[str, Any]]] = {
     "signatures": {
         "title": "Signatures spent on a cold token",
@@ -77,11 +78,11 @@ def draw(series: Sequence[Series], stem: Path) -> list[Path]:
 
 
 def _still(svg: bytes) -> bytes:
-    """Without the scripts that pygal puts in for a page of its own."""
+    """Without the scripts and their words that pygal puts in for a page of its own."""
     ET.register_namespace("", "http://www.w3.org/2000/svg")
     ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     root = ET.fromstring(svg)  # noqa: S314 - made a line above
     for parent in list(root.iter()):
-        for child in [each for each in parent if each.tag.endswith("}script")]:
+        for child in [each for each in parent if each.tag.endswith(_MOVING)]:
             parent.remove(child)
     return bytes(ET.tostring(root, encoding="utf-8")) + b"\n"
