@@ -22,7 +22,8 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.host.brake import check_stop_directory, stopped_by
 from hsmtoll.hsm.module import check_path
 from hsmtoll.settings import load
-codecs.lookup("ascii"); platformdirs.user_state_dir("hsmtoll"); platformdirs.user_cache_dir("hsmtoll")
+codecs.lookup("ascii"); platformdirs.user_state_dir("hsmtoll")
+platformdirs.user_cache_dir("hsmtoll")
 os.chdir("/")
 if os.geteuid() == 0:
     os.setgroups([]); os.setresgid(41001, 41001, 41001); os.setresuid(41001, 41001, 41001)
