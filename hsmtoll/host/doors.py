@@ -534,10 +534,10 @@ async def _say_goodbye(connection: socket.socket) -> None:
 # ---------------------------------------------------------------------- sockets
 
 
-def listen_unix(path: Path) -> socket.socket:
+def listen_unix(path: Path, name: str) -> socket.socket:
     """
     A Unix socket, 0660 from its first moment, in a directory of ours: made with 0750 where it is
-    missing, refused where others may write. Its group is the directory's.
+    missing, refused where others may write. Its group is the directory's. *name* is the setting.
     """
     directory = path.parent
     try:
@@ -546,12 +546,12 @@ def listen_unix(path: Path) -> socket.socket:
         seen = directory.stat()
     except OSError as exc:
         raise ConfigurationError(
-            f"HSMTOLL_HOST__SOCKET {foreign(path)}: no directory for it ({exc.strerror})",
+            f"{name} {foreign(path)}: no directory for it ({exc.strerror})",
             hint="systemd makes one with RuntimeDirectory=hsmtoll",
         ) from exc
     if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o022:
         raise ConfigurationError(
-            f"HSMTOLL_HOST__SOCKET {foreign(path)}: others may change {foreign(directory)}",
+            f"{name} {foreign(path)}: others may change {foreign(directory)}",
             hint=f"it belongs to root or the host's account: chmod 0750 {directory}",
             code="unsafe-file",
         )
@@ -566,7 +566,7 @@ def listen_unix(path: Path) -> socket.socket:
     except OSError as exc:
         one.close()
         raise ConfigurationError(
-            f"HSMTOLL_HOST__SOCKET {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
+            f"{name} {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
         ) from exc
     finally:
         os.umask(before)

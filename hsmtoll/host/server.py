@@ -96,7 +96,7 @@ class _Doors:
             else:
                 self.tls.append(given.socket)
         if host.socket is not None and not self.signing:
-            self.signing.append(doors.listen_unix(host.socket))
+            self.signing.append(doors.listen_unix(host.socket, "HSMTOLL_HOST__SOCKET"))
             self._made.append(host.socket)
         if host.listen is not None and not self.tls:
             self.tls.append(doors.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
@@ -114,7 +114,7 @@ class _Doors:
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):
             path = Path(where.removeprefix("unix://"))
-            one = doors.listen_unix(path)
+            one = doors.listen_unix(path, "HSMTOLL_HOST__METRICS")
             self._made.append(path)
             return one
         return doors.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)

@@ -120,6 +120,9 @@ def test_what_it_cannot_do_without_is_named(
 def test_metrics_are_for_this_machine_alone(make_host: Callable[..., RunningHost]) -> None:
     told = make_host().run("serve", HSMTOLL_HOST__METRICS="0.0.0.0:0")
     assert (told.returncode, "not on the loopback" in told.stderr) == (10, True)
+    told = make_host().run("serve", HSMTOLL_HOST__METRICS="unix:///nonexistent/run/m.sock")
+    assert told.returncode == 10
+    assert "HSMTOLL_HOST__METRICS /nonexistent/run/m.sock: no directory for it" in told.stderr
 
 
 def test_a_second_host_on_one_audit_or_socket_does_not_start(running_host: RunningHost) -> None:
