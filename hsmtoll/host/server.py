@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import signal
 import socket
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -36,8 +36,8 @@ _log = logging.getLogger("hsmtoll.host")
 
 #: Seconds between two looks at what a timer looks after.
 _LOOK: Final = 1.0
-#: Threads that wait for a device or a disk: one for each connection that may be answered at once.
-_THREADS: Final = 144
+#: Seconds that a caller waits for the first self-test.
+_FIRST: Final = 15.0
 
 
 def serve(
@@ -165,8 +165,7 @@ class _Host:
         self._told_ready = False
         self._reloads = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        # Apart from each other, so that a crowd of callers cannot keep the timer waiting.
-        self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "hsmtoll-host")
+        self._looked = asyncio.Event()
         self._own = concurrent.futures.ThreadPoolExecutor(4, "hsmtoll-timer")
 
     async def run(self) -> None:
@@ -193,7 +192,6 @@ class _Host:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._own.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
@@ -208,19 +206,22 @@ class _Host:
     ) -> web.Response:
         mode, ask = await doors.read_ask(request)
         doors.complete(request)
-        loop = asyncio.get_running_loop()
         if peer is None or isinstance(peer, PolicyDenied):
             denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
-            await loop.run_in_executor(self._pool, self._service.refuse, denied, "unknown")
+            self._service.refuse(denied, "unknown")
             raise denied
         transport = request.transport
 
         def gone() -> bool:
             return transport is None or transport.is_closing()
 
-        work = self._service.grant if mode == "grant" else self._service.token
-        said = await loop.run_in_executor(self._pool, partial(work, peer, ask, gone=gone))
-        return doors.answer(said)
+        if not self._looked.is_set():
+            # Who comes to a socket that the manager holds is there before the first self-test.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FIRST):
+                    await self._looked.wait()
+        have = self._service.grant if mode == "grant" else self._service.token
+        return doors.answer(await asyncio.wrap_future(have(peer, ask, gone=gone)))
 
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
@@ -253,7 +254,10 @@ class _Host:
     async def _prove(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            await loop.run_in_executor(self._own, self._service.prove)
+            try:
+                await loop.run_in_executor(self._own, self._service.prove)
+            finally:
+                self._looked.set()
             why = await loop.run_in_executor(self._own, self._service.not_ready)
             if not self._told_ready:
                 if why:

@@ -1,10 +1,12 @@
 """
 One request from its door to the device: policy, stop and quota, the intent on disk, the signature,
-the result. Synchronous; every method may be called from any thread.
+the result.
 
-    look ──► queue for the device ──► decide + intent ──► synced ──► sign ──► result ──► reply
-      └─ no ──► refused                  └─ no ──► refused
+    desk: look ──► a place at the device? ──► decide, intent ──► synced ──► its thread: sign
+            └─ no: refused     └─ no: wait                                      │
+                                          reply ◄── synced ◄── desk: result ◄───┘
 
+What is decided and written is done by the desk's thread, in steps; nobody else waits for a disk.
 Bytes to sign never enter, and HTTP stays at the doors.
 """
 
@@ -17,7 +19,9 @@ import os
 import threading
 import uuid
 from base64 import b64decode
-from dataclasses import dataclass
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +29,7 @@ from hsmtoll import jws
 from hsmtoll.app import App
 from hsmtoll.clock import Skew, SystemClock
 from hsmtoll.errors import (
+    AuditBroken,
     ClockError,
     ConfigurationError,
     DeviceError,
@@ -36,6 +41,7 @@ from hsmtoll.errors import (
 )
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.brake import check_stop_directory, needed, stop_file, stopped_by
+from hsmtoll.host.desk import Desk
 from hsmtoll.host.policy import Ask, Policy, Verdict, decide
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.settings import load
@@ -48,10 +54,14 @@ if TYPE_CHECKING:
 
     from hsmtoll.cache import Flight
     from hsmtoll.clock import Clock
+    from hsmtoll.host.desk import Then
     from hsmtoll.host.peers import Peer
     from hsmtoll.host.policy import Mode
     from hsmtoll.renewal import Engine
     from hsmtoll.settings import Settings
+    from hsmtoll.tokens import AccessToken
+
+    Reply = dict[str, Any]
 
 __all__ = ["SELF_TEST", "Service"]
 
@@ -68,11 +78,12 @@ _MINUTE: Final = 60.0
 #: How often a caller starts again whose wait was for a renewal that another one was denied.
 _TRIES: Final = 4
 
-#: Orders on their way at once for each worker of a device: one is being signed.
-_AHEAD: Final = 4
+#: Orders that have a place at a device for each of its workers: one is being signed, the others'
+#: records are on the way to the disk meanwhile.
+_PLACES: Final = 4
 
-#: Seconds that a caller waits for the first self-test.
-_FIRST: Final = 15.0
+#: Threads that fetch tokens from Maskinporten and Customs: one for each caller that may wait.
+_FETCHING: Final = 144
 
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
@@ -103,30 +114,40 @@ class _Order:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Signed:
-    """An assertion and what the audit says of it."""
+@dataclass(slots=True, eq=False)
+class _Errand:
+    """
+    One signature for an order, on its way to the device and back: until *until* (boot clock) it
+    may wait for its turn there, which is *signing*. *again*: the device's first signature showed
+    which certificate is its own.
+    """
 
-    assertion: str
-    jti: str
-    exp: int
-    seq: int
-    head: str
+    house: _House
+    order: _Order
+    request: TokenRequest
+    until: float
+    reply: Future[Reply]
+    jti: str = ""
+    signing: Future[None] | None = None
+    again: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _House:
     """
-    What one profile, *table* in the policy, signs with. *gate* is its device's door; *lane* is
-    before it, for a few more, whose records are on the way to the disk while the device signs.
+    What one profile, *table* in the policy, signs with: *hands* are its threads, one for each
+    worker of the device. *at_device* have one of its *places*; the others wait in order. Both are
+    the desk's.
     """
 
     name: str
     table: Mapping[str, Any]
     app: App
     engine: Engine
-    lane: threading.BoundedSemaphore
-    gate: threading.BoundedSemaphore
+    hands: ThreadPoolExecutor
+    places: int
+    at_device: set[_Errand] = field(default_factory=set)
+    waiting: deque[_Errand] = field(default_factory=deque)
     proven: bool = False
     leaf: str | None = None
     why: str = "the self-test has not been done yet"
@@ -178,7 +199,7 @@ class Service:
         self._lock = threading.Lock()
         self._refusals: dict[str, tuple[float, int]] = {}
         self._was_stopped: str | None = None
-        self._looked = threading.Event()
+        self._fetching = ThreadPoolExecutor(_FETCHING, "hsmtoll-fetch")
         self.signatures = 0
         policy, houses = self._read({})
         self._rules = (policy, houses)
@@ -188,6 +209,7 @@ class Service:
             now=lambda: self.clock.now().wall,
         )
         self.audit.write("start", policy_sha256=policy.sha256, outcome="started")
+        self._desk = Desk(self.audit)
 
     # ------------------------------------------------------------------ rules
 
@@ -230,8 +252,8 @@ class Service:
                 table,
                 app,
                 engine=app.engine_with(lambda: _Audited(self, house)),
-                lane=threading.BoundedSemaphore(_AHEAD * settings.host.workers),
-                gate=threading.BoundedSemaphore(settings.host.workers),
+                hands=ThreadPoolExecutor(settings.host.workers, "hsmtoll-device"),
+                places=_PLACES * settings.host.workers,
             )
         except HsmTollError as exc:
             raise ConfigurationError(
@@ -255,81 +277,103 @@ class Service:
         self.audit.sync(seq)
         for name, house in known.items():
             if houses.get(name) is not house:
+                self._desk.put(partial(self._emptied, house, _changed()), _unheard)
                 house.app.close()
         _log.info("policy reloaded: %s", policy.sha256)
         return None
 
     # ------------------------------------------------------------------ requests
 
-    def grant(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> dict[str, Any]:
-        """The reply to /v1/grant; raises what the doors turn into an error reply."""
-        order = _Order(peer, ask, "grant", gone)
-        house, request = self._look(order)
-        try:
-            signed = self._signed(house, order, request)
-        except DeviceError as exc:
-            if exc.code != "leaf-guessed":
-                raise
-            # The signature showed which certificate it is; the next one is for that.
-            signed = self._signed(house, order, request)
-        return {
-            "assertion": signed.assertion,
-            "expires_in": max(0, signed.exp - int(self.clock.now().wall)),
-            "jti": signed.jti,
-            "audit": {"seq": signed.seq, "head": signed.head},
-        }
+    def grant(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[Reply]:
+        """The reply to /v1/grant; its exception is what the doors turn into an error reply."""
+        order, reply = _Order(peer, ask, "grant", gone), _promised()
 
-    def token(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> dict[str, Any]:
+        def asked() -> Then | None:
+            return self._entered(self._errand(*self._looked_at(order), order, reply))
+
+        self._desk.put(asked, reply.set_exception)
+        return reply
+
+    def token(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[Reply]:
         """The reply to /v1/token: held, or renewed once for all who wait."""
-        order = _Order(peer, ask, "token", gone)
+        order, reply = _Order(peer, ask, "token", gone), _promised()
+
+        def asked() -> Then:
+            house, request = self._looked_at(order)
+            token = house.engine.cache.held(request)
+            if token is not None:
+                return self._released(order, token, reply)
+
+            def fetch() -> None:
+                self._fetching.submit(self._fetch, house, order, request, reply)
+
+            return fetch
+
+        self._desk.put(asked, reply.set_exception)
+        return reply
+
+    def _fetch(
+        self, house: _House, order: _Order, request: TokenRequest, reply: Future[Reply]
+    ) -> None:
+        """A token that is not held; in a thread that may wait."""
+
+        def landed() -> Then:
+            self._decide(order, of="given")
+            return self._released(order, token, reply)
+
+        try:
+            token = self._fetched(house, order, request)
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, the caller is told
+            reply.set_exception(exc)
+        else:
+            self._desk.put(landed, reply.set_exception)
+
+    def _fetched(self, house: _House, order: _Order, request: TokenRequest) -> AccessToken:
         for _ in range(_TRIES):
-            house, request = self._look(order)
-            cache = house.engine.cache
             try:
-                token = cache.held(request) or cache.get(
-                    request, _Source(self, house, order, request)
-                )
+                return house.engine.cache.get(request, _Source(self, house, order, request))
             except _Withdrawn:
                 if order.denied is not None:
                     raise order.denied from None
-                continue
-            break
-        else:
-            raise _busy("another caller's renewal was denied again and again")
+            with self.audit.held():
+                house, request = self._looked_at(order)
+        raise _busy("another caller's renewal was denied again and again")
+
+    def _released(self, order: _Order, token: AccessToken, reply: Future[Reply]) -> Then:
+        """A step's: that *order* is given *token*."""
         left = int(token.remaining(self.clock.now()))
-        with self.audit.held():
-            self._decide(order, of="given")
-            seq, head = self.audit.append(
-                "release",
-                **order.members(),
-                exp=int(token.expires_at.timestamp()),
-                token_sha256=_sha256(token.value),
-                outcome="released",
-            )
-        self.audit.sync(seq)
-        return {
+        seq, head = self.audit.append(
+            "release",
+            **order.members(),
+            exp=int(token.expires_at.timestamp()),
+            token_sha256=_sha256(token.value),
+            outcome="released",
+        )
+        said = {
             "access_token": token.value,
             "token_type": token.token_type,
             "expires_in": max(0, left),
             "scope": token.scope,
             "audit": {"seq": seq, "head": head},
         }
+        return lambda: reply.set_result(said)
 
     def refuse(self, exc: HsmTollError, account: str) -> None:
-        """Write down that somebody was turned away before it could be asked who may what."""
-        self._note(account, {"caller": account, "policy_sha256": self._rules[0].sha256}, exc)
+        """Have written down that somebody was turned away before it could be asked who may what."""
+
+        def note() -> None:
+            self._note(account, {"caller": account, "policy_sha256": self._rules[0].sha256}, exc)
+
+        self._desk.put(note, _unheard)
 
     # ------------------------------------------------------------------ deciding
 
-    def _look(self, order: _Order) -> tuple[_House, TokenRequest]:
-        """A first look, so that nobody queues for the device who will be refused there."""
+    def _looked_at(self, order: _Order) -> tuple[_House, TokenRequest]:
+        """A first look, so that nobody waits for the device who will be refused there."""
         verdict = self._decide(order, of="either" if order.mode == "grant" else "given")
         house = self._rules[1].get(order.ask.profile)
         if house is None:
-            raise _busy("the policy is being changed")
-        if not house.proven:
-            # Who comes to a socket that the manager holds is there before the first self-test.
-            self._looked.wait(_FIRST)
+            raise _changed()
         if not house.proven:
             raise DeviceError(
                 f"profile {foreign(order.ask.profile)}: not ready, {house.why}",
@@ -378,10 +422,10 @@ class Service:
                 code="policy",
             )
         if self._ending:
-            return _busy("the host is ending")
+            return _ending()
         if not self._clock_is_right(order.ask.profile):
             return _clock_is_wrong()
-        return _left() if order.gone() else None
+        return _gone() if order.gone() else None
 
     def _clock_is_right(self, profile: str) -> bool:
         house = self._rules[1].get(profile)
@@ -410,73 +454,148 @@ class Service:
         # Not waited for on disk: nothing follows from it, and the critical section may be around.
         self.audit.append("refused", **members, outcome=f"{exc.code}: {exc}{more}")
 
-    # ------------------------------------------------------------------ signing
+    # ------------------------------------------------------------------ signing: the desk's steps
 
-    def _signed(self, house: _House, order: _Order, request: TokenRequest) -> _Signed:
-        """
-        One signature, with its intent before and its result after. The lane comes first: what is
-        decided then is what counts, however long the wait was.
-        """
-        if not house.lane.acquire(timeout=self._deadline):
-            raise _busy(f"no device was free within {self._deadline:g} s")
-        try:
-            jti = str(uuid.uuid4())
-            with self.audit.held():
-                self._decide(order, of="either" if order.mode == "grant" else "signed")
-                seq, _ = self.audit.append("intent", **order.members(), jti=jti)
-            self.audit.sync(seq)
-            return self._asked(house, order, request, jti)
-        finally:
-            house.lane.release()
+    def _errand(
+        self, house: _House, request: TokenRequest, order: _Order, reply: Future[Reply]
+    ) -> _Errand:
+        return _Errand(house, order, request, self.clock.now().boot + self._deadline, reply)
 
-    def _asked(self, house: _House, order: _Order, request: TokenRequest, jti: str) -> _Signed:
-        told = order.members() | {"jti": jti}
-        outcome = "unexpected"
-        try:
-            assertion = self._sign(house, order, request, jti)
-            outcome = "signed"
-        except HsmTollError as exc:
-            outcome = exc.code or type(exc).__name__
-            raise
-        finally:
-            if outcome != "signed":
-                self.audit.write("result", **told, outcome=outcome)
-        header, claims, _ = assertion.split(".")
-        leaf = _leaf_sha256(header)
-        told["cert_sha256"] = leaf
+    def _entered(self, errand: _Errand) -> Then | None:
+        """At the device, if there is a place; in the row before it otherwise."""
+        house = errand.house
+        if len(house.at_device) >= house.places:
+            house.waiting.append(errand)
+            return None
+        return self._placed(errand)
+
+    def _placed(self, errand: _Errand) -> Then:
+        """A place is its own until it is answered, whatever the answer is."""
+        errand.house.at_device.add(errand)
+        errand.reply.add_done_callback(lambda _: self._left(errand))
+        return self._intended(errand)
+
+    def _left(self, errand: _Errand) -> None:
+        """Who waits longest has its place."""
+        house = errand.house
+        house.at_device.discard(errand)
+        if house.waiting and len(house.at_device) < house.places:
+            following = house.waiting.popleft()
+            house.at_device.add(following)
+            self._desk.put(partial(self._placed, following), following.reply.set_exception)
+
+    def _intended(self, errand: _Errand) -> Then:
+        """
+        What is decided now is what counts, however long the wait was. The device is asked when
+        it is on disk.
+        """
+        house, order = errand.house, errand.order
+        if self.clock.now().boot > errand.until:
+            raise self._none_free()
+        self._decide(order, of="either" if order.mode == "grant" else "signed")
+        if self._rules[1].get(order.ask.profile) is not house:
+            raise _changed()
+        errand.jti = str(uuid.uuid4())
+        self.audit.append("intent", **order.members(), jti=errand.jti)
+        return partial(self._sent, errand)
+
+    def _sent(self, errand: _Errand) -> None:
+        errand.signing = errand.house.hands.submit(self._sign, errand)
+
+    def _resulted(self, errand: _Errand, outcome: str | Exception) -> Then:
+        """What came of it, on disk before anybody has it."""
+        told = errand.order.members() | {"jti": errand.jti}
+        if isinstance(outcome, Exception):
+            code = "unexpected"
+            if isinstance(outcome, HsmTollError):
+                code = outcome.code or type(outcome).__name__
+            self.audit.append("result", **told, outcome=code)
+            if code == "leaf-guessed" and not errand.again:
+                errand.again = True
+                return partial(
+                    self._desk.put, partial(self._intended, errand), errand.reply.set_exception
+                )
+            return partial(errand.reply.set_exception, outcome)
+        header, claims, _ = outcome.split(".")
+        told["cert_sha256"] = leaf = _leaf_sha256(header)
+        house = errand.house
         if leaf is not None and leaf != house.leaf:
             house.leaf = leaf
             self.audit.append("certificate", profile=house.name, cert_sha256=leaf, outcome="used")
         said = jws.read_segment(claims)
-        seq, head = self.audit.write(
+        seq, head = self.audit.append(
             "result",
             **told,
             iat=said["iat"],
             exp=said["exp"],
-            assertion_sha256=_sha256(assertion),
+            assertion_sha256=_sha256(outcome),
             outcome="signed",
         )
-        return _Signed(assertion, jti, said["exp"], seq, head)
+        reply = {
+            "assertion": outcome,
+            "expires_in": max(0, said["exp"] - int(self.clock.now().wall)),
+            "jti": errand.jti,
+            "audit": {"seq": seq, "head": head},
+        }
+        return partial(errand.reply.set_result, reply)
 
-    def _sign(self, house: _House, order: _Order, request: TokenRequest, jti: str) -> str:
-        """The device's part. A stop is obeyed by those too who wait at its door already."""
-        if not house.gate.acquire(timeout=self._deadline):
-            raise _busy(f"no device was free within {self._deadline:g} s")
+    def _emptied(self, house: _House, why: HsmTollError) -> None:
+        """Nobody waits for it any more."""
+        while house.waiting:
+            house.waiting.popleft().reply.set_exception(why)
+
+    def _abandon(self, house: _House) -> None:
+        """The device is asked for nothing more; what it is at is told when it is done."""
+        self._emptied(house, _ending())
+        for errand in tuple(house.at_device):
+            self._give_up(errand, _ending())
+
+    def _hurry(self) -> None:
+        """Who has waited too long is told, and asks the device for nothing."""
+        now = self.clock.now().boot
+        for house in self._rules[1].values():
+            for errand in [each for each in house.waiting if now > each.until]:
+                house.waiting.remove(errand)
+                errand.reply.set_exception(self._none_free())
+            for errand in [each for each in house.at_device if now > each.until]:
+                self._give_up(errand, self._none_free())
+
+    def _give_up(self, errand: _Errand, why: HsmTollError) -> None:
+        """Unless it has its turn already: that one ends by itself."""
+        if errand.signing is not None and errand.signing.cancel():
+            with contextlib.suppress(AuditBroken):
+                told = errand.order.members() | {"jti": errand.jti}
+                self.audit.append("result", **told, outcome=why.code)
+            errand.reply.set_exception(why)
+
+    def _none_free(self) -> HsmTollError:
+        return _busy(f"no device was free within {self._deadline:g} s")
+
+    # ------------------------------------------------------------------ signing: at the device
+
+    def _sign(self, errand: _Errand) -> None:
+        """In a thread of the device. A stop is obeyed by those too who have their place already."""
         try:
-            stopped = self.stopped()
-            if stopped is not None:
-                raise _stopped(stopped)
-            if order.gone():
-                raise _left()
-            self._here.jti = jti
-            self.signatures += 1
-            return house.app.signer.assertion(request)
-        finally:
-            house.gate.release()
+            outcome: str | Exception = self._assertion(errand)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is written down and told
+            outcome = exc
+        self._desk.put(partial(self._resulted, errand, outcome), errand.reply.set_exception)
+
+    def _assertion(self, errand: _Errand) -> str:
+        stopped = self.stopped()
+        if stopped is not None:
+            raise _stopped(stopped)
+        if errand.order.gone():
+            raise _gone()
+        self._here.jti = errand.jti
+        self.signatures += 1
+        return errand.house.app.signer.assertion(errand.request)
 
     def assertion_for(self, house: _House, request: TokenRequest) -> str:
         """For a renewal: the order is that of the thread."""
-        return self._signed(house, self._here.order, request).assertion
+        errand = self._errand(house, request, self._here.order, _promised())
+        self._desk.put(partial(self._entered, errand), errand.reply.set_exception)
+        return str(errand.reply.result()["assertion"])
 
     def renew(self, house: _House, order: _Order, request: TokenRequest, flight: Flight) -> Any:
         """A new token, on behalf of *order*."""
@@ -497,12 +616,6 @@ class Service:
         Sign the self-test with every profile that has not yet: with any key of its list. What
         stands in the way is told by `not_ready`, and tried again with the next call.
         """
-        try:
-            self._prove_all()
-        finally:
-            self._looked.set()
-
-    def _prove_all(self) -> None:
         if self.stopped() is not None:
             return
         for house in list(self._rules[1].values()):
@@ -557,7 +670,8 @@ class Service:
         return why
 
     def look_after(self) -> None:
-        """What a timer does: seals, and notes when the stop came and went."""
+        """What a timer does: seals, ends waits, and notes when the stop came and went."""
+        self._desk.put(self._hurry, _unheard)
         self.audit.seal_if_due()
         now = self.stopped()
         if now != self._was_stopped:
@@ -578,17 +692,25 @@ class Service:
         }
 
     def alive(self) -> None:
-        """Returns as long as nothing holds the critical section for good."""
+        """Returns as long as the desk is there, and nothing holds the critical section for good."""
         with self.audit.held():
-            pass
+            if not self._desk.alive:
+                raise RuntimeError("the desk is not there any more")
 
     def end(self) -> None:
         """From now on nothing new is signed; what is being signed goes on."""
         self._ending = True
 
     def close(self) -> None:
-        """Let go of the devices, and seal the audit."""
-        for house in self._rules[1].values():
+        """Let go of the devices, answer who still waits, and seal the audit."""
+        houses = tuple(self._rules[1].values())
+        self._ending = True
+        for house in houses:
+            self._desk.put(partial(self._abandon, house), _unheard)
+        self._desk.close()
+        self._fetching.shutdown(wait=False, cancel_futures=True)
+        for house in houses:
+            house.hands.shutdown(wait=False, cancel_futures=True)
             house.app.close()
         with contextlib.suppress(HsmTollError):
             self.audit.write("stop", policy_sha256=self._rules[0].sha256, outcome="ended")
@@ -673,8 +795,28 @@ def _busy(why: str) -> TryAgainLater:
     return TryAgainLater(f"busy: {why}", hint="try again", code="busy", retry_after=1.0)
 
 
-def _left() -> TryAgainLater:
+def _gone() -> TryAgainLater:
     return _busy("the caller left")
+
+
+def _changed() -> TryAgainLater:
+    return _busy("the policy is being changed")
+
+
+def _ending() -> TryAgainLater:
+    return _busy("the host is ending")
+
+
+def _promised() -> Future[Reply]:
+    """A reply that is on its way: who waits for it no longer does not take it back."""
+    reply: Future[Reply] = Future()
+    reply.set_running_or_notify_cancel()
+    return reply
+
+
+def _unheard(exc: Exception) -> None:
+    """Nobody asked for it."""
+    _log.debug("a step at the desk failed: %s", type(exc).__name__)
 
 
 def _clock_is_wrong() -> ClockError:

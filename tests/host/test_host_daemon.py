@@ -167,12 +167,12 @@ def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
         second.prove()
         assert second.not_ready() == ["profile acme: the clock is not synchronised"]
         with pytest.raises(ClockError, match="signing host's clock"):
-            second.grant(me, Ask("acme", "road"), gone=lambda: False)
+            second.grant(me, Ask("acme", "road"), gone=lambda: False).result()
         assert host.signatures() == before
         kept.append("by somebody")
         second.prove()
         assert second.not_ready() == []
-        assert second.grant(me, Ask("acme", "road"), gone=lambda: False)["jti"]
+        assert second.grant(me, Ask("acme", "road"), gone=lambda: False).result()["jti"]
         assert host.signatures() == before + 2
     finally:
         second.close()
@@ -186,9 +186,9 @@ def test_who_left_while_waiting_costs_no_signature(
     before = host.signatures()
     me = Peer.local(os.geteuid(), os.getegid())
     with pytest.raises(TryAgainLater, match="the caller left"):
-        one.grant(me, Ask("acme", "road"), gone=lambda: True)
+        one.grant(me, Ask("acme", "road"), gone=lambda: True).result()
     assert host.signatures() == before
-    assert one.grant(me, Ask("acme", "road"), gone=lambda: False)
+    assert one.grant(me, Ask("acme", "road"), gone=lambda: False).result()
     assert host.signatures() == before + 1
 
 
@@ -198,11 +198,11 @@ def test_a_storm_of_refusals_does_not_fill_the_disk(
     one, host = service(entry("uid:1"))
     for _ in range(200):
         with pytest.raises(PolicyDenied):
-            one.grant(Peer.local(2, 2), Ask("acme", "road"), gone=lambda: False)
+            one.grant(Peer.local(2, 2), Ask("acme", "road"), gone=lambda: False).result()
     assert len(host.records("refused")) == 60
     # Another one's refusals are written down all the same.
     with pytest.raises(PolicyDenied):
-        one.grant(Peer.local(3, 3), Ask("acme", "road"), gone=lambda: False)
+        one.grant(Peer.local(3, 3), Ask("acme", "road"), gone=lambda: False).result()
     assert host.records("refused")[-1]["caller"] == "uid:3"
 
 
