@@ -441,7 +441,7 @@ class Door:
         der = shown.getpeercert(binary_form=True)
         # The context lets nobody in without one.
         peer = peers.of_certificate(shown.getpeercert() or {}, der or b"")
-        self._shares[visit.account] -= 1
+        self._give_back(visit.account)
         visit.peer, visit.account = peer, peer.account
         self._shares[visit.account] += 1
         if self._shares[visit.account] > OF_ONE:
@@ -457,11 +457,15 @@ class Door:
         if visit not in self._visits:
             return
         del self._visits[visit]
-        self._shares[visit.account] -= 1
-        # A name that is not here any more costs no memory.
-        self._shares += Counter()
+        self._give_back(visit.account)
         if not self._visits:
             self._empty.set()
+
+    def _give_back(self, account: str) -> None:
+        self._shares[account] -= 1
+        # A name that is not here any more costs no memory.
+        if not self._shares[account]:
+            del self._shares[account]
 
     def _turn_away(self, connection: socket.socket) -> None:
         if self._tls is not None or len(self._turned_away) >= _TURNED_AWAY:

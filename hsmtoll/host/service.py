@@ -289,7 +289,9 @@ class Service:
         order, reply = _Order(peer, ask, "grant", gone), _promised()
 
         def asked() -> Then | None:
-            return self._entered(self._errand(*self._looked_at(order), order, reply))
+            errand = self._errand(*self._looked_at(order), order, reply)
+            # Decided in this very section: not a second time.
+            return self._written(errand) if self._is_placed(errand) else None
 
         self._desk.put(asked, reply.set_exception)
         return reply
@@ -462,18 +464,20 @@ class Service:
         return _Errand(house, order, request, self.clock.now().boot + self._deadline, reply)
 
     def _entered(self, errand: _Errand) -> Then | None:
-        """At the device, if there is a place; in the row before it otherwise."""
+        return self._decided(errand) if self._is_placed(errand) else None
+
+    def _is_placed(self, errand: _Errand) -> bool:
+        """
+        At the device, if there is a place, else in the row before it. A place is its own until it
+        is answered, whatever the answer is.
+        """
         house = errand.house
+        errand.reply.add_done_callback(lambda _: self._left(errand))
         if len(house.at_device) >= house.places:
             house.waiting.append(errand)
-            return None
-        return self._placed(errand)
-
-    def _placed(self, errand: _Errand) -> Then:
-        """A place is its own until it is answered, whatever the answer is."""
-        errand.house.at_device.add(errand)
-        errand.reply.add_done_callback(lambda _: self._left(errand))
-        return self._intended(errand)
+            return False
+        house.at_device.add(errand)
+        return True
 
     def _left(self, errand: _Errand) -> None:
         """Who waits longest has its place."""
@@ -482,21 +486,22 @@ class Service:
         if house.waiting and len(house.at_device) < house.places:
             following = house.waiting.popleft()
             house.at_device.add(following)
-            self._desk.put(partial(self._placed, following), following.reply.set_exception)
+            self._desk.put(partial(self._decided, following), following.reply.set_exception)
 
-    def _intended(self, errand: _Errand) -> Then:
-        """
-        What is decided now is what counts, however long the wait was. The device is asked when
-        it is on disk.
-        """
+    def _decided(self, errand: _Errand) -> Then:
+        """What is decided now is what counts, however long the wait was."""
         house, order = errand.house, errand.order
         if self.clock.now().boot > errand.until:
             raise self._none_free()
         self._decide(order, of="either" if order.mode == "grant" else "signed")
         if self._rules[1].get(order.ask.profile) is not house:
             raise _changed()
+        return self._written(errand)
+
+    def _written(self, errand: _Errand) -> Then:
+        """The intent; the device is asked when it is on disk."""
         errand.jti = str(uuid.uuid4())
-        self.audit.append("intent", **order.members(), jti=errand.jti)
+        self.audit.append("intent", **errand.order.members(), jti=errand.jti)
         return partial(self._sent, errand)
 
     def _sent(self, errand: _Errand) -> None:
@@ -513,7 +518,7 @@ class Service:
             if code == "leaf-guessed" and not errand.again:
                 errand.again = True
                 return partial(
-                    self._desk.put, partial(self._intended, errand), errand.reply.set_exception
+                    self._desk.put, partial(self._decided, errand), errand.reply.set_exception
                 )
             return partial(errand.reply.set_exception, outcome)
         header, claims, _ = outcome.split(".")
