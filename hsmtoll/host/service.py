@@ -6,8 +6,8 @@ the result.
             └─ no: refused     └─ no: wait                                      │
                                           reply ◄── synced ◄── desk: result ◄───┘
 
-What is decided and written is done by the desk's thread, in steps; nobody else waits for a disk.
-Bytes to sign never enter, and HTTP stays at the doors.
+What is decided and written is done in steps by the desk's thread. Bytes to sign never enter, and
+HTTP stays at the doors.
 """
 
 from __future__ import annotations
@@ -277,7 +277,7 @@ class Service:
         self.audit.sync(seq)
         for name, house in known.items():
             if houses.get(name) is not house:
-                self._desk.put(partial(self._emptied, house, _changed()), _unheard)
+                self._desk.put(partial(self._emptied, house, _changed), _unheard)
                 house.app.close()
         _log.info("policy reloaded: %s", policy.sha256)
         return None
@@ -544,14 +544,14 @@ class Service:
         }
         return partial(errand.reply.set_result, reply)
 
-    def _emptied(self, house: _House, why: HsmTollError) -> None:
+    def _emptied(self, house: _House, why: Callable[[], HsmTollError]) -> None:
         """Nobody waits for it any more."""
         while house.waiting:
-            house.waiting.popleft().reply.set_exception(why)
+            house.waiting.popleft().reply.set_exception(why())
 
     def _abandon(self, house: _House) -> None:
         """The device is asked for nothing more; what it is at is told when it is done."""
-        self._emptied(house, _ending())
+        self._emptied(house, _ending)
         for errand in tuple(house.at_device):
             self._give_up(errand, _ending())
 
