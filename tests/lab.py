@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from hsmtoll.app import App
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.settings import Settings
 from hsmtoll.tokens import Moment
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.soak.measure import children
 
 PIN = "24681012"
 
@@ -108,6 +108,17 @@ def listens(path: Path) -> bool:
     """Whether somebody takes connections there: the socket's file is older than that."""
     with socket.socket(socket.AF_UNIX) as one:
         return one.connect_ex(str(path)) == 0
+
+
+def workers() -> list[int]:
+    """The processes in which this one's devices are isolated."""
+    found = []
+    for each in children():
+        # One may end while it is looked at.
+        with contextlib.suppress(OSError):
+            if b"hsmtoll.hsm.worker" in Path(f"/proc/{each}/cmdline").read_bytes():
+                found.append(each)
+    return found
 
 
 def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:

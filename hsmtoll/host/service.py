@@ -137,7 +137,7 @@ class _House:
     """
     What one profile, *table* in the policy, signs with: *hands* are its threads, one for each
     worker of the device. *at_device* have one of its *places*; the others wait in order. Both are
-    the desk's.
+    the desk's, and so is *retired*: the last one who leaves closes it.
     """
 
     name: str
@@ -149,6 +149,7 @@ class _House:
     at_device: set[_Errand] = field(default_factory=set)
     waiting: deque[_Errand] = field(default_factory=deque)
     proven: bool = False
+    retired: bool = False
     leaf: str | None = None
     why: str = "the self-test has not been done yet"
 
@@ -277,8 +278,7 @@ class Service:
         self.audit.sync(seq)
         for name, house in known.items():
             if houses.get(name) is not house:
-                self._desk.put(partial(self._emptied, house, _changed), _unheard)
-                house.app.close()
+                self._desk.put(partial(self._retired, house), _unheard)
         _log.info("policy reloaded: %s", policy.sha256)
         return None
 
@@ -483,7 +483,9 @@ class Service:
         """Who waits longest has its place."""
         house = errand.house
         house.at_device.discard(errand)
-        if house.waiting and len(house.at_device) < house.places:
+        if house.retired:
+            self._close_if_idle(house)
+        elif house.waiting and len(house.at_device) < house.places:
             following = house.waiting.popleft()
             house.at_device.add(following)
             self._desk.put(partial(self._decided, following), following.reply.set_exception)
@@ -543,6 +545,16 @@ class Service:
             "audit": {"seq": seq, "head": head},
         }
         return partial(errand.reply.set_result, reply)
+
+    def _retired(self, house: _House) -> None:
+        """The policy has another one by its name. What is on its way is still signed."""
+        house.retired = True
+        self._emptied(house, _changed)
+        self._close_if_idle(house)
+
+    def _close_if_idle(self, house: _House) -> None:
+        if not house.at_device:
+            house.hands.submit(house.app.close)
 
     def _emptied(self, house: _House, why: Callable[[], HsmTollError]) -> None:
         """Nobody waits for it any more."""

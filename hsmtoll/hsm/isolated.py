@@ -99,6 +99,7 @@ class IsolatedDevice(Device):
         self._reading = threading.Lock()
         self._starting = threading.Lock()
         self._made_by = 0
+        self._closings = 0
         self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
 
     def __repr__(self) -> str:
@@ -149,13 +150,18 @@ class IsolatedDevice(Device):
             yield opened
 
     def close(self) -> None:
-        """Log out and end the children."""
+        """Log out and end the children; one that is asked something, when it has answered."""
         super().close()
+        self._closings += 1
         if self._made_by == os.getpid():
-            for _ in range(self._workers):
-                with contextlib.suppress(queue.Empty):
-                    self._free.get_nowait().end()
-        self._made_by = 0
+            idle = []
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    idle.append(self._free.get_nowait())
+            for child in idle:
+                child.end()
+                # For those who ask all the same: they would wait for it in vain.
+                self._free.put(child)
         self._pins.clear()
 
     # ------------------------------------------------------------------ children
@@ -163,6 +169,7 @@ class IsolatedDevice(Device):
     def _ask(self, doing: str, **question: Any) -> Any:
         doing = f"{doing} ({self._name})"
         self._outside.admit()
+        closings = self._closings
         try:
             child = self._take(doing)
         except HsmTollError as exc:
@@ -188,6 +195,8 @@ class IsolatedDevice(Device):
         finally:
             if starting:
                 self._starting.release()
+            if closings != self._closings:
+                child.end()
             self._free.put(child)
         self._outside.worked()
         return self._understood(child, answer)

@@ -20,6 +20,7 @@ from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
+from tests.lab import workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,24 +81,6 @@ def refused(device: Device) -> HsmTollError:
     with pytest.raises(HsmTollError) as caught:
         device.sign("RS256", DATA)
     return caught.value
-
-
-def children() -> list[int]:
-    """The process ids of this process's children, whoever started them."""
-    mine = f"\nPPid:\t{os.getpid()}\n"
-    found = []
-    for each in Path("/proc").iterdir():
-        if each.name.isdigit():
-            try:
-                if mine in (each / "status").read_text():
-                    found.append(int(each.name))
-            except OSError:
-                continue
-    return found
-
-
-def workers() -> list[int]:
-    return [one for one in children() if b"hsmtoll.hsm.worker" in _read(one, "cmdline")]
 
 
 def _read(process: int, name: str) -> bytes:
@@ -310,6 +293,29 @@ def test_a_child_ends_with_those_who_started_it(make: Callable[..., IsolatedDevi
     (child,) = workers()
     device.close()
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_who_asks_while_the_device_is_closed_is_answered_and_leaves_no_child(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make(deadline=20.0)
+    expected = device.sign("RS256", DATA)
+    toll_faults.set("slow", ms=500, function="C_SignInit")
+    before = toll_faults.count("C_SignInit")
+    began = time.monotonic()
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+        while toll_faults.count("C_SignInit") == before:
+            time.sleep(0.01)
+        # One is being signed, two wait for its child.
+        device.close()
+        signed = [each.result() for each in asked]
+    assert signed == [expected] * 3
+    # Nobody waited in vain for a child that was ended meanwhile.
+    assert time.monotonic() - began < 20.0
+    assert workers() == []
+    # And it opens again, as a device does.
+    assert device.sign("RS256", DATA) == expected
 
 
 def test_what_the_child_would_log_is_logged_here(
