@@ -85,6 +85,8 @@ _MEDIA: Final = {
 _LARGEST_FILE: Final = 10_000_000
 _DECLARATION = re.compile(r"\d{9}-\d{8}-\d+")
 _MRN = re.compile(r"\d{2}NO[A-Z0-9]{14}")
+#: A UUID is documented; whatever else it may become, it goes into a query and a file.
+_MARKER = re.compile(r"[\x21-\x7e]{1,256}")
 
 #: Seconds between questions for a result: usually there after one or two (PROTOCOL C.8, C20).
 _PAUSES: Final = (1.0, 2.0, 3.0, 5.0, 8.0)
@@ -503,40 +505,87 @@ class Marker:
         self._path = Path(path)
 
     def read(self) -> str | None:
-        """The id, or ``None`` at the beginning."""
+        """The id, or ``None`` at the beginning. UsageError for a file that has none in it."""
         try:
-            return self._path.read_text(encoding="ascii").strip() or None
+            said = self._path.read_text(encoding="ascii").strip()
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as exc:
+            raise self._unusable(exc) from exc
+        if said and not _MARKER.fullmatch(said):
+            raise self._unusable(None)
+        return said or None
 
     def write(self, marker: str) -> None:
-        """Keep *marker*, whole and on the disk before the next batch is asked for."""
+        """
+        Keep *marker*, whole and on the disk before the next batch is asked for. UsageError where
+        that cannot be done.
+        """
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
                 file.write(marker)
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self._path)
-        except OSError:
+        except OSError as exc:
             with contextlib.suppress(OSError):
                 draft.unlink()
-            raise
+            raise self._unusable(exc) from exc
+
+    def _unusable(self, exc: Exception | None) -> UsageError:
+        why = (isinstance(exc, OSError) and exc.strerror) or "not the id of a signal"
+        return UsageError(
+            f"marker {foreign(self._path)}: it cannot be used ({why})",
+            hint="a file of this program's own; without it the feed begins anew",
+        )
 
 
-def _batch(response: httpx.Response, api: Api, now: float) -> tuple[tuple[Any, ...], str | None]:
+def _batch(
+    response: httpx.Response, api: Api, at: str | None, now: float
+) -> tuple[tuple[Any, ...], str | None]:
+    """
+    The signals after *at*, and the marker of the last; no marker, and none, at the end of the feed.
+
+    Only an empty list is the end: what anything else says in its place is an error.
+    """
     error = refused(response, api, now=now)
     if error is not None:
         raise error
-    signals = _list(response)
+    try:
+        signals = response.json()
+    except (ValueError, RecursionError):
+        signals = None
+    if response.status_code != http.HTTPStatus.OK or not isinstance(signals, list):
+        raise _no_feed(api, f"{response.status_code}, and no list of signals")
     if not signals:
         return (), None
     last = signals[-1].get("routingResult") if isinstance(signals[-1], dict) else None
     marker = last.get("id") if isinstance(last, dict) else None
-    if not isinstance(marker, str):
-        raise ApiRefused(f"API {api.name}: a signal without routingResult.id", code="feed")
+    if not isinstance(marker, str) or not _MARKER.fullmatch(marker):
+        raise _no_feed(api, "a signal without routingResult.id")
+    if marker == at:
+        raise _no_feed(api, "the same batch again")
     return tuple(signals), marker
+
+
+def _no_feed(api: Api, why: str) -> NetworkError:
+    return NetworkError(
+        f"API {api.name}: {why}",
+        hint="a proxy or gateway may have answered; what came before is taken, ask again later",
+        code="feed",
+        retryable=True,
+    )
+
+
+def _no_answer(api: Api, exc: httpx.HTTPError) -> NetworkError:
+    return NetworkError(
+        f"API {api.name}: no answer came ({type(exc).__name__})",
+        hint="what came before is taken; it is safe to ask again",
+        code="unreachable",
+        retryable=True,
+    )
 
 
 def routing(
@@ -545,13 +594,17 @@ def routing(
     """
     Batches of routing signals since *marker*, at most 1,000 each, until there are none.
 
-    At least once: a batch counts as taken when the next one is asked for.
+    At least once: a batch counts as taken when the next one is asked for. Raises what a call does,
+    UsageError for a marker that cannot be used, NetworkError for what is no feed.
     """
     api = apis.named("routing")
     at = marker.read()
     while True:
-        response = client.get(f"/{level}", params={"marker": at} if at else {})
-        signals, last = _batch(response, api, now())
+        try:
+            response = client.get(f"/{level}", params={"marker": at} if at else {})
+        except httpx.HTTPError as exc:
+            raise _no_answer(api, exc) from exc
+        signals, last = _batch(response, api, at, now())
         if last is None:
             return
         yield signals
@@ -566,8 +619,11 @@ async def arouting(
     api = apis.named("routing")
     at = marker.read()
     while True:
-        response = await client.get(f"/{level}", params={"marker": at} if at else {})
-        signals, last = _batch(response, api, now())
+        try:
+            response = await client.get(f"/{level}", params={"marker": at} if at else {})
+        except httpx.HTTPError as exc:
+            raise _no_answer(api, exc) from exc
+        signals, last = _batch(response, api, at, now())
         if last is None:
             return
         yield signals

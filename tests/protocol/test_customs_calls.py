@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -28,7 +31,7 @@ from hsmtoll import (
 )
 from hsmtoll.apis import named
 from hsmtoll.app import App
-from hsmtoll.customs import LEVELS, refused
+from hsmtoll.customs import LEVELS, Marker, refused, routing
 from hsmtoll.settings import load
 
 if TYPE_CHECKING:
@@ -531,6 +534,107 @@ def test_a_batch_that_was_not_taken_comes_again(
 
     assert first[0] != second[0]
     assert again == second
+
+
+@pytest.mark.parametrize(
+    "fault", ["html", "truncated", "redirect", "refuse", "reset", "503", "429"]
+)
+def test_only_an_empty_list_is_the_end_of_the_feed(
+    toll: TollClient, toll_sandbox: Sandbox, tmp_path: Path, fault: str
+) -> None:
+    first = toll_sandbox.signal(ORG)
+    marker = tmp_path / "marker"
+    assert len(list(toll.routing(marker))) == 1
+    second = toll_sandbox.signal(ORG)
+    toll_sandbox.fault(fault, "api")
+    with pytest.raises(HsmTollError):
+        list(toll.routing(marker))
+    # Nothing is taken that was not seen, and all of it comes when the trouble is over.
+    assert marker.read_text() == first
+    toll_sandbox.heal()
+    ((signal,),) = toll.routing(marker)
+    assert signal["routingResult"]["id"] == second
+
+
+def test_tasks_hear_of_a_feed_that_is_none_as_threads_do(
+    toll_sandbox: Sandbox, toll_settings: Settings, tmp_path: Path
+) -> None:
+    async def taken() -> None:
+        async with App(toll_settings).aclient() as toll:
+            async for _ in toll.routing(tmp_path / "marker"):
+                pass
+
+    toll_sandbox.signal(ORG)
+    for fault in ("html", "reset"):
+        toll_sandbox.fault(fault, "api")
+        with pytest.raises(NetworkError):
+            asyncio.run(taken())
+        toll_sandbox.heal()
+    assert not (tmp_path / "marker").exists()
+
+
+class _SayingTheSame(BaseHTTPRequestHandler):
+    said = b"[]"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.said)))
+        self.end_headers()
+        self.wfile.write(self.said)
+
+    def log_message(self, *args: object) -> None:
+        del args
+
+
+@pytest.mark.parametrize(
+    ("said", "batches", "words"),
+    [
+        ([], 0, ""),
+        ([{"routingResult": {"id": "1-a"}}], 1, "the same batch again"),
+        ([{"routingResult": {"id": "1\na"}}], 0, "without routingResult.id"),
+        ([{"routingResult": {"id": ""}}], 0, "without routingResult.id"),
+        ([{"routingResult": None}], 0, "without routingResult.id"),
+        (["signal"], 0, "without routingResult.id"),
+        ({"signals": []}, 0, "no list of signals"),
+    ],
+)
+def test_a_feed_that_makes_no_sense_ends_in_an_error_and_not_in_a_loop(
+    tmp_path: Path, said: object, batches: int, words: str
+) -> None:
+    handler = type("", (_SayingTheSame,), {"said": json.dumps(said).encode()})
+    taken = []
+    with (
+        HTTPServer(("127.0.0.1", 0), handler) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}") as client,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        feed = routing(client, "transport", Marker(tmp_path / "marker"), now=lambda: 0.0)
+        with pytest.raises(NetworkError, match=words) if words else contextlib.nullcontext():
+            taken += list(feed)
+            assert not words
+        server.shutdown()
+    assert (tmp_path / "marker").exists() == bool(batches)
+
+
+@pytest.mark.parametrize("harm", ["two lines", "not-ascii", "a-directory", "no-place"])
+def test_a_marker_that_cannot_be_used_is_said_so_before_anything_is_asked(
+    toll: TollClient, toll_sandbox: Sandbox, tmp_path: Path, harm: str
+) -> None:
+    marker = tmp_path / "marker"
+    if harm == "two lines":
+        marker.write_text("one\ntwo")
+    elif harm == "not-ascii":
+        marker.write_bytes(b"\xc3\xa9")
+    elif harm == "a-directory":
+        marker.mkdir()
+    else:
+        marker = tmp_path / "nowhere" / "marker"
+    toll_sandbox.signal(ORG)
+    with pytest.raises(UsageError, match=r"marker .*: it cannot be used"):
+        # Where it cannot be written, that is found when the first batch has been taken.
+        list(toll.routing(marker))
+    # The control: beside it, it can.
+    assert len(list(toll.routing(tmp_path / "other"))) == 1
 
 
 def test_a_403_says_who_must_act(toll: TollClient, toll_sandbox: Sandbox) -> None:
