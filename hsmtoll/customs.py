@@ -276,6 +276,9 @@ def _answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
     error = refused(answer, api, now=0.0)
     if error is not None:
         raise error
+    if answer.headers.get("content-type", "").lower().startswith("text/html"):
+        # What Customs answers is not documented everywhere, but it is no page for people.
+        raise _unknown("the answer was a web page", api, request_id, answer)
     return answer
 
 

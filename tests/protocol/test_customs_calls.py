@@ -494,16 +494,20 @@ def test_a_document_is_sent_again_after_a_401(
     assert len([e for e in toll_sandbox.received if e.kind == "grant"]) == 2
 
 
-def test_an_upload_without_an_answer_is_unknown(
-    toll: TollClient, toll_sandbox: Sandbox, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fault", "words"), [("reset-after", "no answer came"), ("html", "the answer was a web page")]
+)
+def test_an_upload_without_an_answer_of_customs_is_unknown(
+    toll: TollClient, toll_sandbox: Sandbox, tmp_path: Path, fault: str, words: str
 ) -> None:
     file = tmp_path / "a.pdf"
     file.write_bytes(b"x")
-    toll_sandbox.fault("reset-after", "api", times=1)
-    with pytest.raises(OutcomeUnknown):
+    toll_sandbox.fault(fault, "api", times=1)
+    with pytest.raises(OutcomeUnknown, match=words):
         toll.upload(DECLARATION, file, document_type="invoice")
 
-    assert len(toll_sandbox.state.uploads) == 1
+    assert len([e for e in toll_sandbox.received if e.fault == fault]) == 1
+    assert len([e for e in toll_sandbox.received if e.kind == "call"]) == 1
 
 
 def test_the_routing_feed_is_taken_in_batches_from_the_marker_on(
