@@ -169,10 +169,12 @@ def translated(exc: Exception, doing: str) -> HsmTollError:
 
 
 def recoverable(exc: BaseException) -> bool:
-    """Whether a new session, login or module may cure *exc*; never after a PIN error."""
+    """Whether a new session, login or module may cure *exc*; never after a PIN was looked at."""
+    if isinstance(exc, HsmTollError) and exc.retryable:
+        return True
     source = exc.__cause__ if isinstance(exc, HsmTollError) else exc
     if not isinstance(source, p11.PKCS11Error):
-        return isinstance(exc, HsmTollError) and exc.retryable
+        return False
     return next(MEANING[kind].recoverable for kind in type(source).__mro__ if kind in MEANING)
 
 

@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
-#: Seconds, from and to, before a module that found no device at its very start is started again.
-_START_PAUSE: Final = (0.1, 0.3)
+#: Seconds, from and to, before each new start of a module that found no device at its very first.
+_START_PAUSES: Final = ((0.1, 0.3), (0.2, 0.6))
 _SMALLEST_KEY: Final = 2048
 _UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
 # What C_SignInit says before a signing PIN is looked at.
@@ -417,10 +417,11 @@ class Device:
                 # Devices in files are rewritten when somebody logs in, and who starts at that
                 # moment sees half of one. A login that was made is not made again for it.
                 login = self._shared
-                tried = self._undecided or (login is not None and login.there)
+                made = login is not None and login.there and current(login.module)
+                tried = self._undecided or made
                 if there is not None or tried or not recoverable(exc):
                     return False
-                self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
+                self._sleep(random.uniform(*next(pauses)))  # noqa: S311 - jitter, not a secret
                 restart(self.module_path)
                 return True
 
@@ -445,8 +446,9 @@ class Device:
                 return done and not self._undecided
 
             old = self._open is not None
-            steps = (started_once_more, new_session, new_login, module_started_again)
-            return mended(call, steps)
+            pauses = iter(_START_PAUSES)
+            starts = (started_once_more,) * len(_START_PAUSES)
+            return mended(call, (*starts, new_session, new_login, module_started_again))
 
     def _may_help(self, exc: HsmTollError) -> bool:
         # A PIN whose try has an unknown fate is not tried again for the same call.
@@ -480,11 +482,14 @@ class Device:
         known, now = self._known, _named(token)
         if known is None or known == now:
             return
+        # What was there and is empty now was read while another process wrote it.
+        half = any(was and not word for was, word in zip(known, now, strict=True))
         raise DeviceError(
             f"{foreign(self.uri)} is another device than before: serial {foreign(now[2])}, and it"
             f" was {foreign(known[2])}",
             hint="It was initialised anew, or exchanged. Start again to use it as it is.",
             code="device-changed",
+            retryable=half,
         )
 
     def _drop(self) -> None:
@@ -558,7 +563,11 @@ class Device:
                 )
             except NOT_TRIED as exc:
                 page.withdraw()
-                raise self._login_failed(here, pin, exc) from exc
+                error = self._login_failed(here, pin, exc)
+                if isinstance(exc, p11.UserPinNotInitialized):
+                    # Against its own flags: the module read half of what the device holds.
+                    error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
+                raise error from exc
             except REFUSED as exc:
                 page.refuse(pin)
                 login.pin = None

@@ -40,14 +40,14 @@ def mended(call: Callable[[], _T], steps: Sequence[Callable[[HsmTollError], bool
     order and each at most once, says that it changed something.
 
     A step is given the error and decides for itself whether it can help. Errors about a PIN
-    never reach one.
+    never reach one, unless nobody looked at it and they say that another try is worth it.
     """
     left = iter(steps)
     while True:
         try:
             return call()
         except HsmTollError as exc:
-            if exc.exit_code != DeviceError.exit_code:
+            if exc.exit_code != DeviceError.exit_code and not exc.retryable:
                 raise
             taken = next((step.__name__.strip("_") for step in left if step(exc)), None)
             if taken is None:
@@ -123,7 +123,7 @@ class Breaker:
         if not isinstance(exc, HsmTollError) or exc.code in _NOTHING_SAID:
             # The next caller may try in its place.
             self._trying = None
-        elif recoverable(exc):
+        elif exc.exit_code == DeviceError.exit_code and recoverable(exc):
             self.failed(exc)
         else:
             self.worked()

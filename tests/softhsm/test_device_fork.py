@@ -53,6 +53,30 @@ assert [os.waitpid(pid, 0)[1] for pid in workers] == [0] * 4
 check(device)
 """
 
+# Each login rewrites the file that the others are reading: who starts may see half of a device.
+_CROWDS = """
+device = make()
+check(device)
+for _ in range(20):
+    ready, go = os.pipe()
+    workers = []
+    for n in range(8):
+        pid = os.fork()
+        if not pid:
+            try:
+                os.close(go)
+                os.read(ready, 1)
+                device.sign("RS256", b"at once")
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        workers.append(pid)
+    os.close(ready)
+    os.close(go)
+    assert [os.waitpid(pid, 0)[1] for pid in workers] == [0] * 8
+"""
+
 _BUSY = """
 device = make()
 check(device)
@@ -136,6 +160,12 @@ def test_workers_forked_from_a_preloaded_application_sign_and_so_does_the_parent
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
     run(device_softhsm, tmp_path, _PRELOAD)
+
+
+def test_workers_that_all_begin_at_one_moment_find_their_device(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    run(device_softhsm, tmp_path, _CROWDS)
 
 
 def test_a_fork_in_the_middle_of_signing_threads_is_safe(

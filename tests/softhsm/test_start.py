@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll import DeviceError, HsmTollError, PinIncorrect
+from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinSource, PinValue
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DATA = SigningInput(b"header.payload")
 #: CKR_GENERAL_ERROR: SoftHSM's word for a file that another process is writing.
 GENERAL = 0x5
+#: CKR_USER_PIN_NOT_INITIALIZED: what it says of a PIN that it read at such a moment.
+NO_PIN = 0x102
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call
     assert toll_faults.count("C_Login") == 1
 
 
-def test_one_that_does_not_come_is_looked_for_once_more_and_then_missed(
+def test_one_that_does_not_come_is_looked_for_twice_more_and_then_missed(
     make: Callable[..., Device], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
@@ -92,8 +94,9 @@ def test_one_that_does_not_come_is_looked_for_once_more_and_then_missed(
     device = make(slept.append)
     assert error(device).code == "device-missing"
     assert error(device).code == "device-down"
-    assert len(slept) == 1
-    assert toll_faults.count("C_Initialize") == 2
+    assert len(slept) == 2
+    assert sum(slept) < 1
+    assert toll_faults.count("C_Initialize") == 3
     assert toll_faults.count("C_Login") == 0
 
 
@@ -120,6 +123,77 @@ def test_a_login_whose_fate_is_unknown_is_not_made_again(
     toll_faults.set("nth-call-fails", function="C_Login", rv=GENERAL)
     assert isinstance(error(device), DeviceError)
     assert toll_faults.count("C_Login") == 1
+    assert slept == []
+
+
+def test_a_device_that_denies_the_pin_it_says_it_has_is_read_again(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    device = make(slept.append)
+    toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
+    assert device.sign("RS256", DATA)
+    assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 2
+    assert len(slept) == 1
+
+
+def test_so_is_one_that_worked_before(make: Callable[..., Device], toll_faults: Faults) -> None:
+    slept: list[float] = []
+    device = make(slept.append)
+    device.sign("RS256", DATA)
+    toll_faults.reset_counts()
+    toll_faults.set("session-lost")
+    toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
+    assert device.sign("RS256", DATA)
+    assert toll_faults.count("C_Initialize") == 1
+    assert toll_faults.count("C_Login") == 2
+    assert slept == []
+
+
+def test_one_that_goes_on_denying_it_is_believed_and_its_pin_counts_as_never_tried(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+
+    def deny(seconds: float = 0) -> None:
+        slept.append(seconds)
+        toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
+
+    deny()
+    device = make(deny)
+    said = error(device)
+    assert isinstance(said, PinNotTried)
+    assert said.code == "pin-state"
+    assert toll_faults.count("C_Login") == len(slept) == 3
+    assert device.sign("RS256", DATA)
+
+
+@pytest.fixture
+def pinless(toll_softhsm: SoftHsm) -> Iterator[str]:
+    """The URI of a key on a device whose administrator has set no user PIN yet."""
+    there = {**os.environ, **toll_softhsm.environ()}
+    tool = ["pkcs11-tool", "--module", str(toll_softhsm.module)]
+    listed = subprocess.run([*tool, "-L"], env=there, capture_output=True, text=True, check=True)
+    free = str(listed.stdout.count("\nSlot ") - 1)
+    order = ["--init-token", "--slot-index", free, "--label", "pinless", "--so-pin", "12345678"]
+    subprocess.run([*tool, *order], env=there, capture_output=True, check=True)
+    yield "pkcs11:token=pinless;object=acme"
+    gone = ["softhsm2-util", "--delete-token", "--token", "pinless"]
+    subprocess.run(gone, env=there, capture_output=True, check=True)
+
+
+def test_a_device_that_has_no_pin_yet_is_asked_once(
+    pinless: str, toll_faults: Faults, tmp_path: Path
+) -> None:
+    slept: list[float] = []
+    ledger = Ledger(tmp_path / "state")
+    device = Device(
+        toll_faults.module, KeyUri.parse(pinless), pin=PinValue.of("1234"), ledger=ledger,
+        sleep=slept.append,
+    )  # fmt: skip
+    assert error(device).code == "pin-state"
+    device.close()
+    assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 1
     assert slept == []
 
 
