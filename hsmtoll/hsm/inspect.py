@@ -93,7 +93,6 @@ def inspect(
     """
     wanted = uri or KeyUri()
     with GATE.held(lock_timeout):
-        module = opened(module_path)
         with contextlib.ExitStack() as stack:
             problem = None
             if pin is not None:
@@ -106,6 +105,8 @@ def inspect(
                     device.login()
                 except HsmTollError as exc:
                     problem = str(exc)
+            # After the login, which starts a module again that read half of its device.
+            module = opened(module_path)
             tokens = [_token(module, slot, token, ledger) for slot, token in module.slots()]
         if problem is not None:
             tokens = [

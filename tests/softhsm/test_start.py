@@ -12,6 +12,7 @@ import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.uri import KeyUri
@@ -168,6 +169,21 @@ def test_one_that_goes_on_denying_it_is_believed_and_its_pin_counts_as_never_tri
     assert device.sign("RS256", DATA)
 
 
+def test_an_inspection_that_began_at_such_a_moment_shows_the_keys(
+    toll_softhsm: SoftHsm, toll_faults: Faults, key: str, tmp_path: Path
+) -> None:
+    uri = KeyUri.parse(toll_softhsm.uri(key)).device_only()
+    toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
+    seen = inspect(
+        toll_faults.module, ledger=Ledger(tmp_path), uri=uri, pin=PinValue.of(toll_softhsm.pin)
+    )
+    assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 2
+    (device,) = [each for each in seen.tokens if each.uri.token == uri.token]
+    assert device.problem is None
+    assert device.logged_in
+    assert key in {each.label for each in device.keys}
+
+
 @pytest.fixture
 def pinless(toll_softhsm: SoftHsm) -> Iterator[str]:
     """The URI of a key on a device whose administrator has set no user PIN yet."""
@@ -221,6 +237,7 @@ _CHILD = """
 import json, sys
 from pathlib import Path
 from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri
