@@ -46,8 +46,8 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
-#: Seconds, from and to, before each new start of a module that found no device at its very first.
-_START_PAUSES: Final = ((0.1, 0.3), (0.2, 0.6))
+#: Seconds, from and to, before a module that found no device at its very start is started again.
+_START_PAUSE: Final = (0.1, 0.5)
 _SMALLEST_KEY: Final = 2048
 _UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
 # What C_SignInit says before a signing PIN is looked at.
@@ -421,7 +421,7 @@ class Device:
                 tried = self._undecided or made
                 if there is not None or tried or not recoverable(exc):
                     return False
-                self._sleep(random.uniform(*next(pauses)))  # noqa: S311 - jitter, not a secret
+                self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
                 restart(self.module_path)
                 return True
 
@@ -446,9 +446,8 @@ class Device:
                 return done and not self._undecided
 
             old = self._open is not None
-            pauses = iter(_START_PAUSES)
-            starts = (started_once_more,) * len(_START_PAUSES)
-            return mended(call, (*starts, new_session, new_login, module_started_again))
+            steps = (started_once_more, new_session, new_login, module_started_again)
+            return mended(call, steps)
 
     def _may_help(self, exc: HsmTollError) -> bool:
         # A PIN whose try has an unknown fate is not tried again for the same call.
