@@ -162,15 +162,15 @@ def host(stage: Stage) -> list[Row]:
                     )
                 )
                 if count == 1:
-                    _, took = _crowd(running.socket, grant, rate=0.8 * mine)
-                    took.sort()
+                    runs = [_crowd(running.socket, grant, rate=0.8 * mine)[1] for _ in range(3)]
                     rows.append(
                         Row(
                             "its p99 at 80 % load",
                             "its median",
                             "ms",
-                            took[int(len(took) * 0.99)] * 1000,
-                            statistics.median(took) * 1000,
+                            statistics.median(sorted(took)[len(took) * 99 // 100] for took in runs)
+                            * 1000,
+                            statistics.median(statistics.median(took) for took in runs) * 1000,
                             "≤ 5",
                         )
                     )
