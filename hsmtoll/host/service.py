@@ -306,8 +306,14 @@ class Service:
             if token is not None:
                 return self._released(order, token, reply)
 
+            def never(task: Future[None]) -> None:
+                if task.cancelled():
+                    reply.set_exception(_ending())
+
             def fetch() -> None:
-                self._fetching.submit(self._fetch, house, order, request, reply)
+                task = self._fetching.submit(self._fetch, house, order, request, reply)
+                # At the end, who has not got a thread will get none.
+                task.add_done_callback(never)
 
             return fetch
 
@@ -727,6 +733,9 @@ class Service:
         self._desk.close()
         self._fetching.shutdown(wait=False, cancel_futures=True)
         for house in houses:
+            # Whoever was sent to the device behind the first time: the records were on their way.
+            with self.audit.held():
+                self._abandon(house)
             house.hands.shutdown(wait=False, cancel_futures=True)
             house.app.close()
         with contextlib.suppress(HsmTollError):

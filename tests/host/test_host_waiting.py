@@ -123,3 +123,18 @@ def test_at_the_end_nobody_is_left_waiting(service: Service, host: RunningHost) 
     signed = [each for each in host.records("result") if each["outcome"] == "signed"]
     assert len(signed) == sum(each.exception() is None for each in waiting)
     assert time.monotonic() - began < PATIENCE
+
+
+def test_at_the_end_those_too_are_told_who_wait_for_a_thread_to_fetch_in(
+    host: RunningHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsmtoll.host.service._FETCHING", 1)
+    service = Service(load(), synchronised=lambda: True)
+    service.prove()
+    host.faults.set("slow", ms=1000, function="C_SignInit")
+    me = Peer.local(os.geteuid(), os.getegid())
+    waiting = [service.token(me, Ask("acme", "road"), gone=lambda: False) for _ in range(3)]
+    eventually(lambda: host.records("intent"))
+    service.close()
+    for each in waiting:
+        assert isinstance(each.exception(PATIENCE), TryAgainLater)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.soak.measure import children, descriptors, in_use, memory, slope
 
@@ -24,4 +26,15 @@ def test_what_this_process_holds_is_seen() -> None:
     assert in_use() - used > 16 * 2**20
     assert held[-1] == 1
     assert descriptors() > 0
-    assert all(isinstance(each, int) for each in children())
+
+
+def test_a_child_is_seen_whichever_thread_started_it_and_until_it_is_gone() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        child = pool.submit(subprocess.Popen, ["sleep", "60"]).result()
+        assert child.pid in children()
+    try:
+        assert child.pid in children()
+    finally:
+        child.kill()
+        child.wait()
+    assert child.pid not in children()
