@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hsmtoll.host.audit import list_records
+from tests.lab import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -509,8 +510,7 @@ def make_host(
     )
     authority = Authority(folder / "tls")
     server = authority.issue("localhost", server=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     host = {
         "socket": str(folder / "run" / "host.sock"),
         "listen": f"127.0.0.1:{port}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -102,6 +103,20 @@ class Lab:
             "hsm": {"key": uris, **hsm},
         }
         return App(Settings.model_validate(chosen))
+
+
+def free_port(*, together: int = 1) -> int:
+    """
+    A port of this machine on which nobody listens, and on the next ones of *together* neither.
+
+    Below those that Linux deals out by itself: nobody is given it before it is used.
+    """
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as tried:
+            for port in range(first, first + together):
+                tried.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
 
 
 def listens(path: Path) -> bool:

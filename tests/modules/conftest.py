@@ -11,7 +11,6 @@ import os
 import platform
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hsmtoll.testing.softhsm import SoftHsm
-from tests.lab import listens
+from tests.lab import free_port, listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,17 +38,6 @@ def wait_for(what: Callable[[], object], *, seconds: float = 60) -> None:
     while not what():
         assert time.monotonic() < end, "it did not start"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A port that is free now, as is the one after it."""
-    while True:
-        with socket.socket() as one, socket.socket() as next_one:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-            with contextlib.suppress(OSError, OverflowError):
-                next_one.bind(("127.0.0.1", port + 1))
-                return port
 
 
 @dataclass
@@ -331,7 +319,7 @@ def tpm(folder: Path) -> Stack:
         "TSS2_LOG": "all+NONE",
         "TPM2_PKCS11_LOG_LEVEL": "0",
     }
-    stack.port = free_port()
+    stack.port = free_port(together=2)
     stack.start("dbus-daemon", "--session", "--nofork", f"--address={bus}")
     wait_for((folder / "bus").exists)
     stack.back()

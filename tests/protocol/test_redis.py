@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +19,7 @@ from hsmtoll.errors import ConfigurationError
 from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
 from hsmtoll.stores import RedisStore, name_of
 from tests.crowds import Crowd, fresh_key
+from tests.lab import free_port
 from tests.soft import engine_of
 
 if TYPE_CHECKING:
@@ -192,14 +192,14 @@ def test_a_holder_who_lives_keeps_the_lock_longer_than_its_lease(
     server: Server, key_file: Path
 ) -> None:
     class Short(RedisStore):
-        LEASE = 0.6
+        LEASE = 2.0
 
     def at() -> Short:
         return Short(server.client, secret=key_file.read_bytes(), clock=SystemClock())
 
     first, second = at(), at()
     with first.lock(KEY, patience=1):
-        time.sleep(1.2)
+        time.sleep(3)
         with second.lock(KEY, patience=0.1) as free:
             assert not free
     # The control: one who is gone without a word loses it.
@@ -311,9 +311,7 @@ def test_a_redis_on_another_machine_is_reached_by_verified_tls_alone(
     (tmp_path / "server.pem").write_bytes(pem(certificate))
     private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "server.key").write_bytes(private)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [
             *("redis-server", "--port", "0", "--tls-port", str(port), "--save", ""),

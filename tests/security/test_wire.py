@@ -19,6 +19,7 @@ from hsmtoll import tls
 from hsmtoll.errors import ConfigurationError, NetworkError
 from hsmtoll.exchange import Post
 from hsmtoll.wire import Wire
+from tests.lab import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -187,7 +188,8 @@ def test_a_cookie_is_not_sent_back() -> None:
 
     def answer(connection: socket.socket) -> None:
         connection.sendall(
-            b"HTTP/1.1 200 OK\r\nset-cookie: a=b; path=/\r\ncontent-length: 2\r\n\r\n{}"
+            b"HTTP/1.1 200 OK\r\nconnection: close\r\n"
+            b"set-cookie: a=b; path=/\r\ncontent-length: 2\r\n\r\n{}"
         )
 
     listener = socket.create_server(("127.0.0.1", 0))
@@ -216,8 +218,7 @@ def test_a_cookie_is_not_sent_back() -> None:
 
 
 def test_nobody_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.raises(NetworkError, match="connection refused") as caught:
         Wire().post(post_to(f"http://127.0.0.1:{port}/token"))
     assert (caught.value.code, caught.value.retryable) == ("refused", True)

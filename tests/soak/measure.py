@@ -54,20 +54,21 @@ def descriptors(process: int | str = "self") -> int:
     return sum(1 for _ in Path(f"/proc/{process}/fd").iterdir())
 
 
-def children() -> list[int]:
+def children(parent: int | None = None) -> list[int]:
     """
-    The process ids of this process's children, whichever thread started them.
+    The process ids of the children of *parent* (this process), whichever thread started them.
 
     By what each process says of its parent: the lists that the threads keep of their children
     miss one whose thread ends, and hands it on, while they are read.
     """
+    parent = parent or os.getpid()
     found: list[int] = []
     for each in Path("/proc").glob("[0-9]*"):
         # A process may end while it is looked at.
         with contextlib.suppress(OSError):
             # Its name, in brackets, may hold anything; state and parent follow the last one.
             _, _, rest = (each / "stat").read_text("utf-8", "replace").rpartition(")")
-            if int(rest.split()[1]) == os.getpid():
+            if int(rest.split()[1]) == parent:
                 found.append(int(each.name))
     return found
 

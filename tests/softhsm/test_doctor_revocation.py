@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import socket
 import subprocess
 import threading
 import time
@@ -18,7 +17,7 @@ import pytest
 
 from hsmtoll import doctor
 from hsmtoll.doctor.facts import revocation_of
-from tests.lab import Lab, make_lab
+from tests.lab import Lab, free_port, make_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,12 +62,6 @@ database = {folder}/$ENV::WHO.txt
 default_md = sha256
 default_crl_days = 2
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @dataclass

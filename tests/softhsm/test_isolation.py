@@ -21,6 +21,7 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
 from tests.lab import workers
+from tests.soak.measure import children
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -349,23 +350,14 @@ def test_a_hung_module_does_not_outlive_its_caller(
         threading.Thread(target=refused, args=(device,), daemon=True).start()
         time.sleep(60)
     end = time.monotonic() + 30
-    while not (orphan := _children_of(child)):
+    while not (orphans := children(child)):
         assert time.monotonic() < end
         time.sleep(0.05)
     time.sleep(1)
     os.kill(child, 9)
     os.waitpid(child, 0)
-    while Path(f"/proc/{orphan}").exists():
+    while any(Path(f"/proc/{each}").exists() for each in orphans):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert Path(f"/proc/{worker}").exists()
     toll_faults.clear("hang")
-
-
-def _children_of(process: int) -> int | None:
-    path = Path(f"/proc/{process}/task/{process}/children")
-    found = [
-        int(each) for task in path.parent.parent.iterdir()
-        for each in (task / "children").read_text().split()
-    ]  # fmt: skip
-    return found[0] if found else None
