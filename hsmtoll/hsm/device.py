@@ -348,6 +348,8 @@ class Device:
         A read-write session after login, for `hsmtoll.hsm.objects`. It is closed at the end, and
         what this Device knows about its key is forgotten: it may be another one now.
         """
+        # What a start anew cures is cured before anything is written: no write is made again.
+        self._mended(doing, self._log_in)
         with self._using(doing) as here:
             self._log_in(here)
             session = here.token.open(rw=True)

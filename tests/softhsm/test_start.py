@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm import objects
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
@@ -147,6 +148,34 @@ def test_so_is_one_that_worked_before(make: Callable[..., Device], toll_faults: 
     assert device.sign("RS256", DATA)
     assert toll_faults.count("C_Initialize") == 1
     assert toll_faults.count("C_Login") == 2
+    assert slept == []
+
+
+@pytest.mark.parametrize(
+    ("function", "rv"),
+    [("C_GetTokenInfo", GENERAL), ("C_OpenSession", GENERAL), ("C_Login", NO_PIN)],
+)
+def test_a_command_that_writes_starts_its_module_once_more_before_it_does(
+    make: Callable[..., Device], toll_faults: Faults, key: str, function: str, rv: int
+) -> None:
+    slept: list[float] = []
+    toll_faults.set("nth-call-fails", function=function, rv=rv)
+    device = make(slept.append)
+    assert key in {each.label for each in objects.keys(device)}
+    assert toll_faults.count("C_Initialize") == 2
+    assert len(slept) == 1
+
+
+def test_a_write_that_fails_is_not_made_again(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+    toll_faults.set("nth-call-fails", function="C_GenerateKeyPair", rv=GENERAL)
+    with pytest.raises(DeviceError):
+        objects.generate(
+            make(slept.append), bits=2048, label="twice", key_id=None, always_authenticate=False
+        )
+    assert toll_faults.count("C_GenerateKeyPair") == 1
     assert slept == []
 
 
