@@ -104,7 +104,7 @@ def bearing(stage: Stage) -> list[Row]:
                 many = range(calls)
                 return lambda: seconds_of(lambda: [client.get(url) for _ in many]) / calls * 1e6
 
-            return turns(with_client(own), with_client(bare), rounds=15)
+            return turns(with_client(own), with_client(bare), rounds=25)
 
     async def of_tasks(calls: int, **options: Any) -> tuple[float, float]:
         async with stage.app().aclient() as toll:
@@ -112,7 +112,7 @@ def bearing(stage: Stage) -> list[Row]:
             own = httpx.AsyncClient(auth=toll.auth("road"), **options)
             bare = httpx.AsyncClient(headers=fixed, **options)
             pairs = []
-            for _ in range(15):
+            for _ in range(25):
                 took = []
                 for client in (own, bare):
                     began = time.perf_counter()
@@ -182,7 +182,7 @@ def crowd_of_tasks(stage: Stage) -> Row:
         spent.add(signatures)
         return took
 
-    pair = turns(ours, lambda: asyncio.run(bare(_single(stage))))
+    pair = turns(ours, lambda: asyncio.run(bare(_single(stage))), rounds=2 * ROUNDS)
     name = f"{count:,} tasks on a cold token ({max(spent)} signature)"
     return Row(name, "as many on one bare future", "s", *pair, "≤ 1.3")
 
@@ -214,7 +214,7 @@ def crowd_of_threads(stage: Stage) -> Row:
         threading.Timer(_single(stage), event.set).start()
         return crowd(event.wait)
 
-    pair = turns(ours, bare)
+    pair = turns(ours, bare, rounds=2 * ROUNDS)
     name = f"{count:,} threads on a cold token ({max(spent)} signature)"
     return Row(name, "as many on one bare event", "s", *pair, "≤ 1.3")
 
