@@ -567,6 +567,14 @@ class Service:
         while house.waiting:
             house.waiting.popleft().reply.set_exception(why())
 
+    def _let_go(self, house: _House) -> None:
+        """
+        Have it abandoned behind those whom earlier steps send there, and also where records
+        cannot be written.
+        """
+        abandon = partial(self._abandon, house)
+        self._desk.put(lambda: abandon, lambda _: abandon())
+
     def _abandon(self, house: _House) -> None:
         """The device is asked for nothing more; what it is at is told when it is done."""
         self._emptied(house, _ending)
@@ -729,13 +737,10 @@ class Service:
         houses = tuple(self._rules[1].values())
         self._ending = True
         for house in houses:
-            self._desk.put(partial(self._abandon, house), _unheard)
+            self._let_go(house)
         self._desk.close()
         self._fetching.shutdown(wait=False, cancel_futures=True)
         for house in houses:
-            # Whoever was sent to the device behind the first time: the records were on their way.
-            with self.audit.held():
-                self._abandon(house)
             house.hands.shutdown(wait=False, cancel_futures=True)
             house.app.close()
         with contextlib.suppress(HsmTollError):

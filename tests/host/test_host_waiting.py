@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -123,6 +125,35 @@ def test_at_the_end_nobody_is_left_waiting(service: Service, host: RunningHost) 
     signed = [each for each in host.records("result") if each["outcome"] == "signed"]
     assert len(signed) == sum(each.exception() is None for each in waiting)
     assert time.monotonic() - began < PATIENCE
+
+
+def test_at_the_end_those_too_are_told_whose_records_were_being_written(
+    service: Service, host: RunningHost
+) -> None:
+    host.faults.set("slow", ms=1000, function="C_SignInit")
+    first, second = threading.Event(), threading.Event()
+    began = [threading.Event(), threading.Event()]
+    failed: list[Exception] = []
+
+    def standing(at: int, until: threading.Event) -> None:
+        began[at].set()
+        assert until.wait(PATIENCE)
+
+    # One batch of the desk: the grants are decided in it, and the end comes before it is over.
+    service._desk.put(partial(standing, 0, first), failed.append)
+    assert began[0].wait(PATIENCE)
+    waiting = crowd(service, 4)
+    service._desk.put(partial(standing, 1, second), failed.append)
+    first.set()
+    assert began[1].wait(PATIENCE)
+    ending = threading.Thread(target=service.close)
+    ending.start()
+    eventually(lambda: service._desk._closed)
+    second.set()
+    ending.join(PATIENCE)
+    assert failed == []
+    told = [each.exception(PATIENCE) for each in waiting]
+    assert sum(isinstance(each, TryAgainLater) for each in told) >= 3
 
 
 def test_at_the_end_those_too_are_told_who_wait_for_a_thread_to_fetch_in(
