@@ -104,7 +104,7 @@ def bearing(stage: Stage) -> list[Row]:
                 many = range(calls)
                 return lambda: seconds_of(lambda: [client.get(url) for _ in many]) / calls * 1e6
 
-            return turns(with_client(own), with_client(bare), rounds=25)
+            return turns(with_client(own), with_client(bare), rounds=5 * ROUNDS)
 
     async def of_tasks(calls: int, **options: Any) -> tuple[float, float]:
         async with stage.app().aclient() as toll:
@@ -112,7 +112,7 @@ def bearing(stage: Stage) -> list[Row]:
             own = httpx.AsyncClient(auth=toll.auth("road"), **options)
             bare = httpx.AsyncClient(headers=fixed, **options)
             pairs = []
-            for _ in range(25):
+            for _ in range(5 * ROUNDS):
                 took = []
                 for client in (own, bare):
                     began = time.perf_counter()
