@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cryptography.hazmat.primitives.asymmetric import rsa
+    from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+    from cryptography.hazmat.primitives.hashes import HashAlgorithm
 
 __all__ = [
     "ALGS",
@@ -46,6 +48,7 @@ _DIGEST_INFO: Final = {
     "RS512": bytes.fromhex("3051300d060960864801650304020305000440"),
 }
 _HASH: Final = {"RS256": "sha256", "RS384": "sha384", "RS512": "sha512"}
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
 
 
 def b64url(data: bytes) -> str:
@@ -55,7 +58,7 @@ def b64url(data: bytes) -> str:
 
 def segment(part: Mapping[str, Any]) -> str:
     """``BASE64URL(UTF8(part))`` with members in the order given."""
-    return b64url(json.dumps(part, separators=(",", ":")).encode())
+    return b64url(_JSON.encode(part).encode())
 
 
 def signing_input(header: Mapping[str, Any] | str, claims: Mapping[str, Any]) -> SigningInput:
@@ -117,18 +120,10 @@ class RsaPublicKey:
         It is asked of every signature before it leaves: a wrong key, a wrong leaf and a
         faulty device are found here instead of at the far end (MP-124).
         """
-        from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
-        from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
-        from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
-
-        digest: hashes.HashAlgorithm = {
-            "RS256": hashes.SHA256(),
-            "RS384": hashes.SHA384(),
-            "RS512": hashes.SHA512(),
-        }[alg]
+        padding, digest, refused = _scheme(alg)
         try:
-            _loaded(self).verify(signature, unsigned, padding.PKCS1v15(), digest)
-        except InvalidSignature:
+            _loaded(self).verify(signature, unsigned, padding, digest)
+        except refused:
             return False
         return True
 
@@ -166,6 +161,21 @@ class RsaPublicKey:
         """The RFC 7638 thumbprint with SHA-256, base64url: 43 characters."""
         members = json.dumps(self.jwk(), separators=(",", ":"), sort_keys=True)
         return b64url(hashlib.sha256(members.encode()).digest())
+
+
+@lru_cache
+def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, type[Exception]]:
+    """Padding and digest of *alg*, and what is raised for a signature that is not right."""
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
+
+    digest: HashAlgorithm = {
+        "RS256": hashes.SHA256(),
+        "RS384": hashes.SHA384(),
+        "RS512": hashes.SHA512(),
+    }[alg]
+    return padding.PKCS1v15(), digest, InvalidSignature
 
 
 @lru_cache(maxsize=32)

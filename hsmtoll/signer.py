@@ -119,15 +119,18 @@ class Lineage:
 @dataclass(frozen=True, slots=True)
 class _Proven:
     """
-    A chain and how long it may be used without looking again: until *boot*, or *wall*, when a
-    certificate that was seen becomes valid or ends, and as long as the device's handles live.
+    A chain, its *x5c*, and how long they may be used without looking again: until *boot*, or
+    *wall*, when a certificate that was seen becomes valid or ends, and as long as the device's
+    handles live.
     """
 
     chain: chains.Chain
+    x5c: tuple[str, ...]
     boot: float
     wall: float
     generation: int
     unwanted: frozenset[str]
+    grants: dict[TokenRequest, Grant] = field(default_factory=dict)
 
 
 class LocalSigner:
@@ -173,6 +176,8 @@ class LocalSigner:
         self._certificate_sha256 = certificate_sha256
         self._lineage = lineage or Lineage()
         self._proven: _Proven | None = None
+        # With a kid: the public key, until when (boot), and for which handles of the device.
+        self._bare: tuple[jws.RsaPublicKey, float, int] | None = None
         # Public keys that may be the device's, where it does not tell which one is.
         self._guesses: tuple[jws.RsaPublicKey, ...] = ()
         # The one of them that a signature showed to be it.
@@ -195,6 +200,9 @@ class LocalSigner:
         Read and proven anew every 60 s, after the device was opened again, and when one of
         its certificates becomes valid or ends: so a new one takes over by itself.
         """
+        return self._looked().chain
+
+    def _looked(self) -> _Proven:
         now = self._clock.now()
         unwanted = self._lineage.unwanted(now.wall)
         known = self._proven
@@ -204,7 +212,7 @@ class LocalSigner:
             and known.unwanted == unwanted
             and known.generation == self._device.generation
         ):
-            return known.chain
+            return known
         self._proven = None
         stored = self._device.certificates()
         pool = [*readable(stored), *self._pem]
@@ -216,14 +224,15 @@ class LocalSigner:
         chain = self._checked(leaves, pool, datetime.fromtimestamp(now.wall, UTC), unwanted)
         self._took(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
-        self._proven = _Proven(
+        self._proven = known = _Proven(
             chain,
+            chain.x5c(self._x5c),
             boot=now.boot + _REREAD,
             wall=min((edge for edge in edges if edge > now.wall), default=now.wall + _REREAD),
             generation=self._device.generation,
             unwanted=unwanted,
         )
-        return chain
+        return known
 
     def _likely(self, stored: Iterable[StoredCertificate], key: KeyFacts) -> list[Certificate]:
         """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
@@ -329,7 +338,7 @@ class LocalSigner:
             return self._signed(request)
         except HsmTollError as exc:
             # Whatever it was, the device is looked at afresh the next time.
-            self._proven = None
+            self._proven = self._bare = None
             if exc.code == "signature-wrong":
                 self._learned = None
             raise
@@ -372,19 +381,30 @@ class LocalSigner:
             if issuer is None:
                 raise _no_client_id()
             return Grant(self._alg, issuer, self._audience, request, kid=kid), key
-        chain = self.chain()
-        issuer = self._issuer
+        known = self._looked()
+        leaf, issuer = known.chain.leaf, self._issuer
+        if leaf.public_key is None:
+            raise CertificateError("the leaf's key is not RSA", code="certificate-key")
+        made = known.grants.get(request)
+        if made is not None:
+            return made, leaf.public_key
         if issuer is None:
             if self._family == "norwegian":
                 raise _no_client_id()
             # For an eSeal any name will do, and its own is the one to be found in a log (A.5).
-            issuer = chain.leaf.organization_name or chain.leaf.common_name or "hsmtoll"
-        if chain.leaf.public_key is None:
-            raise CertificateError("the leaf's key is not RSA", code="certificate-key")
-        x5c = chain.x5c(self._x5c)
-        return Grant(self._alg, issuer, self._audience, request, x5c=x5c), chain.leaf.public_key
+            issuer = leaf.organization_name or leaf.common_name or "hsmtoll"
+        made = Grant(self._alg, issuer, self._audience, request, x5c=known.x5c)
+        known.grants[request] = made
+        return made, leaf.public_key
 
     def _public_key(self) -> jws.RsaPublicKey:
+        """With a kid: read anew as often as a chain is."""
+        now = self._clock.now().boot
+        if self._bare is not None:
+            key, until, generation = self._bare
+            if now < until and generation == self._device.generation:
+                return key
+        self._bare = None
         facts = self._device.key(candidates=_keys(readable(self._device.certificates())))
         if facts.public is None:
             raise DeviceError(
@@ -392,6 +412,7 @@ class LocalSigner:
                 hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
                 code="public-key-hidden",
             )
+        self._bare = (facts.public, now + _REREAD, self._device.generation)
         return facts.public
 
 

@@ -7,7 +7,6 @@ that a later version adds is a DeviceError with its name in it.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pkcs11 import exceptions as p11
@@ -15,7 +14,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from types import TracebackType
 
 __all__ = ["MEANING", "NOT_TRIED", "REFUSED", "Meaning", "recoverable", "speaking", "translated"]
 
@@ -178,10 +177,22 @@ def recoverable(exc: BaseException) -> bool:
     return next(MEANING[kind].recoverable for kind in type(source).__mro__ if kind in MEANING)
 
 
-@contextlib.contextmanager
-def speaking(doing: str) -> Iterator[None]:
-    """Around calls of the module: what it raises leaves as one of our errors."""
-    try:
-        yield
-    except p11.PKCS11Error as exc:
-        raise translated(exc, doing) from exc
+class speaking:  # noqa: N801 - it reads as what it does, as those of contextlib do
+    """
+    Around calls of the module: what it raises leaves as one of our errors. *doing* as for
+    `translated`. A class, because every signature passes here.
+    """
+
+    __slots__ = ("_doing",)
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if isinstance(exc, p11.PKCS11Error):
+            raise translated(exc, self._doing) from exc

@@ -256,11 +256,19 @@ class Device:
         else of the process had logged in already, which proves nothing about this PIN.
         """
 
+        here = self._open
+        if here is not None and here.login.there and current(here.module):
+            # One that the device has lost since is noticed, and mended, when it is asked.
+            return self._accepts(here)
+
         def log_in(here: _Open) -> bool:
             self._log_in(here)
-            return here.login.anchor is not None and here.login.source == self._pin
+            return self._accepts(here)
 
         return self._mended("Logging in", log_in)
+
+    def _accepts(self, here: _Open) -> bool:
+        return here.login.anchor is not None and here.login.source == self._pin
 
     def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
         """
@@ -390,17 +398,13 @@ class Device:
 
     @contextlib.contextmanager
     def _using(self, doing: str) -> Iterator[_Open]:
-        with self._held(), self._speaking(doing):
-            yield self._opened()
-
-    @contextlib.contextmanager
-    def _speaking(self, doing: str) -> Iterator[None]:
-        try:
-            with speaking(f"{doing} ({self._name})"):
-                yield
-        except BaseException:
-            self._drop()
-            raise
+        with self._held():
+            try:
+                with speaking(f"{doing} ({self._name})"):
+                    yield self._opened()
+            except BaseException:
+                self._drop()
+                raise
 
     def _mended(self, doing: str, ask: Callable[[_Open], _T]) -> _T:
         """What *ask* returns, after whatever it takes to have the device answer."""
@@ -409,11 +413,15 @@ class Device:
             self._undecided = False
 
             def call() -> _T:
-                with self._speaking(doing):
-                    here = self._opened()
-                    answer = ask(here)
-                    self._known = self._known or _named(here.token)
-                    return answer
+                try:
+                    with speaking(f"{doing} ({self._name})"):
+                        here = self._opened()
+                        answer = ask(here)
+                        self._known = self._known or _named(here.token)
+                        return answer
+                except BaseException:
+                    self._drop()
+                    raise
 
             def started_once_more(exc: HsmTollError) -> bool:
                 # Devices in files are rewritten when somebody logs in, and who starts at that

@@ -48,21 +48,9 @@ class Gate:
             before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child
         )
 
-    @contextlib.contextmanager
-    def held(self, timeout: float) -> Iterator[None]:
+    def held(self, timeout: float) -> _Turn:
         """Hold it. Raises DeviceError (``device-busy``) after *timeout* seconds of waiting."""
-        lock = self._lock
-        if not lock.acquire(timeout=timeout):
-            raise DeviceError(
-                f"The device was not free within {timeout:g} s: another call to it has not ended",
-                hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
-                code="device-busy",
-                retryable=True,
-            )
-        try:
-            yield
-        finally:
-            lock.release()
+        return _Turn(self._lock, timeout)
 
     def _before_fork(self) -> None:
         # Forked in the middle of a call, the child would inherit a module in pieces. A call
@@ -77,6 +65,29 @@ class Gate:
         self._lock = threading.RLock()
         for forget in self.after_fork:
             forget()
+
+
+class _Turn:
+    """One time inside; a class, because every signature passes here."""
+
+    __slots__ = ("_lock", "_timeout")
+
+    def __init__(self, lock: threading.RLock, timeout: float) -> None:
+        self._lock = lock
+        self._timeout = timeout
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=self._timeout):
+            raise DeviceError(
+                f"The device was not free within {self._timeout:g} s: another call to it has not"
+                " ended",
+                hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
+                code="device-busy",
+                retryable=True,
+            )
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
 
 GATE: Final = Gate()
