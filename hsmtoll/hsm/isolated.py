@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import weakref
-from base64 import b64decode
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
@@ -100,6 +99,8 @@ class IsolatedDevice(Device):
         self._starting = threading.Lock()
         self._made_by = 0
         self._closings = 0
+        # What was said to that question; ``None`` if nobody knows whether it still holds.
+        self._logged_in: bool | None = None
         self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
 
     def __repr__(self) -> str:
@@ -111,7 +112,11 @@ class IsolatedDevice(Device):
 
     def login(self) -> bool:
         """As Device.login, for the child that answers, which is asked once while all goes well."""
-        return bool(self._ask("Logging in", do="login"))
+        known = self._logged_in
+        if known is None or self._made_by != os.getpid():
+            known = bool(self._ask("Logging in", do="login"))
+            self._logged_in = known
+        return known
 
     def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
         """As Device.key."""
@@ -136,12 +141,12 @@ class IsolatedDevice(Device):
     def unproven(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
-        """As Device.unproven; *unsigned* is ASCII, as every signing input of JWS is."""
+        """As Device.unproven."""
         offered = pipe.keys_to(tuple(candidates))
-        text = unsigned.decode("ascii")
-        return b64decode(
-            self._ask("Signing", do="sign", alg=alg, unsigned=text, candidates=offered)
+        signature: bytes = self._ask(
+            "Signing", do="sign", alg=alg, candidates=offered, data=unsigned
         )
+        return signature
 
     @contextlib.contextmanager
     def writing(self, doing: str) -> Iterator[Any]:
@@ -153,6 +158,7 @@ class IsolatedDevice(Device):
         """Log out and end the children; one that is asked something, when it has answered."""
         super().close()
         self._closings += 1
+        self._logged_in = None
         if self._made_by == os.getpid():
             idle = []
             with contextlib.suppress(queue.Empty):
@@ -175,20 +181,19 @@ class IsolatedDevice(Device):
         except HsmTollError as exc:
             self._outside.judge(exc)
             raise
-        if question["do"] == "login" and child.logged_in is not None:
-            self._free.put(child)
-            return child.logged_in
         # Tokens in files are rewritten at login: two that start at once may each miss it.
         starting = not child.running and self._starting.acquire(timeout=_START)
         try:
             answer = child.ask(question, doing=doing, pins=self._read)
         except _Silent as exc:
+            self._logged_in = None
             child.kill()
             error = DeviceError(str(exc), hint=exc.hint, code=exc.code)
             self._outside.failed(error)
             raise error from None
         except BaseException as exc:
             # Half a conversation cannot be gone on with.
+            self._logged_in = None
             child.kill()
             self._outside.judge(exc)
             raise
@@ -207,12 +212,14 @@ class IsolatedDevice(Device):
         if answer["generation"] != child.generation:
             child.generation = answer["generation"]
             self.generation += 1
+            self._logged_in = None
         if "error" in answer:
+            self._logged_in = None
             error = pipe.error_from(answer["error"])
             if isinstance(error, PinIncorrect | PinNotTried):
                 self._pins.clear()
             raise error
-        return answer["answer"]
+        return answer["data"] if "data" in answer else answer["answer"]
 
     def _take(self, doing: str) -> _Child:
         with self._lock:
@@ -277,8 +284,6 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._there: pipe.Pipe | None = None
         self.generation = 0
-        #: What it said when it was last asked to log in; ``None`` if it has to be asked.
-        self.logged_in: bool | None = None
         weakref.finalize(self, _ended, self.__dict__)
 
     @property
@@ -298,8 +303,7 @@ class _Child:
             while True:
                 said = there.receive(until=until)
                 if "pin" not in said:
-                    self._note(question, said)
-                    return said
+                    return _answer(said, of_bytes="data" in question)
                 more = self._hand_over(there, said, pins)
                 until = time.monotonic() + self._deadline + more
         except TimeoutError:
@@ -315,15 +319,6 @@ class _Child:
                 code="module-crashed",
                 hint="The next call starts a new one. Ask the module's maker, with its log.",
             ) from None
-
-    def _note(self, question: dict[str, Any], said: dict[str, Any]) -> None:
-        # After an error, or with new handles, nobody knows whether the login still stands.
-        if "error" in said:
-            self.logged_in = None
-        elif question["do"] == "login":
-            self.logged_in = bool(said["answer"])
-        elif said["generation"] != self.generation:
-            self.logged_in = None
 
     def _hand_over(
         self, there: pipe.Pipe, said: dict[str, Any], pins: Callable[[str, str], Pin]
@@ -356,7 +351,6 @@ class _Child:
             )
         self._there = there = pipe.Pipe(ours)
         self.generation = 0
-        self.logged_in = None
         there.send(self._told)
         return there
 
@@ -372,7 +366,6 @@ class _Child:
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        self.logged_in = None
         _ended(self.__dict__)
 
     def end(self) -> None:
@@ -384,6 +377,14 @@ class _Child:
                 self._there.receive(until=time.monotonic() + _GOODBYE)
                 self._process.wait(_GOODBYE)
         self.kill()
+
+
+def _answer(said: dict[str, Any], *, of_bytes: bool) -> dict[str, Any]:
+    """*said*, if it is an answer at all: TypeError for what a module gone wrong may say."""
+    told = "error" in said or ("data" if of_bytes else "answer") in said
+    if not (told and isinstance(said.get("generation"), int) and isinstance(said.get("log"), list)):
+        raise TypeError("no answer")
+    return said
 
 
 def _ended(parts: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """
 What a Device and the process that isolates it say to each other: frames, and values in them.
 
-JSON with a length before it, so that a module gone wrong can send nonsense, but no code.
+JSON and, behind it, plain bytes, with both lengths before them: a module gone wrong can send
+nonsense, but no code.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ __all__ = [
     "keys_to",
 ]
 
-_HEAD: Final = struct.Struct(">I")
-#: Bytes. A device full of certificates of the largest size stays below.
+#: The lengths of the JSON, and of the bytes behind it.
+_HEAD: Final = struct.Struct(">II")
+#: Bytes, of either. A device full of certificates of the largest size stays below.
 _LARGEST: Final = 16 * 1024 * 1024
 
 
 class Pipe:
-    """One end of a connected stream socket: whole messages in both directions, by one thread."""
+    """
+    One end of a connected stream socket: whole messages in both directions, by one thread. Of a
+    message, the member ``data`` alone is bytes, and goes as it is.
+    """
 
     def __init__(self, there: socket.socket, now: Callable[[], float] = time.monotonic) -> None:
         self.socket = there
@@ -50,20 +55,25 @@ class Pipe:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message whole, within the socket's own timeout."""
+        data = message.get("data", b"")
+        if data:
+            message = {name: value for name, value in message.items() if name != "data"}
         body = json.dumps(message).encode()
-        self.socket.sendall(_HEAD.pack(len(body)) + body)
+        self.socket.sendall(b"".join((_HEAD.pack(len(body), len(data)), body, data)))
 
     def receive(self, *, until: float | None = None) -> dict[str, Any]:
         """
         One message. EOFError where the other side ended, TimeoutError after *until*, ValueError
         or TypeError for what is none.
         """
-        (size,) = _HEAD.unpack(self._exactly(_HEAD.size, until))
-        if size > _LARGEST:
+        size, more = _HEAD.unpack(self._exactly(_HEAD.size, until))
+        if max(size, more) > _LARGEST:
             raise ValueError("a frame that is too large")
         message = json.loads(self._exactly(size, until))
-        if not isinstance(message, dict):
+        if not isinstance(message, dict) or "data" in message:
             raise TypeError("a frame that is no message")
+        if more:
+            message["data"] = self._exactly(more, until)
         return message
 
     def _exactly(self, size: int, until: float | None) -> bytes:

@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,7 +115,8 @@ def _device(there: pipe.Pipe, told: dict[str, Any]) -> Device:
 
 def _answered(device: Device, question: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"answer": _answer(device, question)}
+        answer = _answer(device, question)
+        return {"data" if isinstance(answer, bytes) else "answer": answer}
     except HsmTollError as exc:
         return {"error": pipe.error_to(exc)}
     except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
@@ -134,10 +134,10 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
         case "key":
             return pipe.facts_to(device.key(candidates=candidates))
         case "sign":
-            unsigned = SigningInput(question["unsigned"].encode("ascii"))
+            unsigned = SigningInput(question["data"])
             # Who can check it does, on the other side.
             sign = device.unproven if candidates else device.sign
-            return b64encode(sign(question["alg"], unsigned, candidates=candidates)).decode()
+            return sign(question["alg"], unsigned, candidates=candidates)
         case _:
             device.close()
             return None
