@@ -34,13 +34,14 @@ if TYPE_CHECKING:
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.exchange import Issued
     from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.tokens import Moment, TokenRequest
 
 __all__ = [
     "Elsewhere",
     "FirstUp",
     "Lineage",
     "LocalSigner",
+    "Prepared",
     "SecondChoice",
     "Signer",
     "SpentOnce",
@@ -133,6 +134,42 @@ class _Proven:
     grants: dict[TokenRequest, Grant] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """
+    An assertion that lacks its signature, by the private half of *key* on *device*; *began*: when
+    its time began to run. *failed* is for whoever cannot get it signed to call.
+    """
+
+    device: Device
+    alg: str
+    unsigned: jws.SigningInput
+    key: jws.RsaPublicKey
+    clock: Clock
+    began: Moment
+    failed: Callable[[HsmTollError], None]
+
+    def proven(self, signature: bytes) -> str:
+        """The assertion. DeviceError (``signature-wrong``) if *signature* is not by the key."""
+        if not self.key.verify(self.alg, self.unsigned, signature):
+            raise _wrong()
+        return self.compact(signature)
+
+    def compact(self, signature: bytes) -> str:
+        """
+        The assertion, with a *signature* that verifies. DeviceError (``device-slow``) where fewer
+        than 30 s are left of it (PROTOCOL C05).
+        """
+        took = self.clock.now().boot - self.began.boot
+        if LIFETIME - took < MIN_LEFT:
+            raise DeviceError(
+                f"signing: the device took {took:.0f} s, which leaves a grant too little time",
+                hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
+                code="device-slow",
+            )
+        return jws.compact(self.unsigned, signature)
+
+
 class LocalSigner:
     """
     Signs on a PKCS#11 device.
@@ -205,13 +242,8 @@ class LocalSigner:
     def _looked(self) -> _Proven:
         now = self._clock.now()
         unwanted = self._lineage.unwanted(now.wall)
-        known = self._proven
-        if known is not None and (
-            now.boot < known.boot
-            and now.wall < known.wall
-            and known.unwanted == unwanted
-            and known.generation == self._device.generation
-        ):
+        known = self._known(now, unwanted)
+        if known is not None:
             return known
         self._proven = None
         stored = self._device.certificates()
@@ -233,6 +265,17 @@ class LocalSigner:
             unwanted=unwanted,
         )
         return known
+
+    def _known(self, now: Moment, unwanted: frozenset[str]) -> _Proven | None:
+        """What was proven, if nothing has to be looked at again."""
+        known = self._proven
+        fresh = known is not None and (
+            now.boot < known.boot
+            and now.wall < known.wall
+            and known.unwanted == unwanted
+            and known.generation == self._device.generation
+        )
+        return known if fresh else None
 
     def _likely(self, stored: Iterable[StoredCertificate], key: KeyFacts) -> list[Certificate]:
         """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
@@ -337,18 +380,22 @@ class LocalSigner:
         try:
             return self._signed(request)
         except HsmTollError as exc:
-            # Whatever it was, the device is looked at afresh the next time.
-            self._proven = self._bare = None
-            if exc.code == "signature-wrong":
-                self._learned = None
+            self._failed(exc)
             raise
+
+    def _failed(self, exc: HsmTollError) -> None:
+        # Whatever it was, the device is looked at afresh the next time.
+        self._proven = self._bare = None
+        if exc.code == "signature-wrong":
+            self._learned = None
 
     def _signed(self, request: TokenRequest) -> str:
         grant, key = self._grant(request)
         self._device.login()
-        now = self._clock.now()
-        unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        signature, by = self._device.signed(self._alg, unsigned, candidates=(key, *self._guesses))
+        made = self._prepared(grant, key)
+        signature, by = self._device.signed(
+            self._alg, made.unsigned, candidates=(key, *self._guesses)
+        )
         if by != key and by in self._guesses:
             self._learned = by
             raise DeviceError(
@@ -358,20 +405,32 @@ class LocalSigner:
                 retryable=True,
             )
         if by != key:
-            raise DeviceError(
-                "signing: the device's signature does not verify with the public key",
-                hint="key and certificate may not belong together, or the device is faulty; "
-                "run `hsmtoll doctor`",
-                code="signature-wrong",
-            )
-        took = self._clock.now().boot - now.boot
-        if LIFETIME - took < MIN_LEFT:
-            raise DeviceError(
-                f"signing: the device took {took:.0f} s, which leaves a grant too little time",
-                hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
-                code="device-slow",
-            )
-        return jws.compact(unsigned, signature)
+            raise _wrong()
+        return made.compact(signature)
+
+    @property
+    def device(self) -> Device:
+        """That which signs."""
+        return self._device
+
+    def prepared(self, request: TokenRequest) -> Prepared | None:
+        """
+        For one who has it signed without waiting: what `assertion` would sign now, where nothing
+        has to be asked of the device before, which is logged in; else ``None``.
+        """
+        now = self._clock.now()
+        if self._kid is not None:
+            known = self._bare_key(now) is not None
+        else:
+            known = self._known(now, self._lineage.unwanted(now.wall)) is not None
+        if not known or self._guesses:
+            return None
+        return self._prepared(*self._grant(request))
+
+    def _prepared(self, grant: Grant, key: jws.RsaPublicKey) -> Prepared:
+        now = self._clock.now()
+        unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
+        return Prepared(self._device, self._alg, unsigned, key, self._clock, now, self._failed)
 
     def _grant(self, request: TokenRequest) -> tuple[Grant, jws.RsaPublicKey]:
         if self._kid is not None:
@@ -399,11 +458,10 @@ class LocalSigner:
 
     def _public_key(self) -> jws.RsaPublicKey:
         """With a kid: read anew as often as a chain is."""
-        now = self._clock.now().boot
-        if self._bare is not None:
-            key, until, generation = self._bare
-            if now < until and generation == self._device.generation:
-                return key
+        now = self._clock.now()
+        known = self._bare_key(now)
+        if known is not None:
+            return known
         self._bare = None
         facts = self._device.key(candidates=_keys(readable(self._device.certificates())))
         if facts.public is None:
@@ -412,8 +470,24 @@ class LocalSigner:
                 hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
                 code="public-key-hidden",
             )
-        self._bare = (facts.public, now + _REREAD, self._device.generation)
+        self._bare = (facts.public, now.boot + _REREAD, self._device.generation)
         return facts.public
+
+    def _bare_key(self, now: Moment) -> jws.RsaPublicKey | None:
+        """That of `_public_key`, if it does not have to be read again."""
+        if self._bare is None:
+            return None
+        key, until, generation = self._bare
+        return key if now.boot < until and generation == self._device.generation else None
+
+
+def _wrong() -> DeviceError:
+    return DeviceError(
+        "signing: the device's signature does not verify with the public key",
+        hint="key and certificate may not belong together, or the device is faulty; "
+        "run `hsmtoll doctor`",
+        code="signature-wrong",
+    )
 
 
 def _no_client_id() -> ConfigurationError:
@@ -463,6 +537,12 @@ class FirstUp:
     def assertion(self, request: TokenRequest) -> str:
         """An assertion of the first usable one; the first one's error if none is."""
         return self._first(lambda signer: signer.assertion(request))
+
+    @property
+    def first(self) -> Signer | None:
+        """The one that is asked first, as long as it is the one that signs."""
+        first = min(self._signers, key=_lately, default=None)
+        return first if first is self._in_use else None
 
     @property
     def certificate_ends(self) -> datetime | None:

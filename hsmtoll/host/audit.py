@@ -210,6 +210,7 @@ class Audit:
             line = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
             try:
                 if self._size >= _SEGMENT:
+                    # Waited for here, once in thousands: a segment never outlives its predecessor.
                     os.fsync(self._file)
                     self._retired.append(self._file)
                     self._file, self._size = self._opened()
@@ -223,21 +224,28 @@ class Audit:
     def sync(self, seq: int) -> None:
         """Wait until the record *seq* is on disk; AuditBroken if it cannot be known to be."""
         with self._syncing:
-            if seq <= self._synced:
-                return
-            with self._lock:
-                if self._broken:
-                    raise self._unwritable(self._broken)
-                upto, file = self.seq, self._file
-                # Synced before; another one may still have been at it until now.
-                while self._retired:
-                    os.close(self._retired.pop())
-            try:
-                self._fsync(file)
-            except OSError as exc:
-                raise self._breaks(exc) from exc
-            self._synced = upto
+            if seq > self._synced:
+                self._flushed()
         self.seal_if_due()
+
+    def _flushed(self) -> tuple[int, str]:
+        """
+        The seq and the head that are on disk now. Whoever has `_syncing` calls it, outside of the
+        critical section: nobody who decides waits for the disk.
+        """
+        with self._lock:
+            if self._broken:
+                raise self._unwritable(self._broken)
+            upto, head, file = self.seq, self.head, self._file
+            # Synced before; another one may still have been at it until now.
+            while self._retired:
+                os.close(self._retired.pop())
+        try:
+            self._fsync(file)
+        except OSError as exc:
+            raise self._breaks(exc) from exc
+        self._synced = upto
+        return upto, head
 
     def _append(self, line: bytes) -> None:
         try:
@@ -266,31 +274,40 @@ class Audit:
 
     def seal(self) -> None:
         """Sign the head, and tell it to the system log. Nothing if it was sealed before."""
-        with self._lock:
-            if self._broken or self.seq == self._sealed_seq:
-                return
-            at = _stamp(self._now())
-            signature = self._key.sign(_sealed(self.seq, self.head, at)).hex()
-            seal = {"seq": self.seq, "head": self.head, "time": at, "signature": signature}
-            try:
-                # A seal must not outlive what it seals.
-                os.fsync(self._file)
-                path = self._directory / _SEALS
-                with path.open("ab") as file:
-                    file.write(json.dumps(seal).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as exc:
-                raise self._breaks(exc) from exc
-            self._sealed_seq, self._sealed_at = self.seq, self._now()
-            _log.info("audit head %d:%s", self.seq, self.head)
+        with self._syncing:
+            self._seal()
 
     def seal_if_due(self) -> None:
         """Every hundred records or sixty seconds; a timer calls it, for logs that are quiet."""
-        with self._lock:
-            late = self._now() - self._sealed_at >= _SECONDS
-            if late or self.seq - self._sealed_seq >= _EVERY:
-                self.seal()
+        if self._seal_is_due():
+            with self._syncing:
+                # Another one may have done it meanwhile.
+                if self._seal_is_due():
+                    self._seal()
+
+    def _seal_is_due(self) -> bool:
+        late = self._now() - self._sealed_at >= _SECONDS
+        return late or self.seq - self._sealed_seq >= _EVERY
+
+    def _seal(self) -> None:
+        if self._broken or self.seq == self._sealed_seq:
+            return
+        # A seal must not outlive what it seals.
+        seq, head = self._flushed()
+        now = self._now()
+        at = _stamp(now)
+        signature = self._key.sign(_sealed(seq, head, at)).hex()
+        seal = {"seq": seq, "head": head, "time": at, "signature": signature}
+        try:
+            path = self._directory / _SEALS
+            with path.open("ab") as file:
+                file.write(json.dumps(seal).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as exc:
+            raise self._breaks(exc) from exc
+        self._sealed_seq, self._sealed_at = seq, now
+        _log.info("audit head %d:%s", seq, head)
 
     @property
     def broken(self) -> str | None:
@@ -359,9 +376,9 @@ class Audit:
 
     def close(self) -> None:
         """Seal, and let another host have it; a second time changes nothing."""
+        with contextlib.suppress(AuditBroken):
+            self.seal()
         with self._syncing, self._lock:
-            with contextlib.suppress(AuditBroken):
-                self.seal()
             if self._broken != _CLOSED:
                 self._broken = _CLOSED
                 for each in (*self._retired, self._file, self._owner):

@@ -153,7 +153,7 @@ class _Doors:
 
 
 class _Host:
-    """The event loop's side: it never waits for a disk or a device itself."""
+    """The event loop's side: it decides and writes, and waits for neither disk nor device."""
 
     def __init__(
         self, service: Service, opened: _Doors, ready: Callable[[], None], *, patience: float
@@ -181,6 +181,7 @@ class _Host:
         signing += [doors.Door(each, self._answer, tls=opened.tls_context) for each in opened.tls]
         for door in (*own, *signing):
             door.open()
+        self._service.on_loop(loop)
         self._start(self._tend())
         self._start(self._prove())
         self._start(self._watchdog())
@@ -192,6 +193,7 @@ class _Host:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._service.on_loop(None)
         self._own.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.jws import RsaPublicKey, SigningInput
 
-__all__ = ["IsolatedDevice"]
+__all__ = ["Child", "IsolatedDevice", "Silent"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,14 +94,21 @@ class IsolatedDevice(Device):
         self._pins: dict[str, Pin] = {}
         # A single failure is the next caller's new child; a second one means more.
         self._outside = Breaker(uri, boot=boot, threshold=2)
+        self._failed_at = ""
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._starting = threading.Lock()
         self._made_by = 0
         self._closings = 0
+        #: Callers that wait for a child at this moment.
+        self.wanted = 0
+        #: Seconds that the last signature took.
+        self.pace = deadline
+        #: Told, in any thread, that a child may be free.
+        self.freed: Callable[[], None] = lambda: None
         # What was said to that question; ``None`` if nobody knows whether it still holds.
         self._logged_in: bool | None = None
-        self._free: queue.LifoQueue[_Child] = queue.LifoQueue()
+        self._free: queue.LifoQueue[Child] = queue.LifoQueue()
 
     def __repr__(self) -> str:
         return f"IsolatedDevice({self._name})"
@@ -170,6 +177,57 @@ class IsolatedDevice(Device):
                 self._free.put(child)
         self._pins.clear()
 
+    # ------------------------------------------------------------------ for one who never waits
+
+    @property
+    def deadline(self) -> float:
+        """Seconds that an answer may take."""
+        return self._deadline
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether there is a child, running or not, that nobody speaks to."""
+        return self._made_by != os.getpid() or not self._free.empty()
+
+    def lend(self) -> Child | None:
+        """
+        A child that has signed before, to speak to it without waiting; it comes back by
+        `take_back`. ``None`` where there is none, or others wait for one.
+        """
+        if self.wanted or self._outside.open or self._made_by != os.getpid():
+            return None
+        try:
+            child = self._free.get_nowait()
+        except queue.Empty:
+            return None
+        if not child.steady:
+            self._free.put(child)
+            return None
+        child.lent_in = self._closings
+        return child
+
+    def take_back(self, child: Child) -> None:
+        """The child is for everybody again."""
+        if child.lent_in != self._closings:
+            child.end()
+        self._free.put(child)
+
+    def heard(self, child: Child, said: dict[str, Any], *, took: float) -> bytes:
+        """The signature that *child* answered with; raises as `signed`."""
+        self._answered("sign")
+        self.pace = took
+        signature: bytes = self._understood(child, said)
+        return signature
+
+    def lost(self, child: Child, why: Silent, *, at: str = "sign") -> DeviceError:
+        """The error for a child that is ended because of *why*, when it was asked *at*."""
+        self._logged_in = None
+        self._failed_at = at
+        child.kill()
+        error = DeviceError(str(why), hint=why.hint, code=why.code)
+        self._outside.failed(error)
+        return error
+
     # ------------------------------------------------------------------ children
 
     def _ask(self, doing: str, **question: Any) -> Any:
@@ -183,14 +241,14 @@ class IsolatedDevice(Device):
             raise
         # Tokens in files are rewritten at login: two that start at once may each miss it.
         starting = not child.running and self._starting.acquire(timeout=_START)
+        began = time.monotonic()
         try:
             answer = child.ask(question, doing=doing, pins=self._read)
-        except _Silent as exc:
-            self._logged_in = None
-            child.kill()
-            error = DeviceError(str(exc), hint=exc.hint, code=exc.code)
-            self._outside.failed(error)
-            raise error from None
+            if question["do"] == "sign":
+                self.pace = time.monotonic() - began
+                child.steady = True
+        except Silent as exc:
+            raise self.lost(child, exc, at=question["do"]) from None
         except BaseException as exc:
             # Half a conversation cannot be gone on with.
             self._logged_in = None
@@ -203,10 +261,18 @@ class IsolatedDevice(Device):
             if closings != self._closings:
                 child.end()
             self._free.put(child)
-        self._outside.worked()
+            self.freed()
+        self._answered(question["do"])
         return self._understood(child, answer)
 
-    def _understood(self, child: _Child, answer: dict[str, Any]) -> Any:
+    def _answered(self, question: str) -> None:
+        # That a new child logs in says nothing about what the one before it died of.
+        if question in ("sign", self._failed_at):
+            self._outside.worked()
+        else:
+            self._outside.undecided()
+
+    def _understood(self, child: Child, answer: dict[str, Any]) -> Any:
         for name, level, message in answer["log"]:
             logging.getLogger(str(name)).log(int(level), "%s", message)
         if answer["generation"] != child.generation:
@@ -215,20 +281,23 @@ class IsolatedDevice(Device):
             self._logged_in = None
         if "error" in answer:
             self._logged_in = None
+            child.steady = False
             error = pipe.error_from(answer["error"])
             if isinstance(error, PinIncorrect | PinNotTried):
                 self._pins.clear()
             raise error
         return answer["data"] if "data" in answer else answer["answer"]
 
-    def _take(self, doing: str) -> _Child:
+    def _take(self, doing: str) -> Child:
         with self._lock:
             # A forked child has no part in its parent's conversations.
             if self._made_by != os.getpid():
                 self._made_by = os.getpid()
+                self.wanted = 0
                 self._free = queue.LifoQueue()
                 for _ in range(self._workers):
-                    self._free.put(_Child(self))
+                    self._free.put(Child(self))
+            self.wanted += 1
         try:
             return self._free.get(timeout=self._deadline)
         except queue.Empty:
@@ -237,6 +306,9 @@ class IsolatedDevice(Device):
                 hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
                 code="device-busy",
             ) from None
+        finally:
+            with self._lock:
+                self.wanted -= 1
 
     def _read(self, user: str, device: str) -> Pin:
         # One prompt, however many children want to log in.
@@ -265,7 +337,7 @@ class IsolatedDevice(Device):
         }
 
 
-class _Silent(Exception):
+class Silent(Exception):
     """No answer: *code* and *hint* of the error that the caller gets."""
 
     def __init__(self, message: str, *, code: str, hint: str) -> None:
@@ -274,7 +346,7 @@ class _Silent(Exception):
         self.hint = hint
 
 
-class _Child:
+class Child:
     """One worker process, started when it is first asked and after it was killed."""
 
     def __init__(self, device: IsolatedDevice) -> None:
@@ -284,6 +356,10 @@ class _Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._there: pipe.Pipe | None = None
         self.generation = 0
+        #: Whether it has signed, and nothing went wrong since: it will sign without a PIN.
+        self.steady = False
+        #: How often its device had been closed when it was lent.
+        self.lent_in = 0
         weakref.finalize(self, _ended, self.__dict__)
 
     @property
@@ -294,7 +370,7 @@ class _Child:
     def ask(
         self, question: dict[str, Any], *, doing: str, pins: Callable[[str, str], Pin]
     ) -> dict[str, Any]:
-        """The answer. Raises _Silent where there is none, and what *pins* raises."""
+        """The answer. Raises Silent where there is none, and what *pins* raises."""
         try:
             there = self._started()
             until = time.monotonic() + self._deadline
@@ -307,18 +383,51 @@ class _Child:
                 more = self._hand_over(there, said, pins)
                 until = time.monotonic() + self._deadline + more
         except TimeoutError:
-            raise _Silent(
-                f"{doing}: the module did not answer within {self._deadline:g} s, and its process"
-                " was ended",
-                code="device-hung",
-                hint="The next call starts a new one. Is the device reachable?",
-            ) from None
+            raise self.hung(doing) from None
         except (EOFError, OSError, ValueError, TypeError, KeyError):
-            raise _Silent(
-                f"{doing}: the module's process {self._fate()}",
-                code="module-crashed",
-                hint="The next call starts a new one. Ask the module's maker, with its log.",
-            ) from None
+            raise self.crashed(doing) from None
+
+    def fileno(self) -> int:
+        """Of the way to it, for one who waits until something comes."""
+        return self._there.socket.fileno() if self._there is not None else -1
+
+    def post(self, question: dict[str, Any]) -> None:
+        """Ask without waiting. OSError where it cannot be: it may have been said in part then."""
+        if self._there is None:
+            raise BrokenPipeError(self.fileno())
+        self._there.socket.setblocking(False)
+        self._there.send(question)
+
+    def answers(self, doing: str) -> list[dict[str, Any]]:
+        """
+        What came of the questions that were posted, in their order. Raises Silent where the process
+        is gone, or asks something itself: nobody would answer.
+        """
+        try:
+            said = self._there.ready() if self._there is not None else []
+            return [_answer(each, of_bytes=True) for each in said]
+        except BlockingIOError:
+            return []
+        except (EOFError, OSError, ValueError, TypeError, KeyError):
+            # Nobody waits here, not even for its end.
+            raise self.crashed(doing, patience=0.05) from None
+
+    def hung(self, doing: str) -> Silent:
+        """That it did not answer in time."""
+        return Silent(
+            f"{doing}: the module did not answer within {self._deadline:g} s, and its process"
+            " was ended",
+            code="device-hung",
+            hint="The next call starts a new one. Is the device reachable?",
+        )
+
+    def crashed(self, doing: str, *, patience: float = _GOODBYE) -> Silent:
+        """That it ended, which may take *patience* seconds, or said nothing understandable."""
+        return Silent(
+            f"{doing}: the module's process {self._fate(patience)}",
+            code="module-crashed",
+            hint="The next call starts a new one. Ask the module's maker, with its log.",
+        )
 
     def _hand_over(
         self, there: pipe.Pipe, said: dict[str, Any], pins: Callable[[str, str], Pin]
@@ -354,11 +463,11 @@ class _Child:
         there.send(self._told)
         return there
 
-    def _fate(self) -> str:
+    def _fate(self, patience: float) -> str:
         if self._process is None:
             return "could not be started"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(_GOODBYE)
+            code = self._process.wait(patience)
             if code < 0:
                 return f"was ended by {signal.Signals(-code).name}"
             return f"ended with {code}"
@@ -366,10 +475,12 @@ class _Child:
 
     def kill(self) -> None:
         """End it, whatever it does."""
+        self.steady = False
         _ended(self.__dict__)
 
     def end(self) -> None:
         """Let it log out and end, or end it."""
+        self.steady = False
         if self._there is not None and self._process is not None:
             with contextlib.suppress(OSError, EOFError, ValueError, subprocess.TimeoutExpired):
                 self._there.socket.settimeout(_GOODBYE)

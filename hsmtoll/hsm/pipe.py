@@ -76,6 +76,27 @@ class Pipe:
             message["data"] = self._exactly(more, until)
         return message
 
+    def ready(self) -> list[dict[str, Any]]:
+        """
+        The messages that are whole by now, for one who was told that something came and does not
+        wait. EOFError, ValueError and TypeError as `receive`.
+        """
+        part = self.socket.recv(65536)
+        if not part:
+            raise EOFError
+        self._got += part
+        whole = []
+        while self._is_whole():
+            whole.append(self.receive())
+        return whole
+
+    def _is_whole(self) -> bool:
+        if len(self._got) < _HEAD.size:
+            return False
+        size, more = map(int, _HEAD.unpack_from(self._got))
+        # One that is too large is never whole: receive says so.
+        return len(self._got) >= _HEAD.size + size + more or max(size, more) > _LARGEST
+
     def _exactly(self, size: int, until: float | None) -> bytes:
         while len(self._got) < size:
             if until is not None:

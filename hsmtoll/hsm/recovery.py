@@ -106,6 +106,10 @@ class Breaker:
         if was_open:
             _log.warning("device-back: %s works again", foreign(self._name))
 
+    def undecided(self) -> None:
+        """What was learned says nothing about it: the next caller may try."""
+        self._trying = None
+
     def failed(self, exc: HsmTollError) -> None:
         """The device did not answer, and nothing helped."""
         with self._lock:
@@ -121,8 +125,7 @@ class Breaker:
     def judge(self, exc: BaseException) -> None:
         """Count *exc* as what it says about the device: down, or there and of another mind."""
         if not isinstance(exc, HsmTollError) or exc.code in _NOTHING_SAID:
-            # The next caller may try in its place.
-            self._trying = None
+            self.undecided()
         elif exc.exit_code == DeviceError.exit_code and recoverable(exc):
             self.failed(exc)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -361,3 +362,35 @@ def test_a_hung_module_does_not_outlive_its_caller(
         time.sleep(0.05)
     assert Path(f"/proc/{worker}").exists()
     toll_faults.clear("hang")
+
+
+def test_one_that_dies_of_each_signature_is_left_in_peace_though_its_successors_log_in(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make()
+    assert device.sign("RS256", DATA)
+    toll_faults.set("crash", function="C_SignInit")
+    codes = []
+    for _ in range(10):
+        with contextlib.suppress(HsmTollError):
+            device.login()
+        codes.append(refused(device).code)
+    assert codes == ["module-crashed"] * 2 + ["device-down"] * 8
+    # The control: one that signs again is not down any more.
+    toll_faults.clear()
+    time.sleep(1.1)
+    assert device.login()
+    assert device.sign("RS256", DATA) == device.sign("RS256", DATA)
+
+
+def test_a_device_that_answers_what_it_failed_at_is_not_down(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make()
+    for _ in range(3):
+        toll_faults.set("crash", function="C_FindObjectsInit")
+        with pytest.raises(HsmTollError):
+            device.certificates()
+        toll_faults.clear()
+        assert device.certificates()
+    assert device.sign("RS256", DATA)
