@@ -134,24 +134,21 @@ class _Proven:
     grants: dict[TokenRequest, Grant] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Prepared:
     """
-    An assertion that lacks its signature, by the private half of *key* on *device*; *began*: when
-    its time began to run. *failed* is for whoever cannot get it signed to call.
+    An assertion of *signer* that lacks its signature, by the private half of *key*; *began*: when
+    its time began to run.
     """
 
-    device: Device
-    alg: str
+    signer: LocalSigner
     unsigned: jws.SigningInput
     key: jws.RsaPublicKey
-    clock: Clock
     began: Moment
-    failed: Callable[[HsmTollError], None]
 
     def proven(self, signature: bytes) -> str:
         """The assertion. DeviceError (``signature-wrong``) if *signature* is not by the key."""
-        if not self.key.verify(self.alg, self.unsigned, signature):
+        if not self.key.verify(self.signer.alg, self.unsigned, signature):
             raise _wrong()
         return self.compact(signature)
 
@@ -160,7 +157,7 @@ class Prepared:
         The assertion, with a *signature* that verifies. DeviceError (``device-slow``) where fewer
         than 30 s are left of it (PROTOCOL C05).
         """
-        took = self.clock.now().boot - self.began.boot
+        took = self.signer.clock.now().boot - self.began.boot
         if LIFETIME - took < MIN_LEFT:
             raise DeviceError(
                 f"signing: the device took {took:.0f} s, which leaves a grant too little time",
@@ -198,13 +195,13 @@ class LocalSigner:
         certificate_sha256: str | None = None,
         lineage: Lineage | None = None,
     ) -> None:
-        self._device = device
+        self.device = device
         self._audience = audience
         self._family = identity
-        self._clock = clock
+        self.clock = clock
         self._skew = skew
         self._new_jti = new_jti
-        self._alg = alg
+        self.alg = alg
         self._issuer = issuer
         self._kid = kid
         self._x5c = x5c
@@ -240,15 +237,15 @@ class LocalSigner:
         return self._looked().chain
 
     def _looked(self) -> _Proven:
-        now = self._clock.now()
+        now = self.clock.now()
         unwanted = self._lineage.unwanted(now.wall)
         known = self._known(now, unwanted)
         if known is not None:
             return known
         self._proven = None
-        stored = self._device.certificates()
+        stored = self.device.certificates()
         pool = [*readable(stored), *self._pem]
-        key = self._device.key(candidates=_keys(pool))
+        key = self.device.key(candidates=_keys(pool))
         # Where the device hides the public half, the grant's own signature proves the leaf.
         self._guesses = () if key.public else _keys(pool)
         public = key.public or self._learned
@@ -261,7 +258,7 @@ class LocalSigner:
             chain.x5c(self._x5c),
             boot=now.boot + _REREAD,
             wall=min((edge for edge in edges if edge > now.wall), default=now.wall + _REREAD),
-            generation=self._device.generation,
+            generation=self.device.generation,
             unwanted=unwanted,
         )
         return known
@@ -273,7 +270,7 @@ class LocalSigner:
             now.boot < known.boot
             and now.wall < known.wall
             and known.unwanted == unwanted
-            and known.generation == self._device.generation
+            and known.generation == self.device.generation
         )
         return known if fresh else None
 
@@ -298,7 +295,7 @@ class LocalSigner:
     @property
     def pin_state(self) -> str | None:
         """The PIN as the device reported it at the last login; ``None`` before there was one."""
-        return self._device.pin_state
+        return self.device.pin_state
 
     def _took(self, leaf: Certificate, now: float) -> None:
         before, self._leaf = self._leaf, leaf
@@ -314,7 +311,7 @@ class LocalSigner:
         Told what Maskinporten said: a leaf in its first day steps back behind the older ones,
         with a warning. Whether this device has another leaf that lives.
         """
-        leaf, now = self._leaf, self._clock.now().wall
+        leaf, now = self._leaf, self.clock.now().wall
         if self._kid is not None or leaf is None or code not in _NOT_TAKEN:
             return False
         began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
@@ -334,7 +331,7 @@ class LocalSigner:
 
     def refused_lately(self) -> bool:
         """Whether the leaf in use was refused; the device is not asked."""
-        unwanted = self._lineage.unwanted(self._clock.now().wall)
+        unwanted = self._lineage.unwanted(self.clock.now().wall)
         return self._leaf is not None and self._leaf.sha256 in unwanted
 
     def chain_without_pin(self) -> chains.Chain:
@@ -342,12 +339,12 @@ class LocalSigner:
         The chain as far as it shows to nobody in particular: the leaf is taken by the label or
         id of the key named, else by its looks, and not proven to be that key's.
         """
-        stored = self._device.certificates()
-        uri = self._device.uri
+        stored = self.device.certificates()
+        uri = self.device.uri
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
         pool = [*readable(stored), *self._pem]
         leaves = readable(named) or [each for each in pool if not each.is_ca]
-        now = datetime.fromtimestamp(self._clock.now().wall, UTC)
+        now = datetime.fromtimestamp(self.clock.now().wall, UTC)
         return self._checked(leaves, pool, now, frozenset())
 
     def _checked(
@@ -380,21 +377,21 @@ class LocalSigner:
         try:
             return self._signed(request)
         except HsmTollError as exc:
-            self._failed(exc)
+            self.failed(exc)
             raise
 
-    def _failed(self, exc: HsmTollError) -> None:
-        # Whatever it was, the device is looked at afresh the next time.
+    def failed(self, exc: HsmTollError) -> None:
+        """Told why there is no signature: the device is looked at afresh the next time."""
         self._proven = self._bare = None
         if exc.code == "signature-wrong":
             self._learned = None
 
     def _signed(self, request: TokenRequest) -> str:
         grant, key = self._grant(request)
-        self._device.login()
+        self.device.login()
         made = self._prepared(grant, key)
-        signature, by = self._device.signed(
-            self._alg, made.unsigned, candidates=(key, *self._guesses)
+        signature, by = self.device.signed(
+            self.alg, made.unsigned, candidates=(key, *self._guesses)
         )
         if by != key and by in self._guesses:
             self._learned = by
@@ -408,17 +405,12 @@ class LocalSigner:
             raise _wrong()
         return made.compact(signature)
 
-    @property
-    def device(self) -> Device:
-        """That which signs."""
-        return self._device
-
     def prepared(self, request: TokenRequest) -> Prepared | None:
         """
         For one who has it signed without waiting: what `assertion` would sign now, where nothing
         has to be asked of the device before, which is logged in; else ``None``.
         """
-        now = self._clock.now()
+        now = self.clock.now()
         if self._kid is not None:
             known = self._bare_key(now) is not None
         else:
@@ -428,9 +420,9 @@ class LocalSigner:
         return self._prepared(*self._grant(request))
 
     def _prepared(self, grant: Grant, key: jws.RsaPublicKey) -> Prepared:
-        now = self._clock.now()
+        now = self.clock.now()
         unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        return Prepared(self._device, self._alg, unsigned, key, self._clock, now, self._failed)
+        return Prepared(self, unsigned, key, now)
 
     def _grant(self, request: TokenRequest) -> tuple[Grant, jws.RsaPublicKey]:
         if self._kid is not None:
@@ -439,7 +431,7 @@ class LocalSigner:
             issuer = self._issuer
             if issuer is None:
                 raise _no_client_id()
-            return Grant(self._alg, issuer, self._audience, request, kid=kid), key
+            return Grant(self.alg, issuer, self._audience, request, kid=kid), key
         known = self._looked()
         leaf, issuer = known.chain.leaf, self._issuer
         if leaf.public_key is None:
@@ -452,25 +444,25 @@ class LocalSigner:
                 raise _no_client_id()
             # For an eSeal any name will do, and its own is the one to be found in a log (A.5).
             issuer = leaf.organization_name or leaf.common_name or "hsmtoll"
-        made = Grant(self._alg, issuer, self._audience, request, x5c=known.x5c)
+        made = Grant(self.alg, issuer, self._audience, request, x5c=known.x5c)
         known.grants[request] = made
         return made, leaf.public_key
 
     def _public_key(self) -> jws.RsaPublicKey:
         """With a kid: read anew as often as a chain is."""
-        now = self._clock.now()
+        now = self.clock.now()
         known = self._bare_key(now)
         if known is not None:
             return known
         self._bare = None
-        facts = self._device.key(candidates=_keys(readable(self._device.certificates())))
+        facts = self.device.key(candidates=_keys(readable(self.device.certificates())))
         if facts.public is None:
             raise DeviceError(
                 "key: the device does not show its public half",
                 hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
                 code="public-key-hidden",
             )
-        self._bare = (facts.public, now.boot + _REREAD, self._device.generation)
+        self._bare = (facts.public, now.boot + _REREAD, self.device.generation)
         return facts.public
 
     def _bare_key(self, now: Moment) -> jws.RsaPublicKey | None:
@@ -478,7 +470,7 @@ class LocalSigner:
         if self._bare is None:
             return None
         key, until, generation = self._bare
-        return key if now.boot < until and generation == self._device.generation else None
+        return key if now.boot < until and generation == self.device.generation else None
 
 
 def _wrong() -> DeviceError:

@@ -147,7 +147,7 @@ class Ahead:
         line.waiting.append(turn)
         try:
             line.child.post(
-                {"do": "sign", "alg": made.alg, "candidates": offered, "data": made.unsigned}
+                {"do": "sign", "alg": made.signer.alg, "candidates": offered, "data": made.unsigned}
             )
         except OSError:
             self._end(line, line.child.crashed(self._doing, patience=0.05))

@@ -701,7 +701,7 @@ class Service:
                 raise said
             return made.proven(said)
         except HsmTollError as exc:
-            made.failed(exc)
+            made.signer.failed(exc)
             raise
 
     def _assertion(self, errand: _Errand) -> str:
