@@ -1,35 +1,59 @@
 """
-A caller on a device that takes 300 ms: calls while its token is renewed, and as many with a fresh
-one, in turns. A process of its own, because its device is another module than the others'.
+A caller on a device that takes 300 ms: calls while its token is renewed, as many with a fresh one,
+and those while another thread waits as long and makes the same two requests by hand, in turns. A
+process of its own, because its device is another module than the others'.
 
-Prints a JSON: of each call when it began and how long it took, in seconds, and whether a renewal
-was under way.
+Prints a JSON: of each call when it began and how long it took, in seconds, and what went on.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import ssl
+import threading
 import time
 from dataclasses import replace
+
+import httpx
 
 import hsmtoll
 from hsmtoll import records
 
 _RENEWALS = 20
+_DEVICE = 0.3
+
+
+def _by_hand(assertion: str, context: ssl.SSLContext) -> None:
+    time.sleep(_DEVICE)
+    with httpx.Client(verify=context) as client:
+        form = {
+            "grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer",
+            "assertion": assertion,
+        }
+        subject = client.post(os.environ["HSMTOLL_ENDPOINTS__TOKEN"], data=form).json()
+        form = {
+            "grant_type": "token-exchange",
+            "subject_token_type": "access_token",
+            "subject_token": subject["access_token"],
+        }
+        url = f"{os.environ['HSMTOLL_ENDPOINTS__CUSTOMS']}/api/access/external/oauth/token"
+        client.post(url, data=form).raise_for_status()
 
 
 def main() -> None:
-    calls: list[tuple[float, float, bool]] = []
+    calls: list[tuple[float, float, str]] = []
+    context = ssl.create_default_context(cafile=os.environ["HSMTOLL_CA_FILE"])
     with hsmtoll.connect(cache="memory:") as toll, toll.api("road") as road:
         engine = toll._engine
         request = engine.request("road")
         for _ in range(20):
             road.get("test-auth")
 
-        def call(*, renewing: bool) -> None:
+        def call(meanwhile: str) -> None:
             began = time.perf_counter()
             road.get("test-auth")
-            calls.append((began, time.perf_counter() - began, renewing))
+            calls.append((began, time.perf_counter() - began, meanwhile))
 
         for _ in range(_RENEWALS):
             token = toll.token("road")
@@ -42,12 +66,18 @@ def main() -> None:
             engine.cache._tokens[request] = stale
             count = 0
             while engine.cache.held(request) is None:
-                call(renewing=True)
+                call("renewal")
                 count += 1
             for _ in range(count):
-                call(renewing=False)
+                call("nothing")
+            work = threading.Thread(
+                target=_by_hand, args=(engine.signer.assertion(request), context)
+            )
+            work.start()
+            while work.is_alive():
+                call("by hand")
     began = calls[0][0]
-    print(json.dumps([(at - began, took, renewing) for at, took, renewing in calls]))
+    print(json.dumps([(at - began, took, meanwhile) for at, took, meanwhile in calls]))
 
 
 if __name__ == "__main__":
