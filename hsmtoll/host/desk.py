@@ -39,21 +39,23 @@ _log = logging.getLogger("hsmtoll.host")
 #: Seconds that the end waits for what is still being written.
 _GOODBYE: Final = 10.0
 
-#: Where so many shared the last sync, the next one waits for others to come, in seconds: each of
+#: Where so many callers are served at once, a sync waits for others to come, in seconds: each of
 #: them waits less for the disk than all would for one another (PostgreSQL's commit_siblings and
 #: commit_delay). Few callers never wait.
-_SIBLINGS: Final = 5
+_SIBLINGS: Final = 10
 _DELAY: Final = 0.002
 
 
 class Desk:
     """
     The place before *audit*. Steps are taken one after the other, in the order in which they were
-    put, by the threads that put them; what follows of them keeps that order.
+    put, by the threads that put them; what follows of them keeps that order. *company* says how
+    many are served at this moment.
     """
 
-    def __init__(self, audit: Audit) -> None:
+    def __init__(self, audit: Audit, company: Callable[[], int] = lambda: 0) -> None:
         self._audit = audit
+        self._company = company
         # Those whose records are on the way to the disk, and the record that must be there.
         self._written: queue.SimpleQueue[tuple[Then, Failed, int] | None] = queue.SimpleQueue()
         self._due: deque[tuple[Step, Failed]] = deque()
@@ -107,12 +109,11 @@ class Desk:
 
     def _run(self) -> None:
         open_for_more = True
-        batch: list[tuple[Then, Failed, int]] = []
         while open_for_more:
+            batch: list[tuple[Then, Failed, int]] = []
             each = self._written.get()
-            if len(batch) >= _SIBLINGS:
+            if self._company() >= _SIBLINGS:
                 time.sleep(_DELAY)
-            batch = []
             while each is not None:
                 batch.append(each)
                 try:

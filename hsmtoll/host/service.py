@@ -224,7 +224,8 @@ class Service:
             now=lambda: self.clock.now().wall,
         )
         self.audit.write("start", policy_sha256=policy.sha256, outcome="started")
-        self._desk = Desk(self.audit)
+        self._underway: set[Future[Reply]] = set()
+        self._desk = Desk(self.audit, company=lambda: len(self._underway))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ahead: dict[Device, Ahead] = {}
 
@@ -312,7 +313,7 @@ class Service:
 
     def grant(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[Reply]:
         """The reply to /v1/grant; its exception is what the doors turn into an error reply."""
-        order, reply = _Order(peer, ask, "grant", gone), _promised()
+        order, reply = _Order(peer, ask, "grant", gone), self._begun()
 
         def asked() -> Then | None:
             errand = self._errand(*self._looked_at(order), order, reply)
@@ -322,9 +323,15 @@ class Service:
         self._desk.put(asked, reply.set_exception)
         return reply
 
+    def _begun(self) -> Future[Reply]:
+        reply = _promised()
+        self._underway.add(reply)
+        reply.add_done_callback(self._underway.discard)
+        return reply
+
     def token(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[Reply]:
         """The reply to /v1/token: held, or renewed once for all who wait."""
-        order, reply = _Order(peer, ask, "token", gone), _promised()
+        order, reply = _Order(peer, ask, "token", gone), self._begun()
 
         def asked() -> Then:
             house, request = self._looked_at(order)

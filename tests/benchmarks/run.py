@@ -328,6 +328,8 @@ def main() -> int:
                         f"but {', '.join(long)}")  # fmt: skip
     parser.add_argument("--json", type=Path, default=Path("bench.json"), metavar="FILE")
     given = parser.parse_args()
+    # Minutes of measuring are not lost for a folder that is not there.
+    given.json.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     series: list[Series] = []
     with tempfile.TemporaryDirectory() as folder, Sandbox(lifetime=7200) as sandbox:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,15 @@ class Disk:
         self.may.set()
         self.syncs = 0
         self.broken = False
+        self.at_once = False
 
     def __call__(self, descriptor: int) -> None:
         assert self.may.wait(PATIENCE)
         self.syncs += 1
         if self.broken:
             raise OSError(28, "No space left on device")
-        os.fsync(descriptor)
+        if not self.at_once:
+            os.fsync(descriptor)
 
 
 @pytest.fixture
@@ -163,3 +166,55 @@ def test_at_the_end_what_came_is_taken_and_who_comes_later_is_told(
     assert "ending" in str(late)
     assert not desk.alive
     desk.close()
+
+
+def test_company_is_waited_for_where_there_is_much_of_it(audit: Audit, disk: Disk) -> None:
+    callers, disk.at_once = 0, True
+    one = Desk(audit, company=lambda: callers)
+
+    def syncs_of(crowd: int) -> int:
+        """A crowd that does not come at once, but one just after the other."""
+        before = disk.syncs
+        told = []
+        for number in range(crowd):
+            told += [noted(one, audit, number)]
+            time.sleep(0.0005)
+        assert all(each.result(PATIENCE) for each in told)
+        return disk.syncs - before
+
+    few = syncs_of(100)
+    callers = 32
+    many = syncs_of(100)
+    one.close()
+    # The control: few callers are served at once, each for itself.
+    assert many < few / 2
+
+
+def test_a_step_that_another_one_puts_comes_after_it(desk: Desk) -> None:
+    order: list[str] = []
+    done: Future[None] = Future()
+
+    def outer() -> None:
+        desk.put(inner, done.set_exception)
+        order.append("outer")
+
+    def inner() -> Callable[[], None]:
+        order.append("inner")
+        return lambda: done.set_result(None)
+
+    desk.put(outer, done.set_exception)
+    assert done.result(PATIENCE) is None
+    assert order == ["outer", "inner"]
+    # However many fail one after the other, none stands on the shoulders of the one before.
+    failed: list[Exception] = []
+
+    def falling() -> None:
+        raise ZeroDivisionError
+
+    def again(exc: Exception) -> None:
+        failed.append(exc)
+        if len(failed) < 5000:
+            desk.put(falling, again)
+
+    desk.put(falling, again)
+    assert len(failed) == 5000
