@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 _AT_THE_PINPAD: Final = 120.0
 #: Seconds that a child may take to log out.
 _GOODBYE: Final = 1.0
+#: Bytes that may lie in the pipe.
+_ROOM: Final = 256 * 1024
 #: Seconds that a child waits for another one's start, before it starts all the same.
 _START: Final = 5.0
 #: Of a service's own; a module has no business with them.
@@ -447,6 +449,8 @@ class Child:
         if self._there is not None:
             return self._there
         ours, theirs = socket.socketpair()
+        # Two questions of the largest kind go ahead; some systems' own is a few kilobytes.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "hsmtoll.hsm.worker", str(theirs.fileno())],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.host.ahead import QUICK, Ahead, Turn
 from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.settings import load
+from tests.hosting import eventually
 from tests.lab import workers
+from tests.soak.measure import children
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -310,6 +313,32 @@ def test_one_whose_turn_has_not_come_can_still_be_cancelled(
     assert toll_faults.count("C_SignInit") - before == 2
 
 
+def test_two_questions_of_the_largest_kind_go_ahead_though_nobody_reads(
+    make: Callable[..., Desk],
+) -> None:
+    desk = steady(make())
+    made = desk.signer.prepared(desk.request)
+    assert made is not None
+    large = [made.unsigned.ljust(64 * 1024, each) for each in (b"a", b"b")]
+    child = desk.device.lend()
+    assert child is not None
+    (worker,) = workers()
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        for each in large:
+            child.post({"do": "sign", "alg": "RS256", "candidates": [], "data": each})
+    finally:
+        os.kill(worker, signal.SIGCONT)
+    answers: list[Any] = []
+    while len(answers) < 2:
+        select.select([child], [], [], PATIENCE)
+        answers += child.answers("Signing")
+    for each, answer in zip(large, answers, strict=True):
+        assert made.key.verify("RS256", each, answer["data"])
+    desk.device.take_back(child)
+    assert desk.sign()
+
+
 def test_at_the_end_who_waits_is_sent_elsewhere_and_the_process_is_given_back(
     make: Callable[..., Desk],
 ) -> None:
@@ -343,3 +372,25 @@ def test_a_stop_holds_though_callers_stand_in_line(running_host: RunningHost) ->
     assert len(signed) == len(replies) - len(refused) + 1
     running_host.stop_file.unlink()
     assert running_host.ask().status == 200
+
+
+@pytest.mark.parametrize("usable_first", [True, False])
+def test_with_a_list_of_keys_whichever_signs_a_crowd_is_served(
+    make_host: Callable[..., RunningHost], usable_first: bool
+) -> None:
+    host = make_host()
+    there = host.environ["HSMTOLL_HSM__KEY"]
+    missing = there.replace("object=", "object=no-")
+    assert missing != there
+    keys = (there, missing) if usable_first else (missing, there)
+    host.start(HSMTOLL_HSM__KEY=" ".join(keys))
+    with ThreadPoolExecutor(7) as pool:
+        replies = list(pool.map(lambda _: host.ask(), range(60)))
+    assert {each.status for each in replies} == {200}
+    assert len({each.body["jti"] for each in replies}) == 60
+    # Where a process that is asked ahead dies, another key may do: a thread sees to it.
+    assert host.process is not None
+    for each in children(host.process.pid):
+        os.kill(each, signal.SIGKILL)
+    assert host.ask().status == 200 or not usable_first
+    eventually(lambda: host.ask().status == 200)
