@@ -113,6 +113,8 @@ def stack(
     """The advertised command has run to its end; the device and the services are up again."""
     compose = DockerComposeExecutor(docker_compose_command, docker_compose_file, PROJECT)
     log: bytes = compose.execute("up --build --exit-code-from app")
+    # What services say in their last moment may miss the terminal of a command that is ending.
+    log += compose.execute("logs --no-color")
     made = Stack(compose, private_folder, pin, log.decode())
     made.do("up -d softhsm sandbox")
     made.wait_healthy("softhsm", "sandbox")

@@ -46,7 +46,10 @@ def run_docker(*arguments: str, stdin: str | None = None) -> subprocess.Complete
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The running services. *log* is what the advertised command printed, down to its end."""
+    """
+    The running services. *log* is what the advertised command printed, down to its end, and what
+    Docker has of its services.
+    """
 
     compose: DockerComposeExecutor
     folder: Path
