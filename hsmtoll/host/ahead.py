@@ -150,7 +150,7 @@ class Ahead:
                 {"do": "sign", "alg": made.signer.alg, "candidates": offered, "data": made.unsigned}
             )
         except OSError:
-            self._end(line, line.child.crashed(self._doing, patience=0.05))
+            self._end(line, line.child.crashed(self._doing, patience=0.25))
 
     def _line(self) -> _Line | None:
         """The one with the fewest who wait; another process, as long as all have somebody."""

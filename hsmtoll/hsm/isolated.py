@@ -412,7 +412,7 @@ class Child:
             return []
         except (EOFError, OSError, ValueError, TypeError, KeyError):
             # Nobody waits here, not even for its end.
-            raise self.crashed(doing, patience=0.05) from None
+            raise self.crashed(doing, patience=0.25) from None
 
     def hung(self, doing: str) -> Silent:
         """That it did not answer in time."""

@@ -187,7 +187,7 @@ def test_who_may_wait_is_let_in_between(make: Callable[..., Desk]) -> None:
 
     async def work(ahead: Ahead) -> None:
         loop = asyncio.get_running_loop()
-        waiting = [await desk.ask(ahead) for _ in range(200)]
+        waiting = [await desk.ask(ahead) for _ in range(600)]
         signed = await asyncio.wait_for(loop.run_in_executor(None, desk.sign), PATIENCE)
         assert signed.count(".") == 2
         # It did not have to wait for all of them.
