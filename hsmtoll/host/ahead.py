@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hsmtoll.errors import HsmTollError, foreign
-from hsmtoll.hsm import pipe
-from hsmtoll.hsm.isolated import Silent
+from hsmtoll.hsm.isolated import Silent, to_sign
 
 if TYPE_CHECKING:
     import asyncio
@@ -141,16 +140,13 @@ class Ahead:
             self._elsewhere(turn)
             return
         turn.made = made
-        offered = pipe.keys_to((made.key,))
         if not line.waiting:
             line.since = self._loop.time()
         line.waiting.append(turn)
         try:
-            line.child.post(
-                {"do": "sign", "alg": made.signer.alg, "candidates": offered, "data": made.unsigned}
-            )
-        except OSError:
-            self._end(line, line.child.crashed(self._doing, patience=0.25))
+            line.child.post(to_sign(made.signer.alg, made.unsigned, (made.key,)), self._doing)
+        except Silent as exc:
+            self._end(line, exc)
 
     def _line(self) -> _Line | None:
         """The one with the fewest who wait; another process, as long as all have somebody."""

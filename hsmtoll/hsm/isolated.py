@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.jws import RsaPublicKey, SigningInput
 
-__all__ = ["Child", "IsolatedDevice", "Silent"]
+__all__ = ["Child", "IsolatedDevice", "Silent", "to_sign"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ _log = logging.getLogger(__name__)
 _AT_THE_PINPAD: Final = 120.0
 #: Seconds that a child may take to log out.
 _GOODBYE: Final = 1.0
+#: Seconds that its end may take where nobody is to wait.
+_MOMENT: Final = 0.25
 #: Bytes that may lie in the pipe.
 _ROOM: Final = 256 * 1024
 #: Seconds that a child waits for another one's start, before it starts all the same.
@@ -151,10 +153,7 @@ class IsolatedDevice(Device):
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
         """As Device.unproven."""
-        offered = pipe.keys_to(tuple(candidates))
-        signature: bytes = self._ask(
-            "Signing", do="sign", alg=alg, candidates=offered, data=unsigned
-        )
+        signature: bytes = self._ask("Signing", **to_sign(alg, unsigned, tuple(candidates)))
         return signature
 
     @contextlib.contextmanager
@@ -339,6 +338,15 @@ class IsolatedDevice(Device):
         }
 
 
+def to_sign(
+    alg: str, unsigned: SigningInput, candidates: tuple[RsaPublicKey, ...]
+) -> dict[str, Any]:
+    """The question of a child for a signature."""
+    return {
+        "do": "sign", "alg": alg, "candidates": pipe.keys_to(candidates), "data": unsigned,
+    }  # fmt: skip
+
+
 class Silent(Exception):
     """No answer: *code* and *hint* of the error that the caller gets."""
 
@@ -393,12 +401,16 @@ class Child:
         """Of the way to it, for one who waits until something comes."""
         return self._there.socket.fileno() if self._there is not None else -1
 
-    def post(self, question: dict[str, Any]) -> None:
-        """Ask without waiting. OSError where it cannot be: it may have been said in part then."""
-        if self._there is None:
-            raise BrokenPipeError(self.fileno())
-        self._there.socket.setblocking(False)
-        self._there.send(question)
+    def post(self, question: dict[str, Any], doing: str) -> None:
+        """Ask without waiting. Raises Silent where that cannot be: half of it may be said then."""
+        try:
+            if self._there is not None:
+                self._there.socket.setblocking(False)
+                self._there.send(question)
+                return
+        except OSError:
+            pass
+        raise self.crashed(doing, patience=_MOMENT)
 
     def answers(self, doing: str) -> list[dict[str, Any]]:
         """
@@ -411,8 +423,7 @@ class Child:
         except BlockingIOError:
             return []
         except (EOFError, OSError, ValueError, TypeError, KeyError):
-            # Nobody waits here, not even for its end.
-            raise self.crashed(doing, patience=0.25) from None
+            raise self.crashed(doing, patience=_MOMENT) from None
 
     def hung(self, doing: str) -> Silent:
         """That it did not answer in time."""

@@ -19,7 +19,8 @@ import pytest
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.host.ahead import QUICK, Ahead, Turn
-from hsmtoll.hsm.isolated import IsolatedDevice
+from hsmtoll.hsm.isolated import IsolatedDevice, to_sign
+from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 from tests.hosting import eventually
 from tests.lab import workers
@@ -326,7 +327,7 @@ def test_two_questions_of_the_largest_kind_go_ahead_though_nobody_reads(
     os.kill(worker, signal.SIGSTOP)
     try:
         for each in large:
-            child.post({"do": "sign", "alg": "RS256", "candidates": [], "data": each})
+            child.post(to_sign("RS256", SigningInput(each), ()), "Signing")
     finally:
         os.kill(worker, signal.SIGCONT)
     answers: list[Any] = []
