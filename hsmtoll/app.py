@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import uuid
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +87,7 @@ class App:
     one_shot: bool = False
     use_final_try: bool = False
     clock: Clock = field(default_factory=SystemClock)
-    new_jti: Callable[[], str] = lambda: str(uuid.uuid4())
+    new_jti: Callable[[], str] | None = None
 
     @cached_property
     def family(self) -> Identity:
@@ -343,7 +342,7 @@ class App:
         return signer.chain()
 
     def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
-        from hsmtoll.signer import LocalSigner
+        from hsmtoll.signer import LocalSigner, new_jti
 
         settings = self.settings
         return LocalSigner(
@@ -352,7 +351,7 @@ class App:
             identity=family,
             clock=self.clock,
             skew=skew,
-            new_jti=self.new_jti,
+            new_jti=self.new_jti or new_jti,
             alg=settings.alg,
             issuer=settings.iss,
             kid=settings.kid,

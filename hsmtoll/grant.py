@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import jws
@@ -28,7 +28,7 @@ MIN_LEFT: Final = 30
 _ORGNO = re.compile(r"\d{9}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grant:
     """
     A grant that is right by construction; only time, jti and signature are missing.
@@ -61,6 +61,11 @@ class Grant:
         named: dict[str, Any] = {"kid": self.kid} if self.kid else {"x5c": list(self.x5c)}
         return {"alg": self.alg, **named}
 
+    @cached_property
+    def _header_segment(self) -> bytes:
+        # Kilobytes of certificates that are the same from grant to grant.
+        return jws.segment(self.header)
+
     def unsigned(self, *, now: float, jti: str) -> jws.SigningInput:
         """
         The signing input of one attempt.
@@ -81,10 +86,4 @@ class Grant:
             claims["resource"] = list(self.request.resource)
         if self.request.consumer_org:
             claims["consumer_org"] = self.request.consumer_org
-        return jws.signing_input(_header_segment(self), claims)
-
-
-@lru_cache(maxsize=32)
-def _header_segment(grant: Grant) -> str:
-    # Kilobytes of certificates that are the same from grant to grant.
-    return jws.segment(grant.header)
+        return jws.signing_input(self._header_segment, claims)

@@ -53,23 +53,27 @@ _JSON: Final = json.JSONEncoder(separators=(",", ":"))
 
 def b64url(data: bytes) -> str:
     """Base64url without padding, as RFC 7515 section 2 wants it."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+    return _b64url(data).decode("ascii")
 
 
-def segment(part: Mapping[str, Any]) -> str:
-    """``BASE64URL(UTF8(part))`` with members in the order given."""
-    return b64url(_JSON.encode(part).encode())
+def _b64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
-def signing_input(header: Mapping[str, Any] | str, claims: Mapping[str, Any]) -> SigningInput:
+def segment(part: Mapping[str, Any]) -> bytes:
+    """``BASE64URL(UTF8(part))`` in ASCII, with members in the order given."""
+    return _b64url(_JSON.encode(part).encode())
+
+
+def signing_input(header: Mapping[str, Any] | bytes, claims: Mapping[str, Any]) -> SigningInput:
     """The bytes to be signed (RFC 7515 section 5.1); *header* may be a `segment` already."""
-    first = header if isinstance(header, str) else segment(header)
-    return SigningInput(f"{first}.{segment(claims)}".encode("ascii"))
+    first = header if isinstance(header, bytes) else segment(header)
+    return SigningInput(b".".join((first, segment(claims))))
 
 
 def compact(unsigned: SigningInput, signature: bytes) -> str:
     """The compact serialisation (RFC 7515 section 7.1)."""
-    return f"{unsigned.decode('ascii')}.{b64url(signature)}"
+    return b".".join((unsigned, _b64url(signature))).decode("ascii")
 
 
 def read_unverified(assertion: str) -> tuple[dict[str, Any], dict[str, Any]]:

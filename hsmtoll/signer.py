@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ __all__ = [
     "Signer",
     "SpentOnce",
     "TokenSource",
+    "new_jti",
     "readable",
 ]
 
@@ -59,6 +61,11 @@ _NEW: Final = 86_400.0
 
 #: What Maskinporten says to a certificate that it does not take (PROTOCOL A.11).
 _NOT_TAKEN: Final = ("MP-120", "MP-122", "MP-123", "MP-124")
+
+
+def new_jti() -> str:
+    """What no grant was ever called: 128 random bits, as 32 hexadecimal digits (PROTOCOL C06)."""
+    return os.urandom(16).hex()
 
 
 class Signer(Protocol):
@@ -393,17 +400,17 @@ class LocalSigner:
         signature, by = self.device.signed(
             self.alg, made.unsigned, candidates=(key, *self._guesses)
         )
-        if by != key and by in self._guesses:
-            self._learned = by
-            raise DeviceError(
-                "signing: the signature belongs to another certificate than the one tried first",
-                hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
-                code="leaf-guessed",
-                retryable=True,
-            )
-        if by != key:
+        if by == key:
+            return made.compact(signature)
+        if by not in self._guesses:
             raise _wrong()
-        return made.compact(signature)
+        self._learned = by
+        raise DeviceError(
+            "signing: the signature belongs to another certificate than the one tried first",
+            hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
+            code="leaf-guessed",
+            retryable=True,
+        )
 
     def prepared(self, request: TokenRequest) -> Prepared | None:
         """

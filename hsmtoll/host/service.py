@@ -17,7 +17,6 @@ import hashlib
 import logging
 import os
 import threading
-import uuid
 from base64 import b64decode
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -47,7 +46,7 @@ from hsmtoll.host.policy import Ask, Policy, Verdict, decide
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.settings import load
-from hsmtoll.signer import FirstUp, LocalSigner, SecondChoice, readable
+from hsmtoll.signer import FirstUp, LocalSigner, SecondChoice, new_jti, readable
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -542,7 +541,7 @@ class Service:
 
     def _written(self, errand: _Errand) -> Then:
         """The intent; the device is asked when it is on disk."""
-        errand.jti = str(uuid.uuid4())
+        errand.jti = new_jti()
         self.audit.append("intent", **errand.order.members(), jti=errand.jti)
         return partial(self._sent, errand)
 

@@ -383,22 +383,9 @@ class Device:
     # ------------------------------------------------------------------ module and p11_token
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
-        """The gate, unless the device is known to be down; what is said inside is judged."""
-        self._breaker.admit()
-        try:
-            with GATE.held(self._lock_timeout):
-                # The one before may have found out while this one waited.
-                self._breaker.admit()
-                yield
-        except BaseException as exc:
-            self._breaker.judge(exc)
-            raise
-        self._breaker.worked()
-
-    @contextlib.contextmanager
     def _using(self, doing: str) -> Iterator[_Open]:
-        with self._held():
+        with self._breaker, GATE.held(self._lock_timeout):
+            self._breaker.admit()
             try:
                 with speaking(f"{doing} ({self._name})"):
                     yield self._opened()
@@ -407,57 +394,69 @@ class Device:
                 raise
 
     def _mended(self, doing: str, ask: Callable[[_Open], _T]) -> _T:
-        """What *ask* returns, after whatever it takes to have the device answer."""
-        with self._held():
-            there = loaded(self.module_path)
+        """
+        What *ask* returns, after whatever it takes to have the device answer. Not asked while
+        the device is known to be down; what is said here is judged.
+        """
+
+        def call() -> _T:
+            try:
+                with speaking(f"{doing} ({self._name})"):
+                    here = self._opened()
+                    answer = ask(here)
+                    self._known = self._known or _named(here.token)
+                    return answer
+            except BaseException:
+                self._drop()
+                raise
+
+        with self._breaker, GATE.held(self._lock_timeout):
+            # The one before may have found out while this one waited.
+            self._breaker.admit()
             self._undecided = False
+            return mended(call, self._cures(loaded(self.module_path), old=self._open is not None))
 
-            def call() -> _T:
-                try:
-                    with speaking(f"{doing} ({self._name})"):
-                        here = self._opened()
-                        answer = ask(here)
-                        self._known = self._known or _named(here.token)
-                        return answer
-                except BaseException:
-                    self._drop()
-                    raise
+    def _cures(
+        self, there: Module | None, *, old: bool
+    ) -> Iterator[Callable[[HsmTollError], bool]]:
+        """
+        What may help a call that found the module as *there*, and with a session that is *old*.
+        A generator, because what is in it is made for the calls that fail alone.
+        """
 
-            def started_once_more(exc: HsmTollError) -> bool:
-                # Devices in files are rewritten when somebody logs in, and who starts at that
-                # moment sees half of one. A login that was made is not made again for it.
-                login = self._shared
-                made = login is not None and login.there and current(login.module)
-                tried = self._undecided or made
-                if there is not None or tried or not recoverable(exc):
-                    return False
-                self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
-                restart(self.module_path)
-                return True
+        def started_once_more(exc: HsmTollError) -> bool:
+            # Devices in files are rewritten when somebody logs in, and who starts at that
+            # moment sees half of one. A login that was made is not made again for it.
+            login = self._shared
+            made = login is not None and login.there and current(login.module)
+            tried = self._undecided or made
+            if there is not None or tried or not recoverable(exc):
+                return False
+            self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
+            restart(self.module_path)
+            return True
 
-            def new_session(exc: HsmTollError) -> bool:
-                return old and self._may_help(exc) and exc.code != "key-missing"
+        def new_session(exc: HsmTollError) -> bool:
+            return old and self._may_help(exc) and exc.code != "key-missing"
 
-            def new_login(exc: HsmTollError) -> bool:
-                login = self._shared
-                if login is None or not login.there or not self._may_help(exc):
-                    return False
-                login.end()
-                return True
+        def new_login(exc: HsmTollError) -> bool:
+            login = self._shared
+            if login is None or not login.there or not self._may_help(exc):
+                return False
+            login.end()
+            return True
 
-            def module_started_again(exc: HsmTollError) -> bool:
-                # One that was loaded for this very call is as fresh as it gets.
-                if there is None or not recoverable(exc):
-                    return False
-                if self._shared is not None:
-                    self._shared.end()
-                done = restarted(there, now=self._boot(), pause=RESTART_PAUSE)
-                # After a login whose fate is unknown it is the next call that gains by it.
-                return done and not self._undecided
+        def module_started_again(exc: HsmTollError) -> bool:
+            # One that was loaded for this very call is as fresh as it gets.
+            if there is None or not recoverable(exc):
+                return False
+            if self._shared is not None:
+                self._shared.end()
+            done = restarted(there, now=self._boot(), pause=RESTART_PAUSE)
+            # After a login whose fate is unknown it is the next call that gains by it.
+            return done and not self._undecided
 
-            old = self._open is not None
-            steps = (started_once_more, new_session, new_login, module_started_again)
-            return mended(call, steps)
+        yield from (started_once_more, new_session, new_login, module_started_again)
 
     def _may_help(self, exc: HsmTollError) -> bool:
         # A PIN whose try has an unknown fate is not tried again for the same call.

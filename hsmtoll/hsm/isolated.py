@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -99,7 +98,6 @@ class IsolatedDevice(Device):
         # A single failure is the next caller's new child; a second one means more.
         self._outside = Breaker(uri, boot=boot, threshold=2)
         self._failed_at = ""
-        self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._starting = threading.Lock()
         self._made_by = 0
@@ -112,7 +110,9 @@ class IsolatedDevice(Device):
         self.freed: Callable[[], None] = lambda: None
         # What was said to that question; ``None`` if nobody knows whether it still holds.
         self._logged_in: bool | None = None
-        self._free: queue.LifoQueue[Child] = queue.LifoQueue()
+        self._free: list[Child] = []
+        # Around what is free, and who waits for it.
+        self._turn = threading.Condition()
 
     def __repr__(self) -> str:
         return f"IsolatedDevice({self._name})"
@@ -168,14 +168,12 @@ class IsolatedDevice(Device):
         self._closings += 1
         self._logged_in = None
         if self._made_by == os.getpid():
-            idle = []
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    idle.append(self._free.get_nowait())
+            with self._turn:
+                idle, self._free = self._free, []
             for child in idle:
                 child.end()
                 # For those who ask all the same: they would wait for it in vain.
-                self._free.put(child)
+                self._put(child)
         self._pins.clear()
 
     # ------------------------------------------------------------------ for one who never waits
@@ -188,7 +186,7 @@ class IsolatedDevice(Device):
     @property
     def has_idle(self) -> bool:
         """Whether there is a child, running or not, that nobody speaks to."""
-        return self._made_by != os.getpid() or not self._free.empty()
+        return self._made_by != os.getpid() or bool(self._free)
 
     def lend(self) -> Child | None:
         """
@@ -197,13 +195,10 @@ class IsolatedDevice(Device):
         """
         if self.wanted or self._outside.open or self._made_by != os.getpid():
             return None
-        try:
-            child = self._free.get_nowait()
-        except queue.Empty:
-            return None
-        if not child.steady:
-            self._free.put(child)
-            return None
+        with self._turn:
+            if not self._free or not self._free[-1].steady:
+                return None
+            child = self._free.pop()
         child.lent_in = self._closings
         return child
 
@@ -211,7 +206,7 @@ class IsolatedDevice(Device):
         """The child is for everybody again."""
         if child.lent_in != self._closings:
             child.end()
-        self._free.put(child)
+        self._put(child)
 
     def heard(self, child: Child, said: dict[str, Any], *, took: float) -> bytes:
         """The signature that *child* answered with; raises as `signed`."""
@@ -261,7 +256,7 @@ class IsolatedDevice(Device):
                 self._starting.release()
             if closings != self._closings:
                 child.end()
-            self._free.put(child)
+            self._put(child)
             self.freed()
         self._answered(question["do"])
         return self._understood(child, answer)
@@ -290,26 +285,28 @@ class IsolatedDevice(Device):
         return answer["data"] if "data" in answer else answer["answer"]
 
     def _take(self, doing: str) -> Child:
-        with self._lock:
+        with self._turn:
             # A forked child has no part in its parent's conversations.
             if self._made_by != os.getpid():
                 self._made_by = os.getpid()
                 self.wanted = 0
-                self._free = queue.LifoQueue()
-                for _ in range(self._workers):
-                    self._free.put(Child(self))
+                self._free = [Child(self) for _ in range(self._workers)]
             self.wanted += 1
-        try:
-            return self._free.get(timeout=self._deadline)
-        except queue.Empty:
-            raise DeviceError(
-                f"{doing}: no process of the device was free within {self._deadline:g} s",
-                hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
-                code="device-busy",
-            ) from None
-        finally:
-            with self._lock:
+            try:
+                if self._turn.wait_for(lambda: self._free, self._deadline):
+                    return self._free.pop()
+            finally:
                 self.wanted -= 1
+        raise DeviceError(
+            f"{doing}: no process of the device was free within {self._deadline:g} s",
+            hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
+            code="device-busy",
+        )
+
+    def _put(self, child: Child) -> None:
+        with self._turn:
+            self._free.append(child)
+            self._turn.notify()
 
     def _read(self, user: str, device: str) -> Pin:
         # One prompt, however many children want to log in.

@@ -66,14 +66,13 @@ class Pipe:
         One message. EOFError where the other side ended, TimeoutError after *until*, ValueError
         or TypeError for what is none.
         """
-        size, more = _HEAD.unpack(self._exactly(_HEAD.size, until))
-        if max(size, more) > _LARGEST:
-            raise ValueError("a frame that is too large")
-        message = json.loads(self._exactly(size, until))
-        if not isinstance(message, dict) or "data" in message:
-            raise TypeError("a frame that is no message")
-        if more:
-            message["data"] = self._exactly(more, until)
+        while (message := self._whole()) is None:
+            if until is not None:
+                left = until - self._now()
+                if left <= 0:
+                    raise TimeoutError
+                self.socket.settimeout(left)
+            self._more()
         return message
 
     def ready(self) -> list[dict[str, Any]]:
@@ -81,36 +80,32 @@ class Pipe:
         The messages that are whole by now, for one who was told that something came and does not
         wait. EOFError, ValueError and TypeError as `receive`.
         """
+        self._more()
+        return list(iter(self._whole, None))
+
+    def _more(self) -> None:
         part = self.socket.recv(65536)
         if not part:
             raise EOFError
         self._got += part
-        whole = []
-        while self._is_whole():
-            whole.append(self.receive())
-        return whole
 
-    def _is_whole(self) -> bool:
+    def _whole(self) -> dict[str, Any] | None:
+        """The next message, if all of it has come."""
         if len(self._got) < _HEAD.size:
-            return False
-        size, more = map(int, _HEAD.unpack_from(self._got))
-        # One that is too large is never whole: receive says so.
-        return len(self._got) >= _HEAD.size + size + more or max(size, more) > _LARGEST
-
-    def _exactly(self, size: int, until: float | None) -> bytes:
-        while len(self._got) < size:
-            if until is not None:
-                left = until - self._now()
-                if left <= 0:
-                    raise TimeoutError
-                self.socket.settimeout(left)
-            part = self.socket.recv(65536)
-            if not part:
-                raise EOFError
-            self._got += part
-        taken = bytes(self._got[:size])
-        del self._got[:size]
-        return taken
+            return None
+        size, more = _HEAD.unpack_from(self._got)
+        if max(size, more) > _LARGEST:
+            raise ValueError("a frame that is too large")
+        data = _HEAD.size + size
+        if len(self._got) < data + more:
+            return None
+        message = json.loads(self._got[_HEAD.size : data])
+        if not isinstance(message, dict) or "data" in message:
+            raise TypeError("a frame that is no message")
+        if more:
+            message["data"] = bytes(self._got[data : data + more])
+        del self._got[: data + more]
+        return message
 
 
 # ---------------------------------------------------------------------- values

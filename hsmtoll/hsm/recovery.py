@@ -19,7 +19,8 @@ from hsmtoll.errors import DeviceError, HsmTollError, foreign
 from hsmtoll.hsm.codes import recoverable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
 
 __all__ = ["RESTART_PAUSE", "Breaker", "mended"]
 
@@ -34,7 +35,7 @@ _LONGEST_PAUSE: Final = 10.0
 _NOTHING_SAID: Final = frozenset({"device-busy", "device-down"})
 
 
-def mended(call: Callable[[], _T], steps: Sequence[Callable[[HsmTollError], bool]]) -> _T:
+def mended(call: Callable[[], _T], steps: Iterable[Callable[[HsmTollError], bool]]) -> _T:
     """
     What *call* returns. After an error it is made again as soon as one of *steps*, in their
     order and each at most once, says that it changed something.
@@ -61,6 +62,7 @@ class Breaker:
 
     It opens after *threshold* failures in a row, lets one caller try after 1 s, then 2, 4, …
     10 s, and closes when a call worked. *boot* is a clock in seconds that never goes back.
+    As a context it admits, and judges what the call inside came to.
     """
 
     def __init__(self, name: object, *, boot: Callable[[], float], threshold: int = 1) -> None:
@@ -72,6 +74,17 @@ class Breaker:
         self._until = 0.0
         self._trying: tuple[int, int] | None = None
         self._why = ""
+
+    def __enter__(self) -> None:
+        self.admit()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self.worked()
+        else:
+            self.judge(exc)
 
     @property
     def open(self) -> bool:

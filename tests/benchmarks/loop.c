@@ -1,7 +1,7 @@
 /* What the device can do at best: C_SignInit + C_Sign in a loop, nothing between.
  *
- *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS      the PIN comes on stdin; after it is
- *                                              ready, a second line lets it begin
+ *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH      the PIN comes on stdin; after it is
+ *                                                     ready, a second line lets it begin
  *
  * Prints signatures per second. Declarations are those of PKCS#11 v2.40 that are used here.
  */
@@ -39,7 +39,10 @@ static double now(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5) { fprintf(stderr, "usage: loop MODULE TOKEN_LABEL KEY_LABEL SECONDS\n"); return 2; }
+    if (argc != 6) {
+        fprintf(stderr, "usage: loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH\n");
+        return 2;
+    }
     char pin[256];
     if (!fgets(pin, sizeof pin, stdin)) return 2;
     pin[strcspn(pin, "\n")] = 0;
@@ -75,9 +78,12 @@ int main(int argc, char **argv) {
     fflush(stdout);
     if (!fgets(go, sizeof go, stdin)) return 2;
 
-    /* About as long as a signing input with three certificates. */
-    static unsigned char data[5000], signature[1024];
-    memset(data, 'a', sizeof data);
+    /* As long as the signing input that it is compared with. */
+    static unsigned char signature[1024];
+    ulong_t size = strtoul(argv[5], NULL, 10);
+    unsigned char *data = malloc(size);
+    if (!data) return 1;
+    memset(data, 'a', size);
     mechanism_t sha256_rsa = {0x40, NULL, 0};
     double until, began;
     long signatures = -20;
@@ -86,7 +92,7 @@ int main(int argc, char **argv) {
     while (signatures < 0 || now() < until) {
         ulong_t length = sizeof signature;
         CALL(SIGN_INIT, session, &sha256_rsa, key);
-        CALL(SIGN, session, data, (ulong_t) sizeof data, signature, &length);
+        CALL(SIGN, session, data, size, signature, &length);
         if (++signatures == 0) { began = now(); until = began + atof(argv[4]); }
     }
     printf("%.2f\n", signatures / (now() - began));

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -111,10 +112,20 @@ class Stage:
         """Fresh parts."""
         return App(load(**changes))
 
+    @cached_property
+    def length(self) -> int:
+        """Bytes that are signed for one assertion."""
+        app = self.app()
+        try:
+            assertion = app.signer.assertion(app.engine.request("road"))
+            return len(assertion.rpartition(".")[0])
+        finally:
+            app.close()
+
     def bare_signatures(self, seconds: float, processes: int = 1) -> float:
         """Signatures a second of the C loop, of all *processes* together."""
         where = (self.loop, self.device.module, self.device.label, self.who.key_label)
-        argv = [*map(str, where), str(seconds)]
+        argv = [*map(str, where), str(seconds), str(self.length)]
         running = []
         for _ in range(processes):
             one = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
