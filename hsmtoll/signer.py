@@ -418,11 +418,9 @@ class LocalSigner:
         has to be asked of the device before, which is logged in; else ``None``.
         """
         now = self.clock.now()
-        if self._kid is not None:
-            known = self._bare_key(now) is not None
-        else:
-            known = self._known(now, self._lineage.unwanted(now.wall)) is not None
-        if not known or self._guesses:
+        bare, unwanted = self._kid is not None, self._lineage.unwanted(now.wall)
+        known = self._bare_key(now) if bare else self._known(now, unwanted)
+        if known is None or self._guesses:
             return None
         return self._prepared(*self._grant(request))
 

@@ -419,10 +419,8 @@ class Device:
     def _cures(
         self, there: Module | None, *, old: bool
     ) -> Iterator[Callable[[HsmTollError], bool]]:
-        """
-        What may help a call that found the module as *there*, and with a session that is *old*.
-        A generator, because what is in it is made for the calls that fail alone.
-        """
+        """What may help a call that found the module *there*, with a session that is *old*."""
+        # A generator, because what is in it is made for the calls that fail alone.
 
         def started_once_more(exc: HsmTollError) -> bool:
             # Devices in files are rewritten when somebody logs in, and who starts at that

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.module import GATE
 from hsmtoll.hsm.recovery import Breaker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from hsmtoll.hsm.device import KeyFacts, StoredCertificate
@@ -61,7 +62,8 @@ class IsolatedDevice(Device):
 
     Raises, on top of Device's errors, DeviceError: ``device-hung`` where the deadline was over,
     ``module-crashed`` where the child died; the next call gets a new child. PINs are read here
-    and handed over when the device wants one; what was accepted is handed over again.
+    and handed over when the device wants one; what was accepted is handed over again. What is
+    written is written in this process, where a person watches it.
     """
 
     def __init__(
@@ -91,28 +93,37 @@ class IsolatedDevice(Device):
             lock_timeout=deadline,
             boot=boot,
         )
-        self._deadline = deadline
+        #: Seconds that an answer may take.
+        self.deadline = deadline
         self._workers = workers
         self._sources = {"user": self._pin, "signing": self._signing_pin}
         self._pins: dict[str, Pin] = {}
         # A single failure is the next caller's new child; a second one means more.
         self._outside = Breaker(uri, boot=boot, threshold=2)
         self._failed_at = ""
-        self._reading = threading.Lock()
-        self._starting = threading.Lock()
-        self._made_by = 0
         self._closings = 0
-        #: Callers that wait for a child at this moment.
-        self.wanted = 0
         #: Seconds that the last signature took.
         self.pace = deadline
         #: Told, in any thread, that a child may be free.
         self.freed: Callable[[], None] = lambda: None
-        # What was said to that question; ``None`` if nobody knows whether it still holds.
-        self._logged_in: bool | None = None
-        self._free: list[Child] = []
+        self._children: list[Child] = []
+        self._start_afresh()
+        _every.add(self)
+
+    def _start_afresh(self) -> None:
+        # A forked process has no part in the conversations before, nor in what is waited for there.
+        for child in self._children:
+            child.forget()
+        self._reading = threading.Lock()
+        self._starting = threading.Lock()
         # Around what is free, and who waits for it.
         self._turn = threading.Condition()
+        self._children = [Child(self) for _ in range(self._workers)]
+        self._free = list(self._children)
+        #: Callers that wait for a child at this moment.
+        self.wanted = 0
+        # What was said to that question; ``None`` if nobody knows whether it still holds.
+        self._logged_in: bool | None = None
 
     def __repr__(self) -> str:
         return f"IsolatedDevice({self._name})"
@@ -124,7 +135,7 @@ class IsolatedDevice(Device):
     def login(self) -> bool:
         """As Device.login, for the child that answers, which is asked once while all goes well."""
         known = self._logged_in
-        if known is None or self._made_by != os.getpid():
+        if known is None:
             known = bool(self._ask("Logging in", do="login"))
             self._logged_in = known
         return known
@@ -153,47 +164,34 @@ class IsolatedDevice(Device):
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
         """As Device.unproven."""
-        signature: bytes = self._ask("Signing", **to_sign(alg, unsigned, tuple(candidates)))
-        return signature
-
-    @contextlib.contextmanager
-    def writing(self, doing: str) -> Iterator[Any]:
-        """As Device.writing, in this process: what is written is watched by a person."""
-        with super().writing(doing) as opened:
-            yield opened
+        return bytes(self._ask("Signing", **to_sign(alg, unsigned, tuple(candidates))))
 
     def close(self) -> None:
         """Log out and end the children; one that is asked something, when it has answered."""
         super().close()
         self._closings += 1
         self._logged_in = None
-        if self._made_by == os.getpid():
-            with self._turn:
-                idle, self._free = self._free, []
-            for child in idle:
-                child.end()
-                # For those who ask all the same: they would wait for it in vain.
-                self._put(child)
+        with self._turn:
+            idle, self._free = self._free, []
+        for child in idle:
+            child.end()
+            # For those who ask all the same: they would wait for it in vain.
+            self._put(child)
         self._pins.clear()
 
     # ------------------------------------------------------------------ for one who never waits
 
     @property
-    def deadline(self) -> float:
-        """Seconds that an answer may take."""
-        return self._deadline
-
-    @property
     def has_idle(self) -> bool:
         """Whether there is a child, running or not, that nobody speaks to."""
-        return self._made_by != os.getpid() or bool(self._free)
+        return bool(self._free)
 
     def lend(self) -> Child | None:
         """
         A child that has signed before, to speak to it without waiting; it comes back by
         `take_back`. ``None`` where there is none, or others wait for one.
         """
-        if self.wanted or self._outside.open or self._made_by != os.getpid():
+        if self.wanted or self._outside.open:
             return None
         with self._turn:
             if not self._free or not self._free[-1].steady:
@@ -212,8 +210,7 @@ class IsolatedDevice(Device):
         """The signature that *child* answered with; raises as `signed`."""
         self._answered("sign")
         self.pace = took
-        signature: bytes = self._understood(child, said)
-        return signature
+        return bytes(self._understood(child, said))
 
     def lost(self, child: Child, why: Silent, *, at: str = "sign") -> DeviceError:
         """The error for a child that is ended because of *why*, when it was asked *at*."""
@@ -270,7 +267,7 @@ class IsolatedDevice(Device):
 
     def _understood(self, child: Child, answer: dict[str, Any]) -> Any:
         for name, level, message in answer["log"]:
-            logging.getLogger(str(name)).log(int(level), "%s", message)
+            logging.getLogger(name).log(level, "%s", message)
         if answer["generation"] != child.generation:
             child.generation = answer["generation"]
             self.generation += 1
@@ -286,19 +283,14 @@ class IsolatedDevice(Device):
 
     def _take(self, doing: str) -> Child:
         with self._turn:
-            # A forked child has no part in its parent's conversations.
-            if self._made_by != os.getpid():
-                self._made_by = os.getpid()
-                self.wanted = 0
-                self._free = [Child(self) for _ in range(self._workers)]
             self.wanted += 1
             try:
-                if self._turn.wait_for(lambda: self._free, self._deadline):
+                if self._turn.wait_for(lambda: self._free, self.deadline):
                     return self._free.pop()
             finally:
                 self.wanted -= 1
         raise DeviceError(
-            f"{doing}: no process of the device was free within {self._deadline:g} s",
+            f"{doing}: no process of the device was free within {self.deadline:g} s",
             hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
             code="device-busy",
         )
@@ -331,8 +323,19 @@ class IsolatedDevice(Device):
             "public_key": pipe.keys_to([self._public_key])[0],
             "use_final_try": self._use_final_try,
             "allow_exportable_key": self._allow_exportable_key,
-            "lock_timeout": self._deadline,
+            "lock_timeout": self.deadline,
         }
+
+
+_every: weakref.WeakSet[IsolatedDevice] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for device in _every:
+        device._start_afresh()  # noqa: SLF001 - of this room
+
+
+GATE.after_fork.append(_after_fork)
 
 
 def to_sign(
@@ -359,7 +362,7 @@ class Child:
     def __init__(self, device: IsolatedDevice) -> None:
         # Not the device itself: it must be free to be forgotten, and its children end then.
         self._told = device._told()  # noqa: SLF001 - two halves of one thing
-        self._deadline = device._deadline  # noqa: SLF001 - as above
+        self._deadline = device.deadline
         self._process: subprocess.Popen[bytes] | None = None
         self._there: pipe.Pipe | None = None
         self.generation = 0
@@ -490,6 +493,12 @@ class Child:
         self.steady = False
         _ended(self.__dict__)
 
+    def forget(self) -> None:
+        """It is another process's: let go of it, and leave it in peace."""
+        if self._there is not None:
+            self._there.socket.close()
+        self._there = self._process = None
+
     def end(self) -> None:
         """Let it log out and end, or end it."""
         self.steady = False
@@ -504,9 +513,10 @@ class Child:
 
 def _answer(said: dict[str, Any], *, of_bytes: bool) -> dict[str, Any]:
     """*said*, if it is an answer at all: TypeError for what a module gone wrong may say."""
-    told = "error" in said or ("data" if of_bytes else "answer") in said
-    if not (told and isinstance(said.get("generation"), int) and isinstance(said.get("log"), list)):
+    told = ("data" if of_bytes else "answer") in said or isinstance(said.get("error"), dict)
+    if not (told and isinstance(said.get("generation"), int)):
         raise TypeError("no answer")
+    said["log"] = [(str(name), int(level), str(message)) for name, level, message in said["log"]]
     return said
 
 

@@ -1,5 +1,5 @@
 """
-Customs' side of a call in a process of its own: ``python -m tests.benchmarks.gateway PEM CUSTOMS CA``.
+Customs' side of a call in a process of its own: ``python -m … PEM CUSTOMS CA``.
 
 It answers calls of an API itself, and hands the exchange of tokens on to the sandbox: what the
 sandbox does for a grant, the next call does not wait for, as it does not at Customs. *PEM* is its

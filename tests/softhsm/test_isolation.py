@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,15 +37,17 @@ DATA = SigningInput(b"header.payload")
 
 
 class Asked:
-    """A PIN source that counts how often it was asked."""
+    """A PIN source that counts how often it was asked, and may let one wait."""
 
     def __init__(self, value: str) -> None:
         self.value = value
         self.asked = 0
+        self.wait: Callable[[], object] = lambda: None
 
     def read(self, *, device: str) -> Pin:
         del device
         self.asked += 1
+        self.wait()
         return Pin(self.value, source="a test")
 
 
@@ -289,6 +292,61 @@ def test_a_forked_process_starts_children_of_its_own(
     assert device.sign("RS256", DATA) == first
 
 
+def in_a_fork(work: Callable[[], bool]) -> bool:
+    """What *work* comes to in a forked child, where it may take 30 s."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_those_who_waited_at_the_fork_are_not_waited_for_in_the_forked_process(
+    make: Callable[..., IsolatedDevice], toll_faults: Faults
+) -> None:
+    device = make(deadline=20.0)
+    expected = device.sign("RS256", DATA)
+    toll_faults.set("slow", ms=500, function="C_SignInit")
+
+    def three_at_once() -> bool:
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+            return [each.result() for each in asked] == [expected] * 3
+
+    with ThreadPoolExecutor(3) as pool:
+        before = toll_faults.count("C_SignInit")
+        asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+        while toll_faults.count("C_SignInit") == before or device.wanted < 2:
+            time.sleep(0.01)
+        assert in_a_fork(three_at_once)
+        assert [each.result() for each in asked] == [expected] * 3
+
+
+def test_a_fork_while_somebody_types_the_pin_leaves_the_child_free_to_ask_for_it(
+    make: Callable[..., IsolatedDevice], pin: Asked
+) -> None:
+    parent, typing, typed = os.getpid(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        if os.getpid() == parent:
+            typing.set()
+            typed.wait(30)
+
+    pin.wait = wait
+    device = make()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(device.sign, "RS256", DATA)
+        assert typing.wait(30)
+        try:
+            assert in_a_fork(lambda: bool(device.sign("RS256", DATA)))
+        finally:
+            typed.set()
+        assert asked.result()
+
+
 def test_a_child_ends_with_those_who_started_it(make: Callable[..., IsolatedDevice]) -> None:
     device = make()
     device.sign("RS256", DATA)
@@ -318,6 +376,45 @@ def test_who_asks_while_the_device_is_closed_is_answered_and_leaves_no_child(
     assert workers() == []
     # And it opens again, as a device does.
     assert device.sign("RS256", DATA) == expected
+
+
+_LIAR = """#!{python}
+import json, socket, struct, sys
+there = socket.socket(fileno=int(sys.argv[-1]))
+there.recv(65536)
+body = json.dumps({said}).encode()
+there.sendall(struct.pack(">II", len(body), {size}) + body + bytes({size}))
+there.recv(65536)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "size"),
+    [
+        ({"generation": 0, "log": []}, 0),
+        ({"log": [], "answer": 1}, 8),
+        ({"generation": "0", "log": []}, 8),
+        ({"generation": 0, "log": [1]}, 8),
+        ({"generation": 0, "log": [["hsmtoll", "loud", "x"]]}, 8),
+        ({"generation": 0, "log": 7}, 8),
+        ({"generation": 0, "log": [], "error": "words"}, 0),
+        ({"generation": 0, "log": [], "answer": "bytes are wanted"}, 0),
+    ],
+)
+def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
+    make: Callable[..., IsolatedDevice],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, object],
+    size: int,
+) -> None:
+    liar = tmp_path / "liar"
+    liar.write_text(_LIAR.format(python=sys.executable, said=said, size=size), encoding="ascii")
+    liar.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(liar))
+    error = refused(make())
+    assert (error.code, error.exit_code) == ("module-crashed", DeviceError.exit_code)
+    assert "said nothing that can be understood" in str(error)
 
 
 def test_what_the_child_would_log_is_logged_here(
