@@ -44,6 +44,9 @@ MEMBERS: Final = (
 EVENTS: Final = frozenset(
     {"intent", "result", "release", "refused", "policy", "certificate", "start", "stop"}
 )
+# Made once, for the two records of each grant.
+_NAMES: Final = frozenset(MEMBERS)
+_JSON: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 _FIRST: Final = "0" * 64
 _EVERY: Final = 100
 _SECONDS: Final = 60.0
@@ -197,7 +200,7 @@ class Audit:
 
     def append(self, event: str, **members: Any) -> tuple[int, str]:
         """One record, not yet safe: nothing may follow from it before `sync` of its seq."""
-        if event not in EVENTS or members.keys() - set(MEMBERS):
+        if event not in EVENTS or not members.keys() <= _NAMES:
             raise ValueError("not a member of an audit record")
         with self._lock:
             if self._broken:
@@ -207,7 +210,7 @@ class Audit:
             record |= {
                 "seq": self.seq + 1, "time": _stamp(now), "prev": self.head, "event": event,
             }  # fmt: skip
-            line = json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+            line = _JSON.encode(record).encode("ascii") + b"\n"
             try:
                 if self._size >= _SEGMENT:
                     # Waited for here, once in thousands: a segment never outlives its predecessor.
