@@ -79,14 +79,14 @@ class Calls(Protocol):
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
         """A document to a declaration, checked before it is sent: see `hsmtoll.customs.upload`."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         path = Path(file)
         talk = customs.upload(declaration_id, path.name, _content(path), document_type)
         return self._speak("document", talk)
 
     def _speak(self, api: str, talk: Talk) -> Receipt:
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         engine = self._engine
         client = self._kept(api)
@@ -96,7 +96,7 @@ class Calls(Protocol):
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
     ) -> Iterator[tuple[Any, ...]]:
         """Routing signals in batches; *marker* is the file that says how far they were taken."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         clock = self._engine.clock
         with self.api("routing") as client:
@@ -148,7 +148,7 @@ class AsyncCalls(Protocol):
         waiting: Callable[[float], None] = lambda _: None,
     ) -> Receipt:
         """As TollClient.submit."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         talk = customs.submission(
             apis.named(api),
@@ -166,18 +166,18 @@ class AsyncCalls(Protocol):
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
         """As TollClient.upload."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         path = Path(file)
         talk = customs.upload(declaration_id, path.name, _content(path), document_type)
         return await self._speak("document", talk)
 
     async def _speak(self, api: str, talk: Talk) -> Receipt:
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         origin = self._engine.endpoints.customs
 
-        import asyncio  # noqa: PLC0415
+        import asyncio  # noqa: PLC0415 - as above
 
         return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
 
@@ -185,7 +185,7 @@ class AsyncCalls(Protocol):
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
     ) -> AsyncIterator[tuple[Any, ...]]:
         """As TollClient.routing."""
-        from hsmtoll import customs  # noqa: PLC0415
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         clock = self._engine.clock
         async with self.api("routing") as client:

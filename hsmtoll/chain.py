@@ -377,15 +377,15 @@ def _is_ca(certificate: Certificate) -> bool:
 def _signed(issuer: Certificate, subject: Certificate, keys: dict[bytes, Any]) -> bool:
     """Whether *issuer*'s key made *subject*'s signature."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415 - 35 ms
-    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import (  # noqa: PLC0415
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - as above
+    from cryptography.hazmat.primitives.asymmetric import (  # noqa: PLC0415 - as above
         ec,
         ed448,
         ed25519,
         padding,
         rsa,
     )
-    from cryptography.hazmat.primitives.serialization import load_der_public_key  # noqa: PLC0415
+    from cryptography.hazmat.primitives.serialization import load_der_public_key  # noqa: PLC0415 - as above
 
     how = subject.signature
     digests: dict[str, hashes.HashAlgorithm] = {

@@ -51,7 +51,7 @@ class _Shared:
         run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
         is not known.
         """
-        from hsmtoll.keeper import Keeper  # noqa: PLC0415
+        from hsmtoll.keeper import Keeper  # noqa: PLC0415 - as above
 
         engine = self._engine
         keeper = Keeper(engine, [engine.request(scope) for scope in scopes or (None,)])
@@ -109,7 +109,7 @@ class TollClient(_Shared, Calls):
         An httpx.Client for the API called *name*: base URL, bearer, proxy, CA. It is closed
         with this client at the latest.
         """
-        import httpx  # noqa: PLC0415
+        import httpx  # noqa: PLC0415 - as above
 
         base, scope = self._target(name)
         made = httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options())
@@ -145,13 +145,13 @@ class AsyncTollClient(_Shared, AsyncCalls):
 
     def auth(self, scope: str | None = None) -> AsyncTollAuth:
         """As TollClient.auth."""
-        from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415
+        from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415 - as above
 
         return AsyncTollAuth(self._engine, self._engine.request(scope))
 
     def api(self, name: str) -> httpx.AsyncClient:
         """As TollClient.api."""
-        import httpx  # noqa: PLC0415
+        import httpx  # noqa: PLC0415 - as above
 
         base, scope = self._target(name)
         made = httpx.AsyncClient(

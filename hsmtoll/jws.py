@@ -138,20 +138,20 @@ class RsaPublicKey:
         a key that is not RSA.
         """
         from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - 35 ms of import
-        from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
+        from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - as above
 
         try:
             key = serialization.load_pem_public_key(text.encode())
         except Exception:  # noqa: BLE001 - ValueError and UnsupportedAlgorithm, per version
             raise ValueError("it is not a public key in PEM") from None
         if not isinstance(key, rsa.RSAPublicKey):
-            raise ValueError(f"Maskinporten takes RSA keys alone ({', '.join(ALGS)})")  # noqa: TRY004
+            raise ValueError(f"Maskinporten takes RSA keys alone ({', '.join(ALGS)})")  # noqa: TRY004 - as above
         numbers = key.public_numbers()
         return cls(numbers.n, numbers.e)
 
     def spki(self) -> bytes:
         """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7), DER."""
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as above
 
         return _loaded(self).public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -171,8 +171,8 @@ class RsaPublicKey:
 def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, type[Exception]]:
     """Padding and digest of *alg*, and what is raised for a signature that is not right."""
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
-    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415
+    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - as above
+    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415 - as above
 
     digest: HashAlgorithm = {
         "RS256": hashes.SHA256(),
@@ -184,7 +184,7 @@ def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, type[Exception]]:
 
 @lru_cache(maxsize=32)
 def _loaded(key: RsaPublicKey) -> rsa.RSAPublicKey:
-    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - as above
 
     return rsa.RSAPublicNumbers(key.exponent, key.modulus).public_key()
 

@@ -74,12 +74,12 @@ class Keeper:
         self.due += 1
         try:
             # A new draw each time, so that two programs do not stay in step.
-            self._early[request] = random.uniform(*_EARLY)  # noqa: S311
+            self._early[request] = random.uniform(*_EARLY)  # noqa: S311 - as above
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
             token = engine.token(request, Wish(min_life=max(0.0, min_life)))
         except HsmTollError as exc:
             _log.warning("renewal ahead of time failed: %s", exc)
-            return _LOOK * random.uniform(0.5, 1.0)  # noqa: S311
+            return _LOOK * random.uniform(0.5, 1.0)  # noqa: S311 - as above
         self.done += 1
         del token
         return 0.2

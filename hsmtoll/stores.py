@@ -292,7 +292,7 @@ class RedisStore:
         return answer
 
     def _opened(self, key: str, sealed: bytes) -> bytes | None:
-        from cryptography.exceptions import InvalidTag  # noqa: PLC0415
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - only where values are sealed
 
         try:
             value: bytes = self._cipher().decrypt(sealed[:12], sealed[12:], _name(key).encode())
@@ -305,7 +305,7 @@ class RedisStore:
         return value
 
     def _cipher(self) -> Any:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - only where values are sealed
 
         return AESGCM(self._secret)
 
@@ -322,17 +322,17 @@ def _why(exc: Exception) -> str:
 
 def _redis(url: str, ca_file: Path | None) -> redis.Redis:
     try:
-        import redis  # noqa: PLC0415
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-        from redis.connection import SSLConnection, parse_url  # noqa: PLC0415
-        from redis.retry import Retry  # noqa: PLC0415
+        import redis  # noqa: PLC0415 - as above
+        from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
+        from redis.connection import SSLConnection, parse_url  # noqa: PLC0415 - as above
+        from redis.retry import Retry  # noqa: PLC0415 - as above
     except ImportError as exc:
         raise ConfigurationError(
             "HSMTOLL_CACHE: redis-py is not installed",
             hint="install hsmtoll[redis]",
             code="extra-missing",
         ) from exc
-    from hsmtoll import tls  # noqa: PLC0415
+    from hsmtoll import tls  # noqa: PLC0415 - only for those who use Redis
 
     class OurTls(SSLConnection):
         """With our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""

@@ -111,7 +111,7 @@ class PinFile:
     path: Path
     name: str = "HSMTOLL_HSM__PIN_FILE"
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
         """The file's line. A file that group or others may write is refused."""
         try:
             with self.path.open("rb") as file:
@@ -146,7 +146,7 @@ class PinCommand:
     name: str = "HSMTOLL_HSM__PIN_COMMAND"
     timeout: float = 30.0
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
         """What the command prints. Its words go to stderr; its argv is never shown."""
         # What goes wrong here is said outside of the except blocks: the originals carry the
         # argv or the bytes, and would stay reachable as __context__.
@@ -220,7 +220,7 @@ class PinPad:
 
     name: str = "HSMTOLL_HSM__PIN_PROMPT=pinpad"
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002
+    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
         """A PIN without a value."""
         return Pin(None, source=self.name)
 
