@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from hsmtoll.sandbox.pki import issue_tls
+from hsmtoll.sandbox.pki import issue_tls, pem
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.faults import Faults
 from hsmtoll.testing.identity import introduce
@@ -119,10 +119,8 @@ def _gateway(stage: Stage) -> Iterator[str]:
     certificate, key = issue_tls()
     own = stage.folder / "gateway.pem"
     own.touch(mode=0o600)
-    own.write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        + certificate.public_bytes(Encoding.PEM)
-    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    own.write_bytes(secret + pem(certificate))
     argv = [sys.executable, "-m", "tests.benchmarks.gateway", str(own)]
     argv += [stage.sandbox.customs, str(stage.sandbox.ca_file)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as running:
