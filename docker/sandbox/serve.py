@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
+import time
 from pathlib import Path
+from queue import SimpleQueue
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -30,9 +31,10 @@ PORTS = (8443, 8444, 8445)
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT."""
-    over = threading.Event()
+    # Not an Event: its lock may be held by this very thread when the signal comes.
+    over: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+        signal.signal(number, lambda ended, _: over.put(ended))
     authority = eseal_authority()
     kept = DESK / "roots.pem"
     known = x509.load_pem_x509_certificates(kept.read_bytes()) if kept.exists() else []
@@ -43,12 +45,21 @@ def main() -> int:
         write(DESK / "ca.pem", sandbox.ca_file.read_bytes())
         say(f"Maskinporten at {sandbox.issuer}, Customs at {sandbox.customs}")
         told = 0
-        while not over.wait(0.1):
+        while over.empty():
+            time.sleep(0.1)
             issue(authority)
-            for one in sandbox.received[told:]:
-                told += 1
-                say(f"{one.method} {one.path} -> {one.status}")
+            told = tell(sandbox, told)
+    # What was answered since the last look: whoever asked may be why this one was stopped.
+    tell(sandbox, told)
     return 0
+
+
+def tell(sandbox: Sandbox, told: int) -> int:
+    """Log the requests after the first *told*; returns how many are told now."""
+    received = sandbox.received
+    for one in received[told:]:
+        say(f"{one.method} {one.path} -> {one.status}")
+    return len(received)
 
 
 def issue(authority: Authority) -> None:

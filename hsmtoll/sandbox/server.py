@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from email.utils import formatdate
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aiohttp import web
@@ -641,9 +642,10 @@ def run(
     sandbox = Sandbox(
         profile=profile, trust=anchors, clients=clients, host=host, names=names, ports=ports
     )
-    over = threading.Event()
+    # Not an Event: its lock may be held by this very thread when the signal comes.
+    over: SimpleQueue[int] = SimpleQueue()
     before = {
-        number: signal.signal(number, lambda *_: over.set())
+        number: signal.signal(number, lambda ended, _: over.put(ended))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
@@ -657,8 +659,7 @@ def run(
                 _written(env_file, lines)
             sys.stdout.write(lines)
             sys.stdout.flush()
-            while not over.wait(0.5):
-                pass
+            over.get()
     except OSError as error:
         raise ConfigurationError(
             f"listening on {host}: {error.strerror or error}",

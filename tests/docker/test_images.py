@@ -143,6 +143,29 @@ def test_a_container_gets_healthy_and_ends_on_sigterm(
         docker("rm", "-f", "-v", container)
 
 
+def test_a_sandbox_tells_of_its_last_request_although_it_was_stopped_right_after(
+    images: dict[str, str],
+) -> None:
+    container = docker("run", "-d", images["hsmtoll-sandbox"])
+    ask_and_stop = """
+import http.client, os, signal, ssl
+trusted = ssl.create_default_context(cafile="/run/sandbox/ca.pem")
+for path in ("/the/one/before", "/the/last/one"):
+    asked = http.client.HTTPSConnection("localhost", 8444, context=trusted)
+    asked.request("GET", path)
+    asked.getresponse().read()
+os.kill(1, signal.SIGTERM)
+"""
+    try:
+        wait_for(container, "healthy")
+        docker("exec", container, "python", "-c", ask_and_stop)
+        assert docker("wait", container) == "0"
+        told = [line.rpartition(" -> ")[0] for line in docker("logs", container).splitlines()]
+        assert told[-2:] == ["sandbox: GET /the/one/before", "sandbox: GET /the/last/one"]
+    finally:
+        docker("rm", "-f", "-v", container)
+
+
 def test_a_process_that_ignores_sigterm_is_seen(images: dict[str, str]) -> None:
     """The control of the test above."""
     deaf = "trap '' TERM; while :; do sleep 1; done"
