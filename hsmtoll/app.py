@@ -486,6 +486,7 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
+        # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as exc:
         raise ConfigurationError(f"{name} {foreign(path)}: cannot be read") from exc

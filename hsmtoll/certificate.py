@@ -238,6 +238,8 @@ class Certificate:
     ocsp_urls: tuple[str, ...]
     crl_urls: tuple[str, ...]
     critical: frozenset[str]
+    permitted: tuple[tuple[Any, ...], ...] | None
+    excluded: tuple[tuple[Any, ...], ...]
 
     @classmethod
     def load(cls, der: bytes) -> Certificate:
@@ -275,6 +277,14 @@ class Certificate:
     def qualified_eseal(self) -> bool:
         """QcCompliance and QcType eSeal: Maskinporten will say ``QCForESeal`` (M87)."""
         return self.qc.compliance and "eseal" in self.qc.types
+
+    def allows(self, below: Certificate) -> bool:
+        """Its name constraints (RFC 5280 section 4.2.1.10) of directory names, for *below*."""
+        name = below.subject_key
+        inside = any(name[: len(base)] == base for base in self.permitted or ())
+        if name and self.permitted is not None and not inside:
+            return False
+        return not any(name[: len(base)] == base for base in self.excluded)
 
     def valid_at(self, now: datetime) -> bool:
         """RFC 5280 section 4.1.2.5: both ends belong to the validity."""
@@ -338,7 +348,7 @@ class Certificate:
         return f"<Certificate {self.subject!r} sha256={self.sha256[:16]}…>"
 
 
-_BLOCK: Final = re.compile(r"-----BEGIN ([^-\r\n]*)-----(.*?)-----END \1-----", re.DOTALL)
+_LABELS: Final = ("CERTIFICATE", "X509 CERTIFICATE")
 
 
 def from_pem(text: str) -> tuple[Certificate, ...]:
@@ -350,13 +360,17 @@ def from_pem(text: str) -> tuple[Certificate, ...]:
     """
     if re.search(r"-----BEGIN [^-\r\n]*PRIVATE KEY", text):
         raise ValueError("it holds a private key; give a file with certificates only")
+    # Not one expression for a whole block: on a file of beginnings alone it is quadratic.
+    begun = (part.partition("-----") for part in text.split("-----BEGIN ")[1:])
     blocks = [
-        body for label, body in _BLOCK.findall(text) if label in ("CERTIFICATE", "X509 CERTIFICATE")
+        rest.partition(f"-----END {label}-----") for label, _, rest in begun if label in _LABELS
     ]
     if not blocks:
         raise ValueError("it holds no certificate in PEM form")
     found: list[Certificate] = []
-    for number, body in enumerate(blocks, 1):
+    for number, (body, end, _) in enumerate(blocks, 1):
+        if not end:
+            raise ValueError(f"certificate {number} in it has no end")
         try:
             found.append(Certificate.load(base64.b64decode("".join(body.split()), validate=True)))
         except binascii.Error as exc:
@@ -368,10 +382,17 @@ def from_pem(text: str) -> tuple[Certificate, ...]:
 
 @lru_cache(maxsize=512)
 def _read(der: bytes) -> Certificate:
-    if der[1:2] == b"\x80":
-        raise ValueError("BER of indefinite length, not DER")
+    _refuse_ber(der)
     outer = _parsed(x509.Certificate, der)
     tbs = outer["tbs_certificate"]
+    # asn1crypto passes over what follows the last field that it knows.
+    fields = [each[0] for each in _values_in(tbs.contents) if each[0] not in b"\xa0\x81\x82\xa3"]
+    if len(_values_in(outer.contents)) != 3 or len(fields) != 6:
+        raise ValueError("it has fields that no certificate has")
+    for moment in _values_in(tbs["validity"].contents):
+        # RFC 5280 section 4.1.2.5: to the second, in UTC, and in no other form.
+        if not re.fullmatch(rb"\x17\x0d[0-9]{12}Z|\x18\x0f[0-9]{14}Z", moment):
+            raise ValueError("its validity is not in the form of DER")
     subject, issuer = _names(tbs["subject"].dump()), _names(tbs["issuer"].dump())
     extensions, critical = _extensions(tbs["extensions"])
     spki = tbs["subject_public_key_info"].dump()
@@ -420,7 +441,39 @@ def _read(der: bytes) -> Certificate:
         ocsp_urls=_ocsp_urls(extensions.get("1.3.6.1.5.5.7.1.1")),
         crl_urls=_crl_urls(extensions.get("2.5.29.31")),
         critical=critical,
+        permitted=_subtrees(extensions.get("2.5.29.30"), "permitted_subtrees"),
+        excluded=_subtrees(extensions.get("2.5.29.30"), "excluded_subtrees") or (),
     )
+
+
+def _values_in(contents: bytes) -> list[bytes]:
+    """The values that stand in *contents*, each whole. ValueError for a length that is not DER."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(contents):
+        if contents[at] & 0x1F == 0x1F:
+            raise ValueError("a tag that no certificate has")
+        size, head = contents[at + 1], 2
+        if size >= 0x80:
+            more = contents[at + 2 : at + 2 + (size & 0x7F)]
+            size, head = int.from_bytes(more, "big"), 2 + len(more)
+            if not more or more[0] == 0 or size < 0x80:
+                raise ValueError("BER, not DER: a length is not in its shortest form")
+        if at + head + size > len(contents):
+            raise ValueError("it ends too early")
+        found.append(contents[at : at + head + size])
+        at += head + size
+    return found
+
+
+def _refuse_ber(der: bytes) -> None:
+    """ValueError unless all lengths are DER (X.690 section 10.1); extensions stay closed."""
+    waiting = [der]
+    while waiting:
+        for each in _values_in(waiting.pop()):
+            if each[0] & 0x20:
+                head = 2 if each[1] < 0x80 else 2 + (each[1] & 0x7F)
+                waiting.append(each[head:])
 
 
 def _parsed(spec: Any, raw: bytes | None) -> Any:
@@ -563,6 +616,16 @@ def _policies(raw: bytes | None) -> tuple[str, ...]:
 def _authority_key_id(raw: bytes | None) -> bytes | None:
     found = _parsed(x509.AuthorityKeyIdentifier, raw)
     return None if found is None else found["key_identifier"].native
+
+
+def _subtrees(raw: bytes | None, which: str) -> tuple[tuple[Any, ...], ...] | None:
+    """The directory names among them; None where no directory name is constrained so."""
+    found = _parsed(x509.NameConstraints, raw)
+    if found is None or isinstance(found[which], core.Void):
+        return None
+    bases = [tree["base"] for tree in found[which]]
+    names = [base.chosen.chosen.dump() for base in bases if base.name == "directory_name"]
+    return tuple(_comparable(_names(each)) for each in names) or None
 
 
 def _qc_statements(raw: bytes | None) -> QcStatements:

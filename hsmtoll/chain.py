@@ -7,8 +7,10 @@ Maskinporten's part; every link is proven by a signature.
 The rules of a path, from the leaf upwards. Each next certificate
 
 * bears the name that the one before it calls its issuer (RFC 5280 section 7.1),
-* is a CA (``cA`` true, ``keyCertSign`` where keyUsage is there) whose ``pathLenConstraint``
-  leaves room (section 4.2.1.9), and is no CA, by name and key, that is on the path already,
+* is a CA (``cA`` true, ``keyCertSign`` where keyUsage is there, no critical extension that
+  RFC 5280 does not know) whose ``pathLenConstraint`` leaves room (section 4.2.1.9) and whose
+  name constraints leave the names below (section 4.2.1.10, directory names), and is no CA, by
+  name and key, that is on the path already,
 * made the signature of the one before it, without MD5 or SHA-1.
 
 A path ends at a root, which is self-issued and signed by its own key, or at the
@@ -100,12 +102,16 @@ class Chain:
 
     def x5c(self, mode: X5cMode = "full") -> tuple[str, ...]:
         """The entries of the ``x5c`` header: standard base64 of DER (RFC 7515 section 4.1.6)."""
-        taken = self.certificates
+        sent = self.sent(mode)
+        return tuple(base64.b64encode(certificate.der).decode("ascii") for certificate in sent)
+
+    def sent(self, mode: X5cMode = "full") -> tuple[Certificate, ...]:
+        """The certificates that `x5c` carries."""
         if mode == "leaf":
-            taken = taken[:1]
-        elif mode == "without-root" and self.complete and len(taken) > 1:
-            taken = taken[:-1]
-        return tuple(base64.b64encode(certificate.der).decode("ascii") for certificate in taken)
+            return self.certificates[:1]
+        if mode == "without-root" and self.complete and len(self.certificates) > 1:
+            return self.certificates[:-1]
+        return self.certificates
 
     def explain(self) -> tuple[str, ...]:
         """Lines for a person: the way up, where it ends, and why this leaf."""
@@ -210,7 +216,7 @@ class _Search:
             self._best_merit = self._merit(self._best) if self._best else None
             self._walk((self._leaf,), self._worth(self._leaf))
         last = self._best[-1]
-        if self._pin is not None and last.sha256 != self._pin:
+        if self._pin is not None and (last.sha256 != self._pin or not self._ends[last.sha256]):
             raise CertificateError(
                 f"building the chain of '{self._leaf.subject}': "
                 f"it does not lead to the pinned root {self._pin[:16]}…",
@@ -238,22 +244,37 @@ class _Search:
             if _is_ca(other):
                 by_name.setdefault(other.subject_key, []).append(other)
         level = [self._leaf]
+        self._ends[self._leaf.sha256] = self._is_end(self._leaf)
         for _ in range(MAX_DEPTH):
+            self._issuers |= {subject.sha256: [] for subject in level}
             found: dict[str, Certificate] = {}
-            for subject in sorted(level, key=lambda certificate: certificate.sha256):
-                end = self._ends[subject.sha256] = self._is_end(subject)
-                named = () if end else by_name.get(subject.issuer_key, ())
-                # Key identifiers are hints (RFC 5280 section 4.2.1.1): a signature decides.
-                likely = sorted(
-                    named, key=lambda issuer: issuer.subject_key_id != subject.authority_key_id
-                )
-                proven = [issuer for issuer in likely if self._proven(issuer, subject)]
-                self._issuers[subject.sha256] = proven
-                found.update((issuer.sha256, issuer) for issuer in proven)
-            level = [found[sha256] for sha256 in found if sha256 not in self._issuers]
+            pairs = [
+                (issuer, subject)
+                for subject in level
+                if not self._ends[subject.sha256]
+                for issuer in by_name.get(subject.issuer_key, ())
+            ]
+            for issuer, subject in sorted(pairs, key=self._order):
+                if self._proven(issuer, subject):
+                    self._issuers[subject.sha256].append(issuer)
+                    found[issuer.sha256] = issuer
+                    # At once: behind many others there may be nothing left to spend.
+                    self._ends.setdefault(issuer.sha256, self._is_end(issuer))
+            level = [found[sha256] for sha256 in sorted(found) if sha256 not in self._issuers]
+
+    def _order(self, pair: tuple[Certificate, Certificate]) -> tuple[Any, ...]:
+        # Which is looked at first, for there is a bound: what a user named, then what key
+        # identifiers hint at (RFC 5280 section 4.2.1.1). A signature decides.
+        issuer, subject = pair
+        return (
+            -sum(each.sha256 in self._preferred for each in pair),
+            issuer.subject_key_id != subject.authority_key_id,
+            subject.sha256,
+            issuer.sha256,
+        )
 
     def _is_end(self, certificate: Certificate) -> bool:
-        if certificate.sha256 == self._pin:
+        if certificate.sha256 == self._pin and certificate != self._leaf:
             return True
         return certificate.self_issued and self._proven(certificate, certificate)
 
@@ -340,13 +361,14 @@ class _Search:
             return []
         seen = {(passed.subject_key, passed.spki_der) for passed in path}
         # RFC 5280 section 4.2.1.9: self-issued certificates and the leaf do not count.
-        below = sum(not passed.self_issued for passed in path[1:])
+        counted = [passed for passed in path[1:] if not passed.self_issued]
         return sorted(
             (
                 issuer
                 for issuer in self._issuers.get(last.sha256, ())
                 if (issuer.subject_key, issuer.spki_der) not in seen
-                and (issuer.path_length is None or below <= issuer.path_length)
+                and (issuer.path_length is None or len(counted) <= issuer.path_length)
+                and all(issuer.allows(each) for each in (path[0], *counted))
             ),
             key=lambda issuer: issuer.sha256,
         )
@@ -369,8 +391,11 @@ def _widen(mine: dict[tuple[bool, bool, bool], _Merit], other: _Merit) -> bool:
 
 
 def _is_ca(certificate: Certificate) -> bool:
-    return certificate.is_ca and (
-        certificate.key_usage is None or "keyCertSign" in certificate.key_usage
+    # RFC 5280 section 4.2: what is critical and not understood makes a certificate unusable.
+    return (
+        certificate.is_ca
+        and not certificate.unknown_critical
+        and (certificate.key_usage is None or "keyCertSign" in certificate.key_usage)
     )
 
 
@@ -610,7 +635,8 @@ def _gap(chain: Chain) -> str:
     return (
         f"'{last.subject}' names '{last.issuer}' as its issuer, "
         f"but none of the {chain.unproven} certificates of that name can have issued it "
-        "(another key, not a CA, or no room for it)"
+        "(another key, a signature by MD5 or SHA-1, not a CA, a critical extension that is not "
+        "known, names it may not issue for, or no room for it)"
     )
 
 

@@ -469,8 +469,9 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
         found = app.chain()
     finally:
         app.close()
+    sent = found.sent(app.settings.x5c)
     if pem:
-        click.echo("".join(each.pem() for each in found.certificates), nl=False)
+        click.echo("".join(each.pem() for each in sent), nl=False)
     elif as_json:
         listed = [
             {
@@ -482,12 +483,14 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
                 "not_after": each.not_after.strftime(_TIME),
                 "sha256": each.sha256,
             }
-            for each in found.certificates
+            for each in sent
         ]
         click.echo(json.dumps(listed, ensure_ascii=False, indent=2))
     else:
         for line in found.explain():
             click.echo(line)
+        if len(sent) < len(found.certificates):
+            click.echo(f"sent: the first {len(sent)} (HSMTOLL_X5C is {app.settings.x5c})")
 
 
 @main.command()
@@ -700,14 +703,21 @@ def key_import(ours: _Globals, *, chain_pem: Path, use_final_try: bool) -> None:
 
     app = ours.app(use_final_try=use_final_try)
     try:
-        text = chain_pem.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = chain_pem.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         raise UsageError(f"{foreign(chain_pem)}: cannot be read as PEM") from None
     with app.devices[0] as device:
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
         # Without an identity the rules of eSeals judge: what they take, the others take.
         family = app.settings.identity or "eseal"
-        done = enrol.import_chain(device, text, now=now, identity=family)
+        done = enrol.import_chain(
+            device,
+            text,
+            now=now,
+            identity=family,
+            mode=app.settings.x5c,
+            root_sha256=app.settings.hsm.root_sha256,
+        )
     for what, certificates in (
         ("written", done.written),
         ("there already", done.present),

@@ -10,6 +10,7 @@ Signing requests are built here and signed on the device; a private key's value 
 from __future__ import annotations
 
 import base64
+import re
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -49,6 +50,9 @@ _Relative: Any = x509.RelativeDistinguishedName
 _Request: Any = pkcs10.CertificationRequest
 _Sequence: Any = x509.RDNSequence
 _String: Any = x509.DirectoryString
+
+# X.680 section 41.4.
+_PRINTABLE: Final = re.compile(r"[A-Za-z0-9 '()+,\-./:=?]+")
 
 _SIGNED_WITH: Final = {"RS256": "sha256_rsa", "RS384": "sha384_rsa", "RS512": "sha512_rsa"}
 
@@ -154,7 +158,13 @@ def csr(
 
 
 def import_chain(
-    device: Device, pem: str, *, now: datetime, identity: Identity = "eseal"
+    device: Device,
+    pem: str,
+    *,
+    now: datetime,
+    identity: Identity = "eseal",
+    mode: chains.X5cMode = "full",
+    root_sha256: str | None = None,
 ) -> Imported:
     """
     Write the leaf and its chain, in any order in *pem*, beside the key that they belong to.
@@ -168,7 +178,7 @@ def import_chain(
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
     try:
-        given = from_pem(pem)
+        given = tuple(dict.fromkeys(from_pem(pem)))
     except ValueError as exc:
         raise ConfigurationError(f"key import: the file cannot be used: {exc}") from exc
     leaf, key = _leaf(given, objects.keys(device))
@@ -179,8 +189,14 @@ def import_chain(
         if fault.code != "certificate-not-yet-valid"
     ]
     preferred = frozenset(each.sha256 for each in given)
-    chain = chains.build(leaf, [*given, *there], now=now, preferred=preferred)
-    faults += chains.chain_faults(chain, identity=identity, now=now)
+    chain = chains.build(
+        leaf,
+        [*given, *there],
+        now=max(now, leaf.not_before),
+        root_sha256=root_sha256,
+        preferred=preferred,
+    )
+    faults += chains.chain_faults(chain, identity=identity, now=now, mode=mode)
     if faults:
         raise faults[0].error()
     named = [(leaf.der, key.label, key.id)]
@@ -236,6 +252,9 @@ def _name(parts: Iterable[tuple[str, str | None]]) -> Any:
             raise UsageError(f"--{option}: one line of printable characters is expected")
         # RFC 5280 appendix A: these two are PrintableString; all else is UTF-8.
         form = "printable_string" if kind in ("country_name", "serial_number") else "utf8_string"
+        if form == "printable_string" and not _PRINTABLE.fullmatch(value):
+            option = kind.removesuffix("_name").replace("_", "-")
+            raise UsageError(f"--{option}: letters a to z, digits, blanks and '()+,-./:=? alone")
         held = _String(name=form, value=value)
         pair = _Pair({"type": kind, "value": held})
         relative.append(_Relative([pair]))

@@ -350,7 +350,11 @@ class LocalSigner:
         uri = self.device.uri
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
         pool = [*readable(stored), *self._pem]
-        leaves = readable(named) or [each for each in pool if not each.is_ca]
+        beside = readable(named)
+        keys = {each.public_key for each in beside if each.public_key and not each.is_ca}
+        # A renewed one may stand in the file alone.
+        beside += [each for each in self._pem if each.public_key in keys]
+        leaves = beside or [each for each in pool if not each.is_ca]
         now = datetime.fromtimestamp(self.clock.now().wall, UTC)
         return self._checked(leaves, pool, now, frozenset())
 

@@ -154,6 +154,11 @@ _ANSWERS: Final = {
     "certificate-critical": "certificate-critical",
     "certificate-expired": "certificate-validity",
     "certificate-not-yet-valid": "certificate-validity",
+    "chain-broken": "chain",
+    "chain-incomplete": "chain",
+    "chain-expired": "chain",
+    "chain-not-yet-valid": "chain",
+    "chain-pin": "chain",
 }
 
 

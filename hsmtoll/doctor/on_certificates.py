@@ -8,12 +8,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import chain as chains
-from hsmtoll.doctor.facts import candidates_of
+from hsmtoll.doctor.facts import candidates_of, pool_of
 from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
 from hsmtoll.errors import CertificateError, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from hsmtoll.certificate import Certificate
 
@@ -132,12 +132,30 @@ def next_of(way: Way, leaf: Certificate) -> Certificate | None:
         if each.not_after > leaf.not_after
         and each.consumer_id(way.identity) == leaf.consumer_id(way.identity)
         and each.not_before <= leaf.not_after
-        and not chains.leaf_faults(each, identity=way.identity, now=max(each.not_before, facts.now))
+        and _will_do(way, pool_of(facts, seen), each)
     ]
     pinned = facts.settings.hsm.certificate_sha256
     if pinned is not None:
         later = [each for each in later if each.sha256 == pinned and each != leaf]
     return min(later, key=lambda each: each.not_before, default=None)
+
+
+def _will_do(way: Way, pool: Iterable[Certificate], leaf: Certificate) -> bool:
+    """Whether *leaf* and its chain hold from its first day on, as the signer will judge them."""
+    settings = way.settings
+    try:
+        chains.checked(
+            [leaf],
+            pool,
+            identity=way.identity,
+            now=max(leaf.not_before, way.facts.now),
+            mode=settings.x5c,
+            root_sha256=settings.hsm.root_sha256,
+            preferred=frozenset(each.sha256 for each in way.facts.pem),
+        )
+    except CertificateError:
+        return False
+    return True
 
 
 @of_the_leaf("roll-over")
@@ -147,7 +165,9 @@ def check_roll_over(way: Way, leaf: Certificate) -> Check:
     if following is None:
         end = f"{leaf.not_after:%Y-%m-%d}"
         return ok("roll-over", f"no certificate is waiting; this one ends on {end}")
-    when = max(following.not_before, way.facts.now)
+    # An older one waits until this one ends (`chains.ranked`: the newest is best).
+    newer = following.not_before > leaf.not_before
+    when = max(following.not_before, way.facts.now) if newer else leaf.not_after
     return ok(
         "roll-over", f"sha256 {following.sha256[:16]} takes over at {when:%Y-%m-%d %H:%M} UTC"
     )

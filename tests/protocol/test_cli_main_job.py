@@ -253,6 +253,17 @@ def test_the_chain_is_shown_leaf_first_in_three_forms(toll_eseal: ThrowAway) -> 
     assert "it ends at a root" in printed("chain")
 
 
+def test_the_chain_is_shown_as_the_settings_send_it(toll_eseal: ThrowAway) -> None:
+    listed = json.loads(printed("chain", "--json", HSMTOLL_X5C="without-root"))
+    assert [each["sha256"] for each in listed] == [_sha256(each) for each in toll_eseal.chain[:-1]]
+    pem = printed("chain", "--pem", HSMTOLL_X5C="without-root")
+    assert x509.load_pem_x509_certificates(pem.encode()) == list(toll_eseal.chain[:-1])
+    told = printed("chain", HSMTOLL_X5C="without-root")
+    assert "it ends at a root" in told
+    assert "sent: the first 2 (HSMTOLL_X5C is without-root)" in told
+    assert "sent:" not in printed("chain")
+
+
 def _sha256(certificate: x509.Certificate) -> str:
     import hashlib
 

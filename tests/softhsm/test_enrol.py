@@ -138,7 +138,15 @@ def test_the_request_can_be_signed_with_each_algorithm(app: App, alg: str) -> No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"country": "se"}, {"country": "SWE"}, {"organization": " "}, {"common_name": "a\nb"}]
+    "wrong",
+    [
+        {"country": "se"},
+        {"country": "SWE"},
+        {"organization": " "},
+        {"common_name": "a\nb"},
+        # A PrintableString has no such letters (X.680 section 41.4).
+        {"serial_number": "Åbo@1"},
+    ],
 )
 def test_a_subject_that_no_certificate_can_have_is_refused(app: App, wrong: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="--"):

@@ -1,0 +1,145 @@
+"""Renewals, bundles and broken chains as they lie on devices and in files."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from hsmtoll import doctor, enrol
+from hsmtoll.errors import CertificateError
+from hsmtoll.hsm import objects
+from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem
+from tests.lab import Lab, make_lab
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hsmtoll.doctor.findings import Check
+    from tests.softhsm.conftest import DeviceSoftHsm
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture(scope="module")
+def lab(device_softhsm: DeviceSoftHsm) -> Lab:
+    made = make_lab(device_softhsm.module, device_softhsm.environment, "beside")
+    made.generate(acme={}, renewed={})
+    return made
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    return eseal_authority()
+
+
+@pytest.fixture(scope="module")
+def spki(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    app = lab.app("acme", tmp_path_factory.mktemp("key"))
+    public = app.devices[0].key().public
+    app.close()
+    assert public is not None
+    return public.spki()
+
+
+def examined(lab: Lab, where: Path, given: bytes, **hsm: str) -> dict[str, Check]:
+    (where / "c.pem").write_bytes(given)
+    app = lab.app("acme", where, hsm={"certificates": where / "c.pem", **hsm})
+    try:
+        return {each.check: each for each in doctor.run(app).checks}
+    finally:
+        app.close()
+
+
+def test_a_broken_chain_is_the_chains_fault(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    told = examined(lab, tmp_path, pem(authority.issue(spki), authority.root))
+    assert (told["key"].verdict, told["key-protection"].verdict) == ("ok", "ok")
+    assert (told["chain"].verdict, told["chain"].code) == ("fail", "chain-incomplete")
+
+
+def test_a_next_one_whose_issuer_is_missing_is_no_roll_over(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    now = authority.issue(spki, not_before=NOW - 300 * DAY, not_after=NOW + 10 * DAY)
+    new = eseal_authority("Ny Tillit")
+    after = new.issue(spki, not_before=NOW + 5 * DAY)
+    told = examined(lab, tmp_path, pem(now, after, *authority.chain))
+    assert told["certificate-validity"].code == "certificate-ends-soon"
+    assert "takes over" not in told["roll-over"].line
+    told = examined(lab, tmp_path, pem(now, after, *authority.chain, *new.chain))
+    assert told["certificate-validity"].verdict == "ok"
+    assert f"takes over at {NOW + 5 * DAY:%Y-%m-%d %H:%M}" in told["roll-over"].line
+
+
+def test_an_older_one_takes_over_at_the_end_of_the_newer(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    newer = authority.issue(spki, not_before=NOW - 5 * DAY, not_after=NOW + 30 * DAY)
+    older = authority.issue(spki, not_before=NOW - 200 * DAY, not_after=NOW + 300 * DAY)
+    told = examined(lab, tmp_path, pem(newer, older, *authority.chain))
+    assert f"takes over at {NOW + 30 * DAY:%Y-%m-%d %H:%M}" in told["roll-over"].line
+
+
+def test_a_leaf_twice_in_the_file_is_one(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    leaf = authority.issue(spki)
+    with contextlib.closing(lab.app("acme", tmp_path)) as app:
+        given = pem(leaf, leaf, *authority.chain).decode()
+        done = enrol.import_chain(app.devices[0], given, now=NOW)
+    assert len(done.written + done.present) == 3
+
+
+def test_an_import_obeys_the_settings_of_the_chain(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    """Where it ends and what is sent of it: an import judges as the signer will."""
+    leaf = authority.issue(spki)
+    given = pem(leaf, *authority.chain).decode()
+    pinned = authority.intermediate.fingerprint(SHA256()).hex()
+    with contextlib.closing(lab.app("acme", tmp_path)) as app:
+        device = app.devices[0]
+        done = enrol.import_chain(device, given, now=NOW, root_sha256=pinned)
+        assert [each.sha256 for each in done.chain.certificates][1:] == [pinned]
+        with pytest.raises(CertificateError) as caught:
+            enrol.import_chain(device, given, now=NOW, root_sha256="00" * 32)
+        assert caught.value.code == "chain-pin"
+        alone = pem(eseal_authority("Alene").issue(spki)).decode()
+        with pytest.raises(CertificateError) as caught:
+            enrol.import_chain(device, alone, now=NOW)
+        assert caught.value.code == "chain-incomplete"
+        norwegian = pem(norwegian_authority("test").issue(spki)).decode()
+        done = enrol.import_chain(device, norwegian, now=NOW, identity="norwegian", mode="leaf")
+        assert len(done.chain.certificates) == 1
+
+
+def test_without_a_pin_a_renewed_leaf_in_the_file_is_seen(
+    lab: Lab, tmp_path: Path, authority: Authority
+) -> None:
+    with lab.app("renewed", tmp_path).devices[0] as device:
+        public = device.key().public
+        assert public is not None
+        old = authority.issue(public.spki(), not_before=NOW - 9 * DAY, not_after=NOW - DAY)
+        objects.store(device, [(old.public_bytes(Encoding.DER), "renewed", b"\x41")])
+    new = authority.issue(public.spki())
+    (tmp_path / "c.pem").write_bytes(pem(new, *authority.chain))
+    app = lab.app("renewed", tmp_path, hsm={"pin": None, "certificates": tmp_path / "c.pem"})
+    found = app.chain()
+    app.close()
+    assert found.leaf.der == new.public_bytes(Encoding.DER)
+
+
+def test_comments_in_another_encoding_are_passed_over(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    given = "subject=O=Exempel Åkeri AB\n".encode("latin-1") + pem(
+        authority.issue(spki), *authority.chain
+    )
+    assert examined(lab, tmp_path, given)["chain"].verdict == "ok"
