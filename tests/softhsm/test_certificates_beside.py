@@ -29,7 +29,7 @@ DAY = timedelta(days=1)
 @pytest.fixture(scope="module")
 def lab(device_softhsm: DeviceSoftHsm) -> Lab:
     made = make_lab(device_softhsm.module, device_softhsm.environment, "beside")
-    made.generate(acme={}, renewed={})
+    made.generate(acme={}, renewed={}, norsk={})
     return made
 
 
@@ -97,10 +97,10 @@ def test_a_leaf_twice_in_the_file_is_one(
     assert len(done.written + done.present) == 3
 
 
-def test_an_import_obeys_the_settings_of_the_chain(
+def test_an_import_ends_where_the_settings_say(
     lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
 ) -> None:
-    """Where it ends and what is sent of it: an import judges as the signer will."""
+    """An import judges as the signer will."""
     leaf = authority.issue(spki)
     given = pem(leaf, *authority.chain).decode()
     pinned = authority.intermediate.fingerprint(SHA256()).hex()
@@ -115,8 +115,18 @@ def test_an_import_obeys_the_settings_of_the_chain(
         with pytest.raises(CertificateError) as caught:
             enrol.import_chain(device, alone, now=NOW)
         assert caught.value.code == "chain-incomplete"
-        norwegian = pem(norwegian_authority("test").issue(spki)).decode()
-        done = enrol.import_chain(device, norwegian, now=NOW, identity="norwegian", mode="leaf")
+
+
+def test_a_leaf_is_imported_alone_where_it_is_sent_alone(lab: Lab, tmp_path: Path) -> None:
+    with contextlib.closing(lab.app("norsk", tmp_path)) as app:
+        device = app.devices[0]
+        public = device.key().public
+        assert public is not None
+        given = pem(norwegian_authority("test").issue(public.spki())).decode()
+        with pytest.raises(CertificateError) as caught:
+            enrol.import_chain(device, given, now=NOW, identity="norwegian")
+        assert caught.value.code == "chain-incomplete"
+        done = enrol.import_chain(device, given, now=NOW, identity="norwegian", mode="leaf")
         assert len(done.chain.certificates) == 1
 
 
