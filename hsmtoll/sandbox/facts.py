@@ -81,7 +81,7 @@ class TokenRequest:
     ) -> TokenRequest:
         """*token* names the form's member that carries the JWS."""
         jws = Jws.read(form.get(token, ""))
-        certificates, fault = _x5c(jws.header.get("x5c"))
+        certificates, fault = _x5c(jws.header["x5c"]) if "x5c" in jws.header else ((), None)
         return cls(method, media_type, authorization, form, jws, certificates, fault)
 
     @property
@@ -107,8 +107,6 @@ class TokenRequest:
 def _x5c(found: object) -> tuple[tuple[x509.Certificate, ...], str | None]:
     """The certificates that can be read, and the first thing that a strict reader refuses."""
     fault = None
-    if found is None:
-        return (), None
     entries = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not found:
         fault = "shape: not a non-empty array of strings"
@@ -123,8 +121,11 @@ def _x5c(found: object) -> tuple[tuple[x509.Certificate, ...], str | None]:
             fault = fault or "entry: not standard base64"
             der = _lenient(entry)
         try:
-            certificates.append(x509.load_der_x509_certificate(der))
-        except ValueError:
+            certificate = x509.load_der_x509_certificate(der)
+            # Read when asked for: what cannot be read is found here, and not inside a rule.
+            _ = certificate.extensions
+            certificates.append(certificate)
+        except (ValueError, x509.DuplicateExtension):
             fault = fault or "entry: not DER of a certificate"
     return tuple(certificates), fault
 

@@ -153,6 +153,8 @@ def refuse(stage: Stage, request: TokenRequest | Call, world: World) -> Refusal 
             if stage == "exchange" and rule.id in {"T03", "T09"}:
                 status = world.settings.invalid_subject_status
                 error = "invalid_token" if status == 401 else "invalid_grant"
+            if rule.id == "M06" and said.endswith("(missing)"):
+                error = "invalid_request"
             if rule.id == "M73":
                 code, error = _m73_code(said)
             if rule.id == "M65" and "delegated" in said:
@@ -357,7 +359,9 @@ def _m40(request: TokenRequest, world: World) -> str | None:
 @_rule("M38", "kid is one of the client's", "O")
 def _m38(request: TokenRequest, world: World) -> str | None:
     kid, client = request.jws.header.get("kid"), world.client(request)
-    if kid is None or (client and isinstance(kid, str) and kid in client.keys):
+    if "kid" not in request.jws.header:
+        return None
+    if client and isinstance(kid, str) and kid in client.keys:
         return None
     return f"{_CLIENT_FAILED} Unknown key identifier (kid) for client."
 
@@ -672,7 +676,7 @@ def _m73(request: TokenRequest, _: World) -> str | None:
     }
     for one in found if isinstance(found, list) else [found]:
         kind = one.get("type") if isinstance(one, dict) else None
-        if kind not in members:
+        if not isinstance(kind, str) or kind not in members:
             return "Unknown authorization details type"
         if set(one) - members[kind]:
             return "Unknown fields in the authorization details"

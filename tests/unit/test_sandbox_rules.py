@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hsmtoll.sandbox.facts import TokenRequest
 from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
@@ -20,8 +24,10 @@ from tests.sandbox_twins import (
     enterprise,
     eseal,
     grants,
+    key,
     leaf,
     seals,
+    segment,
 )
 
 ISSUER = "https://localhost:1/"
@@ -161,3 +167,59 @@ def test_each_m_rule_of_the_conformance_list_has_a_row() -> None:
 def test_each_refusing_m_rule_has_twins() -> None:
     refusing = {r.id for r in TABLE.values() if r.stage == "grant" and r.kind == "refuses"}
     assert refusing - {twins.rule for twins in TWINS} == {"M58", "M72"}
+
+
+@pytest.mark.parametrize("header", [{"kid": None}, {"x5c": None}], ids=["kid", "x5c"])
+@pytest.mark.parametrize("client", ["cert-client", "key-client"])
+def test_a_header_member_that_is_null_is_no_way_past_the_signature(
+    client: str, header: dict[str, None]
+) -> None:
+    claims = json.dumps({**by_key().claims, "aud": ISSUER, "iss": client})
+    head = json.dumps({"alg": "RS256", **header})
+    assertion = ".".join(map(segment, (head.encode(), claims.encode(), b"no signature")))
+    form = {"grant_type": by_key().grant_type, "assertion": assertion}
+    asked = TokenRequest.read("POST", by_key().media_type, form, token="assertion")
+    assert refuse("grant", asked, world()) is not None
+
+
+def test_a_missing_grant_type_is_another_error_than_a_strange_one() -> None:
+    form = {"assertion": eseal().assertion(ISSUER)}
+    bare = TokenRequest.read("POST", eseal().media_type, form, token="assertion")
+    strange = request(eseal().but(grant_type="password"))
+    errors = []
+    for asked in (bare, strange):
+        refusal = refuse("grant", asked, world())
+        assert refusal is not None
+        errors.append((refusal.rule.id, refusal.error))
+    assert errors == [("M06", "invalid_request"), ("M06", "unsupported_grant_type")]
+
+
+@pytest.mark.parametrize("kind", [[], {}, 5, None])
+def test_authorization_details_of_no_type_are_refused_by_their_code(kind: object) -> None:
+    ask = eseal().but(claims={"authorization_details": [{"type": kind}]})
+    refusal = refuse("grant", request(ask), world())
+    assert refusal is not None
+    assert (refusal.rule.id, refusal.code) == ("M73", "MP-301")
+
+
+@pytest.mark.parametrize("oid", ["2.5.29.32", "2.5.29.19", "2.5.29.15", "2.5.29.17"])
+def test_a_leaf_with_an_extension_that_nobody_can_read_is_refused(oid: str) -> None:
+    """As one that is no DER at all, and before anybody asks who signed it."""
+    unread = x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), b"garbage")
+    good, *above = eseal().chain
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(good.subject)
+        .issuer_name(good.issuer)
+        .public_key(key().public_key())
+        .serial_number(good.serial_number)
+        .not_valid_before(good.not_valid_before_utc)
+        .not_valid_after(good.not_valid_after_utc)
+        .add_extension(unread, critical=False)
+    )
+    ours = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    ask = eseal().but(chain=(builder.sign(ours, hashes.SHA256()), *above))
+    refusal = refuse("grant", request(ask), world())
+    assert refusal is not None
+    assert refusal.code == "MP-123"
+    assert refuse("grant", request(eseal()), world()) is None
