@@ -5,8 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line and leave with its code."""
-    from hsmtoll.cli import leave, run  # noqa: PLC0415 - importing the package is not running it
+    from hsmtoll.cli import leave, obey_sigterm, run  # noqa: PLC0415 - importing is not running
 
+    obey_sigterm()
     leave(run())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "run"]
 
 _INTERRUPTED: Final = 130
+_TERMINATED: Final = 143
 _BUG: Final = 1
 
 #: Bytes. An assertion with a chain of certificates is some ten kilobytes.
@@ -74,6 +76,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return _INTERRUPTED
+    except _Terminated:
+        _say("terminated")
+        return _TERMINATED
     except BrokenPipeError:
         # The reader left; there is nobody to tell, and no second error at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +92,21 @@ def run(argv: Sequence[str] | None = None) -> int:
         _say("please report this line with what was run", "hint")
         return _BUG
     return code if isinstance(code, int) else 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def obey_sigterm() -> None:
+    """From now on SIGTERM ends the command as Ctrl-C does: what was begun is put away first."""
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    # Whoever started us may have said that it is to be ignored.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
 
 
 def _told(exc: HsmTollError) -> int:

@@ -7,6 +7,7 @@ that is registered under a kid. Nobody in them exists.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -128,14 +129,31 @@ def run_as(
         variables = {
             **known.environ(),
             **sandbox.environ(),
+            # Nothing of a configuration file that this user or this machine has.
+            "HSMTOLL_CONFIG": _empty(Path(folder) / "hsmtoll.toml"),
             "HSMTOLL_STATE": f"{folder}/state",
             "HSMTOLL_CACHE": f"file://{folder}/cache",
         }
         kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}
         try:
-            return subprocess.run(command, env={**kept, **variables}, check=False).returncode
+            process = subprocess.Popen(command, env={**kept, **variables})
         except OSError as exc:
             raise UsageError(f"{command[0]}: cannot be run ({exc.strerror})") from exc
+        with process:
+            try:
+                return process.wait()
+            except BaseException:
+                # Ctrl-C or SIGTERM: the command is told, and may put its own things away.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                process.kill()
+                raise
+
+
+def _empty(path: Path) -> str:
+    path.touch(mode=0o600)
+    return str(path)
 
 
 def introduce(sandbox: Sandbox, identity: ThrowAway) -> None:

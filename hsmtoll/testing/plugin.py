@@ -13,8 +13,9 @@ that the process has loaded before is initialised again, which ends its sessions
 from __future__ import annotations
 
 import os
+import re
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
     from hsmtoll.testing.softhsm import SoftHsm
+
+#: Variables that say who signs, with what and where: a shell's own would contradict ours.
+_WHO: Final = re.compile(
+    r"HSMTOLL_(HSM__(?!ISOLATION|ALLOW)|SIGNER__|ENDPOINTS__"
+    r"|(ENVIRONMENT|IDENTITY|ISS|KID|PROFILE|CONSUMER_ORG|RESOURCE)$)",
+    re.IGNORECASE,
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -143,10 +151,15 @@ def toll_settings(
     variables = {
         **toll_eseal.environ(),
         **toll_sandbox.environ(),
+        # Nothing of a configuration file or of another identity that this machine has.
+        "HSMTOLL_CONFIG": str(tmp_path / "toll.toml"),
         "HSMTOLL_STATE": str(tmp_path / "toll-state"),
     }
     if "toll_faults" in request.fixturenames:
         variables |= request.getfixturevalue("toll_faults").environ()
+    (tmp_path / "toll.toml").touch(mode=0o600)
+    for name in filter(_WHO.match, list(os.environ)):
+        monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return load()

@@ -122,6 +122,32 @@ def test_a_command_is_run_in_it_and_its_code_is_kept() -> None:
     assert done.stderr == ""
 
 
+def test_a_command_in_it_knows_nothing_of_a_configuration_of_this_user(tmp_path: Path) -> None:
+    (tmp_path / "hsmtoll").mkdir()
+    configured = tmp_path / "hsmtoll" / "hsmtoll.toml"
+    configured.write_text('kid = "mine"\nenvironment = "prod"\n[hsm]\ntoken_label = "ours"\n')
+    mine = {"XDG_CONFIG_HOME": str(tmp_path)}
+
+    done = run("sandbox", "--", *HSMTOLL, "token", "road", **mine)
+    assert (done.returncode, done.stderr) == (0, "")
+    # The control: outside of it the file is read.
+    assert run("doctor", "--json", **mine).returncode != 0
+
+
+def test_a_command_is_ended_with_it_and_nothing_of_it_stays(tmp_path: Path) -> None:
+    argv = (*HSMTOLL, "sandbox", "--", "sh", "-c", "echo there; exec sleep 100")
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as sandbox:
+        assert sandbox.stdout is not None
+        assert sandbox.stdout.readline() == "there\n"
+        assert list(tmp_path.iterdir())
+        sandbox.send_signal(signal.SIGTERM)
+        assert sandbox.wait(20) == 143
+        # The pipe ends when its last writer does: the command.
+        assert sandbox.stdout.read() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
