@@ -7,6 +7,7 @@ A device may be metered, and an answer that never satisfies must not drain it.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from typing import TYPE_CHECKING, Final
 
@@ -43,8 +44,14 @@ class Budget:
         self._store = store
         self._clock = clock
         self._per_hour = per_hour
-        self._guard = threading.Lock()
+        self._guard, self._pid = threading.Lock(), os.getpid()
         self._own: dict[str, list[float]] = {}
+
+    def _alone(self) -> threading.Lock:
+        # One that another thread held at a fork has no owner in the child.
+        if self._pid != os.getpid():
+            self._guard, self._pid = threading.Lock(), os.getpid()
+        return self._guard
 
     def assertion(self, signer: Signer, request: TokenRequest, *, identity: str) -> str:
         """
@@ -61,7 +68,7 @@ class Budget:
 
     def _give_back(self, identity: str) -> None:
         key = name_of("budget", identity)
-        with self._guard, self._store.lock(key, patience=2.0):
+        with self._alone(), self._store.lock(key, patience=2.0):
             kept = self._store.get(key)
             shared = _times(kept.value) if kept else []
             own = self._own.get(key, [])
@@ -77,11 +84,11 @@ class Budget:
     def spend(self, identity: str) -> None:
         """Count one signature of *identity*; TryAgainLater if the hour's are spent."""
         key = name_of("budget", identity)
-        with self._guard, self._store.lock(key, patience=2.0):
+        with self._alone(), self._store.lock(key, patience=2.0):
             now = self._clock.now().wall
             kept = self._store.get(key)
-            shared = [at for at in _times(kept.value) if _counts(at, now)] if kept else []
-            own = [at for at in self._own.get(key, ()) if _counts(at, now)]
+            shared = _counted(_times(kept.value), now) if kept else []
+            own = _counted(self._own.get(key, []), now)
             # Without the store (it is down, its file was removed) this process still counts.
             spent = max(shared, own, key=len)
             if len(spent) >= self._per_hour:
@@ -97,8 +104,9 @@ class Budget:
             self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
 
 
-def _counts(at: float, now: float) -> bool:
-    return now - _HOUR < at <= now + _AHEAD
+def _counted(times: list[float], now: float) -> list[float]:
+    # A clock that was set back frees nothing: what is ahead counts for an hour from now.
+    return [at if at <= now + _AHEAD else now for at in times if at > now - _HOUR]
 
 
 def _times(raw: bytes) -> list[float]:

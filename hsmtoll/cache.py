@@ -12,11 +12,12 @@ import logging
 import os
 import random
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import errors, records
 from hsmtoll.errors import HsmTollError, UsageError
+from hsmtoll.flights import Flight, late, over, too_much
 from hsmtoll.stores import name_of
 from hsmtoll.tokens import ANY, AccessToken, Freshness
 
@@ -47,23 +48,6 @@ _LONGEST_REST_OF_DEVICE: Final = 10.0
 _SLICE: Final = 0.25
 
 
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One renewal under way and everybody who waits for it."""
-
-    started: float
-    wish: Wish
-    doing: str = "waiting for another process"
-    waiting: int = 0
-    outcome: AccessToken | BaseException | None = None
-    landed: threading.Event = field(default_factory=threading.Event)
-    # The futures of the tasks that wait in a loop, one each, so that each can be cancelled
-    # alone; None once they were woken.
-    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
-        default_factory=dict
-    )
-
-
 class Source(Protocol):
     """Where a token comes from when nobody has one. Both may take long; one thread calls them."""
 
@@ -78,7 +62,7 @@ class Source(Protocol):
 class _Rest:
     until: float
     failures: int
-    error: HsmTollError
+    error: Exception
 
 
 class Cache:
@@ -98,6 +82,8 @@ class Cache:
         self._patience = patience
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
+        # Seconds that the newest had left when it was new: the next will hardly have more.
+        self._most: dict[TokenRequest, float] = {}
         #: Answers by what they were: fresh or stale from memory, from the store, or fetched.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
         self._start_afresh()
@@ -172,29 +158,38 @@ class Cache:
             self._start_afresh()
         with self._guard:
             now = self._clock.now()
-            token = self._tokens.get(request)
-            if token is not None and token.lifetime < wish.min_life and token.remaining(now) > 0:
-                raise _too_much(wish, token)
             token = self.living(request, wish)
             if token is not None and token.freshness(now) is Freshness.FRESH:
                 self.hits["fresh"] += 1
                 return None, token, False
+            if token is None and self.living(request) is not None:
+                most = self._most.get(request, wish.min_life)
+                if most < wish.min_life:
+                    raise too_much(wish, most)
             flight, led = self._flights.get(request), False
             if flight is None:
                 rest = self._rests.get(request)
                 if rest is not None and now.boot < rest.until:
                     if token is None:
-                        raise records.again(rest.error)
+                        raise _again(rest.error)
                     self.hits["stale"] += 1
                     return None, token, False
                 flight, led = Flight(now.boot, wish), True
                 # A daemon, and not of a pool: a device that hangs must not keep the process.
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._fly,
                     args=(request, source, flight),
                     name="hsmtoll-renew",
                     daemon=True,
-                ).start()
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
+                    # The limit of threads is reached, or the interpreter is ending.
+                    if token is None:
+                        raise
+                    self.hits["stale"] += 1
+                    return None, token, False
                 self._flights[request] = flight
             if token is not None and self._background:
                 self.hits["stale"] += 1
@@ -215,22 +210,26 @@ class Cache:
             now = self._clock.now()
             if wish.met_by(outcome, now):
                 return outcome
-            if led and outcome.remaining(now) < max(wish.min_life, 0.001):
-                raise _too_much(wish, outcome)
+            # What it flew for was this wish, or more.
+            served = led or flight.wish == wish
+            if served and outcome.remaining(now) < wish.min_life:
+                raise too_much(wish, outcome.remaining(now))
             # The newest there is, even where it has the value of one that was refused.
-            return outcome if led else None
+            return outcome if served else None
         token = self.living(request, wish)
         if token is not None:
             self.hits["stale"] += 1
             return token
         if outcome is None:
-            raise _late(flight, self._patience)
-        raise records.again(outcome) if isinstance(outcome, HsmTollError) else outcome
+            raise late(flight, self._patience)
+        raise _again(outcome)
 
     def _fly(self, request: TokenRequest, source: Source, flight: Flight) -> None:
         outcome: AccessToken | BaseException
         try:
             outcome = self._renewed(request, source, flight)
+            if outcome.remaining(self._clock.now()) <= 0:
+                outcome = over(outcome)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             outcome = exc
         with self._guard:
@@ -238,7 +237,7 @@ class Cache:
             if isinstance(outcome, AccessToken):
                 self._tokens[request] = outcome
                 self._rests.pop(request, None)
-            elif isinstance(outcome, HsmTollError):
+            elif isinstance(outcome, Exception):
                 self._rest(request, outcome)
             flight.outcome = outcome
             loops = list(flight.loops)
@@ -251,21 +250,27 @@ class Cache:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
     def _renewed(self, request: TokenRequest, source: Source, flight: Flight) -> AccessToken:
-        until = self._clock.now().boot + self._patience / 2
+        began = self._clock.now().boot
         while True:
             token = self._stored(source.key(), request, flight.wish)
             if token is not None:
                 return token
-            left = until - self._clock.now().boot
-            patience = max(0.0, min(left, _SLICE))
-            with self._store.lock(source.key(), patience=patience) as free:
-                if not free and left > 0:
-                    continue
+            waited = self._clock.now().boot - began
+            if waited >= self._patience:
+                raise late(flight, self._patience)
+            key = source.key()
+            # A holder that is too slow is replaced by one, and not by everybody who waits.
+            slow = waited >= self._patience / 2
+            name = name_of("instead", key) if slow else key
+            with self._store.lock(name, patience=_SLICE) as free:
                 if not free:
+                    continue
+                if slow:
                     _log.warning("cache: another process is too slow; renewing alone")
                 token = self._stored(source.key(), request, flight.wish)
                 if token is None:
                     token = self._fetched(source, flight)
+                    self._most[request] = token.remaining(self._clock.now())
                 return token
 
     def _fetched(self, source: Source, flight: Flight) -> AccessToken:
@@ -282,7 +287,11 @@ class Cache:
         # Who signs may have changed since the store was asked.
         key = source.key()
         left = token.remaining(self._clock.now())
-        self._store.put(key, records.token(key, token), ttl=left)
+        try:
+            self._store.put(key, records.token(key, token), ttl=left)
+        except errors.ConfigurationError as exc:
+            # The store was good before the signature was spent: the caller has the token.
+            _log.warning("%s; the token is kept in memory alone", exc)
         return token
 
     def _stored(self, key: str, request: TokenRequest, wish: Wish) -> AccessToken | None:
@@ -294,8 +303,8 @@ class Cache:
             if token.freshness(now) is Freshness.FRESH and wish.met_by(token, now):
                 self.hits["stored"] += 1
                 return token
-            if token.lifetime < wish.min_life:
-                raise _too_much(wish, token)
+            if token.lifetime <= wish.min_life:
+                raise too_much(wish, token.lifetime)
             # Not good enough to end the flight, good enough to fall back to.
             known = self._tokens.get(request)
             if known is None or known.remaining(now) < token.remaining(now):
@@ -308,15 +317,16 @@ class Cache:
                 raise refusal
         return None
 
-    def _rest(self, request: TokenRequest, exc: HsmTollError) -> None:
+    def _rest(self, request: TokenRequest, exc: Exception) -> None:
         before = self._rests.get(request)
         failures = before.failures + 1 if before else 1
         of_device = isinstance(exc, errors.DeviceError)
         longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
         seconds = min(longest, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
-        seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))
         if isinstance(exc, UsageError):
             return
+        if isinstance(exc, HsmTollError):
+            seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))
         self._rests[request] = _Rest(self._clock.now().boot + seconds, failures, exc)
 
     def _patience_left(self, flight: Flight) -> float:
@@ -345,31 +355,13 @@ class Cache:
                 future.set_result(None)
 
 
+def _again(exc: BaseException) -> BaseException:
+    return records.again(exc) if isinstance(exc, HsmTollError) else exc
+
+
 def _remembered_for(exc: HsmTollError) -> float:
     """Seconds that an answer stands: who refused will refuse again, and it costs a signature."""
     if exc.code == "throttled":
         return min(exc.retry_after or REFUSED_FOR, _LONGEST_WAIT)
     final = errors.GrantRefused | errors.ExchangeRefused | errors.ClockError
     return REFUSED_FOR if isinstance(exc, final) and not exc.retryable else 0.0
-
-
-def _too_much(wish: Wish, token: AccessToken) -> HsmTollError:
-    return UsageError(
-        f"a token that lives {wish.min_life:.0f} s was asked for: new ones live {token.lifetime} s",
-        hint="ask for less; the lifetime is set by Maskinporten and Customs",
-    )
-
-
-def _late(flight: Flight, patience: float) -> HsmTollError:
-    if flight.doing == "signing":
-        return errors.DeviceError(
-            f"signing: the device did not answer within {patience:.0f} s",
-            hint="with HSMTOLL_HSM__ISOLATION=process a module that hangs is ended, and the next"
-            " call starts it again",
-            code="device-hangs",
-        )
-    return errors.NetworkError(
-        f"a new token: not here after {patience:.0f} s ({flight.doing})",
-        hint="HSMTOLL_DEADLINE sets how long to wait",
-        code="deadline",
-    )

@@ -77,8 +77,10 @@ class Keeper:
             self._early[request] = random.uniform(*_EARLY)  # noqa: S311 - as above
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
             token = engine.token(request, Wish(min_life=max(0.0, min_life)))
-        except HsmTollError as exc:
-            _log.warning("renewal ahead of time failed: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - whatever it was, the next look may be better
+            # The words of a stranger's exception may hold anything.
+            said = exc if isinstance(exc, HsmTollError) else type(exc).__name__
+            _log.warning("renewal ahead of time failed: %s", said)
             return _LOOK * random.uniform(0.5, 1.0)  # noqa: S311 - as above
         self.done += 1
         del token

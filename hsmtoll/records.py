@@ -27,6 +27,9 @@ _APART: Final = 300.0
 #: Seconds that a token may live at most.
 _LONGEST: Final = 86_400
 
+#: Seconds. No clock of ours is as far from its epoch.
+_FAR: Final = 1e11
+
 _SAID: Final = ("hint", "code", "who", "trace_id", "jti", "correlation_id")
 
 _NUMBER: Final = (int, float)
@@ -72,7 +75,8 @@ def read_token(key: str, raw: bytes, *, now: Moment, left: float | None) -> Acce
     if left is not None and asked.boot_id != now.boot_id:
         if not -_APART <= now.wall - asked.wall <= lifetime + _APART:
             return None
-        age = max(0.0, lifetime - left)
+        # Whoever can write to the store can prolong what it says; the wall clocks bound it.
+        age = max(0.0, lifetime - left, now.wall - asked.wall - _APART)
         asked = Moment(now.wall - age, now.boot - age, now.boot_id)
     return AccessToken(value["access_token"], value["scope"], asked, lifetime)
 
@@ -135,6 +139,10 @@ def _read(key: str, raw: bytes, shape: dict[str, Any]) -> dict[str, Any] | None:
     for name, kind in shape.items():
         if not isinstance(value.get(name), kind) or isinstance(value[name], bool):
             return None
+        if isinstance(value[name], int | float) and not abs(value[name]) < _FAR:
+            return None
+    if not all(isinstance(value.get(name), str | None) for name in _SAID):
+        return None
     return value
 
 

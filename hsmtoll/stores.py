@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -124,10 +125,19 @@ class FileStore:
         except FileNotFoundError:
             return None
         except OSError as exc:
-            raise _unsafe(path, "is a link or cannot be opened") from exc
-        with open(descriptor, "rb", closefd=True) as file:  # noqa: PTH123 - a descriptor
+            if exc.errno == errno.ELOOP:
+                raise _unsafe(path, "is a link") from exc
+            _log.warning("cache %s: a token could not be read (%s)", self._directory, exc.strerror)
+            return None
+        try:
             _check(path, os.fstat(descriptor), stat.S_IFREG)
-            value = file.read(_LARGEST + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                value = file.read(_LARGEST + 1)
+        except OSError as exc:
+            _log.warning("cache %s: a token could not be read (%s)", self._directory, exc.strerror)
+            return None
+        finally:
+            os.close(descriptor)
         return Kept(value) if len(value) <= _LARGEST else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
@@ -167,7 +177,10 @@ class FileStore:
         try:
             yield True
         finally:
-            lock.release()
+            try:
+                lock.release()
+            except OSError as exc:
+                _log.warning("cache %s: a lock stays (%s)", self._directory, exc.strerror)
 
     def _checked_directory(self) -> None:
         try:
@@ -180,6 +193,10 @@ class FileStore:
                 code="cache-unusable",
             ) from exc
         _check(self._directory, seen, stat.S_IFDIR)
+
+
+#: Bytes before a sealed value: until when it is good, in milliseconds of the server's clock.
+_STAMP: Final = 8
 
 
 class RedisStore:
@@ -222,21 +239,36 @@ class RedisStore:
             pipe = client.pipeline(transaction=True)
             pipe.get(_name(key))
             pipe.pttl(_name(key))
-            sealed, left = pipe.execute()
+            pipe.time()
+            sealed, left, now = answers = pipe.execute(raise_on_error=False)
+            for each in answers:
+                # A value of another type is none of ours: a miss, and to be replaced.
+                if isinstance(each, Exception) and not str(each).startswith("WRONGTYPE"):
+                    raise each
             if not isinstance(sealed, bytes) or left <= 0:
                 return None
             value = self._opened(key, sealed)
-            return Kept(value, left / 1000) if value is not None else None
+            if value is None or len(value) < _STAMP:
+                return None
+            # Whoever can write there can prolong the lifetime, but not what is sealed.
+            left = min(left, int.from_bytes(value[:_STAMP]) - _ms(now))
+            return Kept(value[_STAMP:], left / 1000) if left > 0 else None
 
         return self._asked(read, None)
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Keep *value* for *ttl*."""
-        nonce = os.urandom(12)
-        sealed = nonce + self._cipher().encrypt(nonce, value, _name(key).encode())
         milliseconds = int(ttl * 1000)
+
+        def write(client: redis.Redis) -> None:
+            # By the server's clock, which counts the lifetimes for all.
+            until = (_ms(client.time()) + milliseconds).to_bytes(_STAMP)
+            nonce = os.urandom(12)
+            sealed = nonce + self._cipher().encrypt(nonce, until + value, _name(key).encode())
+            client.set(_name(key), sealed, px=milliseconds)
+
         if milliseconds > 0:
-            self._asked(lambda client: client.set(_name(key), sealed, px=milliseconds), None)
+            self._asked(write, None)
 
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
@@ -284,7 +316,8 @@ class RedisStore:
         except (redis.exceptions.RedisError, OSError) as exc:
             if self._down_until is None:
                 _log.warning("cache: Redis does not answer (%s); alone until it does", _why(exc))
-            self._down_until = now + self.REST
+            # From now, not from before the question: one that hangs has taken seconds to fail.
+            self._down_until = self._clock.now().boot + self.REST
             return otherwise
         if self._down_until is not None:
             _log.info("cache: Redis answers again")
@@ -310,9 +343,14 @@ class RedisStore:
         return AESGCM(self._secret)
 
 
+def _ms(time: Any) -> int:
+    """The answer of Redis' TIME, in milliseconds."""
+    return int(time[0]) * 1000 + int(time[1]) // 1000
+
+
 def _name(key: str) -> str:
     """Where *key* lies in Redis, and what its value is bound to: name and version."""
-    return f"hsmtoll:1:{key}"
+    return f"hsmtoll:2:{key}"
 
 
 def _why(exc: Exception) -> str:

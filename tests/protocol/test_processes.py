@@ -98,6 +98,18 @@ def test_a_leader_that_stands_still_is_waited_for_half_the_patience(
     assert any(line.startswith("token ") for line in said)
 
 
+def test_a_leader_that_stands_still_is_replaced_by_one_and_not_by_all(
+    toll_sandbox: Sandbox, cache: str
+) -> None:
+    with Crowd(toll_sandbox, cache) as crowd:
+        leader = crowd.member(step="signed")
+        leader.until("at signed")
+        followers = [crowd.member(patience=12) for _ in range(5)]
+        said = [each.end() for each in followers]
+    assert sum(lines.count("signed") for lines in said) == 1
+    assert all(lines[-2].startswith("token ") for lines in said)
+
+
 def test_a_follower_that_is_killed_costs_nobody_anything(toll_sandbox: Sandbox, cache: str) -> None:
     with Crowd(toll_sandbox, cache) as crowd:
         toll_sandbox.fault("slow", "token", seconds=2)

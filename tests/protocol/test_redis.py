@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -134,7 +135,7 @@ def test_a_value_moved_to_another_key_does_not_open(
     store.put(KEY, b"mine", ttl=100)
     store.put(OTHER, b"theirs", ttl=100)
     with raw(server) as client:
-        mine, theirs = f"hsmtoll:1:{KEY}", f"hsmtoll:1:{OTHER}"
+        mine, theirs = f"hsmtoll:2:{KEY}", f"hsmtoll:2:{OTHER}"
         client.rename(theirs, mine)
     assert store.get(KEY) is None
     assert "does not open" in caplog.text
@@ -143,7 +144,7 @@ def test_a_value_moved_to_another_key_does_not_open(
 @pytest.mark.parametrize("change", ["bit", "cut", "empty", "plain", "list"])
 def test_a_value_that_was_changed_is_a_miss(store: RedisStore, server: Server, change: str) -> None:
     store.put(KEY, b"value", ttl=100)
-    name = f"hsmtoll:1:{KEY}"
+    name = f"hsmtoll:2:{KEY}"
     with raw(server) as client:
         sealed = client.get(name)
         assert isinstance(sealed, bytes)
@@ -204,7 +205,7 @@ def test_a_holder_who_lives_keeps_the_lock_longer_than_its_lease(
             assert not free
     # The control: one who is gone without a word loses it.
     with raw(server) as client:
-        assert client.lock(f"hsmtoll:1:{KEY}:lock", timeout=0.3).acquire()
+        assert client.lock(f"hsmtoll:2:{KEY}:lock", timeout=0.3).acquire()
     with second.lock(KEY, patience=2) as free:
         assert free
 
@@ -339,3 +340,36 @@ def test_a_redis_on_another_machine_is_reached_by_verified_tls_alone(
     finally:
         process.kill()
         process.wait(10)
+
+
+def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(
+    server: Server, store: RedisStore
+) -> None:
+    store.put(KEY, b"value", ttl=100)
+    assert server._process is not None
+    server._process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        for _ in range(8):
+            assert store.get(KEY) is None
+        assert time.monotonic() - began < 30
+    finally:
+        server._process.send_signal(signal.SIGCONT)
+
+
+def test_a_lifetime_that_somebody_prolonged_ends_when_it_was_to_end(
+    server: Server, store: RedisStore
+) -> None:
+    store.put(KEY, b"value", ttl=0.5)
+    with raw(server) as client:
+        client.pexpire(client.keys("hsmtoll:*")[0], 100_000)
+    time.sleep(0.6)
+    assert store.get(KEY) is None
+
+
+def test_what_is_no_value_is_replaced_at_once(server: Server, store: RedisStore) -> None:
+    with raw(server) as client:
+        client.rpush(f"hsmtoll:2:{KEY}", "x")
+    assert store.get(KEY) is None
+    store.put(KEY, b"value", ttl=100)
+    assert store.get(KEY) is not None

@@ -497,7 +497,51 @@ def test_whatever_ends_a_flight_those_who_wait_hear_of_it(
     with pytest.raises(type(error)):
         cache.get(REQUEST, well)
     well.error = None
+    # A mistake that repeats itself must not spend a signature for each call.
+    clock.pass_(2)
     assert cache.get(REQUEST, well).value == "token-2"
+
+
+def test_a_mistake_rests_as_a_failure_does(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    well.error = ValueError("a bug")
+    for _ in range(5):
+        with pytest.raises(ValueError, match="a bug"):
+            cache.get(REQUEST, well)
+    assert well.fetched == 1
+    clock.pass_(2)
+    with pytest.raises(ValueError, match="a bug"):
+        cache.get(REQUEST, well)
+    assert well.fetched == 2
+
+
+def test_a_token_that_comes_back_the_same_costs_one_signature_for_all(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server whose tokens never change answers a refused one with its equal."""
+    well, hold, got = Well(clock), threading.Event(), list[str]()
+    cache, fetch = cache_of(clock), well.fetch
+
+    def constant(flight: Flight) -> AccessToken:
+        token = fetch(flight)
+        return AccessToken("constant", token.scope, token.asked, token.lifetime)
+
+    monkeypatch.setattr(well, "fetch", constant)
+    cache.get(REQUEST, well)
+    well.hold = hold
+    crowd = [
+        threading.Thread(
+            target=lambda: got.append(cache.get(REQUEST, well, Wish(avoid="constant")).value)
+        )
+        for _ in range(20)
+    ]
+    for each in crowd:
+        each.start()
+    wait_for(lambda: cache.waiting() == 20)
+    hold.set()
+    for each in crowd:
+        each.join(10)
+    assert (well.fetched, got) == (2, ["constant"] * 20)
 
 
 def test_a_device_that_hangs_is_told_after_the_patience_of_the_first(
@@ -540,3 +584,66 @@ def test_the_count_of_hits_says_where_tokens_came_from(
     assert cache.left() == 120
     clock.pass_(1000)
     assert cache.left() == 0
+
+
+def test_a_token_that_is_over_when_it_comes_costs_one_signature(clock: HandClock) -> None:
+    well, hold, told = Well(clock, lifetime=1), threading.Event(), list[HsmTollError]()
+    well.hold, cache = hold, cache_of(clock)
+
+    def ask() -> None:
+        try:
+            cache.get(REQUEST, well)
+        except HsmTollError as exc:
+            told.append(exc)
+
+    crowd = [threading.Thread(target=ask) for _ in range(20)]
+    for each in crowd:
+        each.start()
+    wait_for(lambda: cache.waiting() == 20)
+    clock.pass_(2)
+    hold.set()
+    for each in crowd:
+        each.join(10)
+    assert well.fetched == 1
+    assert {(type(each), each.code) for each in told} == {(NetworkError, "token-over")}
+
+
+def test_renew_is_a_new_token_after_the_clock_was_set_back(clock: HandClock, well: Well) -> None:
+    cache = cache_of(clock)
+    cache.get(REQUEST, well)
+    clock.pass_(10)
+    clock.wall -= 3600
+    assert cache.get(REQUEST, well, Wish(since=clock.now())).value == "token-2"
+
+
+def test_a_life_that_new_tokens_just_miss_costs_one_signature(
+    clock: HandClock, well: Well, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, fetch = cache_of(clock), well.fetch
+
+    def slow(flight: Flight) -> AccessToken:
+        token = fetch(flight)
+        clock.pass_(0.4)
+        return token
+
+    monkeypatch.setattr(well, "fetch", slow)
+    for _ in range(5):
+        with pytest.raises(UsageError):
+            cache.get(REQUEST, well, Wish(min_life=well.lifetime))
+    assert well.fetched == 1
+    # The control: what a new one has left when it comes can be had.
+    assert cache.get(REQUEST, well, Wish(min_life=well.lifetime - 1)).value == "token-1"
+
+
+def test_a_living_token_is_given_where_no_thread_is_to_be_had(
+    clock: HandClock, well: Well, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(clock)
+    cache.get(REQUEST, well)
+    clock.pass_(70)
+
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert cache.get(REQUEST, well).value == "token-1"

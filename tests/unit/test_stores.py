@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -238,11 +239,37 @@ def test_a_count_that_was_lost_is_kept_by_this_process(any_store: Store, raw: by
         budget.spend("me")
 
 
-def test_a_clock_set_back_frees_no_signature(any_store: Store) -> None:
+@pytest.mark.parametrize("back", [200, 7200])
+def test_a_clock_set_back_frees_no_signature(any_store: Store, back: int) -> None:
     clock = SettableClock(1_800_000_000.0)
     budget = Budget(any_store, clock, per_hour=2)
     budget.spend("me")
     budget.spend("me")
-    clock.set_wall(1_800_000_000.0 - 200)
+    clock.set_wall(1_800_000_000.0 - back)
     with pytest.raises(TryAgainLater):
         budget.spend("me")
+
+
+def test_a_directory_in_its_place_is_refused_and_leaks_nothing(
+    store: FileStore, tmp_path: Path
+) -> None:
+    store.put(KEY, b"value", ttl=10)
+    path = next((tmp_path / "cache").glob("*.json"))
+    path.unlink()
+    path.mkdir(mode=0o700)
+    opened = Path("/proc/self/fd")
+    before = len(list(opened.iterdir()))
+    with pytest.raises(ConfigurationError):
+        store.get(KEY)
+    assert len(list(opened.iterdir())) == before
+
+
+def test_a_fork_in_the_middle_of_a_count_stops_no_child() -> None:
+    budget = Budget(MemoryStore(), SettableClock(1_800_000_000.0), per_hour=2)
+    with budget._guard:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(5)
+            budget.spend("me")
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
