@@ -505,8 +505,8 @@ def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
     for each in stored:
         try:
             read.append(Certificate.load(each.der))
-        except ValueError:
-            continue
+        except ValueError as exc:
+            _log.info("certificate %r is passed over: %s", foreign(each.label), exc)
     return read
 
 

@@ -67,6 +67,8 @@ def check_certificate(way: Way, leaf: Certificate) -> Check:
     """There is a certificate for the key, and why this one of several."""
     why = "; ".join(way.chain.notes) if way.chain else ""
     told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
+    if unreadable := sum(seen.unreadable for seen in way.facts.seen):
+        why = "; ".join(filter(None, (why, f"{unreadable} on the device cannot be read")))
     return ok("certificate", f"{told}; {why}" if why else told)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
+from asn1crypto import parser
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
 
@@ -848,7 +849,20 @@ def certificates_of(session: Session) -> Iterator[StoredCertificate]:
         if not der or len(der) > _LARGEST_CERTIFICATE:
             _log.warning("certificate %r has %d bytes: left out", foreign(label), len(der or b""))
             continue
-        yield StoredCertificate(der, label, _attribute(thing, Attribute.ID) or b"")
+        yield StoredCertificate(_unpadded(der), label, _attribute(thing, Attribute.ID) or b"")
+
+
+# asn1crypto has no types.
+_size_of_first: Any = parser.peek
+
+
+def _unpadded(der: bytes) -> bytes:
+    # Cards keep files of a fixed size: what follows a certificate there is zeros.
+    with contextlib.suppress(ValueError):
+        size = _size_of_first(der)
+        if not any(der[size:]):
+            return der[:size]
+    return der
 
 
 def _mechanism(alg: str, unsigned: SigningInput, there: frozenset[str]) -> tuple[Mechanism, bytes]:

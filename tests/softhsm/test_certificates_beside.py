@@ -29,7 +29,7 @@ DAY = timedelta(days=1)
 @pytest.fixture(scope="module")
 def lab(device_softhsm: DeviceSoftHsm) -> Lab:
     made = make_lab(device_softhsm.module, device_softhsm.environment, "beside")
-    made.generate(acme={}, renewed={}, norsk={})
+    made.generate(acme={}, renewed={}, norsk={}, padded={})
     return made
 
 
@@ -144,6 +144,25 @@ def test_without_a_pin_a_renewed_leaf_in_the_file_is_seen(
     found = app.chain()
     app.close()
     assert found.leaf.der == new.public_bytes(Encoding.DER)
+
+
+def test_certificates_are_found_where_a_card_filled_its_file_up_with_zeros(
+    lab: Lab, tmp_path: Path, authority: Authority
+) -> None:
+    with lab.app("padded", tmp_path).devices[0] as device:
+        public = device.key().public
+        assert public is not None
+        chain = [
+            c.public_bytes(Encoding.DER) for c in (authority.issue(public.spki()), *authority.chain)
+        ]
+        objects.store(device, [(der + bytes(300), "padded", b"\x43") for der in chain])
+        # The control: what follows is not padding, and makes it something else.
+        objects.store(device, [(chain[0] + b"\1" + bytes(300), "padded", b"\x43")])
+    with contextlib.closing(lab.app("padded", tmp_path)) as app:
+        told = {each.check: each for each in doctor.run(app).checks}
+        assert [each.der for each in app.chain().certificates] == chain
+    assert told["chain"].verdict == "ok"
+    assert "1 on the device cannot be read" in told["certificate"].line
 
 
 def test_comments_in_another_encoding_are_passed_over(
