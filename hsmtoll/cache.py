@@ -246,7 +246,8 @@ class Cache:
             # A loop that was closed has nobody left in it.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._wake, flight, loop)
-        if isinstance(outcome, HsmTollError) and self.living(request) is not None:
+        # Who gets no token hears of it by the error itself.
+        if isinstance(outcome, HsmTollError) and self.living(request, flight.wish) is not None:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
     def _renewed(self, request: TokenRequest, source: Source, flight: Flight) -> AccessToken:

@@ -102,6 +102,13 @@ def landed(cache: Cache) -> None:
         assert flight.landed.wait(10)
 
 
+def flown() -> None:
+    """Wait for the threads of all flights, to their last word."""
+    for thread in threading.enumerate():
+        if thread.name == "hsmtoll-renew":
+            thread.join(10)
+
+
 def wait_for(come: Callable[[], bool]) -> None:
     """Until it has come; the room's own time limit ends a test that waits in vain."""
     while not come():
@@ -633,6 +640,28 @@ def test_a_life_that_new_tokens_just_miss_costs_one_signature(
     assert well.fetched == 1
     # The control: what a new one has left when it comes can be had.
     assert cache.get(REQUEST, well, Wish(min_life=well.lifetime - 1)).value == "token-1"
+
+
+def test_a_failed_renewal_is_told_once(
+    clock: HandClock, well: Well, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = cache_of(clock)
+    cache.get(REQUEST, well)
+    clock.pass_(100)
+    well.error = NetworkError("nobody answered")
+    # By a warning where the token in hand still serves …
+    assert cache.get(REQUEST, well).value == "token-1"
+    flown()
+    assert [each.message for each in caplog.records].count(
+        "renewal failed, the token in hand still lives: nobody answered"
+    ) == 1
+    # … and where it does not, by the error alone.
+    caplog.clear()
+    clock.pass_(2)
+    with pytest.raises(NetworkError):
+        cache.get(REQUEST, well, Wish(since=clock.now()))
+    flown()
+    assert caplog.records == []
 
 
 def test_a_living_token_is_given_where_no_thread_is_to_be_had(
