@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
+from datetime import UTC
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -19,7 +21,7 @@ from hsmtoll.tokens import Moment
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MAX_SKEW", "Clock", "Skew", "SystemClock", "offset_of"]
+__all__ = ["MAX_SKEW", "Clock", "Skew", "SystemClock", "offset_of", "retry_after"]
 
 #: Seconds. A clock further off is an error of the machine, not something to correct (DESIGN 4.9).
 MAX_SKEW: Final = 300.0
@@ -72,13 +74,29 @@ def offset_of(headers: Mapping[str, str], *, sent: Moment, received: Moment) -> 
     """
     if "date" not in headers or "age" in headers:
         return None
+    named = _seconds(headers["date"])
+    return None if named is None else named + 0.5 - (sent.wall + received.wall) / 2
+
+
+def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3), a number or a date."""
+    said = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", said):
+        return float(said)
+    at = _seconds(said)
+    return None if at is None else max(0.0, at - now)
+
+
+def _seconds(date: str) -> float | None:
+    """Seconds since 1970 of a date in a header, or ``None`` if it is none."""
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 - 5 ms, and only with an answer
 
     try:
-        theirs = parsedate_to_datetime(headers["date"]).timestamp() + 0.5
+        at = parsedate_to_datetime(date)
+        # HTTP's dates are UTC (RFC 9110 section 5.6.7); the form of asctime() names no zone.
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
-    return theirs - (sent.wall + received.wall) / 2
 
 
 class Skew:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 from hsmtoll import apis
+from hsmtoll.clock import retry_after
 from hsmtoll.errors import (
     ApiRefused,
     HsmTollError,
@@ -29,7 +30,6 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.exchange import retry_after
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping

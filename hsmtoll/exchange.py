@@ -37,7 +37,6 @@ __all__ = [
     "grant_post",
     "read_issued",
     "read_subject",
-    "retry_after",
 ]
 
 #: RFC 7523 section 8.1.
@@ -163,19 +162,6 @@ def read_issued(answer: Answer, post: Post) -> Issued:
         who="customs",
         correlation_id=_correlation(answer),
     )
-
-
-def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3), a number or a date."""
-    from email.utils import parsedate_to_datetime  # noqa: PLC0415 - 5 ms, and seldom needed
-
-    said = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"\d{1,9}", said):
-        return float(said)
-    try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from hsmtoll import errors, exchange, tls
-from hsmtoll.clock import offset_of
+from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
     AuditBroken,
     ClockError,
@@ -177,7 +177,7 @@ class SigningHost:
         kind, code, retry = known or _by_status(answer.status)
         what = foreign(body.get("error_description") or "it gives no reason")
         hint = body.get("hint")
-        wait = exchange.retry_after(answer.headers, now=self._clock.now().wall)
+        wait = retry_after(answer.headers, now=self._clock.now().wall)
         return kind(
             f"{self.name}: {answer.status}, {what}",
             hint=f"it says: {foreign(hint)}" if isinstance(hint, str) and hint else None,

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from hsmtoll import apis, exchange
 from hsmtoll.budget import UNSPENT
-from hsmtoll.clock import offset_of
+from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
     ClockError,
     ConfigurationError,
@@ -292,7 +292,7 @@ class Engine:
                 trace = exc.trace_id or trace
                 if exc.retryable:
                     now = self.clock.now().wall
-                    exc.retry_after = exchange.retry_after(answer.headers, now=now)
+                    exc.retry_after = retry_after(answer.headers, now=now)
                 raise
         except HsmTollError as exc:
             outcome = outcome if outcome != "failed" else exc.code or "failed"

@@ -8,6 +8,7 @@ import string
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hsmtoll.clock import retry_after
 from hsmtoll.errors import HsmTollError
 from hsmtoll.exchange import (
     TEST,
@@ -17,7 +18,6 @@ from hsmtoll.exchange import (
     grant_post,
     read_issued,
     read_subject,
-    retry_after,
 )
 
 ASSERTION = "eyJhbGciOiJSUzI1NiJ9.eyJqdGkiOiJhIn0.c2lnbmF0dXJlLW9mLXRoZS1ncmFudA"

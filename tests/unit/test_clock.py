@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll.clock import MAX_SKEW, Skew, SystemClock, offset_of
+from hsmtoll.clock import MAX_SKEW, Skew, SystemClock, offset_of, retry_after
 from hsmtoll.errors import ClockError
 from hsmtoll.tokens import Moment
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 DATE = "Tue, 01 Dec 2026 12:00:00 GMT"
@@ -46,6 +48,43 @@ def test_the_offset_is_taken_at_the_midpoint(
     headers: dict[str, str], sent: float, received: float, offset: float | None
 ) -> None:
     assert offset_of(headers, sent=moment(sent), received=moment(received)) == offset
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("7", 7.0),
+        ("Thu, 01 Jan 1970 00:01:40 GMT", 90.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+        ("soon", None),
+        ("", None),
+        ("-5", None),
+        ("9" * 40, None),
+        ("\u0661\u0662", None),
+    ],
+)
+def test_retry_after_is_read_as_seconds_and_as_date(said: str, seconds: float | None) -> None:
+    assert retry_after({"retry-after": said}, now=10.0) == seconds
+
+
+@pytest.fixture
+def _east_of_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine whose local time is not UTC."""
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "CET-1")
+        time.tzset()
+        assert time.localtime(AT).tm_hour == 13
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("_east_of_utc")
+@pytest.mark.parametrize(
+    "date", [DATE, "Tuesday, 01-Dec-26 12:00:00 GMT", "Tue Dec  1 12:00:00 2026"]
+)
+def test_each_of_the_three_forms_of_a_date_is_utc_wherever_the_machine_stands(date: str) -> None:
+    assert offset_of({"date": date}, sent=moment(AT), received=moment(AT)) == 0.5
+    assert retry_after({"retry-after": date}, now=AT - 120) == 120
 
 
 def test_noise_is_not_learned_and_neither_is_what_is_too_far() -> None:

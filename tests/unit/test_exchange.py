@@ -180,22 +180,6 @@ def test_a_scope_that_customs_does_not_know_says_what_to_check() -> None:
     assert "Digitoll" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize(
-    ("said", "seconds"),
-    [
-        ("7", 7.0),
-        ("Thu, 01 Jan 1970 00:01:40 GMT", 90.0),
-        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
-        ("soon", None),
-        ("", None),
-        ("-5", None),
-        ("9" * 40, None),
-    ],
-)
-def test_retry_after_is_read_as_seconds_and_as_date(said: str, seconds: float | None) -> None:
-    assert exchange.retry_after({"retry-after": said}, now=10.0) == seconds
-
-
 def test_nothing_secret_is_in_the_texts_of_the_values() -> None:
     values: list[Any] = [post(), Issued("bearer-value", 9), answer(body=GOOD)]
 
