@@ -172,7 +172,7 @@ def submission(
         answer = yield Send("GET", question)
         result = _result(answer, api, request_id)
         if result is not None:
-            return _judged(result, request_id)
+            return _judged(result, request_id, _bearer(answer))
 
 
 def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Talk:
@@ -249,9 +249,11 @@ def _accepted(
     body = _json(_answered(answer, api, None)) or {}
     # Until 2022 it was called lrn; presentation answers with what the client chose.
     found = body.get("requestId") or body.get("lrn") or message.get("requestId")
-    if not isinstance(found, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", found):
+    fits = isinstance(found, str) and re.fullmatch(r"[0-9A-Za-z-]{1,64}", found)
+    # It is shown and asked with: what repeats the token is no id.
+    if not fits or foreign(found, _bearer(answer)) != found:
         raise _unknown(f"{level} was accepted without a requestId", api, None)
-    return found
+    return str(found)
 
 
 def _answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
@@ -307,12 +309,12 @@ def _of_request(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any] |
     return None
 
 
-def _judged(result: Mapping[str, Any], request_id: str) -> Receipt:
+def _judged(result: Mapping[str, Any], request_id: str, bearer: str) -> Receipt:
     mrn = result.get("mrn") or result.get("masterReferenceNumber")
     receipt = Receipt(request_id, mrn if isinstance(mrn, str) else None, result)
     if result["status"] == "SUCCESS":
         return receipt
-    lines = _errors(result.get("validationErrorList"))
+    lines = _errors(result.get("validationErrorList"), bearer)
     error = SubmissionFailed(
         f"submission {request_id}: FAILURE with {len(lines)} error(s)",
         hint="\n".join(lines) or "Customs names no reason",
@@ -323,7 +325,7 @@ def _judged(result: Mapping[str, Any], request_id: str) -> Receipt:
     raise error
 
 
-def _errors(listed: object) -> list[str]:
+def _errors(listed: object, bearer: str) -> list[str]:
     lines = []
     for entry in listed if isinstance(listed, list) else ():
         if not isinstance(entry, dict):
@@ -331,7 +333,8 @@ def _errors(listed: object) -> list[str]:
         pointer = entry.get("pointer")
         place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
         place = place or entry.get("field") or "message"
-        lines.append(f"{foreign(place)}: {foreign(entry.get('description') or entry.get('error'))}")
+        words = entry.get("description") or entry.get("error")
+        lines.append(f"{foreign(place, bearer)}: {foreign(words, bearer)}")
     return lines
 
 
@@ -401,7 +404,7 @@ def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError |
             correlation_id=correlation,
             retryable=True,
         )
-    lines = _errors((_json(response) or {}).get("validationErrors"))
+    lines = _errors((_json(response) or {}).get("validationErrors"), _bearer(response))
     return ApiRefused(
         what + (f", {len(lines)} error(s) in the message" if lines else ""),
         hint="\n".join(lines) or _HINTS.get(status, "Customs' pages describe the API"),
@@ -423,7 +426,17 @@ _HINTS: Final = {
 
 def _correlation(response: httpx.Response) -> str | None:
     said = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
-    return foreign(said) if said else None
+    return foreign(said, _bearer(response)) if said else None
+
+
+def _bearer(answer: object) -> str:
+    """The token that was sent for *answer*, to be left out of what it says; empty without one."""
+    try:
+        sent = answer.request if isinstance(answer, httpx.Response) else None
+    except RuntimeError:
+        # An answer that was made by hand knows of no request.
+        return ""
+    return "" if sent is None else sent.headers.get("authorization", "").removeprefix("Bearer ")
 
 
 def _json(response: httpx.Response) -> dict[str, Any] | None:

@@ -160,23 +160,27 @@ def read_issued(answer: Answer, post: Post) -> Issued:
         ),
         code="scope-not-authorized" if scope else "exchange-refused",
         who="customs",
-        correlation_id=_correlation(answer),
+        correlation_id=_correlation(answer, post.secret),
     )
 
 
 def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
+    body = _json(answer.body)
+    value, seconds, kind = (
+        (body or {}).get(k) for k in ("access_token", "expires_in", "token_type")
+    )
+
     def unusable(why: str) -> HsmTollError:
         return error(
             f"{post.leg} answered 200, but {why}",
             hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
             code="answer-unusable",
-            correlation_id=_correlation(answer),
+            # The token of this very answer may be good, whatever else is wrong with it.
+            correlation_id=_correlation(answer, post.secret, str(value or "")),
         )
 
-    body = _json(answer.body)
     if body is None:
         raise unusable("not with a JSON object")
-    value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
     if not isinstance(value, str) or not _BEARER.fullmatch(value):
         raise unusable("access_token is not a bearer token (RFC 6750)")
     if type(seconds) is not int or not 1 <= seconds <= _LONGEST:
@@ -188,7 +192,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
 
 def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
     where = f"{post.leg} answered {answer.status}"
-    correlation = _correlation(answer)
+    correlation = _correlation(answer, post.secret)
     if answer.status == 429:
         raise TryAgainLater(
             f"{where}: too many requests",
@@ -224,7 +228,7 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
     code_match = _MP.search(uri.rsplit("/", 1)[-1]) if isinstance(uri, str) else None
     code = code_match[0] if code_match else None
     trace = _TRACE.search(said)
-    trace_id = trace[1] if trace else None
+    trace_id = foreign(trace[1], post.secret) if trace else None
     text = foreign(_TRACE.sub("", said), post.secret) or "no reason given"
     row = refusals.refusal(code, said)
     code = code or (row.code if row else "") or None
@@ -273,6 +277,6 @@ def _error_text(answer: Answer) -> str:
     return ": ".join(part for part in parts if isinstance(part, str) and part)
 
 
-def _correlation(answer: Answer) -> str | None:
+def _correlation(answer: Answer, *secrets: str) -> str | None:
     said = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
-    return foreign(said) if said else None
+    return foreign(said, *secrets) if said else None

@@ -285,15 +285,18 @@ class Engine:
             answer = self.wire.post(post)
             outcome = str(answer.status)
             ids = (answer.headers.get(name) for name in ("x-correlationid", "x-request-id"))
-            trace = foreign(next((each for each in ids if each), "-"))
+            said = next((each for each in ids if each), "-")
             try:
-                return read(answer)
+                issued = read(answer)
             except HsmTollError as exc:
-                trace = exc.trace_id or trace
+                trace = exc.trace_id or exc.correlation_id or foreign(said, post.secret)
                 if exc.retryable:
                     now = self.clock.now().wall
                     exc.retry_after = retry_after(answer.headers, now=now)
                 raise
+            # The log tells an id of theirs, and never a token that stands in its place.
+            trace = foreign(said, post.secret, issued.value)
+            return issued
         except HsmTollError as exc:
             outcome = outcome if outcome != "failed" else exc.code or "failed"
             raise

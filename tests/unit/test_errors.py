@@ -78,3 +78,11 @@ def test_a_short_secret_is_left_out_whole() -> None:
 
 def test_whatever_looks_like_a_jwt_is_left_out_although_nobody_named_it() -> None:
     assert "eyJ" not in foreign("got eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln here")
+
+
+def test_a_jwt_with_the_header_of_a_secret_is_left_out_with_all_its_parts() -> None:
+    header = "eyJhbGciOiJSUzI1NiJ9"
+    other = f"{header}.eyJzdWIiOiJhIn0.c3ViamVjdC10b2tlbg"
+    assert foreign(f"got {other} here", f"{header}.eyJqdGkiOiJhIn0.c2lnbmF0dXJl") == (
+        "got [left out] here"
+    )
