@@ -122,16 +122,17 @@ def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
     return Post("Customs", url, form, subject.value)
 
 
-def read_subject(answer: Answer, post: Post, *, jti: str | None = None) -> Issued:
+def read_subject(answer: Answer, post: Post, *, jti: str | None = None, scope: str = "") -> Issued:
     """
-    The subject token of leg one.
+    The subject token of leg one. *scope*: the names that were asked for, with spaces between.
 
-    Raises GrantRefused or ScopeNotGranted with the MP code, what it means, who must act and
-    the trace id; ClockError where it is about time; TryAgainLater for 429 and NetworkError
-    for 5xx, both retryable.
+    An answer that says its scope must name them all; one that says none grants them (RFC 6749
+    section 5.1). Raises GrantRefused or ScopeNotGranted with the MP code, what it means, who must
+    act and the trace id; ClockError where it is about time; TryAgainLater for 429 and
+    NetworkError for 5xx, both retryable.
     """
     if answer.status == 200:
-        return _issued(answer, post, GrantRefused)
+        return _issued(answer, post, GrantRefused, scope)
     _raise_for_trouble(answer, post, jti)
     raise _refused(answer, post, jti)
 
@@ -164,11 +165,10 @@ def read_issued(answer: Answer, post: Post) -> Issued:
     )
 
 
-def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
-    body = _json(answer.body)
-    value, seconds, kind = (
-        (body or {}).get(k) for k in ("access_token", "expires_in", "token_type")
-    )
+def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = "") -> Issued:
+    read = _json(answer.body)
+    body = read or {}
+    value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
 
     def unusable(why: str) -> HsmTollError:
         return error(
@@ -179,7 +179,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
             correlation_id=_correlation(answer, post.secret, str(value or "")),
         )
 
-    if body is None:
+    if read is None:
         raise unusable("not with a JSON object")
     if not isinstance(value, str) or not _BEARER.fullmatch(value):
         raise unusable("access_token is not a bearer token (RFC 6750)")
@@ -187,6 +187,16 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError]) -> Issued:
         raise unusable(f"expires_in is not a whole number of seconds in 1…{_LONGEST}")
     if not isinstance(kind, str) or kind.lower() != "bearer":
         raise unusable("token_type is not Bearer")
+    granted = body.get("scope", scope) if scope else ""
+    if not isinstance(granted, str):
+        raise unusable("scope is not a string")
+    if missing := set(scope.split()).difference(granted.split()):
+        raise ScopeNotGranted(
+            f"{post.leg} granted less than was asked for, without {foreign(' '.join(missing))}",
+            hint=refusals.REFUSALS["MP-200"].do,
+            code="scope-narrowed",
+            who="you",
+        )
     return Issued(value, seconds)
 
 

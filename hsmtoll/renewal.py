@@ -236,7 +236,8 @@ class Engine:
         """Leg one; the answer's Date teaches the skew, which may call for another attempt."""
         from hsmtoll import jws  # noqa: PLC0415 - a token at hand needs no grant
 
-        named = jws.read_unverified(assertion)[1].get("jti")
+        claims = jws.read_unverified(assertion)[1]
+        named, scope = claims.get("jti"), str(claims.get("scope", ""))
         jti = named if isinstance(named, str) else None
         post = exchange.grant_post(self.endpoints, assertion)
         sent = self.clock.now()
@@ -245,7 +246,7 @@ class Engine:
             offset = offset_of(answer.headers, sent=sent, received=self.clock.now())
             learned = offset is not None and self._learn(offset)
             try:
-                return exchange.read_subject(answer, post, jti=jti)
+                return exchange.read_subject(answer, post, jti=jti, scope=scope)
             except HsmTollError as exc:
                 if offset is not None and (isinstance(exc, ClockError) or exc.code == "MP-130"):
                     self.skew.check(offset)

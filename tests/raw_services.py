@@ -116,7 +116,7 @@ class RawServices:
     """
     Both services; *token*, *exchange* and *api* may be replaced at any time.
 
-    *calls* are the requests that came to the API, *grants* those to Maskinporten.
+    *calls*, *exchanges* and *grants* are the requests that came.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,6 +135,7 @@ class RawServices:
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(file)
         self.calls: list[bytes] = []
+        self.exchanges: list[bytes] = []
         self._maskinporten = _Listening(self.context, self._at_maskinporten)
         self._customs = _Listening(self.context, self._at_customs)
 
@@ -143,6 +144,7 @@ class RawServices:
 
     def _at_customs(self, connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
         if b"/oauth/token" in asked.split(b"\r\n")[0]:
+            self.exchanges.append(asked)
             return self.exchange(connection, asked)
         self.calls.append(asked)
         return self.api(connection, asked)

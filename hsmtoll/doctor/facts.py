@@ -247,7 +247,7 @@ def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
     signer, request = app.signer, _request(app, scope)
     assertion = app.budget.assertion(signer, request, identity=signer.identity())
     post = exchange.grant_post(app.endpoints, assertion)
-    return exchange.read_subject(wire.post(post), post)
+    return exchange.read_subject(wire.post(post), post, scope=scope)
 
 
 def _request(app: App, scope: str) -> TokenRequest:

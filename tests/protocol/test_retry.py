@@ -17,9 +17,11 @@ from hsmtoll.errors import (
     GrantRefused,
     HsmTollError,
     NetworkError,
+    ScopeNotGranted,
     TryAgainLater,
 )
 from hsmtoll.stores import FileStore
+from tests.raw_services import BEARER, SUBJECT, RawServices, said
 from tests.soft import engine_of
 
 if TYPE_CHECKING:
@@ -66,6 +68,20 @@ def test_a_lasting_outage_costs_the_budget_of_a_request_and_no_more(
             TollClient(engine).token("road")
     assert caught.value.exit_code == 80
     assert len(signer.signed) == 2, "the others were told while it rested"
+
+
+def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_path: Path) -> None:
+    with RawServices(tmp_path) as services:
+        token = {"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600}
+        services.token = lambda *_: said({**token, "scope": "toll:eu/movement/air"})
+        engine, signer = engine_of(services)
+        client = TollClient(engine)
+        for _ in range(3):
+            with pytest.raises(ScopeNotGranted, match="toll:eu/movement/road/v2"):
+                client.token("road")
+        assert (len(signer.signed), services.exchanges) == (1, [])
+        # The control: what it grants is had.
+        assert client.token("air").value == BEARER
 
 
 @pytest.mark.parametrize("rule", ["html", "newline-token", "401", "redirect"])

@@ -86,6 +86,44 @@ def test_every_lifetime_from_a_second_to_a_day_is_taken(seconds: int) -> None:
     assert exchange.read_subject(given, post()).expires_in == seconds
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("a", {"scope": "a"}),
+        ("a", {}),
+        ("a b", {"scope": "b a"}),
+        ("a", {"scope": " b\ta c "}),
+        ("", {"scope": "a"}),
+    ],
+)
+def test_a_scope_that_is_granted_whole_or_not_spoken_of_is_taken(
+    asked: str, said: dict[str, str]
+) -> None:
+    body = {name: value for name, value in GOOD.items() if name != "scope"} | said
+    assert exchange.read_subject(answer(body=body), post(), scope=asked).expires_in == 119
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"), [("a", ""), ("a", "b"), ("a b", "a"), ("a", "ab A"), ("a", "a,b")]
+)
+def test_a_scope_that_is_not_granted_is_no_token(asked: str, granted: str) -> None:
+    with pytest.raises(ScopeNotGranted) as caught:
+        exchange.read_subject(answer(body={**GOOD, "scope": granted}), post(), scope=asked)
+
+    assert (caught.value.code, caught.value.retryable) == ("scope-narrowed", False)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("granted", [None, ["a"], {"a": 1}, 1, True])
+def test_a_scope_that_is_no_string_is_no_answer(granted: object) -> None:
+    with pytest.raises(GrantRefused, match="scope") as caught:
+        exchange.read_subject(answer(body={**GOOD, "scope": granted}), post(), scope="a")
+
+    assert caught.value.code == "answer-unusable"
+    # The control: Customs speaks of none (T06), and what it would say is not ours to judge.
+    assert exchange.read_issued(answer(body={**GOOD, "scope": granted}), post()).expires_in == 119
+
+
 @pytest.mark.parametrize("value", ["", "a b", "a\nX-Evil: 1", "a\x00", "ø", 7, None, "=a"])
 def test_an_access_token_follows_the_bearer_grammar_and_is_not_shown(value: object) -> None:
     error = subject_error(answer(body={**GOOD, "access_token": value}))
