@@ -112,7 +112,7 @@ class TollClient(_Shared, Calls):
         import httpx  # noqa: PLC0415 - as above
 
         base, scope = self._target(name)
-        made = httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options())
+        made = httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options(base))
         self._lent(made)
         return made
 
@@ -155,7 +155,7 @@ class AsyncTollClient(_Shared, AsyncCalls):
 
         base, scope = self._target(name)
         made = httpx.AsyncClient(
-            base_url=base, auth=self.auth(scope), **self._engine.wire.options()
+            base_url=base, auth=self.auth(scope), **self._engine.wire.options(base)
         )
         self._lent(made)
         return made

@@ -201,6 +201,9 @@ class Engine:
             return AccessToken(given.value, request.scope, asked, given.expires_in)
         flight.doing = "the signing host" if isinstance(signer, Elsewhere) else "signing"
         identity = self._met()
+        # What is in the way of sending is found before a signature is spent.
+        for url in (self.endpoints.token, self.endpoints.customs):
+            self.wire.options(url)
         try:
             assertion = self._budget.assertion(signer, request, identity=identity)
         except HsmTollError as exc:

@@ -8,14 +8,48 @@ certificate that is not checked) slips in.
 from __future__ import annotations
 
 import ssl
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["client_context", "host_context"]
+    # Given the seconds that a wait may last, or None for ever, it gives those that are left.
+    Limit = Callable[[float | None], float | None]
+
+__all__ = ["bounded", "client_context", "host_context"]
+
+_limit: ContextVar[Limit | None] = ContextVar("hsmtoll-limit", default=None)
+
+
+class _Bounded(ssl.SSLSocket):
+    """
+    A socket whose waits end with the time of whoever waits, from the handshake on.
+
+    Libraries set a time-out before each wait, and know of no time for all of them together.
+    """
+
+    def settimeout(self, value: float | None, /) -> None:
+        limit = _limit.get()
+        super().settimeout(value if limit is None else limit(value))
+
+
+@contextmanager
+def bounded(limit: Limit) -> Iterator[None]:
+    """
+    Let *limit* shorten each wait of this thread for TLS; it raises TimeoutError when none is left.
+
+    Tasks have asyncio.timeout: their sockets wait for nothing.
+    """
+    before = _limit.set(limit)
+    try:
+        yield
+    finally:
+        _limit.reset(before)
 
 
 def client_context(ca_file: Path | None) -> ssl.SSLContext:
@@ -25,7 +59,7 @@ def client_context(ca_file: Path | None) -> ssl.SSLContext:
     ``ssl.create_default_context`` would write session keys to wherever SSLKEYLOGFILE points.
     Raises ConfigurationError for a file that holds no certificates.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = _empty()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_default_certs()
     if ca_file is not None:
@@ -46,7 +80,7 @@ def host_context(
     if ca_file is None:
         context = client_context(more)
     else:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context = _empty()
         _trust(context, ca_file, "HSMTOLL_SIGNER__CA_FILE")
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
@@ -60,6 +94,13 @@ def host_context(
             f"{where}: cannot be used as a certificate and its key",
             hint="both are PEM, the key is the certificate's own and not encrypted",
         ) from exc
+    return context
+
+
+def _empty() -> ssl.SSLContext:
+    """One that trusts nobody yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _Bounded
     return context
 
 

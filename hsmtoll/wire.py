@@ -6,14 +6,18 @@ Nothing is known here of what a leg means; the user's own httpx clients never ca
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.cookiejar
 import ipaddress
+import re
 import socket
 import ssl
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
@@ -64,33 +68,37 @@ class Wire:
     ) -> None:
         self._ca_file = ca_file
         self._proxy = proxy
-        self._timeout = timeout
+        # One wait lasts no longer than all of them, connecting included.
+        self._timeout = min(timeout, deadline)
         self._deadline = deadline
         self._door = door or Door()
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for every httpx client of ours, for tokens and for calls alike."""
+    @property
+    def deadline(self) -> float:
+        """Seconds for one exchange in all."""
+        return self._deadline
+
+    def options(self, url: str = "https://") -> dict[str, Any]:
+        """
+        Keyword arguments for an httpx client of ours to *url*, for tokens and for calls alike.
+
+        Raises ConfigurationError for a CA file or a proxy that cannot be used; sends nothing.
+        """
         with self._lock:
             if self._context is None:
                 made = self._door.context
                 self._context = made() if made else tls.client_context(self._ca_file)
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        named = self._proxy if self._proxy != "environment" else None
-        if named is not None:
-            try:
-                httpx.Proxy(named)
-            except (ValueError, httpx.InvalidURL):
-                # `from None`: the original quotes the URL, and that may hold a password.
-                raise ConfigurationError(
-                    "HSMTOLL_PROXY: not the URL of a proxy",
-                    hint="http://host:port, or https://…; or environment, to use its variables",
-                ) from None
+        name, via = "HSMTOLL_PROXY", self._proxy
+        if via == "environment":
+            name, via = _of_environment(url)
         return {
             "verify": self._context,
-            "proxy": named,
-            "trust_env": self._proxy == "environment",
+            "proxy": via and _proxy(name, via, self._context),
+            # Its proxies were looked up above: a library would meet them with TLS of its own.
+            "trust_env": False,
             # Waiting for a connection of our own pool is not the network's fault.
             "timeout": httpx.Timeout(self._timeout, pool=self._deadline),
             # However many tasks there are, nobody's server is met by hundreds of handshakes.
@@ -146,9 +154,15 @@ class Wire:
 
     def _sent(self, leg: str, method: str, url: str, *, guard: _Guard, **request: Any) -> Answer:
         host = httpx.URL(url).host
+        options = self._options(url)
+        hooks = {"response": [_stay]}
         try:
             # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
-            with httpx.Client(**self._options()) as client, guard:
+            with (
+                httpx.Client(**options, event_hooks=hooks) as client,
+                guard,
+                tls.bounded(guard.left),
+            ):
                 built = client.build_request(
                     method, url, extensions={"trace": guard.trace}, **request
                 )
@@ -159,17 +173,18 @@ class Wire:
             return answer
         except httpx.HTTPError as exc:
             _close_left_open(exc)
-            if guard.struck:
+            if guard.over:
                 raise self._too_slow(leg, host) from exc
-            raise _named(exc, leg, host, self._timeout) from exc
+            secrets = _secrets(options["proxy"])
+            raise _named(exc, leg, host, self._timeout, secrets) from exc
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, url: str) -> dict[str, Any]:
         if self._door.uds is None:
-            return self.options()
+            return self.options(url)
         # The context is asked for nothing on a Unix socket, and made empty because that is quick.
         nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         transport = httpx.HTTPTransport(uds=str(self._door.uds), verify=nothing, trust_env=False)
-        return {**self.options(), "verify": nothing, "transport": transport}
+        return {**self.options(url), "verify": nothing, "transport": transport}
 
     def _too_slow(self, leg: str, host: str) -> NetworkError:
         return NetworkError(
@@ -177,6 +192,60 @@ class Wire:
             hint="HSMTOLL_DEADLINE sets how long to wait",
             code="deadline",
         )
+
+
+def _of_environment(url: str) -> tuple[str, str | None]:
+    """The variable with the proxy for *url*, and its value; ``None`` for none."""
+    proxies, to = getproxies_environment(), httpx.URL(url)
+    name = to.scheme if proxies.get(to.scheme) else "all"
+    found = proxies.get(name)
+    if not found:
+        return "", None
+    excepted = [each.strip() for each in proxies.get("no", "").split(",")]
+    if not all(_EXCEPTED.fullmatch(each) and "://" not in each for each in excepted):
+        raise ConfigurationError(
+            "NO_PROXY: not a list of hosts",
+            hint="names or addresses with commas between, such as localhost,.acme.example",
+            code="proxy-environment",
+        )
+    if "*" in excepted or proxy_bypass(to.netloc.decode("ascii")):
+        return "", None
+    return f"{name.upper()}_PROXY", found if "://" in found else f"http://{found}"
+
+
+_EXCEPTED: Final = re.compile(r"[\w.*:/-]*|\[[0-9A-Fa-f:.]+\](:\d+)?")
+
+
+def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
+    """The proxy at *url*, met with our own TLS; *name* is where it is set."""
+    try:
+        made = httpx.Proxy(url)
+        if made.url.scheme == "https":
+            made.ssl_context = context
+        # What the proxy needs is looked for here and not when a signature has been spent.
+        httpx.HTTPTransport(verify=context, proxy=made, trust_env=False).close()
+    except (ValueError, ImportError, httpx.InvalidURL):
+        # `from None`: the original quotes the URL, and that may hold a password.
+        raise ConfigurationError(
+            f"{name}: not the URL of a proxy that can be used",
+            hint="http://host:port, or https://…"
+            + ("; or environment, to use its variables" if name == "HSMTOLL_PROXY" else ""),
+            code=None if name == "HSMTOLL_PROXY" else "proxy-environment",
+        ) from None
+    return made
+
+
+def _secrets(proxy: httpx.Proxy | None) -> tuple[str, ...]:
+    """What the proxy was told of us and may repeat: the password, bare and as it is sent."""
+    if proxy is None or proxy.auth is None:
+        return ()
+    sent = base64.b64encode(":".join(proxy.auth).encode()).decode()
+    return sent, proxy.auth[1]
+
+
+def _stay(response: httpx.Response) -> None:
+    """Nobody goes where a redirect leads, and httpx would fail on what is no address."""
+    response.headers.pop("location", None)
 
 
 def _close_left_open(exc: BaseException) -> None:
@@ -250,12 +319,26 @@ class _Guard:
         self._public = public
         self._leg = leg
         self._sockets: list[socket.socket] = []
+        self._seconds, self._end = seconds, 0.0
         self._timer = threading.Timer(seconds, self._strike)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
+        self._end = time.monotonic() + self._seconds
         self._timer.start()
         return self
+
+    @property
+    def over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.struck or time.monotonic() >= self._end
+
+    def left(self, wait: float | None) -> float:
+        """*wait*, cut at the deadline: while TLS is agreed on there is no socket to shut down."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left if wait is None else min(wait, left)
 
     def __exit__(self, *exc: object) -> None:
         self._timer.cancel()
@@ -286,12 +369,14 @@ class _Guard:
                 each.shutdown(socket.SHUT_RDWR)
 
 
-def _named(exc: httpx.HTTPError, leg: str, host: str, timeout: float) -> NetworkError:
+def _named(
+    exc: httpx.HTTPError, leg: str, host: str, timeout: float, secrets: tuple[str, ...]
+) -> NetworkError:
     where = f"{leg} ({host})"
     said = str(exc)
     if isinstance(exc, httpx.ProxyError):
         return NetworkError(
-            f"{where}: the proxy refused, {foreign(said)}", hint="check HSMTOLL_PROXY"
+            f"{where}: the proxy refused, {foreign(said, *secrets)}", hint="check HSMTOLL_PROXY"
         )
     if "CERTIFICATE_VERIFY_FAILED" in said or "certificate verify failed" in said:
         return NetworkError(

@@ -7,6 +7,7 @@ kept, as a real server keeps them, until an answer ends one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -189,3 +190,43 @@ class RawServices:
     def __exit__(self, *exc: object) -> None:
         self._maskinporten.close()
         self._customs.close()
+
+
+class TlsProxy:
+    """
+    A proxy that is met over TLS and tunnels to wherever it is asked to, once to each.
+
+    *asked* are the requests for a tunnel; *refusal*, if set, is the answer to them.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.asked: list[bytes] = []
+        self.refusal: Callable[[bytes], bytes] | None = None
+        self._listening = _Listening(context, self._tunnel)
+        self.url = self._listening.origin
+
+    def _tunnel(self, connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
+        self.asked.append(asked)
+        if self.refusal is not None:
+            return self.refusal(asked)
+        host, _, port = asked.split()[1].decode().rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as there:
+            connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            back = threading.Thread(target=_pump, args=(there, connection), daemon=True)
+            back.start()
+            _pump(connection, there)
+            back.join(10)
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._listening.close()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(65536):
+            sink.sendall(part)
+        sink.shutdown(socket.SHUT_WR)

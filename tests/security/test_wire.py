@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import re
 import socket
 import ssl
@@ -9,17 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
-from hsmtoll import tls
+from hsmtoll import TollClient, tls
 from hsmtoll.errors import ConfigurationError, NetworkError
-from hsmtoll.exchange import Post
+from hsmtoll.exchange import Post, read_subject
 from hsmtoll.wire import Wire
 from tests.lab import free_port
+from tests.raw_services import RawServices, TlsProxy
+from tests.soft import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,6 +128,22 @@ def test_a_server_that_sends_a_little_now_and_then_meets_the_deadline(
     assert took < 10
 
 
+@pytest.mark.parametrize("timeout", [30.0, 1.0])
+def test_the_deadline_holds_while_tls_is_agreed_on(timeout: float) -> None:
+    # Connections wait in its queue, and nobody ever answers them.
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"https://localhost:{mute.getsockname()[1]}/token"
+        began = time.monotonic()
+        with pytest.raises(NetworkError) as caught:
+            Wire(timeout=timeout, deadline=1.0).post(post_to(url))
+        took = time.monotonic() - began
+        assert (caught.value.code, took < 10) == ("deadline", True)
+        # The control: a time-out that ends before it is told as what it is.
+        with pytest.raises(NetworkError) as caught:
+            Wire(timeout=0.3, deadline=60.0).post(post_to(url))
+    assert caught.value.code == "timeout"
+
+
 def test_a_server_that_says_nothing_meets_the_time_out() -> None:
     with (
         server(lambda _: time.sleep(2)) as url,
@@ -181,6 +202,18 @@ def test_a_redirect_is_an_answer_and_nobody_follows_it() -> None:
         with server(fixed(head.encode())) as url:
             assert Wire().post(post_to(url)).status == 307
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    "where", [b"mailto:a", b"https://xn--/", b"http://[::1", b"\xff", b"https://good.invalid/"]
+)
+def test_a_redirect_to_what_is_no_address_is_a_redirect_like_any_other(where: bytes) -> None:
+    raw = b"HTTP/1.1 302 F\r\ncontent-length: 0\r\nlocation: " + where + b"\r\n\r\n"
+    with server(fixed(raw)) as url:
+        answer = Wire().post(post_to(url))
+        with pytest.raises(NetworkError) as caught:
+            read_subject(answer, post_to(url))
+    assert caught.value.code == "redirect"
 
 
 def test_a_cookie_is_not_sent_back() -> None:
@@ -298,6 +331,114 @@ def test_a_proxy_of_the_environment_is_used_only_when_told(
         monkeypatch.setenv("NO_PROXY", "")
         assert Wire(proxy=proxy).post(post_to(url)).status == 200
     assert bool(asked) is passes
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("told", ["named", "environment"])
+def test_a_proxy_over_tls_is_met_as_every_other_server_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, known: bool
+) -> None:
+    log = tmp_path / "keys"
+    monkeypatch.setenv("SSLKEYLOGFILE", str(log))
+    with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", "elsewhere.invalid")
+        way = proxy.url if told == "named" else told
+        wire = Wire(ca_file=services.ca_file if known else None, proxy=way, deadline=20.0)
+        if known:
+            assert wire.post(post_to(services.token_endpoint)).status == 200
+            assert len(proxy.asked) == 1
+
+            async def call() -> int:
+                async with httpx.AsyncClient(**wire.options(services.customs)) as client:
+                    return (await client.get(services.customs)).status_code
+
+            assert asyncio.run(call()) == 200
+            assert len(proxy.asked) == 2
+        else:
+            # The control: a CA that nobody named is not trusted, the proxy's neither.
+            with pytest.raises(NetworkError, match="not trusted"):
+                wire.post(post_to(services.token_endpoint))
+            assert proxy.asked == []
+    assert not log.exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTPS_PROXY", "ftp://me:hunter2hunter2@127.0.0.1:1"),
+        ("ALL_PROXY", "socks5://me:hunter2hunter2@127.0.0.1:1"),
+        ("ALL_PROXY", "http://[::1"),
+        ("NO_PROXY", "localhost, [::1"),
+        ("NO_PROXY", "http://["),
+    ],
+)
+def test_variables_that_lead_nowhere_are_told_before_anything_is_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    with RawServices(tmp_path) as services:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port()}")
+        if variable == "ALL_PROXY":
+            monkeypatch.delenv("HTTPS_PROXY")
+        monkeypatch.setenv(variable, value)
+        engine, signer = engine_of(services, proxy="environment")
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match=variable) as caught:
+                TollClient(engine).token("road")
+        assert caught.value.code == "proxy-environment"
+        assert "hunter2" not in f"{caught.value} {caught.value.hint}"
+        assert (signer.signed, services.grants) == ([], [])
+        # The control: where they are not read, and where they are as they should be.
+        assert TollClient(engine_of(services)[0]).token("road").value
+        monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+        monkeypatch.setenv("HTTPS_PROXY", "127.0.0.1:9")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,.invalid, localhost,[::1]:8080,10.0.0.0/8")
+        assert TollClient(engine_of(services, proxy="environment")[0]).token("road").value
+
+
+@pytest.mark.parametrize(
+    ("excepted", "passes"),
+    [
+        ("", True),
+        ("elsewhere.invalid", True),
+        ("host", True),
+        ("localhost", False),
+        (" .LocalHost ,b", False),
+        ("a,*", False),
+    ],
+)
+def test_hosts_that_the_variables_except_are_met_without_the_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excepted: str, passes: bool
+) -> None:
+    with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", excepted)
+        wire = Wire(ca_file=services.ca_file, proxy="environment")
+        assert wire.post(post_to(services.token_endpoint)).status == 200
+        assert bool(proxy.asked) is passes
+
+
+def test_a_proxy_that_repeats_what_it_was_told_is_shown_without_it(tmp_path: Path) -> None:
+    with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
+        way = proxy.url.replace("https://", "https://somebody:hunter2hunter2@")
+        wire = Wire(ca_file=services.ca_file, proxy=way)
+
+        def refused(words: Callable[[bytes], bytes]) -> str:
+            proxy.refusal = lambda asked: (
+                b"HTTP/1.1 407 " + words(asked) + b"\r\ncontent-length: 0\r\n\r\n"
+            )
+            with pytest.raises(NetworkError) as caught:
+                wire.post(post_to(services.token_endpoint))
+            return "".join(traceback.format_exception_only(caught.value))
+
+        header = re.compile(rb"(?i)proxy-authorization: basic (\S+)")
+        echo = refused(lambda asked: b"who is " + header.findall(asked)[0])
+        sent = header.findall(proxy.asked[-1])[0].decode()
+        assert base64.b64decode(sent) == b"somebody:hunter2hunter2"
+        assert not any(sent[at : at + 12] in echo for at in range(len(sent) - 11))
+        assert "hunter2" not in refused(lambda _: b"not hunter2hunter2")
+        # The control: its own words are shown.
+        assert "407 ask the desk" in refused(lambda _: b"ask the desk")
 
 
 def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
