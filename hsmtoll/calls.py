@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,7 @@ from hsmtoll import apis
 from hsmtoll.errors import UsageError, foreign
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     import httpx
@@ -37,15 +39,29 @@ class Calls(Protocol):
         """An httpx.Client for the API called *name*."""
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """One call; the scope is found from *path*. Arguments as for httpx.Client.request."""
-        url = f"{self._engine.endpoints.customs}{path}"
-        return self._kept(apis.api_of_path(path).name).request(method, url, **request)
+        """
+        One call; the scope is found from *path*. Arguments as for httpx.Client.request.
+
+        The answer is whole, of 64 MiB at most, and here within HSMTOLL_DEADLINE. Where none came:
+        NetworkError for GET, HEAD, OPTIONS and for what was not sent, OutcomeUnknown for the rest.
+        Its status is the caller's to look at.
+        """
+        from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
+
+        api, engine = apis.api_of_path(path), self._engine
+        url, seconds = f"{engine.endpoints.customs}{path}", engine.wire.deadline
+        try:
+            return customs.asked(self._kept(api.name), method, url, seconds=seconds, **request)
+        except customs.Lost as exc:
+            raise customs.lost(exc, api, method) from exc
 
     def _kept(self, name: str) -> httpx.Client:
         """One client an API, so that 500 submissions do not make 500 connections."""
+        from hsmtoll import customs  # noqa: PLC0415 - as above
+
         key = (name, os.getpid())
         if key not in self._clients:
-            self._clients.setdefault(key, self.api(name))
+            self._clients.setdefault(key, customs.bounded(self.api(name)))
         return self._clients[key]
 
     def submit(
@@ -61,7 +77,7 @@ class Calls(Protocol):
         waiting: Callable[[float], None] = lambda _: None,
     ) -> Receipt:
         """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
-        from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
         talk = customs.submission(
             apis.named(api),
@@ -69,6 +85,7 @@ class Calls(Protocol):
             level,
             json,
             mrn=mrn,
+            now=lambda: self._engine.clock.now().boot,
             patience=patience,
             accepted=accepted,
             waiting=waiting,
@@ -90,7 +107,9 @@ class Calls(Protocol):
 
         engine = self._engine
         client = self._kept(api)
-        return customs.spoken(talk, client, engine.endpoints.customs, engine.clock.sleep)
+        return customs.spoken(
+            talk, client, engine.endpoints.customs, engine.clock.sleep, engine.wire.deadline
+        )
 
     def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
@@ -98,10 +117,11 @@ class Calls(Protocol):
         """Routing signals in batches; *marker* is the file that says how far they were taken."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
-        clock = self._engine.clock
-        with self.api("routing") as client:
+        clock, seconds = self._engine.clock, self._engine.wire.deadline
+        at = customs.Marker(Path(marker))
+        with customs.bounded(self.api("routing")) as client:
             yield from customs.routing(
-                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+                client, level, at, now=lambda: clock.now().wall, seconds=seconds
             )
 
     def _hang_up(self) -> None:
@@ -115,24 +135,42 @@ class AsyncCalls(Protocol):
 
     _engine: Engine
     # By API, and by loop: connections belong to the loop that they were made in.
-    _clients: dict[tuple[str, int], httpx.AsyncClient]
+    _clients: dict[tuple[str, int], tuple[httpx.AsyncClient, asyncio.Semaphore]]
     _given: list[httpx.AsyncClient]
 
     def api(self, name: str) -> httpx.AsyncClient:
         """An httpx.AsyncClient for the API called *name*."""
 
     async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """As TollClient.call."""
+        """As TollClient.call; tasks wait for their turn, as many as there may be."""
+        from hsmtoll import customs  # noqa: PLC0415 - as above
+
+        api = apis.api_of_path(path)
         url = f"{self._engine.endpoints.customs}{path}"
-        return await self._kept(apis.api_of_path(path).name).request(method, url, **request)
+        try:
+            return await self._asked(api.name, method, url, **request)
+        except customs.Lost as exc:
+            raise customs.lost(exc, api, method) from exc
 
-    def _kept(self, name: str) -> httpx.AsyncClient:
+    async def _asked(self, name: str, method: str, url: str, **request: Any) -> httpx.Response:
+        from hsmtoll import customs  # noqa: PLC0415 - as above
 
+        client, turn = self._kept(name)
+        # The pool looks through all that wait, each time that one is done.
+        async with turn:
+            seconds = self._engine.wire.deadline
+            return await customs.aasked(client, method, url, seconds=seconds, **request)
+
+    def _kept(self, name: str) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        """One client an API, and a turn for each of its connections."""
         import asyncio  # noqa: PLC0415 - a token that is at hand needs none of it
+
+        from hsmtoll import customs, wire  # noqa: PLC0415 - as above
 
         key = (name, id(asyncio.get_running_loop()))
         if key not in self._clients:
-            self._clients.setdefault(key, self.api(name))
+            made = customs.abounded(self.api(name)), asyncio.Semaphore(wire.CONNECTIONS)
+            self._clients.setdefault(key, made)
         return self._clients[key]
 
     async def submit(
@@ -156,6 +194,7 @@ class AsyncCalls(Protocol):
             level,
             json,
             mrn=mrn,
+            now=lambda: self._engine.clock.now().boot,
             patience=patience,
             accepted=accepted,
             waiting=waiting,
@@ -179,7 +218,7 @@ class AsyncCalls(Protocol):
 
         import asyncio  # noqa: PLC0415 - as above
 
-        return await customs.aspoken(talk, self._kept(api), origin, asyncio.sleep)
+        return await customs.aspoken(talk, partial(self._asked, api), origin, asyncio.sleep)
 
     async def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
@@ -187,10 +226,11 @@ class AsyncCalls(Protocol):
         """As TollClient.routing."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
-        clock = self._engine.clock
-        async with self.api("routing") as client:
+        clock, seconds = self._engine.clock, self._engine.wire.deadline
+        at = customs.Marker(Path(marker))
+        async with customs.abounded(self.api("routing")) as client:
             feed = customs.arouting(
-                client, level, customs.Marker(Path(marker)), now=lambda: clock.now().wall
+                client, level, at, now=lambda: clock.now().wall, seconds=seconds
             )
             async for batch in feed:
                 yield batch

@@ -22,12 +22,12 @@ import click
 
 from hsmtoll import apis as catalogue
 from hsmtoll.errors import (
-    ApiRefused,
     AuditBroken,
     ConfigurationError,
     DeviceError,
     ExchangeRefused,
     HsmTollError,
+    NetworkError,
     PolicyDenied,
     UsageError,
     foreign,
@@ -325,7 +325,12 @@ def test_auth(ours: _Globals, *, what: str | None, named: str | None, use_final_
             )
         response = client.call("GET", f"{api.base}{api.test}")
         _checked(response, api, app)
-        click.echo(f"{response.status_code} {response.reason_phrase}")
+        if response.status_code != 200:
+            raise NetworkError(
+                f"API {api.name}: {response.status_code}, where its test call answers 200",
+                hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            )
+        click.echo("200 OK")
 
 
 def _test_api(word: str) -> catalogue.Api:
@@ -338,13 +343,9 @@ def _test_api(word: str) -> catalogue.Api:
 
 
 def _checked(response: Any, api: catalogue.Api, app: App) -> None:
-    from hsmtoll.customs import refused
+    from hsmtoll.customs import check
 
-    error = refused(response, api, now=app.clock.now().wall)
-    if error is not None:
-        raise error
-    if response.is_redirect:
-        raise ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+    check(response, api, now=app.clock.now().wall)
 
 
 @main.command()

@@ -12,13 +12,14 @@ import http
 import json
 import os
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from hsmtoll import apis
+from hsmtoll import apis, tls
 from hsmtoll.clock import retry_after
 from hsmtoll.errors import (
     ApiRefused,
@@ -39,10 +40,17 @@ if TYPE_CHECKING:
 __all__ = [
     "DOCUMENT_TYPES",
     "LEVELS",
+    "Lost",
     "Marker",
     "Receipt",
+    "aasked",
+    "abounded",
     "arouting",
+    "asked",
     "aspoken",
+    "bounded",
+    "check",
+    "lost",
     "refused",
     "routing",
     "spoken",
@@ -109,8 +117,21 @@ class Wait:
     seconds: float
 
 
+class Lost(Exception):
+    """
+    No whole answer came to a request. *unsent*: nothing of it was sent, for certain.
+
+    The text says why, *code* as in an error of ours.
+    """
+
+    def __init__(self, why: str, *, code: str = "unreachable", unsent: bool = False) -> None:
+        super().__init__(why)
+        self.code = code
+        self.unsent = unsent
+
+
 #: What a conversation is told after each step: an answer, why none came, or nothing.
-Told = httpx.Response | httpx.HTTPError | HsmTollError | None
+Told = httpx.Response | Lost | HsmTollError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +159,7 @@ def submission(
     message: Mapping[str, Any],
     *,
     mrn: str | None = None,
+    now: Callable[[], float],
     patience: float = 120.0,
     accepted: Callable[[str], None] = lambda _: None,
     waiting: Callable[[float], None] = lambda _: None,
@@ -147,7 +169,8 @@ def submission(
 
     *accepted* is told the requestId before the first question, so that nothing is lost if the
     process dies; *waiting* is told before each pause how many seconds have passed. *patience*
-    is how many seconds the result may take.
+    is how many seconds the result may take, of pauses and questions together; the last question
+    may end after it. *now* is a clock, in seconds, that tells how long a question took.
 
     Raises UsageError before anything is sent; ApiRefused for a message with errors (they are
     in the hint, field by field); SubmissionFailed for a result FAILURE, OutcomeUnknown where
@@ -168,8 +191,9 @@ def submission(
             raise _unknown(f"no result after {waited:.0f} s", api, request_id)
         waiting(waited)
         yield Wait(pause)
-        waited, asked = waited + pause, asked + 1
+        began, asked = now(), asked + 1
         answer = yield Send("GET", question)
+        waited += pause + now() - began
         result = _result(answer, api, request_id)
         if result is not None:
             return _judged(result, request_id, _bearer(answer))
@@ -258,23 +282,16 @@ def _accepted(
 
 def _answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
     """The answer to something that must not be sent twice."""
-    if isinstance(answer, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
-        raise NetworkError(
-            f"API {api.name}: cannot be reached ({type(answer).__name__})",
-            hint="nothing was sent; it is safe to try again",
-            code="unreachable",
-            retryable=True,
-        ) from answer
     if isinstance(answer, HsmTollError):
         # No token was had, so nothing was taken in.
         raise answer
-    if isinstance(answer, httpx.HTTPError):
-        raise _unknown(f"no answer came ({type(answer).__name__})", api, request_id) from answer
+    if isinstance(answer, Lost):
+        raise lost(answer, api, "POST", request_id) from answer
     assert answer is not None  # noqa: S101 - a Send is always answered
     if answer.status_code >= 500:
         raise _unknown(f"the answer was {answer.status_code}", api, request_id, answer)
     if 300 <= answer.status_code < 400:
-        raise ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+        raise _elsewhere(api)
     error = refused(answer, api, now=0.0)
     if error is not None:
         raise error
@@ -379,6 +396,48 @@ def _check_upload(declaration_id: str, name: str, content: bytes, document_type:
         )
 
 
+#: Methods that may be repeated, whatever became of the first (RFC 9110 section 9.2.1).
+_SAFE: Final = ("GET", "HEAD", "OPTIONS")
+
+
+def lost(exc: Lost, api: Api, method: str, request_id: str | None = None) -> HsmTollError:
+    """What it means that no answer came: OutcomeUnknown for what may have been received."""
+    if not exc.unsent and method.upper() not in _SAFE:
+        return _unknown(f"no answer came ({exc})", api, request_id)
+    return NetworkError(
+        f"API {api.name}: no answer came ({exc})",
+        hint=f"{'nothing was sent; ' if exc.unsent else ''}it is safe to try again",
+        code=exc.code,
+        retryable=True,
+    )
+
+
+def check(response: httpx.Response, api: Api, *, now: float) -> None:
+    """
+    Raise what an answer to a call means if it is no success. *now*: seconds, UTC.
+
+    As for a submission, a 5xx to what must not be sent twice is OutcomeUnknown (PROTOCOL C21).
+    """
+    safe = response.request.method in _SAFE
+    if response.status_code >= 500 and not safe:
+        raise _unknown(f"the answer was {response.status_code}", api, None, response)
+    error = refused(response, api, now=now)
+    if error is not None:
+        raise error
+    if response.is_redirect and safe:
+        raise NetworkError(
+            f"API {api.name}: a redirect, which is not followed with a token",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="redirect",
+        )
+    if response.is_redirect:
+        raise _elsewhere(api)
+
+
+def _elsewhere(api: Api) -> ApiRefused:
+    return ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+
+
 def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
     """What an answer that is not 2xx means (PROTOCOL C.10), or ``None``. *now*: seconds, UTC."""
     status = response.status_code
@@ -455,13 +514,176 @@ def _list(response: httpx.Response) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+#: Bytes, unpacked. Documents are of 10 MB at most, and a batch of the feed is less.
+_LARGEST_ANSWER: Final = 64 * 1024 * 1024
+
+#: Where an answer that is a redirect says where to.
+_LOCATION: Final = "hsmtoll.location"
+
+
+class _Exchange:
+    """
+    One request and its answer: whether it was sent, and how long it may still take.
+
+    Time begins with the way to the server and ends with the answer, so that a token that has to
+    be renewed before, or in between after a 401, has a time of its own.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end: float | None = None
+        self._sent = False
+        self._late = False
+        self._seconds = seconds
+
+    def saw(self, event: str, info: Mapping[str, Any]) -> None:
+        """Told by httpcore of each of its steps."""
+        sending = event.endswith("send_request_headers.started")
+        # A proxy is asked for a tunnel first, which sends nothing of the request.
+        self._sent |= sending and info["request"].method != b"CONNECT"
+        if event.endswith("response_closed.started"):
+            self.end = None
+        elif self.end is None and (sending or event.endswith("connect_tcp.started")):
+            self.end = time.monotonic() + self._seconds
+
+    def left(self, wait: float | None) -> float | None:
+        """*wait*, cut where the time ends."""
+        if self.end is None:
+            return wait
+        left = self.end - time.monotonic()
+        # A wait that was cut may end a little before the clock says so.
+        self._late = wait is None or left < wait
+        if left <= 0:
+            raise TimeoutError
+        return left if self._late else wait
+
+    def lost(self, exc: httpx.HTTPError | TimeoutError) -> Lost:
+        """Why no answer came."""
+        if isinstance(exc, TimeoutError) or (
+            self._late and isinstance(exc, httpx.TimeoutException)
+        ):
+            why, code = f"not whole within {self._seconds:.0f} s", "deadline"
+        else:
+            why, code = type(exc).__name__, "unreachable"
+        before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
+        return Lost(why, code=code, unsent=not self._sent or isinstance(exc, before))
+
+
+def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
+    headers = httpx.Headers(request.pop("headers", None))
+    # What is unpacked piece by piece, each into no more than a thousand times its size.
+    headers["accept-encoding"] = "gzip, deflate"
+    extensions = {**(request.pop("extensions", None) or {}), "trace": trace}
+    return {**request, "headers": headers, "extensions": extensions}
+
+
+def _begun(response: httpx.Response) -> bytearray:
+    """Before a body is read: what httpx would follow or unpack without a bound."""
+    if response.is_redirect and "location" in response.headers:
+        # It is not followed, and httpx would fail on what is no address.
+        response.extensions[_LOCATION] = response.headers.pop("location")
+    if response.headers.get("content-encoding", "identity").lower() not in _PACKINGS:
+        raise Lost("packed in a way that was not asked for", code="answer-compressed")
+    return bytearray()
+
+
+_PACKINGS: Final = ("identity", "gzip", "deflate")
+
+
+def _grown(body: bytearray, part: bytes) -> None:
+    body += part
+    if len(body) > _LARGEST_ANSWER:
+        raise Lost(f"larger than {_LARGEST_ANSWER >> 20} MiB", code="answer-too-large")
+
+
+def _received(response: httpx.Response) -> None:
+    body = _begun(response)
+    for part in response.iter_bytes():
+        _grown(body, part)
+    response._content = bytes(body)  # noqa: SLF001 - as its read() does, which has no bound
+
+
+async def _areceived(response: httpx.Response) -> None:
+    body = _begun(response)
+    async for part in response.aiter_bytes():
+        _grown(body, part)
+    response._content = bytes(body)  # noqa: SLF001 - as above
+
+
+def bounded(client: httpx.Client) -> httpx.Client:
+    """Let *client* take no answer that is larger than 64 MiB; `asked` raises Lost for one."""
+    client.event_hooks = {"response": [_received]}
+    return client
+
+
+def abounded(client: httpx.AsyncClient) -> httpx.AsyncClient:
+    """As bounded, for tasks."""
+    client.event_hooks = {"response": [_areceived]}
+    return client
+
+
+def _whole(response: httpx.Response) -> httpx.Response:
+    if _LOCATION in response.extensions:
+        response.headers["location"] = response.extensions.pop(_LOCATION)
+    return response
+
+
+def asked(
+    client: httpx.Client, method: str, url: str, *, seconds: float, **request: Any
+) -> httpx.Response:
+    """
+    One request over *client* and its whole answer, which takes *seconds* at most.
+
+    Raises Lost where there is none, and what having a token raises. Arguments as for
+    httpx.Client.request.
+    """
+    exchange = _Exchange(seconds)
+    prepared = _prepared(request, exchange.saw)
+    try:
+        with tls.bounded(exchange.left):
+            return _whole(client.request(method, url, **prepared))
+    except httpx.HTTPError as exc:
+        raise exchange.lost(exc) from exc
+
+
+async def aasked(
+    client: httpx.AsyncClient, method: str, url: str, *, seconds: float, **request: Any
+) -> httpx.Response:
+    """As asked, for tasks."""
+    import asyncio  # noqa: PLC0415 - threads need none of it
+
+    exchange, scope = _Exchange(seconds), asyncio.timeout(None)
+
+    async def trace(event: str, info: Mapping[str, Any]) -> None:
+        before = exchange.end
+        exchange.saw(event, info)
+        if exchange.end != before and not scope.expired():
+            left = None if exchange.end is None else exchange.end - time.monotonic()
+            scope.reschedule(None if left is None else asyncio.get_running_loop().time() + left)
+
+    prepared = _prepared(request, trace)
+    try:
+        async with scope:
+            return _whole(await client.request(method, url, **prepared))
+    except httpx.HTTPError as exc:
+        raise exchange.lost(exc) from exc
+    except TimeoutError as exc:
+        if not scope.expired():
+            raise
+        raise exchange.lost(exc) from exc
+
+
 def spoken(
     talk: Talk,
     client: httpx.Client,
     origin: str,
     sleep: Callable[[float], None],
+    seconds: float,
 ) -> Receipt:
-    """Hold a conversation over *client*, whose bearer and origin are set."""
+    """
+    Hold a conversation over *client*, whose bearer and origin are set.
+
+    *seconds* bound each request with its answer.
+    """
     told: Told = None
     try:
         while True:
@@ -471,8 +693,10 @@ def spoken(
                 told = None
                 continue
             try:
-                told = client.request(step.method, origin + step.path, **_sent(step))
-            except (httpx.HTTPError, HsmTollError) as exc:
+                told = asked(
+                    client, step.method, origin + step.path, seconds=seconds, **_sent(step)
+                )
+            except (Lost, HsmTollError) as exc:
                 told = exc
     except StopIteration as end:
         receipt: Receipt = end.value
@@ -481,11 +705,11 @@ def spoken(
 
 async def aspoken(
     talk: Talk,
-    client: httpx.AsyncClient,
+    ask: Callable[..., Awaitable[httpx.Response]],
     origin: str,
     sleep: Callable[[float], Awaitable[None]],
 ) -> Receipt:
-    """As spoken, for tasks."""
+    """As spoken, for tasks; *ask* is one request with its answer."""
     told: Told = None
     try:
         while True:
@@ -495,8 +719,8 @@ async def aspoken(
                 told = None
                 continue
             try:
-                told = await client.request(step.method, origin + step.path, **_sent(step))
-            except (httpx.HTTPError, HsmTollError) as exc:
+                told = await ask(step.method, origin + step.path, **_sent(step))
+            except (Lost, HsmTollError) as exc:
                 told = exc
     except StopIteration as end:
         receipt: Receipt = end.value
@@ -595,30 +819,37 @@ def _no_feed(api: Api, why: str) -> NetworkError:
     )
 
 
-def _no_answer(api: Api, exc: httpx.HTTPError) -> NetworkError:
+def _no_answer(api: Api, exc: Lost) -> NetworkError:
     return NetworkError(
-        f"API {api.name}: no answer came ({type(exc).__name__})",
+        f"API {api.name}: no answer came ({exc})",
         hint="what came before is taken; it is safe to ask again",
-        code="unreachable",
+        code=exc.code,
         retryable=True,
     )
 
 
 def routing(
-    client: httpx.Client, level: str, marker: Marker, *, now: Callable[[], float]
+    client: httpx.Client,
+    level: str,
+    marker: Marker,
+    *,
+    now: Callable[[], float],
+    seconds: float = 60.0,
 ) -> Iterator[tuple[Any, ...]]:
     """
     Batches of routing signals since *marker*, at most 1,000 each, until there are none.
 
-    At least once: a batch counts as taken when the next one is asked for. Raises what a call does,
-    UsageError for a marker that cannot be used, NetworkError for what is no feed.
+    At least once: a batch counts as taken when the next one is asked for. *seconds* bound each
+    question with its answer. Raises what a call does, UsageError for a marker that cannot be used,
+    NetworkError for what is no feed.
     """
     api = apis.named("routing")
     at = marker.read()
     while True:
         try:
-            response = client.get(f"/{level}", params={"marker": at} if at else {})
-        except httpx.HTTPError as exc:
+            params = {"marker": at} if at else {}
+            response = asked(client, "GET", f"/{level}", seconds=seconds, params=params)
+        except Lost as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:
@@ -629,15 +860,21 @@ def routing(
 
 
 async def arouting(
-    client: httpx.AsyncClient, level: str, marker: Marker, *, now: Callable[[], float]
+    client: httpx.AsyncClient,
+    level: str,
+    marker: Marker,
+    *,
+    now: Callable[[], float],
+    seconds: float = 60.0,
 ) -> AsyncIterator[tuple[Any, ...]]:
     """As routing, for tasks."""
     api = apis.named("routing")
     at = marker.read()
     while True:
         try:
-            response = await client.get(f"/{level}", params={"marker": at} if at else {})
-        except httpx.HTTPError as exc:
+            params = {"marker": at} if at else {}
+            response = await aasked(client, "GET", f"/{level}", seconds=seconds, params=params)
+        except Lost as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:

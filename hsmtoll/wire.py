@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
     from hsmtoll.exchange import Answer, Post
 
-__all__ = ["Door", "Wire"]
+__all__ = ["CONNECTIONS", "Door", "Wire"]
+
+#: However many tasks there are, nobody's server is met by hundreds of handshakes.
+CONNECTIONS: Final = 20
 
 #: Bytes. An answer of a token endpoint is some kilobytes; more is not one (DESIGN 4.14).
 _LARGEST: Final = 1024 * 1024
@@ -101,8 +104,7 @@ class Wire:
             "trust_env": False,
             # Waiting for a connection of our own pool is not the network's fault.
             "timeout": httpx.Timeout(self._timeout, pool=self._deadline),
-            # However many tasks there are, nobody's server is met by hundreds of handshakes.
-            "limits": httpx.Limits(max_connections=20),
+            "limits": httpx.Limits(max_connections=CONNECTIONS),
             "follow_redirects": False,
             "cookies": jar,
         }

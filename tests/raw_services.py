@@ -90,8 +90,9 @@ class _Listening:
             plain.close()
 
     def close(self) -> None:
-        # Closing alone does not wake who waits in accept.
-        self._listener.shutdown(socket.SHUT_RDWR)
+        # Closing alone does not wake who waits in accept; a second time there is nothing to wake.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
 
@@ -183,6 +184,10 @@ class RawServices:
             "HSMTOLL_ENDPOINTS__TOKEN": self.token_endpoint,
             "HSMTOLL_ENDPOINTS__CUSTOMS": self.customs,
         }
+
+    def hang_up(self) -> None:
+        """Nobody listens at Customs any more."""
+        self._customs.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,328 @@
+"""However an API answers, a call ends in time, within its size, and in an error of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from hsmtoll import (
+    ApiRefused,
+    AsyncTollClient,
+    NetworkError,
+    OutcomeUnknown,
+    TollClient,
+    apis,
+)
+from hsmtoll.customs import Wait, check, submission
+from tests.raw_services import CALL, RawServices, said
+from tests.soft import engine_of
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from hsmtoll.renewal import Engine
+
+SUBMIT = "/api/movement/road/v2/transport"
+
+
+@pytest.fixture
+def services(tmp_path: Path) -> Iterator[RawServices]:
+    with RawServices(tmp_path) as running:
+        yield running
+
+
+def called(engine: Engine, colour: str, *asked: tuple[str, str], **request: Any) -> httpx.Response:
+    """The last answer to the calls, which are made one after the other by one client."""
+    if colour == "threads":
+        with TollClient(engine) as toll:
+            return [toll.call(*each, **request) for each in asked][-1]
+
+    async def tasks() -> httpx.Response:
+        async with AsyncTollClient(engine) as toll:
+            return [await toll.call(*each, **request) for each in asked][-1]
+
+    return asyncio.run(tasks())
+
+
+def silent(connection: ssl.SSLSocket, asked: bytes) -> None:
+    del asked
+    connection.settimeout(20)
+    connection.recv(1)
+
+
+LOST: dict[str, Callable[..., bytes | None]] = {
+    "the end": lambda *_: None,
+    "silence": silent,
+    "garbage": lambda *_: b"garbage\r\n\r\n",
+    "half": lambda *_: said(b"x" * 100)[:-50],
+    "broken packing": lambda *_: said(b"no gzip at all", "200 OK", "content-encoding: gzip"),
+}
+
+
+def lost_then_closed(how: Callable[..., bytes | None]) -> Callable[..., bytes | None]:
+    def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
+        if (raw := how(connection, asked)) is not None:
+            connection.sendall(raw)
+        return None
+
+    return answer
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+@pytest.mark.parametrize("how", list(LOST))
+def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
+    services: RawServices, how: str, colour: str
+) -> None:
+    engine, _ = engine_of(services, timeout=1.0)
+    services.api = lost_then_closed(LOST[how])
+    slow = how == "silence"
+    for method in ("GET",) if slow else ("GET", "HEAD", "OPTIONS"):
+        # What has no body loses none.
+        if method == "HEAD" and how in ("half", "broken packing"):
+            continue
+        with pytest.raises(NetworkError) as asked:
+            called(engine, colour, (method, CALL))
+        assert asked.value.retryable
+    for method in ("POST",) if slow else ("POST", "PUT", "PATCH", "DELETE", "post"):
+        with pytest.raises(OutcomeUnknown) as sent:
+            called(engine, colour, (method, SUBMIT), content=b"{}")
+        assert "do not send it again" in (sent.value.hint or "")
+    # The control: the same calls have answers.
+    services.api = lambda *_: said(b"{}")
+    assert called(engine, colour, ("GET", CALL), ("POST", SUBMIT)).json() == {}
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_what_was_certainly_not_sent_may_be_sent_again(services: RawServices, colour: str) -> None:
+    engine, _ = engine_of(services)
+    TollClient(engine).token("road")
+    services.hang_up()
+    with pytest.raises(NetworkError, match="no answer came") as caught:
+        called(engine, colour, ("POST", SUBMIT), content=b"{}")
+    assert "nothing was sent" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("method", "code"), [("GET", 80), ("POST", 73)])
+@pytest.mark.parametrize("how", ["the end", "500"])
+def test_the_command_tells_what_became_of_a_call(
+    services: RawServices, toll_settings: object, method: str, code: int, how: str
+) -> None:
+    del toll_settings
+    services.api = LOST.get(how, lambda *_: said(b"", "500 Trouble"))
+    done = hsmtoll(services, "call", method, SUBMIT)
+    assert done.returncode == code
+    assert "mistake" not in done.stderr
+    services.api = lambda *_: said(b"{}")
+    assert hsmtoll(services, "call", method, SUBMIT).stdout == "{}"
+
+
+def hsmtoll(services: RawServices, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "hsmtoll", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **services.environ()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [("200 Fine", 0), ("202 Accepted", 80), ("204 Empty", 80), ("302 F", 80)]
+)
+def test_only_200_is_a_success_of_the_test_call(
+    services: RawServices, toll_settings: object, status: str, code: int
+) -> None:
+    del toll_settings
+    services.api = lambda *_: said(b"", status)
+    done = hsmtoll(services, "test-auth", "road")
+    assert done.returncode == code
+    assert done.stdout == ("" if code else "200 OK\n")
+
+
+def dripping(head: bytes, drop: bytes) -> Callable[..., None]:
+    def answer(connection: ssl.SSLSocket, asked: bytes) -> None:
+        del asked
+        connection.sendall(head)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            connection.sendall(drop)
+            time.sleep(0.05)
+
+    return answer
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize(
+    ("head", "drop"),
+    [
+        (b"HTTP/1.1 200 OK\r\nx-a: ", b"a"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n", b" "),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    ],
+    ids=["header", "body", "body without a length", "interim answers"],
+)
+def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kept(
+    services: RawServices, head: bytes, drop: bytes, kept: bool, colour: str
+) -> None:
+    engine, _ = engine_of(services, timeout=10.0, deadline=1.0)
+    drip = dripping(head, drop)
+    services.api = lambda connection, asked: (
+        said(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
+    )
+    before = (("OPTIONS", CALL),) if kept else ()
+    began = time.monotonic()
+    with pytest.raises(NetworkError) as caught:
+        called(engine, colour, *before, ("GET", CALL))
+    took = time.monotonic() - began
+    assert caught.value.code == "deadline"
+    assert took < 10
+    if kept:
+        with pytest.raises(OutcomeUnknown):
+            called(engine, colour, *before, ("POST", SUBMIT))
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, colour: str) -> None:
+    grant = services.token
+
+    def slowly(connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
+        time.sleep(0.8)
+        return grant(connection, asked)
+
+    def call(connection: ssl.SSLSocket, asked: bytes) -> bytes:
+        del connection, asked
+        time.sleep(0.8)
+        return said(b"{}")
+
+    services.token, services.api = slowly, call
+    engine, _ = engine_of(services, deadline=1.4)
+    assert called(engine, colour, ("GET", CALL)).status_code == 200
+
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+@pytest.mark.parametrize("status", ["200 OK", "401 No"])
+def test_an_answer_has_a_limit_packed_or_not(
+    services: RawServices, status: str, colour: str
+) -> None:
+    engine, _ = engine_of(services)
+    packed = gzip.compress(bytes(65 * MIB))
+    twice = gzip.compress(packed)
+    for raw in (
+        said(bytes(65 * MIB), status),
+        said(packed, status, "content-encoding: gzip"),
+        said(twice, status, "content-encoding: gzip, gzip"),
+        said(b"x", status, "content-encoding: br"),
+    ):
+        services.api = lambda *_, raw=raw: raw
+        with pytest.raises(NetworkError) as caught:
+            called(engine, colour, ("GET", CALL))
+        assert caught.value.code in ("answer-too-large", "answer-compressed")
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
+    services: RawServices, colour: str
+) -> None:
+    engine, _ = engine_of(services)
+    body = os.urandom(1000) * 12_000
+    services.api = lambda *_: said(gzip.compress(body), "200 OK", "content-encoding: gzip")
+    answer = called(engine, colour, ("GET", CALL))
+    assert answer.content == body
+    assert answer.headers["content-encoding"] == "gzip"
+    assert answer.elapsed.total_seconds() > 0
+    assert b"accept-encoding: gzip, deflate\r\n" in services.calls[0].lower()
+
+
+def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
+    engine, _ = engine_of(services, deadline=1.0)
+    services.api = lambda *_: said(b"x" * 100)
+    with TollClient(engine) as toll:
+        road = toll.api("road")
+        assert not any(road.event_hooks.values())
+        with road.stream("GET", "test-auth") as response:
+            time.sleep(1.5)
+            assert response.read() == b"x" * 100
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+@pytest.mark.parametrize("where", ["mailto:a", "https://xn--/", "https://good.invalid/"])
+def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
+    services: RawServices, where: str, colour: str
+) -> None:
+    engine, _ = engine_of(services)
+    services.api = lambda *_: said(b"", "302 Found", f"location: {where}")
+    answer = called(engine, colour, ("GET", CALL), follow_redirects=True)
+    assert (answer.status_code, answer.headers["location"]) == (302, where)
+    assert len(services.calls) == 1
+    with pytest.raises(NetworkError) as caught:
+        check(answer, apis.named("road"), now=0.0)
+    assert caught.value.code == "redirect"
+    # What was to be taken in went elsewhere, and was not.
+    with pytest.raises(ApiRefused, match="redirect"):
+        check(called(engine, colour, ("POST", SUBMIT)), apis.named("road"), now=0.0)
+    with pytest.raises(ApiRefused, match="redirect"), TollClient(engine) as toll:
+        toll.submit("road", "POST", "transport", json={})
+
+
+def test_the_patience_for_a_result_counts_what_the_questions_take() -> None:
+    def asked(each: float) -> int:
+        """How often it asks, where a question takes *each* seconds, before it gives up."""
+        at, often = 0.0, 0
+        talk = submission(
+            apis.named("road"), "POST", "transport", {}, now=lambda: at, patience=30.0
+        )
+        next(talk)
+        told: httpx.Response | None = httpx.Response(202, json={"requestId": "a-1"})
+        try:
+            while True:
+                step = talk.send(told)
+                if isinstance(step, Wait):
+                    at, told = at + step.seconds, None
+                else:
+                    at, often, told = at + each, often + 1, httpx.Response(404)
+        except OutcomeUnknown as exc:
+            assert f"no result after {at:.0f} s" in str(exc)  # noqa: PT017 - as it ends, so it says
+        return often
+
+    assert asked(0.0) == 6
+    assert asked(10.0) == 3
+
+
+@pytest.mark.timeout(120)
+def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices) -> None:
+    def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes:
+        del connection, asked
+        time.sleep(0.05)
+        return said(b"{}")
+
+    services.api = answer
+    # The last of them wait longer than the deadline of one call, and than the time-out.
+    engine, signer = engine_of(services, timeout=2.0, deadline=2.0)
+
+    async def crowd() -> list[int]:
+        async with AsyncTollClient(engine) as toll:
+            answers = await asyncio.gather(*(toll.call("GET", CALL) for _ in range(1000)))
+            return [each.status_code for each in answers]
+
+    began = time.monotonic()
+    assert asyncio.run(crowd()) == [200] * 1000
+    assert time.monotonic() - began > 2.0
+    assert len(signer.signed) == 1
+    # The exchange has a connection of its own.
+    assert services.connections <= 20 + 1
