@@ -851,7 +851,8 @@ def audit() -> None:
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
     """
-    Look for the first record that was changed, removed, reordered or cut off.
+    Look for the first record that was changed, removed, reordered or cut off, or that no checkpoint
+    vouches for although the host would have sealed it.
 
     Leaves with 91 if there is one. Intents without a result are named: there the host ended
     between the two, or is signing at this moment.
@@ -860,9 +861,10 @@ def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
 
     report = verify(path, public_key, head)
     if report.bad is not None:
+        certain = f"up to record {report.sealed} all is" if report.sealed else "no record is"
         raise AuditBroken(
             f"audit {foreign(path)}: {report.bad}",
-            hint="keep it as evidence; the records before are as they were written",
+            hint=f"keep it as evidence; {certain} certain to be as it was written",
             code="audit-broken",
         )
     click.echo(f"{report.seq} records, as they were written; head {report.seq}:{report.head}")

@@ -50,6 +50,8 @@ _JSON: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 _FIRST: Final = "0" * 64
 _EVERY: Final = 100
 _SECONDS: Final = 60.0
+#: Records at the end that no seal covers yet: the host seals before there are more.
+_MOST_UNSEALED: Final = 10 * _EVERY
 _SEGMENT: Final = 16 * 1024 * 1024
 _SEALS: Final = "checkpoints.jsonl"
 _CLOSED: Final = "it is closed"
@@ -73,9 +75,13 @@ def _segments(path: Path) -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    for segment in _segments(path):
+    # As long as they are now: what a host writes meanwhile it also seals meanwhile.
+    for segment, size in [(each, each.stat().st_size) for each in _segments(path)]:
+        left = size
         with segment.open("rb") as file:
-            yield from file
+            while left > 0 and (line := file.readline()):
+                left -= len(line)
+                yield line
 
 
 class _Window:
@@ -212,6 +218,10 @@ class Audit:
             }  # fmt: skip
             line = _JSON.encode(record).encode("ascii") + b"\n"
             try:
+                if self.seq - self._sealed_seq >= _MOST_UNSEALED:
+                    # Waited for here, too: refusals wait for no disk, and may be many at once.
+                    self._fsync(self._file)
+                    self._put_seal(self.seq, self.head)
                 if self._size >= _SEGMENT:
                     # Waited for here, once in thousands: a segment never outlives its predecessor.
                     os.fsync(self._file)
@@ -296,7 +306,10 @@ class Audit:
         if self._broken or self.seq == self._sealed_seq:
             return
         # A seal must not outlive what it seals.
-        seq, head = self._flushed()
+        self._put_seal(*self._flushed())
+
+    def _put_seal(self, seq: int, head: str) -> None:
+        """Those up to *seq* are on disk."""
         now = self._now()
         at = _stamp(now)
         signature = self._key.sign(_sealed(seq, head, at)).hex()
@@ -307,9 +320,13 @@ class Audit:
                 file.write(json.dumps(seal).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if not self._sealed_seq:
+                # Without its first seal a log is not believed after a crash.
+                _sync_directory(self._directory)
         except OSError as exc:
             raise self._breaks(exc) from exc
-        self._sealed_seq, self._sealed_at = seq, now
+        # One for more records may have been put meanwhile.
+        self._sealed_seq, self._sealed_at = max(self._sealed_seq, seq), now
         _log.info("audit head %d:%s", seq, head)
 
     @property
@@ -459,7 +476,8 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
     Read the log (its directory) and compare each line with the next, the seals and *head*.
 
     *head*: ``SEQ:HASH`` from a reply or the system log; without it a tail that was cut off
-    after the last seal cannot show.
+    after the last seal cannot show. A tail that is longer than the host leaves unsealed is bad,
+    and so is a log without seals, unless nobody was ever served.
     """
     key = _public(public_key)
     seals, bad_seal = _seals(path, key)
@@ -471,7 +489,7 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
         if anchors.get(int(seq), value) != value:
             return Report(f"record {seq}: not the one of the head given", 0, _FIRST, 0, ())
         anchors[int(seq)] = value
-    last, before, sealed = 0, _FIRST, 0
+    last, before, sealed, served = 0, _FIRST, 0, False
     open_intents: dict[str, int] = {}
     bad = None
     for line, after in pairwise(chain(_lines(path), (b"",))):
@@ -482,13 +500,19 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
         last, before = record["seq"], hashlib.sha256(line[:-1]).hexdigest()
         if last in anchors:
             sealed = last
+        served = served or record["event"] != "start"
         if record["event"] == "intent":
             open_intents[str(record["jti"])] = last
         elif record["event"] == "result":
             open_intents.pop(str(record["jti"]), None)
     if bad is None and anchors and max(anchors) > last:
         bad = f"record {last + 1}: cut off; record {max(anchors)} is known to have been there"
-    return Report(bad or bad_seal, last, before, sealed, tuple(open_intents.values()))
+    bad = bad or bad_seal
+    # The host seals its start before it serves anybody.
+    most = _MOST_UNSEALED if seals or not served else 0
+    if bad is None and last - sealed > most:
+        bad = f"record {sealed + 1}: no checkpoint vouches for it and those after it"
+    return Report(bad, last, before, sealed, tuple(open_intents.values()))
 
 
 def _wrong(line: bytes, seq: int, before: str, anchors: dict[int, str], after: bytes) -> str | None:

@@ -223,6 +223,8 @@ class Service:
             now=lambda: self.clock.now().wall,
         )
         self.audit.write("start", policy_sha256=policy.sha256, outcome="started")
+        # A log without a seal is believed as long as there is nothing else in it.
+        self.audit.seal()
         self._underway: set[Future[Reply]] = set()
         self._desk = Desk(self.audit, company=lambda: len(self._underway))
         self._loop: asyncio.AbstractEventLoop | None = None

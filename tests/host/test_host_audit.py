@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from unittest import mock
 
 import pytest
 from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hsmtoll.host.audit import Audit, list_records, verify
+from hsmtoll.errors import AuditBroken
+from hsmtoll.host.audit import Audit, _wrong, list_records, verify
 from hsmtoll.host.policy import Counts
 
 if TYPE_CHECKING:
@@ -95,6 +97,84 @@ def test_a_rewritten_whole_fails_against_a_head_that_was_noted(tmp_path: Path) -
     assert verify(tmp_path / "new" / "log", KEY.public_key(), noted).bad is not None
 
 
+def killed(audit: Audit) -> None:
+    """It ends, and seals nothing more."""
+    with mock.patch.object(audit, "seal"):
+        audit.close()
+
+
+def test_a_log_whose_checkpoints_are_gone_is_neither_believed_nor_gone_on_with(
+    tmp_path: Path,
+) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 6)
+    noted = f"{audit.seq}:{audit.head}"
+    audit.close()
+    (tmp_path / "log" / "checkpoints.jsonl").unlink()
+    bad = verify(tmp_path / "log", KEY.public_key()).bad
+    assert bad == "record 1: no checkpoint vouches for it and those after it"
+    with pytest.raises(AuditBroken, match="record 1: no checkpoint"):
+        audit_in(tmp_path)
+    # Each line has the hash of the one before: whoever noted the last head needs no other.
+    assert verify(tmp_path / "log", KEY.public_key(), noted).bad is None
+
+
+def test_a_host_that_ended_before_its_first_checkpoint_served_nobody_and_goes_on(
+    tmp_path: Path,
+) -> None:
+    for seq in (1, 2):
+        audit = audit_in(tmp_path)
+        assert audit.write("start")[0] == seq
+        killed(audit)
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+    audit = audit_in(tmp_path)
+    intents(audit, 1)
+    killed(audit)
+    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith("record 1:")
+
+
+def test_a_tail_is_believed_as_far_as_a_host_leaves_it_unsealed(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    audit.write("start")
+    audit.seal()
+    # Nobody waits for the disk with them, so nothing seals them on the way.
+    for _ in range(1000):
+        audit.append("refused", caller="uid:1")
+    seals = tmp_path / "log" / "checkpoints.jsonl"
+    (first,) = seals.read_bytes().splitlines(keepends=True)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed) == (None, 1001, 1)
+    audit.append("refused", caller="uid:1")
+    killed(audit)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed) == (None, 1002, 1001)
+
+    seals.write_bytes(first)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.sealed, str(report.bad)[:25]) == (1, "record 2: no checkpoint v")
+    with pytest.raises(AuditBroken, match="record 2: no checkpoint"):
+        audit_in(tmp_path)
+
+
+def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 2)
+    audit.seal()
+
+    def busy(*told: Any) -> str | None:
+        while audit.seq < 2000:
+            audit.append("refused", caller="uid:1")
+        return _wrong(*told)
+
+    monkeypatch.setattr("hsmtoll.host.audit._wrong", busy)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq) == (None, 2)
+    assert verify(tmp_path / "log", KEY.public_key()).seq == 2000
+    audit.close()
+
+
 def test_a_restart_forgets_no_quota_and_a_day_does(tmp_path: Path) -> None:
     filled(tmp_path)
     for later, day in ((30.0, 6), (90_000.0, 0)):
@@ -119,6 +199,8 @@ from pathlib import Path
 from hsmtoll.errors import AuditBroken
 from hsmtoll.host.audit import Audit
 audit = Audit(Path(sys.argv[1]), Path(sys.argv[2]), now=lambda: 1.79e9)
+audit.write("start")
+audit.seal()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
 for number in range(5):

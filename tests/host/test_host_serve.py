@@ -309,11 +309,17 @@ def test_a_change_of_any_record_is_named_by_the_command(running_host: RunningHos
             told = running_host.run(*argv, str(running_host.audit))
             assert told.returncode == 91, (at, told.stdout)
             assert f"record {at + 1}" in told.stderr or f"record {at + 2}" in told.stderr
+            # The start is sealed at once, all else at the end.
+            certain = "no record is" if at == 0 else "up to record 1 all is"
+            assert f"{certain} certain to be as it was written" in told.stderr
     part.write_bytes(whole)
     head = f"{heads[0]['seq']}:{heads[0]['head']}"
     assert running_host.run(*argv, "--head", head, str(running_host.audit)).returncode == 0
     wrong = f"{heads[0]['seq']}:{heads[1]['head']}"
     assert running_host.run(*argv, "--head", wrong, str(running_host.audit)).returncode == 91
+    (running_host.audit / "checkpoints.jsonl").unlink()
+    for told in (running_host.run(*argv, str(running_host.audit)), running_host.run("serve")):
+        assert (told.returncode, "record 1: no checkpoint" in told.stderr) == (91, True)
 
 
 def test_a_device_that_is_down_is_a_503_and_comes_back_by_itself(
