@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import operator
 import os
 import threading
 from collections import defaultdict, deque
@@ -46,6 +47,8 @@ EVENTS: Final = frozenset(
 )
 # Made once, for the two records of each grant.
 _NAMES: Final = frozenset(MEMBERS)
+_NUMBERS: Final = frozenset({"seq", "iat", "exp"})
+_TEXTS: Final = _NAMES - _NUMBERS - {"options"}
 _JSON: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 _FIRST: Final = "0" * 64
 _EVERY: Final = 100
@@ -516,14 +519,10 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
 
 
 def _wrong(line: bytes, seq: int, before: str, anchors: dict[int, str], after: bytes) -> str | None:
-    try:
-        record = json.loads(line)
-        fits = isinstance(record, dict) and tuple(record) == MEMBERS and line.endswith(b"\n")
-    except (ValueError, RecursionError):
-        fits = False
-    if not fits or record["event"] not in EVENTS:
+    record = _record(line)
+    if record is None:
         return f"record {seq}: changed (not an audit record)"
-    if type(record["seq"]) is not int or record["seq"] != seq:
+    if record["seq"] != seq:
         return f"record {seq}: removed or reordered (found {foreign(record['seq'])})"
     if record["prev"] != before:
         # One of two lines was changed: not this one, if what comes later vouches for it.
@@ -533,6 +532,32 @@ def _wrong(line: bytes, seq: int, before: str, anchors: dict[int, str], after: b
     if anchors.get(seq, "") not in ("", hashlib.sha256(line[:-1]).hexdigest()):
         return f"record {seq}: changed (not what was sealed)"
     return None
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; ``None`` for one that the host cannot have written."""
+    try:
+        record = json.loads(line)
+        if tuple(record) != MEMBERS or not line.endswith(b"\n"):
+            return None
+        aware = datetime.fromisoformat(record["time"]).tzinfo is not None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    options = {} if record["options"] is None else record["options"]
+    fits = (
+        aware
+        and type(record["seq"]) is int
+        and all(isinstance(record[name], int | None) for name in _NUMBERS)
+        and all(isinstance(record[name], str | None) for name in _TEXTS)
+        and record["event"] in EVENTS
+        and isinstance(options, dict)
+        and all(
+            isinstance(each, str | None)
+            for value in options.values()
+            for each in (value if isinstance(value, list) else [value])
+        )
+    )
+    return record if fits else None
 
 
 def _seals(path: Path, key: Ed25519PublicKey) -> tuple[dict[int, str], str | None]:
@@ -546,8 +571,9 @@ def _seals(path: Path, key: Ed25519PublicKey) -> tuple[dict[int, str], str | Non
         try:
             seal = json.loads(line)
             seq, head, at = seal["seq"], seal["head"], seal["time"]
-            key.verify(bytes.fromhex(seal["signature"]), _sealed(seq, head, at))
-        except (ValueError, KeyError, TypeError, InvalidSignature):
+            # A seq in quotes would be sealed by the same bytes.
+            key.verify(bytes.fromhex(seal["signature"]), _sealed(operator.index(seq), head, at))
+        except (ValueError, KeyError, TypeError, RecursionError, InvalidSignature):
             bad = bad or f"checkpoint {number}: not signed by this audit key"
             continue
         found[seq] = head
@@ -562,17 +588,19 @@ def list_records(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The records of a caller or profile between two aware moments, oldest first."""
-    for line in _lines(path):
-        try:
-            record = json.loads(line)
-            at = datetime.fromisoformat(record["time"])
-        except (ValueError, KeyError, TypeError) as exc:
+    """
+    The records of a caller or profile between two aware moments, oldest first. AuditBroken for a
+    line that is none, but nothing is verified.
+    """
+    for number, line in enumerate(_lines(path), 1):
+        record = _record(line)
+        if record is None:
             raise AuditBroken(
-                f"audit {path}: a line is not an audit record",
-                hint="`hsmtoll audit verify` names it",
+                f"audit {path}: record {number}: changed (not an audit record)",
+                hint="`hsmtoll audit verify` tells how far the log is as it was written",
                 code="audit-broken",
-            ) from exc
+            )
+        at = datetime.fromisoformat(record["time"])
         if (
             (caller is None or record["caller"] == caller)
             and (profile is None or record["profile"] == profile)

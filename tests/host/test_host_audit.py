@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
@@ -77,6 +78,58 @@ def test_each_record_that_is_harmed_is_found_and_named(
     )
     segment.write_bytes(b"".join(harmed))
     assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith(f"record {first + 1}:")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"event":"intent"', b'"event":[]'),
+        (b'"event":"intent"', b'"event":null'),
+        (b"+00:00", b""),
+        (b'"time":"', b'"time":"x'),
+        (b'"options":null', b'"options":[]'),
+        (b'"options":null', b'"options":{"mode":' + b"[" * 400 + b"]" * 400 + b"}"),
+        (b'"options":null', b'"options":' + b"[" * 100_000),
+        (b'"seq":3', b'"seq":null'),
+        (b'"caller":"uid:1"', b'"caller":{}'),
+        (b'{"seq"', b'{"sec"'),
+        (b"{", b"[] {"),
+    ],
+)
+def test_a_line_that_no_host_wrote_is_named_by_those_who_read_it(
+    tmp_path: Path, old: bytes, new: bytes
+) -> None:
+    segment = filled(tmp_path)
+    assert len(list(list_records(tmp_path / "log"))) == 6
+    lines = segment.read_bytes().splitlines(keepends=True)
+    assert old in lines[2]
+    lines[2] = lines[2].replace(old, new, 1)
+    segment.write_bytes(b"".join(lines))
+    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith("record 3: changed")
+    with pytest.raises(AuditBroken, match="record 3: changed"):
+        list(list_records(tmp_path / "log", since=datetime.fromtimestamp(0, UTC)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"{", b"[" * 100_000),
+        (b"{", b"[] {"),
+        # Sealed by the same bytes, and yet no number.
+        (b'"seq": 6', b'"seq": "6"'),
+    ],
+    ids=["deep", "list", "text"],
+)
+def test_a_checkpoint_that_no_host_wrote_is_named(tmp_path: Path, old: bytes, new: bytes) -> None:
+    filled(tmp_path)
+    seals = tmp_path / "log" / "checkpoints.jsonl"
+    whole = seals.read_bytes()
+    assert old in whole
+    seals.write_bytes(whole + whole.replace(old, new, 1))
+    bad = verify(tmp_path / "log", KEY.public_key()).bad
+    assert bad == "checkpoint 2: not signed by this audit key"
+    seals.write_bytes(whole + whole)
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
 
 
 def test_a_log_sealed_anew_with_another_key_fails(tmp_path: Path) -> None:
