@@ -92,9 +92,22 @@ class _Window:
 
     def __init__(self) -> None:
         self._spans = {_MINUTE: deque[tuple[float, str]](), _DAY: deque[tuple[float, str]]()}
+        self._newest = 0.0
+
+    def not_after(self, now: float) -> None:
+        """
+        The clock said more before: it was ahead then. What it called later was had by *now*, and
+        no span is longer for it.
+        """
+        if self._newest > now:
+            self._newest = now
+            for span, each in self._spans.items():
+                self._spans[span] = deque((min(at, now), jti) for at, jti in each)
 
     def add(self, at: float, jti: str = "") -> None:
         """One more, the newest."""
+        self.not_after(at)
+        self._newest = at
         for each in self._spans.values():
             each.append((at, jti))
 
@@ -109,6 +122,7 @@ class _Window:
 
     def of(self, span: float, now: float) -> deque[tuple[float, str]]:
         """Those of the last *span* seconds, oldest first: a look costs the same however many."""
+        self.not_after(now)
         each = self._spans[span]
         while each and each[0][0] <= now - span:
             each.popleft()
@@ -184,10 +198,15 @@ class Audit:
             )
         self.seq, self.head = report.seq, report.head
         self._sealed_seq, self._synced = report.sealed, report.seq
-        since = self._now() - _DAY
+        since, before = self._now() - _DAY, 0.0
         for line in _lines(self._directory):
             record = json.loads(line)
             at = datetime.fromisoformat(record["time"]).timestamp()
+            if at < before:
+                for had in self._had.values():
+                    had.signed.not_after(at)
+                    had.given.not_after(at)
+            before = at
             if at >= since:
                 self._count(record, at)
 
@@ -302,7 +321,8 @@ class Audit:
                     self._seal()
 
     def _seal_is_due(self) -> bool:
-        late = self._now() - self._sealed_at >= _SECONDS
+        # A clock that was ahead must not make the next one late for as long.
+        late = abs(self._now() - self._sealed_at) >= _SECONDS
         return late or self.seq - self._sealed_seq >= _EVERY
 
     def _seal(self) -> None:

@@ -297,5 +297,5 @@ def _exposed(numbers: dict[str, float]) -> str:
     lines = []
     for name, value in numbers.items():
         kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:g}"]
+        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:.16g}"]
     return "\n".join([*lines, ""])

@@ -359,6 +359,46 @@ def test_what_was_had_leaves_the_minute_and_then_the_day(tmp_path: Path) -> None
     audit.close()
 
 
+def test_a_clock_that_was_ahead_makes_no_quota_last_longer(tmp_path: Path) -> None:
+    at = [NOW + 30 * 86_400.0]
+    audit_in(tmp_path).close()
+
+    def opened() -> Audit:
+        return Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+
+    audit = opened()
+    audit.write("intent", caller="uid:1", profile="acme", jti="0")
+    at[0] = NOW
+    assert audit.counts("uid:1", "acme") == Counts(minute=1, day=1)
+    assert audit.free_in("uid:1", "acme", minute=1, day=None) == 60
+    audit.write("stop", outcome="resumed")
+    at[0] += 30.0
+    audit.write("intent", caller="uid:2", profile="acme", jti="1")
+    at[0] += 31.0
+    assert audit.counts("uid:1", "acme") == Counts(minute=0, day=1)
+    assert audit.counts("uid:2", "acme") == Counts(minute=1, day=1)
+    audit.close()
+
+    # A restart reads the same times again: what follows a record came later, whatever they say.
+    at[0] = NOW + 62.0
+    audit = opened()
+    assert audit.counts("uid:1", "acme") == Counts(minute=0, day=1)
+    assert audit.counts("uid:2", "acme") == Counts(minute=1, day=1)
+    audit.close()
+
+
+def test_a_quiet_log_is_sealed_by_the_clock_even_after_that_was_set_back(tmp_path: Path) -> None:
+    at = [NOW + 86_400.0]
+    audit_in(tmp_path).close()
+    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+    seals = tmp_path / "log" / "checkpoints.jsonl"
+    for moment, sealed in ((at[0], 0), (NOW, 1), (NOW + 59.0, 1), (NOW + 61.0, 2)):
+        at[0] = moment
+        audit.write("refused", caller="uid:1")
+        assert len(seals.read_text().splitlines() if seals.exists() else []) == sealed
+    audit.close()
+
+
 def test_a_token_needs_a_signature_and_a_release_and_counts_once(tmp_path: Path) -> None:
     audit = audit_in(tmp_path)
     audit.write("intent", caller="uid:1", profile="acme", jti="a", options={"mode": "token"})

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from joserfc import jws as judge
 from joserfc.jwk import RSAKey
 
+from hsmtoll.host.server import _exposed
 from tests.host.conftest import ME, OTHER, RunningHost, entry, eventually, raw_request
 
 if TYPE_CHECKING:
@@ -366,6 +367,12 @@ def test_the_pages_for_those_who_watch(running_host: RunningHost) -> None:
     assert running_host.health("/ready").body == {"ready": True, "why": []}
     assert "hsmtoll_host_signatures_total" in running_host.health("/metrics").body["text"]
     assert running_host.health("/v1/grant").status == 404
+
+
+def test_a_metric_is_told_to_its_last_digit() -> None:
+    told = _exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
+    values = [line.split()[1] for line in told.splitlines() if not line.startswith("#")]
+    assert values == ["10412345", "1", "3"]
 
 
 @pytest.mark.parametrize(
