@@ -247,8 +247,9 @@ class Audit:
                 if self._size >= _SEGMENT:
                     # Waited for here, once in thousands: a segment never outlives its predecessor.
                     os.fsync(self._file)
+                    fresh = self._opened()
                     self._retired.append(self._file)
-                    self._file, self._size = self._opened()
+                    self._file, self._size = fresh
                 self._append(line)
             except OSError as exc:
                 raise self._breaks(exc) from exc

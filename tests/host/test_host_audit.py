@@ -278,6 +278,28 @@ def test_a_full_disk_breaks_the_audit_and_leaves_whole_lines(
     assert verify(log, KEY.public_key()).bad is None
 
 
+def test_a_new_segment_that_cannot_be_made_breaks_the_audit_and_it_ends_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 2)
+    audit.seal()
+    monkeypatch.setattr("hsmtoll.host.audit._SEGMENT", 1)
+    # The directory of the next segment is not there.
+    (tmp_path / "log").rename(tmp_path / "away")
+    with pytest.raises(AuditBroken):
+        audit.append("stop")
+    closed: list[int] = []
+    monkeypatch.setattr(os, "close", closed.append)
+    audit.close()
+    audit.close()
+    monkeypatch.undo()
+    assert len(closed) == len(set(closed)) == 2
+    for each in closed:
+        os.close(each)
+    assert verify(tmp_path / "away", KEY.public_key()).bad is None
+
+
 def test_only_the_records_of_a_caller_are_listed(tmp_path: Path) -> None:
     audit = audit_in(tmp_path)
     intents(audit, 2)
