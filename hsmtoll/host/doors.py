@@ -108,10 +108,14 @@ async def read_ask(request: web.BaseRequest) -> tuple[str, Ask]:
     if (request.content_length or 0) > _LARGEST_BODY:
         raise _too_large()
     raw = bytearray()
-    async for part in request.content.iter_any():
-        raw += part
-        if len(raw) > _LARGEST_BODY:
-            raise _too_large()
+    try:
+        async for part in request.content.iter_any():
+            raw += part
+            if len(raw) > _LARGEST_BODY:
+                raise _too_large()
+    except (ConnectionError, web.RequestPayloadError) as exc:
+        # Who hung up, or sent what is no chunk: nobody's mistake here.
+        raise _bad("the body did not come whole") from exc
     return request.raw_path.removeprefix("/v1/"), parsed(bytes(raw))
 
 

@@ -142,6 +142,31 @@ def test_it_is_turned_away_with_a_word(
     assert running_host.signatures() == before
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (raw_request()[:-10], b""),
+        (post(b"Transfer-Encoding: chunked"), b"zz\r\nfoo\r\n0\r\n\r\n"),
+    ],
+    ids=["hang-up", "chunk"],
+)
+def test_a_body_that_does_not_come_whole_is_nobodys_mistake_here(
+    running_host: RunningHost, first: bytes, then: bytes
+) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(60)
+        one.connect(str(running_host.socket))
+        one.sendall(first)
+        # Once another one was answered, the host has begun to wait for the rest of this one.
+        assert running_host.ask(scope="air").status == 403
+        if then:
+            one.sendall(then)
+            assert b"200" not in one.recv(65536)
+    assert running_host.ask().status == 200
+    assert "mistake" not in running_host.log()
+    assert len(running_host.records("intent")) == 1
+
+
 def test_one_connection_carries_one_request(running_host: RunningHost) -> None:
     assert sent(running_host, raw_request() * 3).count(b"HTTP/1.1") == 1
     eventually(lambda: len(running_host.records("result")) == 1)
