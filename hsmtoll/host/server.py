@@ -78,7 +78,8 @@ class _Doors:
         self.tls: list[socket.socket] = []
         self.metrics: list[socket.socket] = []
         self._host = host
-        self._made: list[Path] = []
+        # With the inode: by the same name there may be another host's one day.
+        self._made: dict[socket.socket, tuple[Path, int]] = {}
         self.context: ssl.SSLContext | None = None
         try:
             self._open()
@@ -96,8 +97,7 @@ class _Doors:
             else:
                 self.tls.append(given.socket)
         if host.socket is not None and not self.signing:
-            self.signing.append(doors.listen_unix(host.socket, "HSMTOLL_HOST__SOCKET"))
-            self._made.append(host.socket)
+            self.signing.append(self._unix(host.socket, "HSMTOLL_HOST__SOCKET"))
         if host.listen is not None and not self.tls:
             self.tls.append(doors.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
         if self.tls:
@@ -113,11 +113,13 @@ class _Doors:
 
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):
-            path = Path(where.removeprefix("unix://"))
-            one = doors.listen_unix(path, "HSMTOLL_HOST__METRICS")
-            self._made.append(path)
-            return one
+            return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
         return doors.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+
+    def _unix(self, path: Path, name: str) -> socket.socket:
+        one = doors.listen_unix(path, name)
+        self._made[one] = (path, path.lstat().st_ino)
+        return one
 
     def _context(self) -> ssl.SSLContext:
         host = self._host
@@ -143,13 +145,22 @@ class _Doors:
             raise ConfigurationError("no TLS is set up")
         return self.context
 
+    def withdraw(self, listening: list[socket.socket]) -> None:
+        """
+        Remove those of *listening* that were made here, while they still listen: as long as they
+        do, another host takes neither their names nor their inodes.
+        """
+        for one in listening:
+            path, inode = self._made.pop(one, (None, 0))
+            with contextlib.suppress(OSError):
+                if path is not None and path.lstat().st_ino == inode:
+                    path.unlink()
+
     def close(self) -> None:
         """Close all, and remove the sockets that were made here."""
         for one in (*self.signing, *self.tls, *self.metrics):
+            self.withdraw([one])
             one.close()
-        for path in self._made:
-            path.unlink(missing_ok=True)
-        self._made.clear()
 
 
 class _Host:
@@ -188,7 +199,9 @@ class _Host:
         await ended.wait()
         system.notify("STOPPING=1")
         self._service.end()
+        opened.withdraw(opened.signing)
         await asyncio.gather(*(door.close(patience=self._patience) for door in signing))
+        opened.withdraw(opened.metrics)
         await asyncio.gather(*(door.close(patience=0) for door in own))
         for task in self._tasks:
             task.cancel()

@@ -123,16 +123,23 @@ def given_sockets(environ: MutableMapping[str, str] | None = None) -> list[Given
     given = []
     for at in range(int(count)):
         descriptor = _FIRST + at
-        os.set_inheritable(descriptor, False)
-        one = socket.socket(fileno=descriptor)
+        try:
+            os.set_inheritable(descriptor, False)
+            one = socket.socket(fileno=descriptor)
+        except OSError as exc:
+            raise _no_listener(descriptor) from exc
         listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         if one.type != socket.SOCK_STREAM or not listens:
-            raise ConfigurationError(
-                f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket",
-                hint="in the .socket unit: ListenStream= and Accept=no",
-            )
+            raise _no_listener(descriptor)
         given.append(Given(one, names[at] if at < len(names) else ""))
     return given
+
+
+def _no_listener(descriptor: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket",
+        hint="in the .socket unit: ListenStream= and Accept=no",
+    )
 
 
 def heads_to_system_log(logger: logging.Logger, path: Path = SYSTEM_LOG) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -17,13 +18,14 @@ import pytest
 from hsmtoll import jws
 from hsmtoll.apis import named
 from hsmtoll.errors import ClockError, ConfigurationError, PolicyDenied, TryAgainLater
-from hsmtoll.host import system
+from hsmtoll.host import doors, system
 from hsmtoll.host.audit import verify
 from hsmtoll.host.brake import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
+from hsmtoll.host.server import _Doors
 from hsmtoll.host.service import SELF_TEST, Service
-from hsmtoll.settings import load
+from hsmtoll.settings import Host, load
 from tests.hosting import ME, PROFILE, ROAD_SCOPE, entry, eventually
 
 if TYPE_CHECKING:
@@ -100,6 +102,62 @@ def test_a_socket_of_the_managers_is_taken_over(make_host: Callable[..., Running
     assert host.end() == 0
     # It belongs to the manager, who listens on.
     assert host.socket.exists()
+
+
+_NOT_LISTENING = """
+import os, sys
+if sys.argv[1] == "closed":
+    os.closerange(3, 4)
+else:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 3)
+    os.set_inheritable(3, True)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.executable, [sys.executable, "-m", "hsmtoll", "serve"])
+"""
+
+
+@pytest.mark.parametrize("what", ["closed", "file"])
+def test_what_the_manager_gave_and_is_no_socket_is_named(
+    make_host: Callable[..., RunningHost], what: str
+) -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", _NOT_LISTENING, what], env=os.environ | make_host().environ,
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert told.returncode == 10, told.stderr
+    assert "descriptor 3 is not a listening stream socket" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    first = make_host().start()
+    first.faults.set("hang")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(first.ask)
+        eventually(lambda: first.records("intent"))
+        first.signal(signal.SIGTERM)
+        # Its name is free as soon as it takes nobody any more, and while it still signs.
+        eventually(lambda: not first.socket.exists())
+        with doors.listen_unix(first.socket, "HSMTOLL_HOST__SOCKET"):
+            first.faults.clear()
+            assert asked.result(60).status == 200
+            assert first.end() == 0
+            assert first.socket.exists()
+
+
+def test_a_name_that_was_taken_over_is_left_alone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    path = tmp_path / "host.sock"
+    one = _Doors(Host(socket=path))
+    path.rename(tmp_path / "kept")
+    path.touch()
+    one.close()
+    assert path.exists()
+    path.unlink()
+    _Doors(Host(socket=path)).close()
+    assert not path.exists()
 
 
 def test_without_any_door_it_does_not_start(make_host: Callable[..., RunningHost]) -> None:
