@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hsmtoll import apis
-from hsmtoll.errors import ConfigurationError, HsmTollError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
 from hsmtoll.host.peers import Peer
 from hsmtoll.settings import check_code_file
 
@@ -26,7 +26,7 @@ __all__ = ["Ask", "Counts", "Entry", "Mode", "Policy", "Verdict", "decide", "exp
 
 Mode = Literal["grant", "token"]
 
-_CALLER: Final = re.compile(r"(?:uid|gid):\d+|san:(?:dns|uri):[!-~]+")
+_CALLER: Final = re.compile(r"(?:uid|gid):(0|[1-9][0-9]{0,9})|san:(?:dns|uri):[!-~]+")
 _MODES: Final = ("grant", "token")
 _OPTIONS: Final = frozenset({"scopes", "mode", "consumer_org", "resource", "per_minute", "per_day"})
 
@@ -160,14 +160,16 @@ class _Reader:
             raise self._bad(f"profile {foreign(name)}: identity must be eseal or norwegian")
         if profile.get("environment") not in ("test", "prod", "sandbox"):
             raise self._bad(f"profile {foreign(name)}: environment must be test, prod or sandbox")
-        if {"host", "signer"} & profile.keys():
+        named = {key.partition("__")[0] for key in profile}
+        if {"host", "signer"} & named:
             raise self._bad(f"profile {foreign(name)}: host and signer are not a profile's")
+        # Which file and which of its tables is read is said to the host, and by no setting.
+        for each in sorted({"config", "profile"} & named):
+            raise self._bad(f"profile {foreign(name)}: {each}: there is no such setting")
 
     def _caller(self, name: str, table: dict[str, Any], profiles: Mapping[str, Any]) -> Caller:
-        if not _CALLER.fullmatch(name):
-            raise self._bad(
-                f"caller {foreign(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
-            )
+        if not _names_a_caller(name):
+            raise self._bad(_no_caller(name))
         if table.keys() - {"profile"}:
             raise self._bad(f"caller {name}: only profile.NAME is expected in it")
         line = self._line(rf"\[\s*caller\s*\.\s*[\"']{re.escape(name)}[\"']")
@@ -289,13 +291,27 @@ def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
     return None
 
 
+def _names_a_caller(name: str) -> bool:
+    """Whether somebody may be known by *name*: a number as the kernel's is written."""
+    fits = _CALLER.fullmatch(name)
+    return fits is not None and int(fits[1] or 0) < 2**32
+
+
+def _no_caller(name: str) -> str:
+    return f"caller {foreign(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
+
+
 def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tuple[bool, str]]:
     """For each mode: whether *caller* (``uid:1001``) is allowed, and why, with the line."""
     policy = Policy.load(path)
-    if not _CALLER.fullmatch(caller):
-        raise ConfigurationError(
-            f"caller {foreign(caller)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
-        )
+    if not _names_a_caller(caller):
+        raise ConfigurationError(_no_caller(caller))
+    kind, _, number = caller.partition(":")
+    if kind != "san":
+        try:
+            Peer.local(int(number))
+        except PolicyDenied as exc:
+            return dict.fromkeys(_MODES, (False, f"denied: {exc} ({path}: default deny)"))
     said = {}
     for mode in _MODES:
         verdict = decide(policy, Peer(frozenset({caller})), Ask(profile, scope), mode, Counts())

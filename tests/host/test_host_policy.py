@@ -80,6 +80,71 @@ def test_an_unknown_word_is_an_error(old: str) -> None:
         Policy.parse(TEXT.replace(old, old[:-1] + "x" + old[-1:], 1).encode())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'config = "/x"',
+        'profile = "x"',
+        'signer__url = "unix:///x"',
+        "host__workers = 9",
+        "host = {}",
+    ],
+)
+def test_a_profile_changes_nothing_of_the_host_itself(line: str) -> None:
+    with pytest.raises(ConfigurationError, match="profile acme"):
+        Policy.parse(TEXT.replace('"eseal"', f'"eseal"\n{line}').encode())
+    same = Policy.parse(TEXT.replace('"eseal"', '"eseal"\nalg = "RS512"').encode())
+    assert same.profiles["acme"]["alg"] == "RS512"
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("uid:0", True),
+        ("uid:4294967294", True),
+        ("uid:4294967296", False),
+        ("gid:99999999999", False),
+        ("uid:01001", False),
+        ("uid:00", False),
+        ("uid:-1", False),
+        ("uid:\u0661\u0660", False),
+        ("gid:\uff17", False),
+        ("UID:7", False),
+        ("san:dns:app.example", True),
+        ("san:dns:", False),
+    ],
+)
+def test_a_caller_is_named_as_the_kernel_and_certificates_do(
+    tmp_path: Path, name: str, *, good: bool
+) -> None:
+    text = TEXT.replace("gid:7", name)
+    path = tmp_path / "policy.toml"
+    path.write_text(TEXT, "utf-8")
+    path.chmod(0o644)
+    if good:
+        assert name in Policy.parse(text.encode()).callers
+        assert explain(path, "acme", name, "road")["grant"][1].startswith("denied: no caller")
+        return
+    with pytest.raises(ConfigurationError, match="uid:N, gid:N"):
+        Policy.parse(text.encode())
+    with pytest.raises(ConfigurationError, match="uid:N, gid:N"):
+        explain(path, "acme", name, "road")
+
+
+@pytest.mark.parametrize("kind", ["uid", "gid"])
+def test_an_account_that_the_kernel_cannot_name_is_denied_whatever_the_policy_says(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(TEXT.replace("uid:1001", f"{kind}:65534"))
+    path.chmod(0o644)
+    allowed, said = explain(path, "acme", f"{kind}:65534", "road")["grant"]
+    assert not allowed
+    assert "another user namespace" in said
+    path.write_text(TEXT.replace("uid:1001", f"{kind}:65533"))
+    assert explain(path, "acme", f"{kind}:65533", "road")["grant"][0]
+
+
 @given(st.binary(max_size=300), st.integers(0, len(TEXT)))
 def test_any_file_is_a_policy_or_a_configuration_error(noise: bytes, at: int) -> None:
     raw = TEXT.encode()
