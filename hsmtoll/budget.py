@@ -30,9 +30,10 @@ _AHEAD: Final = 300.0
 #: Codes of errors that say that nothing was signed: who was refused, or met nobody, spent nothing.
 UNSPENT: Final = frozenset(
     {
-        "audit-broken", "bad-request", "budget", "busy", "caller-untrusted", "device-down",
-        "host-peer", "host-untrusted", "host-version", "policy-denied", "quota-exceeded", "refused",
-        "socket-access", "socket-unsafe", "stopped", "unknown-host", "unreachable",
+        "audit-broken", "bad-request", "budget", "busy", "caller-untrusted", "clock-unsynchronised",
+        "device-down", "host-peer", "host-untrusted", "host-version", "policy", "policy-denied",
+        "quota", "quota-exceeded", "refused", "socket-access", "socket-unsafe", "stopped",
+        "unknown-host", "unreachable",
     }
 )  # fmt: skip
 

@@ -394,3 +394,19 @@ def test_a_renewal_that_one_caller_may_not_have_is_had_by_another(
     app = host.authority.issue("app.example")
     eventually(lambda: host.ask_tls(app, "/v1/token").status == 200)
     assert [each["outcome"] for each in host.records("result")] == ["signed", "signed"]
+
+
+def test_whoever_is_refused_by_quota_spends_no_signature_of_the_hour(
+    make_host: Callable[..., RunningHost], toll_sandbox: Sandbox
+) -> None:
+    host = make_host(entry(ME, per_day=1), entry("san:dns:app.example"))
+    host.environ |= {"HSMTOLL_BUDGET__PER_REQUEST": "1", "HSMTOLL_BUDGET__PER_HOUR": "2"}
+    host.start()
+    toll_sandbox.fault("500", "exchange")
+    assert host.ask("/v1/token").status >= 500
+    toll_sandbox.heal()
+    eventually(lambda: host.ask("/v1/token").word == "quota_exceeded")
+    for _ in range(3):
+        assert host.ask("/v1/token").word == "quota_exceeded"
+    app = host.authority.issue("app.example")
+    assert host.ask_tls(app, "/v1/token").status == 200

@@ -16,6 +16,7 @@ from hsmtoll.budget import Budget
 from hsmtoll.errors import ConfigurationError, TryAgainLater
 from hsmtoll.stores import FileStore, Kept, MemoryStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
+from hsmtoll.tokens import TokenRequest
 
 KEY = name_of("a key")
 
@@ -218,6 +219,43 @@ def test_a_budget_is_counted_by_identity_and_by_hour(any_store: Store) -> None:
     clock.advance(1801)
     budget.spend("me")
     with pytest.raises(TryAgainLater):
+        budget.spend("me")
+
+
+class _Refusing:
+    """A signer that says why it does not sign."""
+
+    def __init__(self, code: str) -> None:
+        self._code = code
+
+    def identity(self) -> str:
+        return "me"
+
+    def assertion(self, request: TokenRequest) -> str:
+        raise TryAgainLater(f"{request.scope}: no", code=self._code)
+
+
+@pytest.mark.parametrize(
+    ("code", "spent"),
+    [
+        ("quota", False),
+        ("policy", False),
+        ("clock-unsynchronised", False),
+        ("stopped", False),
+        ("device-hung", True),
+        ("signature-wrong", True),
+    ],
+)
+def test_who_was_refused_before_the_device_was_asked_has_spent_nothing(
+    any_store: Store, code: str, *, spent: bool
+) -> None:
+    budget = Budget(any_store, SettableClock(1_800_000_000.0), per_hour=1)
+    with pytest.raises(TryAgainLater, match="no"):
+        budget.assertion(_Refusing(code), TokenRequest("road"), identity="me")
+    if spent:
+        with pytest.raises(TryAgainLater, match="the budget"):
+            budget.spend("me")
+    else:
         budget.spend("me")
 
 
