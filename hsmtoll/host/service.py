@@ -361,19 +361,25 @@ class Service:
 
         def landed() -> Then:
             self._decide(order, of="given")
+            if self._rules[1].get(order.ask.profile) is not house:
+                # Had with another key, or for another scope, than its record would say.
+                raise _changed()
             return self._released(order, token, reply)
 
         try:
-            token = self._fetched(house, order, request)
+            house, token = self._fetched(house, order, request)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the caller is told
             reply.set_exception(exc)
         else:
             self._desk.put(landed, reply.set_exception)
 
-    def _fetched(self, house: _House, order: _Order, request: TokenRequest) -> AccessToken:
+    def _fetched(
+        self, house: _House, order: _Order, request: TokenRequest
+    ) -> tuple[_House, AccessToken]:
+        """A token, and whose it is: who starts again may find another house by that name."""
         for _ in range(_TRIES):
             try:
-                return house.engine.cache.get(request, _Source(self, house, order, request))
+                return house, house.engine.cache.get(request, _Source(self, house, order, request))
             except _Withdrawn:
                 if order.denied is not None:
                     raise order.denied from None
