@@ -723,7 +723,9 @@ class Service:
         if stopped is not None:
             raise _stopped(stopped)
         if errand.order.gone():
-            raise _gone()
+            # Denied, as by the policy: who waits for the same renewal has not left.
+            errand.order.denied = _gone()
+            raise errand.order.denied
         self._here.jti = errand.jti
         self.signatures += 1
         return errand.house.app.signer.assertion(errand.request)

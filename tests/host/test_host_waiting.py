@@ -113,6 +113,29 @@ def test_who_waits_while_the_profile_changes_is_not_signed_for_with_the_old_key(
     eventually(lambda: len(workers()) == 1)
 
 
+def test_who_leaves_takes_nobody_along_who_waits_for_the_same_renewal(
+    service: Service, host: RunningHost
+) -> None:
+    cache = service._rules[1]["acme"].engine.cache
+    me, road = Peer.local(os.geteuid(), os.getegid()), Ask("acme", "road")
+
+    def gone() -> bool:
+        """It leaves when its turn at the device has come, and another one waits with it."""
+        if not host.records("intent"):
+            return False
+        eventually(lambda: cache.waiting() >= 2)
+        return True
+
+    before = host.signatures()
+    left = service.token(me, road, gone=gone)
+    stays = service.token(me, road, gone=lambda: False)
+    assert stays.result(PATIENCE)["access_token"]
+    with pytest.raises(TryAgainLater, match="the caller left"):
+        left.result(PATIENCE)
+    assert host.signatures() == before + 1
+    assert [each["outcome"] for each in host.records("result")] == ["busy", "signed"]
+
+
 def test_at_the_end_nobody_is_left_waiting(service: Service, host: RunningHost) -> None:
     host.faults.set("slow", ms=1000, function="C_SignInit")
     waiting = crowd(service, 7)
