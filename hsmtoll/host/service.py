@@ -19,7 +19,7 @@ import os
 import threading
 from base64 import b64decode
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
@@ -92,6 +92,10 @@ _QUICK_PLACES: Final = 32
 #: Threads that fetch tokens from Maskinporten and Customs: one for each caller that may wait.
 _FETCHING: Final = 144
 
+#: Seconds that a reload waits for the self-test of what takes over: longer, and whoever the new
+#: policy takes something away from would keep it.
+_TAKING_OVER: Final = 10.0
+
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
 
@@ -145,6 +149,7 @@ class _House:
     What one profile, *table* in the policy, signs with: *hands* are its threads, one for each
     worker of the device. *at_device* have one of its *places*; the others wait in order. Both are
     looked at in the critical section, and so is *retired*: the last one who leaves closes it.
+    *proving* is held for a self-test, so that no two are signed at once.
     """
 
     name: str
@@ -155,6 +160,7 @@ class _House:
     workers: int
     at_device: set[_Errand] = field(default_factory=set)
     waiting: deque[_Errand] = field(default_factory=deque)
+    proving: threading.Lock = field(default_factory=threading.Lock)
     proven: bool = False
     retired: bool = False
     leaf: str | None = None
@@ -291,24 +297,53 @@ class Service:
         return house
 
     def reload(self) -> str | None:
-        """Read the policy again; what is wrong with it, if it is: then the old one goes on."""
-        before, known = self._rules
+        """
+        Read the policy again; why the old one goes on, if it does: something is wrong with the
+        new one, or the audit cannot be written. What takes over from a profile that works signs
+        the self-test before, if it can soon.
+        """
+        known = self._rules[1]
         try:
             policy, houses = self._read(known)
         except HsmTollError as exc:
-            _log.error("policy not reloaded, the old one goes on: %s", exc)
-            with contextlib.suppress(HsmTollError):
-                self.audit.write("policy", policy_sha256=before.sha256, outcome=f"kept: {exc}")
-            return str(exc)
-        with self.audit.held():
-            seq, _ = self.audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
-            self._rules = (policy, houses)
-        self.audit.sync(seq)
-        for name, house in known.items():
-            if houses.get(name) is not house:
-                self._desk.put(partial(self._retired, house), _unheard)
+            return self._kept(exc)
+        fresh = [house for name, house in houses.items() if known.get(name) is not house]
+        self._prove_soon([each for each in fresh if each.name in known and known[each.name].proven])
+        try:
+            with self.audit.held():
+                seq, _ = self.audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
+                self._rules = (policy, houses)
+            self.audit.sync(seq)
+        except AuditBroken as exc:
+            # Nothing is signed any more, whichever of the two it would be with.
+            return self._kept(exc)
+        finally:
+            used = self._rules[1]
+            for house in (*known.values(), *fresh):
+                if used.get(house.name) is not house:
+                    self._desk.put(partial(self._retired, house), _unheard)
         _log.info("policy reloaded: %s", policy.sha256)
         return None
+
+    def _kept(self, exc: HsmTollError) -> str:
+        _log.error("policy not reloaded, the old one goes on: %s", exc)
+        with contextlib.suppress(HsmTollError):
+            sha256 = self._rules[0].sha256
+            self.audit.write("policy", policy_sha256=sha256, outcome=f"kept: {exc}")
+        return str(exc)
+
+    def _prove_soon(self, houses: list[_House]) -> None:
+        """
+        Nobody is sent away who comes while they are proven, and who waits for the others' sake
+        waits as long as that is soon. What takes longer goes on by itself.
+        """
+        if self.stopped() is None:
+            proofs = [
+                house.hands.submit(self._prove_house, house)
+                for house in houses
+                if self._clock_is_right(house)
+            ]
+            wait(proofs, min(self._deadline, _TAKING_OVER))
 
     # ------------------------------------------------------------------ requests
 
@@ -471,12 +506,11 @@ class Service:
             )
         if self._ending:
             return _ending()
-        if not self._clock_is_right(order.ask.profile):
+        if not self._clock_is_right(self._rules[1].get(order.ask.profile)):
             return _clock_is_wrong()
         return _gone() if order.gone() else None
 
-    def _clock_is_right(self, profile: str) -> bool:
-        house = self._rules[1].get(profile)
+    def _clock_is_right(self, house: _House | None) -> bool:
         throw_away = house is not None and house.app.settings.environment == "sandbox"
         return throw_away or self._synchronised()
 
@@ -758,8 +792,14 @@ class Service:
         if self.stopped() is not None:
             return
         for house in list(self._rules[1].values()):
-            if house.proven or not self._clock_is_right(house.name):
-                continue
+            if not house.proven and self._clock_is_right(house):
+                self._prove_house(house)
+
+    def _prove_house(self, house: _House) -> None:
+        with house.proving:
+            # Another thread may have done it meanwhile.
+            if house.proven:
+                return
             why: HsmTollError | None = None
             for device in house.app.devices:
                 try:
@@ -768,8 +808,8 @@ class Service:
                     why = why or exc
                 else:
                     house.proven = True
-                    break
-            if why is not None and not house.proven and house.why != str(why):
+                    return
+            if why is not None and house.why != str(why):
                 house.why = str(why)
                 _log.warning("profile %s: not ready: %s", foreign(house.name), why)
 
@@ -802,7 +842,7 @@ class Service:
         if self._ending:
             why.append("ending")
         for name, house in self._rules[1].items():
-            if not self._clock_is_right(name):
+            if not self._clock_is_right(house):
                 why.append(f"profile {foreign(name)}: the clock is not synchronised")
             elif not house.proven:
                 why.append(f"profile {foreign(name)}: {foreign(house.why)}")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hsmtoll.errors import TryAgainLater
+from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
 from hsmtoll.host.service import Service
 from hsmtoll.settings import load
-from tests.hosting import ME, PROFILE, entry
+from tests.hosting import ME, PROFILE, entry, eventually
+from tests.lab import workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,3 +80,95 @@ def test_a_token_of_a_profile_that_was_changed_meanwhile_is_not_released(
     assert asked(service, "token").result(PATIENCE)["access_token"]
     released = {each["policy_sha256"] for each in host.records("release")}
     assert released == {host.records("policy")[-1]["policy_sha256"]}
+
+
+class Proofs:
+    """Self-tests that wait until they may."""
+
+    def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may = threading.Event(), threading.Event()
+        self._real = service._prove
+        monkeypatch.setattr(service, "_prove", self._held)
+
+    def _held(self, *told: Any) -> None:
+        self.begun.set()
+        assert self.may.wait(PATIENCE)
+        self._real(*told)
+
+
+def test_a_profile_goes_on_with_the_old_key_until_the_new_one_has_proven_itself(
+    service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proofs = Proofs(service, monkeypatch)
+    before = host.signatures()
+    host.write_policy(entry(ME), before=CHANGED)
+    with ThreadPoolExecutor(1) as pool:
+        reloaded = pool.submit(service.reload)
+        assert proofs.begun.wait(PATIENCE)
+        assert asked(service).result(PATIENCE)["jti"]
+        assert host.records("policy") == []
+        proofs.may.set()
+        assert reloaded.result(PATIENCE) is None
+    # Nobody has to wait for a self-test now, and none is signed again.
+    assert service.not_ready() == []
+    service.prove()
+    assert asked(service).result(PATIENCE)["jti"]
+    assert host.signatures() == before + 3
+    eventually(lambda: len(workers()) == 1)
+
+
+def test_a_device_that_is_busy_keeps_no_policy_from_counting(
+    service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hsmtoll.host.service._TAKING_OVER", 0.0)
+    proofs = Proofs(service, monkeypatch)
+    before = host.signatures()
+    host.write_policy(entry(ME, mode=["token"]), before=CHANGED)
+    assert service.reload() is None
+    # What was taken away is, whoever it is that may still have something later.
+    with pytest.raises(PolicyDenied):
+        asked(service).result(PATIENCE)
+    with pytest.raises(DeviceError, match="not ready"):
+        asked(service, "token").result(PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(service.prove)
+        proofs.may.set()
+        again.result(PATIENCE)
+    # The one that was under way is not signed twice.
+    assert service.not_ready() == []
+    assert host.signatures() == before + 1
+    assert asked(service, "token").result(PATIENCE)["access_token"]
+
+
+def test_a_profile_that_cannot_prove_itself_counts_all_the_same_and_says_why(
+    service: Service, host: RunningHost
+) -> None:
+    nowhere = PROFILE + '[profile.acme.hsm]\nkey = "pkcs11:token=nowhere;object=nothing"\n'
+    host.write_policy(entry(ME), before=nowhere)
+    assert service.reload() is None
+    (why,) = service.not_ready()
+    assert "nowhere" in why
+    with pytest.raises(DeviceError, match="not ready"):
+        asked(service).result(PATIENCE)
+    host.write_policy(entry(ME))
+    assert service.reload() is None
+    service.prove()
+    assert asked(service).result(PATIENCE)["jti"]
+
+
+def test_a_reload_that_cannot_be_written_down_is_over_and_told(running_host: RunningHost) -> None:
+    assert running_host.process is not None
+    # The limit holds for what it says on standard error as well.
+    for _ in range(20):
+        assert running_host.ask(scope="air").status == 403
+    assert running_host.ask().status == 200
+    size = max(part.stat().st_size for part in running_host.audit.glob("audit-*.jsonl"))
+    resource.prlimit(running_host.process.pid, resource.RLIMIT_FSIZE, (size + 10, size + 10))
+    for _ in range(2):
+        running_host.write_policy(entry(ME), before=CHANGED)
+        running_host.reload()
+        assert any(each.startswith("STATUS=old policy kept: audit") for each in running_host.told)
+    assert running_host.ask().word == "audit_broken"
+    assert running_host.end() == 0
+    assert "Traceback" not in running_host.log()
+    assert "never retrieved" not in running_host.log()
