@@ -29,10 +29,13 @@ from hsmtoll.app import App
 from hsmtoll.clock import Skew, SystemClock
 from hsmtoll.errors import (
     AuditBroken,
+    CertificateError,
     ClockError,
     ConfigurationError,
     DeviceError,
     HsmTollError,
+    PinIncorrect,
+    PinNotTried,
     PolicyDenied,
     TryAgainLater,
     UsageError,
@@ -96,6 +99,15 @@ _FETCHING: Final = 144
 #: policy takes something away from would keep it.
 _TAKING_OVER: Final = 10.0
 
+#: Seconds between two self-tests of a device that failed: at first, and at the most.
+_REST: Final = 5.0
+_LONGEST_REST: Final = 60.0
+
+#: What says that the device, its PIN or its certificate is not as it was when it proved itself.
+_OF_DEVICE: Final = (CertificateError, DeviceError, PinIncorrect, PinNotTried)
+#: Those that do not: it was not asked, or has just shown which certificate is its own.
+_NOTHING_WRONG: Final = frozenset({"device-busy", "leaf-guessed"})
+
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
 
@@ -149,7 +161,8 @@ class _House:
     What one profile, *table* in the policy, signs with: *hands* are its threads, one for each
     worker of the device. *at_device* have one of its *places*; the others wait in order. Both are
     looked at in the critical section, and so is *retired*: the last one who leaves closes it.
-    *proving* is held for a self-test, so that no two are signed at once.
+    *proving* is held for a self-test, so that no two are signed at once. *ill*: why the device
+    failed since, if it did; it is tested again from *again* (boot clock) on, and after *rest*.
     """
 
     name: str
@@ -165,6 +178,14 @@ class _House:
     retired: bool = False
     leaf: str | None = None
     why: str = "the self-test has not been done yet"
+    ill: str | None = None
+    again: float = 0.0
+    rest: float = _REST
+
+    @property
+    def works(self) -> bool:
+        """Whether it signed when it was asked last."""
+        return self.proven and self.ill is None
 
     @property
     def places(self) -> int:
@@ -308,7 +329,7 @@ class Service:
         except HsmTollError as exc:
             return self._kept(exc)
         fresh = [house for name, house in houses.items() if known.get(name) is not house]
-        self._prove_soon([each for each in fresh if each.name in known and known[each.name].proven])
+        self._prove_soon([each for each in fresh if each.name in known and known[each.name].works])
         try:
             with self.audit.held():
                 seq, _ = self.audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
@@ -602,6 +623,8 @@ class Service:
             if isinstance(outcome, HsmTollError):
                 code = outcome.code or type(outcome).__name__
             self.audit.append("result", **told, outcome=code)
+            if isinstance(outcome, _OF_DEVICE) and code not in _NOTHING_WRONG:
+                errand.house.ill = str(outcome)
             if code == "leaf-guessed" and not errand.again:
                 errand.again = True
                 return partial(
@@ -611,6 +634,7 @@ class Service:
         header, claims, _ = outcome.split(".")
         told["cert_sha256"] = leaf = _leaf_sha256(header)
         house = errand.house
+        house.ill, house.rest = None, _REST
         if leaf is not None and leaf != house.leaf:
             house.leaf = leaf
             self.audit.append("certificate", profile=house.name, cert_sha256=leaf, outcome="used")
@@ -786,20 +810,25 @@ class Service:
 
     def prove(self) -> None:
         """
-        Sign the self-test with every profile that has not yet: with any key of its list. What
-        stands in the way is told by `not_ready`, and tried again with the next call.
+        Sign the self-test with every profile that has not yet, or whose device failed since: with
+        any key of its list. What stands in the way is told by `not_ready`, and tried again with
+        the next call; one that failed is left in peace for ever longer, until it signs a grant.
         """
         if self.stopped() is not None:
             return
         for house in list(self._rules[1].values()):
-            if not house.proven and self._clock_is_right(house):
+            rests = house.proven and self.clock.now().boot < house.again
+            if not house.works and not rests and self._clock_is_right(house):
                 self._prove_house(house)
 
     def _prove_house(self, house: _House) -> None:
         with house.proving:
             # Another thread may have done it meanwhile.
-            if house.proven:
+            if house.works:
                 return
+            if house.proven:
+                house.again = self.clock.now().boot + house.rest
+                house.rest = min(2 * house.rest, _LONGEST_REST)
             why: HsmTollError | None = None
             for device in house.app.devices:
                 try:
@@ -807,7 +836,7 @@ class Service:
                 except HsmTollError as exc:
                     why = why or exc
                 else:
-                    house.proven = True
+                    house.proven, house.ill = True, None
                     return
             if why is not None and house.why != str(why):
                 house.why = str(why)
@@ -846,6 +875,8 @@ class Service:
                 why.append(f"profile {foreign(name)}: the clock is not synchronised")
             elif not house.proven:
                 why.append(f"profile {foreign(name)}: {foreign(house.why)}")
+            elif house.ill is not None:
+                why.append(f"profile {foreign(name)}: {foreign(house.ill)}")
         return why
 
     def look_after(self) -> None:

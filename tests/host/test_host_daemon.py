@@ -17,7 +17,13 @@ import pytest
 
 from hsmtoll import jws
 from hsmtoll.apis import named
-from hsmtoll.errors import ClockError, ConfigurationError, PolicyDenied, TryAgainLater
+from hsmtoll.errors import (
+    ClockError,
+    ConfigurationError,
+    DeviceError,
+    PolicyDenied,
+    TryAgainLater,
+)
 from hsmtoll.host import doors, system
 from hsmtoll.host.audit import verify
 from hsmtoll.host.brake import resume, stop, stopped_by
@@ -26,11 +32,13 @@ from hsmtoll.host.policy import Ask
 from hsmtoll.host.server import _Doors
 from hsmtoll.host.service import SELF_TEST, Service
 from hsmtoll.settings import Host, load
+from hsmtoll.testing.clock import SettableClock
 from tests.hosting import ME, PROFILE, ROAD_SCOPE, entry, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from hsmtoll.clock import Clock
     from hsmtoll.sandbox.server import Sandbox
     from tests.hosting import RunningHost
 
@@ -42,11 +50,13 @@ def service(
     """Services in this process, with a clock that is said to be right or wrong."""
     with contextlib.ExitStack() as stack:
 
-        def made(*entries: str, synchronised: bool = True) -> tuple[Service, RunningHost]:
+        def made(
+            *entries: str, synchronised: bool = True, clock: Clock | None = None
+        ) -> tuple[Service, RunningHost]:
             host = make_host(*entries)
             for name, value in host.environ.items():
                 monkeypatch.setenv(name, value)
-            one = Service(load(), synchronised=lambda: synchronised)
+            one = Service(load(), synchronised=lambda: synchronised, clock=clock)
             stack.callback(one.close)
             return one, host
 
@@ -206,6 +216,66 @@ def test_the_self_test_signs_what_can_be_no_grant(
     assert one.not_ready() == []
     with pytest.raises(ValueError, match="three segments"):
         jws.read_unverified(SELF_TEST.decode())
+
+
+def test_a_device_that_failed_is_told_until_it_signs_again(running_host: RunningHost) -> None:
+    def ready() -> tuple[int, bool]:
+        page = running_host.health("/ready")
+        told = running_host.health("/metrics").body["text"]
+        assert page.body["ready"] is (page.body["why"] == [])
+        return page.status, "hsmtoll_host_ready 1\n" in told
+
+    assert running_host.ask(scope="air").status == 403
+    assert ready() == (200, True)
+    running_host.faults.set("token-removed")
+    assert running_host.ask().word == "device_down"
+    assert ready() == (503, False)
+    assert running_host.health("/ready").body["why"][0].startswith("profile acme: ")
+    running_host.faults.clear()
+    # Nobody has to ask for a grant to find out.
+    eventually(lambda: ready() == (200, True))
+    assert "signed" not in {each["outcome"] for each in running_host.records("result")}
+
+
+def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
+    service: Callable[..., tuple[Service, RunningHost]],
+) -> None:
+    clock = SettableClock.at_real_time()
+    one, host = service(entry(ME), clock=clock)
+    me = Peer.local(os.geteuid(), os.getegid())
+
+    def grant() -> object:
+        return one.grant(me, Ask("acme", "road"), gone=lambda: False).result(60)
+
+    def tested(seconds: int) -> int:
+        """How often, where a timer looks each second."""
+        before = host.signatures()
+        for _ in range(seconds):
+            one.prove()
+            clock.advance(1.0)
+        return host.signatures() - before
+
+    one.prove()
+    assert tested(10) == 0
+    host.faults.set("wrong-signature")
+    for _ in range(3):
+        with pytest.raises(DeviceError):
+            grant()
+    assert one.not_ready()
+    # After 0, 5, 15, 35 and 75 s, and then once a minute.
+    assert tested(100) == 5
+    assert tested(600) == 10
+    host.faults.clear()
+    assert tested(60) == 1
+    assert one.not_ready() == []
+    # A grant is as good as a self-test.
+    host.faults.set("wrong-signature")
+    with pytest.raises(DeviceError):
+        grant()
+    host.faults.clear()
+    assert one.not_ready()
+    assert grant()
+    assert (one.not_ready(), tested(60)) == ([], 0)
 
 
 def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
