@@ -172,18 +172,23 @@ except (PermissionError, BrokenPipeError, ConnectionResetError):
 
 
 class Authority:
-    """A CA of callers and of the host, made by cryptography alone, and its revocation list."""
+    """
+    A CA of callers and of the host, made by cryptography alone, and its revocation list: a root,
+    or one *below* another.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, below: Authority | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Callers CA")])
-        self._root = self._signed(
+        name = "Callers CA" if below is None else "Callers CA below"
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.certificate = (below or self)._signed(
             self._name, self._key.public_key(), ca=True, names=(), server=True
         )
-        self.ca = self._written("ca.pem", self._root.public_bytes(s.Encoding.PEM))
-        self._revoked: list[x509.Certificate] = []
+        pem = self.certificate.public_bytes(s.Encoding.PEM)
+        self.ca = self._written("ca.pem", pem)
+        self._sent_along = pem if below is not None else b""
 
     def _signed(
         self,
@@ -235,11 +240,11 @@ class Authority:
         file = f"{name}-{made.serial_number:x}"
         return Identity(
             made,
-            self._written(f"{file}.pem", made.public_bytes(s.Encoding.PEM)),
+            self._written(f"{file}.pem", made.public_bytes(s.Encoding.PEM) + self._sent_along),
             self._written(f"{file}.key", pem),
         )
 
-    def crl(self, *revoked: Identity, days: int = 2) -> Path:
+    def crl(self, *revoked: Identity | Authority, days: int = 2) -> Path:
         """A revocation list with *revoked* on it; *days* below zero make one that has expired."""
         now = datetime.now(UTC)
         builder = (

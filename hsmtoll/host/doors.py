@@ -626,8 +626,9 @@ def _is_loopback(address: str) -> bool:
 
 def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> ssl.SSLContext:
     """
-    TLS 1.3, and nobody without a certificate of *client_ca*. Revocation lists, in *crl* or beside
-    the CA, are asked for each caller; one that has expired lets nobody in.
+    TLS 1.3, and nobody without a certificate of *client_ca*. Where there are revocation lists, in
+    *crl* or beside the CA, that of each CA on the way to a caller is asked; one that is missing or
+    has expired lets nobody in.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -650,7 +651,8 @@ def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> 
             hint="PEM files, and a key without passphrase that fits the certificate",
         ) from exc
     if context.cert_store_stats()["crl"]:
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        # Whoever has the key of a CA that was revoked makes callers that are on no list.
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     elif crl is not None:
         raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
     return context

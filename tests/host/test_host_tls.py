@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosting import APP, ME, PROFILE, entry
+from tests.hosting import APP, ME, PROFILE, Authority, entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.hosting import Identity, Reply, RunningHost
 
@@ -110,6 +111,33 @@ def test_a_revocation_list_counts_from_the_next_handshake_on(
         ca.write_bytes(host.authority.ca.read_bytes() + old)
     host.reload()
     assert turned_away(host, twin)
+
+
+def test_each_ca_on_the_way_to_a_caller_is_looked_up_in_a_list(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    root = host.authority
+    stolen = Authority(host.home / "below", below=root)
+    theirs, other = stolen.issue(APP), root.issue(APP)
+    lists = host.home / "lists.pem"
+
+    def told(*crls: Path) -> tuple[bool, bool]:
+        """Whether who is below the CA below, and who is not, is turned away."""
+        lists.write_bytes(b"".join(each.read_bytes() for each in crls))
+        if host.process is None:
+            host.start(HSMTOLL_HOST__CLIENT_CRL=str(lists))
+        else:
+            host.reload()
+        return turned_away(host, theirs), turned_away(host, other)
+
+    assert told(root.crl(), stolen.crl()) == (False, False)
+    assert told(root.crl(), stolen.crl(theirs)) == (True, False)
+    # Its key makes new callers, who are on no list of its own.
+    assert told(root.crl(stolen), stolen.crl()) == (True, False)
+    # A list that is missing says nothing about anybody.
+    assert told(root.crl()) == (True, False)
+    assert told(root.crl(), stolen.crl()) == (False, False)
 
 
 def test_a_stolen_certificate_gets_its_quota_and_nothing_after_it_nor_after_a_restart(
