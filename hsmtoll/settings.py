@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import os
 import re
-import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -29,6 +28,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.paths import loose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -223,23 +223,19 @@ def check_code_file(path: Path, what: str) -> None:
     """
     ConfigurationError unless *path* belongs to root or this user and nobody else may write it.
 
-    For files that decide what is run (DESIGN 4.18): whoever can write them is this user. The
-    directories above count as well, a sticky one such as /tmp excepted.
+    For files that decide what is run (DESIGN 4.18): whoever can write them is this user. Links
+    and the directories on the way count as well, a sticky one such as /tmp excepted.
     """
-    trusted = {0, os.geteuid()}
-    resolved = path.resolve()
-    for place in (resolved, *resolved.parents):
-        try:
-            seen = place.stat()
-        except OSError as exc:
-            raise ConfigurationError(f"{what} {path}: cannot be read ({exc.strerror})") from exc
-        sticky = stat.S_ISDIR(seen.st_mode) and seen.st_mode & stat.S_ISVTX
-        if seen.st_uid not in trusted or (seen.st_mode & 0o022 and not sticky):
-            raise ConfigurationError(
-                f"{what} {path}: others may change {place}",
-                hint=f"root or you must own it and nobody else may write it: chmod go-w {place}",
-                code="unsafe-file",
-            )
+    try:
+        place = loose(path)
+    except OSError as exc:
+        raise ConfigurationError(f"{what} {path}: cannot be read ({exc.strerror})") from exc
+    if place is not None:
+        raise ConfigurationError(
+            f"{what} {path}: others may change {place}",
+            hint=f"root or you must own it and nobody else may write it: chmod go-w {place}",
+            code="unsafe-file",
+        )
 
 
 def _fields(group: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import stat
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.hsm.codes import speaking
+from hsmtoll.paths import loose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -220,9 +220,9 @@ def check_path(path: Path) -> None:
             problem = "does not exist"
         elif not path.is_file():
             problem = "is not a file"
-        elif loose := _loose(path.resolve()):
-            problem = f"can be changed by others ({foreign(loose)})"
-            hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(loose)}"
+        elif place := loose(path):
+            problem = f"can be changed by others ({foreign(place)})"
+            hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(place)}"
     except OSError as exc:
         problem = f"cannot be looked at ({exc.strerror})"
         hint = "This account must be able to read it and the directories above it."
@@ -230,16 +230,6 @@ def check_path(path: Path) -> None:
         raise ConfigurationError(
             f"The PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
         )
-
-
-def _loose(real: Path) -> Path | None:
-    for place in (real, *real.parents):
-        facts = place.stat()
-        writable = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        sticky = place != real and facts.st_mode & stat.S_ISVTX
-        if facts.st_uid not in {0, os.geteuid()} or (writable and not sticky):
-            return place
-    return None
 
 
 def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:

@@ -123,6 +123,14 @@ def test_a_module_that_others_can_change_is_refused_parents_included(
     link.symlink_to(module)
     module.chmod(0o666)
     assert "can be changed by others" in str(refusal(link, tmp_path))
+    module.chmod(0o644)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "link.so").symlink_to(module)
+    link.unlink()
+    link.symlink_to(shared / "link.so")
+    shared.chmod(0o777)
+    assert f"can be changed by others ({shared})" in str(refusal(link, tmp_path))
 
 
 def test_the_same_module_is_taken_where_only_this_user_can_change_it(
@@ -131,12 +139,15 @@ def test_the_same_module_is_taken_where_only_this_user_can_change_it(
     module = tmp_path / "good.so"
     shutil.copy(device_softhsm.module, module)
     module.chmod(0o644)
-    device_softhsm.python(
-        "import sys\nfrom pathlib import Path\n"
-        "from hsmtoll.hsm.module import opened\n"
-        "opened(Path(sys.argv[2]))",
-        str(module),
-    )
+    link = tmp_path / "link.so"
+    link.symlink_to("good.so")
+    for each in (module, link):
+        device_softhsm.python(
+            "import sys\nfrom pathlib import Path\n"
+            "from hsmtoll.hsm.module import opened\n"
+            "opened(Path(sys.argv[2]))",
+            str(each),
+        )
 
 
 def test_a_module_that_will_not_start_is_said_with_where_to_look(

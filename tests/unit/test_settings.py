@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -245,6 +246,52 @@ def test_so_is_one_in_a_directory_that_others_may_write(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="others may change"):
         check_code_file(file, "file")
     folder.chmod(0o755)
+
+
+@pytest.fixture
+def safe(tmp_path: Path) -> Path:
+    """A directory of ours with a file of ours in it."""
+    folder = tmp_path / "safe"
+    folder.mkdir(0o755)
+    (folder / "f").touch(0o644)
+    return folder
+
+
+def test_a_link_is_as_safe_as_each_directory_that_it_is_changed_in(
+    tmp_path: Path, safe: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "f").symlink_to(safe / "f")
+    (shared / "folder").symlink_to("../safe")
+    (safe / "on").symlink_to(shared / "folder" / "f")
+    (safe / "up").symlink_to("../safe/../shared/f")
+    links = (shared / "f", shared / "folder" / "f", safe / "on", safe / "up")
+    for each in links:
+        check_code_file(each, "file")
+    shared.chmod(0o777)
+    for each in links:
+        with pytest.raises(ConfigurationError, match=f"others may change {shared}$"):
+            check_code_file(each, "file")
+    # The control: what is reached without it, and a sticky one, in which ours stays ours.
+    check_code_file(safe / "f", "file")
+    shared.chmod(0o1777)
+    for each in links:
+        check_code_file(each, "file")
+    if os.geteuid() == 0:
+        os.lchown(shared / "f", 41001, 41001)
+        for each in (shared / "f", safe / "up"):
+            with pytest.raises(ConfigurationError, match="others may change"):
+                check_code_file(each, "file")
+        check_code_file(safe / "on", "file")
+
+
+def test_a_link_that_leads_nowhere_or_in_circles_cannot_be_read(safe: Path) -> None:
+    (safe / "circle").symlink_to("circle")
+    (safe / "nowhere").symlink_to("nothing")
+    for name in ("circle", "nowhere"):
+        with pytest.raises(ConfigurationError, match="cannot be read"):
+            check_code_file(safe / name, "file")
 
 
 def test_a_missing_configuration_file_is_an_error_only_if_it_was_named(tmp_path: Path) -> None:
