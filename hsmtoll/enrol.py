@@ -82,8 +82,9 @@ def generate(
     An RSA key made on *device*: sensitive, never extractable, for signing and nothing else.
 
     *label* and *id* default to those of the device's URI, the id to a random one. Returns the
-    key's URI, for HSMTOLL_HSM__KEY. Raises UsageError, DeviceError ``key-exists`` (nothing is
-    overwritten) or ``key-too-able``, and the errors of the login.
+    key's URI, for HSMTOLL_HSM__KEY. Raises UsageError, for a label that is not one line of
+    printable characters too, DeviceError ``key-exists`` (nothing is overwritten) or
+    ``key-too-able``, and the errors of the login.
     """
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
@@ -96,6 +97,9 @@ def generate(
             "key generate: the key needs a label",
             hint="put object=LABEL into HSMTOLL_HSM__KEY, or set HSMTOLL_HSM__KEY_LABEL",
         )
+    if not named.isprintable():
+        # Bytes that are no UTF-8 among them, of which python-pkcs11 dies.
+        raise UsageError("key generate: a label is one line of printable characters, in UTF-8")
     return objects.generate(
         device,
         bits=bits,
@@ -127,12 +131,12 @@ def csr(
     # EN 319 412-3 section 4.2.1, in the order of its own examples.
     subject = _name(
         (
-            ("country_name", _country(country)),
-            ("organization_name", organization),
-            ("organization_identifier", organization_identifier),
-            ("organizational_unit_name", unit),
-            ("serial_number", serial_number),
-            ("common_name", common_name),
+            ("country_name", "--country", _country(country)),
+            ("organization_name", "--organization", organization),
+            ("organization_identifier", "--organization-identifier", organization_identifier),
+            ("organizational_unit_name", "--unit", unit),
+            ("serial_number", "--serial-number", serial_number),
+            ("common_name", "--common-name", common_name),
         )
     )
     info = _Info(
@@ -242,19 +246,17 @@ def _country(value: str) -> str:
     return value
 
 
-def _name(parts: Iterable[tuple[str, str | None]]) -> Any:
+def _name(parts: Iterable[tuple[str, str, str | None]]) -> Any:
     relative = []
-    for kind, value in parts:
+    for kind, option, value in parts:
         if value is None:
             continue
         if not value.strip() or not value.isprintable() or len(value) > 200:
-            option = kind.removesuffix("_name").replace("_", "-")
-            raise UsageError(f"--{option}: one line of printable characters is expected")
+            raise UsageError(f"{option}: one line of printable characters is expected")
         # RFC 5280 appendix A: these two are PrintableString; all else is UTF-8.
         form = "printable_string" if kind in ("country_name", "serial_number") else "utf8_string"
         if form == "printable_string" and not _PRINTABLE.fullmatch(value):
-            option = kind.removesuffix("_name").replace("_", "-")
-            raise UsageError(f"--{option}: letters a to z, digits, blanks and '()+,-./:=? alone")
+            raise UsageError(f"{option}: letters a to z, digits, blanks and '()+,-./:=? alone")
         held = _String(name=form, value=value)
         pair = _Pair({"type": kind, "value": held})
         relative.append(_Relative([pair]))

@@ -211,7 +211,13 @@ class PinTerminal:
                 hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
                 code="pin-source",
             ) from None
-        return _pin(getpass.getpass(f"{self.what} of {foreign(device)}: "), source=self.name)
+        typed = None
+        with contextlib.suppress(UnicodeDecodeError):
+            typed = getpass.getpass(f"{self.what} of {foreign(device)}: ")
+        if typed is None:
+            # Raised here, because that error has the bytes in it.
+            raise ConfigurationError(f"The PIN from {self.name} is not UTF-8", code="pin-source")
+        return _pin(typed, source=self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +244,10 @@ def _pin(value: str, *, source: str, version: str = "") -> Pin:
     wrong = (
         "is empty" if not value
         else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
+        # Bytes of the environment that are no UTF-8: C_Login takes UTF-8 alone.
+        else "is not UTF-8" if any("\ud800" <= one <= "\udfff" for one in value)
+        # Editors write it and do not show it; the device would count it as a wrong PIN.
+        else "begins with a byte order mark: save it without one" if value[0] == "\ufeff"
         else f"is longer than {_LONGEST} characters" if len(value) > _LONGEST
         else None
     )  # fmt: skip

@@ -181,7 +181,9 @@ def _value(name: str, raw: str) -> object:
 
 def _bytes(raw: str) -> bytes:
     # Latin-1 keeps every decoded byte one character; raw non-ASCII letters become their UTF-8.
-    return unquote(raw.encode().decode("latin-1"), encoding="latin-1").encode("latin-1")
+    # What was no UTF-8 in the environment is the byte again that it was there.
+    octets = raw.encode("utf-8", "surrogateescape")
+    return unquote(octets.decode("latin-1"), encoding="latin-1").encode("latin-1")
 
 
 def _number(name: str, text: str) -> int:
@@ -193,7 +195,10 @@ def _number(name: str, text: str) -> int:
 def _file(text: str) -> str:
     # RFC 7512 lets pin-source name anything, a command in some programs included.
     if text.startswith("file:"):
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError:
+            raise _wrong("'pin-source' is not the URI of a file") from None
         if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
             raise _wrong("'pin-source' is a file of this machine and nothing else")
         text = unquote(parts.path)

@@ -12,6 +12,7 @@ from cryptography import x509
 from joserfc.jwk import RSAKey
 
 from hsmtoll import doctor, enrol
+from hsmtoll.cli import main
 from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, stranger
 from tests.lab import PIN, Lab, make_lab
@@ -143,14 +144,22 @@ def test_the_request_can_be_signed_with_each_algorithm(app: App, alg: str) -> No
         {"country": "se"},
         {"country": "SWE"},
         {"organization": " "},
+        {"organization_identifier": ""},
+        {"unit": "a\0b"},
         {"common_name": "a\nb"},
+        {"common_name": "N\udcf8kkel"},
         # A PrintableString has no such letters (X.680 section 41.4).
         {"serial_number": "Åbo@1"},
     ],
 )
-def test_a_subject_that_no_certificate_can_have_is_refused(app: App, wrong: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match="--"):
+def test_a_subject_that_no_certificate_can_have_is_refused_by_the_name_of_its_option(
+    app: App, wrong: dict[str, str]
+) -> None:
+    (parameter,) = wrong
+    with pytest.raises(UsageError, match=f"^--{parameter.replace('_', '-')}[ :]"):
         enrol.csr(app.devices[0], **{**SUBJECT, **wrong})
+    command = main.commands["key"].commands["csr"]  # type: ignore[attr-defined]  # a group has them
+    assert parameter in {each.name for each in command.params}
 
 
 def test_the_jwk_is_the_public_key_under_its_thumbprint(app: App) -> None:

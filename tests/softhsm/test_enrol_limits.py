@@ -86,6 +86,18 @@ def test_a_key_that_wants_its_pin_each_time_is_made_and_signs(
     assert toll_faults.count("C_Login") == before + 2
 
 
+@pytest.mark.parametrize("label", ["N\udcf8kkel", "two\nlines", "a\0b", "\x1b[31m"])
+def test_a_label_that_is_not_a_line_of_text_reaches_no_device(
+    device: Device, toll_faults: Faults, label: str
+) -> None:
+    with pytest.raises(UsageError, match="label"):
+        enrol.generate(device, bits=2048, label=label)
+
+    assert toll_faults.count("C_GenerateKeyPair") == 0
+    # Letters beyond ASCII, as UTF-8, are a label.
+    assert enrol.generate(device, bits=2048, label=f"Nøkkel {label!a}").object
+
+
 def test_a_size_that_maskinporten_does_not_take_is_not_made(
     device: Device, toll_faults: Faults
 ) -> None:

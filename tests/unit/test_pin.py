@@ -46,7 +46,11 @@ def test_a_pin_file_is_one_line(tmp_path: Path, ending: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\n", b"1234\n\n", b"1234\n5678\n", b"\xff\xfe", b"1" * 1025]
+    "content",
+    [
+        *(b"", b"\n", b"1234\n\n", b"1234\n5678\n", b"1" * 1025),
+        *(b"\xff\xfe", b"12\xe634\n", b"\xef\xbb\xbf1234\n", "1234".encode("utf-16")),
+    ],
 )
 def test_a_file_that_is_not_one_pin_is_refused_without_its_words(
     tmp_path: Path, content: bytes
@@ -165,6 +169,16 @@ def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> N
     assert state.stdout.strip()[:1] in {"", "Z"}
 
 
+@pytest.mark.parametrize("value", ["12\udce634", "\ufeff1234"])
+def test_a_setting_that_cannot_be_the_pin_is_refused_before_anything_is_tried(value: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        PinValue.of(value)
+    assert caught.value.code == "pin-source"
+    assert "34" not in str(caught.value)
+    # Letters beyond ASCII are no mistake, and a mark inside is somebody's passphrase.
+    assert PinValue.of("12æ\ufeff34").read(device="lab").reveal() == "12æ\ufeff34"
+
+
 def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
     program = (
         "from hsmtoll.hsm.pin import PinTerminal\n"
@@ -184,6 +198,36 @@ def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
     os.write(terminal, b"123456\n")
     with os.fdopen(read) as answer:
         assert answer.read().startswith("got 6 Pin(from HSMTOLL_HSM__PIN_PROMPT=terminal)")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"), [(b"12\xe6\n", "not UTF-8, no trace"), ("12æ\n".encode(), "12æ")]
+)
+def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, said: str) -> None:
+    program = (
+        "from hsmtoll.errors import ConfigurationError\n"
+        "from hsmtoll.hsm.pin import PinTerminal\n"
+        "out = open(3, 'w', encoding='utf-8')\n"
+        "try: print(PinTerminal().read(device='lab').reveal(), file=out)\n"
+        "except ConfigurationError as error:\n"
+        "    trace = 'a trace' if error.__context__ or error.__cause__ else 'no trace'\n"
+        "    print(str(error).rpartition(' is ')[2], trace, sep=', ', file=out)"
+    )
+    read, write = os.pipe()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.dup2(write, 3)
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-c", program])  # noqa: S606 - as above
+    os.close(write)
+    asked = b""
+    while b"PIN of lab:" not in asked:
+        asked += os.read(terminal, 100)
+    os.write(terminal, typed)
+    with os.fdopen(read, encoding="utf-8") as answer:
+        assert answer.read() == f"{said}\n"
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
 

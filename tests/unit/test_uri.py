@@ -70,6 +70,8 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
         ("pkcs11:token=%2", "without two hex digits"),
         ("pkcs11:token=%zz", "without two hex digits"),
         ("pkcs11:token=%ff", "'token' is not UTF-8"),
+        ("pkcs11:object=\udce6", "'object' is not UTF-8"),
+        ("pkcs11:\udce6=t", "is not an attribute"),
         ("pkcs11:token=a%00", "NUL"),
         ("pkcs11:token", "'token' has no value"),
         ("pkcs11:slot-id=0x1", "'slot-id' is a decimal number"),
@@ -81,6 +83,7 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
         ("pkcs11:?pin-source=|cat%20/pin", "absolute path"),
         ("pkcs11:?pin-source=https://host/pin", "absolute path"),
         ("pkcs11:?pin-source=file://host/pin", "a file of this machine"),
+        ("pkcs11:?pin-source=file://[x/pin", "not the URI of a file"),
         ("pkcs11:?module-name=softhsm", "'module-name' is refused"),
     ],
 )
