@@ -6,6 +6,7 @@ Prompts go to the terminal. Nothing is decided here that a program would need as
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -147,7 +148,24 @@ class _Globals:
                 "HSMTOLL_HSM__PIN: every child process and crash report sees the environment; "
                 "HSMTOLL_HSM__PIN_FILE is safer"
             )
+        _results_alone()
         return App(settings, one_shot=True, use_final_try=use_final_try)
+
+
+def _results_alone() -> None:
+    """From now on descriptor 1 leads where stderr does: modules write where they like."""
+    # Somebody else's stdout (a test's) stays what it is, and a closed one stays closed.
+    if sys.stdout is not sys.__stdout__ or sys.stdout is None or sys.stdout.fileno() != 1:
+        return
+    sys.stdout.flush()
+    # Never 2, which would lead here again.
+    kept, lines = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), sys.stdout.line_buffering
+    try:
+        os.dup2(2, 1)
+    except OSError:  # stderr is closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    sys.stdout.reconfigure(line_buffering=lines)
 
 
 class _Stderr(logging.Handler):
