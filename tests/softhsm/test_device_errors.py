@@ -13,9 +13,11 @@ from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinInc
 from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.uri import KeyUri
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.softhsm.conftest import DeviceSoftHsm
@@ -131,6 +133,44 @@ def test_a_module_that_others_can_change_is_refused_parents_included(
     link.symlink_to(shared / "link.so")
     shared.chmod(0o777)
     assert f"can be changed by others ({shared})" in str(refusal(link, tmp_path))
+
+
+def link_beside(folder: Path) -> Path:
+    """A link in *folder* to the module."""
+    (folder / "m.so").symlink_to("../maker/m.so")
+    return folder / "m.so"
+
+
+def link_to_a_link(folder: Path) -> Path:
+    """A link in a directory of ours, to the link in *folder*."""
+    beside = folder.parent / "first.so"
+    beside.symlink_to(link_beside(folder))
+    return beside
+
+
+def link_to_a_directory(folder: Path) -> Path:
+    """A path through a link of ours to *folder*, and one there to the module's directory."""
+    (folder / "in").symlink_to("../maker", target_is_directory=True)
+    (folder.parent / "current").symlink_to(folder, target_is_directory=True)
+    return folder.parent / "current" / "in" / "m.so"
+
+
+@pytest.mark.parametrize("lead", [link_beside, link_to_a_link, link_to_a_directory])
+def test_a_link_that_others_can_change_is_refused_wherever_it_stands_on_the_way(
+    tmp_path: Path, lead: Callable[[Path], Path]
+) -> None:
+    for name in ("maker", "shared"):
+        (tmp_path / name).mkdir(mode=0o755)
+    (tmp_path / "maker" / "m.so").touch(mode=0o644)
+    module = lead(tmp_path / "shared")
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(ConfigurationError, match="can be changed by others") as caught:
+        check_path(module)
+    assert str(tmp_path / "shared") in str(caught.value)
+    # The same way is taken where nobody else can write, or cannot take what is ours away.
+    for mode in (0o755, 0o1777):
+        (tmp_path / "shared").chmod(mode)
+        check_path(module)
 
 
 def test_the_same_module_is_taken_where_only_this_user_can_change_it(
