@@ -132,6 +132,8 @@ _opened: dict[str, Module] = {}
 # The real file behind a path that was given, as long as that module is open.
 _real: dict[Path, str] = {}
 _inherited: dict[str, Module] = {}
+# What answered with an error when it was to end, and may be initialised still.
+_unended: dict[str, Module] = {}
 # When each was ended because nothing else helped.
 _ended: dict[str, float] = {}
 
@@ -154,7 +156,12 @@ def opened(path: Path) -> Module:
     try:
         lib = pkcs11.lib(str(path))
     except PKCS11Error as exc:
-        raise _not_loaded(path, exc) from exc
+        # python-pkcs11 takes what would not end for ended: it is gone on with as it is.
+        if name not in _unended or "already initialized" not in str(exc):
+            raise _not_loaded(path, exc) from exc
+        lib = _unended[name].lib
+    else:
+        _unended.pop(name, None)
     _opened[name] = Module(name, lib)
     return _opened[name]
 
@@ -180,8 +187,10 @@ def restart(path: Path) -> None:
     module = _opened.pop(_name(path), None)
     if module is not None:
         # Some answer "not initialised" where the other side died; it is what was wanted.
-        with contextlib.suppress(PKCS11Error):
+        try:
             module.lib.finalize()
+        except PKCS11Error:
+            _unended[module.path] = module
 
 
 def loaded(path: Path) -> Module | None:
@@ -267,7 +276,7 @@ def _start_afresh(module: Module) -> None:
 
 
 def _forget_parents() -> None:
-    _inherited.update(_opened)
+    _inherited.update(_unended | _opened)
     _opened.clear()
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,6 +175,58 @@ def test_a_device_that_stays_away_is_asked_rarely_and_comes_back_by_itself(
     toll_faults.clear("token-removed")
     clock.advance(1)
     assert device.sign("RS256", DATA)
+
+
+_UNENDED = """
+import sys
+from pathlib import Path
+import pkcs11
+from hsmtoll import HsmTollError
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.testing.faults import Faults
+real, folder, uri, pin, fails = sys.argv[1:]
+boot = [1000.0]
+with Faults(Path(real), Path(folder) / "faults") as faults:
+    device = Device(faults.module, KeyUri.parse(uri), pin=PinValue.of(pin),
+                    ledger=Ledger(Path(folder) / "state"), boot=lambda: boot[0])
+    device.sign("RS256", b"e30.e30")
+    faults.set("token-removed")
+    if fails == "fails":
+        faults.set("nth-call-fails", function="C_Finalize", rv=5)
+    try:
+        device.sign("RS256", b"e30.e30")
+    except HsmTollError as error:
+        print(error.code)
+    faults.clear()
+    boot[0] += 60
+    print(len(device.sign("RS256", b"e30.e30")), faults.count("C_Finalize"))
+    device.close()
+    try:
+        # What stands between us and the module takes one that would not end for ended.
+        pkcs11.lib(str(faults.module))
+        print("initialised")
+    except pkcs11.PKCS11Error as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "left"), [("fails", "already initialized"), ("works", "initialised")]
+)
+def test_a_module_that_would_not_end_is_gone_on_with(
+    toll_softhsm: SoftHsm, key: RsaPublicKey, tmp_path: Path, fails: str, left: str
+) -> None:
+    del key
+    # In a process of its own, whose module nobody can end any more.
+    made = (toll_softhsm.module, tmp_path, toll_softhsm.uri("mended"), toll_softhsm.pin, fails)
+    argv = [sys.executable, "-c", _UNENDED, *map(str, made)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert said[:2] == ["device-missing", "256 1"]
+    assert left in said[2]
 
 
 def test_a_device_that_serves_another_is_not_started_again(
