@@ -569,7 +569,11 @@ class Device:
                     _called(here.token),
                 )
             except NOT_TRIED as exc:
-                page.withdraw()
+                if self._locked_by(exc, here):
+                    page.refuse(pin)
+                    login.pin = None
+                else:
+                    page.withdraw()
                 error = self._login_failed(here, pin, exc)
                 if isinstance(exc, p11.UserPinNotInitialized):
                     # Against its own flags: the module read half of what the device holds.
@@ -584,6 +588,20 @@ class Device:
                 raise
             else:
                 page.accept()
+
+    def _locked_by(self, exc: p11.PKCS11Error, here: _Open) -> bool:
+        """
+        Whether the try that *exc* answers was a wrong PIN, and the last: OpenSC says PinLocked to
+        it (HSM.md 6). It is not tried at a device whose flag said so before; a TPM, which says it
+        to a try that it does not make, has no flag.
+        """
+        if not isinstance(exc, p11.PinLocked):
+            return False
+        try:
+            flags: TokenFlag = here.token.slot.get_token().flags
+        except p11.PKCS11Error:
+            return True  # nobody knows, and a right PIN is freed by `hsmtoll pin clear`
+        return bool(flags & TokenFlag.USER_PIN_LOCKED)
 
     def _flags(self, here: _Open) -> TokenFlag:
         """The PIN's state as the device reports it now; refuses where a try could be the last."""
@@ -632,8 +650,12 @@ class Device:
             page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
             try:
                 signed: bytes = _signer(here.key)(data, mechanism=mechanism, pin=pin.reveal())
-            except _BEFORE_CONTEXT_LOGIN:
-                page.withdraw()
+            except _BEFORE_CONTEXT_LOGIN as exc:
+                if self._locked_by(exc, here):
+                    page.refuse(pin)
+                    self._accepted = None
+                else:
+                    page.withdraw()
                 raise
             except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
                 page.refuse(pin)

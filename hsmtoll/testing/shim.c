@@ -181,10 +181,15 @@ static word find(word session, word given, word most, word counted) {
 
 static word login(word session, word user, word pin, word length) {
     if (READ(kill_login) == 1) kill(getpid(), SIGKILL);
-    if (READ(pin_locked)) return PIN_LOCKED;
+    if (READ(pin_locked) == 1) return PIN_LOCKED;
     if (READ(pin_wrong)) return PIN_INCORRECT;
     word rv = call(LOGIN, session, user, pin, length, 0, 0, 0, 0);
     if (READ(kill_login) == 2) kill(getpid(), SIGKILL);
+    if (rv == PIN_INCORRECT && READ(pin_locked) == 2) {
+        __atomic_store_n(&control->pin_flags, 0x40000, __ATOMIC_SEQ_CST);    /* CKF_USER_PIN_LOCKED */
+        __atomic_store_n(&control->pin_locked, 1, __ATOMIC_SEQ_CST);
+        return PIN_LOCKED;
+    }
     return rv;
 }
 

@@ -111,5 +111,7 @@ def test_a_card_that_is_locked_is_not_asked(card: Smartcard, tmp_path: Path) -> 
     assert wrong(card, tmp_path, "654323", use_final_try=True)[0] in {20, 21}
     assert wrong(card, tmp_path, card.pin, use_final_try=True) == (21, "pin-locked")
     card.unblock()
+    # OpenSC answers PinLocked to the wrong PIN that locks it: it stays a wrong one.
+    assert wrong(card, tmp_path, "654323") == (21, "pin-refused")
     with card.driver(tmp_path) as driver:
         assert driver.does("sign", **SIGN)

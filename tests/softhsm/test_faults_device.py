@@ -15,6 +15,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient, connect
 from hsmtoll.app import App
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
@@ -23,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from hsmtoll.hsm.device import Device
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
@@ -110,6 +113,50 @@ def _sign(**variables: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=60,
     )
+
+
+def with_pins(
+    softhsm: SoftHsm, faults: Faults, state: Path, pin: str, signing: str | None = None
+) -> Device:
+    return Device(
+        faults.module,
+        KeyUri.parse(softhsm.uri("each" if signing else "toll")),
+        pin=PinValue.of(pin),
+        signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
+        ledger=Ledger(state),
+    )
+
+
+@pytest.mark.parametrize("signing", [None, "9999"])
+def test_the_wrong_pin_that_locked_a_device_is_not_tried_again_when_it_is_unblocked(
+    toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path, signing: str | None
+) -> None:
+    if signing:
+        toll_softhsm.generate_key("each", b"\x5e", always_authenticate=True)
+    pin = toll_softhsm.pin if signing else "9999"
+    toll_faults.set("pin-last-try")
+    with with_pins(toll_softhsm, toll_faults, tmp_path, pin, signing) as device:
+        assert fails(device).code == "pin-locked"
+    toll_faults.clear()
+    with with_pins(toll_softhsm, toll_faults, tmp_path, pin, signing) as device:
+        before = toll_faults.count("C_Login")
+        assert fails(device).code == "pin-refused"
+        # With a PIN of its own for the signature, the other one is good.
+        assert toll_faults.count("C_Login") == before + bool(signing)
+    right = toll_softhsm.pin
+    with with_pins(toll_softhsm, toll_faults, tmp_path, right, signing and right) as device:
+        assert device.login()
+
+
+def test_an_answer_of_locked_without_the_flag_says_nothing_about_the_pin(
+    toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path
+) -> None:
+    # As a TPM, which shows no flags.
+    toll_faults.set("nth-call-fails", function="C_Login", rv=0xA4)
+    with with_pins(toll_softhsm, toll_faults, tmp_path, toll_softhsm.pin) as device:
+        with pytest.raises(PinNotTried):
+            device.login()
+        assert device.login()
 
 
 @pytest.mark.usefixtures("toll_settings")
