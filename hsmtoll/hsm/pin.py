@@ -7,20 +7,24 @@ A PIN is read when a login needs it, never before, and never on a command line.
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import hmac
 import logging
 import os
+import select
 import shlex
 import signal
 import stat
 import subprocess
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll.errors import ConfigurationError, foreign
 
 if TYPE_CHECKING:
+    from io import FileIO
     from pathlib import Path
 
 __all__ = [
@@ -105,19 +109,24 @@ class PinValue:
 class PinFile:
     """
     A PIN in a file: one line, its newline not counted. Links are followed, so that systemd
-    credentials and Kubernetes secrets work.
+    credentials and Kubernetes secrets work. A named pipe has *timeout* seconds to be written to
+    and closed.
     """
 
     path: Path
     name: str = "HSMTOLL_HSM__PIN_FILE"
+    timeout: float = 30.0
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
         """The file's line. A file that group or others may write is refused."""
         try:
-            with self.path.open("rb") as file:
+            # Without O_NONBLOCK a pipe that nobody writes to would be waited for in open().
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            with os.fdopen(os.open(self.path, flags), "rb", buffering=0) as file:
                 facts = os.fstat(file.fileno())
+                kept = stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)
                 # A writer could make us burn the PIN; a group is others as well for that.
-                if stat.S_ISREG(facts.st_mode) and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                if kept and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                     raise ConfigurationError(
                         f"The PIN file {foreign(self.path)} can be written by others",
                         hint=f"chmod go-w {foreign(self.path)}",
@@ -125,7 +134,7 @@ class PinFile:
                     )
                 if facts.st_mode & stat.S_IROTH and stat.S_ISREG(facts.st_mode):
                     _log.warning("the PIN file %s can be read by everybody", foreign(self.path))
-                data = file.read(_LONGEST + 2)
+                data = self._whole(file)
         except OSError as exc:
             raise ConfigurationError(
                 f"The PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
@@ -133,6 +142,19 @@ class PinFile:
             ) from exc
         version = f"inode {facts.st_ino} mtime {facts.st_mtime_ns}"
         return _pin(_line(data, name=self.name), source=self.name, version=version)
+
+    def _whole(self, file: FileIO) -> bytes:
+        data, until = b"", time.monotonic() + self.timeout
+        ready = select.poll()
+        ready.register(file, select.POLLIN)
+        while len(data) < _LONGEST + 2:
+            if not ready.poll(1000 * max(until - time.monotonic(), 0)):
+                raise TimeoutError(errno.ETIMEDOUT, f"not all of it came within {self.timeout:g} s")
+            part = file.read(_LONGEST + 2 - len(data))
+            if not part:
+                break
+            data += part
+        return data
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -17,6 +18,7 @@ from hsmtoll.errors import ConfigurationError
 from hsmtoll.hsm.pin import Pin, PinCommand, PinFile, PinPad, PinTerminal, PinValue
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 CANARY = "4711-canary"
@@ -97,6 +99,53 @@ def test_a_corrected_file_is_another_origin(tmp_path: Path) -> None:
     assert PinFile(path).read(device="lab").origin == before
     os.utime(path, ns=(1, 1))
     assert PinFile(path).read(device="lab").origin != before
+
+
+@contextlib.contextmanager
+def written_to(path: Path, data: bytes, *, closes: bool = True) -> Iterator[None]:
+    """A process that writes *data* into *path*, and closes it or not."""
+    program = f"cat >&3; {'exec 3>&-;' if closes else ''} echo written; exec sleep 60"
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec 3>"$0"; {program}', str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        assert process.stdin is not None
+        with process.stdin as stdin:
+            stdin.write(data)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_named_pipe_brings_a_pin_as_a_file_does(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pin", 0o600)
+    with written_to(tmp_path / "pin", b"1234\n"):
+        assert PinFile(tmp_path / "pin").read(device="lab").reveal() == "1234"
+    with written_to(tmp_path / "pin", b"1234\n5678\n"), pytest.raises(ConfigurationError):
+        PinFile(tmp_path / "pin").read(device="lab")
+
+
+def test_a_pipe_that_nobody_writes_to_or_closes_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pin", 0o600)
+    with pytest.raises(ConfigurationError, match=r"within 0\.2 s") as caught:
+        PinFile(tmp_path / "pin", timeout=0.2).read(device="lab")
+    assert caught.value.code == "pin-source"
+    with (
+        written_to(tmp_path / "pin", b"1234\n", closes=False),
+        pytest.raises(ConfigurationError, match="not all of it came"),
+    ):
+        PinFile(tmp_path / "pin", timeout=0.2).read(device="lab")
+
+
+def test_a_pipe_that_others_may_write_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pin")
+    (tmp_path / "pin").chmod(0o620)
+    with written_to(tmp_path / "pin", b"9999\n"), pytest.raises(ConfigurationError) as caught:
+        PinFile(tmp_path / "pin").read(device="lab")
+    assert caught.value.code == "pin-file-writable"
 
 
 def test_a_missing_file_and_a_directory_are_said_by_name(tmp_path: Path) -> None:
