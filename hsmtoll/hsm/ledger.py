@@ -21,7 +21,7 @@ import json
 import os
 import stat
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import DeviceError, PinNotTried, foreign
@@ -74,7 +74,8 @@ class Ledger:
     @contextlib.contextmanager
     def held(self, place: Place) -> Iterator[Page]:
         """
-        The record of *place*, held against every other process until the block ends.
+        The record of *place*, held until the block ends against every other process that wants
+        it or that of another user of the same device: logins of the two disturb each other.
 
         Raises PinNotTried (``ledger``) where nothing can be written.
         """
@@ -125,12 +126,28 @@ class Ledger:
             # Whoever can delete a record can make us burn a PIN.
             raise PermissionError(1, "others can change this directory")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(folder / f"{place.name}.lock", flags, 0o600)
+        lock = os.open(folder / f"{replace(place, user='user').name}.lock", flags, 0o600)
+        _locks.add(lock)
         try:
             _wait_for(lock, place)
             yield folder / place.name
         finally:
-            os.close(lock)
+            if lock in _locks:
+                _locks.remove(lock)
+                os.close(lock)
+
+
+# A forked child closes its copies: they would hold what the parent has long released. One that was
+# forked inside the block does not close them again: the number may be another file's by then.
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @dataclass(slots=True)

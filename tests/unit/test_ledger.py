@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -234,6 +236,73 @@ def test_of_twenty_processes_at_once_one_tries(tmp_path: Path) -> None:
     ]
     said = sorted(process.communicate()[0].decode().strip() for process in running)
     assert said == ["C_Login"] + ["pin-refused"] * 19
+
+
+_TAKE = """
+import fcntl, sys
+try: fcntl.flock(open(sys.argv[1], "r+"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError: print("held")
+else: print("free")
+"""
+
+
+def another_finds(state: Path) -> str:
+    """Whether another process finds the one lock in *state* held or free."""
+    (lock,) = (state / "pin").glob("*.lock")
+    argv = [sys.executable, "-c", _TAKE, str(lock)]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_forked_child_holds_nothing_that_its_parent_holds(tmp_path: Path) -> None:
+    wait, end = os.pipe()
+    ledger = Ledger(tmp_path)
+    with ledger.held(PLACE):
+        child = os.fork()
+        if child == 0:
+            os.close(end)
+            os.read(wait, 1)
+            os._exit(0)
+        # The parent's own is not touched by what the child lets go of.
+        assert another_finds(tmp_path) == "held"
+    assert another_finds(tmp_path) == "free"
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    for each in (wait, end):
+        os.close(each)
+    os.waitpid(child, 0)
+
+
+def test_who_was_forked_while_it_held_the_record_closes_nobodys_file_at_the_end(
+    tmp_path: Path,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(Ledger(tmp_path).held(PLACE))
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                # It gets the number that the lock had.
+                other = os.open(os.devnull, os.O_RDONLY)
+                stack.close()
+                os.fstat(other)
+                with Ledger(tmp_path / "other").held(PLACE):
+                    code = 0
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_the_users_of_one_device_take_turns_and_have_a_record_each(tmp_path: Path) -> None:
+    ledger, signing = Ledger(tmp_path), replace(PLACE, user="signing")
+    with ledger.held(signing) as page:
+        page.intend(WRONG, count_low=False)
+        assert another_finds(tmp_path) == "held"
+        page.refuse(WRONG)
+    with ledger.held(PLACE):
+        # One lock for the two of them.
+        assert another_finds(tmp_path) == "held"
+    assert ledger.refusals(signing) == (1, 0)
+    assert ledger.refusals(PLACE) == (0, 0)
+    with ledger.held(replace(PLACE, serial="0043")):
+        assert len(list((tmp_path / "pin").glob("*.lock"))) == 2
 
 
 def test_a_killed_process_frees_the_record(tmp_path: Path) -> None:
