@@ -66,6 +66,7 @@ _HASHED: Final = {
     "RS384": Mechanism.SHA384_RSA_PKCS,
     "RS512": Mechanism.SHA512_RSA_PKCS,
 }
+_HASHED_NAMES: Final = frozenset(each.name for each in _HASHED.values())
 
 
 _PIN_FLAGS: Final = {
@@ -328,9 +329,18 @@ class Device:
             self._log_in(here)
             facts = self._find(here, offered)
             mechanism, data = _mechanism(alg, unsigned, facts.mechanisms)
-            if facts.always_authenticate:
-                return facts, self._sign_with_pin(here, data, mechanism)
-            return facts, _signer(here.key)(data, mechanism=mechanism)
+            try:
+                if facts.always_authenticate:
+                    return facts, self._sign_with_pin(here, data, mechanism)
+                return facts, _signer(here.key)(data, mechanism=mechanism)
+            except p11.MechanismInvalid:
+                raw = facts.mechanisms - _HASHED_NAMES
+                if mechanism is Mechanism.RSA_PKCS or Mechanism.RSA_PKCS.name not in raw:
+                    raise
+                # Listed, but for verifying alone, or not among this key's CKA_ALLOWED_MECHANISMS,
+                # which python-pkcs11 cannot read.
+                here.facts = replace(facts, mechanisms=raw)
+                return sign(here)
 
         return self._mended("Signing", sign)
 

@@ -12,12 +12,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
-from hsmtoll.hsm.device import _mechanism
+from hsmtoll.hsm.device import Device, _mechanism
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.softhsm import SoftHsm
     from tests.softhsm.conftest import DeviceSoftHsm
 
 UNSIGNED = SigningInput(b"eyJhbGciOiJSUzI1NiJ9.e30")
@@ -73,6 +78,62 @@ def test_the_raw_mechanism_with_a_digest_info_gives_the_same_signature(
         "assert len(made) == 1\n"
     )
     device_softhsm.python(program, hashed[0].name, hashed[1].hex(), raw[0].name, raw[1].hex())
+
+
+def allowed(softhsm: SoftHsm, key: str, mechanism: str) -> None:
+    """Make the key *key*, whose CKA_ALLOWED_MECHANISMS is *mechanism* alone."""
+    subprocess.run(
+        ["pkcs11-tool", "--module", softhsm.module, "--token-label", softhsm.label, "--login",
+         "--pin", softhsm.pin, "--keypairgen", "--key-type", "rsa:2048", "--label", key,
+         "--usage-sign", "--sensitive", "--allowed-mechanisms", mechanism],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+def of_faults(softhsm: SoftHsm, faults: Faults, key: str, state: Path) -> Device:
+    uri, pin = KeyUri.parse(softhsm.uri(key)), PinValue.of(softhsm.pin)
+    return Device(faults.module, uri, pin=pin, ledger=Ledger(state))
+
+
+def test_a_key_that_may_be_used_by_the_raw_mechanism_alone_signs(
+    toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path
+) -> None:
+    allowed(toll_softhsm, "raw", "RSA-PKCS")
+    with of_faults(toll_softhsm, toll_faults, "raw", tmp_path) as device:
+        public = device.key().public
+        assert public is not None
+        assert "SHA256_RSA_PKCS" in device.key().mechanisms
+        for alg in ALGS:
+            assert public.verify(alg, UNSIGNED, device.sign(alg, UNSIGNED))
+        # Asked for once, and remembered as long as the session lives.
+        assert toll_faults.count("C_SignInit") == len(ALGS) + 1
+        assert "RSA_PKCS" in device.key().mechanisms
+        assert not {f"SHA{alg[2:]}_RSA_PKCS" for alg in ALGS} & device.key().mechanisms
+
+
+def test_a_key_that_may_be_used_by_neither_mechanism_is_told_so(
+    toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path
+) -> None:
+    allowed(toll_softhsm, "neither", "SHA1-RSA-PKCS")
+    with (
+        of_faults(toll_softhsm, toll_faults, "neither", tmp_path) as device,
+        pytest.raises(DeviceError) as caught,
+    ):
+        device.sign("RS256", UNSIGNED)
+    assert caught.value.code == "mechanism"
+
+
+def test_a_key_that_wants_its_pin_each_time_may_have_the_raw_mechanism_alone(
+    toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path
+) -> None:
+    toll_softhsm.generate_key("raw-each", b"\x5f", always_authenticate=True)
+    with of_faults(toll_softhsm, toll_faults, "raw-each", tmp_path) as device:
+        assert device.login()
+        toll_faults.set("nth-call-fails", function="C_SignInit", rv=0x70)
+        before = toll_faults.count("C_Login")
+        assert device.sign("RS256", UNSIGNED)
+        # No PIN was spent on the mechanism that was not taken.
+        assert toll_faults.count("C_Login") == before + 1
 
 
 def test_a_device_without_a_mechanism_for_it_is_told_by_name() -> None:
