@@ -691,11 +691,7 @@ class Device:
             )
         wanted: dict[Attribute, Any] = {Attribute.CLASS: ObjectClass.PRIVATE_KEY}
         every = list(here.session.get_objects(wanted))
-        found = [
-            key
-            for key in every
-            if self.uri.matches(object=_label(key), id=_attribute(key, Attribute.ID))
-        ]
+        found = [key for key in every if self.uri.matches(object=_label(key), id=_id(key))]
         if not found:
             raise self._no_key(here, every)
         proven = (self._public_key,) if self._public_key else candidates
@@ -804,8 +800,8 @@ def device_uri(token: Token) -> KeyUri:
 
 def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
     """The URI of an object on *token*, ready to paste."""
-    label, key_id = _label(thing), _attribute(thing, Attribute.ID)
-    return replace(device_uri(token), object=label or None, id=key_id or None, type=kind)
+    # What is empty is named as well ("id=", RFC 7512): without it other objects would fit too.
+    return replace(device_uri(token), object=_label(thing), id=_id(thing), type=kind)
 
 
 def key_facts(module: Module, token: Token, session: Session, key: Object) -> KeyFacts:
@@ -816,7 +812,7 @@ def key_facts(module: Module, token: Token, session: Session, key: Object) -> Ke
     return KeyFacts(
         uri=object_uri(token, key, "private"),
         label=_label(key),
-        id=_attribute(key, Attribute.ID) or b"",
+        id=_id(key),
         key_type=kind.name.lower() if isinstance(kind, KeyType) else "unknown",
         bits=public.bits if public else None,
         public=public,
@@ -881,7 +877,7 @@ def certificates_of(session: Session) -> Iterator[StoredCertificate]:
         if not der or len(der) > _LARGEST_CERTIFICATE:
             _log.warning("certificate %r has %d bytes: left out", foreign(label), len(der or b""))
             continue
-        yield StoredCertificate(_unpadded(der), label, _attribute(thing, Attribute.ID) or b"")
+        yield StoredCertificate(_unpadded(der), label, _id(thing))
 
 
 # asn1crypto has no types.
@@ -927,7 +923,12 @@ def _attribute(thing: Object, name: Attribute) -> Any:
 
 
 def _label(thing: Object) -> str:
-    return _attribute(thing, Attribute.LABEL) or ""
+    # Some write the end of a string in C along with it; in a URI it could not be told.
+    return (_attribute(thing, Attribute.LABEL) or "").rstrip("\0")
+
+
+def _id(thing: Object) -> bytes:
+    return _attribute(thing, Attribute.ID) or b""
 
 
 def _serial(token: Token) -> str:

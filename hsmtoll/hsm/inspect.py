@@ -179,10 +179,7 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
         with contextlib.suppress(PKCS11Error):
             session.close()
     place = device_uri(token)
-    named = tuple(
-        (replace(place, object=one.label or None, id=one.id or None, type="cert"), one)
-        for one in stored
-    )
+    named = tuple((replace(place, object=one.label, id=one.id, type="cert"), one) for one in stored)
     login = module.logins.get(login_key(token))
     there = not seen.login_required or (login is not None and login.there)
     return replace(seen, keys=keys, certificates=named, logged_in=there)

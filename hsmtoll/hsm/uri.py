@@ -42,7 +42,7 @@ _PLAIN: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-
 
 
 #: What an attribute is compared with.
-Fact: TypeAlias = str | bytes | int | tuple[int, int | None] | None
+Fact: TypeAlias = str | bytes | int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +50,8 @@ class KeyUri:
     """
     One ``pkcs11:`` URI. What is None matches everything.
 
-    *id* is bytes (CKA_ID); *slot_id* a number; *library_version* ``(major, minor)`` with
-    minor None where the URI gives none; *pin_source* an absolute path, without ``file:``.
+    *id* is bytes (CKA_ID); *slot_id* a number; *library_version* ``(major, minor)``, where M
+    alone is M.0 (RFC 7512 section 2.3); *pin_source* an absolute path, without ``file:``.
     """
 
     token: str | None = None
@@ -63,7 +63,7 @@ class KeyUri:
     slot_description: str | None = None
     library_manufacturer: str | None = None
     library_description: str | None = None
-    library_version: tuple[int, int | None] | None = None
+    library_version: tuple[int, int] | None = None
     object: str | None = None
     id: bytes | None = None
     type: str | None = None
@@ -111,17 +111,20 @@ class KeyUri:
         if isinstance(value, bytes):
             return "".join(f"%{byte:02x}" for byte in value)
         if isinstance(value, tuple):
-            return ".".join(str(number) for number in value if number is not None)
+            return ".".join(map(str, value))
         return _quoted(str(value).encode())
 
     def matches(self, **facts: Fact) -> bool:
         """
         Whether what is asked for here agrees with *facts*, given by field name.
 
-        Fields that are not among *facts* are not compared. Text is compared without the
-        blanks that PKCS#11 pads its fixed fields with.
+        Fields that are not among *facts* are not compared. Text of the fixed fields is compared
+        without the blanks that PKCS#11 pads them with; a label (*object*) is none of them.
         """
-        return all(_same(getattr(self, name), fact) for name, fact in facts.items())
+        return all(
+            _same(getattr(self, name), fact, padded=name != "object")
+            for name, fact in facts.items()
+        )
 
     @property
     def names_object(self) -> bool:
@@ -170,8 +173,8 @@ def _value(name: str, raw: str) -> object:
     if name == "slot-id":
         return _number(name, text)
     if name == "library-version":
-        major, _, minor = text.partition(".")
-        return _number(name, major), _number(name, minor) if minor else None
+        major, dot, minor = text.partition(".")
+        return _number(name, major), _number(name, minor) if dot else 0
     if name == "type" and text not in _TYPES:
         raise _wrong(f"'type' is one of {', '.join(_TYPES)}")
     if name == "pin-source":
@@ -214,15 +217,11 @@ def _quoted(data: bytes, *, also: str = "") -> str:
     return "".join(chr(byte) if chr(byte) in plain else f"%{byte:02X}" for byte in data)
 
 
-def _same(asked: Fact, fact: Fact) -> bool:
+def _same(asked: Fact, fact: Fact, *, padded: bool) -> bool:
     if asked is None:
         return True
-    if isinstance(asked, str) and isinstance(fact, str):
+    if padded and isinstance(asked, str) and isinstance(fact, str):
         return asked.rstrip(" \0") == fact.rstrip(" \0")
-    if isinstance(asked, tuple) and isinstance(fact, tuple):
-        return all(
-            mine is None or mine == theirs for mine, theirs in zip(asked, fact, strict=False)
-        )
     return asked == fact
 
 

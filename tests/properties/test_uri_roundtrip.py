@@ -22,7 +22,7 @@ uris = st.builds(
     slot_description=_text,
     id=st.none() | st.binary(max_size=40),
     slot_id=st.none() | st.integers(0, 2**64 - 1),
-    library_version=st.none() | st.tuples(st.integers(0, 255), st.none() | st.integers(0, 255)),
+    library_version=st.none() | st.tuples(st.integers(0, 255), st.integers(0, 255)),
     type=st.sampled_from([None, "private", "cert", "public"]),
     module_path=_paths,
     pin_source=_paths,

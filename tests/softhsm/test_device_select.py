@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +13,7 @@ from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import inspect, places
 from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.objects import keys
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
@@ -18,6 +21,7 @@ from hsmtoll.jws import RsaPublicKey, SigningInput
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hsmtoll.testing.softhsm import SoftHsm
     from tests.softhsm.conftest import DeviceSoftHsm
 
 UNSIGNED = SigningInput(b"e30.e30")
@@ -62,6 +66,48 @@ def test_no_key_says_which_keys_there_are_ready_to_paste(
         device_softhsm.module, wanted, pin=PinValue.of("1234"), ledger=Ledger(tmp_path)
     ) as device:
         assert device.key().label == "acme"
+
+
+_NAMELESS = """
+import sys, pkcs11
+from pkcs11 import Attribute as A, KeyType
+module, label, pin = sys.argv[1:]
+with pkcs11.lib(module).get_token(token_label=label).open(rw=True, user_pin=pin) as session:
+    for label, id in (
+        ("sister", None), ("sister", b"s"), (None, b"n"), (None, None), ("blank", b"1"),
+        ("blank ", b"2"), ("of C", b"3"),
+    ):
+        _, key = session.generate_keypair(
+            KeyType.RSA, 2048, id=id, label=label, store=True,
+            private_template={A.SENSITIVE: True, A.EXTRACTABLE: False},
+        )
+        if label == "of C":
+            key[A.LABEL] = "of C\\0"
+"""
+
+
+def test_the_uri_of_every_key_names_it_alone_whatever_it_lacks(
+    toll_softhsm: SoftHsm, tmp_path: Path
+) -> None:
+    argv = (str(toll_softhsm.module), toll_softhsm.label, toll_softhsm.pin)
+    subprocess.run([sys.executable, "-c", _NAMELESS, *argv], check=True)
+
+    def device(uri: KeyUri) -> Device:
+        pin = PinValue.of(toll_softhsm.pin)
+        return Device(toll_softhsm.module, uri, pin=pin, ledger=Ledger(tmp_path))
+
+    with device(KeyUri(token=toll_softhsm.label)) as one:
+        found = keys(one)
+    assert {"sister", "", "blank", "blank ", "of C"} <= {each.label for each in found}
+    for each in found:
+        # As it is printed, and pasted.
+        with device(KeyUri.parse(str(each.uri))) as one:
+            assert one.key().public == each.public
+    # Less than that is not enough for the two of one label, and blanks are a part of one.
+    with device(KeyUri(token=toll_softhsm.label, object="sister")) as one:
+        assert refused(one).code == "key-ambiguous"
+    with device(KeyUri(token=toll_softhsm.label, object="blank")) as one:
+        assert one.key().id == b"1"
 
 
 def test_two_keys_are_not_chosen_between_and_their_ids_are_told(

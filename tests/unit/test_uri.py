@@ -76,6 +76,7 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
         ("pkcs11:token", "'token' has no value"),
         ("pkcs11:slot-id=0x1", "'slot-id' is a decimal number"),
         ("pkcs11:library-version=two", "'library-version' is a decimal number"),
+        ("pkcs11:library-version=2.", "'library-version' is a decimal number"),
         ("pkcs11:type=key", "'type' is one of"),
         ("pkcs11:module-path=/m.so", "wrong side of the '?'"),
         ("pkcs11:?token=t", "wrong side of the '?'"),
@@ -125,8 +126,22 @@ def test_what_is_not_named_matches_everything_and_what_is_named_must_agree() -> 
     assert not uri.matches(token="LAB", serial="12")
 
 
-def test_a_library_version_without_minor_matches_every_minor() -> None:
-    assert KeyUri.parse("pkcs11:library-version=2").matches(library_version=(2, 6))
+def test_a_label_is_compared_to_its_last_blank() -> None:
+    uri = KeyUri.parse("pkcs11:object=acme")
+    assert uri.matches(object="acme")
+    assert not uri.matches(object="acme ")
+    assert KeyUri.parse("pkcs11:object=acme%20").matches(object="acme ")
+    # An empty one names what has none.
+    assert KeyUri.parse("pkcs11:object=").matches(object="")
+    assert not KeyUri.parse("pkcs11:object=").matches(object="acme")
+
+
+def test_a_library_version_without_minor_is_that_of_minor_zero() -> None:
+    # RFC 7512 section 2.3; p11-kit reads it so as well.
+    assert KeyUri.parse("pkcs11:library-version=2").library_version == (2, 0)
+    assert KeyUri.parse("pkcs11:library-version=2").matches(library_version=(2, 0))
+    assert not KeyUri.parse("pkcs11:library-version=2").matches(library_version=(2, 6))
+    assert KeyUri.parse("pkcs11:library-version=2.6").matches(library_version=(2, 6))
     assert not KeyUri.parse("pkcs11:library-version=2.5").matches(library_version=(2, 6))
 
 
