@@ -229,6 +229,10 @@ class App:
         """The source of the user PIN, or ``None`` where none is set."""
         return self._pin("pin", uri)
 
+    def signing_pin(self, uri: KeyUri) -> PinSource | None:
+        """The source of the PIN for each signature: its own, or the user PIN's."""
+        return self._pin("signing_pin", None) or self._pin("pin", uri)
+
     def _pin(self, kind: str, uri: KeyUri | None) -> PinSource | None:
         from hsmtoll.hsm import pin as pins
 

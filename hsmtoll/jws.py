@@ -168,8 +168,8 @@ class RsaPublicKey:
 
 
 @lru_cache
-def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, type[Exception]]:
-    """Padding and digest of *alg*, and what is raised for a signature that is not right."""
+def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, tuple[type[Exception], ...]]:
+    """Padding and digest of *alg*, and what is raised where key and signature do not fit."""
     from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
     from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - as above
     from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415 - as above
@@ -179,7 +179,8 @@ def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, type[Exception]]:
         "RS384": hashes.SHA384(),
         "RS512": hashes.SHA512(),
     }[alg]
-    return padding.PKCS1v15(), digest, InvalidSignature
+    # ValueError: such numbers are no key.
+    return padding.PKCS1v15(), digest, (InvalidSignature, ValueError)
 
 
 @lru_cache(maxsize=32)

@@ -148,8 +148,12 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     try:
         path = Path(app.module(uri))
         found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
-        found["pin_given"] = app.pin(uri) is not None
         from hsmtoll.hsm.inspect import inspect  # noqa: PLC0415 - only here is a module loaded
+        from hsmtoll.hsm.pin import PinPad  # noqa: PLC0415 - as above
+
+        source = app.signing_pin(uri)
+        # A pinpad has nobody at it for every signature.
+        found["pin_given"] = source is not None and not isinstance(source, PinPad)
 
         stored = device.certificates()
         certificates = tuple(readable(stored))

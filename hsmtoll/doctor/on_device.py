@@ -123,7 +123,7 @@ def check_key_usage(way: Way) -> Check:
             "key-usage",
             DeviceError(
                 f"the key {foreign(way.key.uri)} wants a PIN for every signature",
-                hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE",
+                hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here",
                 code="signing-pin",
             ),
         )

@@ -7,6 +7,7 @@ that a later version adds is a DeviceError with its name in it.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pkcs11 import exceptions as p11
@@ -194,5 +195,14 @@ class speaking:  # noqa: N801 - it reads as what it does, as those of contextlib
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
+        if exc is None:
+            return
         if isinstance(exc, p11.PKCS11Error):
             raise translated(exc, self._doing) from exc
+        if isinstance(exc, struct.error):
+            # An attribute of a length that its type does not have.
+            raise DeviceError(
+                f"{self._doing}: the module answered with a value that cannot be read",
+                hint="Ask the module's maker, with its log.",
+                code="module-answer",
+            ) from exc

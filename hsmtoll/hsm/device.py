@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import struct
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -863,7 +864,9 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
     exponent = _attribute(thing, Attribute.PUBLIC_EXPONENT)
     if not modulus or not exponent:
         return None
-    return RsaPublicKey(int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big"))
+    n, e = int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big")
+    # What no RSA key has (RFC 8017 section 3.1) tells nothing.
+    return RsaPublicKey(n, e) if n & e & 1 and 3 <= e < n else None
 
 
 def certificates_of(session: Session) -> Iterator[StoredCertificate]:
@@ -918,8 +921,8 @@ def _attribute(thing: Object, name: Attribute) -> Any:
         return thing[name]
     except _UNREADABLE:
         return None
-    except (ValueError, NotImplementedError):
-        return None  # a vendor's own value
+    except (ValueError, NotImplementedError, struct.error):
+        return None  # a vendor's own value, or one that its type cannot have
 
 
 def _label(thing: Object) -> str:

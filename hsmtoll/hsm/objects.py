@@ -7,6 +7,7 @@ Read-write sessions live here and nowhere else. A private key's value never ente
 from __future__ import annotations
 
 import secrets
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -179,7 +180,7 @@ def _wrong(key: Object, *, always_authenticate: bool) -> str:
 def _told(key: Object, name: Attribute) -> bool | None:
     try:
         return bool(key[name])
-    except p11.PKCS11Error:
+    except (p11.PKCS11Error, struct.error):
         return None
 
 

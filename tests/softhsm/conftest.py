@@ -16,6 +16,7 @@ from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.testing.faults import FUNCTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,6 +143,42 @@ def make_softhsm(folder: Path) -> DeviceSoftHsm:
     made = DeviceSoftHsm(folder)
     made.util("--init-token", "--free", "--label", "lab", "--pin", made.pin, "--so-pin", "56785678")
     return made
+
+
+_BETWEEN = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+typedef unsigned long word;
+typedef struct { word type; void *value; word length; } attribute;
+typedef struct { unsigned char version[2]; void *functions[68]; } list;
+static list ours, *real;
+%(code)s
+word C_GetFunctionList(list **out) {
+    void *library = dlopen("%(module)s", RTLD_NOW);
+    ((word (*)(list **))dlsym(library, "C_GetFunctionList"))(&real);
+    ours = *real;
+    %(replaced)s
+    *out = &ours;
+    return 0;
+}
+"""
+
+
+def stand_between(folder: Path, code: str, **functions: str) -> Path:
+    """
+    A module of our own before SoftHSM, in a directory that only we can change: *functions*
+    (``C_Sign="sign"``) are those of the C *code*, which finds the others in ``real``.
+    """
+    folder.mkdir(mode=0o700)
+    source, module = folder / "between.c", folder / "between.so"
+    replaced = " ".join(
+        f"ours.functions[{FUNCTIONS.index(name)}] = {ours};" for name, ours in functions.items()
+    )
+    source.write_text(_BETWEEN % {"code": code, "module": SOFTHSM, "replaced": replaced})
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", module, source, "-ldl"], check=True)
+    return module
 
 
 @pytest.fixture(scope="session")

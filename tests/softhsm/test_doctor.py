@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import doctor
-from hsmtoll.errors import NetworkError
+from hsmtoll.errors import DeviceError, NetworkError
+from hsmtoll.jws import SigningInput
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.wire import Wire
@@ -34,6 +36,7 @@ def lab(device_softhsm: DeviceSoftHsm) -> Lab:
         acme={},
         loose={"SENSITIVE": False, "EXTRACTABLE": True},
         small={"bits": 1024},
+        each={"ALWAYS_AUTHENTICATE": True},
         other={},
     )
     return made
@@ -113,6 +116,21 @@ def test_an_exportable_key_that_is_allowed_is_a_warning(
     app.close()
     again = lab.app("loose", tmp_path, hsm={"allow_exportable_key": True, "certificates": path})
     assert told(again) == {"key-exportable-allowed": "warn"}
+
+
+def test_a_pinpad_is_no_pin_for_every_signature(lab: Lab, tmp_path: Path) -> None:
+    codes = {}
+    for pin in ({}, {"signing_pin": PIN}, {"signing_pin_prompt": "pinpad"}):
+        app = lab.app("each", tmp_path, hsm=pin)
+        codes[str(pin)] = {"signing-pin"} & set(told(app))
+        app.close()
+        app = lab.app("each", tmp_path, hsm=pin)
+        with contextlib.suppress(DeviceError):
+            assert app.devices[0].sign("RS256", SigningInput(b"a.b"))
+            # The doctor foretold it.
+            assert not codes[str(pin)]
+        app.close()
+    assert list(codes.values()) == [set(), set(), {"signing-pin"}]
 
 
 def test_a_wrong_pin_is_tried_once_and_then_not_again(

@@ -9,50 +9,29 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.softhsm.conftest import stand_between
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.settings import Settings
-    from hsmtoll.testing.softhsm import SoftHsm
 
 NOISE = "module 1.0 (c) maker"
 
-_NOISY = r"""
-#include <dlfcn.h>
-#include <stdio.h>
-typedef unsigned long word;
-typedef struct { unsigned char version[2]; void *functions[68]; } list;
-static list ours, *real;
+_NOISY = """
 static word initialize(void *arguments) {
     puts("%s");
     fflush(stdout);
     return ((word (*)(void *))real->functions[0])(arguments);
 }
-word C_GetFunctionList(list **out) {
-    void *library = dlopen("%s", RTLD_NOW);
-    ((word (*)(list **))dlsym(library, "C_GetFunctionList"))(&real);
-    ours = *real;
-    ours.functions[0] = initialize;
-    *out = &ours;
-    return 0;
-}
 """
 
 
 @pytest.fixture
-def noisy(
-    toll_settings: Settings,
-    toll_softhsm: SoftHsm,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+def noisy(toll_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """SoftHSM behind a module that prints its version when it is started, and the settings."""
     del toll_settings
-    folder = tmp_path / "noisy"
-    folder.mkdir(mode=0o700)
-    source, module = folder / "noisy.c", folder / "noisy.so"
-    source.write_text(_NOISY % (NOISE, toll_softhsm.module))
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", module, source, "-ldl"], check=True)
+    module = stand_between(tmp_path / "noisy", _NOISY % NOISE, C_Initialize="initialize")
     monkeypatch.setenv("HSMTOLL_HSM__MODULE", str(module))
     return module
 
