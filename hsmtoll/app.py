@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
@@ -224,6 +225,21 @@ class App:
 
         workers = settings.host.workers
         return IsolatedDevice(path, uri, deadline=settings.deadline, workers=workers, **told)
+
+    def inspect(self) -> ModuleFacts:
+        """What is behind the module, seen from where `device` would put it."""
+        from hsmtoll.hsm.inspect import inspect
+        from hsmtoll.hsm.uri import KeyUri
+
+        uri = self.uris()[0] if self.names_a_key else None
+        path, pin, patience = Path(self.module(uri)), self.pin(uri), self.settings.deadline
+        if self.settings.hsm.isolation == "none":
+            return inspect(path, ledger=self.ledger, uri=uri, pin=pin, lock_timeout=patience)
+        from hsmtoll.hsm.isolated import IsolatedDevice
+
+        wanted = uri or KeyUri()
+        with IsolatedDevice(path, wanted, pin=pin, ledger=self.ledger, deadline=patience) as device:
+            return device.inspect()
 
     def pin(self, uri: KeyUri | None) -> PinSource | None:
         """The source of the user PIN, or ``None`` where none is set."""

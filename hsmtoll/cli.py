@@ -537,18 +537,8 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
 @click.pass_obj
 def objects(ours: _Globals, *, as_json: bool) -> None:
     """List devices, keys and certificates behind the module, as URIs to paste."""
-    from hsmtoll.hsm.inspect import inspect
-
     app = ours.app()
-    uri = app.uris()[0] if app.names_a_key else None
-    seen = inspect(
-        Path(app.module(uri)),
-        ledger=app.ledger,
-        uri=uri,
-        pin=app.pin(uri),
-        lock_timeout=app.settings.deadline,
-    )
-    told = _inventory(seen, app.clock.now().wall)
+    told = _inventory(app.inspect(), app.clock.now().wall)
     if as_json:
         _print_json(told)
         return

@@ -926,8 +926,8 @@ def _attribute(thing: Object, name: Attribute) -> Any:
 
 
 def _label(thing: Object) -> str:
-    # Some write the end of a string in C along with it; in a URI it could not be told.
-    return (_attribute(thing, Attribute.LABEL) or "").rstrip("\0")
+    # Some write the end of a string in C along with it, which no URI can tell.
+    return (_attribute(thing, Attribute.LABEL) or "").partition("\0")[0]
 
 
 def _id(thing: Object) -> bytes:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.hsm.device import KeyFacts, StoredCertificate
+    from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.jws import RsaPublicKey, SigningInput
@@ -144,6 +145,10 @@ class IsolatedDevice(Device):
         """As Device.key."""
         offered = pipe.keys_to(tuple(candidates))
         return pipe.facts_from(self._ask("Looking for the key", do="key", candidates=offered))
+
+    def inspect(self) -> ModuleFacts:
+        """As `hsmtoll.hsm.inspect.inspect`, with this device's URI and PIN."""
+        return pipe.module_from(self._ask("Looking behind the module", do="inspect"))
 
     def signed(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()

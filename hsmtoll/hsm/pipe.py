@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll import errors
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.device import KeyFacts, StoredCertificate
+from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 
@@ -34,6 +35,8 @@ __all__ = [
     "facts_to",
     "keys_from",
     "keys_to",
+    "module_from",
+    "module_to",
 ]
 
 #: The lengths of the JSON, and of the bytes behind it.
@@ -164,8 +167,7 @@ def keys_from(said: list[Any]) -> tuple[RsaPublicKey | None, ...]:
 
 def facts_to(facts: KeyFacts) -> dict[str, Any]:
     """KeyFacts as a value."""
-    said = {each.name: getattr(facts, each.name) for each in fields(facts)}
-    return said | {
+    return _members(facts) | {
         "uri": str(facts.uri),
         "id": facts.id.hex(),
         "public": keys_to([facts.public])[0],
@@ -187,3 +189,46 @@ def facts_from(said: dict[str, Any]) -> KeyFacts:
             "warnings": tuple(said["warnings"]),
         }
     )
+
+
+def module_to(facts: ModuleFacts) -> dict[str, Any]:
+    """ModuleFacts as a value."""
+    return _members(facts) | {"tokens": [_token_to(each) for each in facts.tokens]}
+
+
+def module_from(said: dict[str, Any]) -> ModuleFacts:
+    """ModuleFacts that were sent."""
+    return ModuleFacts(
+        **said
+        | {
+            "version": tuple(said["version"]),
+            "cryptoki": tuple(said["cryptoki"]),
+            "tokens": tuple(_token_from(each) for each in said["tokens"]),
+        }
+    )
+
+
+def _token_to(facts: TokenFacts) -> dict[str, Any]:
+    return _members(facts) | {
+        "uri": str(facts.uri),
+        "keys": [facts_to(each) for each in facts.keys],
+        "certificates": [[str(uri), certificates_to([each])] for uri, each in facts.certificates],
+    }
+
+
+def _token_from(said: dict[str, Any]) -> TokenFacts:
+    return TokenFacts(
+        **said
+        | {
+            "uri": KeyUri.parse(said["uri"]),
+            "firmware": tuple(said["firmware"]),
+            "keys": tuple(facts_from(each) for each in said["keys"]),
+            "certificates": tuple(
+                (KeyUri.parse(uri), *certificates_from(each)) for uri, each in said["certificates"]
+            ),
+        }
+    )
+
+
+def _members(facts: KeyFacts | ModuleFacts | TokenFacts) -> dict[str, Any]:
+    return {each.name: getattr(facts, each.name) for each in fields(facts)}

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll.errors import DeviceError, HsmTollError
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.uri import KeyUri
@@ -133,6 +134,15 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
             return device.login()
         case "key":
             return pipe.facts_to(device.key(candidates=candidates))
+        case "inspect":
+            return pipe.module_to(
+                inspect(
+                    device.module_path,
+                    ledger=device._ledger,  # noqa: SLF001 - what it was told, once more
+                    uri=device.uri,
+                    pin=device._pin,  # noqa: SLF001
+                )
+            )
         case "sign":
             unsigned = SigningInput(question["data"])
             # Who can check it does, on the other side.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.softhsm import SoftHsm
 
 DATA = SigningInput(b"header.payload")
 
@@ -121,6 +125,67 @@ def test_the_setting_alone_isolates_and_a_token_is_fetched_that_way(
         assert isinstance(device, IsolatedDevice)
         assert len(workers()) == 1
     assert workers() == []
+
+
+def objects(**settings: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "hsmtoll", "objects", "--json"]
+    environment = {**os.environ, **settings}
+    return subprocess.run(
+        argv, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_what_is_behind_the_module_looks_the_same_from_a_process_of_its_own(
+    toll_settings: Settings, toll_softhsm: SoftHsm, toll_faults: Faults
+) -> None:
+    toll_softhsm.generate_key("å b;/\n", b"\x00\xff")
+    toll_faults.set("slot-error")
+    seen = [App(load(hsm__isolation=each)).inspect() for each in ("none", "process")]
+    assert seen[0].path == str(toll_settings.hsm.module)
+    # SoftHSM lists objects in another order in each process.
+    plain, isolated = (
+        replace(
+            each,
+            tokens=tuple(
+                replace(token, keys=frozenset(token.keys), certificates=set(token.certificates))  # type: ignore[arg-type]  # sets, to be compared
+                for token in each.tokens
+            ),
+        )
+        for each in seen
+    )
+    assert plain == isolated
+    assert any(token.logged_in and token.keys and token.certificates for token in seen[1].tokens)
+    assert any(token.problem for token in seen[1].tokens)
+    assert workers() == []
+
+
+@pytest.mark.usefixtures("toll_settings")
+@pytest.mark.parametrize(
+    ("fault", "said"), [("crash", "SIGABRT"), ("hang", "did not answer within 3 s")]
+)
+def test_a_module_that_fails_under_objects_is_an_error_that_says_so(
+    toll_faults: Faults, fault: str, said: str
+) -> None:
+    toll_faults.set(fault, function="C_GetSlotList")
+    done = objects(HSMTOLL_HSM__ISOLATION="process", HSMTOLL_DEADLINE="3")
+    assert (done.returncode, done.stdout) == (30, "")
+    assert said in done.stderr
+    assert "hint: The next call starts a new one" in done.stderr
+    if fault == "crash":
+        assert objects(HSMTOLL_HSM__ISOLATION="none").returncode == -signal.SIGABRT
+    toll_faults.clear()
+    assert objects(HSMTOLL_HSM__ISOLATION="process").returncode == 0
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_a_wrong_pin_under_objects_is_tried_once_in_either_process(toll_faults: Faults) -> None:
+    toll_faults.set("pin-wrong")
+    for isolation in ("process", "none", "process"):
+        done = objects(HSMTOLL_HSM__ISOLATION=isolation)
+        (device,) = [each for each in json.loads(done.stdout)["p11_tokens"] if each["problem"]]
+        assert "PIN" in device["problem"]
+        assert not device["logged_in"]
+    assert toll_faults.count("C_Login") == 1
 
 
 def test_without_the_setting_no_process_is_started(toll_settings: Settings) -> None:
