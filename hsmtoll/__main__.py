@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import os
+
 
 def main() -> None:
     """Run the command line and leave with its code."""
-    from hsmtoll.cli import leave, obey_sigterm, run  # noqa: PLC0415 - importing is not running
+    _fill_gaps()
+    from hsmtoll.cli import leave, obey_sigterm, own_streams, run  # noqa: PLC0415 - importing is not running
 
+    own_streams()
     obey_sigterm()
     leave(run())
+
+
+def _fill_gaps() -> None:
+    """
+    Take the numbers of stdin, stdout and stderr if they were closed.
+
+    The next file to be opened would have such a number otherwise, and errors would be written
+    into it. stdin and stdout are opened the wrong way round, so that using them stays an error.
+    """
+    for number, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest number that is free is taken: this one.
+            os.set_inheritable(os.open(os.devnull, mode), True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Prompts go to the terminal. Nothing is decided here that a program would need as
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 import click
 
@@ -29,13 +31,16 @@ from hsmtoll.errors import (
     ExchangeRefused,
     HsmTollError,
     NetworkError,
+    OutcomeUnknown,
     PolicyDenied,
     UsageError,
     foreign,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from _typeshed import ReadableBuffer
 
     from hsmtoll.app import App
     from hsmtoll.hsm.device import KeyFacts
@@ -48,6 +53,8 @@ __all__ = ["main", "run"]
 _INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
 _BUG: Final = 1
+
+_UNWRITTEN: Final = "result-unwritten"
 
 #: Bytes. An assertion with a chain of certificates is some ten kilobytes.
 _LARGEST_ASSERTION: Final = 64 * 1024
@@ -80,9 +87,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     except _Terminated:
         _say("terminated")
         return _TERMINATED
-    except BrokenPipeError:
-        # The reader left; there is nobody to tell, and no second error at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderLeft:
+        # It has read what it wanted, as `head` does; there is nobody to tell.
         return 0
     except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
         at = exc.__traceback__
@@ -110,6 +116,69 @@ def obey_sigterm() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
+class _ReaderLeft(Exception):
+    """Nobody reads stdout any more."""
+
+
+class _Result(io.FileIO):
+    """stdout: what cannot be written is told as what it is, whichever command wrote it."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise _ReaderLeft from None
+        except OSError as exc:
+            raise ConfigurationError(
+                f"the result cannot be written ({exc.strerror})",
+                hint="see where stdout goes: is it open, and is there room?",
+                code=_UNWRITTEN,
+            ) from exc
+
+
+class _Remarks(io.FileIO):
+    """stderr: what cannot be told there changes no outcome."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def own_streams() -> None:
+    """From now on stdout and stderr are ours: neither crashes, whatever they lead to."""
+    if sys.stdin is None:
+        # It was closed: whoever reads it is told so by the system.
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as the process lives
+    sys.stdout = _text(_Result(1, "w", closefd=False), sys.stdout)
+    sys.stderr = _text(_Remarks(2, "w", closefd=False), sys.stderr)
+
+
+def _text(raw: io.FileIO, before: TextIO | None) -> TextIO:
+    encoding = before.encoding if before else None
+    buffer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+
+
+@contextlib.contextmanager
+def _after_sending(what: str) -> Iterator[None]:
+    """
+    Where *what* was sent and the answer cannot be written, OutcomeUnknown: another code would
+    look as if it could be sent again.
+    """
+    try:
+        yield
+    except ConfigurationError as exc:
+        if exc.code != _UNWRITTEN:
+            raise
+        raise OutcomeUnknown(
+            f"{what}: was sent, and {exc}",
+            hint=f"look it up and do not repeat it; {exc.hint}",
+            code=_UNWRITTEN,
+        ) from exc
+
+
 def _told(exc: HsmTollError) -> int:
     _say(str(exc))
     for line in (exc.hint or "").splitlines():
@@ -122,7 +191,9 @@ def _told(exc: HsmTollError) -> int:
 
 
 def _say(line: str, prefix: str = "hsmtoll") -> None:
-    print(f"{prefix}: {line}", file=sys.stderr)
+    # One write for all of it: two threads would mix their lines.
+    sys.stderr.write(f"{prefix}: {line}\n")
+    sys.stderr.flush()
 
 
 def _lower(text: str) -> str:
@@ -154,18 +225,15 @@ class _Globals:
 
 def _results_alone() -> None:
     """From now on descriptor 1 leads where stderr does: modules write where they like."""
-    # Somebody else's stdout (a test's) stays what it is, and a closed one stays closed.
-    if sys.stdout is not sys.__stdout__ or sys.stdout is None or sys.stdout.fileno() != 1:
+    # Somebody else's stdout (a test's) stays what it is.
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    if not isinstance(raw, _Result) or raw.fileno() != 1:
         return
     sys.stdout.flush()
     # Never 2, which would lead here again.
-    kept, lines = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3), sys.stdout.line_buffering
-    try:
-        os.dup2(2, 1)
-    except OSError:  # stderr is closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
-    sys.stdout.reconfigure(line_buffering=lines)
+    kept = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.dup2(2, 1)
+    sys.stdout = _text(_Result(kept, "w"), sys.stdout)
 
 
 class _Stderr(logging.Handler):
@@ -298,7 +366,7 @@ def exchange(ours: _Globals, *, as_json: bool) -> None:
             "exchange: an assertion is expected on stdin",
             hint="hsmtoll sign road | hsmtoll exchange",
         )
-    raw = sys.stdin.buffer.read(_LARGEST_ASSERTION + 1)
+    raw = _stdin("exchange", _LARGEST_ASSERTION + 1)
     handed = SpentOnce(raw.decode("ascii", "replace").strip(), audience=audience)
     engine = app.engine_with(lambda: handed)
     subject = engine.granted(handed.spend())
@@ -401,9 +469,14 @@ def call(
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         response = client.call(method.upper(), path, content=body, headers=sent)
-    sys.stdout.buffer.write(response.content)
-    sys.stdout.buffer.flush()
-    _checked(response, api, app)
+    asked = method.upper() in ("GET", "HEAD", "OPTIONS")
+    with contextlib.nullcontext() if asked else _after_sending(f"call to {api.name}"):
+        try:
+            sys.stdout.buffer.write(response.content)
+            sys.stdout.buffer.flush()
+        finally:
+            # What Customs refused is refused, whoever could read the reasons.
+            _checked(response, api, app)
 
 
 def _header(line: str) -> tuple[str, str]:
@@ -419,11 +492,18 @@ def _body(given: str | None) -> bytes | None:
     if given is None or not given.startswith("@"):
         return given.encode() if given is not None else None
     if given == "@-":
-        return sys.stdin.buffer.read()
+        return _stdin(given)
     try:
         return Path(given[1:]).read_bytes()
     except OSError as exc:
         raise UsageError(f"{given}: cannot be read ({exc.strerror})") from exc
+
+
+def _stdin(what: str, limit: int = -1) -> bytes:
+    try:
+        return sys.stdin.buffer.read(limit)
+    except OSError as exc:
+        raise UsageError(f"{what}: stdin cannot be read ({exc.strerror})") from exc
 
 
 @main.command()
@@ -466,13 +546,14 @@ def submit(
             accepted=lambda request_id: _say(f"accepted, requestId {request_id}"),
             waiting=_waiting,
         )
-    click.echo(f"SUCCESS {receipt.mrn}" if receipt.mrn else "SUCCESS")
+    with _after_sending(f"submission {receipt.request_id}"):
+        click.echo(f"SUCCESS {receipt.mrn}" if receipt.mrn else "SUCCESS")
 
 
 def _waiting(seconds: float) -> None:
     """One line that is written over, for a person; a log gets none of it."""
     if sys.stderr.isatty():
-        print(f"\rhsmtoll: waiting for the result, {seconds:.0f} s ", end="", file=sys.stderr)
+        sys.stderr.write(f"\rhsmtoll: waiting for the result, {seconds:.0f} s ")
         sys.stderr.flush()
 
 
@@ -491,7 +572,8 @@ def upload(
         receipt = client.upload(declaration_id, file, document_type=kind)
     _say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
     if receipt.body:
-        click.echo(json.dumps(receipt.body, ensure_ascii=False))
+        with _after_sending(f"upload of {foreign(Path(file).name)}"):
+            click.echo(json.dumps(receipt.body, ensure_ascii=False))
 
 
 @main.command()
@@ -1002,6 +1084,8 @@ def leave(code: int) -> NoReturn:
     Modules of vendors are known to crash in their own clean-up at exit, and one that hangs
     would keep the process: what had to be written is written.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # What could not be written was told before, or there was nobody to tell.
+        with contextlib.suppress(OSError, HsmTollError, _ReaderLeft):
+            stream.flush()
     os._exit(code)
