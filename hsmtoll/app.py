@@ -128,10 +128,8 @@ class App:
     @cached_property
     def state(self) -> Path:
         """Where this machine remembers: refused PINs, the clock's skew, who signs."""
-        given = self.settings.state or os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
-        if given:
-            return Path(given)
-        return _at_home(platformdirs.user_state_dir, "HSMTOLL_STATE")
+        given = self.settings.state or _given("STATE_DIRECTORY")
+        return given or _at_home(platformdirs.user_state_dir, "HSMTOLL_STATE")
 
     @cached_property
     def skew(self) -> Skew:
@@ -476,12 +474,18 @@ class App:
             device.close()
 
 
+def _given(name: str) -> Path | None:
+    """A directory that systemd or the login gives; a relative one would be another each time."""
+    path = Path(os.environ.get(name, "").partition(":")[0])
+    return path if path.is_absolute() else None
+
+
 def _runtime_directory() -> Path:
     """Where a login's files live: gone after a restart where the system does it right."""
     for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
-        given = os.environ.get(name, "").partition(":")[0]
+        given = _given(name)
         if given:
-            return Path(given) / "hsmtoll"
+            return given / "hsmtoll"
     run = Path(f"/run/user/{os.geteuid()}")
     if run.is_dir():
         return run / "hsmtoll"

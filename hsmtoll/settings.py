@@ -64,7 +64,7 @@ def _one_line(value: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_one_line)]
-_Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+_Words = Annotated[tuple[_Text, ...], BeforeValidator(_words)]
 _Seconds = Annotated[float, Field(gt=0, le=3600)]
 _Prompt = Literal["terminal", "pinpad"]
 
@@ -194,9 +194,12 @@ def load(
     Nested values are given as mappings (``hsm={"module": …}``) or flat (``hsm__module=…``).
     Raises ConfigurationError, naming the variable, the key or the argument, never a value.
     """
-    _refuse_unknown_variables(os.environ)
+    _refuse_odd_variables(os.environ)
     path = _config_path(config)
-    filed = _read_file(path, profile) if path else {}
+    try:
+        filed = _read_file(path, profile) if path else {}
+    except RecursionError:
+        raise ConfigurationError(f"configuration file {path}: nested too deeply") from None
     if profile is not None and path is None:
         raise ConfigurationError(
             f"profile {foreign(profile)}: there is no configuration file to find it in",
@@ -266,9 +269,16 @@ def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
+    spelt: dict[str, str] = {}
     for name in sorted(environ):
         upper = name.upper()
+        if upper.startswith(_PREFIX) and environ[name] and spelt.setdefault(upper, name) != name:
+            raise ConfigurationError(
+                f"variables {foreign(spelt[upper])} and {foreign(name)}: one setting, set twice",
+                hint="unset one of them",
+                code="setting-twice",
+            )
         if not upper.startswith(_PREFIX) or upper == _OWN or upper in _VARIABLES:
             continue
         raise ConfigurationError(
@@ -284,7 +294,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
-    named = given or os.environ.get(_OWN)
+    own = (value for name, value in os.environ.items() if value and name.upper() == _OWN)
+    named = given or next(own, None)
     if named:
         path = Path(named)
         try:
@@ -299,8 +310,11 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
     places = [Path("/etc/hsmtoll")]
     # An account may have no home at all.
     with contextlib.suppress(RuntimeError):
-        home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-        places.insert(0, Path(home) / "hsmtoll")
+        # A relative one is none (XDG Base Directory): it would be of the working directory.
+        given_home = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+        home = given_home if given_home.is_absolute() else Path.home() / ".config"
+        if home.is_absolute():
+            places.insert(0, home / "hsmtoll")
     for place in places:
         # What this account cannot look into is not its own: after sudo, HOME may be another's.
         with contextlib.suppress(OSError):
@@ -405,6 +419,15 @@ def _holds(layer: Mapping[str, Any], place: tuple[str, ...]) -> bool:
     return True
 
 
+#: Paths that must mean the same wherever a command is run, and why.
+_ABSOLUTE: Final = {
+    ("hsm", "module"): "a module is code: it is never looked for in the working directory",
+    ("state",): "in another working directory a refused PIN would be forgotten, and tried again",
+    ("host", "policy"): "in another working directory `hsmtoll stop` would stop nothing",
+    ("host", "stop_file"): "in another working directory `hsmtoll stop` would stop nothing",
+}
+
+
 def _consistent(settings: Settings) -> None:
     """What single values cannot show: settings that contradict each other."""
     hsm = settings.hsm
@@ -430,11 +453,12 @@ def _consistent(settings: Settings) -> None:
             "HSMTOLL_KID: one key id cannot name several keys of HSMTOLL_HSM__KEY",
             hint="set HSMTOLL_KID=thumbprint and register each key under its RFC 7638 thumbprint",
         )
-    if hsm.module is not None and not hsm.module.is_absolute():
-        raise ConfigurationError(
-            "HSMTOLL_HSM__MODULE: an absolute path is expected",
-            hint="a module is code: it is never looked for in the working directory",
-        )
+    for place, why in _ABSOLUTE.items():
+        value: Any = settings
+        for name in place:
+            value = getattr(value, name)
+        if value is not None and not value.is_absolute():
+            raise ConfigurationError(f"{variable(*place)}: an absolute path is expected", hint=why)
     _check_signer(settings)
     _check_endpoints(settings)
     _check_proxy(settings)
@@ -583,6 +607,15 @@ def _check_proxy(settings: Settings) -> None:
         )
 
 
+#: What redis-py takes in a URL of every kind, but for what is set here: TLS and time limits.
+_REDIS_OPTIONS: Final = frozenset(
+    {
+        "client_name", "db", "health_check_interval", "max_connections", "password", "protocol",
+        "username",
+    }
+)  # fmt: skip
+
+
 def _check_cache(url: str, key_file: Path | None) -> None:
     try:
         parts = urlsplit(url)
@@ -606,11 +639,18 @@ def _check_cache(url: str, key_file: Path | None) -> None:
             "HSMTOLL_CACHE: redis:// without TLS is for this machine alone",
             hint="use rediss:// for another host",
         )
-    weak = [name for name, _ in parse_qsl(parts.query) if name.lower().startswith("ssl")]
+    options = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    weak = [name for name in options if name.lower().startswith("ssl")]
     if weak:
         raise ConfigurationError(
             f"HSMTOLL_CACHE: the option {foreign(weak[0])} is not allowed in the URL",
             hint="the server's certificate is always verified; its CA goes into HSMTOLL_CA_FILE",
+        )
+    other = [name for name in options if name not in _REDIS_OPTIONS]
+    if other:
+        raise ConfigurationError(
+            f"HSMTOLL_CACHE: there is no option {foreign(other[0])} of the URL",
+            hint=f"there are {', '.join(sorted(_REDIS_OPTIONS))}",
         )
     if key_file is None:
         raise ConfigurationError(

@@ -93,3 +93,21 @@ def test_an_account_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
     assert told.startswith("ConfigurationError HSMTOLL_STATE: not set"), told
     assert said(tmp_path, code, HSMTOLL_STATE="/var/lib/x") == "/var/lib/x"
     assert said(tmp_path, code, HOME="/nonexistent") == "/nonexistent/.local/state/hsmtoll"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "below"),
+    [
+        ("STATE_DIRECTORY", "print(App(load()).state)", ""),
+        ("RUNTIME_DIRECTORY", "print(App(load(), one_shot=True).store._directory)", "/hsmtoll"),
+        ("XDG_RUNTIME_DIR", "print(App(load(), one_shot=True).store._directory)", "/hsmtoll"),
+    ],
+)
+def test_a_directory_of_the_system_that_is_relative_is_none(
+    tmp_path: Path, name: str, code: str, below: str
+) -> None:
+    tmp_path.chmod(0o755)
+    home = {"HOME": str(tmp_path)}
+
+    assert said(tmp_path, code, **{name: "here"}, **home) == said(tmp_path, code, **home)
+    assert said(tmp_path, code, **{name: "/there"}, **home) == f"/there{below}"

@@ -96,6 +96,38 @@ def test_a_variable_that_is_known_is_no_error(monkeypatch: pytest.MonkeyPatch) -
     assert (load().environment, load().iss) == ("test", "x")
 
 
+def test_one_setting_in_two_spellings_is_an_error_that_names_both(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.touch()
+    for name, one, other in (
+        ("HSMTOLL_ENVIRONMENT", "test", "prod"),
+        ("HSMTOLL_CONFIG", str(toml), str(toml)),
+    ):
+        monkeypatch.setenv(name, one)
+        monkeypatch.setenv(name.lower(), "")
+        load()
+
+        monkeypatch.setenv(name.lower(), other)
+        error = refusal()
+        assert name in str(error)
+        assert name.lower() in str(error)
+        assert error.code == "setting-twice"
+        monkeypatch.delenv(name)
+        load()
+
+
+def test_the_configuration_file_is_named_in_any_case_as_all_else_is(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.write_text("timeout = 5\n")
+    monkeypatch.setenv("hsmtoll_config", str(toml))
+    assert load().timeout == 5
+
+    monkeypatch.setenv("hsmtoll_config", str(toml.with_name("nowhere.toml")))
+    assert "no such file" in str(refusal())
+
+
 @pytest.mark.parametrize(
     "text", ["enviroment = 1", "[hsm]\nmodul = 1", "[profile.x.hsm]\npim = 1", "[profile]\nx = 1"]
 )
@@ -117,6 +149,31 @@ def test_a_file_that_is_not_toml_is_named_and_not_quoted(toml: Path) -> None:
 
     assert str(toml) in str(error)
     assert "98765432" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[profile.x]\nresource = " + "[" * 100_000,
+        f"hsm.key{'.a' * 2_000} = 1\n[profile.x]\nhsm.key{'.a' * 2_000} = 2\n",
+    ],
+)
+def test_a_file_that_is_nested_without_end_is_refused(toml: Path, text: str) -> None:
+    toml.write_text(text)
+    assert "nested too deeply" in str(refusal(config=toml, profile="x"))
+
+    toml.write_text("[profile.x]\nresource = []")
+    load(config=toml, profile="x")
+
+
+@pytest.mark.parametrize("name", ["HSMTOLL_RESOURCE", "HSMTOLL_HSM__KEY"])
+def test_words_are_text(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "pkcs11:a https://b/")
+    load()
+
+    # So are bytes of another encoding handed to a program.
+    monkeypatch.setenv(name, "pkcs11:a https://\udcff/")
+    assert name in str(refusal())
 
 
 def test_a_wrong_value_names_the_variable_and_shows_no_value(
@@ -159,8 +216,37 @@ def test_one_kid_cannot_name_several_keys() -> None:
     load(hsm__key=keys, kid="thumbprint")
 
 
-def test_a_module_is_named_by_an_absolute_path() -> None:
-    assert "HSMTOLL_HSM__MODULE" in str(refusal(hsm__module="libsofthsm2.so"))
+@pytest.mark.parametrize(
+    ("name", "relative"),
+    [
+        ("hsm__module", "libsofthsm2.so"),
+        ("state", "state"),
+        ("state", "~/state"),
+        ("host__policy", "policy.toml"),
+        ("host__stop_file", "./stop"),
+    ],
+)
+def test_what_must_mean_the_same_everywhere_is_named_by_an_absolute_path(
+    name: str, relative: str
+) -> None:
+    assert f"HSMTOLL_{name.upper()}: an absolute path" in str(refusal(**{name: relative}))
+    load(**{name: f"/there/{relative}"})
+
+
+def test_a_directory_of_refused_pins_that_is_empty_in_the_file_is_none(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.write_text('state = ""\n')
+    assert "HSMTOLL_STATE" in str(refusal(config=toml))
+
+    # As with every variable, one that is empty is not set.
+    toml.write_text('state = "/there"\n')
+    monkeypatch.setenv("HSMTOLL_STATE", "")
+    assert str(load(config=toml).state) == "/there"
+
+
+def test_a_path_to_read_once_may_be_relative() -> None:
+    load(ca_file="ca.pem", hsm__pin_file="pin", hsm__certificates="chain.pem")
 
 
 ENDPOINTS = {
@@ -214,6 +300,15 @@ def test_a_cache_that_is_none_of_ours_is_refused(tmp_path: Path, url: str) -> No
 def test_a_cache_url_cannot_weaken_tls(tmp_path: Path, option: str) -> None:
     load(cache="rediss://far/0", cache_key_file=tmp_path)
     refusal(cache=f"rediss://far/0?{option}", cache_key_file=tmp_path)
+
+
+@pytest.mark.parametrize("option", ["tiemout=1", "timeout=1", "retry=", "host=far", "path=/x"])
+def test_an_option_that_a_cache_url_cannot_have_is_named(tmp_path: Path, option: str) -> None:
+    load(cache="redis://localhost/0?db=1&client_name=toll", cache_key_file=tmp_path)
+
+    error = refusal(cache=f"redis://localhost/0?{option}", cache_key_file=tmp_path)
+    assert option.partition("=")[0] in str(error)
+    assert "client_name" in (error.hint or "")
 
 
 def test_a_redis_cache_needs_a_key() -> None:
@@ -306,6 +401,35 @@ def test_the_working_directory_is_never_looked_into(
     monkeypatch.chdir(tmp_path)
 
     assert load().timeout == 10
+
+
+@pytest.mark.parametrize("name", ["XDG_CONFIG_HOME", "HOME"])
+def test_not_even_where_the_home_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    below = {"XDG_CONFIG_HOME": "hsmtoll", "HOME": ".config/hsmtoll"}[name]
+    file = tmp_path / below / "hsmtoll.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("timeout = 5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv(name, ".")
+    assert load().timeout == 10
+
+    monkeypatch.setenv(name, str(tmp_path))
+    assert load().timeout == 5
+
+
+def test_a_relative_place_for_configuration_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".config" / "hsmtoll" / "hsmtoll.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("timeout = 5\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "config")
+
+    assert load().timeout == 5
 
 
 _HOST: dict[str, Any] = {"signer__url": "unix:///run/hsmtoll/socket", "signer__profile": "acme"}
