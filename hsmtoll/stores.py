@@ -300,8 +300,14 @@ class RedisStore:
 
     def _asked(self, question: Callable[[redis.Redis], _T], otherwise: _T) -> _T:
         """What Redis says, or *otherwise* while it is down."""
-        import redis  # noqa: PLC0415 - an extra, and only for those who use it
-
+        try:
+            import redis  # noqa: PLC0415 - an extra, and only for those who use it
+        except ImportError as exc:
+            raise ConfigurationError(
+                "HSMTOLL_CACHE: redis-py is not installed",
+                hint="pip install 'hsmtoll[redis]'",
+                code="extra-missing",
+            ) from exc
         now = self._clock.now().boot
         if self._down_until is not None and now < self._down_until:
             return otherwise
@@ -359,17 +365,11 @@ def _why(exc: Exception) -> str:
 
 
 def _redis(url: str, ca_file: Path | None) -> redis.Redis:
-    try:
-        import redis  # noqa: PLC0415 - as above
-        from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
-        from redis.connection import SSLConnection, parse_url  # noqa: PLC0415 - as above
-        from redis.retry import Retry  # noqa: PLC0415 - as above
-    except ImportError as exc:
-        raise ConfigurationError(
-            "HSMTOLL_CACHE: redis-py is not installed",
-            hint="install hsmtoll[redis]",
-            code="extra-missing",
-        ) from exc
+    import redis  # noqa: PLC0415 - as above
+    from redis.backoff import NoBackoff  # noqa: PLC0415 - as above
+    from redis.connection import SSLConnection, parse_url  # noqa: PLC0415 - as above
+    from redis.retry import Retry  # noqa: PLC0415 - as above
+
     from hsmtoll import tls  # noqa: PLC0415 - only for those who use Redis
 
     class OurTls(SSLConnection):

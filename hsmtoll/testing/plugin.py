@@ -12,6 +12,7 @@ that the process has loaded before is initialised again, which ends its sessions
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -45,6 +46,19 @@ def pytest_configure(config: pytest.Config) -> None:
         from hsmtoll.testing import docker
 
         config.pluginmanager.register(docker, "hsmtoll-docker")
+
+
+@contextlib.contextmanager
+def _the_sandbox() -> Iterator[None]:
+    """What is imported within is, or needs, the sandbox: an extra."""
+    try:
+        yield
+    except ImportError as exc:
+        if exc.name != "aiohttp":
+            raise
+        pytest.fail(
+            "the sandbox's server is not installed: pip install 'hsmtoll[sandbox]'", pytrace=False
+        )
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +103,8 @@ def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
 @pytest.fixture(scope="session")
 def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
     """A foreign business with an eSeal: key on the device, chain of three, a stranger."""
-    from hsmtoll.testing.identity import eseal
+    with _the_sandbox():
+        from hsmtoll.testing.identity import eseal
 
     return eseal(toll_softhsm)
 
@@ -97,7 +112,8 @@ def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
 @pytest.fixture(scope="session")
 def toll_norwegian(toll_softhsm: SoftHsm) -> ThrowAway:
     """A Norwegian business with an enterprise certificate for test."""
-    from hsmtoll.testing.identity import norwegian
+    with _the_sandbox():
+        from hsmtoll.testing.identity import norwegian
 
     return norwegian(toll_softhsm)
 
@@ -118,8 +134,9 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     It trusts and knows the identities that the test asks for as fixtures. If the test asks
     for `toll_clock` as well, that is its clock.
     """
-    from hsmtoll.sandbox.server import Sandbox
-    from hsmtoll.testing.identity import ThrowAway, introduce
+    with _the_sandbox():
+        from hsmtoll.sandbox.server import Sandbox
+        from hsmtoll.testing.identity import ThrowAway, introduce
 
     clock = time.time
     if "toll_clock" in request.fixturenames:
@@ -158,7 +175,8 @@ def toll_settings(
     if "toll_faults" in request.fixturenames:
         variables |= request.getfixturevalue("toll_faults").environ()
     (tmp_path / "toll.toml").touch(mode=0o600)
-    for name in filter(_WHO.match, list(os.environ)):
+    # A shell may spell them in small letters, and one in two spellings is refused.
+    for name in [each for each in os.environ if _WHO.match(each) or each.upper() in variables]:
         monkeypatch.delenv(name)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

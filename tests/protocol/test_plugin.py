@@ -43,7 +43,7 @@ def project(tmp_path: Path) -> Path:
     return Path(shutil.copytree(HERE / "sample_project", tmp_path / "sample"))
 
 
-def run(python: Path, project: Path, *argv: str) -> str:
+def run(python: Path, project: Path, *argv: str, code: int = 0) -> str:
     files = ["check_customs.py"] if not argv or argv[0] != "-c" else []
     done = subprocess.run(
         [str(python), *(("-m", "pytest", "-q") if files else ()), *argv, *files],
@@ -54,7 +54,7 @@ def run(python: Path, project: Path, *argv: str) -> str:
         check=False,
         timeout=110,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -80,3 +80,26 @@ def test_a_run_that_uses_no_fixture_pays_nothing(strangers_python: Path, project
         "    assert 'hsmtoll.testing.plugin' in sys.modules\n"
     )
     assert "1 passed" in run(strangers_python, project)
+
+
+def test_a_fixture_without_the_extra_says_what_to_install(
+    strangers_python: Path, project: Path
+) -> None:
+    (project / "conftest.py").write_text("import sys\nsys.modules['aiohttp'] = None\n")
+    for fixture in ("toll_client", "toll_eseal", "toll_norwegian", "toll_sandbox"):
+        (project / "check_customs.py").write_text(f"def test_it({fixture}):\n    pass\n")
+        told = run(strangers_python, project, code=1)
+        assert "pip install 'hsmtoll[sandbox]'" in told
+        assert "Traceback" not in told
+    # The control: the device alone needs none of it.
+    (project / "check_customs.py").write_text("def test_it(toll_softhsm):\n    pass\n")
+    assert "1 passed" in run(strangers_python, project)
+
+
+def test_a_variable_that_a_shell_has_in_small_letters_does_not_contradict_a_fixture(
+    strangers_python: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("hsmtoll_state", "/nowhere")
+    monkeypatch.setenv("hsmtoll_ca_file", "/nowhere/ca.pem")
+
+    assert "5 passed" in run(strangers_python, project)

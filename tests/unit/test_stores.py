@@ -14,7 +14,7 @@ import pytest
 
 from hsmtoll.budget import Budget
 from hsmtoll.errors import ConfigurationError, TryAgainLater
-from hsmtoll.stores import FileStore, Kept, MemoryStore, Store, name_of, read_key
+from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
 
@@ -311,3 +311,22 @@ def test_a_fork_in_the_middle_of_a_count_stops_no_child() -> None:
             budget.spend("me")
             os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_redis_cache_without_its_library_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_file = tmp_path / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(os.urandom(32))
+    url = f"unix://{tmp_path}/nobody"
+    # The control: a server that is not there is a miss.
+    clock = SettableClock.at_real_time()
+    assert RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock).get(KEY) is None
+
+    monkeypatch.setitem(sys.modules, "redis", None)
+    store = RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock)
+    with pytest.raises(ConfigurationError, match="not installed") as caught:
+        store.get(KEY)
+    assert caught.value.code == "extra-missing"
+    assert caught.value.hint == "pip install 'hsmtoll[redis]'"
