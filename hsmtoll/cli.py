@@ -1036,7 +1036,8 @@ def resume(ours: _Globals) -> None:
 @click.option("--trust", multiple=True, type=_file, help="PEM with CA certificates to trust.")
 @click.option("--client", "client_file", type=_file, help="Norwegian clients (TOML or JSON).")
 @click.option("--env-file", type=_path, help="Where to write the variables to set.")
-@click.option("--port", default=0, metavar="N", help="Maskinporten on N, Customs on N+1.")
+@click.option("--port", type=click.IntRange(0, 65533), default=0, metavar="N",
+              help="Maskinporten on N, Customs on N+1, admin on N+2.")  # fmt: skip
 @click.option("--rules", type=click.Choice(["strict-docs", "as-observed"]), default="strict-docs",
               help="How strict: as documented, or as seen.")  # fmt: skip
 @click.option("--identity", type=click.Choice(["eseal", "norwegian", "norwegian-key"]),
@@ -1056,7 +1057,8 @@ def sandbox(
     Run a local Maskinporten and Customs, as strict as the real ones.
 
     Without CMD: until interrupted, printing the variables to set. With CMD: makes a throw-away
-    SoftHSM device and an identity, runs CMD with everything set, and leaves with its code.
+    SoftHSM device and an identity, runs CMD with everything set, and leaves with its code,
+    128+N where signal N ended it.
     """
     try:
         from hsmtoll.sandbox import server
@@ -1067,7 +1069,15 @@ def sandbox(
     if command:
         from hsmtoll.testing.identity import run_as
 
-        return run_as(identity, command, trust=trust, client_file=client_file, rules=rules)
+        return run_as(
+            identity,
+            command,
+            trust=trust,
+            client_file=client_file,
+            rules=rules,
+            port=port,
+            env_file=env_file,
+        )
     return server.run(
         port=port,
         trust_files=trust,

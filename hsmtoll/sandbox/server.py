@@ -19,7 +19,7 @@ import threading
 import time
 import tomllib
 import uuid
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from email.utils import formatdate
 from pathlib import Path
@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from hsmtoll.errors import ConfigurationError
+from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.sandbox import jose
 from hsmtoll.sandbox.faults import NAMES, Fault, Faults
 from hsmtoll.sandbox.pki import Authority, issue_tls, pem, tls_authority
@@ -46,13 +46,13 @@ from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import NORWEGIAN_SCOPES, Anchor, Client, Received, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from aiohttp.web_request import BaseRequest
 
-__all__ = ["Sandbox", "read_anchors", "read_clients", "run"]
+__all__ = ["Sandbox", "listening", "ports_from", "read_anchors", "read_clients", "run", "write_env"]
 
 Side = Literal["maskinporten", "customs", "admin"]
 
@@ -162,6 +162,10 @@ class Sandbox:
             "HSMTOLL_ENDPOINTS__CUSTOMS": self.customs,
             "HSMTOLL_CA_FILE": str(self.ca_file),
         }
+
+    def admin_environ(self) -> dict[str, str]:
+        """The variables by which the admin endpoint is reached."""
+        return {"SANDBOX_ADMIN": self.admin, "SANDBOX_ADMIN_SECRET": self.admin_secret}
 
     def trust(
         self,
@@ -577,7 +581,7 @@ def read_clients(path: Path, *, now: float) -> list[Client]:
         text = path.read_text("utf-8")
         found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
         return [_client(entry, path.parent, now) for entry in found["client"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigurationError(
             f"reading clients from {path}: {type(error).__name__}: {error}",
             hint="the file holds [[client]] tables with client_id and org_no",
@@ -638,9 +642,13 @@ def run(
     """
     anchors = [one for path in trust_files for one in read_anchors(path)]
     clients = read_clients(client_file, now=time.time()) if client_file else []
-    ports = (port, port + 1, port + 2) if port else (0, 0, 0)
     sandbox = Sandbox(
-        profile=profile, trust=anchors, clients=clients, host=host, names=names, ports=ports
+        profile=profile,
+        trust=anchors,
+        clients=clients,
+        host=host,
+        names=names,
+        ports=ports_from(port),
     )
     # Not an Event: its lock may be held by this very thread when the signal comes.
     over: SimpleQueue[int] = SimpleQueue()
@@ -649,32 +657,57 @@ def run(
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        with sandbox:
-            variables = sandbox.environ() | {
-                "SANDBOX_ADMIN": sandbox.admin,
-                "SANDBOX_ADMIN_SECRET": sandbox.admin_secret,
-            }
-            lines = "".join(f"{name}={value}\n" for name, value in variables.items())
+        with listening(sandbox):
+            variables = sandbox.environ() | sandbox.admin_environ()
             if env_file:
-                _written(env_file, lines)
-            sys.stdout.write(lines)
+                write_env(env_file, variables)
+            sys.stdout.write(_lines(variables))
             sys.stdout.flush()
             over.get()
-    except OSError as error:
-        raise ConfigurationError(
-            f"listening on {host}: {error.strerror or error}",
-            hint="choose other ports with --port, or none for free ones",
-            code="sandbox-port",
-        ) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
 
 
-def _written(path: Path, text: str) -> None:
+def ports_from(port: int) -> tuple[int, int, int]:
+    """Those of Maskinporten, Customs and admin, one after another from *port*; 0: free ones."""
+    return (port, port + 1, port + 2) if port else (0, 0, 0)
+
+
+@contextmanager
+def listening(sandbox: Sandbox) -> Iterator[Sandbox]:
+    """*sandbox* as a context manager; ConfigurationError (10) if it cannot listen."""
+    try:
+        sandbox.start()
+    except OSError as error:
+        raise ConfigurationError(
+            f"sandbox: cannot listen ({error.strerror or error})",
+            hint="choose other ports with --port, or none for free ones",
+            code="sandbox-port",
+        ) from error
+    try:
+        yield sandbox
+    finally:
+        sandbox.stop()
+
+
+def _lines(variables: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in variables.items())
+
+
+def write_env(path: Path, variables: Mapping[str, str]) -> None:
+    """``NAME=value`` lines, for this user alone (0600). Raises ConfigurationError (10)."""
     # Written beside and moved: whoever waits for the file never reads half of it.
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    beside.touch(mode=0o600)
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    try:
+        beside.touch(mode=0o600)
+        beside.write_text(_lines(variables), "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise ConfigurationError(
+            f"--env-file {foreign(path)}: cannot be written ({error.strerror})",
+            code="sandbox-env-file",
+        ) from error

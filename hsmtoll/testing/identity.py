@@ -23,7 +23,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_publ
 
 from hsmtoll.errors import UsageError
 from hsmtoll.sandbox import pki
-from hsmtoll.sandbox.server import Sandbox, read_anchors, read_clients
+from hsmtoll.sandbox.server import (
+    Sandbox,
+    listening,
+    ports_from,
+    read_anchors,
+    read_clients,
+    write_env,
+)
 from hsmtoll.sandbox.state import Client
 from hsmtoll.testing.softhsm import SoftHsm
 
@@ -107,16 +114,24 @@ def run_as(
     trust: Sequence[Path] = (),
     client_file: Path | None = None,
     rules: Profile = "strict-docs",
+    port: int = 0,
+    env_file: Path | None = None,
 ) -> int:
     """
     Run *command* as a throw-away ``eseal``, ``norwegian`` or ``norwegian-key`` at a sandbox of
-    its own, and return its exit code. Everything made is removed, however it ends.
+    its own, and return its exit code; 128+N where signal N has ended it, as a shell does.
+    Everything made is removed, however it ends.
+
+    *port* is as for `hsmtoll.sandbox.run`; *env_file* gets the variables that *command* gets,
+    and stays. Raises UsageError for a command that cannot be run, ConfigurationError for the rest.
     """
     clients = read_clients(client_file, now=time.time()) if client_file else []
     anchors = [each for path in trust for each in read_anchors(path)]
     with (
         tempfile.TemporaryDirectory(prefix="hsmtoll-") as folder,
-        Sandbox(profile=rules, trust=anchors, clients=clients) as sandbox,
+        listening(
+            Sandbox(profile=rules, trust=anchors, clients=clients, ports=ports_from(port))
+        ) as sandbox,
     ):
         device = SoftHsm.create(Path(folder) / "softhsm")
         makers: dict[str, Callable[[SoftHsm], ThrowAway]] = {
@@ -134,6 +149,8 @@ def run_as(
             "HSMTOLL_STATE": f"{folder}/state",
             "HSMTOLL_CACHE": f"file://{folder}/cache",
         }
+        if env_file is not None:
+            write_env(env_file, {**variables, **sandbox.admin_environ()})
         kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}
         try:
             process = subprocess.Popen(command, env={**kept, **variables})
@@ -141,7 +158,7 @@ def run_as(
             raise UsageError(f"{command[0]}: cannot be run ({exc.strerror})") from exc
         with process:
             try:
-                return process.wait()
+                code = process.wait()
             except BaseException:
                 # Ctrl-C or SIGTERM: the command is told, and may put its own things away.
                 process.terminate()
@@ -149,6 +166,7 @@ def run_as(
                     process.wait(5)
                 process.kill()
                 raise
+    return code if code >= 0 else 128 - code
 
 
 def _empty(path: Path) -> str:

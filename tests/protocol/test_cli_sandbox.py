@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -122,6 +123,37 @@ def test_a_command_is_run_in_it_and_its_code_is_kept() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(("name", "code"), [("KILL", 137), ("TERM", 143), ("0", 0)])
+def test_a_command_that_a_signal_ends_leaves_with_128_and_its_number(name: str, code: int) -> None:
+    assert run("sandbox", "--", "sh", "-c", f"kill -{name} $$").returncode == code
+
+
+def test_a_command_in_it_finds_it_at_the_port_and_in_the_file_that_were_asked_for(
+    tmp_path: Path,
+) -> None:
+    port, file = free_ports(), tmp_path / "env"
+    where = ("--port", str(port), "--env-file", str(file))
+    done = run("sandbox", *where, "--", "sh", "-c", 'echo "$HSMTOLL_ENDPOINTS__ISSUER"')
+
+    assert done.stdout == f"https://localhost:{port}/\n", done.stderr
+    variables = dict(line.split("=", maxsplit=1) for line in file.read_text().splitlines())
+    assert variables["HSMTOLL_ENDPOINTS__ISSUER"] == done.stdout.strip()
+    assert "HSMTOLL_HSM__KEY" in variables
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def free_ports() -> int:
+    """The first of three in a row that nobody has."""
+    while True:
+        with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                third.bind(("127.0.0.1", port + 2))
+                return port
+
+
 def test_a_command_in_it_knows_nothing_of_a_configuration_of_this_user(tmp_path: Path) -> None:
     (tmp_path / "hsmtoll").mkdir()
     configured = tmp_path / "hsmtoll" / "hsmtoll.toml"
@@ -151,6 +183,9 @@ def test_a_command_is_ended_with_it_and_nothing_of_it_stays(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
+        (("--port", "99999"), 2),
+        (("--port", "-5"), 2),
+        (("--port", "65534"), 2),
         (("--client", "/etc/hostname"), 10),
         (("--trust", "/etc/hostname"), 10),
         (("--client", "/nowhere"), 2),
@@ -172,5 +207,29 @@ def test_a_port_that_is_taken_is_told_in_a_line() -> None:
         taken.listen()
         done = run("sandbox", "--port", str(taken.getsockname()[1]))
 
+        again = run("sandbox", "--port", str(taken.getsockname()[1]), "--", "true")
+
+    for each in (done, again):
+        assert each.returncode == 10
+        assert "--port" in each.stderr
+
+
+@pytest.mark.parametrize("command", [(), ("--", "true")])
+@pytest.mark.parametrize("file", ["/nowhere/env", "/etc/hostname/env", "/proc/env"])
+def test_a_file_that_cannot_be_written_is_told_as_that(file: str, command: tuple[str, ...]) -> None:
+    done = run("sandbox", "--env-file", file, *command)
+
     assert done.returncode == 10
-    assert "--port" in done.stderr
+    assert done.stderr.startswith(f"hsmtoll: --env-file {file}: cannot be written (")
+
+
+@pytest.mark.parametrize(("name", "opening"), [("c.json", "["), ("c.toml", "client = [")])
+def test_clients_that_are_nested_without_end_are_told_in_a_line(
+    tmp_path: Path, name: str, opening: str
+) -> None:
+    clients = tmp_path / name
+    clients.write_text(opening + "[" * 100_000)
+    done = run("sandbox", "--client", str(clients), "--", "true")
+
+    assert done.returncode == 10
+    assert done.stderr.startswith(f"hsmtoll: reading clients from {clients}")
