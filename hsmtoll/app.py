@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -278,7 +279,7 @@ class App:
         try:
             return RsaPublicKey.from_pem(_read(path, "HSMTOLL_HSM__PUBLIC_KEY"))
         except ValueError as exc:
-            raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {path}: {exc}") from exc
+            raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {foreign(path)}: {exc}") from exc
 
     def pem_certificates(self) -> tuple[Certificate, ...]:
         """HSMTOLL_HSM__CERTIFICATES."""
@@ -290,7 +291,7 @@ class App:
         try:
             return from_pem(_read(path, "HSMTOLL_HSM__CERTIFICATES"))
         except ValueError as exc:
-            raise ConfigurationError(f"HSMTOLL_HSM__CERTIFICATES {path}: {exc}") from exc
+            raise ConfigurationError(f"HSMTOLL_HSM__CERTIFICATES {foreign(path)}: {exc}") from exc
 
     @cached_property
     def signer(self) -> Signer:
@@ -509,8 +510,12 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
 
 
 def _read(path: Path, name: str) -> str:
+    why: str | None = "not a regular file"
     try:
-        # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
-        return path.read_text(encoding="utf-8", errors="replace")
+        # A pipe would be waited for without end, and be empty when it is read once more.
+        if stat.S_ISREG(path.stat().st_mode):
+            # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
+            return path.read_text(encoding="utf-8", errors="replace")
     except OSError as exc:
-        raise ConfigurationError(f"{name} {foreign(path)}: cannot be read") from exc
+        why = exc.strerror
+    raise ConfigurationError(f"{name} {foreign(path)}: cannot be read ({why})")

@@ -11,8 +11,11 @@ import fcntl
 import io
 import json
 import logging
+import math
 import os
+import re
 import signal
+import stat
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -58,6 +61,15 @@ _UNWRITTEN: Final = "result-unwritten"
 
 #: Bytes. An assertion with a chain of certificates is some ten kilobytes.
 _LARGEST_ASSERTION: Final = 64 * 1024
+
+#: RFC 9110 section 5.6.2: what names of methods and headers are made of.
+_WORD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: Characters; RFC 9110 section 4.1 asks servers for no more than 8,000.
+_LONGEST_PATH: Final = 8_000
+
+#: Levels. The messages of the guide have some ten.
+_DEEPEST: Final = 100
 
 #: RFC 3339, UTC.
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
@@ -214,7 +226,8 @@ class _Globals:
         from hsmtoll.app import App
 
         settings = self.settings()
-        if settings.environment != "sandbox" and settings.hsm.pin is not None:
+        in_environment = {name.upper() for name, value in os.environ.items() if value}
+        if settings.environment != "sandbox" and "HSMTOLL_HSM__PIN" in in_environment:
             logging.getLogger("hsmtoll").warning(
                 "HSMTOLL_HSM__PIN: every child process and crash report sees the environment; "
                 "HSMTOLL_HSM__PIN_FILE is safer"
@@ -287,7 +300,17 @@ def _one(what: str | None, named: str | None) -> str | None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": 1, **value}, ensure_ascii=False, indent=2))
+    click.echo(_json({"schema": 1, **value}))
+
+
+def _json(value: Any, *, indent: int | None = 2) -> str:
+    """JSON for stdout; with escapes of its own where the locale does not hold a character."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 @main.command()
@@ -313,6 +336,8 @@ def token(
     """Print one Customs token: cached, or signed for, granted and exchanged."""
     if as_json and header:
         raise UsageError("--json and --header: one form at a time")
+    if not math.isfinite(min_life):
+        raise UsageError(f"--min-life {min_life}: seconds are expected")
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         got = client.token(_one(what, named), min_life=min_life, renew=renew)
@@ -457,14 +482,20 @@ def call(
     """Make one API call. The scope is found from the path; the body goes to stdout."""
     if data is not None and json_data is not None:
         raise UsageError("--data and --json-data: one body at a time")
+    if not _WORD.fullmatch(method):
+        raise UsageError(f"method {foreign(method)}: a word such as GET is expected")
     api = catalogue.api_of_path(path)
+    if not path.isprintable() or len(path) > _LONGEST_PATH:
+        raise UsageError(
+            f"path {foreign(path)}: printable characters are expected, {_LONGEST_PATH} at most"
+        )
     sent = [_header(line) for line in headers]
     body = _body(data if data is not None else json_data)
     if json_data is not None:
         try:
-            json.loads(body or b"")
+            _parsed(body or b"")
         except ValueError:
-            raise UsageError("--json-data: that is not JSON") from None
+            raise UsageError("--json-data: that is not JSON", hint=_NO_JSON) from None
         sent.append(("Content-Type", "application/json"))
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
@@ -479,24 +510,58 @@ def call(
             _checked(response, api, app)
 
 
+#: Who calls whom, and where a request ends.
+_OUR_HEADERS: Final = ("authorization", "host", "cookie", "content-length", "transfer-encoding")
+
+
 def _header(line: str) -> tuple[str, str]:
     name, colon, value = line.partition(":")
-    if not colon or not name.strip() or not line.isprintable():
-        raise UsageError("--header: NAME: VALUE is expected")
-    if name.strip().lower() in ("authorization", "host", "cookie"):
-        raise UsageError(f"--header {name.strip()}: hsmtoll sets it itself, or never")
-    return name.strip(), value.strip()
+    name = name.strip()
+    if not colon or not _WORD.fullmatch(name) or not line.isprintable() or not line.isascii():
+        raise UsageError("--header: NAME: VALUE is expected, in ASCII")
+    if name.lower() in _OUR_HEADERS:
+        raise UsageError(f"--header {name}: hsmtoll sets it itself, or never")
+    return name, value.strip()
 
 
 def _body(given: str | None) -> bytes | None:
     if given is None or not given.startswith("@"):
-        return given.encode() if given is not None else None
+        # The bytes that were typed, whatever encoding they are in.
+        return os.fsencode(given) if given is not None else None
     if given == "@-":
         return _stdin(given)
     try:
         return Path(given[1:]).read_bytes()
     except OSError as exc:
-        raise UsageError(f"{given}: cannot be read ({exc.strerror})") from exc
+        raise UsageError(f"{foreign(given)}: cannot be read ({exc.strerror})") from exc
+
+
+#: Why what looks like JSON may be none.
+_NO_JSON: Final = f"it has neither NaN nor Infinity (RFC 8259), and here {_DEEPEST} levels at most"
+
+
+def _parsed(raw: bytes) -> Any:
+    """*raw* as JSON; ValueError for what is none, and for what is nested without end."""
+    try:
+        value = json.loads(raw, parse_constant=_no_number)
+    except RecursionError as exc:
+        raise ValueError("nested too deeply") from exc
+    level = [value]
+    for _ in range(_DEEPEST):
+        # Only what holds others has a next level.
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(name)
 
 
 def _stdin(what: str, limit: int = -1) -> bytes:
@@ -527,13 +592,21 @@ def submit(
     """Submit a message, wait for its result. Prints SUCCESS and the MRN."""
     raw = _body(message if message is not None else "@-") or b""
     try:
-        parsed = json.loads(raw)
+        parsed = _parsed(raw)
     except ValueError:
         parsed = None
     if not isinstance(parsed, dict):
         raise UsageError(
-            "submit: the message is not a JSON object", hint="give it as @FILE, or on stdin"
+            "submit: the message is not a JSON object",
+            hint=f"give it as @FILE, or on stdin; {_NO_JSON}",
         )
+    try:
+        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        # JSON can say both, by escapes and by digits, and they cannot be sent on.
+        raise UsageError(
+            "submit: the message has half of a surrogate pair or too large a number in it"
+        ) from None
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         receipt = client.submit(
@@ -567,13 +640,24 @@ def upload(
     ours: _Globals, *, declaration_id: str, file: str, kind: str, use_final_try: bool
 ) -> None:
     """Upload a document to a declaration. It is checked before a byte is sent."""
+    _check_file(file)
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         receipt = client.upload(declaration_id, file, document_type=kind)
     _say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
     if receipt.body:
         with _after_sending(f"upload of {foreign(Path(file).name)}"):
-            click.echo(json.dumps(receipt.body, ensure_ascii=False))
+            click.echo(_json(receipt.body, indent=None))
+
+
+def _check_file(file: str) -> None:
+    """UsageError for a name that cannot be sent, and for what would be waited for without end."""
+    if not Path(file).name.isprintable():
+        raise UsageError(f"upload of {foreign(file)}: the name has characters that are no text")
+    # What cannot be looked at cannot be read either, and is told then.
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise UsageError(f"upload of {foreign(file)}: not a regular file")
 
 
 @main.command()
@@ -606,7 +690,7 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
             }
             for each in sent
         ]
-        click.echo(json.dumps(listed, ensure_ascii=False, indent=2))
+        click.echo(_json(listed))
     else:
         for line in found.explain():
             click.echo(line)
@@ -739,7 +823,7 @@ def doctor(
     finally:
         app.close()
     if told is not None:
-        click.echo(json.dumps(told, ensure_ascii=False, indent=2))
+        click.echo(_json(told))
     else:
         click.echo("\n".join(report.lines()))
     return report.exit_code

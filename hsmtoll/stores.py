@@ -401,13 +401,19 @@ def read_key(path: Path) -> bytes:
     ConfigurationError unless it belongs to root or this user and nobody else may read it.
     """
     try:
-        with path.open("rb") as file:
-            seen = os.fstat(file.fileno())
-            raw = file.read(1024)
+        # At once, although it were a pipe that nobody writes into.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            seen = os.fstat(file)
+            raw = os.read(file, 1024)
+        finally:
+            os.close(file)
     except OSError as exc:
         raise ConfigurationError(
             f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: cannot be read ({exc.strerror})"
         ) from exc
+    if not stat.S_ISREG(seen.st_mode):
+        raise ConfigurationError(f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: not a regular file")
     if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o077:
         raise ConfigurationError(
             f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: others may read or change it "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.softhsm import SoftHsm
 
+ROAD = "/api/movement/road/v2"
+
+#: What Python's own parser gives up at.
+DEEP = 100_000
+
+WIDE = "Žižkov"
 EVIL = "Evil\x1b[2J\x1b]0;owned\x07 AB"
 
 
@@ -51,6 +58,7 @@ def messy(toll_softhsm: SoftHsm) -> SoftHsm:
     other = pki.eseal_authority("Eksempel Borte")
     store("broken", other.issue(key("broken")), other.root)
     store("evil", authority.issue(key("evil"), organization=EVIL, common_name=EVIL))
+    store("wide", authority.issue(key("wide"), organization=WIDE))
     store("loose", authority.issue(key("loose", extractable=True, sensitive=False)))
     return toll_softhsm
 
@@ -230,6 +238,32 @@ class TestTheSettings:
             (("call", "GET", "/api/movement/road/v2/x", "--header", "Host: evil"), "Host"),
             (("call", "GET", "/api/movement/road/v2/x", "--header", "authorization: x"), "auth"),
             (("call", "POST", "/api/movement/road/v2/x", "--json-data", "{"), "JSON"),
+            (("call", "POST", "/api/movement/road/v2/x", "--json-data", '{"a": NaN}'), "NaN"),
+            (("call", "POST", "/api/movement/road/v2/x", "--json-data", "[" * DEEP), "levels"),
+            (("call", "POST", "/api/movement/road/v2/x", "--json-data", '"\udcff"'), "JSON"),
+            (("call", "POST", "/api/movement/road/v2/x", "--data", "@/nowhere\x1b[2J"), "/nowhere"),
+            (("call", "GE T", "/api/movement/road/v2/x"), "method"),
+            (("call", "GÉT", "/api/movement/road/v2/x"), "method"),
+            (("call", "", "/api/movement/road/v2/x"), "method"),
+            (("call", "GET", "/api/movement/road/v2/\udcff"), "path"),
+            (("call", "GET", "/api/movement/road/v2/x\n"), "path"),
+            (("call", "GET", "/api/movement/road/v2/" + "x" * DEEP), "path"),
+            (("call", "GET", "/api/movement/road/v2/x", "--header", "X: é"), "ASCII"),
+            (("call", "GET", "/api/movement/road/v2/x", "--header", "X Y: z"), "NAME: VALUE"),
+            (("call", "GET", "/api/movement/road/v2/x", "--header", "Content-Length: 9"), "Length"),
+            (("submit", "road", "POST", "transport", "[" * DEEP), "JSON object"),
+            (("submit", "road", "POST", "transport", '{"a": ' * 101 + "1" + "}" * 101), "levels"),
+            (("submit", "road", "POST", "transport", '{"a": Infinity}'), "Infinity"),
+            (("submit", "road", "POST", "transport", '{"a": 1e999}'), "too large"),
+            (("submit", "road", "POST", "transport", '{"a": "\\ud800"}'), "surrogate"),
+            (("submit", "road", "POST", "transport", "\udcff"), "JSON object"),
+            (
+                ("upload", "123456789-01092026-1", "/nowhere/\udcff.pdf", "--type", "invoice"),
+                "name",
+            ),
+            (("upload", "123456789-01092026-1", "/dev/null", "--type", "invoice"), "regular file"),
+            (("token", "road", "--min-life", "nan"), "--min-life"),
+            (("token", "road", "--min-life", "inf"), "--min-life"),
             (("test-auth", "air"), "no test call"),
             (("upload", "1", "/nowhere.pdf", "--type", "invoice"), "/nowhere.pdf"),
             (("exchange",), "assertion"),
@@ -238,6 +272,105 @@ class TestTheSettings:
     )
     def test_a_command_line_that_makes_no_sense(self, argv: tuple[str, ...], says: str) -> None:
         refused(2, *argv, says=says)
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ("GET", f"{ROAD}/x y/é?z=%20"),
+            ("M-SEARCH", f"{ROAD}/test-auth"),
+            ("POST", f"{ROAD}/transport", "--json-data", "[" * 90 + "]" * 90),
+            ("POST", f"{ROAD}/transport", "--json-data", '{"half": "\\ud800"}'),
+            ("GET", f"{ROAD}/x", "--header", "X-Trace: a b"),
+        ],
+    )
+    def test_what_can_be_sent_is_for_customs_to_refuse(self, argv: tuple[str, ...]) -> None:
+        done = run("call", *argv)
+
+        assert done.returncode == 71, done.stderr
+
+    def test_bytes_are_sent_as_they_were_typed(self, toll_sandbox: Sandbox) -> None:
+        # So are bytes that are no UTF-8 handed to a program.
+        run("call", "POST", f"{ROAD}/transport", "--data", "\udcff\udcfeé")
+
+        assert toll_sandbox.received[-1].body == b"\xff\xfe\xc3\xa9"
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "HSMTOLL_HSM__CERTIFICATES",
+            "HSMTOLL_HSM__PUBLIC_KEY",
+            "HSMTOLL_CA_FILE",
+            "HSMTOLL_CACHE_KEY_FILE",
+        ],
+    )
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path, name: str) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        redis = {"HSMTOLL_CACHE": "redis://localhost/0"} if "CACHE" in name else {}
+        refused(10, "token", "road", says=name, **{name: str(pipe)}, **redis)
+
+    def test_nor_is_one_that_is_to_be_uploaded(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "invoice.txt"
+        os.mkfifo(pipe)
+        argv = ("upload", "123456789-01092026-1", str(pipe), "--type", "invoice")
+        refused(2, *argv, says="not a regular file")
+
+    def test_a_link_to_a_file_is_one(self, tmp_path: Path) -> None:
+        (tmp_path / "link.txt").symlink_to(tmp_path / "file.txt")
+        (tmp_path / "file.txt").write_text("Invoice 4711\n")
+        argv = ("upload", "123456789-01092026-1", str(tmp_path / "link.txt"), "--type", "invoice")
+        assert run(*argv).returncode == 0
+
+        (tmp_path / "ca.pem").symlink_to(os.environ["HSMTOLL_CA_FILE"])
+        linked = {"HSMTOLL_CA_FILE": str(tmp_path / "ca.pem")}
+        assert run("token", "road", "--renew", **linked).returncode == 0
+
+    def test_a_message_may_come_through_a_pipe(self) -> None:
+        # It is read, and refused for what it says.
+        argv = ("submit", "road", "POST", "transport", "@/dev/stdin")
+        refused(2, *argv, says="JSON object", stdin="[]")
+        assert run("submit", "road", "POST", "transport", "@-", stdin="{}").returncode == 71
+
+    def test_escapes_in_the_name_of_a_file_are_not_obeyed(self, tmp_path: Path) -> None:
+        for name in ("HSMTOLL_CA_FILE", "HSMTOLL_HSM__CERTIFICATES", "HSMTOLL_HSM__PUBLIC_KEY"):
+            file = tmp_path / "evil\x1b[2J"
+            refused(10, "token", "road", says=name, **{name: str(file)})
+            file.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+            refused(10, "token", "road", says=name, **{name: str(file)})
+            file.unlink()
+
+    def test_a_pin_of_the_environment_is_warned_of_and_one_of_a_file_is_not(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "toll.toml").write_text('[hsm]\npin = "98765432"\n')
+        own = {"HSMTOLL_HSM__PIN_FILE": "", "HSMTOLL_CONFIG": str(tmp_path / "toll.toml")}
+        real = dict.fromkeys(os.environ, "") | {"HSMTOLL_ENVIRONMENT": "test"}
+        real = {name: value for name, value in real.items() if name.startswith("HSMTOLL_")}
+
+        assert "warning" not in run("exchange", **{**real, **own}).stderr
+        named = run("exchange", **{**real, **own, "hsmtoll_hsm__pin": "98765432"}).stderr
+        assert "warning: HSMTOLL_HSM__PIN: every child process" in named
+        assert "98765432" not in named
+
+
+@pytest.mark.usefixtures("toll_settings")
+class TestTheLocale:
+    """Characters that the terminal or the file cannot hold."""
+
+    @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+    def test_a_name_that_it_does_not_hold_is_written_in_escapes(
+        self, messy: SoftHsm, encoding: str
+    ) -> None:
+        which = {"HSMTOLL_HSM__KEY": uri(messy, "wide"), "PYTHONIOENCODING": encoding}
+        done = run("chain", **which)
+        listed = run("chain", "--json", **which)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("O=Ž" in done.stdout) == (encoding == "utf-8")
+        assert WIDE in json.loads(listed.stdout)[0]["subject"]
+
+    def test_an_error_is_written_in_escapes_as_well(self) -> None:
+        refused(2, "token", WIDE, says="\\u017d", PYTHONIOENCODING="latin-1")
 
 
 @pytest.mark.usefixtures("toll_settings")
