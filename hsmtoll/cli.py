@@ -816,12 +816,17 @@ def doctor(
     """
     from hsmtoll import doctor as checks
 
-    app = ours.app(use_final_try=use_final_try)
     try:
-        report = checks.run(app, online=online, scopes=scopes, crl=crl)
-        told = report.evidence() if evidence else report.as_json() if as_json else None
-    finally:
-        app.close()
+        app = ours.app(use_final_try=use_final_try)
+    except ConfigurationError as exc:
+        if evidence:
+            # It would show an auditor settings that nobody has made.
+            raise
+        report = checks.unsettled(exc)
+    else:
+        with contextlib.closing(app):
+            report = checks.run(app, online=online, scopes=scopes, crl=crl)
+    told = report.evidence() if evidence else report.as_json() if as_json else None
     if told is not None:
         click.echo(_json(told))
     else:

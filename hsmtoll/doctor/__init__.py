@@ -11,19 +11,22 @@ signed offline, and no secret enters a report.
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from hsmtoll.doctor.facts import Facts, Seen, ask, gather, revocation_of
 from hsmtoll.doctor.findings import Check
 from hsmtoll.doctor.report import Report, examine, first_failure, signing_chain
+from hsmtoll.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from hsmtoll.app import App
+    from hsmtoll.errors import ConfigurationError
 
-__all__ = ["Check", "Facts", "Report", "Seen", "examine", "run"]
+__all__ = ["Check", "Facts", "Report", "Seen", "examine", "run", "unsettled"]
 
 
 def run(
@@ -49,3 +52,9 @@ def run(
         facts = replace(facts, answers=ask(app, facts))
         checks = examine(facts)
     return Report(checks, facts)
+
+
+def unsettled(problem: ConfigurationError) -> Report:
+    """The report where *problem* keeps the settings from being read: that and no more."""
+    facts = Facts(settings=Settings.model_construct(), now=datetime.now(UTC), error=problem)
+    return Report(examine(facts), facts)

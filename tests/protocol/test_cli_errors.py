@@ -206,6 +206,33 @@ class TestTheSettings:
     def test_a_misspelt_setting_suggests_the_nearest(self) -> None:
         refused(10, "token", "road", says="HSMTOLL_SCOPE", HSMTOLL_SCOOP="road")
 
+    @pytest.mark.parametrize(
+        ("name", "value", "code"),
+        [
+            ("HSMTOLL_TIMEOUT", "soon", "setting-invalid"),
+            ("HSMTOLL_SCOOP", "road", "setting-unknown"),
+            ("hsmtoll_environment", "prod", "setting-twice"),
+            ("HSMTOLL_IDENTITY", "", "setting-missing"),
+        ],
+    )
+    def test_the_doctor_reports_settings_that_cannot_be_read_like_all_else(
+        self, name: str, value: str, code: str
+    ) -> None:
+        done = run("doctor", "--json", **{name: value})
+        report = json.loads(done.stdout)
+        first, *others = report["checks"]
+
+        assert (done.returncode, report["exit_code"], done.stderr) == (10, 10, "")
+        assert (first["check"], first["code"], first["verdict"]) == ("settings", code, "fail")
+        assert name in first["line"]
+        assert {each["verdict"] for each in others} == {"skip"}
+        assert run("doctor", **{name: value}).stdout.startswith(f"fail  settings ({code}): ")
+        # The control.
+        assert json.loads(run("doctor", "--json").stdout)["exit_code"] == 0
+
+    def test_an_auditor_is_shown_no_settings_that_nobody_made(self) -> None:
+        refused(10, "doctor", "--evidence", says="HSMTOLL_TIMEOUT", HSMTOLL_TIMEOUT="soon")
+
     def test_a_scope_of_the_other_family(self) -> None:
         refused(10, "token", "toll:movement/road/v2", says="toll:eu/movement/road/v2")
 
