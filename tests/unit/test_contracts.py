@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 from typing import Any, Final
@@ -135,3 +136,24 @@ def test_the_check_runs_what_was_tried_here() -> None:
     check = (TOP / "scripts" / "check").read_text(encoding="utf-8")
     assert 'lint-imports"' in check
     assert '/ruff" check' in check
+
+
+def test_the_source_distribution_has_this_package_and_no_other_of_its_name(tmp_path: Path) -> None:
+    copied(tmp_path)
+    shutil.copy(TOP / "README.md", tmp_path)
+    for stray in ("venv/lib/hsmtoll/apis.py", "home/.config/hsmtoll/hsmtoll.toml",
+                  "other/pyproject.toml", "other/README.md"):  # fmt: skip
+        (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stray).write_text("# none of ours\n")
+
+    dist = tmp_path / "dist"
+    argv = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(dist)]
+    subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)
+    (made,) = dist.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+
+    package = [path for path in (tmp_path / "hsmtoll").rglob("*") if path.is_file()]
+    ours = {path.relative_to(tmp_path).as_posix() for path in package}
+    assert "hsmtoll/testing/shim.c" in ours
+    assert names == ours | {"README.md", "pyproject.toml", "PKG-INFO"}
