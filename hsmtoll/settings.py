@@ -232,11 +232,14 @@ def check_code_file(path: Path, what: str) -> None:
     try:
         place = loose(path)
     except OSError as exc:
-        raise ConfigurationError(f"{what} {path}: cannot be read ({exc.strerror})") from exc
-    if place is not None:
         raise ConfigurationError(
-            f"{what} {path}: others may change {place}",
-            hint=f"root or you must own it and nobody else may write it: chmod go-w {place}",
+            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
+        ) from exc
+    if place is not None:
+        shown = foreign(place)
+        raise ConfigurationError(
+            f"{what} {foreign(path)}: others may change {shown}",
+            hint=f"root or you must own it and nobody else may write it: chmod go-w {shown}",
             code="unsafe-file",
         )
 
