@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hsmtoll.host.service import Service
+from hsmtoll.settings import load
 from tests import hosting
 
 # For the tests of this room.
@@ -43,3 +45,22 @@ def running_host(make_host: Callable[..., RunningHost]) -> RunningHost:
     of ``app.example`` may have grants and tokens for the road, of profile acme.
     """
     return make_host().start()
+
+
+@pytest.fixture
+def host(make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch) -> RunningHost:
+    """The files of one that this account may ask; `service` is it, in this process."""
+    one = make_host(entry(ME))
+    for name, value in one.environ.items():
+        monkeypatch.setenv(name, value)
+    return one
+
+
+@pytest.fixture
+def service(host: RunningHost) -> Iterator[Service]:
+    """What stands behind the doors of *host*, proven and without a door."""
+    one = Service(load(), synchronised=lambda: True)
+    one.prove()
+    yield one
+    host.faults.clear()
+    one.close()

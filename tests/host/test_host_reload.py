@@ -13,37 +13,17 @@ import pytest
 from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
-from hsmtoll.host.service import Service
-from hsmtoll.settings import load
 from tests.hosting import ME, PROFILE, entry, eventually
 from tests.lab import workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
+    from hsmtoll.host.service import Service
     from tests.hosting import RunningHost
 
 PATIENCE = 60.0
 CHANGED = PROFILE + 'alg = "RS512"\n'
-
-
-@pytest.fixture
-def host(make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch) -> RunningHost:
-    """Its files; the service is of this process."""
-    one = make_host(entry(ME))
-    for name, value in one.environ.items():
-        monkeypatch.setenv(name, value)
-    return one
-
-
-@pytest.fixture
-def service(host: RunningHost) -> Iterator[Service]:
-    one = Service(load(), synchronised=lambda: True)
-    one.prove()
-    yield one
-    host.faults.clear()
-    one.close()
 
 
 def asked(service: Service, mode: str = "grant") -> Future[dict[str, Any]]:

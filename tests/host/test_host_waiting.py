@@ -19,29 +19,11 @@ from tests.hosting import ME, PROFILE, entry, eventually
 from tests.lab import workers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from tests.hosting import RunningHost
 
 PATIENCE = 60.0
-
-
-@pytest.fixture
-def host(make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch) -> RunningHost:
-    """Its files; the service is of this process."""
-    one = make_host(entry(ME))
-    for name, value in one.environ.items():
-        monkeypatch.setenv(name, value)
-    return one
-
-
-@pytest.fixture
-def service(host: RunningHost) -> Iterator[Service]:
-    one = Service(load(), synchronised=lambda: True)
-    one.prove()
-    yield one
-    host.faults.clear()
-    one.close()
 
 
 def crowd(service: Service, size: int) -> list[concurrent.futures.Future[dict[str, object]]]:
