@@ -78,7 +78,7 @@ def _segments(path: Path) -> list[Path]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    # As long as they are now: what a host writes meanwhile it also seals meanwhile.
+    # As long as they are now: a host that writes on must not keep its reader for ever.
     for segment, size in [(each, each.stat().st_size) for each in _segments(path)]:
         left = size
         with segment.open("rb") as file:
@@ -504,6 +504,8 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
     and so is a log without seals, unless nobody was ever served.
     """
     key = _public(public_key)
+    # Before the seals are read: a host writes on meanwhile, and seals that when they were read.
+    there = sum(each.stat().st_size for each in _segments(path))
     seals, bad_seal = _seals(path, key)
     anchors = dict(seals)
     if head is not None:
@@ -513,7 +515,7 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
         if anchors.get(int(seq), value) != value:
             return Report(f"record {seq}: not the one of the head given", 0, _FIRST, 0, ())
         anchors[int(seq)] = value
-    last, before, sealed, served = 0, _FIRST, 0, False
+    last, before, sealed, served, judged = 0, _FIRST, 0, False, 0
     open_intents: dict[str, int] = {}
     bad = None
     for line, after in pairwise(chain(_lines(path), (b"",))):
@@ -524,7 +526,9 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
         last, before = record["seq"], hashlib.sha256(line[:-1]).hexdigest()
         if last in anchors:
             sealed = last
-        served = served or record["event"] != "start"
+        there -= len(line)
+        if there >= 0:
+            judged, served = last, served or record["event"] != "start"
         if record["event"] == "intent":
             open_intents[str(record["jti"])] = last
         elif record["event"] == "result":
@@ -534,7 +538,7 @@ def verify(path: Path, public_key: Path | Ed25519PublicKey, head: str | None = N
     bad = bad or bad_seal
     # The host seals its start before it serves anybody.
     most = _MOST_UNSEALED if seals or not served else 0
-    if bad is None and last - sealed > most:
+    if bad is None and judged - sealed > most:
         bad = f"record {sealed + 1}: no checkpoint vouches for it and those after it"
     return Report(bad, last, before, sealed, tuple(open_intents.values()))
 

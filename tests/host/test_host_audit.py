@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll.errors import AuditBroken
-from hsmtoll.host.audit import Audit, _wrong, list_records, verify
+from hsmtoll.host.audit import Audit, _seals, _wrong, list_records, verify
 from hsmtoll.host.policy import Counts
 
 if TYPE_CHECKING:
@@ -226,6 +226,33 @@ def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
     assert (report.bad, report.seq) == (None, 2)
     assert verify(tmp_path / "log", KEY.public_key()).seq == 2000
     audit.close()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_however_long_its_checkpoints_take_to_read_a_log_that_grows_meanwhile_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, first: bool
+) -> None:
+    audit = audit_in(tmp_path)
+    audit.write("start")
+    if not first:
+        audit.seal()
+
+    def slow(*told: Any) -> Any:
+        read = _seals(*told)
+        audit.seal()
+        # Of a log of years there are ten thousands, each with a signature to be checked.
+        for number in range(1500):
+            audit.append("intent", caller="uid:1", jti=str(number))
+        return read
+
+    monkeypatch.setattr("hsmtoll.host.audit._seals", slow)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed) == (None, 1501, 0 if first else 1)
+    killed(audit)
+    # What was there before they were read had to be sealed by then.
+    monkeypatch.setattr("hsmtoll.host.audit._seals", lambda *_: ({}, None))
+    bad = verify(tmp_path / "log", KEY.public_key()).bad
+    assert bad == "record 1: no checkpoint vouches for it and those after it"
 
 
 def test_a_restart_forgets_no_quota_and_a_day_does(tmp_path: Path) -> None:
