@@ -104,6 +104,15 @@ class TokenRequest:
             return default
 
 
+#: What cryptography raises for a certificate that it cannot read.
+_UNREADABLE: Final = (
+    ValueError,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+
+
 def _x5c(found: object) -> tuple[tuple[x509.Certificate, ...], str | None]:
     """The certificates that can be read, and the first thing that a strict reader refuses."""
     fault = None
@@ -125,7 +134,7 @@ def _x5c(found: object) -> tuple[tuple[x509.Certificate, ...], str | None]:
             # Read when asked for: what cannot be read is found here, and not inside a rule.
             _ = certificate.extensions
             certificates.append(certificate)
-        except (ValueError, x509.DuplicateExtension):
+        except _UNREADABLE:
             fault = fault or "entry: not DER of a certificate"
     return tuple(certificates), fault
 

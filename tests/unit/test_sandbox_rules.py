@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from dataclasses import replace
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll.sandbox.facts import TokenRequest
+from hsmtoll.sandbox.facts import TokenRequest, _x5c
 from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
 from hsmtoll.sandbox.settings import PROFILES, Settings
 from hsmtoll.sandbox.state import Anchor, State
@@ -101,6 +103,27 @@ def test_a_replay_is_refused_by_jti_and_without_jti_by_the_whole_grant() -> None
         assert refuse("grant", other, here) is None
         off = replace(here, settings=Settings(without=frozenset({"M58"})))
         assert refuse("grant", asked, off) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # The version.
+        ("a003020102", "a003020107"),
+        # In the place of the keyUsage a subjectAltName with an ediPartyName.
+        ("0603551d0f0101ff0404030206c0", "0603551d110101ff04043002a500"),
+    ],
+)
+def test_a_certificate_that_cannot_be_read_is_refused_and_breaks_no_rule(
+    old: str, new: str
+) -> None:
+    der = eseal().chain[0].public_bytes(Encoding.DER)
+    good, harmed = bytes.fromhex(old), bytes.fromhex(new)
+    assert der.count(good) == 1
+    both = [b64encode(each).decode() for each in (der, der.replace(good, harmed))]
+    (read,), fault = _x5c(both[:1])
+    assert (read.public_bytes(Encoding.DER), fault) == (der, None)
+    assert _x5c(both[1:]) == ((), "entry: not DER of a certificate")
 
 
 def test_consumer_org_may_not_be_the_clients_own() -> None:
