@@ -162,7 +162,8 @@ class _House:
     worker of the device. *at_device* have one of its *places*; the others wait in order. Both are
     looked at in the critical section, and so is *retired*: the last one who leaves closes it.
     *proving* is held for a self-test, so that no two are signed at once. *ill*: why the device
-    failed since, if it did; it is tested again from *again* (boot clock) on, and after *rest*.
+    failed since, if it did. One that failed, or signed a self-test in vain, is tested again from
+    *again* (boot clock) on, and after *rest*.
     """
 
     name: str
@@ -812,35 +813,40 @@ class Service:
         """
         Sign the self-test with every profile that has not yet, or whose device failed since: with
         any key of its list. What stands in the way is told by `not_ready`, and tried again with
-        the next call; one that failed is left in peace for ever longer, until it signs a grant.
+        the next call; one that failed, or whose signature was none, is left in peace for ever
+        longer, until it signs a grant: each try may cost one.
         """
         if self.stopped() is not None:
             return
         for house in list(self._rules[1].values()):
-            rests = house.proven and self.clock.now().boot < house.again
-            if not house.works and not rests and self._clock_is_right(house):
+            if not house.works and self._clock_is_right(house):
                 self._prove_house(house)
 
     def _prove_house(self, house: _House) -> None:
         with house.proving:
-            # Another thread may have done it meanwhile.
-            if house.works:
+            # Another thread may have done it meanwhile, or have tried.
+            if house.works or self.clock.now().boot < house.again:
                 return
             if house.proven:
-                house.again = self.clock.now().boot + house.rest
-                house.rest = min(2 * house.rest, _LONGEST_REST)
-            why: HsmTollError | None = None
+                self._left_in_peace(house)
+            in_vain, why = False, None
             for device in house.app.devices:
                 try:
                     self._prove(house.app, device)
                 except HsmTollError as exc:
-                    why = why or exc
+                    in_vain, why = in_vain or exc.code == "signature-wrong", why or exc
                 else:
                     house.proven, house.ill = True, None
                     return
+            if in_vain and not house.proven:
+                self._left_in_peace(house)
             if why is not None and house.why != str(why):
                 house.why = str(why)
                 _log.warning("profile %s: not ready: %s", foreign(house.name), why)
+
+    def _left_in_peace(self, house: _House) -> None:
+        house.again = self.clock.now().boot + house.rest
+        house.rest = min(2 * house.rest, _LONGEST_REST)
 
     def _prove(self, app: App, device: Any) -> None:
         signer = app.local_signer(device)

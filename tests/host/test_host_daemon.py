@@ -278,6 +278,31 @@ def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
     assert (one.not_ready(), tested(60)) == ([], 0)
 
 
+def test_a_device_that_never_signed_well_is_tested_ever_more_seldom_as_well(
+    service: Callable[..., tuple[Service, RunningHost]],
+) -> None:
+    clock = SettableClock.at_real_time()
+    one, host = service(entry(ME), clock=clock)
+
+    def tested(seconds: int) -> int:
+        """How often, where two threads look each second."""
+        before = host.signatures()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for _ in range(seconds):
+                for each in [pool.submit(one.prove) for _ in range(2)]:
+                    each.result(60)
+                clock.advance(1.0)
+        return host.signatures() - before
+
+    # What signs may be paid for by the signature: after 0, 5, 15, 35 and 75 s.
+    host.faults.set("wrong-signature")
+    assert tested(100) == 5
+    assert one.not_ready()
+    host.faults.clear()
+    assert tested(60) == 1
+    assert one.not_ready() == []
+
+
 def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
     service: Callable[..., tuple[Service, RunningHost]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
