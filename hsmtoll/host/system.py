@@ -83,8 +83,9 @@ def notify(*lines: str) -> None:
         return
     address = "\0" + where[1:] if where.startswith("@") else where
     kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-    # A manager that does not listen is no reason to stop signing.
+    # A manager that does not listen, or does not read, is no reason to stop signing.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as one:
+        one.settimeout(1.0)
         one.sendto("\n".join(lines).encode(), address)
 
 
