@@ -8,10 +8,10 @@ import os
 def main() -> None:
     """Run the command line and leave with its code."""
     _fill_gaps()
-    from hsmtoll.cli import leave, obey_sigterm, own_streams, run  # noqa: PLC0415 - importing is not running
+    from hsmtoll.cli import leave, obey_signals, own_streams, run  # noqa: PLC0415 - importing is not running
 
     own_streams()
-    obey_sigterm()
+    obey_signals()
     leave(run())
 
 

@@ -17,6 +17,8 @@ import re
 import signal
 import stat
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -55,6 +57,10 @@ __all__ = ["main", "run"]
 
 _INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
+
+#: Seconds after SIGTERM.
+_TO_PUT_AWAY: Final = 10.0
+
 _BUG: Final = 1
 
 _UNWRITTEN: Final = "result-unwritten"
@@ -86,23 +92,22 @@ def run(argv: Sequence[str] | None = None) -> int:
         code = main.main(args=argv, prog_name="hsmtoll", standalone_mode=False)
         sys.stdout.flush()
     except HsmTollError as exc:
-        return _told(exc)
+        return _ended_at(exc) or _told(exc)
     except click.exceptions.NoArgsIsHelpError as exc:
         click.echo(exc.format_message(), err=True)
         return UsageError.exit_code
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx else "hsmtoll"
         return _told(UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`"))
-    except (click.Abort, KeyboardInterrupt):
-        _say("interrupted")
-        return _INTERRUPTED
-    except _Terminated:
-        _say("terminated")
-        return _TERMINATED
+    except (click.Abort, KeyboardInterrupt, _Terminated) as exc:
+        return _ended_at(exc) or _INTERRUPTED
     except _ReaderLeft:
         # It has read what it wanted, as `head` does; there is nobody to tell.
         return 0
     except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
+        ended = _ended_at(exc)
+        if ended:
+            return ended
         at = exc.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next
@@ -117,15 +122,70 @@ class _Terminated(BaseException):
     """SIGTERM has come."""
 
 
-def obey_sigterm() -> None:
-    """From now on SIGTERM ends the command as Ctrl-C does: what was begun is put away first."""
+def _ended_at(exc: BaseException | None) -> int:
+    """
+    The code where *exc* came of being told to end, said once; 0 where it did not. What goes wrong
+    while things are put away does not change why that was.
+    """
+    while exc is not None:
+        if isinstance(exc, _Terminated):
+            _say("terminated")
+            return _TERMINATED
+        if isinstance(exc, click.Abort | KeyboardInterrupt):
+            _say("interrupted")
+            return _INTERRUPTED
+        exc = exc.__context__
+    return 0
+
+
+def obey_signals() -> None:
+    """
+    From now on SIGTERM ends the command as Ctrl-C does: what was begun is put away first, in 10
+    seconds at most. Neither waits for a PIN that is being typed.
+    """
+
+    def interrupt(*_: object) -> None:
+        _hang_up()
+        raise KeyboardInterrupt
 
     def end(*_: object) -> None:
+        # `timeout` sends it twice; what is being put away is not cut off by the second.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        _hang_up()
         raise _Terminated
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     # Whoever started us may have said that it is to be ignored.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
+        _end_in_time()
+
+
+def _end_in_time() -> None:
+    # A handler of Python's runs between two of its steps, and a module that hangs, or a reader
+    # that takes nothing more, lets none come. A thread hears of the signal all the same.
+    hears, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(hears, True)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while signal.SIGTERM not in os.read(hears, 64):
+            pass
+        time.sleep(_TO_PUT_AWAY)
+        _hang_up()
+        os._exit(_TERMINATED)
+
+    # Without it a command can do all else.
+    with contextlib.suppress(RuntimeError):
+        threading.Thread(target=watch, name="hsmtoll-end", daemon=True).start()
+
+
+def _hang_up() -> None:
+    # Where no PIN was asked for, this is not loaded.
+    pins = sys.modules.get("hsmtoll.hsm.pin")
+    if pins is not None and hasattr(pins, "hang_up"):
+        pins.hang_up()
 
 
 class _ReaderLeft(Exception):
@@ -1183,6 +1243,10 @@ def leave(code: int) -> NoReturn:
     Modules of vendors are known to crash in their own clean-up at exit, and one that hangs
     would keep the process: what had to be written is written.
     """
+    _hang_up()
+    if callable(signal.getsignal(signal.SIGTERM)):
+        # There is nothing left to put away.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         # What could not be written was told before, or there was nobody to tell.
         with contextlib.suppress(OSError, HsmTollError, _ReaderLeft):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import getpass
 import hmac
+import locale
 import logging
 import os
 import select
@@ -17,9 +17,10 @@ import shlex
 import signal
 import stat
 import subprocess
+import termios
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hsmtoll.errors import ConfigurationError, foreign
 
@@ -35,6 +36,7 @@ __all__ = [
     "PinSource",
     "PinTerminal",
     "PinValue",
+    "hang_up",
 ]
 
 _log = logging.getLogger(__name__)
@@ -225,21 +227,71 @@ class PinTerminal:
     def read(self, *, device: str) -> Pin:
         """What is typed, without echo."""
         try:
-            # getpass would fall back to stdin, where somebody's data may be waiting.
-            os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+            terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             raise ConfigurationError(
                 f"The PIN is to be typed ({self.name}), but this process has no terminal",
                 hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
                 code="pin-source",
             ) from None
-        typed = None
-        with contextlib.suppress(UnicodeDecodeError):
-            typed = getpass.getpass(f"{self.what} of {foreign(device)}: ")
-        if typed is None:
-            # Raised here, because that error has the bytes in it.
-            raise ConfigurationError(f"The PIN from {self.name} is not UTF-8", code="pin-source")
-        return _pin(typed, source=self.name)
+        try:
+            line = _typed(terminal, f"{self.what} of {foreign(device)}: ")
+        except (OSError, termios.error):
+            raise ConfigurationError(
+                f"The PIN could not be typed ({self.name}): the terminal does not answer",
+                code="pin-source",
+            ) from None
+        finally:
+            os.close(terminal)
+        if line is None:
+            raise ConfigurationError(
+                f"The PIN was not typed ({self.name}): the program ends", code="pin-source"
+            )
+        if not line:
+            raise EOFError
+        encoding = locale.getpreferredencoding(do_setlocale=False)
+        return _pin(_line(line, name=self.name, encoding=encoding), source=self.name)
+
+
+class _Typing:
+    """Where a PIN is being typed, and how that terminal was before; whether that is over."""
+
+    at: tuple[int, list[Any]] | None = None
+    over = False
+
+
+def hang_up() -> None:
+    """
+    End the question for a typed PIN, whichever thread asks it, and show again what is typed: for
+    a program that was told to end, or does.
+    """
+    _Typing.over = True
+    if _Typing.at is not None:
+        terminal, before = _Typing.at
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+def _typed(terminal: int, prompt: str) -> bytes | None:
+    # Not getpass: its read ends for the person alone. Where another thread than the main one asks,
+    # Ctrl-C would wait for it, and the process would leave a terminal that shows nothing.
+    before = termios.tcgetattr(terminal)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    ready = select.poll()
+    ready.register(terminal, select.POLLIN)
+    _Typing.at = terminal, before
+    try:
+        termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
+        os.write(terminal, prompt.encode(errors="replace"))
+        while not ready.poll(100):
+            if _Typing.over:
+                return None
+        return os.read(terminal, 4096)
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+        _Typing.at = None
+        os.write(terminal, b"\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,10 +305,10 @@ class PinPad:
         return Pin(None, source=self.name)
 
 
-def _line(data: bytes, *, name: str) -> str:
+def _line(data: bytes, *, name: str, encoding: str = "utf-8") -> str:
     text = None
     with contextlib.suppress(UnicodeDecodeError):
-        text = data.decode("utf-8")
+        text = data.decode(encoding)
     if text is None:
         raise ConfigurationError(f"The PIN from {name} is not UTF-8", code="pin-source")
     return text.removesuffix("\n").removesuffix("\r")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,3 +84,98 @@ def test_of_one_that_was_killed_nobody_knows(slow_login: Path, toll_faults: Faul
     """The control: a PIN whose fate is unknown twice is not tried a third time."""
     assert [ended_by(signal.SIGKILL, slow_login) for _ in range(2)] == [-9, -9]
     assert next_one(toll_faults) == 21
+
+
+def typing(*command: str) -> tuple[int, int]:
+    """The process that runs *command* and waits for a PIN to be typed, and its terminal."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "hsmtoll", *command])  # noqa: S606 - the child of a pty
+    asked = b""
+    while b"PIN of" not in asked:
+        asked += os.read(terminal, 100)
+    assert not shows(terminal)
+    return pid, terminal
+
+
+def shows(terminal: int) -> bool:
+    """Whether what is typed there can be seen."""
+    return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+
+@pytest.fixture
+def typed(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PIN that is asked for at the terminal."""
+    del toll_settings
+    monkeypatch.delenv("HSMTOLL_HSM__PIN_FILE")
+    monkeypatch.setenv("HSMTOLL_HSM__PIN_PROMPT", "terminal")
+
+
+# `token` asks in a thread that renews, `sign` in the main one.
+@pytest.mark.parametrize("command", [("token", "road", "--renew"), ("sign", "road")])
+@pytest.mark.parametrize("isolation", ["none", "process"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("typed")
+def test_a_pin_that_is_being_typed_is_not_waited_for_and_the_terminal_shows_again(
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    isolation: str,
+    number: signal.Signals,
+    code: int,
+) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__ISOLATION", isolation)
+    pid, terminal = typing(*command)
+    began = time.monotonic()
+    os.kill(pid, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert time.monotonic() - began < 5
+    assert shows(terminal)
+    os.close(terminal)
+
+
+@pytest.mark.usefixtures("typed")
+def test_one_that_is_killed_leaves_a_terminal_that_shows_nothing() -> None:
+    """The control: the terminal does not do it by itself."""
+    pid, terminal = typing("sign", "road")
+    # Somebody has it open, as a shell would: it is not made anew.
+    held = os.open(Path(f"/proc/{pid}/fd/0").readlink(), os.O_RDWR | os.O_NOCTTY)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert not shows(held)
+    os.close(held)
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("stuck", ["module", "reader"])
+def test_sigterm_ends_a_command_that_does_not_come_back_within_ten_seconds(
+    toll_faults: Faults, toll_settings: Settings, stuck: str
+) -> None:
+    del toll_settings
+    reading, writing = os.pipe()
+    argv = [sys.executable, "-m", "hsmtoll", "apis"]
+    if stuck == "module":
+        toll_faults.set("hang", function="C_Sign")
+        argv[-1:] = ["sign", "road"]
+    else:
+        os.set_blocking(writing, False)
+        for size in (4096, 1):
+            while not filled(writing, size):
+                pass
+        os.set_blocking(writing, True)
+    with subprocess.Popen(argv, stdout=writing, stderr=writing) as command:
+        time.sleep(4)
+        command.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        # The control: nothing but the time ends it.
+        assert command.poll() is None
+        assert command.wait(15) == 143
+    os.close(reading)
+    os.close(writing)
+
+
+def filled(pipe: int, size: int) -> bool:
+    try:
+        os.write(pipe, bytes(size))
+    except BlockingIOError:
+        return True
+    return False
