@@ -301,6 +301,9 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
     named = given or next(own, None)
     if named:
         path = Path(named)
+        if str(path) == os.devnull:
+            # No file at all, not even the machine's own: nobody can write anything into it.
+            return None
         try:
             there = path.is_file()
         except OSError as exc:

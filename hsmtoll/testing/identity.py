@@ -145,7 +145,7 @@ def run_as(
             **known.environ(),
             **sandbox.environ(),
             # Nothing of a configuration file that this user or this machine has.
-            "HSMTOLL_CONFIG": _empty(Path(folder) / "hsmtoll.toml"),
+            "HSMTOLL_CONFIG": os.devnull,
             "HSMTOLL_STATE": f"{folder}/state",
             "HSMTOLL_CACHE": f"file://{folder}/cache",
         }
@@ -167,11 +167,6 @@ def run_as(
                 process.kill()
                 raise
     return code if code >= 0 else 128 - code
-
-
-def _empty(path: Path) -> str:
-    path.touch(mode=0o600)
-    return str(path)
 
 
 def introduce(sandbox: Sandbox, identity: ThrowAway) -> None:

@@ -169,12 +169,11 @@ def toll_settings(
         **toll_eseal.environ(),
         **toll_sandbox.environ(),
         # Nothing of a configuration file or of another identity that this machine has.
-        "HSMTOLL_CONFIG": str(tmp_path / "toll.toml"),
+        "HSMTOLL_CONFIG": os.devnull,
         "HSMTOLL_STATE": str(tmp_path / "toll-state"),
     }
     if "toll_faults" in request.fixturenames:
         variables |= request.getfixturevalue("toll_faults").environ()
-    (tmp_path / "toll.toml").touch(mode=0o600)
     # A shell may spell them in small letters, and one in two spellings is refused.
     for name in [each for each in os.environ if _WHO.match(each) or each.upper() in variables]:
         monkeypatch.delenv(name)

@@ -166,6 +166,17 @@ def test_a_command_in_it_knows_nothing_of_a_configuration_of_this_user(tmp_path:
     assert run("doctor", "--json", **mine).returncode != 0
 
 
+def test_it_works_where_others_may_write_what_is_temporary(tmp_path: Path) -> None:
+    tmp_path.chmod(0o775)
+    # The control: a configuration file would not be read from there.
+    (tmp_path / "hsmtoll.toml").touch(mode=0o600)
+    refused = run("doctor", HSMTOLL_CONFIG=str(tmp_path / "hsmtoll.toml"))
+    assert "others may change" in refused.stdout + refused.stderr
+
+    done = run("sandbox", "--", *HSMTOLL, "token", "road", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_command_is_ended_with_it_and_nothing_of_it_stays(tmp_path: Path) -> None:
     argv = (*HSMTOLL, "sandbox", "--", "sh", "-c", "echo there; exec sleep 100")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

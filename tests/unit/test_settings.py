@@ -432,6 +432,21 @@ def test_a_relative_place_for_configuration_counts_as_none(
     assert load().timeout == 5
 
 
+def test_dev_null_is_no_configuration_file_and_hides_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hsmtoll" / "hsmtoll.toml"
+    file.parent.mkdir()
+    file.write_text("timeout = 5\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert load().timeout == 5
+
+    assert load(config=os.devnull).timeout == 10
+    monkeypatch.setenv("HSMTOLL_CONFIG", os.devnull)
+    assert load().timeout == 10
+    assert "no configuration file" in str(refusal(profile="acme"))
+
+
 _HOST: dict[str, Any] = {"signer__url": "unix:///run/hsmtoll/socket", "signer__profile": "acme"}
 _TLS: dict[str, Any] = {
     "signer__url": "https://signer.example:8443",
