@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import select
 import signal
 import stat
 import sys
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 
 import click
 
@@ -192,7 +193,19 @@ class _ReaderLeft(Exception):
     """Nobody reads stdout any more."""
 
 
-class _Result(io.FileIO):
+class _Patient(io.FileIO):
+    """One that others have set to be non-blocking is waited for, as one that blocks is."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        # Typeshed does not say so: None where nothing could be written at once.
+        while (done := cast("int | None", super().write(data))) is None:
+            ready = select.poll()
+            ready.register(self, select.POLLOUT)
+            ready.poll()
+        return done
+
+
+class _Result(_Patient):
     """stdout: what cannot be written is told as what it is, whichever command wrote it."""
 
     def write(self, data: ReadableBuffer, /) -> int:
@@ -208,7 +221,7 @@ class _Result(io.FileIO):
             ) from exc
 
 
-class _Remarks(io.FileIO):
+class _Remarks(_Patient):
     """stderr: what cannot be told there changes no outcome."""
 
     def write(self, data: ReadableBuffer, /) -> int:

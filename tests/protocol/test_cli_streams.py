@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,32 @@ def test_a_refusal_stays_one_where_its_reasons_cannot_be_written() -> None:
 @pytest.mark.parametrize("command", ["apis", "--help", "token --help"])
 def test_a_reader_that_has_left_is_no_error(command: str) -> None:
     assert shell(f"hsmtoll {command} >&{{dead}}") == (0, "", "")
+
+
+@pytest.mark.usefixtures("toll_settings")
+@pytest.mark.parametrize("where", ["stdout", "stderr"])
+def test_a_slow_reader_gets_all_of_it_though_somebody_set_the_pipe_to_be_non_blocking(
+    where: str,
+) -> None:
+    # What belongs to another program as well, such as node's stdio, is often set so.
+    command = ["doctor", "--json"] if where == "stdout" else ["-vv", "token", "road", "--renew"]
+    argv = [sys.executable, "-m", "hsmtoll", *command]
+    reading, writing = os.pipe()
+    # The control: as much as this pipe can hold is not enough.
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writing, False)
+    if where == "stderr":
+        os.write(writing, bytes(room))
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, where: writing}
+    with subprocess.Popen(argv, stdout=streams["stdout"], stderr=streams["stderr"]) as program:
+        os.close(writing)
+        time.sleep(3)
+        assert program.poll() is None
+        with os.fdopen(reading, "rb") as reader:
+            told = reader.read()
+        assert program.wait(30) == 0
+    assert len(told) > room
+    assert where == "stderr" or json.loads(told)["schema"] == 1
 
 
 @pytest.mark.usefixtures("toll_settings")
