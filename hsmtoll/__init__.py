@@ -7,6 +7,8 @@ that goes wrong is an `HsmTollError`. What is not in ``__all__`` is internal.
 
 from __future__ import annotations
 
+import atexit
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -49,3 +51,12 @@ def __getattr__(name: str) -> object:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@atexit.register
+def _at_exit() -> None:
+    # Registered here and not where the devices are, which is imported late: what a program
+    # registers itself runs before this, and may want a signature still.
+    module = sys.modules.get("hsmtoll.hsm.module")
+    if module is not None:
+        module.GATE.end()

@@ -8,7 +8,6 @@ with `GATE` held, and it is held over a fork as well.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import threading
@@ -48,16 +47,17 @@ class Gate:
         os.register_at_fork(
             before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child
         )
-        atexit.register(self._at_exit)
 
     def held(self, timeout: float) -> _Turn:
         """Hold it. Raises DeviceError (``device-busy``) after *timeout* seconds of waiting."""
         return _Turn(self._lock, timeout)
 
-    def _at_exit(self) -> None:
-        # A program that ends waits for the call of a thread, and lets no further one begin: a
-        # login that is cut off is a try of which nobody knows what became. A call that hangs
-        # does not keep it for long.
+    def end(self) -> None:
+        """
+        Wait for the call of a thread, and let no further one begin, in a program that ends: a
+        login that is cut off is a try of which nobody knows what became. A call that hangs does
+        not keep it for long.
+        """
         self._lock.acquire(timeout=5)
 
     def _before_fork(self) -> None:

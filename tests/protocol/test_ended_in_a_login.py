@@ -19,6 +19,22 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
 
+#: Its own last words need the device, in another thread, as those of a queue that is emptied.
+LAST_WORDS = """
+import atexit, threading
+import hsmtoll
+
+def work():
+    over.wait()
+    print(toll.token("road", renew=True).scope)
+
+over, worker = threading.Event(), threading.Thread(target=work, daemon=True)
+atexit.register(lambda: (over.set(), worker.join()))
+toll = hsmtoll.connect(deadline=5)
+toll.token("road")
+worker.start()
+"""
+
 COMMAND = (sys.executable, "-m", "hsmtoll", "token", "road", "--renew")
 
 #: Nobody closes the client: its thread is in the login when the program comes to its end.
@@ -78,6 +94,13 @@ def test_a_program_that_closes_nothing_hears_it_too(slow_login: Path, toll_fault
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
     assert next_one(toll_faults) == 0
+
+
+@pytest.mark.usefixtures("toll_settings")
+def test_what_a_program_does_at_its_end_may_want_the_device_still() -> None:
+    argv = (sys.executable, "-c", LAST_WORDS)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stderr, len(done.stdout.split())) == ("", 1)
 
 
 def test_of_one_that_was_killed_nobody_knows(slow_login: Path, toll_faults: Faults) -> None:
