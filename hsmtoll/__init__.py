@@ -53,10 +53,16 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+#: Seconds that a program which ends waits for what is under way in threads of ours.
+_AT_EXIT = 5.0
+
+
 @atexit.register
 def _at_exit() -> None:
     # Registered here and not where the devices are, which is imported late: what a program
     # registers itself runs before this, and may want a signature still.
-    module = sys.modules.get("hsmtoll.hsm.module")
-    if module is not None:
-        module.GATE.end()
+    left = _AT_EXIT
+    if "hsmtoll.flights" in sys.modules:
+        left = sys.modules["hsmtoll.flights"].see_out(left)
+    if "hsmtoll.hsm.module" in sys.modules:
+        sys.modules["hsmtoll.hsm.module"].GATE.end(left)

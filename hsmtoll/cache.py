@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import errors, records
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.flights import Flight, late, over, too_much
+from hsmtoll.flights import THREAD, Flight, late, over, too_much
 from hsmtoll.stores import name_of
 from hsmtoll.tokens import ANY, AccessToken, Freshness
 
@@ -179,7 +179,7 @@ class Cache:
                 thread = threading.Thread(
                     target=self._fly,
                     args=(request, source, flight),
-                    name="hsmtoll-renew",
+                    name=THREAD,
                     daemon=True,
                 )
                 try:

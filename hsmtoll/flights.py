@@ -7,8 +7,9 @@ Who starts one, and what becomes of its token, is decided in cache.
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from hsmtoll import errors
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError
     from hsmtoll.tokens import AccessToken, Wish
 
-__all__ = ["Flight", "late", "over", "too_much"]
+__all__ = ["THREAD", "Flight", "late", "over", "see_out", "too_much"]
+
+#: What the thread of a flight is called.
+THREAD: Final = "hsmtoll-renew"
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +40,18 @@ class Flight:
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
         default_factory=dict
     )
+
+
+def see_out(seconds: float) -> float:
+    """
+    Wait so long for the flights in the air, in a program that ends; returns the seconds left. A
+    thread that the interpreter ends in the middle of a library may take the process along.
+    """
+    until = time.monotonic() + seconds
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join(max(0.0, until - time.monotonic()))
+    return max(0.0, until - time.monotonic())
 
 
 def too_much(wish: Wish, most: float) -> HsmTollError:

@@ -52,13 +52,12 @@ class Gate:
         """Hold it. Raises DeviceError (``device-busy``) after *timeout* seconds of waiting."""
         return _Turn(self._lock, timeout)
 
-    def end(self) -> None:
+    def end(self, seconds: float) -> None:
         """
-        Wait for the call of a thread, and let no further one begin, in a program that ends: a
-        login that is cut off is a try of which nobody knows what became. A call that hangs does
-        not keep it for long.
+        Wait so long for the call of a thread, and let no further one begin, in a program that
+        ends: a login that is cut off is a try of which nobody knows what became.
         """
-        self._lock.acquire(timeout=5)
+        self._lock.acquire(timeout=seconds)
 
     def _before_fork(self) -> None:
         # Forked in the middle of a call, the child would inherit a module in pieces. A call

@@ -21,6 +21,7 @@ from hsmtoll.errors import (
     TryAgainLater,
     UsageError,
 )
+from hsmtoll.flights import THREAD
 from hsmtoll.stores import FileStore, MemoryStore, Store
 from hsmtoll.tokens import ANY, AccessToken, Moment, TokenRequest, Wish
 
@@ -105,7 +106,7 @@ def landed(cache: Cache) -> None:
 def flown() -> None:
     """Wait for the threads of all flights, to their last word."""
     for thread in threading.enumerate():
-        if thread.name == "hsmtoll-renew":
+        if thread.name == THREAD:
             thread.join(10)
 
 
