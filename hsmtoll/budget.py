@@ -93,6 +93,9 @@ class Budget:
             # Without the store (it is down, its file was removed) this process still counts.
             spent = max(shared, own, key=len)
             if len(spent) >= self._per_hour:
+                # Kept as counted: what was ahead would be ahead again, until the clock is there.
+                self._own[key] = spent
+                self._store.put(key, json.dumps(spent).encode(), ttl=_HOUR)
                 wait = max(1.0, sorted(spent)[-self._per_hour] + _HOUR - now)
                 raise TryAgainLater(
                     f"signing: {len(spent)} signatures were spent in the last hour, the budget",

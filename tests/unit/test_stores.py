@@ -288,6 +288,25 @@ def test_a_clock_set_back_frees_no_signature(any_store: Store, back: int) -> Non
         budget.spend("me")
 
 
+def test_signatures_of_a_clock_that_was_ahead_are_free_an_hour_after_it_was_put_right(
+    any_store: Store,
+) -> None:
+    clock = SettableClock(1_800_000_000.0)
+    budget = Budget(any_store, clock, per_hour=2)
+    budget.spend("me")
+    budget.spend("me")
+    clock.set_wall(1_800_000_000.0 - 7 * 86_400)
+    for _ in range(3):
+        # Asked again and again, it says each time what is left, and not an hour.
+        with pytest.raises(TryAgainLater) as caught:
+            budget.spend("me")
+        wait = caught.value.retry_after or 0.0
+        clock.advance(1199)
+    assert wait == pytest.approx(3600 - 2 * 1199)
+    clock.advance(4)
+    budget.spend("me")
+
+
 def test_a_directory_in_its_place_is_refused_and_leaks_nothing(
     store: FileStore, tmp_path: Path
 ) -> None:
