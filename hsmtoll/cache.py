@@ -82,7 +82,7 @@ class Cache:
         self._patience = patience
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
-        # Seconds that the newest had left when it was new: the next will hardly have more.
+        # Seconds that the newest had left when that was too little: the next will hardly have more.
         self._most: dict[TokenRequest, float] = {}
         #: Answers by what they were: fresh or stale from memory, from the store, or fetched.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
@@ -171,7 +171,7 @@ class Cache:
                 rest = self._rests.get(request)
                 if rest is not None and now.boot < rest.until:
                     if token is None:
-                        raise _again(rest.error)
+                        raise records.again(rest.error)
                     self.hits["stale"] += 1
                     return None, token, False
                 flight, led = Flight(now.boot, wish), True
@@ -222,7 +222,7 @@ class Cache:
             return token
         if outcome is None:
             raise late(flight, self._patience)
-        raise _again(outcome)
+        raise records.again(outcome)
 
     def _fly(self, request: TokenRequest, source: Source, flight: Flight) -> None:
         outcome: AccessToken | BaseException
@@ -271,7 +271,9 @@ class Cache:
                 token = self._stored(source.key(), request, flight.wish)
                 if token is None:
                     token = self._fetched(source, flight)
-                    self._most[request] = token.remaining(self._clock.now())
+                    left, life = token.remaining(self._clock.now()), flight.wish.min_life
+                    # One that was slow for another's wish says nothing of the next.
+                    self._most[request] = left if 0 < left < life else float("inf")
                 return token
 
     def _fetched(self, source: Source, flight: Flight) -> AccessToken:
@@ -354,10 +356,6 @@ class Cache:
         for future in waiting or ():
             if not future.done():
                 future.set_result(None)
-
-
-def _again(exc: BaseException) -> BaseException:
-    return records.again(exc) if isinstance(exc, HsmTollError) else exc
 
 
 def _remembered_for(exc: HsmTollError) -> float:

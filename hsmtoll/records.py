@@ -7,6 +7,7 @@ another key reads as nothing, so that an older program never misreads a newer on
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -118,10 +119,16 @@ def read_refusal(key: str, raw: bytes, *, now: Moment, longest: float) -> HsmTol
     return kind(value["message"], **said, retry_after=wait)
 
 
-def again(exc: HsmTollError) -> HsmTollError:
+def again(exc: BaseException) -> BaseException:
     """The same error for another caller: a traceback belongs to one raise."""
-    said: dict[str, Any] = {name: getattr(exc, name) for name in _SAID}
-    return type(exc)(str(exc), **said, retryable=exc.retryable, retry_after=exc.retry_after)
+    if isinstance(exc, errors.HsmTollError):
+        said: dict[str, Any] = {name: getattr(exc, name) for name in _SAID}
+        return type(exc)(str(exc), **said, retryable=exc.retryable, retry_after=exc.retry_after)
+    try:
+        same = copy.copy(exc)
+    except Exception:  # noqa: BLE001 - somebody's own, and not every one can be copied
+        return exc
+    return same.with_traceback(exc.__traceback__)
 
 
 def _written(key: str, **values: Any) -> bytes:

@@ -643,6 +643,40 @@ def test_a_life_that_new_tokens_just_miss_costs_one_signature(
     assert cache.get(REQUEST, well, Wish(min_life=well.lifetime - 1)).value == "token-1"
 
 
+def test_a_token_that_came_slowly_does_not_speak_for_the_next(
+    clock: HandClock, well: Well, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, fetch = cache_of(clock), well.fetch
+
+    def slow(flight: Flight) -> AccessToken:
+        token = fetch(flight)
+        clock.pass_(20 if well.fetched == 1 else 0.1)
+        return token
+
+    monkeypatch.setattr(well, "fetch", slow)
+    assert cache.get(REQUEST, well).value == "token-1"
+    assert cache.get(REQUEST, well, Wish(min_life=110)).value == "token-2"
+
+
+def test_a_mistake_is_raised_anew_for_each_caller(
+    clock: HandClock, well: Well, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(clock)
+
+    def mistaken(flight: Flight) -> AccessToken:
+        raise KeyError(flight.doing)
+
+    monkeypatch.setattr(well, "fetch", mistaken)
+    depths = []
+    for _ in range(20):
+        with pytest.raises(KeyError) as caught:
+            cache.get(REQUEST, well)
+        frames = [each.name for each in caught.traceback]
+        depths.append(len(frames))
+        assert frames[-1] == "mistaken"
+    assert depths[-1] == depths[1]
+
+
 def test_a_failed_renewal_is_told_once(
     clock: HandClock, well: Well, caplog: pytest.LogCaptureFixture
 ) -> None:
