@@ -210,7 +210,8 @@ def _of_environment(url: str) -> tuple[str, str | None]:
             hint="names or addresses with commas between, such as localhost,.acme.example",
             code="proxy-environment",
         )
-    if "*" in excepted or proxy_bypass(to.netloc.decode("ascii")):
+    # The standard library knows an address of IPv6 by its brackets alone.
+    if "*" in excepted or to.host in excepted or proxy_bypass(to.netloc.decode("ascii")):
         return "", None
     return f"{name.upper()}_PROXY", found if "://" in found else f"http://{found}"
 

@@ -418,6 +418,16 @@ def test_hosts_that_the_variables_except_are_met_without_the_proxy(
         assert bool(proxy.asked) is passes
 
 
+@pytest.mark.parametrize(("excepted", "passes"), [("::1", False), ("[::1]", False), ("::2", True)])
+def test_an_address_of_ipv6_is_excepted_with_brackets_and_without(
+    monkeypatch: pytest.MonkeyPatch, excepted: str, passes: bool
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", excepted)
+    options = Wire(proxy="environment").options("https://[::1]:8443/token")
+    assert bool(options["proxy"]) is passes
+
+
 def test_a_proxy_that_repeats_what_it_was_told_is_shown_without_it(tmp_path: Path) -> None:
     with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
         way = proxy.url.replace("https://", "https://somebody:hunter2hunter2@")
