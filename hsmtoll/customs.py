@@ -581,12 +581,16 @@ def _begun(response: httpx.Response) -> bytearray:
     if response.is_redirect and "location" in response.headers:
         # It is not followed, and httpx would fail on what is no address.
         response.extensions[_LOCATION] = response.headers.pop("location")
-    if response.headers.get("content-encoding", "identity").lower() not in _PACKINGS:
+    words = response.headers.get("content-encoding", "").lower().split(",")
+    packings = [word.strip() for word in words if word.strip() in _PACKINGS]
+    bodiless = response.request.method == "HEAD"
+    if not bodiless and packings not in ([], ["gzip"], ["deflate"]):
         raise Lost("packed in a way that was not asked for", code="answer-compressed")
     return bytearray()
 
 
-_PACKINGS: Final = ("identity", "gzip", "deflate")
+#: What httpx may unpack. Other words, such as the utf-8 of a server set up wrongly, it passes over.
+_PACKINGS: Final = ("gzip", "deflate", "br", "zstd")
 
 
 def _grown(body: bytearray, part: bytes) -> None:

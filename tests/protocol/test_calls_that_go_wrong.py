@@ -249,6 +249,21 @@ def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
     assert b"accept-encoding: gzip, deflate\r\n" in services.calls[0].lower()
 
 
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
+    services: RawServices, colour: str
+) -> None:
+    engine, _ = engine_of(services)
+    for word in ("utf-8", "", "identity"):
+        services.api = lambda *_, word=word: said(b"{}", "200 OK", f"content-encoding: {word}")
+        assert called(engine, colour, ("POST", SUBMIT)).json() == {}
+    services.api = lambda *_: said(b"", "200 OK", "content-encoding: br")
+    assert called(engine, colour, ("HEAD", CALL)).status_code == 200
+    # The control: a body that would be unpacked without a bound.
+    with pytest.raises(OutcomeUnknown):
+        called(engine, colour, ("POST", SUBMIT))
+
+
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
     engine, _ = engine_of(services, deadline=1.0)
     services.api = lambda *_: said(b"x" * 100)
