@@ -572,8 +572,12 @@ def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, A
     headers = httpx.Headers(request.pop("headers", None))
     # What is unpacked piece by piece, each into no more than a thousand times its size.
     headers["accept-encoding"] = "gzip, deflate"
-    extensions = {**(request.pop("extensions", None) or {}), "trace": trace}
+    extensions = {**_extensions(request), "trace": trace}
     return {**request, "headers": headers, "extensions": extensions}
+
+
+def _extensions(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    return request.get("extensions") or {}
 
 
 def _begun(response: httpx.Response) -> bytearray:
@@ -641,7 +645,14 @@ def asked(
     httpx.Client.request.
     """
     exchange = _Exchange(seconds)
-    prepared = _prepared(request, exchange.saw)
+    theirs = _extensions(request).get("trace")
+
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        exchange.saw(event, info)
+        if theirs is not None:
+            theirs(event, info)
+
+    prepared = _prepared(request, trace)
     try:
         with tls.bounded(exchange.left):
             return _whole(client.request(method, url, **prepared))
@@ -656,6 +667,7 @@ async def aasked(
     import asyncio  # noqa: PLC0415 - threads need none of it
 
     exchange, scope = _Exchange(seconds), asyncio.timeout(None)
+    theirs = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         before = exchange.end
@@ -663,6 +675,8 @@ async def aasked(
         if exchange.end != before and not scope.expired():
             left = None if exchange.end is None else exchange.end - time.monotonic()
             scope.reschedule(None if left is None else asyncio.get_running_loop().time() + left)
+        if theirs is not None:
+            await theirs(event, info)
 
     prepared = _prepared(request, trace)
     try:

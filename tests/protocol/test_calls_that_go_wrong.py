@@ -264,6 +264,23 @@ def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
         called(engine, colour, ("POST", SUBMIT))
 
 
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> None:
+    engine, _ = engine_of(services)
+    seen: list[str] = []
+
+    async def tell(event: str, _: object) -> None:
+        seen.append(event)
+
+    trace = tell if colour == "tasks" else lambda event, _: seen.append(event)
+    called(engine, colour, ("GET", CALL), extensions={"trace": trace})
+    assert "http11.send_request_headers.started" in seen
+    # The control: nobody is told of a call that is not traced.
+    seen.clear()
+    called(engine, colour, ("GET", CALL))
+    assert not seen
+
+
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
     engine, _ = engine_of(services, deadline=1.0)
     services.api = lambda *_: said(b"x" * 100)
