@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,7 +33,7 @@ class Calls(Protocol):
 
     _engine: Engine
     # By API, and by process: a TLS connection cannot be shared with a child of fork.
-    _clients: dict[tuple[str, int], httpx.Client]
+    _clients: dict[tuple[str, int], tuple[httpx.Client, threading.Semaphore]]
     _given: list[httpx.Client]
 
     def api(self, name: str) -> httpx.Client:
@@ -44,24 +45,36 @@ class Calls(Protocol):
 
         The answer is whole, of 64 MiB at most, and here within HSMTOLL_DEADLINE. Where none came:
         NetworkError for GET, HEAD, OPTIONS and for what was not sent, OutcomeUnknown for the rest.
-        Its status is the caller's to look at.
+        Its status is the caller's to look at. Threads wait for their turn, as many as there
+        may be.
         """
         from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
 
-        api, engine = apis.api_of_path(path), self._engine
-        url, seconds = f"{engine.endpoints.customs}{path}", engine.wire.deadline
+        api = apis.api_of_path(path)
+        url = f"{self._engine.endpoints.customs}{path}"
         try:
-            return customs.asked(self._kept(api.name), method, url, seconds=seconds, **request)
+            return self._asked(api.name, method, url, **request)
         except customs.Lost as exc:
             raise customs.lost(exc, api, method) from exc
 
-    def _kept(self, name: str) -> httpx.Client:
-        """One client an API, so that 500 submissions do not make 500 connections."""
+    def _asked(self, name: str, method: str, url: str, **request: Any) -> httpx.Response:
         from hsmtoll import customs  # noqa: PLC0415 - as above
+
+        client, turn = self._kept(name)
+        # Where hundreds wait in the pool itself, it now and then closes a connection that it has
+        # just lent: that call would be lost, and a submission's fate unknown.
+        with turn:
+            seconds = self._engine.wire.deadline
+            return customs.asked(client, method, url, seconds=seconds, **request)
+
+    def _kept(self, name: str) -> tuple[httpx.Client, threading.Semaphore]:
+        """One client an API, and a turn for each of its connections."""
+        from hsmtoll import customs, wire  # noqa: PLC0415 - as above
 
         key = (name, os.getpid())
         if key not in self._clients:
-            self._clients.setdefault(key, customs.bounded(self.api(name)))
+            made = customs.bounded(self.api(name)), threading.Semaphore(wire.CONNECTIONS)
+            self._clients.setdefault(key, made)
         return self._clients[key]
 
     def submit(
@@ -106,10 +119,8 @@ class Calls(Protocol):
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         engine = self._engine
-        client = self._kept(api)
-        return customs.spoken(
-            talk, client, engine.endpoints.customs, engine.clock.sleep, engine.wire.deadline
-        )
+        ask = partial(self._asked, api)
+        return customs.spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
 
     def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"

@@ -692,16 +692,11 @@ async def aasked(
 
 def spoken(
     talk: Talk,
-    client: httpx.Client,
+    ask: Callable[..., httpx.Response],
     origin: str,
     sleep: Callable[[float], None],
-    seconds: float,
 ) -> Receipt:
-    """
-    Hold a conversation over *client*, whose bearer and origin are set.
-
-    *seconds* bound each request with its answer.
-    """
+    """Hold a conversation; *ask* is one request to *origin* with its answer."""
     told: Told = None
     try:
         while True:
@@ -711,9 +706,7 @@ def spoken(
                 told = None
                 continue
             try:
-                told = asked(
-                    client, step.method, origin + step.path, seconds=seconds, **_sent(step)
-                )
+                told = ask(step.method, origin + step.path, **_sent(step))
             except (Lost, HsmTollError) as exc:
                 told = exc
     except StopIteration as end:
@@ -727,7 +720,7 @@ async def aspoken(
     origin: str,
     sleep: Callable[[float], Awaitable[None]],
 ) -> Receipt:
-    """As spoken, for tasks; *ask* is one request with its answer."""
+    """As spoken, for tasks."""
     told: Told = None
     try:
         while True:

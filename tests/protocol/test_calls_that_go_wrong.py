@@ -7,7 +7,9 @@ import gzip
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,6 +24,7 @@ from hsmtoll import (
     apis,
 )
 from hsmtoll.customs import Wait, check, submission
+from hsmtoll.wire import CONNECTIONS
 from tests.raw_services import CALL, RawServices, said
 from tests.soft import engine_of
 
@@ -358,3 +361,46 @@ def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices
     assert len(signer.signed) == 1
     # The exchange has a connection of its own.
     assert services.connections <= 20 + 1
+
+
+class Crowded:
+    """An API that counts who is being answered at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._now = 0
+        self.most = 0
+
+    def __call__(self, connection: ssl.SSLSocket, asked: bytes) -> bytes:
+        del connection, asked
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(0.01)
+        with self._lock:
+            self._now -= 1
+        return said(b"{}")
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_a_crowd_takes_turns_on_the_connections_that_there_are(
+    services: RawServices, colour: str
+) -> None:
+    """Queues are ours: that of the connections loses a call now and then."""
+    engine, _ = engine_of(services)
+    services.api = crowded = Crowded()
+    if colour == "threads":
+        with TollClient(engine) as toll, ThreadPoolExecutor(100) as pool:
+            answers = list(pool.map(lambda _: toll.call("GET", CALL).status_code, range(300)))
+    else:
+
+        async def tasks() -> list[int]:
+            async with AsyncTollClient(engine) as toll:
+                calls = [toll.call("GET", CALL) for _ in range(300)]
+                return [each.status_code for each in await asyncio.gather(*calls)]
+
+        answers = asyncio.run(tasks())
+    assert answers == [200] * 300
+    assert 1 < crowded.most <= CONNECTIONS
+    assert services.connections <= CONNECTIONS + 2
+    assert len(services.grants) == 1
