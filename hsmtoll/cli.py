@@ -693,7 +693,7 @@ def submit(
             waiting=_waiting,
         )
     with _after_sending(f"submission {receipt.request_id}"):
-        click.echo(f"SUCCESS {receipt.mrn}" if receipt.mrn else "SUCCESS")
+        click.echo(f"SUCCESS {foreign(receipt.mrn)}" if receipt.mrn else "SUCCESS")
 
 
 def _waiting(seconds: float) -> None:

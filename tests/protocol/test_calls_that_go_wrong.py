@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -153,6 +154,25 @@ def test_only_200_is_a_success_of_the_test_call(
     assert done.stdout == ("" if code else "200 OK\n")
 
 
+def test_what_customs_calls_a_declaration_is_shown_as_foreign_words(
+    services: RawServices, toll_settings: object
+) -> None:
+    del toll_settings
+    shown = []
+    for mrn in ("26NO4TU2HUD59UCBT8", "\x1b[31m26NO"):
+        services.api = judging(json.dumps({"status": "SUCCESS", "mrn": mrn}).encode())
+        shown.append(hsmtoll(services, "submit", "road", "POST", "transport", "{}").stdout)
+    assert shown == ["SUCCESS 26NO4TU2HUD59UCBT8\n", "SUCCESS \\x1b[31m26NO\n"]
+
+
+def judging(result: bytes) -> Callable[..., bytes]:
+    def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes:
+        del connection
+        return said(b'{"requestId": "abc-1"}' if asked.startswith(b"POST") else result)
+
+    return answer
+
+
 def dripping(head: bytes, drop: bytes) -> Callable[..., None]:
     def answer(connection: ssl.SSLSocket, asked: bytes) -> None:
         del asked
@@ -202,16 +222,16 @@ def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, col
     grant = services.token
 
     def slowly(connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
-        time.sleep(0.8)
+        time.sleep(2.5)
         return grant(connection, asked)
 
     def call(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection, asked
-        time.sleep(0.8)
+        time.sleep(2.5)
         return said(b"{}")
 
     services.token, services.api = slowly, call
-    engine, _ = engine_of(services, deadline=1.4)
+    engine, _ = engine_of(services, deadline=4.0)
     assert called(engine, colour, ("GET", CALL)).status_code == 200
 
 
