@@ -70,6 +70,8 @@ _TURNED_AWAY: Final = 64
 
 #: Seconds to complete a request, TLS included; and to take the reply.
 _PATIENCE: Final = 5.0
+#: Seconds between two warnings of the same kind.
+_QUIET: Final = 60.0
 #: Seconds that one who was turned away is given to read it.
 _GOODBYE: Final = 1.0
 #: Seconds without taking connections where none can be taken.
@@ -339,6 +341,8 @@ class Door:
         self._visits: dict[_Visit, asyncio.BaseTransport | None] = {}
         self._shares: Counter[str] = Counter()
         self._turned_away: set[asyncio.Task[None]] = set()
+        # When each is said again, by OpenSSL's own words.
+        self._warned: dict[str, float] = {}
         self._arrivals: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         listening.setblocking(False)
@@ -433,6 +437,16 @@ class Door:
                 raise
             # Whoever has no certificate of ours ends here; what it sent is not worth a line each.
             _log.info("door: a connection was not made (%s)", type(exc).__name__)
+            if isinstance(exc, ssl.SSLCertVerificationError):
+                self._warn(exc.verify_message)
+
+    def _warn(self, why: str) -> None:
+        # A list that is missing turns everybody away, who hear of it by an alert at most; but
+        # whoever can connect can be turned away.
+        now = asyncio.get_running_loop().time()
+        if now >= self._warned.get(why, now):
+            self._warned[why] = now + _QUIET
+            _log.warning("door: a caller's certificate is not taken (%s)", why)
 
     def met(self, visit: _Visit, transport: asyncio.BaseTransport) -> None:
         """A connection is there: its time runs, and a certificate says who it is."""
