@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ import platformdirs
 from hsmtoll import exchange
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.paths import check_regular
 from hsmtoll.settings import Settings, load, variable
 from hsmtoll.tokens import TokenRequest
 
@@ -510,12 +510,11 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
 
 
 def _read(path: Path, name: str) -> str:
-    why: str | None = "not a regular file"
     try:
-        # A pipe would be waited for without end, and be empty when it is read once more.
-        if stat.S_ISREG(path.stat().st_mode):
-            # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
-            return path.read_text(encoding="utf-8", errors="replace")
+        check_regular(path)
+        # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as exc:
-        why = exc.strerror
-    raise ConfigurationError(f"{name} {foreign(path)}: cannot be read ({why})")
+        raise ConfigurationError(
+            f"{name} {foreign(path)}: cannot be read ({exc.strerror})"
+        ) from exc

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DOCUMENT_TYPES",
     "LEVELS",
+    "SAFE",
     "Lost",
     "Marker",
     "Receipt",
@@ -397,12 +398,12 @@ def _check_upload(declaration_id: str, name: str, content: bytes, document_type:
 
 
 #: Methods that may be repeated, whatever became of the first (RFC 9110 section 9.2.1).
-_SAFE: Final = ("GET", "HEAD", "OPTIONS")
+SAFE: Final = ("GET", "HEAD", "OPTIONS")
 
 
 def lost(exc: Lost, api: Api, method: str, request_id: str | None = None) -> HsmTollError:
     """What it means that no answer came: OutcomeUnknown for what may have been received."""
-    if not exc.unsent and method.upper() not in _SAFE:
+    if not exc.unsent and method.upper() not in SAFE:
         return _unknown(f"no answer came ({exc})", api, request_id)
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
@@ -418,7 +419,7 @@ def check(response: httpx.Response, api: Api, *, now: float) -> None:
 
     As for a submission, a 5xx to what must not be sent twice is OutcomeUnknown (PROTOCOL C21).
     """
-    safe = response.request.method in _SAFE
+    safe = response.request.method in SAFE
     if response.status_code >= 500 and not safe:
         raise _unknown(f"the answer was {response.status_code}", api, None, response)
     error = refused(response, api, now=now)

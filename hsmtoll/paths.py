@@ -1,4 +1,4 @@
-"""Where a path leads, step by step: whoever may change one of them decides what is found there."""
+"""Where a path leads, step by step: whoever may change one decides what is found; and to what."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-__all__ = ["loose"]
+__all__ = ["check_regular", "loose"]
 
 #: Links that the kernel follows on one way (path_resolution(7)).
 _LINKS: Final = 40
@@ -42,3 +42,12 @@ def loose(path: Path) -> Path | None:
             return None
         step = left.pop()
         here = here.parent if step == ".." else here / step
+
+
+def check_regular(path: Path) -> None:
+    """
+    OSError for what is no regular file, or is not there. A pipe would be waited for without end,
+    and be empty when it is read once more.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.paths import check_regular
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ def host_context(
         _trust(context, ca_file, "HSMTOLL_SIGNER__CA_FILE")
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
-        _check_regular(certificate, key)
+        for file in filter(None, (certificate, key)):
+            check_regular(file)
         # A password of ours, so that OpenSSL asks for none on a terminal.
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as exc:
@@ -107,17 +109,10 @@ def _empty() -> ssl.SSLContext:
 
 def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
     try:
-        _check_regular(ca_file)
+        check_regular(ca_file)
         context.load_verify_locations(cafile=ca_file)
     except (OSError, ssl.SSLError) as exc:
         raise ConfigurationError(
             f"{name} {foreign(ca_file)}: cannot be read as PEM certificates",
             hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
         ) from exc
-
-
-def _check_regular(*files: Path | None) -> None:
-    """OSError for a pipe, which OpenSSL would wait for without end, and for what is not there."""
-    for file in files:
-        if file is not None and not file.is_file():
-            raise OSError(f"{file}: not a regular file")

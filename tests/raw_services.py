@@ -13,6 +13,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from typing import TYPE_CHECKING, Self
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -40,6 +41,19 @@ def said(body: object = b"", status: str = "200 OK", *headers: str) -> bytes:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = (f"HTTP/1.1 {status}", f"content-length: {len(raw)}", *headers, "", "")
     return "\r\n".join(lines).encode("latin-1") + raw
+
+
+def dripping(head: bytes, drop: bytes) -> Callable[..., None]:
+    """Who answers with *head*, and then a *drop* each twentieth of a second, for 20 s."""
+
+    def answer(connection: socket.socket, *_: object) -> None:
+        connection.sendall(head)
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            connection.sendall(drop)
+            time.sleep(0.05)
+
+    return answer
 
 
 def granting(connection: ssl.SSLSocket, asked: bytes) -> bytes:

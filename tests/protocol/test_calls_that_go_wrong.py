@@ -26,7 +26,7 @@ from hsmtoll import (
 )
 from hsmtoll.customs import Wait, check, submission
 from hsmtoll.wire import CONNECTIONS
-from tests.raw_services import CALL, RawServices, said
+from tests.raw_services import CALL, RawServices, dripping, said
 from tests.soft import engine_of
 
 if TYPE_CHECKING:
@@ -169,18 +169,6 @@ def judging(result: bytes) -> Callable[..., bytes]:
     def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection
         return said(b'{"requestId": "abc-1"}' if asked.startswith(b"POST") else result)
-
-    return answer
-
-
-def dripping(head: bytes, drop: bytes) -> Callable[..., None]:
-    def answer(connection: ssl.SSLSocket, asked: bytes) -> None:
-        del asked
-        connection.sendall(head)
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            connection.sendall(drop)
-            time.sleep(0.05)
 
     return answer
 

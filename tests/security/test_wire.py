@@ -23,7 +23,7 @@ from hsmtoll.errors import ConfigurationError, NetworkError
 from hsmtoll.exchange import Post, read_subject
 from hsmtoll.wire import Wire
 from tests.lab import free_port
-from tests.raw_services import RawServices, TlsProxy
+from tests.raw_services import RawServices, TlsProxy, dripping
 from tests.soft import engine_of
 
 if TYPE_CHECKING:
@@ -90,17 +90,6 @@ def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         ended.set()
         thread.join(10)
         listener.close()
-
-
-def dripping(head: bytes, drop: bytes) -> Callable[[socket.socket], None]:
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(head)
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            connection.sendall(drop)
-            time.sleep(0.05)
-
-    return answer
 
 
 @pytest.mark.parametrize(
