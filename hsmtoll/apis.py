@@ -6,11 +6,11 @@ Source: PROTOCOL C.2 (scopes) and C.7 (catalogue), from the guide's "Technical i
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.suggestions import did_you_mean
 
 __all__ = [
     "APIS",
@@ -114,10 +114,9 @@ def named(name: str) -> Api:
     try:
         return _BY_NAME[name]
     except KeyError:
-        near = difflib.get_close_matches(name, _BY_NAME, n=1)
         raise UsageError(
             f"API {foreign(name)}: there is no such API",
-            hint=f"did you mean {near[0]}?" if near else "`hsmtoll apis` lists them",
+            hint=did_you_mean(name, _BY_NAME, "`hsmtoll apis` lists them"),
         ) from None
 
 

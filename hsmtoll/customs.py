@@ -31,6 +31,7 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
+from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
@@ -237,7 +238,7 @@ def _checked(
     if level not in levels:
         raise UsageError(
             f"submit to {api.name}: there is no level {foreign(level)}",
-            hint=f"levels: {', '.join(levels)}",
+            hint=did_you_mean(level, levels, f"levels: {', '.join(levels)}"),
         )
     fixed = api.name == "presentation"
     methods = ("POST",) if fixed else ("POST", "DELETE") if level == "relation" else _METHODS
@@ -382,7 +383,7 @@ def _check_upload(declaration_id: str, name: str, content: bytes, document_type:
     if document_type not in DOCUMENT_TYPES:
         raise UsageError(
             f"upload of type {foreign(document_type)}: Customs knows no such type",
-            hint=f"types: {', '.join(DOCUMENT_TYPES)}",
+            hint=did_you_mean(document_type, DOCUMENT_TYPES, f"types: {', '.join(DOCUMENT_TYPES)}"),
         )
     extension = name.rpartition(".")[2].lower() if "." in name else ""
     if extension not in _MEDIA:

@@ -8,7 +8,6 @@ that over the file's top level. Every name that is not known is an error.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import tomllib
@@ -29,6 +28,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.paths import loose
+from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -63,6 +63,20 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _path(value: Path) -> Path:
+    text = str(value)
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded here; write the whole path")
+    if text.endswith("\r"):
+        raise ValueError("ends with a carriage return; give the file that sets it Unix line ends")
+    if text != text.strip():
+        raise ValueError("begins or ends with white space; remove it")
+    if text[0] in "\"'":
+        raise ValueError("is in quotation marks; write the path without them")
+    return value
+
+
+_Path = Annotated[Path, AfterValidator(_path)]
 _Text = Annotated[str, AfterValidator(_one_line)]
 _Words = Annotated[tuple[_Text, ...], BeforeValidator(_words)]
 _Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -76,22 +90,22 @@ class _Group(BaseModel):
 class Hsm(_Group):
     """The device, the key on it, and how it is unlocked."""
 
-    module: Path | None = None
+    module: _Path | None = None
     key: _Words = ()
     token_label: _Text | None = None
     token_serial: _Text | None = None
     key_label: _Text | None = None
     key_id: Annotated[str, AfterValidator(_hex)] | None = None
     pin: SecretStr | None = None
-    pin_file: Path | None = None
+    pin_file: _Path | None = None
     pin_command: SecretStr | None = None
     pin_prompt: _Prompt | None = None
     signing_pin: SecretStr | None = None
-    signing_pin_file: Path | None = None
+    signing_pin_file: _Path | None = None
     signing_pin_command: SecretStr | None = None
     signing_pin_prompt: _Prompt | None = None
-    certificates: Path | None = None
-    public_key: Path | None = None
+    certificates: _Path | None = None
+    public_key: _Path | None = None
     root_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
     certificate_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
     allow_exportable_key: bool = False
@@ -119,9 +133,9 @@ class SignerHost(_Group):
     url: _Words = ()
     profile: _Text | None = None
     mode: Literal["grant", "token"] = "grant"
-    client_cert: Path | None = None
-    client_key: Path | None = None
-    ca_file: Path | None = None
+    client_cert: _Path | None = None
+    client_key: _Path | None = None
+    ca_file: _Path | None = None
     uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
     organization: _Text | None = None
 
@@ -129,18 +143,18 @@ class SignerHost(_Group):
 class Host(_Group):
     """What the signing host itself needs."""
 
-    socket: Path | None = None
+    socket: _Path | None = None
     listen: _Text | None = None
-    cert: Path | None = None
-    key: Path | None = None
-    client_ca: Path | None = None
-    policy: Path | None = None
-    audit_dir: Path | None = None
-    audit_key: Path | None = None
-    stop_file: Path | None = None
+    cert: _Path | None = None
+    key: _Path | None = None
+    client_ca: _Path | None = None
+    policy: _Path | None = None
+    audit_dir: _Path | None = None
+    audit_key: _Path | None = None
+    stop_file: _Path | None = None
     metrics: _Text | None = None
     workers: Annotated[int, Field(ge=1, le=64)] = 1
-    client_crl: Path | None = None
+    client_crl: _Path | None = None
     # "unchecked" is for machines whose clock is kept by what the kernel does not know of.
     clock: Literal["synchronised", "unchecked"] = "synchronised"
 
@@ -173,14 +187,14 @@ class Settings(BaseSettings):
     x5c: Literal["full", "without-root", "leaf"] = "full"
     hsm: Hsm = Hsm()
     endpoints: Endpoints = Endpoints()
-    ca_file: Path | None = None
+    ca_file: _Path | None = None
     proxy: SecretStr | None = None
     timeout: _Seconds = 10.0
     deadline: _Seconds = 60.0
     cache: SecretStr | None = None
-    cache_key_file: Path | None = None
+    cache_key_file: _Path | None = None
     budget: Budget = Budget()
-    state: Path | None = None
+    state: _Path | None = None
     signer: SignerHost = SignerHost()
     host: Host = Host()
 
@@ -191,18 +205,21 @@ def load(
     """
     The settings of this process: *given* over the environment over the file.
 
+    *config* and *profile* win over HSMTOLL_CONFIG and HSMTOLL_PROFILE.
+
     Nested values are given as mappings (``hsm={"module": …}``) or flat (``hsm__module=…``).
     Raises ConfigurationError, naming the variable, the key or the argument, never a value.
     """
     _refuse_odd_variables(os.environ)
     path = _config_path(config)
+    named = profile or _from_environment(_PROFILE)
     try:
-        filed = _read_file(path, profile) if path else {}
+        filed = _read_file(path, named) if path else {}
     except RecursionError:
         raise ConfigurationError(f"configuration file {path}: nested too deeply") from None
-    if profile is not None and path is None:
+    if named is not None and path is None:
         raise ConfigurationError(
-            f"profile {foreign(profile)}: there is no configuration file to find it in",
+            f"profile {foreign(named)}: there is no configuration file to find it in",
             hint="set HSMTOLL_CONFIG or pass --config",
         )
     arguments = _nested(given)
@@ -260,7 +277,9 @@ def variable(*path: str) -> str:
 
 _PATHS: Final = frozenset(_fields())
 _VARIABLES: Final = {variable(*path): path for path in _PATHS}
-_OWN: Final = f"{_PREFIX}CONFIG"
+#: Where the settings are read from; neither is a setting itself.
+_CONFIG: Final = f"{_PREFIX}CONFIG"
+_PROFILE: Final = f"{_PREFIX}PROFILE"
 
 
 def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -282,25 +301,33 @@ def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
                 hint="unset one of them",
                 code="setting-twice",
             )
-        if not upper.startswith(_PREFIX) or upper == _OWN or upper in _VARIABLES:
+        if not upper.startswith(_PREFIX) or upper in (_CONFIG, _PROFILE, *_VARIABLES):
             continue
         raise ConfigurationError(
             f"variable {foreign(name)}: there is no such setting",
-            hint=_nearest(upper, (*_VARIABLES, _OWN)),
+            hint=_nearest(upper, (*_VARIABLES, _CONFIG, _PROFILE)),
             code="setting-unknown",
         )
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else "the README lists every setting"
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    return did_you_mean(name, known, "the README lists every setting")
+
+
+def _from_environment(variable_name: str) -> str | None:
+    values = (value for name, value in os.environ.items() if name.upper() == variable_name)
+    return next(filter(None, values), None)
 
 
 def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
-    own = (value for name, value in os.environ.items() if value and name.upper() == _OWN)
-    named = given or next(own, None)
+    named = given or _from_environment(_CONFIG)
     if named:
         path = Path(named)
+        if str(path).startswith("~"):
+            raise ConfigurationError(
+                f"configuration file {foreign(path)}: there is no such file",
+                hint="~ is not expanded here; write the whole path",
+            )
         if str(path) == os.devnull:
             # No file at all, not even the machine's own: nobody can write anything into it.
             return None
@@ -332,7 +359,7 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
 def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
     check_code_file(path, "configuration file")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"configuration file {path}: cannot be read") from exc
     except tomllib.TOMLDecodeError as exc:
@@ -369,7 +396,7 @@ def _refuse_unknown_keys(values: Mapping[str, Any], where: str) -> None:
             dotted = ".".join(path)
             raise ConfigurationError(
                 f"{where} {foreign(dotted)}: there is no such setting",
-                hint=_nearest(dotted, (".".join(known) for known in _PATHS)),
+                hint=_nearest(dotted, (*groups, *(".".join(known) for known in _PATHS))),
                 code="setting-unknown",
             )
 
@@ -459,6 +486,7 @@ def _consistent(settings: Settings) -> None:
             "HSMTOLL_KID: one key id cannot name several keys of HSMTOLL_HSM__KEY",
             hint="set HSMTOLL_KID=thumbprint and register each key under its RFC 7638 thumbprint",
         )
+    _check_uris(hsm.key)
     for place, why in _ABSOLUTE.items():
         value: Any = settings
         for name in place:
@@ -470,6 +498,20 @@ def _consistent(settings: Settings) -> None:
     _check_proxy(settings)
     if settings.cache is not None:
         _check_cache(settings.cache.get_secret_value(), settings.cache_key_file)
+
+
+def _check_uris(uris: tuple[str, ...]) -> None:
+    for number, uri in enumerate(uris, 1):
+        if uri.lower().startswith("pkcs11:"):
+            continue
+        # It may be anything, a PIN included: it is not repeated.
+        raise ConfigurationError(
+            f"HSMTOLL_HSM__KEY: word {number} of {len(uris)} does not start with 'pkcs11:'",
+            hint="white space separates URIs; write a blank as %20"
+            if number > 1
+            else "`hsmtoll objects` prints the URI of every key, ready to paste",
+            code="uri",
+        )
 
 
 #: Bytes of a Unix socket's path (unix(7): sun_path without its end).

@@ -12,6 +12,7 @@ import hmac
 import locale
 import logging
 import os
+import re
 import select
 import shlex
 import signal
@@ -194,7 +195,8 @@ class PinCommand:
         except (OSError, ValueError) as exc:
             failed = f"cannot be started: {getattr(exc, 'strerror', None) or type(exc).__name__}"
         if failed:
-            raise self._failed(failed)
+            hint = "~ is not expanded here; write the whole path"
+            raise self._failed(failed, hint=hint if argv[0].startswith("~") else None)
         with process:
             try:
                 out, _ = process.communicate(timeout=self.timeout)
@@ -210,8 +212,10 @@ class PinCommand:
             raise self._failed(f"ended with exit code {process.returncode}")
         return _pin(_line(out, name=self.name), source=self.name)
 
-    def _failed(self, what: str) -> ConfigurationError:
-        return ConfigurationError(f"The PIN command ({self.name}) {what}", code="pin-source")
+    def _failed(self, what: str, *, hint: str | None = None) -> ConfigurationError:
+        return ConfigurationError(
+            f"the PIN command ({self.name}) {what}", hint=hint, code="pin-source"
+        )
 
     def __repr__(self) -> str:
         return f"PinCommand({self.name})"
@@ -250,7 +254,7 @@ class PinTerminal:
         if not line:
             raise EOFError
         encoding = locale.getpreferredencoding(do_setlocale=False)
-        return _pin(_line(line, name=self.name, encoding=encoding), source=self.name)
+        return _pin(_line(line, name=self.name, encoding=encoding), source=self.name, as_typed=True)
 
 
 class _Typing:
@@ -310,11 +314,11 @@ def _line(data: bytes, *, name: str, encoding: str = "utf-8") -> str:
     with contextlib.suppress(UnicodeDecodeError):
         text = data.decode(encoding)
     if text is None:
-        raise ConfigurationError(f"The PIN from {name} is not UTF-8", code="pin-source")
+        raise ConfigurationError(f"the PIN from {name} is not UTF-8", code="pin-source")
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _pin(value: str, *, source: str, version: str = "") -> Pin:
+def _pin(value: str, *, source: str, version: str = "", as_typed: bool = False) -> Pin:
     wrong = (
         "is empty" if not value
         else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
@@ -326,5 +330,29 @@ def _pin(value: str, *, source: str, version: str = "") -> Pin:
         else None
     )  # fmt: skip
     if wrong:
-        raise ConfigurationError(f"The PIN from {source} {wrong}", code="pin-source")
+        raise ConfigurationError(f"the PIN from {source} {wrong}", code="pin-source")
+    unlikely = None if as_typed else _unlikely(value)
+    if unlikely:
+        raise ConfigurationError(
+            f"the PIN from {source} {unlikely}: it was not tried",
+            hint="write the PIN alone, on one line; if it is really so, type it: "
+            "HSMTOLL_HSM__PIN_PROMPT=terminal takes what is typed",
+            code="pin-form",
+        )
     return Pin(value, source=source, version=version)
+
+
+#: A line of an environment file or of a letter instead of the PIN; base64 may end with "=" as well.
+_ASSIGNMENT: Final = re.compile(r"(?:export\s+)?\w*PIN\w*(?:\s*=\s*[^=\s]|:\s)", re.IGNORECASE)
+_QUOTES: Final = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "\u00ab\u00bb")
+
+
+def _unlikely(value: str) -> str | None:
+    """Why *value* is probably not the PIN that was meant; a wrong one would cost a try."""
+    if any(end.isspace() or not end.isprintable() for end in (value[0], value[-1])):
+        return "begins or ends with a blank or a character that does not show"
+    if len(value) > 1 and value[0] + value[-1] in _QUOTES:
+        return "is in quotation marks"
+    if _ASSIGNMENT.match(value):
+        return "has a name before it, as in PIN=…"
+    return None

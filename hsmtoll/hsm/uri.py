@@ -76,7 +76,10 @@ class KeyUri:
         scheme, colon, rest = text.strip().partition(":")
         if not colon or scheme.lower() != "pkcs11":
             # What stands there instead may be anything, a PIN included: it is not repeated.
-            raise _wrong("it does not start with 'pkcs11:'")
+            raise _wrong(
+                "it does not start with 'pkcs11:'",
+                hint="white space separates URIs; write a blank in a name as %20",
+            )
         path, _, query = rest.partition("?")
         values: dict[str, object] = {}
         for part, between, known in ((path, ";", _PATH), (query, "&", _QUERY)):
@@ -159,6 +162,9 @@ _INSTEAD: Final = {
 }
 
 
+_WHOLE_PATH: Final = "write the whole path"
+
+
 def _value(name: str, raw: str) -> object:
     if re.search(r"%(?![0-9A-Fa-f]{2})", raw):
         raise _wrong(f"'{name}' has a '%' without two hex digits after it")
@@ -179,6 +185,8 @@ def _value(name: str, raw: str) -> object:
         raise _wrong(f"'type' is one of {', '.join(_TYPES)}")
     if name == "pin-source":
         return _file(text)
+    if name == "module-path" and text.startswith("~"):
+        raise _wrong("'module-path' begins with ~, which is not expanded here", hint=_WHOLE_PATH)
     return text
 
 
@@ -205,6 +213,8 @@ def _file(text: str) -> str:
         if parts.netloc not in {"", "localhost"} or parts.query or parts.fragment:
             raise _wrong("'pin-source' is a file of this machine and nothing else")
         text = unquote(parts.path)
+    if text.startswith("~"):
+        raise _wrong("'pin-source' begins with ~, which is not expanded here", hint=_WHOLE_PATH)
     if not text.startswith("/") or "|" in text or "\0" in text:
         raise _wrong(
             "'pin-source' is the absolute path of a file, or file: with one, and nothing else"
@@ -227,7 +237,7 @@ def _same(asked: Fact, fact: Fact, *, padded: bool) -> bool:
 
 def _wrong(why: str, *, hint: str | None = None) -> ConfigurationError:
     return ConfigurationError(
-        f"A pkcs11: URI (RFC 7512) cannot be read: {why}",
+        f"a pkcs11: URI (RFC 7512) cannot be read: {why}",
         hint=hint or "`hsmtoll objects` prints the URI of every key, ready to paste.",
         code="uri",
     )

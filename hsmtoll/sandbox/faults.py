@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from hsmtoll.suggestions import did_you_mean
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -86,7 +88,8 @@ class Faults:
         *after* requests pass before it strikes, then *times* are hit (None: all).
         """
         if name not in NAMES:
-            raise ValueError(f"no fault is called {name!r}; there are: {', '.join(NAMES)}")
+            near = did_you_mean(name, NAMES, f"there are: {', '.join(NAMES)}")
+            raise ValueError(f"no fault is called {name!r}; {near}")
         if endpoint not in ENDPOINTS and not endpoint.startswith("/"):
             raise ValueError(
                 f"no endpoint is called {endpoint!r}: {', '.join(ENDPOINTS)}, or /path"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.errors import DeviceError, UsageError
+from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,7 +176,10 @@ class Faults:
     ) -> None:
         """Let *name* happen from now on; UsageError for a fault or a function that is none."""
         if name not in NAMES:
-            raise UsageError(f"fault {name}: there is no such fault", hint=", ".join(NAMES))
+            raise UsageError(
+                f"fault {name}: there is no such fault",
+                hint=did_you_mean(name, NAMES, ", ".join(NAMES)),
+            )
         if function not in FUNCTIONS:
             raise UsageError(f"fault {name}: PKCS#11 has no function {function}")
         number = FUNCTIONS.index(function) + 1
@@ -210,7 +214,10 @@ class Faults:
         What happens once (session-lost, …) cannot be taken back.
         """
         if name is not None and name not in NAMES:
-            raise UsageError(f"fault {name}: there is no such fault", hint=", ".join(NAMES))
+            raise UsageError(
+                f"fault {name}: there is no such fault",
+                hint=did_you_mean(name, NAMES, ", ".join(NAMES)),
+            )
         if self._get("removed") and name in (None, "token-removed"):
             self._put("sessions", self._get("sessions") + 1)
         kept = {each for each in _MEMBERS if name and each not in _CLEARED.get(name, ())}

@@ -304,3 +304,44 @@ def test_a_pinpad_has_no_value_to_lose() -> None:
     assert pin.on_pinpad
     assert pin.reveal() is None
     assert not Pin("1234", source="x").on_pinpad
+
+
+UNLIKELY = [
+    *("482913 ", " 482913", "482913\t", "482913\u00a0", "482913\u200b"),
+    *('"482913"', "'482913'", "\u201c482913\u201d"),
+    *("PIN=482913", "pin = 482913", "export HSMTOLL_HSM__PIN=482913", "PIN: 482913"),
+    "user_pin=482913",
+]
+#: Passphrases and access keys that look a little like it.
+LIKELY = [
+    *("two words", "a=b", "operator:482913", "pin:482913", "c2VjcmV0cGlu=", "c2VjcmV0PIN=="),
+    *('"', "it's", "'a", "p\u00e5ssord"),
+]
+
+
+@pytest.mark.parametrize("pin", UNLIKELY)
+def test_a_pin_that_was_probably_not_meant_so_is_refused_before_it_costs_a_try(
+    tmp_path: Path, pin: str
+) -> None:
+    written = pin_file(tmp_path, f"{pin}\n".encode())
+    # `cat` of the file, so that no shell takes quotes away.
+    for source in (PinFile(written), PinCommand(f"cat {written}")):
+        with pytest.raises(ConfigurationError, match="it was not tried") as caught:
+            source.read(device="lab")
+        assert caught.value.code == "pin-form"
+        assert "HSMTOLL_HSM__PIN_PROMPT=terminal" in str(caught.value.hint)
+        assert "482913" not in f"{caught.value} {caught.value.hint}"
+    with pytest.raises(ConfigurationError, match="it was not tried"):
+        PinValue.of(pin)
+
+
+@pytest.mark.parametrize("pin", LIKELY)
+def test_a_passphrase_is_taken_as_it_is(tmp_path: Path, pin: str) -> None:
+    assert PinFile(pin_file(tmp_path, pin.encode())).read(device="lab").reveal() == pin
+    assert PinValue.of(pin).read(device="lab").reveal() == pin
+
+
+def test_a_command_below_a_home_is_told_that_a_tilde_is_not_expanded() -> None:
+    with pytest.raises(ConfigurationError, match="cannot be started") as caught:
+        PinCommand("~/bin/pin").read(device="lab")
+    assert caught.value.hint == "~ is not expanded here; write the whole path"

@@ -39,7 +39,7 @@ def rows(text: str) -> list[list[str]]:
 
 def variables() -> set[str]:
     """Every variable that settings know."""
-    found = {"HSMTOLL_CONFIG"}
+    found = {"HSMTOLL_CONFIG", "HSMTOLL_PROFILE"}
     for name, field in Settings.model_fields.items():
         inner = getattr(field.annotation, "model_fields", None)
         found |= {variable(name, sub) for sub in inner} if inner else {variable(name)}

@@ -168,7 +168,7 @@ def test_a_file_that_is_nested_without_end_is_refused(toml: Path, text: str) -> 
 
 @pytest.mark.parametrize("name", ["HSMTOLL_RESOURCE", "HSMTOLL_HSM__KEY"])
 def test_words_are_text(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(name, "pkcs11:a https://b/")
+    monkeypatch.setenv(name, "pkcs11:a pkcs11:b")
     load()
 
     # So are bytes of another encoding handed to a program.
@@ -221,7 +221,6 @@ def test_one_kid_cannot_name_several_keys() -> None:
     [
         ("hsm__module", "libsofthsm2.so"),
         ("state", "state"),
-        ("state", "~/state"),
         ("host__policy", "policy.toml"),
         ("host__stop_file", "./stop"),
     ],
@@ -514,3 +513,91 @@ def test_every_address_of_a_signing_host_is_taken() -> None:
 
 def test_every_setting_has_a_group_and_no_default_environment() -> None:
     assert Settings.model_fields["environment"].default is None
+
+
+PATHS = [
+    *("HSM__MODULE", "HSM__PIN_FILE", "HSM__CERTIFICATES", "CA_FILE", "STATE", "HOST__POLICY"),
+    *("SIGNER__CLIENT_KEY", "CACHE_KEY_FILE"),
+]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("~/x", "~ is not expanded here; write the whole path"),
+        ("~acme/x", "~ is not expanded here; write the whole path"),
+        ("/x\r", "ends with a carriage return"),
+        ("/x ", "white space"),
+        (" /x", "white space"),
+        ('"/x"', "in quotation marks"),
+    ],
+)
+def test_a_path_that_no_file_has_is_explained_before_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(f"HSMTOLL_{name}", value)
+    error = refusal()
+    assert str(error).startswith(f"HSMTOLL_{name}: ")
+    assert says in str(error)
+    assert "\r" not in str(error)
+
+
+def test_a_tilde_inside_a_path_is_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__MODULE", "/opt/a b~/x~.so")
+    assert str(load().hsm.module) == "/opt/a b~/x~.so"
+
+
+def test_the_path_of_the_configuration_file_may_not_begin_with_a_tilde(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HSMTOLL_CONFIG", "~/hsmtoll.toml")
+    assert refusal().hint == "~ is not expanded here; write the whole path"
+
+
+@pytest.mark.parametrize("key", ["pkcs11:object=Åkeri nyckel 2027", "pkcs11:token=a pkcs12:b"])
+def test_a_blank_in_a_uri_is_explained(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__KEY", key)
+    error = refusal()
+    assert "word 2 of" in str(error)
+    assert "%20" in str(error.hint)
+    assert "nyckel" not in str(error)
+
+
+def test_the_environment_chooses_a_profile_and_an_argument_wins(
+    monkeypatch: pytest.MonkeyPatch, toml: Path
+) -> None:
+    toml.write_text("timeout = 1\n[profile.a]\ntimeout = 2\n[profile.b]\ntimeout = 3\n")
+    assert load(config=toml).timeout == 1
+    monkeypatch.setenv("HSMTOLL_PROFILE", "a")
+    assert load(config=toml).timeout == 2
+    assert load(config=toml, profile="b").timeout == 3
+    monkeypatch.setenv("HSMTOLL_PROFILE", "")
+    monkeypatch.setenv("hsmtoll_profile", "b")
+    assert load(config=toml).timeout == 3
+    monkeypatch.setenv("hsmtoll_profile", "c")
+    assert "profile c" in str(refusal(config=toml))
+    assert "profile c" in str(refusal())
+
+
+def test_a_file_with_a_byte_order_mark_is_read(toml: Path) -> None:
+    toml.write_bytes(b"\xef\xbb\xbftimeout = 4\r\n")
+    assert load(config=toml).timeout == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("ENVIRONMENT = 1", "did you mean environment?"),
+        ("HSMTOLL_ENVIRONMENT = 1", "did you mean environment?"),
+        ("HSMTOLL_HSM__MODULE = 1", "did you mean hsm.module?"),
+        ("[HSM]\nmodule = 1", "did you mean hsm?"),
+        ("[hsm]\nMODULE = 1", "did you mean hsm.module?"),
+        ("favourite = 1", "the README lists every setting"),
+    ],
+)
+def test_a_key_of_the_file_gets_a_near_name_whatever_its_case(
+    toml: Path, text: str, hint: str
+) -> None:
+    toml.write_text(text)
+    assert refusal(config=toml).hint == hint
