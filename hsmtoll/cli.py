@@ -41,6 +41,7 @@ from hsmtoll.errors import (
     PolicyDenied,
     UsageError,
     foreign,
+    install_extra,
 )
 
 if TYPE_CHECKING:
@@ -1059,9 +1060,7 @@ def serve(ours: _Globals) -> int:
     try:
         from hsmtoll.host import server
     except ImportError as exc:
-        raise UsageError(
-            "serve: its server is not installed", hint="pip install 'hsmtoll[host]'"
-        ) from exc
+        raise UsageError("serve: its server is not installed", hint=install_extra("host")) from exc
     settings = ours.settings()
     ready = partial(_say, "signing host: ready")
     return server.serve(settings, config=ours.config, profile=ours.profile, ready=ready)
@@ -1228,7 +1227,7 @@ def sandbox(
         from hsmtoll.sandbox import server
     except ImportError as exc:
         raise UsageError(
-            "sandbox: its server is not installed", hint="pip install 'hsmtoll[sandbox]'"
+            "sandbox: its server is not installed", hint=install_extra("sandbox")
         ) from exc
     if command:
         from hsmtoll.testing.identity import run_as

@@ -200,6 +200,16 @@ _JWT = re.compile(r"eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*")
 _LEFT_OUT: Final = "[left out]"
 
 
+def install_extra(name: str) -> str:
+    """
+    The hint of an error about a missing optional dependency.
+
+    It names no command: hsmtoll is on no package index, and only the reader knows whether the copy
+    at hand came from a clone or from a wheel.
+    """
+    return f"install the extra `{name}` the way hsmtoll was installed (README, Install)"
+
+
 def foreign(text: object, *secrets: str) -> str:
     """
     Words that came from outside (a server, a certificate, a label), safe to show.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import ConfigurationError
+from hsmtoll.errors import ConfigurationError, install_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -70,7 +70,7 @@ def register(registry: CollectorRegistry, status: Callable[[], Status]) -> None:
     except ImportError as exc:
         raise ConfigurationError(
             "metrics: prometheus-client is not installed",
-            hint="install hsmtoll[metrics]",
+            hint=install_extra("metrics"),
             code="extra-missing",
         ) from exc
 

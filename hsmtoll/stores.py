@@ -18,7 +18,7 @@ import stat
 import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, foreign, install_extra
 
 if TYPE_CHECKING:
     import socket
@@ -305,7 +305,7 @@ class RedisStore:
         except ImportError as exc:
             raise ConfigurationError(
                 "HSMTOLL_CACHE: redis-py is not installed",
-                hint="pip install 'hsmtoll[redis]'",
+                hint=install_extra("redis"),
                 code="extra-missing",
             ) from exc
         now = self._clock.now().boot

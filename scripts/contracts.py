@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections import Counter
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +30,11 @@ LONG_FILE: Final = 500
 _WORDS: Final = {
     "a promise instead of code": r"\bTOD[O]\b|\bFIXM[E]\b|\bXX[X]\b|raise NotImplemente[d]Error",
     "a path of the machine it was written on": r"/wor[k]/|/far[m]/|/tmp/la[b]",
+    # hsmtoll is on no index, so whoever registers the name there would be installed.
+    "an installation of hsmtoll by its name": (
+        r"\b(?:pip3?|pipx|uv|poetry|pdm) (?:pip |tool )?(?:install|download|wheel|run|add)\b"
+        r"(?!.*--no-index)[^#\n]*[\s'\"]hsmtol[l](?=[\[\s'\"=<>~!;,]|$)"
+    ),
     "the host of a package registry": r"deb\.debia[n]\.org|pyp[i]\.org|pythonhoste[d]|npmj[s]",
 }
 #: A suppression has its reason beside it: after a dash, or in the comment on the line above.
@@ -53,28 +59,34 @@ def sizes(package: Path) -> Iterator[str]:
 
 
 def lock(top: Path) -> Iterator[str]:
-    """Every requirement of pyproject.toml is in the lock, in a version it allows, with hashes."""
-    project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    everything = [*project["dependencies"], *(each for extra in extras.values() for each in extra)]
-    running = [
-        *project["dependencies"],
-        *(each for name, extra in extras.items() if name not in ("test", "dev") for each in extra),
-    ]
-    for name, wanted in (("requirements.txt", everything), ("requirements-run.txt", running)):
-        text = (top / "scripts" / name).read_text(encoding="utf-8").replace("\\\n", " ")
+    """Every requirement of pyproject.toml is locked, in a version it allows, with hashes."""
+    stated = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = stated["project"], stated["dependency-groups"]
+    running = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    building = stated["build-system"]["requires"]
+    seen: dict[str, str] = {}
+    for name, wanted in (
+        ("scripts/requirements.txt", [*running, *building, *chain(*groups.values())]),
+        ("scripts/requirements-run.txt", running),
+        ("scripts/requirements-build.txt", building),
+        ("docker/tools/requirements.txt", building),
+    ):
+        text = (top / name).read_text(encoding="utf-8").replace("\\\n", " ")
         locked = {}
         for line in text.splitlines():
             if match := re.match(r"([A-Za-z0-9_.-]+)==(\S+)", line):
                 locked[canonicalize_name(match[1])] = match[2]
                 if "--hash=sha256:" not in line:
-                    yield f"scripts/{name}: {match[1]} has no hash"
+                    yield f"{name}: {match[1]} has no hash"
+        for package, have in locked.items():
+            if seen.setdefault(package, have) != have:
+                yield f"{name}: {package} {have} is {seen[package]} in another lock"
         for requirement in map(Requirement, wanted):
-            have = locked.get(canonicalize_name(requirement.name))
-            if have is None:
-                yield f"scripts/{name}: lacks {requirement.name} of pyproject.toml"
-            elif have not in requirement.specifier:
-                yield f"scripts/{name}: {requirement.name} {have} is not {requirement.specifier}"
+            version_locked = locked.get(canonicalize_name(requirement.name))
+            if version_locked is None:
+                yield f"{name}: lacks {requirement.name} of pyproject.toml"
+            elif version_locked not in requirement.specifier:
+                yield f"{name}: {requirement.name} {version_locked} is not {requirement.specifier}"
 
 
 def versions(top: Path) -> Iterator[str]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
+from hsmtoll.errors import install_extra
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -57,7 +59,7 @@ def _the_sandbox() -> Iterator[None]:
         if exc.name != "aiohttp":
             raise
         pytest.fail(
-            "the sandbox's server is not installed: pip install 'hsmtoll[sandbox]'", pytrace=False
+            f"the sandbox's server is not installed: {install_extra('sandbox')}", pytrace=False
         )
 
 

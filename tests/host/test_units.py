@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-UNITS: Final = Path(__file__).parents[2] / "docker" / "systemd"
+UNITS: Final = Path(__file__).parents[2] / "hsmtoll" / "host" / "systemd"
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def machine(
 ) -> Iterator[Machine]:
     """A running one, with the service enabled and started."""
     folder = tmp_path_factory.mktemp("systemd")
-    for unit in (pytestconfig.rootpath / "docker" / "systemd").iterdir():
+    for unit in (pytestconfig.rootpath / "hsmtoll" / "host" / "systemd").iterdir():
         _write(folder / "units" / unit.name, unit.read_text("utf-8"))
     _write(folder / "units" / "hsmtoll-host.service.d" / "softhsm.conf", _DROP_IN)
     _write(folder / "first", _FIRST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
@@ -10,10 +11,14 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import zipfile
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+
+from scripts.contracts import lock, words
 
 TOP: Final = Path(__file__).parents[2]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))
@@ -139,21 +144,153 @@ def test_the_check_runs_what_was_tried_here() -> None:
 
 
 def test_the_source_distribution_has_this_package_and_no_other_of_its_name(tmp_path: Path) -> None:
-    copied(tmp_path)
-    shutil.copy(TOP / "README.md", tmp_path)
+    shutil.copy(TOP / "README.md", copied(tmp_path))
     for stray in ("venv/lib/hsmtoll/apis.py", "home/.config/hsmtoll/hsmtoll.toml",
                   "other/pyproject.toml", "other/README.md"):  # fmt: skip
         (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / stray).write_text("# none of ours\n")
 
-    dist = tmp_path / "dist"
-    argv = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(dist)]
-    subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True)
-    (made,) = dist.glob("*.tar.gz")
-    with tarfile.open(made) as archive:
+    with tarfile.open(built(tmp_path, "sdist")) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
-    package = [path for path in (tmp_path / "hsmtoll").rglob("*") if path.is_file()]
-    ours = {path.relative_to(tmp_path).as_posix() for path in package}
-    assert "hsmtoll/testing/shim.c" in ours
-    assert names == ours | {"README.md", "pyproject.toml", "PKG-INFO"}
+    assert "hsmtoll/testing/shim.c" in packaged(tmp_path)
+    assert names == packaged(tmp_path) | {"README.md", "pyproject.toml", "PKG-INFO"}
+
+
+def built(top: Path, kind: str) -> Path:
+    """The distribution (sdist or wheel) that the locked build backend makes of a tree."""
+    dist = top / f"dist-{kind}"
+    argv = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(dist)]
+    subprocess.run(argv, cwd=top, check=True, capture_output=True)
+    (made,) = dist.iterdir()
+    return made
+
+
+def packaged(top: Path) -> set[str]:
+    """The files of the package, as paths from the top of the tree."""
+    package = [path for path in (top / "hsmtoll").rglob("*") if path.is_file()]
+    return {path.relative_to(top).as_posix() for path in package}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that is built from the unpacked source distribution alone."""
+    top = copied(tmp_path_factory.mktemp("tree"))
+    shutil.copy(TOP / "README.md", top)
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    subprocess.run(["tar", "-xf", built(top, "sdist"), "-C", unpacked], check=True)
+    (source,) = unpacked.iterdir()
+    return built(source, "wheel")
+
+
+def test_a_wheel_has_the_whole_package_and_the_licence_beside_its_metadata(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        licence = archive.read(f"{info}/licenses/hsmtoll/LICENSE")
+    tree = {name for name in packaged(TOP) if "/__pycache__/" not in name}
+    assert {name for name in names if not name.startswith(info)} == tree - {"hsmtoll/LICENSE"}
+    assert {
+        "hsmtoll/docs/changelog.md",
+        "hsmtoll/host/systemd/hsmtoll-host.service",
+        "hsmtoll/host/systemd/hsmtoll-host.socket",
+    } <= names
+    assert metadata.get_all("License-File") == ["hsmtoll/LICENSE"]
+    assert licence == (TOP / "hsmtoll" / "LICENSE").read_bytes()
+    assert b"WITHOUT WARRANTY OF ANY KIND" in licence
+
+
+def test_an_extra_brings_what_a_user_runs_and_no_tool_of_the_project(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    assert set(metadata.get_all("Provides-Extra") or ()) == {"host", "metrics", "redis", "sandbox"}
+    assert "pytest" not in str(metadata.get_all("Requires-Dist"))
+
+
+def test_two_builds_of_one_tree_are_the_same_bytes(wheel: Path, tmp_path: Path) -> None:
+    shutil.copy(TOP / "README.md", copied(tmp_path))
+    again = built(tmp_path, "wheel")
+    assert again.read_bytes() == wheel.read_bytes()
+    # The control: one more byte in the tree is seen.
+    add(tmp_path, NOBODY, "# one more line")
+    shutil.rmtree(again.parent)
+    assert built(tmp_path, "wheel").read_bytes() != wheel.read_bytes()
+
+
+@pytest.fixture
+def locked_tree(tmp_path: Path) -> Path:
+    """What the lock is judged by: pyproject.toml and the locks, to be spoilt."""
+    shutil.copy(TOP / "pyproject.toml", tmp_path)
+    for path in (
+        *(TOP / "scripts").glob("requirements*.txt"),
+        TOP / "docker/tools/requirements.txt",
+    ):
+        target = tmp_path / path.relative_to(TOP)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path
+
+
+def test_the_lock_is_whole_and_the_build_backend_is_in_it(locked_tree: Path) -> None:
+    assert list(lock(locked_tree)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "instead", "said"),
+    [
+        ("scripts/requirements-build.txt", r"(hatchling==\S+ )(.|\n)*?(?=\npackaging)", r"\1",
+         "hatchling has no hash"),
+        ("scripts/requirements-build.txt", r"hatchling==", "other==",
+         "lacks hatchling of pyproject.toml"),
+        ("scripts/requirements-build.txt", r"packaging==\S+", "packaging==1.0",
+         "packaging 1.0 is "),
+        ("scripts/requirements-run.txt", r"asn1crypto==\S+", "asn1crypto==1.5.0",
+         "asn1crypto 1.5.0 is not"),
+        ("scripts/requirements.txt", r"twine==", "other==", "lacks twine of pyproject.toml"),
+        ("pyproject.toml", r"hatchling>=[\d.]+", "hatchling>=999", "is not >=999"),
+    ],
+)  # fmt: skip
+def test_a_lock_that_lacks_something_is_refused(
+    locked_tree: Path, file: str, pattern: str, instead: str, said: str
+) -> None:
+    path = locked_tree / file
+    spoilt, count = re.subn(pattern, instead, path.read_text("utf-8"), count=1)
+    assert count == 1
+    path.write_text(spoilt, "utf-8")
+    assert said in "\n".join(lock(locked_tree))
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("pip install {}", True),
+        ("pip install '{}[host]'", True),
+        ("- run: python3 -m pip install -U {}==0.1.0 pytest", True),
+        ("pip download -d wheels '{}[host]>=0.1'", True),
+        ("pipx install {}", True),
+        ("uv tool install {}", True),
+        ("uv add {}", True),
+        ("pip install '.[sandbox]'", False),
+        ("pip install './{}[sandbox]' pytest", False),
+        ("pip install 'vendor/{}-0.1.0-py3-none-any.whl[sandbox]'", False),
+        ("pip install --no-index --find-links wheels --no-deps {}", False),
+        ("install the extra `host` the way {} was installed", False),
+    ],
+)
+def test_no_text_installs_hsmtoll_by_a_name_that_anybody_may_register(
+    tmp_path: Path, line: str, refused: bool
+) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "some.md").write_text(line.format("hsm" + "toll") + "\n", "utf-8")
+    expected = ["some.md:1: an installation of hsmtoll by its name"] if refused else []
+    assert list(words(tmp_path)) == expected
+
+
+def test_the_units_are_where_an_installed_package_has_them() -> None:
+    units = resources.files("hsmtoll") / "host" / "systemd"
+    assert {each.name for each in units.iterdir()} == {
+        "hsmtoll-host.service",
+        "hsmtoll-host.socket",
+    }

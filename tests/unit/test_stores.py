@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hsmtoll.budget import Budget
-from hsmtoll.errors import ConfigurationError, TryAgainLater
+from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
@@ -348,4 +348,4 @@ def test_a_redis_cache_without_its_library_is_told_what_to_install(
     with pytest.raises(ConfigurationError, match="not installed") as caught:
         store.get(KEY)
     assert caught.value.code == "extra-missing"
-    assert caught.value.hint == "pip install 'hsmtoll[redis]'"
+    assert caught.value.hint == install_extra("redis")
