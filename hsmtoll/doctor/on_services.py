@@ -80,6 +80,9 @@ def check_self_test(way: Way) -> Check:
         return skip("self-test", f"{apis.SELF_TEST_SCOPE} is for eSeals")
     if way.settings.signer.mode == "token":
         return skip("self-test", "the signing host makes the grants, and gives tokens alone")
+    if answers.self_test is not None and answers.self_test.code == "policy-denied":
+        tried = ", ".join(scope for scope, _ in answers.scopes) or "nothing: name one with --scope"
+        return skip("self-test", f"{answers.self_test}; tried instead: {tried}")
     if answers.self_test is not None:
         return failed("self-test", answers.self_test)
     took = f"consumer.ID {foreign(answers.consumer)}, client_amr {foreign(answers.amr)}"

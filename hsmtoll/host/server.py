@@ -174,6 +174,7 @@ class _Host:
         self._ready = ready
         self._patience = patience
         self._told_ready = False
+        self._why: list[str] = []
         self._reloads = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._looked = asyncio.Event()
@@ -274,6 +275,7 @@ class _Host:
             finally:
                 self._looked.set()
             why = await loop.run_in_executor(self._own, self._service.not_ready)
+            self._log_changes(why)
             if not self._told_ready:
                 if why:
                     # A device that is down at the start of the machine is waited for.
@@ -284,6 +286,15 @@ class _Host:
                     _log.info("ready")
                     self._ready()
             await asyncio.sleep(_LOOK)
+
+    def _log_changes(self, why: list[str]) -> None:
+        """Log each new reason why nothing can be signed, once, and that there is none any more."""
+        for reason in why:
+            if reason not in self._why:
+                _log.warning("not ready: %s", reason)
+        if self._why and not why and self._told_ready:
+            _log.warning("ready again")
+        self._why = why
 
     async def _watchdog(self) -> None:
         every = system.watchdog_seconds()

@@ -108,6 +108,12 @@ _OF_DEVICE: Final = (CertificateError, DeviceError, PinIncorrect, PinNotTried)
 #: Those that do not: it was not asked, or has just shown which certificate is its own.
 _NOTHING_WRONG: Final = frozenset({"device-busy", "leaf-guessed"})
 
+#: Why a profile of the real services waits; /ready and the log say it to the custodian.
+_CLOCK: Final = (
+    "the clock is not synchronised: let NTP keep it, or set HSMTOLL_HOST__CLOCK=unchecked where "
+    "the kernel does not know that something does"
+)
+
 #: Seconds after which it is worth asking a host again that is stopped by its device or clock.
 _SOON: Final = 5.0
 
@@ -840,9 +846,8 @@ class Service:
                     return
             if in_vain and not house.proven:
                 self._left_in_peace(house)
-            if why is not None and house.why != str(why):
+            if why is not None:
                 house.why = str(why)
-                _log.warning("profile %s: not ready: %s", foreign(house.name), why)
 
     def _left_in_peace(self, house: _House) -> None:
         house.again = self.clock.now().boot + house.rest
@@ -878,7 +883,7 @@ class Service:
             why.append("ending")
         for name, house in self._rules[1].items():
             if not self._clock_is_right(house):
-                why.append(f"profile {foreign(name)}: the clock is not synchronised")
+                why.append(f"profile {foreign(name)}: {_CLOCK}")
             elif not house.proven:
                 why.append(f"profile {foreign(name)}: {foreign(house.why)}")
             elif house.ill is not None:
@@ -893,7 +898,6 @@ class Service:
         if now != self._was_stopped:
             self._was_stopped = now
             said = "resumed" if now is None else f"stopped: {now}"
-            _log.warning("signing %s", said)
             self.audit.write("stop", policy_sha256=self._rules[0].sha256, outcome=said)
 
     def numbers(self) -> dict[str, float]:

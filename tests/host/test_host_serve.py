@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -423,3 +424,32 @@ def test_audit_list_answers_who_got_what(running_host: RunningHost) -> None:
     assert running_host.run("audit", "list", "--caller", "uid:7").stdout == ""
     later = running_host.run("audit", "list", "--since", "2999-01-01")
     assert (later.returncode, later.stdout) == (0, "")
+
+
+def test_the_log_says_once_why_nothing_is_signed_and_when_that_is_over(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    host = make_host()
+    pin = Path(host.environ["HSMTOLL_HSM__PIN_FILE"])
+    kept = pin.read_text()
+    pin.unlink()
+    host.start(ready=False)
+
+    def lines(word: str) -> list[str]:
+        return [line for line in host.log().splitlines() if word in line]
+
+    eventually(lambda: lines("not ready: profile acme: "))
+    eventually(lambda: host.health("/ready").status == 503)
+    pin.touch(mode=0o600)
+    pin.write_text(kept)
+    eventually(lambda: lines("signing host: ready"))
+    # At warning, which is shown without -v; and no more often than the reason changes.
+    (told,) = lines("not ready")
+    assert "warning" in told
+    assert "PIN file" in told
+    assert lines("ready again") == []
+    host.stop_file.touch()
+    eventually(lambda: lines("not ready: stopped: "))
+    host.stop_file.unlink()
+    eventually(lambda: lines("ready again"))
+    assert (len(lines("not ready")), len(lines("ready again"))) == (2, 1)

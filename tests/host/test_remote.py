@@ -258,8 +258,6 @@ def test_the_doctor_looks_at_the_host_without_a_signature(
     assert report.returncode == 0, report.stdout
     assert f"ok    signing-host: signing host {running_host.url} answers" in report.stdout
     assert toll_faults.count("C_SignInit") == before
-    online = hsmtoll("doctor", "--online", "--scope", "road", environ=environ)
-    assert f"ok    scope {ROAD_SCOPE}" in online.stdout or "policy" in online.stdout, online.stdout
     wrong = hsmtoll("doctor", environ=environ | {"HSMTOLL_SIGNER__UID": "4711"})
     assert wrong.returncode == 90
     assert "fail  signing-host (host-peer)" in wrong.stdout
@@ -267,6 +265,27 @@ def test_the_doctor_looks_at_the_host_without_a_signature(
     gone = hsmtoll("doctor", environ=environ)
     assert gone.returncode == 80
     assert "fail  signing-host" in gone.stdout
+
+
+@pytest.mark.parametrize("mode", ["grant", "token"])
+def test_a_self_test_that_the_policy_denies_is_skipped_and_the_scope_asked_for_is_tried(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path, mode: str
+) -> None:
+    environ = caller(toll_sandbox, tmp_path, running_host.url, HSMTOLL_SIGNER__MODE=mode)
+    report = hsmtoll("doctor", "--json", "--online", "--scope", "road", environ=environ)
+    checks = {each["check"]: each for each in json.loads(report.stdout)["checks"]}
+    assert report.returncode == 0, report.stdout
+    assert checks["self-test"]["verdict"] == "skip"
+    if mode == "grant":
+        assert "digdir:verksemd.eu is not allowed" in checks["self-test"]["line"]
+        assert ROAD_SCOPE in checks["self-test"]["line"]
+    assert checks[f"scope {ROAD_SCOPE}"]["verdict"] == "ok"
+    # The control: a scope that the policy denies fails, and so does a host that is stopped.
+    denied = hsmtoll("doctor", "--online", "--scope", "air", environ=environ)
+    assert denied.returncode == 90
+    running_host.stop_file.touch()
+    stopped = hsmtoll("doctor", "--online", "--scope", "road", environ=environ)
+    assert stopped.returncode == 90
 
 
 def test_no_secret_shows_when_things_go_wrong(
