@@ -15,6 +15,7 @@ import math
 import os
 import re
 import select
+import shlex
 import signal
 import stat
 import sys
@@ -947,7 +948,19 @@ def key_generate(
             id=given,
             always_authenticate=always_authenticate,
         )
+        to_set = enrol.uri_to_set(device, uri)
     click.echo(str(uri))
+    if to_set is not None:
+        _say("the settings do not select this key; to go on with it:")
+        _say(_selecting(app.settings, to_set), "hint")
+
+
+def _selecting(settings: Settings, uri: KeyUri) -> str:
+    """The variables to set for *uri*, as a shell takes them."""
+    if settings.hsm.key:
+        return f"export HSMTOLL_HSM__KEY={shlex.quote(str(uri))}"
+    told = f"export HSMTOLL_HSM__KEY_LABEL={shlex.quote(uri.object or '')}"
+    return f"{told} HSMTOLL_HSM__KEY_ID={uri.id.hex()}" if uri.id else told
 
 
 @key.command("csr")

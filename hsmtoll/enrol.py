@@ -10,9 +10,10 @@ Signing requests are built here and signed on the device; a private key's value 
 from __future__ import annotations
 
 import base64
+import logging
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from asn1crypto import algos, core, keys, x509
@@ -20,7 +21,14 @@ from asn1crypto import csr as pkcs10
 
 from hsmtoll import chain as chains
 from hsmtoll.certificate import Certificate, from_pem
-from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError, foreign
+from hsmtoll.errors import (
+    CertificateError,
+    ConfigurationError,
+    DeviceError,
+    HsmTollError,
+    UsageError,
+    foreign,
+)
 from hsmtoll.jws import SigningInput
 
 if TYPE_CHECKING:
@@ -32,7 +40,9 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
 
-__all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk"]
+__all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk", "uri_to_set"]
+
+_log = logging.getLogger("hsmtoll.enrol")
 
 #: Sizes that Maskinporten takes and devices make; the first is the default (PROTOCOL B.6).
 BITS: Final = (3072, 2048, 4096)
@@ -54,7 +64,16 @@ _String: Any = x509.DirectoryString
 # X.680 section 41.4.
 _PRINTABLE: Final = re.compile(r"[A-Za-z0-9 '()+,\-./:=?]+")
 
+# EN 319 412-1 section 5.1.4: type of the register, country, number.
+_LEGAL_PERSON: Final = re.compile(r"(?:[A-Z]{3}|[A-Z]{2}:)[A-Z]{2}-.+")
+
 _SIGNED_WITH: Final = {"RS256": "sha256_rsa", "RS384": "sha384_rsa", "RS512": "sha512_rsa"}
+
+
+_WHOLE_CHAIN: Final = (
+    "get the CA certificates from the issuer's site, root included, put them into one PEM file "
+    "with the leaf, and import that file; with HSMTOLL_X5C=without-root no root is needed"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +128,21 @@ def generate(
     )
 
 
+def uri_to_set(device: Device, made: KeyUri) -> KeyUri | None:
+    """
+    The URI that selects the key *made* on *device*; None where the device's own URI does so
+    already. Another key that fits as well would leave it open which of them is meant.
+    """
+    try:
+        found = device.key().uri
+    except HsmTollError:
+        found = None
+    if found is not None and (found.object, found.id) == (made.object, made.id):
+        return None
+    asked = device.uri
+    return replace(asked, object=made.object, id=made.id if asked.id else None, type=None)
+
+
 def csr(
     device: Device,
     *,
@@ -127,6 +161,12 @@ def csr(
     ``NTRSE-5566778899``, as the issuer registers it. Raises UsageError for values that no
     name can hold, and the device's errors.
     """
+    if not _LEGAL_PERSON.fullmatch(organization_identifier):
+        _log.warning(
+            "--organization-identifier %s: EN 319 412-1 has register, country and number, such as "
+            "NTRSE-5566778899; ask the issuer before the certificate is ordered",
+            foreign(organization_identifier),
+        )
     public = _public(device)
     # EN 319 412-3 section 4.2.1, in the order of its own examples.
     subject = _name(
@@ -202,7 +242,10 @@ def import_chain(
     )
     faults += chains.chain_faults(chain, identity=identity, now=now, mode=mode)
     if faults:
-        raise faults[0].error()
+        first = faults[0]
+        if first.code in ("chain-incomplete", "chain-broken"):
+            first = replace(first, hint=_WHOLE_CHAIN)
+        raise first.error()
     named = [(leaf.der, key.label, key.id)]
     named += [(each.der, _label(each), _ca_id(each)) for each in chain.certificates[1:]]
     stored = objects.store(device, named)

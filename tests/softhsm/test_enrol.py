@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from joserfc.jwk import RSAKey
 
@@ -19,6 +20,8 @@ from tests.lab import PIN, Lab, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from click.testing import Result
 
     from hsmtoll.app import App
     from tests.softhsm.conftest import DeviceSoftHsm
@@ -88,6 +91,54 @@ def test_the_uri_that_is_returned_finds_the_key(lab: Lab, state: Path) -> None:
     assert len(uri.id) == 16
     again = lab.app("uri", state, hsm={"key": [str(uri)]})
     assert again.devices[0].key().uri == uri
+
+
+def generated(
+    lab: Lab, state: Path, monkeypatch: pytest.MonkeyPatch, *argv: str, **named: str
+) -> Result:
+    """`hsmtoll key generate` with the variables of *named*."""
+    pin = state / "pin.txt"
+    pin.touch(mode=0o600)
+    pin.write_text(PIN)
+    settings = {"module": str(lab.module), "pin_file": str(pin), **named}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"HSMTOLL_HSM__{name.upper()}", value)
+    monkeypatch.setenv("HSMTOLL_STATE", str(state))
+    argv = ("key", "generate", "--bits", "2048", *argv)
+    return CliRunner().invoke(main, argv, catch_exceptions=False)
+
+
+def test_a_key_that_the_settings_do_not_select_is_followed_by_what_to_set(
+    lab: Lab, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The control: the key that the settings name needs no word.
+    named = generated(lab, state, monkeypatch, key="pkcs11:token=enrol;object=of%20them")
+    assert (named.exit_code, named.stderr) == (0, "")
+    # A label with what a shell would take apart, beside attributes that stay as they are.
+    ours = f"pkcs11:token=enrol;object=one?module-path={lab.module}"
+    other = generated(lab, state, monkeypatch, "--label", "it's another", key=ours)
+    assert other.stdout.startswith("pkcs11:")
+    set_to = other.stderr.splitlines()[-1].removeprefix("hint: ")
+    done = subprocess.run(
+        ["bash", "-c", f'{set_to}; printf %s "$HSMTOLL_HSM__KEY"'],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert f"module-path={lab.module}" in done.stdout
+    key = lab.app("-", state, hsm={"key": [done.stdout]}).devices[0].key()
+    assert key.label == "it's another"
+
+
+def test_a_key_beside_others_that_fit_is_named_by_label_or_by_parts(
+    lab: Lab, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only the device is named: with a second key on it, which one is meant is open.
+    told = generated(lab, state, monkeypatch, "--label", "x1", key="pkcs11:token=enrol").stderr
+    assert "export HSMTOLL_HSM__KEY='pkcs11:token=enrol;object=x1'" in told
+    monkeypatch.delenv("HSMTOLL_HSM__KEY")
+    told = generated(lab, state, monkeypatch, "--label", "x2", token_label="enrol").stderr
+    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x2\n" in told
+    told = generated(lab, state, monkeypatch, "--id", "0b0b", key_label="x3", key_id="0a").stderr
+    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x3 HSMTOLL_HSM__KEY_ID=0b0b\n" in told
 
 
 def test_nothing_is_overwritten_by_label_or_by_id(app: App, lab: Lab, state: Path) -> None:
@@ -204,6 +255,7 @@ def test_a_chain_with_a_gap_or_an_unusable_leaf_is_refused(
         with pytest.raises(CertificateError) as caught:
             enrol.import_chain(app.devices[0], pem(*given).decode(), now=NOW)
         assert caught.value.code == code
+        assert ("import that file" in (caught.value.hint or "")) is (code == "chain-incomplete")
     with pytest.raises(ConfigurationError, match="no certificate"):
         enrol.import_chain(app.devices[0], "nothing", now=NOW)
     assert lab.listed() == before
@@ -261,3 +313,14 @@ def test_no_pin_stands_in_what_enrolment_says(app: App) -> None:
     with pytest.raises(DeviceError) as caught:
         enrol.generate(app.devices[0], bits=2048)
     assert PIN not in f"{caught.value!r} {caught.value.hint} {app.settings!r}"
+
+
+def test_an_identifier_that_no_register_has_is_warned_of(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    enrol.csr(app.devices[0], **SUBJECT)
+    assert caplog.records == []
+    enrol.csr(app.devices[0], **{**SUBJECT, "organization_identifier": "5566778899"})
+    (told,) = caplog.records
+    assert "5566778899" in told.getMessage()
+    assert "NTRSE-" in told.getMessage()
