@@ -64,8 +64,6 @@ _TERMINATED: Final = 143
 #: Seconds after SIGTERM.
 _TO_PUT_AWAY: Final = 10.0
 
-_BUG: Final = 1
-
 _UNWRITTEN: Final = "result-unwritten"
 
 #: Bytes. An assertion with a chain of certificates is some ten kilobytes.
@@ -88,20 +86,25 @@ def run(argv: Sequence[str] | None = None) -> int:
     """
     One command. Returns the exit code: 0, or that of the error's class.
 
-    An error is one line that says what was attempted and what happened, then what to do.
-    Tracebacks are never printed: nothing that a user can do follows from one.
+    An error is one line with its code, what was attempted and what happened, then what to do;
+    with --json, one line of JSON. Tracebacks are never printed: nothing that a user can do
+    follows from one.
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    # Read here and not by the commands: their command line itself may be what is wrong.
+    as_json = "--json" in given[: given.index("--") if "--" in given else None]
     try:
         code = main.main(args=argv, prog_name="hsmtoll", standalone_mode=False)
         sys.stdout.flush()
     except HsmTollError as exc:
-        return _ended_at(exc) or _told(exc)
+        return _ended_at(exc) or _print_error(exc, as_json=as_json)
     except click.exceptions.NoArgsIsHelpError as exc:
         click.echo(exc.format_message(), err=True)
         return UsageError.exit_code
     except click.UsageError as exc:
         command = exc.ctx.command_path if exc.ctx else "hsmtoll"
-        return _told(UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`"))
+        wrong = UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`")
+        return _print_error(wrong, as_json=as_json)
     except (click.Abort, KeyboardInterrupt, _Terminated) as exc:
         return _ended_at(exc) or _INTERRUPTED
     except _ReaderLeft:
@@ -115,9 +118,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         where = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else "?"
-        _say(f"unexpected {type(exc).__name__} at {where}: a mistake in hsmtoll")
-        _say("please report this line with what was run", "hint")
-        return _BUG
+        bug = HsmTollError(
+            f"unexpected {type(exc).__name__} at {where}: a mistake in hsmtoll",
+            hint="please report this line with what was run",
+        )
+        return _print_error(bug, as_json=as_json)
     return code if isinstance(code, int) else 0
 
 
@@ -266,20 +271,33 @@ def _after_sending(what: str) -> Iterator[None]:
         ) from exc
 
 
-def _told(exc: HsmTollError) -> int:
-    _say(str(exc))
-    for line in (exc.hint or "").splitlines():
-        _say(line, "hint")
-    ids = {"trace id": exc.trace_id, "correlation id": exc.correlation_id, "jti": exc.jti}
-    told = ", ".join(f"{name} {value}" for name, value in ids.items() if value)
-    if told:
-        _say(f"for support: {told}", "hint")
+def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
+    """*exc* on stderr, as lines for a person or as one JSON object. Returns its exit code."""
+    if as_json:
+        names = ("hint", "who", "retryable", "retry_after", "trace_id", "correlation_id", "jti")
+        told = {
+            "schema": 1,
+            "error": exc.code,
+            "message": str(exc),
+            "exit_code": exc.exit_code,
+            **{name: getattr(exc, name) for name in names},
+        }
+        # Escapes of JSON alone, whatever the locale: those of the stream are none.
+        _write(json.dumps(told))
+    else:
+        _say(f"{exc.code}: {exc}")
+        for line in exc.hints:
+            _say(line, "hint")
     return exc.exit_code
 
 
 def _say(line: str, prefix: str = "hsmtoll") -> None:
+    _write(f"{prefix}: {line}")
+
+
+def _write(line: str) -> None:
     # One write for all of it: two threads would mix their lines.
-    sys.stderr.write(f"{prefix}: {line}\n")
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 

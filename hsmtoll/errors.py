@@ -57,15 +57,17 @@ class HsmTollError(Exception):
     The base of everything this package raises on purpose.
 
     The message is one line: what was attempted, what happened. It never holds
-    a secret. What to do about it is *hint*: one line, or several.
+    a secret. What to do about it is *hint*: one line, or several. Hints are
+    notes of the exception as well (PEP 678), so that tracebacks show them.
 
     *code* is stable and made for machines: ``MP-012`` where Maskinporten gave
-    one, otherwise a word of ours such as ``key-missing``. *who* is the party
-    that must act: ``you``, ``issuer``, ``digdir`` or ``customs``.
-    *retry_after* is in seconds.
+    one, otherwise a word of ours such as ``key-missing``; without one, the
+    class's own. *who* is the party that must act: ``you``, ``issuer``,
+    ``digdir`` or ``customs``. *retry_after* is in seconds.
     """
 
     exit_code: ClassVar[int] = 1
+    default_code: ClassVar[str] = "internal"
 
     def __init__(
         self,
@@ -82,85 +84,106 @@ class HsmTollError(Exception):
     ) -> None:
         super().__init__(message)
         self.hint = hint
-        self.code = code
+        self.code = code or self.default_code
         self.who = who
         self.trace_id = trace_id
         self.jti = jti
         self.correlation_id = correlation_id
         self.retryable = retryable
         self.retry_after = retry_after
+        for line in self.hints:
+            self.add_note(f"hint: {line}")
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What to do, a line each; the last names the ids that a support desk asks for."""
+        ids = {"trace id": self.trace_id, "correlation id": self.correlation_id, "jti": self.jti}
+        given = ", ".join(f"{name} {value}" for name, value in ids.items() if value)
+        return (*(self.hint or "").splitlines(), *((f"for support: {given}",) if given else ()))
 
 
 class UsageError(HsmTollError):
     """The command line makes no sense."""
 
     exit_code = 2
+    default_code = "usage"
 
 
 class ConfigurationError(HsmTollError):
     """A setting is missing, misspelt, or contradicts another one."""
 
     exit_code = 10
+    default_code = "setting-invalid"
 
 
 class PinIncorrect(HsmTollError):
     """The device refused the PIN. It was tried once and will not be tried again."""
 
     exit_code = 20
+    default_code = "pin-incorrect"
 
 
 class PinNotTried(HsmTollError):
     """The PIN is locked, at its final try, or was refused before: the device was not asked."""
 
     exit_code = 21
+    default_code = "pin-not-tried"
 
 
 class DeviceError(HsmTollError):
     """The module, the device, the key or a signature it made."""
 
     exit_code = 30
+    default_code = "device-failed"
 
 
 class CertificateError(HsmTollError):
     """The leaf, or the chain above it."""
 
     exit_code = 40
+    default_code = "certificate"
 
 
 class ClockError(HsmTollError):
     """This machine's clock and Maskinporten's are further apart than can be corrected."""
 
     exit_code = 50
+    default_code = "clock"
 
 
 class GrantRefused(HsmTollError):
     """Maskinporten refused the grant, or its answer cannot be used."""
 
     exit_code = 60
+    default_code = "grant-refused"
 
 
 class ScopeNotGranted(GrantRefused):
     """Maskinporten refused this scope for this client (MP-200, MP-201, MP-250, MP-251)."""
 
     exit_code = 61
+    default_code = "scope-not-granted"
 
 
 class ExchangeRefused(HsmTollError):
     """Customs refused to exchange the token, or its answer cannot be used."""
 
     exit_code = 70
+    default_code = "exchange-refused"
 
 
 class ApiRefused(HsmTollError):
     """A Customs API refused the call: 401 after one renewal, 403, or another 4xx."""
 
     exit_code = 71
+    default_code = "api-refused"
 
 
 class SubmissionFailed(HsmTollError):
     """A submission was received, processed, and failed; *errors* says why, field by field."""
 
     exit_code = 72
+    default_code = "submission-failed"
     errors: tuple[str, ...] = ()
 
 
@@ -168,30 +191,35 @@ class OutcomeUnknown(HsmTollError):
     """A submission may have been received. Look it up; never repeat it blindly."""
 
     exit_code = 73
+    default_code = "outcome-unknown"
 
 
 class TryAgainLater(HsmTollError):
     """Throttled, out of budget, or not ready yet. Nothing is wrong with the request."""
 
     exit_code = 75
+    default_code = "try-again-later"
 
 
 class NetworkError(HsmTollError):
     """Nobody answered, the line broke, or the answer came too late or too large."""
 
     exit_code = 80
+    default_code = "network"
 
 
 class PolicyDenied(HsmTollError):
     """The signing host refused by its policy, or is not the host it should be."""
 
     exit_code = 90
+    default_code = "policy-denied"
 
 
 class AuditBroken(HsmTollError):
     """The audit log was changed, or cannot be written."""
 
     exit_code = 91
+    default_code = "audit-broken"
 
 
 _CUT: Final = 300

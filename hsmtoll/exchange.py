@@ -255,9 +255,7 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
     meaning = f"Meaning: {row.meaning}. " if row else ""
     lines = [f"{meaning}To do: {row.do}"] if row else []
     who = row.who if row else "you"
-    lines.append(
-        f"who must act: {who}" + (f"; trace id for support: {trace_id}" if trace_id else "")
-    )
+    lines.append(f"who must act: {who}")
     raise error(
         f"Maskinporten refused the grant: {answer.status}{f', {code}' if code else ''}, {text}",
         hint="\n".join(lines),

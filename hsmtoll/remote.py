@@ -213,7 +213,7 @@ class SigningHost:
         said = str(exc).partition(": ")[2] or str(exc)
         return NetworkError(
             f"{self.name}: {said}",
-            hint=_HINTS.get(exc.code or "", "see that the host runs, and that this is its address"),
+            hint=_HINTS.get(exc.code, "see that the host runs, and that this is its address"),
             code=exc.code,
             retryable=exc.retryable,
         )

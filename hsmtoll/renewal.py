@@ -302,7 +302,7 @@ class Engine:
             trace = foreign(said, post.secret, issued.value)
             return issued
         except HsmTollError as exc:
-            outcome = outcome if outcome != "failed" else exc.code or "failed"
+            outcome = outcome if outcome != "failed" else exc.code
             raise
         finally:
             with self._counting:

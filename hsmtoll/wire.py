@@ -233,7 +233,7 @@ def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
             f"{name}: not the URL of a proxy that can be used",
             hint="http://host:port, or https://…"
             + ("; or environment, to use its variables" if name == "HSMTOLL_PROXY" else ""),
-            code=None if name == "HSMTOLL_PROXY" else "proxy-environment",
+            code="proxy" if name == "HSMTOLL_PROXY" else "proxy-environment",
         ) from None
     return made
 

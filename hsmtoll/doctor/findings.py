@@ -117,7 +117,7 @@ def warn(check: str, code: str, line: str, hint: str) -> Check:
 
 def failed(check: str, exc: HsmTollError) -> Check:
     who = exc.who or "you"
-    return Check(check, exc.code or check, "fail", str(exc), exc.hint, who, exc.exit_code)
+    return Check(check, exc.code, "fail", str(exc), exc.hint, who, exc.exit_code)
 
 
 # Codes of the device → the check that they answer. What is not named answers the check *key*.
@@ -167,6 +167,6 @@ def broken_at(way: Way, check: str, fallback: str) -> Check | None:
     exc: HsmTollError | None = way.trouble
     if way.seen is not None and way.seen.error is not None:
         exc = way.seen.error
-    if exc is None or _ANSWERS.get(exc.code or "", fallback) != check:
+    if exc is None or _ANSWERS.get(exc.code, fallback) != check:
         return None
     return failed(check, exc)

@@ -83,7 +83,7 @@ class Ahead:
 
     def __init__(self, device: IsolatedDevice, loop: asyncio.AbstractEventLoop) -> None:
         self._device = device
-        self._doing = f"Signing ({foreign(device.uri)})"
+        self._doing = f"signing ({foreign(device.uri)})"
         self._loop = loop
         self._lines: list[_Line] = []
         self._pending: deque[Turn] = deque()

@@ -249,7 +249,7 @@ class Device:
         One that cannot be read, or is larger than 64 KiB, is left out with a warning.
         """
         return self._mended(
-            "Reading certificates", lambda here: tuple(certificates_of(here.session))
+            "reading certificates", lambda here: tuple(certificates_of(here.session))
         )
 
     def login(self) -> bool:
@@ -268,7 +268,7 @@ class Device:
             self._log_in(here)
             return self._accepts(here)
 
-        return self._mended("Logging in", log_in)
+        return self._mended("logging in", log_in)
 
     def _accepts(self, here: _Open) -> bool:
         return here.login.anchor is not None and here.login.source == self._pin
@@ -287,7 +287,7 @@ class Device:
             self._log_in(here)
             return self._find(here, offered)
 
-        return self._mended("Looking for the key", find)
+        return self._mended("looking for the key", find)
 
     def sign(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
@@ -324,7 +324,7 @@ class Device:
         self, alg: str, unsigned: SigningInput, offered: tuple[RsaPublicKey, ...]
     ) -> tuple[KeyFacts, bytes]:
         if alg not in ALGS:
-            raise ConfigurationError(f"The algorithm is one of {', '.join(ALGS)}", code="alg")
+            raise ConfigurationError(f"the algorithm is one of {', '.join(ALGS)}", code="alg")
 
         def sign(here: _Open) -> tuple[KeyFacts, bytes]:
             self._log_in(here)
@@ -343,7 +343,7 @@ class Device:
                 here.facts = replace(facts, mechanisms=raw)
                 return sign(here)
 
-        return self._mended("Signing", sign)
+        return self._mended("signing", sign)
 
     def _verified(
         self, halves: Iterable[RsaPublicKey], alg: str, unsigned: SigningInput, signature: bytes
@@ -356,7 +356,7 @@ class Device:
                 return public
         if tried:
             raise DeviceError(
-                f"The device's signature does not fit the public key of {self._name}",
+                f"the device's signature does not fit the public key of {self._name}",
                 hint="The certificate belongs to another key, or the device is faulty.",
                 code="signature-wrong",
             )
@@ -537,7 +537,7 @@ class Device:
             return fitting[0]
         listed = [str(device_uri(token)) for _, token in (fitting or seen)] + broken
         raise DeviceError(
-            f"{'Several devices fit' if fitting else 'No device fits'}"
+            f"{'several devices fit' if fitting else 'no device fits'}"
             f" {foreign(self.uri.device_only())}",
             hint=_list("Seen: ", listed, "no device at all"),
             code="device-ambiguous" if fitting else "device-missing",
@@ -621,13 +621,13 @@ class Device:
         called = _called(here.token)
         if flags & TokenFlag.USER_PIN_LOCKED:
             raise PinNotTried(
-                f"The PIN of {called} is locked: it was not tried",
+                f"the PIN of {called} is locked: it was not tried",
                 hint="The device's administrator (SO PIN or PUK) must unblock it.",
                 code="pin-locked",
             )
         if flags & TokenFlag.USER_PIN_FINAL_TRY and not self._use_final_try:
             raise PinNotTried(
-                f"One more wrong PIN would lock {called}: it was not tried",
+                f"one more wrong PIN would lock {called}: it was not tried",
                 hint="Log in once with the device's own tool, or say --use-final-try.",
                 code="pin-final-try",
             )
@@ -639,7 +639,7 @@ class Device:
 
     def _login_failed(self, here: _Open, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
-        error = translated(kind, f"The PIN of {_called(here.token)} from {pin.source}")
+        error = translated(kind, f"the PIN of {_called(here.token)} from {pin.source}")
         if type(kind) is type(exc):
             return error
         return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)
@@ -652,7 +652,7 @@ class Device:
             pin = source.read(device=f"the key on {_called(here.token)}")
         if pin is None or pin.on_pinpad:
             raise DeviceError(
-                f"The key {foreign(self.uri)} wants a PIN for every signature",
+                f"the key {foreign(self.uri)} wants a PIN for every signature",
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )
@@ -715,14 +715,14 @@ class Device:
         required = here.token.flags & TokenFlag.LOGIN_REQUIRED
         if required and not here.login.there:
             return DeviceError(
-                f"The key {foreign(self.uri)} cannot be seen: nobody is logged in to"
+                f"the key {foreign(self.uri)} cannot be seen: nobody is logged in to"
                 f" {_called(here.token)}",
                 hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
                 code="not-logged-in",
             )
         seen = [str(object_uri(here.token, key, "private")) for key in every]
         return DeviceError(
-            f"No private key fits {foreign(self.uri)}",
+            f"no private key fits {foreign(self.uri)}",
             hint=_list("Private keys there: ", seen, "none"),
             code="key-missing",
         )
@@ -732,28 +732,28 @@ class Device:
         given = self._public_key
         if fact.key_type != "rsa":
             raise DeviceError(
-                f"The key {name} is of type {fact.key_type}: Maskinporten takes RS256, RS384 and"
+                f"the key {name} is of type {fact.key_type}: Maskinporten takes RS256, RS384 and"
                 " RS512, which need an RSA key",
                 hint="Use an RSA key of 2048 bits or more, and a certificate for it.",
                 code="key-type",
             )
         if given is not None and fact.public not in {None, given}:
             raise DeviceError(
-                f"The public key given (HSMTOLL_HSM__PUBLIC_KEY) is not the one of {name}",
+                f"the public key given (HSMTOLL_HSM__PUBLIC_KEY) is not the one of {name}",
                 code="key-mismatch",
             )
         public = fact.public or given
         bits = public.bits if public else fact.bits
         if bits is not None and bits < _SMALLEST_KEY:
             raise DeviceError(
-                f"The key {name} has {bits} bits: {_SMALLEST_KEY} are the least", code="key-size"
+                f"the key {name} has {bits} bits: {_SMALLEST_KEY} are the least", code="key-size"
             )
         if fact.sign is False:
-            raise DeviceError(f"The key {name} may not sign (CKA_SIGN is false)", code="key-sign")
+            raise DeviceError(f"the key {name} may not sign (CKA_SIGN is false)", code="key-sign")
         if not fact.protected and not self._allow_exportable_key:
             said = f"SENSITIVE {_said(fact.sensitive)}, EXTRACTABLE {_said(fact.extractable)}"
             raise DeviceError(
-                f"The device does not say that the key {name} stays inside it ({said})",
+                f"the device does not say that the key {name} stays inside it ({said})",
                 hint="Generate a key on the device, or set HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true.",
                 code="key-exportable",
             )
@@ -902,7 +902,7 @@ def _mechanism(alg: str, unsigned: SigningInput, there: frozenset[str]) -> tuple
     if Mechanism.RSA_PKCS.name in there:
         return Mechanism.RSA_PKCS, digest_info(alg, unsigned)
     raise DeviceError(
-        f"The device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",
+        f"the device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",
         hint="`hsmtoll objects` shows what the device can do.",
         code="mechanism",
     )
@@ -912,7 +912,7 @@ def _signer(key: Object | None) -> Any:
     # Where CKA_SIGN cannot be read, python-pkcs11 gives the key no sign().
     sign = getattr(key, "sign", None)
     if sign is None:
-        raise DeviceError("The device does not say that the key may sign", code="key-sign")
+        raise DeviceError("the device does not say that the key may sign", code="key-sign")
     return sign
 
 

@@ -163,7 +163,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
     if not seen.initialized:
         return seen
     try:
-        with speaking("Reading the objects"):
+        with speaking("reading the objects"):
             return _objects(module, token, seen)
     except HsmTollError as exc:
         return replace(seen, problem=str(exc))

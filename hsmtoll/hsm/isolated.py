@@ -131,24 +131,24 @@ class IsolatedDevice(Device):
 
     def certificates(self) -> tuple[StoredCertificate, ...]:
         """As Device.certificates."""
-        return pipe.certificates_from(self._ask("Reading certificates", do="certificates"))
+        return pipe.certificates_from(self._ask("reading certificates", do="certificates"))
 
     def login(self) -> bool:
         """As Device.login, for the child that answers, which is asked once while all goes well."""
         known = self._logged_in
         if known is None:
-            known = bool(self._ask("Logging in", do="login"))
+            known = bool(self._ask("logging in", do="login"))
             self._logged_in = known
         return known
 
     def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
         """As Device.key."""
         offered = pipe.keys_to(tuple(candidates))
-        return pipe.facts_from(self._ask("Looking for the key", do="key", candidates=offered))
+        return pipe.facts_from(self._ask("looking for the key", do="key", candidates=offered))
 
     def inspect(self) -> ModuleFacts:
         """As `hsmtoll.hsm.inspect.inspect`, with this device's URI and PIN."""
-        return pipe.module_from(self._ask("Looking behind the module", do="inspect"))
+        return pipe.module_from(self._ask("looking behind the module", do="inspect"))
 
     def signed(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
@@ -169,7 +169,7 @@ class IsolatedDevice(Device):
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
         """As Device.unproven."""
-        return bytes(self._ask("Signing", **to_sign(alg, unsigned, tuple(candidates))))
+        return bytes(self._ask("signing", **to_sign(alg, unsigned, tuple(candidates))))
 
     def close(self) -> None:
         """Log out and end the children; one that is asked something, when it has answered."""
@@ -312,7 +312,7 @@ class IsolatedDevice(Device):
             if pin is None and source is not None:
                 pin = self._pins[user] = source.read(device=device)
         if pin is None:
-            raise DeviceError("The device's process asked for a PIN that is not its", code="worker")
+            raise DeviceError("the device's process asked for a PIN that is not its", code="worker")
         return pin
 
     def _told(self) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Page:
 
     def _spent(self, why: str, *, code: str) -> PinNotTried:
         return PinNotTried(
-            f"The PIN of '{foreign(self.place.label)}' was not tried: {why}",
+            f"the PIN of '{foreign(self.place.label)}' was not tried: {why}",
             hint=f"A corrected PIN is tried at once. {_CLEAR}",
             code=code,
         )
@@ -230,7 +230,7 @@ def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     shown = foreign(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
     return PinNotTried(
-        f"The PIN was not tried: refused PINs cannot be remembered in {shown} ({why})",
+        f"the PIN was not tried: refused PINs cannot be remembered in {shown} ({why})",
         hint="Set HSMTOLL_STATE to a directory of this user that outlives restarts.",
         code="ledger",
     )
@@ -264,7 +264,7 @@ def _wait_for(lock: int, place: Place) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 raise DeviceError(
-                    f"Another process has been logging in to '{foreign(place.label)}' for a minute",
+                    f"another process has been logging in to '{foreign(place.label)}' for a minute",
                     hint="Its module may hang: end that process.",
                     code="login-busy",
                     retryable=True,

@@ -86,7 +86,7 @@ class _Turn:
     def __enter__(self) -> None:
         if not self._lock.acquire(timeout=self._timeout):
             raise DeviceError(
-                f"The device was not free within {self._timeout:g} s: another call to it has not"
+                f"the device was not free within {self._timeout:g} s: another call to it has not"
                 " ended",
                 hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
                 code="device-busy",
@@ -116,7 +116,7 @@ class Module:
         Every slot with its p11_token, or with the error it answers with: a slot that is
         broken does not hide the others. Empty slots are left out.
         """
-        with speaking(f"Asking {foreign(self.path)} for its slots"):
+        with speaking(f"asking {foreign(self.path)} for its slots"):
             slots: list[Slot] = self.lib.get_slots(token_present=True)
         for slot in slots:
             try:
@@ -236,7 +236,7 @@ def check_path(path: Path) -> None:
         hint = "This account must be able to read it and the directories above it."
     if problem:
         raise ConfigurationError(
-            f"The PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
+            f"the PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
         )
 
 
@@ -253,7 +253,7 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why = f"cannot be started: {type(exc).__name__} {foreign(words)}".rstrip()
         hint = "Its own configuration may be missing or unreadable (for SoftHSM: SOFTHSM2_CONF)."
     return DeviceError(
-        f"The PKCS#11 module '{foreign(path)}' {why}",
+        f"the PKCS#11 module '{foreign(path)}' {why}",
         hint=hint or "Set HSMTOLL_HSM__MODULE to the .so of the device's maker.",
         code="module-load",
     )
@@ -263,7 +263,7 @@ def _start_afresh(module: Module) -> None:
     lib, path = module.lib, Path(module.path)
     if lib.manufacturer_id not in _FORK_HARMLESS and path.name not in _FORK_HARMLESS_FILES:
         raise DeviceError(
-            f"The PKCS#11 module '{foreign(path)}' was opened before this process was forked, and"
+            f"the PKCS#11 module '{foreign(path)}' was opened before this process was forked, and"
             " starting it again here could take the device away from the parent",
             hint="Open it after the fork (gunicorn without --preload; multiprocessing with"
             " 'spawn'), or set HSMTOLL_HSM__ISOLATION=process.",

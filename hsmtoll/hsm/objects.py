@@ -68,7 +68,7 @@ def generate(
     taken, ``key-too-able`` for a key that can do more than sign.
     """
     chosen = key_id or secrets.token_bytes(16)
-    with device.writing(f"Generating the key '{foreign(label)}'") as (_, token, session):
+    with device.writing(f"generating the key '{foreign(label)}'") as (_, token, session):
         _refuse_taken(session, label, chosen)
         private: dict[Attribute, Any] = {**_KEPT, **dict.fromkeys(_DENIED, False)}
         if always_authenticate:
@@ -85,7 +85,7 @@ def generate(
             for each in made:
                 each.destroy()
             raise DeviceError(
-                f"Generating the key '{foreign(label)}': the device made one that is {wrong}; "
+                f"generating the key '{foreign(label)}': the device made one that is {wrong}; "
                 "it was destroyed",
                 hint="Use the device's own tool: sensitive, not extractable, sign only.",
                 code="key-too-able",
@@ -95,7 +95,7 @@ def generate(
 
 def keys(device: Device) -> tuple[KeyFacts, ...]:
     """What the device says about each of its private keys, after login."""
-    with device.writing("Reading the keys") as (module, token, session):
+    with device.writing("reading the keys") as (module, token, session):
         found = list(session.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY}))
         return tuple(key_facts(module, token, session, key) for key in found)
 
@@ -110,14 +110,14 @@ def store(device: Device, certificates: Iterable[tuple[bytes, str, bytes]]) -> S
     written: list[bytes] = []
     present: list[bytes] = []
     left: list[bytes] = []
-    with device.writing("Writing certificates") as (_, _, session):
+    with device.writing("writing certificates") as (_, _, session):
         there = {each.der for each in certificates_of(session)}
         for place, (der, label, key_id) in enumerate(certificates):
             if der in there:
                 present.append(der)
                 continue
             try:
-                with speaking(f"Writing the certificate '{foreign(label)}'"):
+                with speaking(f"writing the certificate '{foreign(label)}'"):
                     session.create_object(_template(der, label, key_id))
             except DeviceError:
                 if place == 0:
@@ -137,7 +137,7 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
         for name, value, words in taken:
             if list(session.get_objects({Attribute.CLASS: kind, name: value})):
                 raise DeviceError(
-                    f"Generating the key '{foreign(label)}': a key with the {words} is there",
+                    f"generating the key '{foreign(label)}': a key with the {words} is there",
                     hint="Nothing is overwritten: choose another label and id.",
                     code="key-exists",
                 )

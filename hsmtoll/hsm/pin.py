@@ -131,7 +131,7 @@ class PinFile:
                 # A writer could make us burn the PIN; a group is others as well for that.
                 if kept and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                     raise ConfigurationError(
-                        f"The PIN file {foreign(self.path)} can be written by others",
+                        f"the PIN file {foreign(self.path)} can be written by others",
                         hint=f"chmod go-w {foreign(self.path)}",
                         code="pin-file-writable",
                     )
@@ -140,7 +140,7 @@ class PinFile:
                 data = self._whole(file)
         except OSError as exc:
             raise ConfigurationError(
-                f"The PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
+                f"the PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
                 code="pin-source",
             ) from exc
         version = f"inode {facts.st_ino} mtime {facts.st_mtime_ns}"
@@ -234,7 +234,7 @@ class PinTerminal:
             terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             raise ConfigurationError(
-                f"The PIN is to be typed ({self.name}), but this process has no terminal",
+                f"the PIN is to be typed ({self.name}), but this process has no terminal",
                 hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
                 code="pin-source",
             ) from None
@@ -242,14 +242,14 @@ class PinTerminal:
             line = _typed(terminal, f"{self.what} of {foreign(device)}: ")
         except (OSError, termios.error):
             raise ConfigurationError(
-                f"The PIN could not be typed ({self.name}): the terminal does not answer",
+                f"the PIN could not be typed ({self.name}): the terminal does not answer",
                 code="pin-source",
             ) from None
         finally:
             os.close(terminal)
         if line is None:
             raise ConfigurationError(
-                f"The PIN was not typed ({self.name}): the program ends", code="pin-source"
+                f"the PIN was not typed ({self.name}): the program ends", code="pin-source"
             )
         if not line:
             raise EOFError

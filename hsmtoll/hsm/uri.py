@@ -95,7 +95,7 @@ class KeyUri:
         """URIs with white space between, in that order. Raises ConfigurationError (``uri``)."""
         found = tuple(cls.parse(one) for one in text.split())
         if not found:
-            raise ConfigurationError("No key is named: the list of URIs is empty", code="uri")
+            raise ConfigurationError("no key is named: the list of URIs is empty", code="uri")
         return found
 
     def __str__(self) -> str:

@@ -122,7 +122,7 @@ def _answered(device: Device, question: dict[str, Any]) -> dict[str, Any]:
         return {"error": pipe.error_to(exc)}
     except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
         kind = type(exc).__name__
-        return {"error": pipe.error_to(DeviceError(f"The device's process: {kind}", code="worker"))}
+        return {"error": pipe.error_to(DeviceError(f"the device's process: {kind}", code="worker"))}
 
 
 def _answer(device: Device, question: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
+import hsmtoll
 from hsmtoll.sandbox import pki
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ ROAD = "/api/movement/road/v2"
 
 #: What Python's own parser gives up at.
 DEEP = 100_000
+
+#: Every code is written somewhere in it.
+SOURCE = "".join(path.read_text("utf-8") for path in Path(hsmtoll.__file__).parent.rglob("*.py"))
 
 WIDE = "Žižkov"
 EVIL = "Evil\x1b[2J\x1b]0;owned\x07 AB"
@@ -86,8 +91,12 @@ def refused(code: int, *argv: str, says: str, stdin: str = "", **variables: str)
     assert "Traceback" not in told
     said = [line for line in lines if not line.startswith("hint: ")]
     assert all(line.startswith("hsmtoll: ") for line in said)
-    # One line about the failure; a warning may go before it.
-    assert len([line for line in said if "warning" not in line]) == 1
+    # One line about the failure, with its code; a warning may go before it.
+    (error,) = [line for line in said if "warning" not in line]
+    found = re.fullmatch(r"hsmtoll: (?:(MP|http)-\d{3}|([a-z0-9]+(?:-[a-z0-9]+)*)): .*[^.]", error)
+    assert found, error
+    assert found[1] or f'"{found[2]}"' in SOURCE
+    assert lines.count(lines[-1]) == 1
     assert all(line.isprintable() for line in lines)
     assert Path(os.environ["HSMTOLL_HSM__PIN_FILE"]).read_text() not in told
     return told
@@ -258,7 +267,6 @@ class TestTheSettings:
         [
             (("tokn",), "token"),
             (("token", "rode"), "road"),
-            (("token", "road", "--json", "--header"), "--header"),
             (("token", "road", "--min-life", "soon"), "soon"),
             (("token", "road", "--scope", "air"), "one API"),
             (("call", "GET", "/etc/passwd"), "/etc/passwd"),
@@ -299,6 +307,33 @@ class TestTheSettings:
     )
     def test_a_command_line_that_makes_no_sense(self, argv: tuple[str, ...], says: str) -> None:
         refused(2, *argv, says=says)
+
+    @pytest.mark.parametrize(
+        ("argv", "exit_code", "code"),
+        [
+            (("token", "road", "--json", "--header"), 2, "usage"),
+            (("token", "rode", "--json"), 2, "usage"),
+            (("token", "--json", "--nosuch"), 2, "usage"),
+            (("objects", "--json"), 10, "module-path"),
+        ],
+    )
+    def test_with_json_an_error_is_one_json_object(
+        self, argv: tuple[str, ...], exit_code: int, code: str
+    ) -> None:
+        broken = {"HSMTOLL_HSM__MODULE": "/nowhere/Žižkov.so", "PYTHONIOENCODING": "latin-1"}
+        done = run(*argv, **broken)
+
+        assert (done.returncode, done.stdout) == (exit_code, "")
+        said = json.loads(done.stderr)
+        assert (said["schema"], said["error"], said["exit_code"]) == (1, code, exit_code)
+        assert said["message"]
+        assert set(said) >= {"hint", "who", "retryable", "trace_id", "correlation_id"}
+        # The control: without it the same is told in lines.
+        lines = run(*(each for each in argv if each != "--json"), **broken).stderr
+        assert lines == "" or lines.startswith("hsmtoll: ")
+
+    def test_json_behind_two_dashes_is_the_word_of_another_command(self) -> None:
+        assert run("sandbox", "--port", "x", "--", "true", "--json").stderr.startswith("hsmtoll: ")
 
     @pytest.mark.parametrize(
         "argv",

@@ -231,7 +231,7 @@ def test_a_file_that_cannot_be_written_is_told_as_that(file: str, command: tuple
     done = run("sandbox", "--env-file", file, *command)
 
     assert done.returncode == 10
-    assert done.stderr.startswith(f"hsmtoll: --env-file {file}: cannot be written (")
+    assert done.stderr.startswith(f"hsmtoll: env-file: --env-file {file}: cannot be written (")
 
 
 @pytest.mark.parametrize(("name", "opening"), [("c.json", "["), ("c.toml", "client = [")])
@@ -243,4 +243,4 @@ def test_clients_that_are_nested_without_end_are_told_in_a_line(
     done = run("sandbox", "--client", str(clients), "--", "true")
 
     assert done.returncode == 10
-    assert done.stderr.startswith(f"hsmtoll: reading clients from {clients}")
+    assert done.stderr.startswith(f"hsmtoll: sandbox-clients: reading clients from {clients}")

@@ -101,9 +101,14 @@ def test_a_result_that_cannot_be_written_is_an_error_that_says_why(
     code, _, told = shell(f"hsmtoll {command} {where}")
 
     assert code == 10
-    first, *hints = told.splitlines()
-    assert first == f"hsmtoll: the result cannot be written ({why})"
-    assert [line[:6] for line in hints] == ["hint: "]
+    if "--json" in command:
+        said = json.loads(told)
+        assert (said["error"], said["exit_code"]) == ("result-unwritten", 10)
+        assert said["message"] == f"the result cannot be written ({why})"
+    else:
+        first, *hints = told.splitlines()
+        assert first == f"hsmtoll: result-unwritten: the result cannot be written ({why})"
+        assert [line[:6] for line in hints] == ["hint: "]
     # The control.
     assert shell(f"hsmtoll {command}")[0] == 0
 

@@ -36,7 +36,7 @@ def test_the_table_knows_every_class_and_no_other() -> None:
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_answer_becomes_one_line_with_its_name_in_it(kind: type[Exception]) -> None:
-    error = translated(kind("two\nlines \x1b[31m"), "Signing")
+    error = translated(kind("two\nlines \x1b[31m"), "signing")
     assert str(error).startswith("Signing: ")
     assert kind.__name__ in str(error)
     assert len(str(error).splitlines()) == 1
@@ -49,7 +49,7 @@ def test_an_answer_of_a_later_version_is_a_device_error_with_its_name() -> None:
     class Unheard(p11.PKCS11Error):
         pass
 
-    error = translated(Unheard(), "Signing")
+    error = translated(Unheard(), "signing")
     assert isinstance(error, DeviceError)
     assert "Unheard" in str(error)
 

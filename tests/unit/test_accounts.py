@@ -76,7 +76,7 @@ def test_a_file_that_was_named_and_cannot_be_seen_is_an_error_of_one_line(locked
         f"ConfigurationError configuration file {named}: cannot be read (Permission denied)"
     )
     assert said(locked, "check_path(place / 'module.so')") == (
-        f"ConfigurationError The PKCS#11 module '{locked}/module.so' cannot be looked at"
+        f"ConfigurationError the PKCS#11 module '{locked}/module.so' cannot be looked at"
         " (Permission denied)"
     )
 

@@ -15,7 +15,7 @@ from hsmtoll.hsm.recovery import Breaker, mended
 from hsmtoll.testing.clock import SettableClock
 
 GONE = DeviceError("Signing: the module answered DeviceRemoved", code="device-gone", retryable=True)
-MISSING = DeviceError("No private key fits", code="key-missing")
+MISSING = DeviceError("no private key fits", code="key-missing")
 
 #: Every answer that a new session, login or module may cure. What is not here is not repeated.
 RECOVERABLE = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import traceback
 
 import pytest
 
@@ -30,6 +32,26 @@ def test_every_class_has_an_exit_code_of_its_own() -> None:
     codes = [kind.exit_code for kind in _classes().values()]
 
     assert len(set(codes)) == len(codes)
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    codes = {kind.default_code for kind in _classes().values()}
+
+    assert len(codes) == len(_classes())
+    for kind in _classes().values():
+        assert kind("something").code == kind.default_code
+        assert kind("something", code="key-missing").code == "key-missing"
+
+
+def test_hints_are_notes_so_that_a_traceback_shows_each_of_them_once() -> None:
+    exc = errors.GrantRefused("refused", hint="do this\nor that", trace_id="4711")
+    shown = "".join(traceback.format_exception(exc))
+
+    assert exc.__notes__ == ["hint: do this", "hint: or that", "hint: for support: trace id 4711"]
+    assert all(shown.count(note) == 1 for note in exc.__notes__)
+    assert pickle.loads(pickle.dumps(exc)).__notes__ == exc.__notes__  # noqa: S301 - our own
+    # The control.
+    assert not hasattr(errors.GrantRefused("refused"), "__notes__")
 
 
 def test_terminal_escapes_are_shown_and_not_obeyed() -> None:

@@ -365,7 +365,7 @@ def test_a_link_is_as_safe_as_each_directory_that_it_is_changed_in(
         check_code_file(each, "file")
     shared.chmod(0o777)
     for each in links:
-        with pytest.raises(ConfigurationError, match=f"others may change {shared}$"):
+        with pytest.raises(ConfigurationError, match=f"(?m)others may change {shared}$"):
             check_code_file(each, "file")
     # The control: what is reached without it, and a sticky one, in which ours stays ours.
     check_code_file(safe / "f", "file")
