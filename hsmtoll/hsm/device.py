@@ -48,8 +48,9 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
-#: Seconds, from and to, before a module that found no device at its very start is started again.
-_START_PAUSE: Final = (0.1, 0.5)
+#: Seconds, from and to, before each new start of a module that found no device at its very start.
+#: Together longer than the workers of a server need, on a busy machine, to log in side by side.
+_START_PAUSES: Final = ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0))
 _SMALLEST_KEY: Final = 2048
 _UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
 # What C_SignInit says before a signing PIN is looked at.
@@ -185,7 +186,7 @@ class Device:
     Nothing is opened before the first call. Every method may be called from any thread; it
     waits at most *lock_timeout* seconds for its turn. After an error the handles are dropped;
     what a new session, a new login or a restart of the module cures is cured within the call,
-    and a device that is not there when the module starts is looked for twice.
+    and a device that is not there when the module starts is looked for again, at most three times.
     Where nothing helps, the next callers are told ``device-down`` at once for a while
     (`hsmtoll.hsm.recovery`). *boot* is a clock in seconds that never goes back.
     """
@@ -434,15 +435,20 @@ class Device:
         """What may help a call that found the module *there*, with a session that is *old*."""
         # A generator, because what is in it is made for the calls that fail alone.
 
+        pauses = list(_START_PAUSES)
+
         def started_once_more(exc: HsmTollError) -> bool:
-            # Devices in files are rewritten when somebody logs in, and who starts at that
-            # moment sees half of one. A login that was made is not made again for it.
+            # SoftHSM rewrites the file of a device at each login: a process that starts at that
+            # moment reads half of it. A login that was made is not made again for it.
             login = self._shared
             made = login is not None and login.there and current(login.module)
             tried = self._undecided or made
-            if there is not None or tried or not recoverable(exc):
+            if there is not None or tried or not recoverable(exc) or not pauses:
                 return False
-            self._sleep(random.uniform(*_START_PAUSE))  # noqa: S311 - jitter, not a secret
+            if isinstance(exc, PinNotTried):
+                # It was given the PIN, though it did not look at it: once more, and no more.
+                del pauses[1:]
+            self._sleep(random.uniform(*pauses.pop(0)))  # noqa: S311 - jitter, not a secret
             restart(self.module_path)
             return True
 
@@ -466,7 +472,8 @@ class Device:
             # After a login whose fate is unknown it is the next call that gains by it.
             return done and not self._undecided
 
-        yield from (started_once_more, new_session, new_login, module_started_again)
+        yield from (started_once_more for _ in _START_PAUSES)
+        yield from (new_session, new_login, module_started_again)
 
     def _may_help(self, exc: HsmTollError) -> bool:
         # A PIN whose try has an unknown fate is not tried again for the same call.

@@ -1,4 +1,4 @@
-"""A device that is not there when its module starts, and the one more look that it gets."""
+"""A device that is not there when its module starts, and how often it is looked for again."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call
     assert toll_faults.count("C_Login") == 1
 
 
-def test_one_that_does_not_come_is_looked_for_once_more_and_then_missed(
+def test_one_that_does_not_come_is_looked_for_three_times_more_and_then_missed(
     make: Callable[..., Device], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
@@ -96,9 +96,30 @@ def test_one_that_does_not_come_is_looked_for_once_more_and_then_missed(
     device = make(slept.append)
     assert error(device).code == "device-missing"
     assert error(device).code == "device-down"
-    assert len(slept) == 1
-    assert toll_faults.count("C_Initialize") == 2
+    # Each time later than the time before, and with some chance in it: workers of one server that
+    # met once do not meet again.
+    assert len(slept) == 3
+    for seconds, (least, most) in zip(slept, ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0)), strict=True):
+        assert least <= seconds <= most
+    assert toll_faults.count("C_Initialize") == 4
     assert toll_faults.count("C_Login") == 0
+
+
+def test_one_that_comes_late_is_found_at_the_third_look(
+    make: Callable[..., Device], toll_faults: Faults
+) -> None:
+    slept: list[float] = []
+
+    def come(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            toll_faults.clear("token-removed")
+
+    toll_faults.set("token-removed")
+    assert make(come).sign("RS256", DATA)
+    assert len(slept) == 2
+    assert toll_faults.count("C_Initialize") == 3
+    assert toll_faults.count("C_Login") == 1
 
 
 @pytest.mark.parametrize("function", ["C_GetSlotList", "C_GetTokenInfo", "C_OpenSession"])
