@@ -2,7 +2,8 @@
 The folder is the room; a room asked for by name never skips; nobody's settings reach a test.
 
 ``TOLL_ROOMS`` names the rooms that were asked for, as `scripts/test` sets it. In those a missing
-tool ends the run before it begins, and a skip, or a failure that is expected, fails it.
+tool ends the run before it begins, and a skip, or a failure that is expected, fails it. The tests
+marked ``needs_root`` are the exception: without root they skip everywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+
+from tests.accounts import NEEDS_ROOT, is_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,6 +68,7 @@ def is_ours(name: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any fixture runs: no variables of the user, and a home that is thrown away."""
+    config.addinivalue_line("markers", f"needs_root: {NEEDS_ROOT}")
     config.stash[_skips] = []
     for name in [name for name in os.environ if is_ours(name)]:
         del os.environ[name]
@@ -114,6 +118,8 @@ def pytest_report_header() -> list[str]:
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     """A tool that is missing ends the run in a room that was asked for; elsewhere it skips."""
     for item in items:
+        if item.get_closest_marker("needs_root") and not is_root():
+            item.add_marker(pytest.mark.skip(reason=NEEDS_ROOT))
         room = room_of(item.path) or ""
         missing = {
             tool: package
@@ -137,7 +143,7 @@ class _NoSkips:
 
     def _note(self, nodeid: str, reason: object) -> None:
         room = room_of(self._root / nodeid.partition("::")[0])
-        if room in ASKED_FOR:
+        if room in ASKED_FOR and NEEDS_ROOT not in str(reason):
             self._skips.append(f"{nodeid}: {reason}")
 
     @pytest.hookimpl

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hsmtoll.host.audit import list_records
+from tests.accounts import importable
 from tests.lab import free_port
 
 if TYPE_CHECKING:
@@ -48,9 +49,8 @@ PATIENCE: Final = 60.0
 ROAD: Final = {"profile": "acme", "scope": "road"}
 ROAD_SCOPE: Final = "toll:eu/movement/road/v2"
 
-#: This account as the policy knows it, and the number of one that is nobody's.
+#: This account as the policy knows it.
 ME: Final = f"uid:{os.geteuid()}"
-OTHER: Final = 41001
 
 #: The name in the certificate of a caller over TLS.
 APP: Final = "app.example"
@@ -86,6 +86,18 @@ def eventually(true: Callable[[], object], seconds: float = PATIENCE) -> None:
     while not true():
         assert time.monotonic() < until, "it did not come to pass"
         time.sleep(0.05)
+
+
+def errors_in(stderr: str) -> list[str]:
+    """
+    The lines that are errors. Warnings are none: a host that runs as the account which owns its
+    policy, as in most of these tests, warns of that, unless it is root's.
+    """
+    return [
+        line
+        for line in stderr.splitlines()
+        if line.startswith("hsmtoll: ") and not line.startswith("hsmtoll: warning: ")
+    ]
 
 
 def raw_request(path: str = "/v1/grant", **members: Any) -> bytes:
@@ -150,12 +162,10 @@ def speak(
 
 
 _AS_ANOTHER = """
-import os, socket, sys
-uid, gid = map(int, sys.argv[2:])
+import socket, sys
+from tests.accounts import become
 request = sys.stdin.buffer.read()
-os.setgroups([])
-os.setresgid(gid, gid, gid)
-os.setresuid(uid, uid, uid)
+become(*map(int, sys.argv[2:]))
 one = socket.socket(socket.AF_UNIX)
 one.settimeout(60)
 try:
@@ -451,10 +461,10 @@ class RunningHost:
         """What another account gets, from a process of its own; nothing if it cannot connect."""
         # The interpreter may be where only this account can start it: it changes by itself.
         who = (str(uid), str(uid if gid is None else gid))
-        argv = [sys.executable, "-I", "-c", _AS_ANOTHER, str(self.socket), *who]
         return subprocess.run(
-            argv, input=request, cwd="/", capture_output=True, check=True, timeout=2 * PATIENCE
-        ).stdout
+            [sys.executable, "-c", _AS_ANOTHER, str(self.socket), *who],
+            input=request, env=importable(), capture_output=True, check=True, timeout=2 * PATIENCE,
+        ).stdout  # fmt: skip
 
     def open_to_all(self) -> None:
         """Let every account reach the socket, so that only the policy stands before it."""

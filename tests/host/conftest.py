@@ -12,7 +12,8 @@ from hsmtoll.settings import load
 from tests import hosting
 
 # For the tests of this room.
-from tests.hosting import ME, OTHER, RunningHost, entry, eventually, raw_request
+from tests.accounts import OTHER
+from tests.hosting import ME, RunningHost, entry, eventually, raw_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

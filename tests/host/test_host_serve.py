@@ -125,6 +125,7 @@ def test_what_is_no_request_is_turned_away_before_anything_else(
     assert (running_host.signatures(), len(running_host.records())) == before
 
 
+@pytest.mark.needs_root
 def test_another_account_gets_what_its_own_entry_says(
     make_host: Callable[..., RunningHost],
 ) -> None:
@@ -138,11 +139,13 @@ def test_another_account_gets_what_its_own_entry_says(
     assert [each["caller"] for each in host.records("intent")] == [f"uid:{OTHER}"]
 
 
+@pytest.mark.needs_root
 def test_the_socket_is_closed_to_others_from_its_first_moment(running_host: RunningHost) -> None:
     assert running_host.socket.stat().st_mode & 0o777 == 0o660
     assert running_host.as_account(OTHER, raw_request()) == b""
 
 
+@pytest.mark.needs_root
 def test_half_requests_of_one_account_do_not_keep_another_waiting(
     make_host: Callable[..., RunningHost],
 ) -> None:
@@ -208,6 +211,7 @@ def test_stop_is_effective_at_once_and_without_a_restart(running_host: RunningHo
     assert running_host.ask().status == 200
 
 
+@pytest.mark.needs_root
 def test_stop_while_twenty_wait_lets_one_more_through_at_most(
     make_host: Callable[..., RunningHost],
 ) -> None:

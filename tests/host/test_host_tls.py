@@ -171,6 +171,7 @@ def test_a_stolen_certificate_gets_its_quota_and_nothing_after_it_nor_after_a_re
     assert len(host.records("intent")) == 3
 
 
+@pytest.mark.needs_root
 def test_an_account_of_another_namespace_is_refused_and_not_guessed(
     make_host: Callable[..., RunningHost],
 ) -> None:
@@ -188,6 +189,7 @@ def test_an_account_of_another_namespace_is_refused_and_not_guessed(
     assert host.ask().status == 200
 
 
+@pytest.mark.needs_root
 def test_two_entries_that_fit_are_both_named_and_neither_counts(
     make_host: Callable[..., RunningHost],
 ) -> None:

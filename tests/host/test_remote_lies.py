@@ -33,6 +33,7 @@ from hsmtoll.sandbox import pki
 from hsmtoll.settings import Settings, SignerHost
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
+from tests.accounts import importable
 from tests.lying_host import (
     ISSUER,
     Ca,
@@ -486,12 +487,11 @@ def test_a_link_in_a_place_that_others_may_write_is_not_followed(
 
 # The interpreter may lie where the other account cannot look: it is started first.
 _AS_ANOTHER = """
-import os, sys
+import sys
 from pathlib import Path
+from tests.accounts import become
 from tests.lying_host import LyingHost
-os.setgroups([])
-os.setgid(int(sys.argv[2]))
-os.setuid(int(sys.argv[2]))
+become(int(sys.argv[2]))
 with LyingHost(Path(sys.argv[1])):
     print("up", flush=True)
     sys.stdin.read()
@@ -501,10 +501,9 @@ with LyingHost(Path(sys.argv[1])):
 @contextlib.contextmanager
 def host_of(uid: int, place: Path) -> Iterator[str]:
     """A host that runs as another account; its URL."""
-    top = Path(__file__).parents[2]
     with subprocess.Popen(
-        [sys.executable, "-c", _AS_ANOTHER, str(place), str(uid)], cwd=top, text=True,
-        env={**os.environ, "PYTHONPATH": "."},
+        [sys.executable, "-c", _AS_ANOTHER, str(place), str(uid)], text=True,
+        env={**os.environ, **importable()},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -516,6 +515,7 @@ def host_of(uid: int, place: Path) -> Iterator[str]:
             process.stdin.close()
 
 
+@pytest.mark.needs_root
 def test_a_host_of_another_account_is_known_by_the_directory_that_root_gave_it(
     tmp_path: Path,
 ) -> None:
@@ -536,6 +536,7 @@ def test_a_host_of_another_account_is_known_by_the_directory_that_root_gave_it(
             assert app_of(url, state=tmp_path, signer={"uid": 4711}).signer.assertion(ROAD)
 
 
+@pytest.mark.needs_root
 def test_an_account_that_this_side_cannot_name_is_refused_even_if_it_is_expected(
     tmp_path: Path,
 ) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.accounts import OTHER, importable, is_root
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,6 +19,7 @@ _AS_ANOTHER = """
 import codecs, os, sys
 from pathlib import Path
 import platformdirs
+from tests.accounts import become, import_all
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.host.brake import check_stop_directory, stopped_by
@@ -24,9 +27,10 @@ from hsmtoll.hsm.module import check_path
 from hsmtoll.settings import load
 codecs.lookup("ascii"); platformdirs.user_state_dir("hsmtoll")
 platformdirs.user_cache_dir("hsmtoll")
+import_all()
 os.chdir("/")
-if os.geteuid() == 0:
-    os.setgroups([]); os.setresgid(41001, 41001, 41001); os.setresuid(41001, 41001, 41001)
+if uid := int(sys.argv[3]):
+    become(uid)
 place = Path(sys.argv[1])
 try:
     exec(sys.argv[2])
@@ -46,16 +50,19 @@ def locked(tmp_path: Path) -> Path:
         if each != each.parent and not each.stat().st_mode & 0o001:
             each.chmod(each.stat().st_mode | 0o011)
     tmp_path.chmod(0o755)
-    place.chmod(0o700 if os.geteuid() == 0 else 0)
+    place.chmod(0o700 if is_root() else 0)
     return place
 
 
 def said(place: Path, code: str, **environ: str) -> str:
-    """What *code* printed as another account; an error that is not ours is a failure."""
-    plain = {"PATH": os.environ["PATH"], "HSMTOLL_ENVIRONMENT": "sandbox", **environ}
+    """
+    What *code* printed as another account, or as this one where it cannot become another; an
+    error that is not ours is a failure.
+    """
+    plain = {"PATH": os.environ["PATH"], "HSMTOLL_ENVIRONMENT": "sandbox", **importable()}
     done = subprocess.run(
-        [sys.executable, "-c", _AS_ANOTHER, str(place), code],
-        env=plain, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", _AS_ANOTHER, str(place), code, str(OTHER if is_root() else 0)],
+        env=plain | environ, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -86,11 +93,16 @@ def test_a_stop_file_that_cannot_be_seen_is_a_stop_and_no_mistake(locked: Path) 
     assert said(locked, code) == "the stop file cannot be read (Permission denied)"
 
 
+@pytest.mark.needs_root
 def test_an_account_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    code = "print(App(load()).state)"
-    told = said(tmp_path, code)
+    told = said(tmp_path, "print(App(load()).state)")
     assert told.startswith("ConfigurationError HSMTOLL_STATE: not set"), told
+
+
+def test_the_state_is_where_it_was_set_or_below_the_home(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    code = "print(App(load()).state)"
     assert said(tmp_path, code, HSMTOLL_STATE="/var/lib/x") == "/var/lib/x"
     assert said(tmp_path, code, HOME="/nonexistent") == "/nonexistent/.local/state/hsmtoll"
 

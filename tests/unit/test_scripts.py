@@ -1,0 +1,113 @@
+"""The scripts: callable from anywhere, with --help, and with the lock that they need."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+SCRIPTS = sorted(
+    path
+    for path in [*(TOP / "scripts").iterdir(), TOP / ".ci" / "run"]
+    if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_each_prints_its_own_comment_and_does_nothing_else(
+    script: Path, word: str, tmp_path: Path
+) -> None:
+    lines = itertools.takewhile(
+        lambda line: line.startswith("#"), script.read_text(encoding="utf-8").splitlines()[1:]
+    )
+    comment = [line.removeprefix("#").removeprefix(" ") for line in lines]
+    assert comment
+    # By a relative path from elsewhere, as a newcomer calls it beside the clone.
+    done = subprocess.run(
+        [os.path.relpath(script, tmp_path), word],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == comment
+    assert not list(tmp_path.iterdir())
+
+
+def names_of(words: list[str]) -> set[str]:
+    names = (re.findall(r"^[\w.-]+", each)[0] for each in words)
+    return {re.sub(r"[-_.]+", "-", each).lower() for each in names}
+
+
+def needed_by(name: str, known: set[str]) -> set[str]:
+    """What *name* depends on, and what that does; nothing that an extra or a marker brings."""
+    known.add(name)
+    for each in names_of([word for word in requires(name) or () if ";" not in word]) - known:
+        needed_by(each, known)
+    return known
+
+
+def test_the_demo_installs_what_builds_the_tree_and_all_of_it_by_the_lock() -> None:
+    (line,) = re.findall(
+        r"^BUILD_REQUIREMENTS=\((.*)\)$", (TOP / "scripts" / "lib").read_text(), re.MULTILINE
+    )
+    names = set(line.split())
+    assert names == needed_by("hatchling", set()) | needed_by("editables", set())
+    lock = (TOP / "scripts" / "requirements.txt").read_text()
+    assert names <= set(re.findall(r"^([a-z0-9-]+)==", lock, re.MULTILINE))
+
+
+def test_the_lock_of_tests_and_checks_contains_the_one_that_hsmtoll_runs_with() -> None:
+    def pins(name: str) -> set[str]:
+        lock = (TOP / "scripts" / name).read_text()
+        return set(re.findall(r"^([a-z0-9-]+==\S+)", lock, re.MULTILINE))
+
+    assert pins("requirements-run.txt") <= pins("requirements.txt")
+    # The control.
+    assert len(pins("requirements-run.txt")) > 10
+
+
+@pytest.mark.parametrize(
+    ("script", "packages"),
+    [
+        ("demo", {"softhsm2"}),
+        ("install", {"softhsm2", "opensc", "gcc", "redis-server", "systemd"}),
+        ("test", {"softhsm2", "opensc", "gcc", "redis-server", "systemd", "swtpm", "dbus-daemon"}),
+    ],
+)
+def test_what_is_missing_of_the_system_is_named_at_once_with_a_command_that_gets_it(
+    script: str, packages: set[str], tmp_path: Path
+) -> None:
+    """For an ordinary user without sudo, whose PATH has the shell's own tools alone."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "basename", "awk", "readlink", "sort", "grep", "cat"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    for name, answer in (("id", "echo 1000"), ("apt-get", "exit 100")):
+        (tools / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tools / name).chmod(0o755)
+    python = "#!/bin/sh\nexec " + str(Path(sys.executable).resolve()) + ' "$@"\n'
+    (tools / "python3").write_text(python)
+    (tools / "python3").chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(TOP / "scripts" / script)], capture_output=True, text=True, check=False,
+        timeout=60, env={"PATH": str(tools), "TOLL_VENV": str(tmp_path / "venv")},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    missing, hint = done.stderr.splitlines()[-2:]
+    prefix = "hint: as root: apt-get update && apt-get install -y "
+    assert hint.startswith(prefix)
+    named = hint.removeprefix(prefix).split()
+    assert packages <= set(named)
+    assert len(named) == len(set(named))
+    assert missing == f"{script}: missing here: {' '.join(named)}"
