@@ -277,7 +277,9 @@ class App:
         from hsmtoll.jws import RsaPublicKey
 
         try:
-            return RsaPublicKey.from_pem(_read(path, "HSMTOLL_HSM__PUBLIC_KEY"))
+            return RsaPublicKey.from_pem(
+                _read(path, "HSMTOLL_HSM__PUBLIC_KEY").decode("utf-8", "replace")
+            )
         except ValueError as exc:
             raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {foreign(path)}: {exc}") from exc
 
@@ -286,12 +288,10 @@ class App:
         path = self.settings.hsm.certificates
         if path is None:
             return ()
-        from hsmtoll.certificate import from_pem
+        from hsmtoll.certificate_files import certificates_in
 
-        try:
-            return from_pem(_read(path, "HSMTOLL_HSM__CERTIFICATES"))
-        except ValueError as exc:
-            raise ConfigurationError(f"HSMTOLL_HSM__CERTIFICATES {foreign(path)}: {exc}") from exc
+        name = "HSMTOLL_HSM__CERTIFICATES"
+        return certificates_in(_read(path, name), f"{name} {foreign(path)}")
 
     @cached_property
     def signer(self) -> Signer:
@@ -509,11 +509,10 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
     return path
 
 
-def _read(path: Path, name: str) -> str:
+def _read(path: Path, name: str) -> bytes:
     try:
         check_regular(path)
-        # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_bytes()
     except OSError as exc:
         raise ConfigurationError(
             f"{name} {foreign(path)}: cannot be read ({exc.strerror})"

@@ -8,7 +8,6 @@ Which certificates belong together is said in `hsmtoll.chain`.
 from __future__ import annotations
 
 import base64
-import binascii
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
 
-__all__ = ["MAX_DER", "Certificate", "QcStatements", "Signature", "from_pem"]
+__all__ = ["MAX_DER", "Certificate", "QcStatements", "Signature"]
 
 #: Nothing that is longer is read: 64 KiB (DESIGN 4.5).
 MAX_DER: Final = 64 * 1024
@@ -346,38 +345,6 @@ class Certificate:
     def __repr__(self) -> str:
         """Show whose it is, and which."""
         return f"<Certificate {self.subject!r} sha256={self.sha256[:16]}…>"
-
-
-_LABELS: Final = ("CERTIFICATE", "X509 CERTIFICATE")
-
-
-def from_pem(text: str) -> tuple[Certificate, ...]:
-    """
-    The certificates of a PEM file (RFC 7468), in its order; other blocks are passed over.
-
-    Raises ValueError when it holds none, when one does not parse, and when it holds a
-    private key: such a file is readable to more people than a key should be.
-    """
-    if re.search(r"-----BEGIN [^-\r\n]*PRIVATE KEY", text):
-        raise ValueError("it holds a private key; give a file with certificates only")
-    # Not one expression for a whole block: on a file of beginnings alone it is quadratic.
-    begun = (part.partition("-----") for part in text.split("-----BEGIN ")[1:])
-    blocks = [
-        rest.partition(f"-----END {label}-----") for label, _, rest in begun if label in _LABELS
-    ]
-    if not blocks:
-        raise ValueError("it holds no certificate in PEM form")
-    found: list[Certificate] = []
-    for number, (body, end, _) in enumerate(blocks, 1):
-        if not end:
-            raise ValueError(f"certificate {number} in it has no end")
-        try:
-            found.append(Certificate.load(base64.b64decode("".join(body.split()), validate=True)))
-        except binascii.Error as exc:
-            raise ValueError(f"certificate {number} in it is not base64") from exc
-        except ValueError as exc:
-            raise ValueError(f"certificate {number} in it is {exc}") from exc
-    return tuple(found)
 
 
 @lru_cache(maxsize=512)

@@ -623,12 +623,21 @@ def _body(given: str | None) -> bytes | None:
     if given is None or not given.startswith("@"):
         # The bytes that were typed, whatever encoding they are in.
         return os.fsencode(given) if given is not None else None
-    if given == "@-":
-        return _stdin(given)
+    return _content(given, "body")
+
+
+def _content(file: str, what: str) -> bytes:
+    """The bytes of FILE or @FILE; - or @- is stdin. UsageError where they cannot be read."""
+    name = file.removeprefix("@")
+    if name == "-":
+        return _stdin(what)
     try:
-        return Path(given[1:]).read_bytes()
+        return Path(name).read_bytes()
     except OSError as exc:
-        raise UsageError(f"{foreign(given)}: cannot be read ({exc.strerror})") from exc
+        raise UsageError(
+            f"{what}: {foreign(name)} cannot be read ({exc.strerror})",
+            hint="~ is not expanded here; write the whole path" if name[:1] == "~" else None,
+        ) from exc
 
 
 #: Why what looks like JSON may be none.
@@ -1001,25 +1010,23 @@ def key_csr(ours: _Globals, /, *, use_final_try: bool, **subject: Any) -> None:
 
 
 @key.command("import")
-@click.argument("chain_pem", type=_file)
+@click.argument("chain", metavar="FILE", type=_path)
 @_final_try
 @click.pass_obj
-def key_import(ours: _Globals, *, chain_pem: Path, use_final_try: bool) -> None:
+def key_import(ours: _Globals, *, chain: Path, use_final_try: bool) -> None:
     """Put a chain onto the device, beside its key. Again changes nothing."""
     from hsmtoll import enrol
 
     app = ours.app(use_final_try=use_final_try)
-    try:
-        text = chain_pem.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        raise UsageError(f"{foreign(chain_pem)}: cannot be read as PEM") from None
+    data = _content(str(chain), "key import")
     with app.devices[0] as device:
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
         # Without an identity the rules of eSeals judge: what they take, the others take.
         family = app.settings.identity or "eseal"
         done = enrol.import_chain(
             device,
-            text,
+            data,
+            name=f"key import {foreign(chain)}",
             now=now,
             identity=family,
             mode=app.settings.x5c,

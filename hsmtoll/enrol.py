@@ -20,15 +20,9 @@ from asn1crypto import algos, core, keys, x509
 from asn1crypto import csr as pkcs10
 
 from hsmtoll import chain as chains
-from hsmtoll.certificate import Certificate, from_pem
-from hsmtoll.errors import (
-    CertificateError,
-    ConfigurationError,
-    DeviceError,
-    HsmTollError,
-    UsageError,
-    foreign,
-)
+from hsmtoll.certificate import Certificate
+from hsmtoll.certificate_files import certificates_in
+from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, foreign
 from hsmtoll.jws import SigningInput
 
 if TYPE_CHECKING:
@@ -203,15 +197,17 @@ def csr(
 
 def import_chain(
     device: Device,
-    pem: str,
+    data: bytes,
     *,
+    name: str = "key import",
     now: datetime,
     identity: Identity = "eseal",
     mode: chains.X5cMode = "full",
     root_sha256: str | None = None,
 ) -> Imported:
     """
-    Write the leaf and its chain, in any order in *pem*, beside the key that they belong to.
+    Write the leaf and its chain, in any order in the file *data*, beside the key that they
+    belong to. *name* is what an error calls the file.
 
     The leaf gets the key's label and CKA_ID. What is there already stays as it is, so that a
     second time changes nothing. Raises ConfigurationError for a file that cannot be read,
@@ -221,10 +217,7 @@ def import_chain(
     """
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
-    try:
-        given = tuple(dict.fromkeys(from_pem(pem)))
-    except ValueError as exc:
-        raise ConfigurationError(f"key import: the file cannot be used: {exc}") from exc
+    given = tuple(dict.fromkeys(certificates_in(data, name)))
     leaf, key = _leaf(given, objects.keys(device))
     there = [each for stored in device.certificates() if (each := _read(stored.der))]
     faults = [

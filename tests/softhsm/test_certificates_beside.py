@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,15 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import doctor, enrol
-from hsmtoll.errors import CertificateError
+from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.hsm import objects
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem
 from tests.lab import Lab, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cryptography import x509
 
     from hsmtoll.doctor.findings import Check
     from tests.softhsm.conftest import DeviceSoftHsm
@@ -92,7 +95,7 @@ def test_a_leaf_twice_in_the_file_is_one(
 ) -> None:
     leaf = authority.issue(spki)
     with contextlib.closing(lab.app("acme", tmp_path)) as app:
-        given = pem(leaf, leaf, *authority.chain).decode()
+        given = pem(leaf, leaf, *authority.chain)
         done = enrol.import_chain(app.devices[0], given, now=NOW)
     assert len(done.written + done.present) == 3
 
@@ -102,7 +105,7 @@ def test_an_import_ends_where_the_settings_say(
 ) -> None:
     """An import judges as the signer will."""
     leaf = authority.issue(spki)
-    given = pem(leaf, *authority.chain).decode()
+    given = pem(leaf, *authority.chain)
     pinned = authority.intermediate.fingerprint(SHA256()).hex()
     with contextlib.closing(lab.app("acme", tmp_path)) as app:
         device = app.devices[0]
@@ -111,7 +114,7 @@ def test_an_import_ends_where_the_settings_say(
         with pytest.raises(CertificateError) as caught:
             enrol.import_chain(device, given, now=NOW, root_sha256="00" * 32)
         assert caught.value.code == "chain-pin"
-        alone = pem(eseal_authority("Alene").issue(spki)).decode()
+        alone = pem(eseal_authority("Alene").issue(spki))
         with pytest.raises(CertificateError) as caught:
             enrol.import_chain(device, alone, now=NOW)
         assert caught.value.code == "chain-incomplete"
@@ -122,7 +125,7 @@ def test_a_leaf_is_imported_alone_where_it_is_sent_alone(lab: Lab, tmp_path: Pat
         device = app.devices[0]
         public = device.key().public
         assert public is not None
-        given = pem(norwegian_authority("test").issue(public.spki())).decode()
+        given = pem(norwegian_authority("test").issue(public.spki()))
         with pytest.raises(CertificateError) as caught:
             enrol.import_chain(device, given, now=NOW, identity="norwegian")
         assert caught.value.code == "chain-incomplete"
@@ -172,3 +175,52 @@ def test_comments_in_another_encoding_are_passed_over(
         authority.issue(spki), *authority.chain
     )
     assert examined(lab, tmp_path, given)["chain"].verdict == "ok"
+
+
+#: openssl's own commands: a leaf, its chain and a key in, a file of the named form out.
+OPENSSL = {
+    "p7b": "crl2pkcs7 -nocrl -certfile chain.pem -outform DER -out made",
+    "p7b in pem": "crl2pkcs7 -nocrl -certfile chain.pem -out made",
+    "trusted": "x509 -in chain.pem -trustout -setalias ours -addtrust serverAuth -out made",
+    "der": "x509 -in chain.pem -outform DER -out made",
+    "p12": "pkcs12 -export -nokeys -in chain.pem -passout pass:x -out made",
+}
+
+
+def made_by_openssl(form: str, where: Path, *certificates: x509.Certificate) -> Path:
+    (where / "chain.pem").write_bytes(pem(*certificates))
+    subprocess.run(["openssl", *OPENSSL[form].split()], cwd=where, check=True, capture_output=True)
+    return where / "made"
+
+
+@pytest.mark.parametrize(("form", "whole"), [("p7b", True), ("p7b in pem", True),
+                                             ("trusted", False), ("der", False)])  # fmt: skip
+def test_what_openssl_writes_is_taken_as_a_file_and_by_an_import_alike(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes, form: str, *, whole: bool
+) -> None:
+    given = (authority.issue(spki), *authority.chain)
+    made = made_by_openssl(form, tmp_path, *given)
+    expected = [each.public_bytes(Encoding.DER) for each in (given if whole else given[:1])]
+    with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": made})) as app:
+        assert sorted(each.der for each in app.pem_certificates()) == sorted(expected)
+        if not whole:
+            # A leaf alone is imported where its issuers are there already.
+            enrol.import_chain(app.devices[0], pem(*given), now=NOW)
+        done = enrol.import_chain(app.devices[0], made.read_bytes(), now=NOW)
+        stored = {each.der for each in app.devices[0].certificates()}
+    assert {each.der for each in (*done.written, *done.present)} >= {*expected}
+    assert stored >= {*expected}
+
+
+def test_pkcs12_is_refused_by_both_in_the_same_words(
+    lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
+) -> None:
+    made = made_by_openssl("p12", tmp_path, authority.issue(spki), *authority.chain)
+    with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": made})) as app:
+        for refuses in (
+            app.pem_certificates,
+            lambda: enrol.import_chain(app.devices[0], made.read_bytes(), now=NOW),
+        ):
+            with pytest.raises(ConfigurationError, match="PKCS#12") as caught:
+                refuses()
+            assert "openssl pkcs12 -in FILE -nokeys" in str(caught.value.hint)

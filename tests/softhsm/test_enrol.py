@@ -230,9 +230,7 @@ def test_a_foreign_leaf_is_refused_and_nothing_is_written(
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
     before = lab.listed()
     with pytest.raises(CertificateError) as caught:
-        enrol.import_chain(
-            app.devices[0], pem(authority.issue(other), *authority.chain).decode(), now=NOW
-        )
+        enrol.import_chain(app.devices[0], pem(authority.issue(other), *authority.chain), now=NOW)
     assert caught.value.code == "certificate-foreign"
     assert lab.listed() == before
 
@@ -253,11 +251,11 @@ def test_a_chain_with_a_gap_or_an_unusable_leaf_is_refused(
         ((leaf, authority.issue(key), *authority.chain), "certificate-ambiguous"),
     ):
         with pytest.raises(CertificateError) as caught:
-            enrol.import_chain(app.devices[0], pem(*given).decode(), now=NOW)
+            enrol.import_chain(app.devices[0], pem(*given), now=NOW)
         assert caught.value.code == code
         assert ("import that file" in (caught.value.hint or "")) is (code == "chain-incomplete")
     with pytest.raises(ConfigurationError, match="no certificate"):
-        enrol.import_chain(app.devices[0], "nothing", now=NOW)
+        enrol.import_chain(app.devices[0], b"nothing", now=NOW)
     assert lab.listed() == before
 
 
@@ -268,7 +266,7 @@ def test_a_norwegian_leaf_is_judged_by_its_own_rules(app: App) -> None:
 
     assert isinstance(key, rsa.RSAPublicKey)
     signing = authority.issue(key, key_usage=["nonRepudiation"])
-    given = pem(signing, *authority.chain).decode()
+    given = pem(signing, *authority.chain)
     with pytest.raises(CertificateError) as caught:
         enrol.import_chain(app.devices[0], given, now=NOW, identity="norwegian")
     assert caught.value.code == "certificate-usage"
@@ -278,7 +276,7 @@ def test_a_chain_is_imported_once_and_then_serves_without_a_file(
     app: App, lab: Lab, state: Path, authority: Authority
 ) -> None:
     leaf = certified(app, authority)
-    given = pem(authority.root, stranger(), leaf, authority.intermediate).decode()
+    given = pem(authority.root, stranger(), leaf, authority.intermediate)
     done = enrol.import_chain(app.devices[0], given, now=NOW)
     assert [len(each) for each in (done.written, done.present, done.left)] == [3, 0, 0]
     listed = lab.listed()
@@ -305,7 +303,7 @@ def test_a_certificate_for_later_is_imported_before_its_time(
 
     assert isinstance(key, rsa.RSAPublicKey)
     later = authority.issue(key, not_before=NOW + timedelta(days=3))
-    done = enrol.import_chain(app.devices[0], pem(later, *authority.chain).decode(), now=NOW)
+    done = enrol.import_chain(app.devices[0], pem(later, *authority.chain), now=NOW)
     assert done.written[0].common_name == "Eksempel AB"
 
 

@@ -36,12 +36,12 @@ def device(
     app.close()
 
 
-def chain_for(device: Device) -> str:
+def chain_for(device: Device) -> bytes:
     public = device.key().public
     assert public is not None
     authority = pki.eseal_authority()
     every = (*reversed(authority.chain), authority.issue(public.spki()))
-    return b"".join(each.public_bytes(Encoding.PEM) for each in every).decode()
+    return b"".join(each.public_bytes(Encoding.PEM) for each in every)
 
 
 def test_a_device_with_room_for_one_certificate_gets_the_leaf_and_the_rest_is_named(

@@ -22,7 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from hsmtoll.certificate import MAX_DER, Certificate, from_pem
+from hsmtoll.certificate import MAX_DER, Certificate
+from hsmtoll.certificate_files import certificates_in
+from hsmtoll.errors import ConfigurationError
 from tests import pki
 
 
@@ -97,7 +99,7 @@ def test_pss_without_mgf1_or_without_parameters_is_not_known() -> None:
 
 def test_every_root_of_this_system_is_read_as_cryptography_reads_it() -> None:
     bundle = Path("/etc/ssl/certs/ca-certificates.crt").read_text(encoding="utf-8")
-    found = from_pem(bundle)
+    found = certificates_in(bundle.encode(), "the bundle")
     assert len(found) == bundle.count("BEGIN CERTIFICATE")
     for certificate in found:
         if certificate.serial <= 0:
@@ -442,7 +444,7 @@ def test_pem_goes_in_and_out_in_any_order_with_other_words_between() -> None:
     leaf, inter, root = pki.good()
     text = f"subject=Inter\n{inter.pem()}\r\n# ours\n{root.pem()}{leaf.pem()}"
     csr = "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
-    assert from_pem(csr + text.replace("\n", "\r\n")) == (inter, root, leaf)
+    assert certificates_in((csr + text.replace("\n", "\r\n")).encode(), "F") == (inter, root, leaf)
     judged = x509.load_pem_x509_certificates(text.encode())
     assert [item.public_bytes(Encoding.DER) for item in judged] == [inter.der, root.der, leaf.der]
 
@@ -450,11 +452,11 @@ def test_pem_goes_in_and_out_in_any_order_with_other_words_between() -> None:
 @pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
 def test_a_pem_file_with_a_private_key_is_refused_without_showing_it(form: PrivateFormat) -> None:
     key = pki.rsa_key().private_bytes(Encoding.PEM, form, NoEncryption()).decode()
-    with pytest.raises(ValueError, match="private key") as caught:
-        from_pem(pki.leaf().pem() + key)
+    with pytest.raises(ConfigurationError, match="private key") as caught:
+        certificates_in((pki.leaf().pem() + key).encode(), "F")
     assert all(line not in str(caught.value) for line in key.splitlines()[1:-1])
-    with pytest.raises(ValueError, match="private key"):
-        from_pem(key[:200])
+    with pytest.raises(ConfigurationError, match="private key"):
+        certificates_in(key[:200].encode(), "F")
 
 
 @pytest.mark.parametrize(
@@ -467,8 +469,8 @@ def test_a_pem_file_with_a_private_key_is_refused_without_showing_it(form: Priva
     ],
 )
 def test_a_pem_file_that_is_broken_is_named_by_the_place(text: str, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        from_pem(text)
+    with pytest.raises(ConfigurationError, match=words):
+        certificates_in(text.encode(), "F")
 
 
 def test_the_repr_is_short_and_says_whose_it_is() -> None:

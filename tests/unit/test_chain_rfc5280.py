@@ -8,9 +8,10 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ObjectIdentifier
 
-from hsmtoll.certificate import Certificate, from_pem
+from hsmtoll.certificate import Certificate
+from hsmtoll.certificate_files import certificates_in
 from hsmtoll.chain import build
-from hsmtoll.errors import CertificateError
+from hsmtoll.errors import CertificateError, ConfigurationError
 from tests import pki
 from tests.pki import DAY, NOW, authority, ec_key, leaf, name
 
@@ -86,7 +87,7 @@ def test_what_is_not_der_is_refused(changed: bytes) -> None:
 
 def test_a_pem_file_that_ends_too_early_is_named_and_long_ones_are_linear() -> None:
     first, inter, _ = pki.good()
-    with pytest.raises(ValueError, match="certificate 2 in it has no end"):
-        from_pem(first.pem() + inter.pem()[:-40])
-    with pytest.raises(ValueError, match="no end"):
-        from_pem("-----BEGIN CERTIFICATE-----\n" * 200_000)
+    with pytest.raises(ConfigurationError, match="certificate 2 in it has no end"):
+        certificates_in((first.pem() + inter.pem()[:-40]).encode(), "F")
+    with pytest.raises(ConfigurationError, match="no end"):
+        certificates_in(b"-----BEGIN CERTIFICATE-----\n" * 200_000, "F")

@@ -1,0 +1,137 @@
+"""
+Certificates in the forms in which issuers deliver them: PEM, DER and PKCS#7.
+
+Bytes of a file in, certificates out, each the bytes that it came in; nothing is proven here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from asn1crypto import parser
+
+from hsmtoll.certificate import Certificate
+from hsmtoll.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["certificates_in"]
+
+# asn1crypto carries no types.
+_parse: Any = parser.parse
+
+#: OpenSSL appends its own trust settings to the certificate in the third one.
+_CERTIFICATE: Final = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
+_PKCS7: Final = ("PKCS7", "CMS", "PKCS #7 SIGNED DATA")
+
+#: RFC 5652 section 5.1: 1.2.840.113549.1.7.2, and where SignedData has its certificates.
+_SIGNED_DATA: Final = bytes.fromhex("2a864886f70d010702")
+_SEQUENCE, _INTEGER, _OID, _CERTIFICATES = 0x30, 0x02, 0x06, 0xA0
+#: RFC 7292 section 4: the version of every PKCS#12 file.
+_PKCS12_VERSION: Final = b"\x03"
+
+
+def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
+    """
+    The certificates of a file with the bytes *data*, in its order.
+
+    PEM (RFC 7468) with any text between, the certificate in DER, or PKCS#7 in PEM or DER; other
+    PEM blocks are passed over. Raises ConfigurationError (``certificate-file``), naming *name*,
+    when there is none, when one does not parse, for PKCS#12, and for a private key: such a file
+    is readable to more people than a key should be.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        data = data.decode("utf-16", "replace").encode()
+    if b"-----BEGIN " in data:
+        ders = _armoured(data, name)
+    else:
+        ders = _unwrapped(data, name) if data[:1] == bytes([_SEQUENCE]) else iter(())
+    found: list[Certificate] = []
+    for number, der in enumerate(ders, 1):
+        try:
+            found.append(Certificate.load(der))
+        except ValueError as exc:
+            raise _unusable(name, f"certificate {number} in it is {exc}") from exc
+    if not found:
+        raise _unusable(
+            name,
+            "it holds no certificate"
+            + (", only a certificate request" if b"CERTIFICATE REQUEST-----" in data else ""),
+            hint="PEM, DER (.cer, .crt) or PKCS#7 (.p7b) is expected, from who issued the "
+            "certificate",
+        )
+    return tuple(found)
+
+
+def _armoured(data: bytes, name: str) -> Iterator[bytes]:
+    # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
+    text = data.decode("utf-8", "replace")
+    if re.search(r"-----BEGIN [^-\r\n]*PRIVATE KEY", text):
+        raise _private_key(name)
+    # Not one expression for a whole block: on a file of beginnings alone it is quadratic.
+    begun = (part.partition("-----") for part in text.split("-----BEGIN ")[1:])
+    blocks = [
+        (label, *rest.partition(f"-----END {label}-----"))
+        for label, _, rest in begun
+        if label in (*_CERTIFICATE, *_PKCS7)
+    ]
+    for number, (label, body, end, _) in enumerate(blocks, 1):
+        if not end:
+            raise _unusable(name, f"certificate {number} in it has no end")
+        try:
+            der = base64.b64decode("".join(body.split()), validate=True)
+        except binascii.Error as exc:
+            raise _unusable(name, f"certificate {number} in it is not base64") from exc
+        # Windows writes PKCS#7 under the label of a certificate: the content counts.
+        yield from _unwrapped(der, name, trusted=label == "TRUSTED CERTIFICATE")
+
+
+def _unwrapped(der: bytes, name: str, *, trusted: bool = False) -> Iterator[bytes]:
+    """The certificates of one value: itself, or those of a PKCS#7 file."""
+    try:
+        [(tag, contents, whole), *_] = _values(der)
+        [(first, value, _), *others] = _values(contents) if tag == _SEQUENCE else [(0, b"", b"")]
+        if first == _OID and value == _SIGNED_DATA:
+            [(_, wrapped, _), *_] = others
+            [(_, signed, _), *_] = _values(wrapped)
+            for kind, held, _ in _values(signed):
+                if kind == _CERTIFICATES:
+                    yield from (each for form, _, each in _values(held) if form == _SEQUENCE)
+            return
+    except ValueError:
+        # Cut off, or no ASN.1 at all: the reader of certificates says so.
+        yield der
+        return
+    if first == _INTEGER and value == _PKCS12_VERSION:
+        raise _unusable(
+            name,
+            "it is a PKCS#12 file, which may hold a private key",
+            hint="take the certificates out: openssl pkcs12 -in FILE -nokeys -out chain.pem\n"
+            "a private key in it has been outside of the device: use one that was made there "
+            "(hsmtoll key generate)",
+        )
+    if first == _INTEGER:
+        raise _private_key(name)
+    yield whole if trusted else der
+
+
+def _values(contents: bytes) -> list[tuple[int, bytes, bytes]]:
+    """(first byte of the tag, contents, whole) of each value, BER included."""
+    found = []
+    while contents:
+        _, _, _, head, inner, tail = _parse(contents)
+        found.append((head[0], inner, contents[: len(head) + len(inner) + len(tail)]))
+        contents = contents[len(found[-1][2]) :]
+    return found
+
+
+def _private_key(name: str) -> ConfigurationError:
+    return _unusable(name, "it holds a private key; give a file with certificates only")
+
+
+def _unusable(name: str, what: str, *, hint: str | None = None) -> ConfigurationError:
+    return ConfigurationError(f"{name}: {what}", hint=hint, code="certificate-file")
