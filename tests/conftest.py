@@ -38,9 +38,10 @@ NEEDS: Final = {
 
 #: Variables that change what our code, or the libraries under it, would do.
 _PROXIES: Final = frozenset({"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"})
-_OTHERS: Final = frozenset(
+_CERTIFICATES: Final = frozenset({"SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"})
+_OTHERS: Final = _CERTIFICATES | frozenset(
     {
-        "SSLKEYLOGFILE", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+        "SSLKEYLOGFILE",
         "SOFTHSM2_CONF", "RUNTIME_DIRECTORY", "STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC",
     }
 )  # fmt: skip
@@ -53,6 +54,7 @@ _HOMES: Final = {
 
 _skips = pytest.StashKey[list[str]]()
 _home = pytest.StashKey[Path]()
+_index = pytest.StashKey[dict[str, str]]()
 
 
 def room_of(path: Path) -> str | None:
@@ -70,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any fixture runs: no variables of the user, and a home that is thrown away."""
     config.addinivalue_line("markers", f"needs_root: {NEEDS_ROOT}")
     config.stash[_skips] = []
+    config.stash[_index] = _package_index()
     for name in [name for name in os.environ if is_ours(name)]:
         del os.environ[name]
     # The engine's own client looks for its plugins and contexts in the real home.
@@ -77,6 +80,29 @@ def pytest_configure(config: pytest.Config) -> None:
     home = Path(tempfile.mkdtemp(prefix="hsmtoll-tests-"))
     config.stash[_home] = home
     os.environ.update(_homes(home))
+
+
+def _package_index() -> dict[str, str]:
+    """Variables with which pip, in any home, uses the index and the cache of this user."""
+    home = Path.home()
+    files = [home / ".config/pip/pip.conf", home / ".pip/pip.conf"]
+    config = next((str(each) for each in files if each.is_file()), None)
+    used = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper().startswith("PIP_") or name.upper() in _PROXIES | _CERTIFICATES
+    }
+    return {
+        "PIP_CACHE_DIR": str(home / ".cache/pip"),
+        **({"PIP_CONFIG_FILE": config} if config else {}),
+        **used,
+    }
+
+
+@pytest.fixture(scope="session")
+def package_index(pytestconfig: pytest.Config) -> dict[str, str]:
+    """Variables for a process that installs packages: what was set before the tests began."""
+    return pytestconfig.stash[_index]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
