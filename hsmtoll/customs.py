@@ -60,18 +60,31 @@ __all__ = [
     "upload",
 ]
 
-_MOVEMENT: Final = ("transport", "master-consignment", "house-consignment", "relation")
+_ALL: Final = ("POST", "PUT", "DELETE")
+_MOVEMENT: Final = {
+    **dict.fromkeys(("transport", "master-consignment", "house-consignment"), _ALL),
+    "relation": ("POST", "DELETE"),
+}
 
-#: What can be submitted to which API (PROTOCOL C.7, C.11).
-LEVELS: Final[Mapping[str, tuple[str, ...]]] = {
+#: What can be submitted to which API, and by which methods: the catalogue of Customs' guide.
+LEVELS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     **dict.fromkeys(("road", "air", "rail", "maritime"), _MOVEMENT),
-    "presentation": (
-        "house-consignment",
-        "master-consignment",
-        "container",
-        "receptacle",
-        "entry-summary-declaration",
+    "presentation": dict.fromkeys(
+        (
+            "house-consignment",
+            "master-consignment",
+            "container",
+            "receptacle",
+            "entry-summary-declaration",
+        ),
+        ("POST",),
     ),
+    "arrival": {"arrival": ("POST",)},
+    "maritime-ssnn": {
+        "transport": _ALL,
+        "declaration-of-goods": _ALL,
+        "relationship": ("POST", "PUT"),
+    },
 }
 
 #: PROTOCOL C.12, as of January 2026.
@@ -181,11 +194,7 @@ def submission(
     send = _checked(api, method, level, message, mrn)
     request_id = _accepted((yield send), api, level, message)
     accepted(request_id)
-    own_feed = api.name == "presentation"
-    base = api.base if own_feed else apis.named(f"{api.name}-query").base
-    question = f"{base}/validation-status" if own_feed else (
-        f"{base}/{level}/validation-status/{request_id}"
-    )  # fmt: skip
+    question = _question(api, level, request_id)
     waited, asked = 0.0, 0
     while True:
         pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
@@ -199,6 +208,15 @@ def submission(
         result = _result(answer, api, request_id)
         if result is not None:
             return _judged(result, request_id, _bearer(answer))
+
+
+def _question(api: Api, level: str, request_id: str) -> str:
+    """The path at which the result is asked for."""
+    if api.name == "presentation":
+        return f"{api.base}/validation-status"
+    # Arrival has no query API beside it.
+    base = api.base if api.name == "arrival" else apis.named(f"{api.name}-query").base
+    return f"{base}/{level}/validation-status/{request_id}"
 
 
 def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Talk:
@@ -240,30 +258,28 @@ def _checked(
             f"submit to {api.name}: there is no level {foreign(level)}",
             hint=did_you_mean(level, levels, f"levels: {', '.join(levels)}"),
         )
-    fixed = api.name == "presentation"
-    methods = ("POST",) if fixed else ("POST", "DELETE") if level == "relation" else _METHODS
+    methods = levels[level]
     if method not in methods:
         raise UsageError(
             f"{foreign(method)} {api.name} {level}: {' or '.join(methods)} is expected"
         )
-    by_mrn = method != "POST" and level != "relation"
+    # The guide says that a relation's MRN is submitted, and not where: it may stand in the message.
+    inside = level == "relation" and mrn is None and isinstance(message.get("mrn"), str)
+    by_mrn = method != "POST" and not inside
     if by_mrn and (mrn is None or not _MRN.fullmatch(mrn)):
         raise UsageError(
             f"{method} {api.name} {level}: the MRN of what is meant is required",
             hint="18 characters such as 26NO4TU2HUD59UCBT8, as the submission returned it (--mrn)",
         )
-    if not by_mrn and mrn is not None:
+    if method == "POST" and mrn is not None:
         raise UsageError(f"{method} {api.name} {level}: takes no MRN")
-    if fixed and not isinstance(message.get("requestId"), str):
+    if api.name == "presentation" and not isinstance(message.get("requestId"), str):
         raise UsageError(
             f"submit to {api.name}: the message names no requestId",
             hint="for presentation the client chooses it: a new UUID each time",
         )
     path = f"{api.base}/{level}" + (f"/{mrn}" if by_mrn else "")
     return Send(method, path, json.dumps(message, ensure_ascii=False).encode())
-
-
-_METHODS: Final = ("POST", "PUT", "DELETE")
 
 
 def _accepted(
@@ -352,8 +368,11 @@ def _errors(listed: object, bearer: str) -> list[str]:
         pointer = entry.get("pointer")
         place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
         place = place or entry.get("field") or "message"
-        words = entry.get("description") or entry.get("error")
-        lines.append(f"{foreign(place, bearer)}: {foreign(words, bearer)}")
+        words = foreign(entry.get("description") or entry.get("error"), bearer)
+        # The sandbox names the page of the guide that says so.
+        page = entry.get("see")
+        source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
+        lines.append(f"{foreign(place, bearer)}: {words}{source}")
     return lines
 
 

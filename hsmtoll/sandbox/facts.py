@@ -230,7 +230,10 @@ def rsa_key(certificate: x509.Certificate) -> rsa.RSAPublicKey | None:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a call goes. *mode* is the transport mode, *refs* what the path carries."""
+    """
+    Where a call goes. *mode* is the transport mode, *refs* what the path carries; an empty *scope*
+    is any.
+    """
 
     kind: str
     scope: str
@@ -266,6 +269,19 @@ class Call:
             return None
         return found if isinstance(found, dict) else None
 
+    @property
+    def mrn(self) -> str | None:
+        """
+        The MRN of what is changed: in the path; of a relation also in the message, where the guide
+        leaves it open (beskrivelse-av-koblings-api-EN).
+        """
+        if self.route is None:
+            return None
+        if self.route.refs:
+            return self.route.refs[0]
+        given = (self.message() or {}).get("mrn") if self.route.kind == "change" else None
+        return given if isinstance(given, str) else None
+
 
 _LEVEL = r"(?P<level>transport|master-consignment|house-consignment)"
 _MODE = r"(?P<mode>road|air|rail|maritime)"
@@ -273,6 +289,10 @@ _VERSION = r"(?P<version>v\d)"
 _BASE = rf"/api/movement/{_MODE}/{_VERSION}"
 _QUERY = rf"/api/movement/{_MODE}/status/{_VERSION}"
 _ENTRY: Final = "movement/entry"
+#: Below its base, the paths of arrival stand in its Swagger alone: taken are those of its siblings.
+_ARRIVAL = r"/api/movement/arrival/v1"
+_SSNN = r"/api/movement/(?P<mode>maritime-ssnn)"
+_SSNN_LEVEL = r"(?P<level>transport|declaration-of-goods|relationship)"
 
 _ROUTES: Final = tuple(
     (method, re.compile(pattern), kind)
@@ -282,7 +302,7 @@ _ROUTES: Final = tuple(
         ("PUT", rf"{_BASE}/{_LEVEL}/(?P<a>[^/]+)", "change"),
         ("DELETE", rf"{_BASE}/{_LEVEL}/(?P<a>[^/]+)", "change"),
         ("POST", rf"{_BASE}/(?P<level>relation)", "relation"),
-        ("DELETE", rf"{_BASE}/(?P<level>relation)", "relation"),
+        ("DELETE", rf"{_BASE}/(?P<level>relation)(?:/(?P<a>[^/]+))?", "change"),
         (
             "GET",
             (
@@ -295,7 +315,7 @@ _ROUTES: Final = tuple(
         (
             "GET",
             (
-                rf"{_QUERY}/{_LEVEL}/(?P<a>[^/]+)(?:/(?:master|house)-consignment)?"
+                rf"{_QUERY}/{_LEVEL}/(?P<a>[^/]+)(?:/(?P<b>(?:master|house)-consignment))?"
                 r"/transport-document/status"
             ),
             "documents",
@@ -307,7 +327,7 @@ _ROUTES: Final = tuple(
                 rf"{_QUERY}/(?P<level>house-consignment)/postal-receptacle/(?P<a>[^/]+)"
                 r"/transport-document/status"
             ),
-            "documents",
+            "receptacle",
         ),
         ("GET", rf"{_QUERY}/entry/status/(?P<a>[^/]+)", "entry"),
         (
@@ -324,6 +344,21 @@ _ROUTES: Final = tuple(
             r"/api/movement/routing/v1/(?P<level>house-consignment|transport)",
             "routing",
         ),
+        ("POST", rf"{_ARRIVAL}(?:/arrival)?", "arrive"),
+        ("GET", rf"{_ARRIVAL}(?:/arrival)?/validation-status/(?P<a>[^/]+)", "validation-status"),
+        ("GET", rf"{_ARRIVAL}/entry/status/(?P<a>[^/]+)", "entry"),
+        ("POST", rf"{_SSNN}/v1/{_SSNN_LEVEL}", "submit"),
+        ("PUT", rf"{_SSNN}/v1/{_SSNN_LEVEL}/(?P<a>[^/]+)", "change"),
+        (
+            "DELETE",
+            rf"{_SSNN}/v1/(?P<level>transport|declaration-of-goods)/(?P<a>[^/]+)",
+            "change",
+        ),
+        (
+            "GET",
+            rf"{_SSNN}/status/v1/{_SSNN_LEVEL}/validation-status/(?P<a>[^/]+)",
+            "validation-status",
+        ),
         (
             "POST",
             r"/api/goodsdeclaration/document/v2/declaration-id/(?P<a>[^/]+)/document",
@@ -339,14 +374,19 @@ def route(method: str, path: str) -> Route | None:
         if wanted == method and (found := pattern.fullmatch(path)):
             parts = found.groupdict()
             mode = parts.get("mode") or ""
-            if mode and parts["version"] != ("v2" if mode == "road" else "v1"):
+            version = parts.get("version")
+            if version and version != ("v2" if mode == "road" else "v1"):
                 return None
-            refs = tuple(parts[name] for name in ("a",) if parts.get(name))
-            return Route(kind, _scope(kind, mode), mode, parts.get("level") or "", refs)
+            refs = tuple(parts[name] for name in ("a", "b") if parts.get(name))
+            return Route(kind, _scope(path, kind, mode), mode, parts.get("level") or "", refs)
     return None
 
 
-def _scope(kind: str, mode: str) -> str:
+def _scope(path: str, kind: str, mode: str) -> str:
     if mode:
-        return "movement/road/v2" if mode == "road" else f"movement/{mode}"
+        named = {"road": "movement/road/v2", "maritime-ssnn": "movement/maritimessnn"}
+        return named.get(mode, f"movement/{mode}")
+    if path.startswith(_ARRIVAL):
+        # The guide names no scope: the token of any API is taken.
+        return ""
     return "goodsdeclaration/document.write" if kind == "upload" else _ENTRY

@@ -1,8 +1,8 @@
 """
-What Customs' APIs say about messages, at once and later, and about uploads (PROTOCOL C.8 to C.13).
+What Customs' APIs answer at once to a message (400), and to an upload.
 
-The documents name the error texts, not the whole schema: what is demanded here is the part of a
-message that the guide's pages mention.
+Judged is what the guide's pages say is required or forbidden, by API; each error names its page in
+``see``, which the real answers do not have. What no page forbids is taken.
 """
 
 from __future__ import annotations
@@ -12,18 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+from hsmtoll.sandbox import playground
+from hsmtoll.sandbox.playground import at, page
 
-__all__ = [
-    "Upload",
-    "answered",
-    "asynchronous_errors",
-    "identity",
-    "presentation_errors",
-    "synchronous_errors",
-    "unpack_upload",
-]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Upload", "answered", "fixed", "identity", "synchronous_errors", "unpack_upload"]
 
 DOCUMENT_TYPES: Final = frozenset(
     (
@@ -42,11 +37,59 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", re.ASCII)
 _INSTANT_ERROR: Final = "invalid ISO-8601 instant in UTC (yyyy-MM-ddTHH:mm:ssZ)"
 _OBJECT_TYPES: Final = ("TRANSPORT", "MASTER_CONSIGNMENT", "HOUSE_CONSIGNMENT")
 
-#: Where the key of a message stands: it may not change by PUT (PROTOCOL C.8).
+_ELEMENTS: Final = "mo/sentrale-dataelementer-EN"
+_RELATIONS: Final = "mo/beskrivelse-av-koblings-api-EN"
+_FORMATS: Final = "mo/synkrone-valideringsfeil-EN"
+_ICS2: Final = "ics2/ics2-forsendelser-EN"
+
+#: The mandatory data elements of sentrale-dataelementer, each with the members that may carry it:
+#: the page names elements, the members are those of the one public client. A transport without
+#: references to consignments is taken: they may follow by relations (beskrivelse-av-koblings-api).
+_MANDATORY: Final[Mapping[str, tuple[tuple[str, ...], ...]]] = {
+    "transport": (
+        ("carrier",),
+        ("activeBorderTransportMeans.identificationNumber",),
+        ("activeBorderTransportMeans.typeOfIdentification",),
+        ("customsOfficeOfFirstEntry.referenceNumber",),
+    ),
+    "master-consignment": (
+        ("consignmentMasterLevel.consignor",),
+        ("consignmentMasterLevel.consignee",),
+        ("consignmentMasterLevel.transportDocumentMasterLevel.documentNumber",),
+        ("consignmentMasterLevel.transportDocumentMasterLevel.type",),
+        ("consignmentMasterLevel.grossMass", "consignmentMasterLevel.totalGrossMass"),
+    ),
+    "house-consignment": (
+        ("consignmentHouseLevel.consignor",),
+        ("consignmentHouseLevel.consignee",),
+        ("consignmentHouseLevel.transportDocumentHouseLevel.documentNumber",),
+        ("consignmentHouseLevel.transportDocumentHouseLevel.type",),
+        ("consignmentHouseLevel.totalGrossMass", "consignmentHouseLevel.grossMass"),
+    ),
+}
+#: Known for road alone.
+_DRIVER: Final = ("activeBorderTransportMeans.operator",)
+
+#: Members that are an object, a number or a date: missing, they "must not be null", the others
+#: "must not be blank".
+_NOT_TEXT: Final = frozenset(
+    (
+        "carrier",
+        "consignee",
+        "consignor",
+        "documentIssueDate",
+        "grossMass",
+        "operator",
+        "totalGrossMass",
+    )
+)
+
+#: What a message is known by, and what else PUT may not change (kobling-oppdatering-og-sletting).
 _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
     "transport": (
         "activeBorderTransportMeans.identificationNumber",
         "activeBorderTransportMeans.typeOfIdentification",
+        "scheduledDateAndTimeOfArrival",
     ),
     "master-consignment": (
         "consignmentMasterLevel.transportDocumentMasterLevel.documentNumber",
@@ -57,6 +100,10 @@ _KEYS: Final[Mapping[str, tuple[str, ...]]] = {
         "consignmentHouseLevel.transportDocumentHouseLevel.type",
     ),
 }
+_FIXED: Final[Mapping[str, tuple[str, ...]]] = {
+    "transport": ("activeBorderTransportMeans.conveyanceReferenceNumber",),
+    "master-consignment": ("consignmentMasterLevel.carrier.identificationNumber",),
+}
 _RELATION: Final = (
     "parentObjectType",
     "parentObjectReference",
@@ -64,123 +111,85 @@ _RELATION: Final = (
     "childObjectReference",
 )
 
+Error = dict[str, str]
 
-def answered(errors: list[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+
+def answered(errors: list[Error]) -> dict[str, list[Error]]:
     """The body of a 400."""
     return {"validationErrors": errors}
 
 
-def _at(message: object, path: str) -> Any:
-    for part in path.split("."):
-        message = message.get(part) if isinstance(message, dict) else None
-    return message
-
-
-def _blank(message: object, path: str) -> dict[str, str] | None:
-    found = _at(message, path)
-    good = isinstance(found, str) and found.strip()
-    return None if good else {"field": path, "error": "must not be blank"}
-
-
 def synchronous_errors(
-    kind: str, level: str, method: str, message: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """Field by field, with the texts of PROTOCOL C.10; empty where all is in order."""
-    found: list[dict[str, str] | None] = []
+    kind: str, level: str, method: str, message: Mapping[str, Any], mode: str = ""
+) -> list[Error]:
+    """Field by field, with the texts of synkrone-valideringsfeil; empty where all is in order."""
     if kind == "present":
-        found = [_blank(message, "requestId"), _blank(message, "customsOfficeOfPresentation")]
-    elif kind == "relation":
-        found = [_blank(message, path) for path in _RELATION]
-        found += [_one_of(message, path) for path in ("parentObjectType", "childObjectType")]
-    else:
-        if message.get("documentIssueDate") is None:
-            found.append({"field": "documentIssueDate", "error": "must not be null"})
-        elif not _INSTANT.fullmatch(str(message["documentIssueDate"])):
-            found.append({"field": "documentIssueDate", "error": _INSTANT_ERROR})
-        if method != "DELETE":
-            found += [_blank(message, path) for path in _KEYS[level]]
-    if kind != "present" and not (message.get("declarant") or message.get("representative")):
-        text = (
-            "At least one of the following fields should be non null: [declarant, representative]"
-        )
-        found.append({"field": "", "error": text})
+        names = ("requestId", "customsOfficeOfPresentation")
+        found = [_required(message, (name,), _ICS2) for name in names]
+        return [*filter(None, found), *playground.unidentified(level, message)]
+    if kind == "arrive":
+        return playground.arrival_errors(message)
+    if level == "relation":
+        return _relation_errors(method, message)
+    if mode == "maritime-ssnn":
+        # For the Coastal Administration's one system; its members stand in Swagger alone.
+        return []
+    found = [_required(message, ("documentIssueDate",), _ELEMENTS)]
+    if method != "DELETE":
+        elements = _MANDATORY[level]
+        if level == "transport" and mode == "road":
+            elements = (*elements, _DRIVER)
+        found += [_required(message, paths, _ELEMENTS) for paths in elements]
+    dates = ("estimatedDateAndTimeOfArrival", "scheduledDateAndTimeOfArrival")
+    found += [_instant(message, name) for name in ("documentIssueDate", *dates)]
     return [one for one in found if one]
 
 
-def _one_of(message: object, path: str) -> dict[str, str] | None:
-    found = _at(message, path)
+def _relation_errors(method: str, message: Mapping[str, Any]) -> list[Error]:
+    found: list[Error | None]
+    if method == "DELETE":
+        found = [_required(message, ("documentIssueDate",), _RELATIONS)]
+    else:
+        found = [_required(message, (path,), _RELATIONS) for path in _RELATION]
+        found += [_one_of(message, path) for path in ("parentObjectType", "childObjectType")]
+    found.append(_instant(message, "documentIssueDate"))
+    return [one for one in found if one]
+
+
+def _required(message: object, paths: tuple[str, ...], source: str) -> Error | None:
+    """An error unless one of *paths* has a value; the first one is named."""
+    values = [at(message, path) for path in paths]
+    if any(value is not None and str(value).strip() not in ("", "{}", "[]") for value in values):
+        return None
+    null = paths[0].rpartition(".")[2] in _NOT_TEXT
+    error = "must not be null" if null else "must not be blank"
+    return {"field": paths[0], "error": error, "see": page(source)}
+
+
+def _instant(message: object, path: str) -> Error | None:
+    found = at(message, path)
+    if found is None or str(found).strip() == "" or _INSTANT.fullmatch(str(found)):
+        return None
+    return {"field": path, "error": _INSTANT_ERROR, "see": page(_FORMATS)}
+
+
+def _one_of(message: object, path: str) -> Error | None:
+    found = at(message, path)
     if not isinstance(found, str) or not found.strip() or found in _OBJECT_TYPES:
         return None
-    return {"field": path, "error": f"Must be one of [{', '.join(_OBJECT_TYPES)}]"}
+    text = f"Must be one of [{', '.join(_OBJECT_TYPES)}]"
+    return {"field": path, "error": text, "see": page(_RELATIONS)}
 
 
 def identity(level: str, message: Mapping[str, Any]) -> tuple[str, ...]:
-    """The key members of a message."""
-    return tuple(str(_at(message, path)) for path in _KEYS.get(level, ()))
+    """What a message is known by."""
+    return tuple(str(at(message, path)) for path in _KEYS.get(level, ()))
 
 
-def asynchronous_errors(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is found after the 202: countries, and the playground's data (PROTOCOL C.13)."""
-    found: list[dict[str, Any]] = []
-    for path, holder in _objects(message, ""):
-        country = holder.get("country")
-        if isinstance(country, str) and (not re.fullmatch(r"[A-Z]{2}", country) or country == "XX"):
-            found.append(_pointed("Country is invalid", f"{path}country"))
-        found += _previous(path, holder)
-        vat = holder.get("vatIdentificationNumber", "2056550")
-        if str(vat) != "2056550":
-            text = "Unknown vatIdentificationNumber"
-            found.append(_pointed(text, f"{path}vatIdentificationNumber"))
-    return found
-
-
-def _previous(path: str, holder: Mapping[str, Any]) -> list[dict[str, Any]]:
-    kind, number = holder.get("typeOfReference"), str(holder.get("referenceNumber", ""))
-    where = f"{path}referenceNumber"
-    if kind == "N820":
-        if not re.fullmatch(r"[A-Za-z0-9]{18}", number) or "INVALID" in number:
-            text = "Document with typeOfReference N820 contains a referenceNumber in wrong state"
-            return [_pointed(text, where)]
-    elif kind == "CUDE":
-        known = re.fullmatch(r"123456789-(10082022|2022-08-10)-(\d+)", number)
-        if not known or not 1 <= int(known[2]) <= 10:
-            return [_pointed("Document with typeOfReference CUDE is not found", where)]
-    return []
-
-
-def _pointed(text: str, path: str) -> dict[str, Any]:
-    return {"description": text, "pointer": {"messageElementPath": path}}
-
-
-def _objects(found: object, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(found, dict):
-        yield path, found
-        for name, value in found.items():
-            yield from _objects(value, f"{path}{name}.")
-    elif isinstance(found, list):
-        for at, value in enumerate(found):
-            yield from _objects(value, f"{path.removesuffix('.')}[{at}].")
-
-
-#: PROTOCOL C.13, ICS2: what can be presented in the playground.
-_PRESENTABLE: Final[Mapping[str, frozenset[str]]] = {
-    "entry-summary-declaration": frozenset(f"23NO0000000000000{n}" for n in range(1, 6))
-    | frozenset(f"23NO{n:014d}" for n in range(1, 6)),
-    "receptacle": frozenset({"GBASFZMLBKONAUN30001001019999"}),
-    "house-consignment": frozenset(
-        {"NO100000001MU", "NO100000002MU", "HC001", "HC002", "HC003", "HC004"}
-    ),
-    "container": frozenset(f"JARU00000{n}" for n in range(10, 27)),
-}
-
-
-def presentation_errors(level: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Empty where the message names something that the playground knows."""
-    known = _PRESENTABLE.get(level)
-    named = {str(value) for _, holder in _objects(message, "") for value in holder.values()}
-    if known is None or known & named:
-        return []
-    return [_pointed("Reference is not found", "reference")]
+def fixed(level: str, message: Mapping[str, Any]) -> tuple[str, ...]:
+    """What PUT may not change."""
+    paths = (*_KEYS.get(level, ()), *_FIXED.get(level, ()))
+    return tuple(str(at(message, path)) for path in paths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +203,7 @@ class Upload:
 
 
 def unpack_upload(declaration_id: str, body: bytes) -> Upload:
-    """The multipart body, judged by PROTOCOL C.12; the boundary is read from its first line."""
+    """The multipart body, judged by document-api-EN; the boundary is read from its first line."""
     parts = _parts(body)
     names = [name for name, _, _ in parts]
     document_type, filename, content = "", "", b""
@@ -204,16 +213,38 @@ def unpack_upload(declaration_id: str, body: bytes) -> Upload:
         elif name == "file":
             filename, content = file, data
     checks = (
-        ("declarationId", bool(re.fullmatch(r"\d{9}-\d{8}-\d+", declaration_id, re.ASCII))),
-        ("parts must be metadata, then file", names == ["metadata", "file"]),
-        ("documentType", document_type in DOCUMENT_TYPES),
-        ("file extension", filename.rpartition(".")[2].lower() in EXTENSIONS),
-        ("file size", len(content) <= LARGEST),
+        (
+            "declarationId",
+            "is not <declarant>-<ddmmyyyy>-<sequence>",
+            bool(re.fullmatch(r"\d{9}-\d{8}-\d+", declaration_id, re.ASCII)),
+        ),
+        _order(names),
+        (
+            "metadata.documentType",
+            f"Must be one of [{', '.join(sorted(DOCUMENT_TYPES))}]",
+            document_type in DOCUMENT_TYPES,
+        ),
+        (
+            "file",
+            f"its name must end in one of [{', '.join(sorted(EXTENSIONS))}]",
+            filename.rpartition(".")[2].lower() in EXTENSIONS,
+        ),
+        ("file", "is larger than 10 MB", len(content) <= LARGEST),
     )
-    wrong = next((name for name, good in checks if not good), None)
-    return Upload(
-        document_type, filename, len(content), None if wrong is None else (wrong, "is invalid")
-    )
+    wrong = next(((name, text) for name, text, good in checks if not good), None)
+    return Upload(document_type, filename, len(content), wrong)
+
+
+def _order(names: list[str]) -> tuple[str, str, bool]:
+    """The first part that is missing, or not where it belongs: metadata, then file."""
+    wanted = ["metadata", "file"]
+    missing = next((name for name in wanted if name not in names), None)
+    if missing is not None:
+        return missing, "must not be null", False
+    extra = next((name for name in names if name not in wanted), None)
+    if extra is not None:
+        return extra, "is not expected", False
+    return "metadata", "must be the first part, and the only one of its name", names == wanted
 
 
 def _document_type(data: bytes) -> str:

@@ -20,15 +20,15 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
-from hsmtoll.sandbox import jose, messages
+from hsmtoll.sandbox import jose, messages, playground, statuses
 from hsmtoll.sandbox.facts import Call, Jws, TokenRequest, route
 from hsmtoll.sandbox.issue import access_claims, customs_claims, grant_answer
 from hsmtoll.sandbox.keys import signing_key
 from hsmtoll.sandbox.rules import Refusal, World, refuse, replay_key
-from hsmtoll.sandbox.state import Received, State, Submission
+from hsmtoll.sandbox.state import Document, Received, State, Submission
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -290,11 +290,11 @@ class Services:
         match call.route.kind:
             case "test-auth":
                 return Reply(200 if world.on("T12") else 404)
-            case "submit" | "change" | "relation":
+            case "submit" | "change" | "relation" | "arrive":
                 return self._submitted(call, world)
             case "validation-status":
                 return self._validation(call.route.refs[0], world)
-            case "descendants" | "documents" | "document" | "entry":
+            case "descendants" | "documents" | "document" | "receptacle" | "entry":
                 return self._queried(call)
             case "present":
                 return self._presented(call, world)
@@ -305,25 +305,34 @@ class Services:
         return self._uploaded(call)
 
     def _submitted(self, call: Call, world: World) -> Reply:
-        where, message = call.route, call.message()
+        where, message, documents = call.route, call.message() or {}, self.state.documents
         if where is None:
             return Reply(404)
-        message = message or {}
         request_id = str(uuid.uuid4()) if world.on("T13") else str(uuid.UUID(int=0))
-        errors = messages.asynchronous_errors(message) if world.on("T25") else []
-        mrn, key = (where.refs[0] if where.refs else None), messages.identity(where.level, message)
-        taken = {(org, level, at) for org, level, at in self.state.documents.values()}
-        if call.method == "PUT" and mrn in self.state.documents and world.on("T20"):
-            if self.state.documents[mrn][2] != key:
+        errors = playground.content_errors(message) if world.on("T25") else []
+        made = Document(
+            call.org,
+            where.level,
+            messages.identity(where.level, message),
+            messages.fixed(where.level, message),
+            message,
+        )
+        mrn, before = call.mrn, documents.get(call.mrn or "")
+        if call.method == "PUT" and before and world.on("T20"):
+            if before.fixed != made.fixed:
                 errors.append(_error("Key fields may not be changed"))
-        elif where.kind == "submit" and (call.org, where.level, key) in taken:
+        elif call.method == "POST" and made.key and _known(made, documents.values()):
             errors.append(_error("documentNumber is already in use"))
-        if not errors and mrn is None:
-            mrn = self._mrn(world)
-            if where.kind == "submit":
-                self.state.documents[mrn] = (call.org, where.level, key)
-        if not errors and where.kind == "change" and call.method == "DELETE" and mrn:
-            self.state.documents.pop(mrn, None)
+        if not errors and call.method == "DELETE" and mrn:
+            documents.pop(mrn, None)
+        elif not errors and where.kind != "arrive":
+            mrn = mrn or self._mrn(world)
+            documents[mrn] = made
+        if not errors and where.kind == "arrive":
+            arrived = playground.arrival(message)
+            mrn = arrived["mrn"]
+            place = arrived["customsOfficeOfArrival"]
+            self.state.arrivals[mrn] = place, arrived["dateAndTimeOfArrival"]
         delay = self.settings.polling_delay if world.on("T16") else 0
         self.state.submissions[request_id] = Submission(
             request_id,
@@ -335,6 +344,7 @@ class Services:
             _instant(world.now),
             mrn,
             errors,
+            playground.incomplete(message) if where.level == "house-consignment" else [],
         )
         return json_reply(202, {"requestId": request_id})
 
@@ -354,36 +364,47 @@ class Services:
             "validationErrorList": found.errors,
         }
         if not failed:
-            result["incompleteDocumentationReasonList"] = []
+            result["incompleteDocumentationReasonList"] = found.incomplete
             if world.on("T17"):
                 result["mrn"] = found.mrn
         settings = self.settings
         return json_reply(settings.failure_status if failed else settings.success_status, result)
 
     def _queried(self, call: Call) -> Reply:
-        where = call.route
+        where, documents = call.route, self.state.documents
         if where is None:
             return Reply(404)
-        if where.kind == "document":
-            wanted = (call.query.get("documentNumber", ""), call.query.get("type", ""))
-            known = [doc for doc in self.state.documents.values() if doc[2] == wanted]
-            owned = [doc for doc in known if doc[0] == call.org]
-            return json_reply(200, _document(wanted)) if owned else Reply(404)
-        mine = self.state.documents.get(where.refs[0])
-        if mine is None or mine[0] != call.org:
-            return Reply(404)
-        mrn = where.refs[0]
-        if where.kind == "descendants":
-            return json_reply(200, {"mrn": mrn, "received": True, "descendants": []})
+        if where.kind == "receptacle":
+            return json_reply(200, statuses.in_receptacle(where.refs[0], documents, call.org))
         if where.kind == "entry":
-            return json_reply(200, {"validEntry": False, "mrn": mrn})
-        return json_reply(200, [_document(mine[2])])
+            return json_reply(200, self._entry(where.refs[0]))
+        if where.kind == "document":
+            key = (call.query.get("documentNumber", ""), call.query.get("type", ""))
+            mrns = [mrn for mrn, each in documents.items() if each.key == key]
+        else:
+            mrns = [mrn for mrn in where.refs[:1] if mrn in documents]
+        mrn = next((mrn for mrn in mrns if documents[mrn].org == call.org), None)
+        if mrn is None:
+            return Reply(404)
+        levels = where.refs[1:] or (statuses.MASTER, statuses.HOUSE)
+        listed = [each for level in levels for each in statuses.below(mrn, documents, level)]
+        if where.kind == "descendants":
+            return json_reply(200, {"mrn": mrn, "received": True, "descendants": listed})
+        alone = documents[mrn].level == statuses.HOUSE
+        return json_reply(200, statuses.one(documents[mrn]) if alone else listed)
+
+    def _entry(self, mrn: str) -> dict[str, Any]:
+        arrived = self.state.arrivals.get(mrn)
+        if arrived is None:
+            return {"validEntry": False, "mrn": mrn}
+        office, time = arrived
+        return {"validEntry": True, "customsOfficeOfEntry": office, "timeOfEntry": time, "mrn": mrn}
 
     def _presented(self, call: Call, world: World) -> Reply:
         where, message = call.route, call.message() or {}
         request_id = str(message.get("requestId"))
         known = where and world.on("T25")
-        errors = messages.presentation_errors(where.level, message) if where and known else []
+        errors = playground.presentation_errors(where.level, message) if where and known else []
         self.state.presentations[call.org, request_id] = {
             "requestId": request_id,
             "status": "FAILURE" if errors else "SUCCESS",
@@ -404,9 +425,14 @@ class Services:
     def _routing(self, call: Call, world: World) -> Reply:
         signals = self.state.signals
         mine = [item for org, item in signals if org == call.org or not world.on("T23")]
-        marker = call.query.get("marker")
+        marker, static = call.query.get("marker"), [_marker(each) for each in playground.ROUTING]
+        # The playground's list, until a test has given the organisation a feed of its own.
+        if not mine and world.on("T25"):
+            mine = list(playground.ROUTING)
+        elif marker in static:
+            marker = None
         if marker and world.on("T23"):
-            ids = [item["routingResult"]["id"] for item in mine]
+            ids = [_marker(item) for item in mine]
             if marker not in ids:
                 return json_reply(400, messages.answered([{"field": "marker", "error": "unknown"}]))
             mine = mine[ids.index(marker) + 1 :]
@@ -445,14 +471,13 @@ def _safe(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name != "authorization"}
 
 
-def _document(key: tuple[str, ...]) -> dict[str, Any]:
-    number, kind = (*key, "", "")[:2]
-    return {
-        "documentNumber": number,
-        "type": kind,
-        "documentStatus": "SUCCESS",
-        "incompleteDocumentationReasonList": [],
-    }
+def _marker(signal: Mapping[str, Any]) -> str:
+    return str(signal["routingResult"]["id"])
+
+
+def _known(made: Document, others: Iterable[Document]) -> bool:
+    """Whether the organisation has a message with the same key already."""
+    return any((made.org, made.level, made.key) == (one.org, one.level, one.key) for one in others)
 
 
 def _error(text: str) -> dict[str, Any]:

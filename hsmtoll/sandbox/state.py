@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import rsa
 
-__all__ = ["CUSTOMS_SCOPES", "SELF_TEST", "Anchor", "Client", "Received", "State", "Submission"]
+__all__ = [
+    "CUSTOMS_SCOPES",
+    "SELF_TEST",
+    "Anchor",
+    "Client",
+    "Document",
+    "Received",
+    "State",
+    "Submission",
+]
 
 #: PROTOCOL C.2: Norwegian scopes; each has a twin below ``toll:eu/`` unless it is in `_NO_TWIN`.
 _NORWEGIAN: Final = (
@@ -25,8 +34,9 @@ _NORWEGIAN: Final = (
     "toll:movement/entry",
     "toll:goodsdeclaration/document.write",
     "toll:declaration.feed",
+    "toll:movement/maritimessnn",
 )
-_NO_TWIN: Final = frozenset({"toll:declaration.feed"})
+_NO_TWIN: Final = frozenset({"toll:declaration.feed", "toll:movement/maritimessnn"})
 _FOREIGN: Final = tuple(
     scope.replace("toll:", "toll:eu/", 1) for scope in _NORWEGIAN if scope not in _NO_TWIN
 )
@@ -61,9 +71,23 @@ class Anchor:
     environment: Literal["test", "prod"] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A message that has an MRN: whose it is, what it is known by, and what PUT may not change."""
+
+    org: str
+    level: str
+    key: tuple[str, ...]
+    fixed: tuple[str, ...]
+    message: Mapping[str, Any]
+
+
 @dataclass(slots=True)
 class Submission:
-    """One submission to a movement API; *ready_at* is in epoch seconds."""
+    """
+    One submission to a movement API; *ready_at* is in epoch seconds, *incomplete* codes of
+    IncompleteDocumentationReason.
+    """
 
     request_id: str
     org: str
@@ -74,6 +98,7 @@ class Submission:
     at: str
     mrn: str | None
     errors: list[dict[str, Any]]
+    incomplete: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +139,8 @@ class State:
     exchanged: set[str] = field(default_factory=set)
     dead_tokens: set[str] = field(default_factory=set)
     submissions: dict[str, Submission] = field(default_factory=dict)
-    documents: dict[str, tuple[str, str, tuple[str, ...]]] = field(default_factory=dict)
+    documents: dict[str, Document] = field(default_factory=dict)
+    arrivals: dict[str, tuple[str, str]] = field(default_factory=dict)
     presentations: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
     signals: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     uploads: list[tuple[str, str, str, int]] = field(default_factory=list)

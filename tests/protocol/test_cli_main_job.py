@@ -17,6 +17,8 @@ from joserfc import jws as jose
 from joserfc.errors import JoseError
 from joserfc.jwk import RSAKey
 
+from tests.customs_messages import message
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -218,25 +220,17 @@ def test_a_call_prints_its_body_and_finds_its_scope(toll_sandbox: Sandbox) -> No
 
 
 def test_a_submission_prints_its_request_id_and_then_its_mrn(tmp_path: Path) -> None:
-    message = {
-        "documentIssueDate": "2026-05-04T10:00:00Z",
-        "declarant": {"identificationNumber": "1"},
-        "activeBorderTransportMeans": {"identificationNumber": "X1", "typeOfIdentification": "30"},
-    }
+    given = message("transport", "X1")
     file = tmp_path / "message.json"
-    file.write_text(json.dumps(message))
+    file.write_text(json.dumps(given))
     done = hsmtoll("submit", "road", "POST", "transport", f"@{file}")
 
     assert done.returncode == 0
     assert done.stderr.startswith("hsmtoll: accepted, requestId ")
     word, mrn = done.stdout.split()
     assert (word, len(mrn)) == ("SUCCESS", 18)
-    message["consignee"] = {"country": "XX"}
-    message["activeBorderTransportMeans"] = {
-        "identificationNumber": "X2",
-        "typeOfIdentification": "30",
-    }
-    failed = hsmtoll("submit", "road", "POST", "transport", stdin=json.dumps(message))
+    bad = json.dumps(message("transport", "X2", consignee={"country": "XX"}))
+    failed = hsmtoll("submit", "road", "POST", "transport", stdin=bad)
     assert failed.returncode == 72
     assert "hint: consignee.country: Country is invalid" in failed.stderr
 

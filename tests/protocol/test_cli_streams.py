@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hsmtoll import cli
+from tests.customs_messages import message
 
 ROAD = "/api/movement/road/v2"
 NO_ROOM = "No space left on device"
@@ -42,18 +43,7 @@ def shell(command: str) -> tuple[int, str, str]:
 
 def transport(ship: str) -> str:
     """A message as a word of the shell. The same one again is a FAILURE."""
-    means = {"identificationNumber": ship, "typeOfIdentification": "30"}
-    declarant = {"identificationNumber": "NTRSE-5566778899"}
-    date = "2026-05-04T10:00:00Z"
-    return "'{}'".format(
-        json.dumps(
-            {
-                "documentIssueDate": date,
-                "declarant": declarant,
-                "activeBorderTransportMeans": means,
-            }
-        )
-    )
+    return f"'{json.dumps(message('transport', ship))}'"
 
 
 @pytest.mark.usefixtures("toll_settings")

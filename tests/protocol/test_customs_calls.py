@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from hsmtoll.apis import named
 from hsmtoll.app import App
 from hsmtoll.customs import LEVELS, Marker, refused, routing
 from hsmtoll.settings import load
+from tests.customs_messages import message, presentation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,32 +43,6 @@ if TYPE_CHECKING:
 
 MODES = ("road", "air", "rail", "maritime")
 ORG = "NTRSE-5566778899"
-
-
-def message(level: str, number: str | None = None, **members: Any) -> dict[str, Any]:
-    """The least that the guide asks for at *level*; *number* is its own document number."""
-    made: dict[str, Any] = {
-        "documentIssueDate": "2026-05-04T10:00:00Z",
-        "declarant": {"identificationNumber": ORG},
-        **members,
-    }
-    number = number or uuid.uuid4().hex[:12]
-    if level == "transport":
-        means = {"identificationNumber": number, "typeOfIdentification": "30"}
-        made["activeBorderTransportMeans"] = means
-    elif level == "relation":
-        made |= {
-            "parentObjectType": "TRANSPORT",
-            "parentObjectReference": "26NO4TU2HUD59UCBT8",
-            "childObjectType": "MASTER_CONSIGNMENT",
-            "childObjectReference": "26NO4TU2HUD59UCBT9",
-        }
-    else:
-        name = level.partition("-")[0].capitalize()
-        document = {"documentNumber": number, "type": "N730"}
-        inner = {f"transportDocument{name}Level": document}
-        made[f"consignment{name}Level"] = inner
-    return made
 
 
 @pytest.fixture
@@ -99,10 +73,18 @@ def test_what_is_submitted_gets_an_mrn_and_can_be_changed_and_deleted_by_it(
 
 
 @pytest.mark.parametrize("api", MODES)
-def test_a_relation_is_made_and_taken_back_without_an_mrn(toll: TollClient, api: str) -> None:
-    assert toll.submit(api, "POST", "relation", json=message("relation")).request_id
-    assert toll.submit(api, "DELETE", "relation", json=message("relation")).request_id
+def test_a_relation_gets_an_mrn_and_is_deleted_by_it(toll: TollClient, api: str) -> None:
+    mrn = toll.submit(api, "POST", "relation", json=message("relation")).mrn
+    assert toll.submit(api, "DELETE", "relation", json=message("any"), mrn=mrn).request_id
+    with pytest.raises(ApiRefused) as gone:
+        toll.submit(api, "DELETE", "relation", json=message("any"), mrn=mrn)
+    assert gone.value.code == "http-404"
 
+    # The guide says that the MRN is submitted, and not where: in the message it is taken as well.
+    again = toll.submit(api, "POST", "relation", json=message("relation")).mrn
+    assert toll.submit(api, "DELETE", "relation", json=message("any", mrn=again)).request_id
+    with pytest.raises(UsageError, match="MRN"):
+        toll.submit(api, "DELETE", "relation", json=message("any"))
     with pytest.raises(ApiRefused):
         toll.submit(api, "POST", "relation", json={**message("relation"), "childObjectType": "X"})
 
@@ -111,17 +93,7 @@ def test_a_relation_is_made_and_taken_back_without_an_mrn(toll: TollClient, api:
 def test_a_presentation_has_the_request_id_that_the_client_chose(
     toll: TollClient, level: str
 ) -> None:
-    reference = {
-        "entry-summary-declaration": "23NO00000000000001",
-        "receptacle": "GBASFZMLBKONAUN30001001019999",
-        "house-consignment": "HC001",
-        "container": "JARU0000010",
-    }.get(level, "X")
-    given = {
-        "requestId": str(uuid.uuid4()),
-        "customsOfficeOfPresentation": "NO01041A",
-        "reference": reference,
-    }
+    given = presentation(level)
     assert toll.submit("presentation", "POST", level, json=given).request_id == given["requestId"]
 
     with pytest.raises(ApiRefused):
@@ -141,7 +113,9 @@ def test_errors_in_the_message_are_told_field_by_field(toll: TollClient) -> None
     with pytest.raises(ApiRefused) as caught:
         toll.submit("road", "POST", "transport", json={"declarant": {}})
 
-    assert "documentIssueDate: must not be null" in (caught.value.hint or "").splitlines()
+    lines = (caught.value.hint or "").splitlines()
+    page = "https://toll.github.io/api/mo/sentrale-dataelementer-EN.html"
+    assert f"documentIssueDate: must not be null (see {page})" in lines
     assert caught.value.correlation_id
     assert caught.value.exit_code == 71
 
@@ -151,7 +125,8 @@ def test_a_failure_found_later_is_told_with_its_reasons(toll: TollClient) -> Non
     with pytest.raises(SubmissionFailed) as caught:
         toll.submit("road", "POST", "house-consignment", json=given)
 
-    assert caught.value.errors == ("consignee.country: Country is invalid",)
+    (error,) = caught.value.errors
+    assert error.startswith("consignee.country: Country is invalid (see https://toll.github.io/")
     assert caught.value.exit_code == 72
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.customs_messages import house, presentation
 from tests.sandbox_twins import certificate, eseal, leaf
 from tests.sandbox_wire import Wire, wire
 
@@ -34,16 +34,6 @@ def claims_of(token: str) -> dict[str, Any]:
     part = token.split(".")[1]
     found: dict[str, Any] = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
     return found
-
-
-def house(number: str | None = None, **members: Any) -> dict[str, Any]:
-    document = {"documentNumber": number or uuid.uuid4().hex, "type": "N740"}
-    return {
-        "documentIssueDate": "2026-05-04T10:00:00Z",
-        "declarant": {"name": "Eksempel AB"},
-        "consignmentHouseLevel": {"transportDocumentHouseLevel": document},
-        **members,
-    }
 
 
 def finished(found: Wire, token: str, request_id: str) -> Any:
@@ -133,7 +123,9 @@ def test_missing_members_are_named_field_by_field(sandbox_customs: Wire, sandbox
     assert answer.status_code == 400
     fields = {one["field"]: one["error"] for one in answer.json()["validationErrors"]}
     assert "ISO-8601" in fields["documentIssueDate"]
-    assert len(fields) == 4
+    parts = ("consignor", "consignee", "totalGrossMass", "transportDocumentHouseLevel.type")
+    assert {f"consignmentHouseLevel.{part}" for part in parts} <= set(fields)
+    assert len(fields) == 6
     text = sandbox_customs.call("POST", path, sandbox_road, content=b"{}")
     assert text.status_code == 415
 
@@ -142,9 +134,10 @@ def test_playground_data_decides_later(sandbox_customs: Wire, sandbox_road: str)
     path = f"{ROAD}/house-consignment"
     for number, status in (("A" * 18, "SUCCESS"), ("INVALID" + "A" * 11, "FAILURE")):
         previous = [{"typeOfReference": "N820", "referenceNumber": number}]
-        sent = sandbox_customs.call(
-            "POST", path, sandbox_road, json=house(previousDocuments=previous)
+        given = house(
+            previousDocuments=previous, importProcedure={"importProcedure": "TRANSIT_IMPORT"}
         )
+        sent = sandbox_customs.call("POST", path, sandbox_road, json=given)
         done = finished(sandbox_customs, sandbox_road, sent.json()["requestId"])
         assert done["status"] == status
 
@@ -152,11 +145,7 @@ def test_playground_data_decides_later(sandbox_customs: Wire, sandbox_road: str)
 def test_presentation_takes_a_request_id_once(sandbox_customs: Wire) -> None:
     token = sandbox_customs.bearer("toll:eu/movement/entry")
     base = "/api/movement/presentation/v1"
-    body = {
-        "requestId": str(uuid.uuid4()),
-        "customsOfficeOfPresentation": "NO01011A",
-        "reference": "HC001",
-    }
+    body = presentation("house-consignment")
     assert sandbox_customs.call("POST", f"{base}/house-consignment", token, json=body).is_success
     again = sandbox_customs.call("POST", f"{base}/house-consignment", token, json=body)
     assert again.status_code == 400

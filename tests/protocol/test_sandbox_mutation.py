@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hsmtoll.sandbox.rules import TABLE
+from tests.customs_messages import house, presentation
 from tests.sandbox_twins import NOW, Twins, certificate, eseal, grants, leaf
 from tests.sandbox_wire import Wire, claims_of, wire
 
@@ -59,7 +59,7 @@ def _identifier(found: Wire) -> Any:
 
 
 def _short() -> dict[str, Any]:
-    return {"documentIssueDate": "2026-05-04T10:00:00Z", "declarant": {"name": "Eksempel AB"}}
+    return {"documentIssueDate": "2026-05-04T10:00:00Z"}
 
 
 def _norwegian_token(found: Wire) -> str:
@@ -90,12 +90,7 @@ def _too_late(found: Wire) -> Any:
 
 
 def _submitted(found: Wire, **members: Any) -> str:
-    document = {"documentNumber": uuid.uuid4().hex, "type": "N730"}
-    message = {
-        **_short(),
-        "consignmentHouseLevel": {"transportDocumentHouseLevel": document},
-        **members,
-    }
+    message = {**house(), **members}
     return str(found.call("POST", HOUSE, found.bearer(), json=message).json()["requestId"])
 
 
@@ -114,11 +109,7 @@ def _asked_by_another(found: Wire) -> Any:
 
 
 def _presented(found: Wire) -> Any:
-    message = {
-        "requestId": "4c1c3c0e-6c9f-4a51-9a39-1f0f1d7d1a11",
-        "customsOfficeOfPresentation": "NO01041A",
-        "reference": "HC001",
-    }
+    message = presentation("house-consignment", requestId="4c1c3c0e-6c9f-4a51-9a39-1f0f1d7d1a11")
     token = found.bearer("toll:eu/movement/entry")
     path = "/api/movement/presentation/v1/house-consignment"
     return found.call("POST", path, token, json=message).status_code

@@ -1,0 +1,476 @@
+"""
+The playground's static data, and what Customs' guide says about the content of a message.
+
+Facts of the guide's pages (https://toll.github.io), each error with the page it stands on. What no
+page mentions is taken. Pages: mo-eksempler (test data), ufullstendig-dokumentasjon and
+asynkrone-valideringsfeil (errors found later), mo-kodeverk (code lists), ics2-forsendelser.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+__all__ = [
+    "ROUTING",
+    "arrival",
+    "arrival_errors",
+    "at",
+    "content_errors",
+    "incomplete",
+    "page",
+    "presentation_errors",
+    "unidentified",
+]
+
+_INCOMPLETE: Final = "mo/ufullstendig-dokumentasjon-EN"
+_LATER: Final = "mo/asynkrone-valideringsfeil-EN"
+_EXAMPLES: Final = "mo/mo-eksempler-EN"
+_CODES: Final = "mo/mo-kodeverk-EN"
+_ARRIVAL: Final = "mo/beskrivelse-av-ankomst-api-EN"
+_ICS2: Final = "ics2/ics2-forsendelser-EN"
+
+#: ISO 3166-1 alpha-2.
+_ISO: Final = """
+AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ
+BR BS BT BV BW BY BZ CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM
+DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS
+GT GU GW GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP KE KG KH KI KM KN
+KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ
+MR MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM
+PN PR PS PT PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV
+SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI
+VN VU WF WS YE YT ZA ZM ZW
+"""
+_COUNTRIES: Final = frozenset(_ISO.split())
+
+#: The Norwegian offices of CL141 in mo-kodeverk. The EU's whole list is not at hand.
+_CL141: Final = """
+NO321002 NO321003 NO323001 NO324001 NO324002 NO325001 NO329901 NO329902 NO329903 NO331001
+NO331002 NO331003 NO332001 NO332004 NO333001 NO334001 NO334002 NO339901 NO339902 NO341001
+NO341002 NO341003 NO341004 NO342001 NO343001 NO344001 NO344002 NO345001 NO345002 NO351001
+NO351003 NO361001 NO361002 NO362002 NO363001 NO364001 NO364002 NO365001 NO365002 NO365003
+NO368001 NO371001 NO372001 NO373001 NO373002
+"""
+_OFFICES: Final = frozenset(_CL141.split())
+
+#: importProcedure, by mo-kodeverk and the tables of prosedyre-mo-vei-ferge.
+_PROCEDURES: Final = (
+    "IMMEDIATE_RELEASE_IMPORT",
+    "CUSTOMS_DECLARATION",
+    "TRANSIT_IMPORT",
+    "TRANSIT_RELEASE",
+    "IMMEDIATE_RELEASE_VOEC",
+    "COLLECTIVE_RELEASE",
+    "WAREHOUSE_RELEASE",
+    "DOCUMENTS_NOT_OBLIGED_RELEASE",
+    "ATA_CARNET",
+    "TIR_CARNET",
+    "NATO_FORM_302",
+)
+#: Those whose tables have a column with CUDE. The error page names the first of them alone.
+_WITH_DECLARATION: Final = ("IMMEDIATE_RELEASE_IMPORT", "CUSTOMS_DECLARATION", "WAREHOUSE_RELEASE")
+_OUTGOING: Final = ("TRA", "EXP", "TRE")
+
+#: typeOfExport and the form of its exportId (TB_EXPORTTYPE). UGE_EXPORT stands in examples alone.
+_EXPORTS: Final[Mapping[str, str]] = {
+    "AES_EXPORT": r"[0-9A-Za-z]{18}",
+    "EUEIR_EXPORT": r".{1,35}",
+    "EIDR_EXPORT": r"\d\dSE[0-9A-Za-z]{11}AE[0-9A-Za-z]",
+    "UGE_EXPORT": r".+",
+}
+_OF_DECLARATION: Final = ("declarantNumber", "declarationDate", "sequenceNumber")
+_VOEC: Final = "2056550"
+_DEAREST: Final = 3000
+_PLACES: Final = ("placeOfLoading", "placeOfUnloading", "placeOfAcceptance", "placeOfDelivery")
+
+#: ENS, receptacle, house document and type, container, routing: the table of ics2-forsendelser.
+_GOODS: Final = (
+    ("23NO00000000000001", "GBASFZMLBKONAUN30001001019999", "NO100000001MU", "N750", "",
+     "TO_CONTROL"),
+    ("23NO00000000000002", "GBASFZMLBKONAUN30001001019999", "NO100000002MU", "N750", "",
+     "TO_ENTRY"),
+    ("23NO00000000000003", "", "HC001", "N740", "", "TO_ENTRY"),
+    ("23NO00000000000003", "", "HC002", "N740", "", "TO_CONTROL"),
+    ("23NO00000000000004", "", "HC001", "N703", "", "TO_CONTROL"),
+    ("23NO00000000000004", "", "HC002", "N703", "", "TO_ENTRY"),
+    ("23NO00000000000005", "", "HC003", "N714", "JARU0000010", "TO_CONTROL"),
+    ("23NO00000000000005", "", "HC004", "N714", "JARU0000026", "TO_ENTRY"),
+)  # fmt: skip
+_ISSUED: Final = "2026-01-01T00:00:00Z"
+
+
+def _signal(row: tuple[str, ...]) -> dict[str, Any]:
+    ens, receptacle, document, kind, container, routing = row
+    signal: dict[str, Any] = {
+        "entrySummaryDeclarationMRN": ens,
+        "transportDocumentHouseLevel": {
+            # The guide says documentNumber; the one public client reads referenceNumber.
+            "documentNumber": document,
+            "referenceNumber": document,
+            "type": kind,
+        },
+        "routingResult": {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, "|".join(row))),
+            "routing": routing,
+            "documentIssueDate": _ISSUED,
+        },
+    }
+    if receptacle:
+        signal["receptacleIdentificationNumber"] = receptacle
+    if container:
+        signal["containerIdentificationNumber"] = container
+    return signal
+
+
+#: "The routing signals retrieved in the playground environment are also a static list".
+ROUTING: Final = tuple(_signal(row) for row in _GOODS)
+
+
+def page(name: str, anchor: str = "") -> str:
+    """The address of a page of the guide."""
+    return f"https://toll.github.io/api/{name}.html{anchor}"
+
+
+def at(message: object, path: str) -> Any:
+    """The member at a dotted *path*, ``None`` where there is none."""
+    for part in path.split("."):
+        message = message.get(part) if isinstance(message, dict) else None
+    return message
+
+
+def _error(text: str, path: str, source: str) -> dict[str, Any]:
+    return {"description": text, "pointer": {"messageElementPath": path}, "see": page(source)}
+
+
+def _walk(found: object, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every object of a message, with the path of its members."""
+    if isinstance(found, dict):
+        yield path, found
+        for name, value in found.items():
+            yield from _walk(value, f"{path}{name}.")
+    elif isinstance(found, list):
+        for index, value in enumerate(found):
+            yield from _walk(value, f"{path.removesuffix('.')}[{index}].")
+
+
+def _entries(holder: object, name: str) -> list[tuple[int, Mapping[str, Any]]]:
+    listed = holder.get(name) if isinstance(holder, dict) else None
+    items = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return [(index, item) for index, item in enumerate(items) if isinstance(item, dict)]
+
+
+def _filled(value: object) -> bool:
+    return value is not None and str(value).strip() != ""
+
+
+def content_errors(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is found after the 202: code lists, contradictions, and the playground's data."""
+    found = [error for path, holder in _walk(message, "") for error in _of_object(path, holder)]
+    house = message.get("consignmentHouseLevel")
+    if isinstance(house, dict):
+        found += _of_house(house)
+    return found
+
+
+def _of_object(path: str, holder: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in ("country", "countryCode"):
+        country = holder.get(name)
+        if isinstance(country, str) and country not in _COUNTRIES:
+            yield _error("Country is invalid", f"{path}{name}", _LATER)
+    if path.endswith("customsOfficeOfFirstEntry."):
+        office = holder.get("referenceNumber")
+        if _filled(office) and not _is_office(office):
+            yield _error("Must be a valid customs office", f"{path}referenceNumber", _LATER)
+    for name in _PLACES:
+        place = holder.get(name)
+        if isinstance(place, dict) and not any(
+            _filled(place.get(one)) for one in ("address", "location", "unloCode")
+        ):
+            text = "If location AND address is not provided, then unloCode is required"
+            yield _error(text, f"{path}{name}.unloCode", _LATER)
+    unlo = holder.get("unloCode")
+    if _filled(unlo) and not re.fullmatch(r"[A-Z]{2}[A-Z2-9]{3}", str(unlo)):
+        yield _error("Invalid code. Expected valid UNLOCODE", f"{path}unloCode", _LATER)
+    for index, document in _entries(holder, "previousDocuments"):
+        yield from _of_document(f"{path}previousDocuments[{index}].", document)
+    vat = holder.get("vatIdentificationNumber")
+    if vat is not None and str(vat) != _VOEC:
+        place = f"{path}vatIdentificationNumber"
+        yield _error("Unknown vatIdentificationNumber", place, _EXAMPLES)
+
+
+def _is_office(code: object) -> bool:
+    """Of Norwegian offices the guide has the list, of the others their form is known."""
+    text = str(code)
+    if re.fullmatch(r"NO\d{6}", text):
+        return text in _OFFICES
+    return re.fullmatch(r"[A-Z]{2}[0-9A-Z]{6}", text) is not None and text[:2] in _COUNTRIES
+
+
+def _of_document(path: str, document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    kind, number = document.get("typeOfReference"), document.get("referenceNumber")
+    if kind == "CUDE":
+        missing = [name for name in _OF_DECLARATION if not _filled(document.get(name))]
+        for name in missing:
+            yield _error("Required field when typeReference is CUDE", f"{path}{name}", _INCOMPLETE)
+        if missing:
+            return
+        declarant, date, sequence = (str(document[name]) for name in _OF_DECLARATION)
+        known = re.fullmatch(r"[1-9]|10", sequence)
+        if (declarant, date) != ("123456789", "2022-08-10") or not known:
+            text = "Document with typeOfReference CUDE is not found"
+            yield _error(text, f"{path}sequenceNumber", _EXAMPLES)
+    elif not _filled(number):
+        text = "Field should have value unless typeOfReference is CUDE"
+        yield _error(text, f"{path}referenceNumber", _INCOMPLETE)
+    elif kind == "N820" and (
+        not re.fullmatch(r"[A-Za-z0-9]{18}", str(number)) or "INVALID" in str(number)
+    ):
+        text = "Document with typeOfReference N820 contains a referenceNumber in wrong state"
+        yield _error(text, f"{path}referenceNumber", _EXAMPLES)
+
+
+def _of_house(house: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rules between members of ``consignmentHouseLevel``."""
+    top = "consignmentHouseLevel"
+    chosen = at(house, "importProcedure.importProcedure")
+    outgoing = at(house, "importProcedure.outgoingProcedure")
+    documents = _entries(house, "previousDocuments")
+    exports = _entries(house, "exportFromEU")
+    if _filled(chosen) and chosen not in _PROCEDURES:
+        text = f"Invalid code. Expected codes are one of [{', '.join(_PROCEDURES)}]"
+        yield _error(text, f"{top}.importProcedure.importProcedure", _CODES)
+    if _filled(outgoing) and outgoing not in _OUTGOING:
+        text = f"When field is provided, it has to be one of {', '.join(_OUTGOING)}"
+        yield _error(text, f"{top}.importProcedure.outgoingProcedure", _LATER)
+    if documents and not _filled(chosen):
+        text = f"importProcedure is required when any {top}.previousDocuments[] is provided"
+        yield _error(text, f"{top}.importProcedure", _INCOMPLETE)
+    yield from _of_documents(top, documents, chosen, outgoing)
+    if exports and outgoing == "TRA":
+        text = f"Field cannot have values when {top}.importProcedure.outgoingProcedure is TRA"
+        yield _error(text, f"{top}.exportFromEU", _LATER)
+    yield from _of_exports(top, exports)
+    yield from _of_goods(top, house, chosen)
+
+
+def _of_documents(
+    top: str, documents: list[tuple[int, Mapping[str, Any]]], chosen: object, outgoing: object
+) -> Iterator[dict[str, Any]]:
+    where = f"{top}.previousDocuments"
+    if sum(document.get("typeOfReference") == "CUDE" for _, document in documents) > 1:
+        text = "PreviousDocuments can only contain one document of type CUDE"
+        yield _error(text, where, _INCOMPLETE)
+    for index, document in documents:
+        place = f"{where}[{index}]"
+        if _filled(chosen) and chosen in _PROCEDURES and chosen not in _WITH_DECLARATION:
+            text = f"Field cannot be filled out when {top}.importProcedure is {chosen}"
+            for name in _OF_DECLARATION:
+                if _filled(document.get(name)):
+                    yield _error(text, f"{place}.{name}", _INCOMPLETE)
+        # Variant 24 of the road's tables has N820 with EXP, for WAREHOUSE_RELEASE.
+        if (
+            document.get("typeOfReference") == "N820"
+            and outgoing == "EXP"
+            and chosen != "WAREHOUSE_RELEASE"
+        ):
+            text = f"Field cannot have value N820 out when {top}.outgoingProcedure is EXP"
+            yield _error(text, f"{place}.typeOfReference", _INCOMPLETE)
+    numbers = [(index, document.get("referenceNumber")) for index, document in documents]
+    for index, number in _repeated(numbers):
+        text = f"Duplicate PreviousDocuments with referenceNumber: {number}"
+        yield _error(text, f"{where}[{index}].referenceNumber", _LATER)
+
+
+def _of_exports(top: str, exports: list[tuple[int, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    where = f"{top}.exportFromEU"
+    for index, export in exports:
+        kind, number = export.get("typeOfExport"), export.get("exportId")
+        if _filled(kind) and kind not in _EXPORTS:
+            text = "Invalid code. Expected codes are one of [AES_EXPORT, EUEIR_EXPORT, EIDR_EXPORT]"
+            yield _error(text, f"{where}[{index}].typeOfExport", _CODES)
+        elif (
+            _filled(kind) and _filled(number) and not re.fullmatch(_EXPORTS[str(kind)], str(number))
+        ):
+            text = f"Invalid MRN format for export of type {kind}"
+            yield _error(text, f"{where}[{index}].exportId", _LATER)
+    for index, number in _repeated([(index, each.get("exportId")) for index, each in exports]):
+        text = f"Duplicate ExportFromEU with exportId: {number}"
+        yield _error(text, f"{where}[{index}].exportId", _LATER)
+
+
+def _repeated(values: list[tuple[int, Any]]) -> Iterator[tuple[int, str]]:
+    """Those that came before, each time that they come again."""
+    seen: Counter[str] = Counter()
+    for index, value in values:
+        if _filled(value):
+            if seen[str(value)]:
+                yield index, str(value)
+            seen[str(value)] += 1
+
+
+def _of_goods(top: str, house: Mapping[str, Any], chosen: object) -> Iterator[dict[str, Any]]:
+    if house.get("goodsItem") and chosen != "IMMEDIATE_RELEASE_VOEC":
+        text = (
+            f"If {top}.importProcedure.importProcedure is not IMMEDIATE_RELEASE_VOEC, it should "
+            "not be provided."
+        )
+        yield _error(text, f"{top}.goodsItem", _LATER)
+    for index, item in _entries(house, "goodsItem"):
+        value = _number(at(item, "itemAmountInvoicedVOEC.value"))
+        count = _number(at(item, "itemAmountInvoicedVOEC.numberOfItems")) or 1
+        if value is not None and value / count > _DEAREST:
+            text = "When item value exceeds NOK 3000, a regular import declaration has to be"
+            path = f"{top}.goodsItem[{index}].itemAmountInvoicedVOEC.value"
+            yield _error(f"{text} submitted", path, _LATER)
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(str(value)) if _filled(value) else None
+    except ValueError:
+        return None
+
+
+def incomplete(message: Mapping[str, Any]) -> list[str]:
+    """
+    What a house consignment lacks that may come until the border is reached, as codes of
+    IncompleteDocumentationReason (mo-kodeverk).
+    """
+    house = message.get("consignmentHouseLevel")
+    if not isinstance(house, dict):
+        return []
+    chosen = at(house, "importProcedure.importProcedure")
+    outgoing = at(house, "importProcedure.outgoingProcedure")
+    kinds = {each.get("typeOfReference") for _, each in _entries(house, "previousDocuments")}
+    exports = [
+        each
+        for _, each in _entries(house, "exportFromEU")
+        if _filled(each.get("typeOfExport")) and _filled(each.get("exportId"))
+    ]
+    goods = [each for _, each in _entries(house, "goodsItem")]
+    whole = goods and all(
+        _filled(at(each, path))
+        for each in goods
+        for path in (
+            "itemAmountInvoicedVOEC.value",
+            "itemAmountInvoicedVOEC.numberOfItems",
+            "additionalFiscalReferences.vatIdentificationNumber",
+        )
+    )
+    lacking = {
+        "INCOMPLETE_CUDE_DOCUMENTATION": chosen in _WITH_DECLARATION
+        and not kinds & {"CUDE", *(["GONU"] if chosen == "WAREHOUSE_RELEASE" else [])},
+        "INCOMPLETE_EXP_DOCUMENTATION": outgoing in ("EXP", "TRE") and not exports,
+        "INCOMPLETE_TRA_DOCUMENTATION": (
+            (chosen == "TRANSIT_IMPORT" or outgoing in ("TRA", "TRE")) and "N820" not in kinds
+        )
+        or (chosen == "TRANSIT_RELEASE" and "RETR" not in kinds),
+        "INCOMPLETE_VOEC_DOCUMENTATION": chosen == "IMMEDIATE_RELEASE_VOEC" and not whole,
+    }
+    return [code for code, lacks in lacking.items() if lacks]
+
+
+# --- arrival ------------------------------------------------------------------------------------
+
+
+def arrival(message: Mapping[str, Any]) -> dict[str, str]:
+    """
+    MRN, time and customs office of an arrival, as far as they are there. The page names what must
+    be included and not the members, so they are known by their form.
+    """
+    forms = {
+        "mrn": r"\d{2}[A-Z]{2}[A-Z0-9]{14}",
+        "dateAndTimeOfArrival": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z",
+        "customsOfficeOfArrival": r"[A-Z]{2}[0-9A-Z]{6}",
+    }
+    found: dict[str, str] = {}
+    for _, holder in _walk(message, ""):
+        for name, value in holder.items():
+            for part, form in forms.items():
+                # When the message was written is no time of arrival.
+                written = name == "documentIssueDate"
+                if isinstance(value, str) and not written and re.fullmatch(form, value):
+                    found.setdefault(part, value)
+    return found
+
+
+def arrival_errors(message: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What an arrival must include, by beskrivelse-av-ankomst-api."""
+    found = arrival(message)
+    return [
+        {"field": name, "error": "must not be blank", "see": page(_ARRIVAL)}
+        for name in ("mrn", "dateAndTimeOfArrival", "customsOfficeOfArrival")
+        if name not in found
+    ]
+
+
+# --- presentation -------------------------------------------------------------------------------
+
+#: What identifies the goods of each level, and whether the guide gives the member's name.
+_IDENTIFIED_BY: Final[Mapping[str, str]] = {
+    "entry-summary-declaration": "mrn",
+    "receptacle": "receptacleIdentificationNumber",
+    "container": "containerIdentificationNumber",
+    "house-consignment": "transportDocumentHouseLevel.documentNumber",
+    "master-consignment": "transportDocumentMasterLevel.documentNumber",
+}
+
+
+def _presented(message: Mapping[str, Any]) -> dict[str, str]:
+    """
+    The goods that a message names, by the columns of the playground's table.
+
+    The pages name the columns and not the members: of a receptacle and a container any member
+    that is called so is read, of a document the number and type, wherever they stand.
+    """
+    named: dict[str, str] = {}
+    for _, holder in _walk(message, ""):
+        for name, value in holder.items():
+            if not isinstance(value, str) or not value.strip():
+                continue
+            lower = name.lower()
+            if lower in ("mrn", "entrysummarydeclarationmrn"):
+                named["ens"] = value
+            elif lower.startswith("receptacle"):
+                named["receptacle"] = value
+            elif lower.startswith("container"):
+                named["container"] = value
+            elif lower == "documentnumber":
+                named |= {"document": value, "type": str(holder.get("type", ""))}
+    return named
+
+
+def unidentified(level: str, message: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The member by which the goods of *level* are known, if the message has none."""
+    column = {
+        "entry-summary-declaration": {"ens"},
+        "receptacle": {"receptacle"},
+        "container": {"container"},
+    }.get(level, {"document", "ens"})
+    named = _presented(message)
+    if column & set(named):
+        return []
+    return [{"field": _IDENTIFIED_BY[level], "error": "must not be blank", "see": page(_ICS2)}]
+
+
+def presentation_errors(level: str, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Office and goods, against CL141 and the rows of the playground's table."""
+    found = []
+    if not _is_office(message.get("customsOfficeOfPresentation")):
+        text = "Must be a valid customs office"
+        found.append(_error(text, "customsOfficeOfPresentation", _ICS2))
+    named = _presented(message)
+    columns = ("ens", "receptacle", "document", "type", "container")
+    rows = [dict(zip(columns, row, strict=False)) for row in _GOODS]
+    # The table has no master consignments: whichever is named is taken.
+    fits = level == "master-consignment" or any(named.items() <= row.items() for row in rows)
+    if not fits:
+        found.append(_error("Reference is not found", _IDENTIFIED_BY[level], _ICS2))
+    return found

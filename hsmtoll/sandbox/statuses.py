@@ -1,0 +1,88 @@
+"""
+What the query APIs tell of messages that were submitted (beskrivelse-av-sporre-api-EN): one object
+for one consignment, lists with ``received`` for what a transport or a master consignment refers to.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.sandbox import playground
+from hsmtoll.sandbox.playground import at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from hsmtoll.sandbox.state import Document
+
+__all__ = ["HOUSE", "MASTER", "below", "in_receptacle", "one"]
+
+MASTER: Final = "master-consignment"
+HOUSE: Final = "house-consignment"
+_NUMBER: Final[Mapping[str, str]] = {
+    MASTER: "transportDocumentMasterLevel",
+    HOUSE: "transportDocumentHouseLevel",
+}
+_HOLDER: Final[Mapping[str, str]] = {
+    MASTER: "consignmentMasterLevel",
+    HOUSE: "consignmentHouseLevel",
+}
+
+
+def one(document: Document) -> dict[str, Any]:
+    """The status of one message that was received."""
+    return _told(document.key, document)
+
+
+def _told(key: tuple[str, ...], document: Document | None) -> dict[str, Any]:
+    number, kind = (*key, "", "")[:2]
+    told: dict[str, Any] = {
+        "documentNumber": number,
+        "type": kind,
+        "received": document is not None,
+    }
+    if document is not None:
+        reasons = playground.incomplete(document.message)
+        told["documentStatus"] = "INCOMPLETE" if reasons else "SUCCESS"
+        told["incompleteDocumentationReasonList"] = reasons
+    return told
+
+
+def below(mrn: str, documents: Mapping[str, Document], level: str) -> list[dict[str, Any]]:
+    """What the message *mrn* refers to at *level*, whether it was received or not."""
+    keys = dict.fromkeys(_references(mrn, documents, level))
+    known = {each.key: each for each in documents.values() if each.level == level}
+    return [_told(key, known.get(key)) for key in keys]
+
+
+def _references(
+    mrn: str, documents: Mapping[str, Document], level: str
+) -> Iterator[tuple[str, ...]]:
+    """Keys: named in the message itself, in a child's message, or by a relation."""
+    parent = documents[mrn]
+    listed = parent.message.get(_HOLDER[level])
+    for entry in listed if isinstance(listed, list) else ():
+        yield _key(at(entry, _NUMBER[level]))
+    for child in documents.values():
+        inside = f"{_HOLDER[HOUSE]}.{_HOLDER[MASTER]}.{_NUMBER[MASTER]}"
+        if parent.level == MASTER and child.level == level == HOUSE:
+            if _key(at(child.message, inside)) == parent.key:
+                yield child.key
+        elif child.level == "relation" and child.message.get("parentObjectReference") == mrn:
+            found = documents.get(str(child.message.get("childObjectReference")))
+            if found is not None and found.level == level:
+                yield found.key
+
+
+def _key(found: object) -> tuple[str, ...]:
+    return (str(at(found, "documentNumber")), str(at(found, "type")))
+
+
+def in_receptacle(number: str, documents: Mapping[str, Document], org: str) -> list[dict[str, Any]]:
+    """The house consignments of *org* in a postal receptacle."""
+    path = f"{_HOLDER[HOUSE]}.receptacleIdentificationNumber"
+    return [
+        one(each)
+        for each in documents.values()
+        if each.org == org and at(each.message, path) == number
+    ]
