@@ -1,95 +1,115 @@
-"""What the README shows is run, in order, at the sandbox, and says what the README says."""
+"""
+What the README shows is run as its reader would: in order, by commands of the README alone.
+
+The signing host's section needs root and accounts: tests/host/test_readme_host.py.
+"""
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
 import subprocess
-import sys
-from pathlib import Path
+import time
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from hsmtoll.testing.identity import eseal, introduce
-from hsmtoll.testing.softhsm import SoftHsm
+from tests import readers
+from tests.readers import PATIENCE, Terminal, blocks, commands, shows
 
 if TYPE_CHECKING:
-    from hsmtoll.sandbox.server import Sandbox
+    from collections.abc import Iterator
+    from pathlib import Path
 
-README: Final = Path(__file__).parents[2] / "README.md"
+#: The shell that the README opens for its examples.
+SHELL: Final = ("hsmtoll", "sandbox", "--", "bash")
 
+#: Sections whose commands have tests of their own, or are run with settings of their own.
+ELSEWHERE: Final = ("Set up", "The signing host")
 
-def fences(kind: str) -> list[str]:
-    """The blocks of one kind, in the README's order."""
-    return re.findall(rf"^```{kind}\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)  # noqa: FURB167 - short, on one line
-
-
-def sessions(block: str) -> list[tuple[str, str]]:
-    """(command, what it shows) of a console block."""
-    found = re.split(r"^\$ (.*)\n", block, flags=re.MULTILINE)
-    return list(zip(found[1::2], found[2::2], strict=True))
+PROGRAMS: Final = blocks("python")
 
 
-def shows(output: str, expected: str) -> bool:
-    """Whether *output* is *expected*, where ``…`` stands for anything: in a line, or as lines."""
-    lines = (
-        r"(?:.*\n)*"
-        if line == "…"
-        else "[^\n]*".join(re.escape(part) for part in line.split("…")) + r"\n"
-        for line in expected.splitlines()
-    )
-    # A body is printed as it came, which may be without a line's end.
-    whole = f"{output}\n" if output and not output.endswith("\n") else output
-    return re.fullmatch("".join(lines), whole) is not None
+def test_the_readme_opens_the_shell_that_its_examples_need() -> None:
+    text = readers.README.read_text("utf-8")
+    assert f"`{' '.join(SHELL)}`" in text.partition("## Install")[0]
+    assert f"`{' '.join(SHELL)}`" in text.partition("## Set up")[2].partition("## Settings")[0]
 
 
-@pytest.fixture
-def readers_shell(toll_sandbox: Sandbox, tmp_path: Path) -> dict[str, str]:
-    """The environment of somebody who set hsmtoll up as the README says."""
-    reader = eseal(SoftHsm.create(tmp_path / "softhsm"))
-    introduce(toll_sandbox, reader)
-    return {
-        **os.environ,
-        **reader.environ(),
-        **toll_sandbox.environ(),
-        "HSMTOLL_STATE": str(tmp_path / "state"),
-        "COLUMNS": "80",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+def test_every_command_of_the_readme_shows_what_the_readme_says(tmp_path: Path) -> None:
+    shown = [each for each in blocks("console") if each.section not in ELSEWHERE]
+    with Terminal(tmp_path, SHELL) as shell:
+        assert sum(shell.follow(each) for each in shown) >= 10
+        # The control: a command that shows something else is noticed.
+        code, output = shell.run("hsmtoll test-auth raod")
+        assert code == 2, output
+        assert not shows(output, "200 OK\n")
 
 
-def test_every_command_of_the_readme_shows_what_the_readme_says(
-    readers_shell: dict[str, str], tmp_path: Path
-) -> None:
-    ran = 0
-    for block in fences("console"):
-        for command, expected in sessions(block):
-            done = subprocess.run(
-                ["bash", "-c", command], cwd=tmp_path, env=readers_shell, check=False, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-            assert shows(done.stdout, expected), f"$ {command}\n{done.stdout}\nis not\n{expected}"
-            ran += 1
-    assert ran >= 10
+@contextlib.contextmanager
+def second_terminal(folder: Path, command: str, made: Path) -> Iterator[None]:
+    """*command* goes on in another terminal, until the end of the block; it makes a file first."""
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=folder, env=readers.environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            until = time.monotonic() + PATIENCE
+            while not (made.exists() and made.read_text()):
+                assert process.poll() is None, f"it ended: {command}"
+                assert time.monotonic() < until, f"{command} made no {made.name}"
+                time.sleep(0.1)
+            yield
+        finally:
+            process.terminate()
 
 
-@pytest.mark.parametrize("number", range(len(fences("python"))))
-def test_every_program_of_the_readme_runs(
-    readers_shell: dict[str, str], tmp_path: Path, number: int
-) -> None:
-    program = fences("python")[number]
-    path = tmp_path / "test_readme_example.py"
-    path.write_text(program, encoding="utf-8")
-    # An example for pytest is run by it: in a project of its own, as its reader would.
-    as_test = ["-m", "pytest", "-q", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, *(as_test if "def test_" in program else []), path],
-        cwd=tmp_path, env=readers_shell, check=False, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    assert "Traceback" not in done.stdout
+def test_set_up_leads_from_an_empty_device_to_a_call(tmp_path: Path) -> None:
+    followed = 0
+    with contextlib.ExitStack() as stack:
+        shell = stack.enter_context(Terminal(tmp_path))
+        for block in blocks(section="Set up"):
+            command = block.text.strip()
+            if command.startswith("hsmtoll sandbox "):
+                # It runs until it is interrupted, in the same directory.
+                folder = tmp_path / "customs"
+                stack.enter_context(second_terminal(folder, command, folder / "sandbox.env"))
+            else:
+                followed += shell.follow(block)
+        # The control: without the settings that it made, nothing of this would have worked.
+        code, output = shell.run("unset HSMTOLL_HSM__KEY; hsmtoll chain")
+        assert code == 10, output
+    assert followed >= 20
+
+
+def test_the_settings_that_set_up_calls_enough_are_as_many_as_it_says() -> None:
+    (exported,) = (each for each in blocks("sh", "Set up") if "HSMTOLL_IDENTITY=" in each.text)
+    assert exported.text.count(" HSMTOLL_") == 5
+    assert "Five are enough" in readers.README.read_text("utf-8")
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_every_program_of_the_readme_runs(tmp_path: Path, number: int) -> None:
+    program = PROGRAMS[number].text
+    (tmp_path / "test_readme_example.py").write_text(program, encoding="utf-8")
+    # An example for pytest is run by it, in a project of its own and without any settings.
+    as_test = "def test_" in program
+    with Terminal(tmp_path, ("bash",) if as_test else SHELL) as shell:
+        code, output = shell.run(
+            "python -m pytest -q --rootdir=. -p no:cacheprovider test_readme_example.py"
+            if as_test
+            else "python test_readme_example.py"
+        )
+    assert code == 0, output
+    assert "Traceback" not in output
+
+
+def test_a_block_is_split_into_its_commands() -> None:
+    console = readers.Block("", "console", "$ one\na\nb\n$ two\n")
+    assert commands(console) == [("one", "a\nb\n"), ("two", "")]
+    assert commands(readers.Block("", "sh", "one \\\n  two\n\nthree\n")) == [
+        ("one    two", None),
+        ("three", None),
+    ]
 
 
 @pytest.mark.parametrize(
