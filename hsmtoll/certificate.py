@@ -8,29 +8,46 @@ Which certificates belong together is said in `hsmtoll.chain`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
 import unicodedata
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
-from asn1crypto import core, parser, x509
-from asn1crypto.algos import RSASSAPSSParams
-
+from hsmtoll import der
 from hsmtoll.errors import foreign
 from hsmtoll.jws import RsaPublicKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from hsmtoll.apis import Identity
 
-__all__ = ["MAX_DER", "Certificate", "QcStatements", "Signature"]
+__all__ = [
+    "MAX_DER",
+    "MAX_EXPONENT",
+    "MAX_NAME",
+    "Certificate",
+    "Pss",
+    "QcStatements",
+    "Signature",
+]
 
-#: Nothing that is longer is read: 64 KiB (DESIGN 4.5).
+_A = TypeVar("_A")
+_T = TypeVar("_T")
+
+#: Bytes. Nothing that is longer is read.
 MAX_DER: Final = 64 * 1024
+
+#: Characters of one attribute of a name. X.520 allows 64 for most and 128 for some; issuers
+#: overstep that, but not by so much, and comparing names costs the square of their length.
+MAX_NAME: Final = 256
+
+#: Bits of an RSA key's exponent; verifying takes time in proportion to them.
+MAX_EXPONENT: Final = 64
 
 # RFC 4514 section 3 and what stands beside it in enterprise certificates.
 _SHORT: Final = {
@@ -68,17 +85,18 @@ _CHARACTERS: Final = {
     30: "utf-16-be",
 }
 
-_KEY_USAGE: Final = {
-    "digital_signature": "digitalSignature",
-    "non_repudiation": "nonRepudiation",
-    "key_encipherment": "keyEncipherment",
-    "data_encipherment": "dataEncipherment",
-    "key_agreement": "keyAgreement",
-    "key_cert_sign": "keyCertSign",
-    "crl_sign": "cRLSign",
-    "encipher_only": "encipherOnly",
-    "decipher_only": "decipherOnly",
-}
+# RFC 5280 section 4.2.1.3, in the order of the bits.
+_KEY_USAGE: Final = (
+    "digitalSignature",
+    "nonRepudiation",
+    "keyEncipherment",
+    "dataEncipherment",
+    "keyAgreement",
+    "keyCertSign",
+    "cRLSign",
+    "encipherOnly",
+    "decipherOnly",
+)
 
 _CURVE: Final = {
     "1.2.840.10045.3.1.1": ("P-192", 192),
@@ -111,14 +129,32 @@ _SCHEME: Final = {
     "1.3.101.113": ("ed448", ""),
 }
 _PSS: Final = "1.2.840.113549.1.1.10"
+_MGF1: Final = "1.2.840.113549.1.1.8"
+_DIGEST: Final = {
+    "1.3.14.3.2.26": "sha1",
+    "2.16.840.1.101.3.4.2.4": "sha224",
+    "2.16.840.1.101.3.4.2.1": "sha256",
+    "2.16.840.1.101.3.4.2.2": "sha384",
+    "2.16.840.1.101.3.4.2.3": "sha512",
+}
 
-_BASIC_CONSTRAINTS: Final = "2.5.29.19"
-_KEY_USAGE_OID: Final = "2.5.29.15"
+_ALTERNATIVE_NAMES: Final = "2.5.29.17"
 _QC_STATEMENTS: Final = "1.3.6.1.5.5.7.1.3"
 # RFC 5280 section 4.2: what a reader of certificates is expected to know.
 _UNDERSTOOD: Final = frozenset(
     f"2.5.29.{arc}" for arc in (9, 14, 15, 17, 18, 19, 30, 31, 32, 33, 35, 36, 37, 46, 54)
 ) | {"1.3.6.1.5.5.7.1.1", "1.3.6.1.5.5.7.1.11", _QC_STATEMENTS}
+
+_EXTENSION_NAMES: Final = {
+    "2.5.29.14": "subjectKeyIdentifier",
+    "2.5.29.31": "cRLDistributionPoints",
+    "2.5.29.32": "certificatePolicies",
+    "2.5.29.35": "authorityKeyIdentifier",
+    "2.5.29.37": "extKeyUsage",
+    "1.3.6.1.5.5.7.1.1": "authorityInfoAccess",
+    _ALTERNATIVE_NAMES: "subjectAltName",
+    _QC_STATEMENTS: "qcStatements",
+}
 
 # EN 319 412-5 section 4.2.3 and EN 319 412-1 section 5.1.
 _QC_TYPE: Final = {
@@ -126,46 +162,11 @@ _QC_TYPE: Final = {
     "0.4.0.1862.1.6.2": "eseal",
     "0.4.0.1862.1.6.3": "web",
 }
+_SEMANTICS_OID: Final = "1.3.6.1.5.5.7.11.2"
 _SEMANTICS: Final = {"0.4.0.194121.1.1": "natural person", "0.4.0.194121.1.2": "legal person"}
 
 # A relative name: one or more (type, value as characters or None, value as DER).
 _Rdn = tuple[tuple[str, str | None, bytes], ...]
-
-
-class _Attribute(core.Sequence):
-    _fields = [("type", core.ObjectIdentifier), ("value", core.Any)]  # noqa: RUF012 - as asn1crypto declares
-
-
-class _RelativeName(core.SetOf):
-    _child_spec = _Attribute
-
-
-class _Name(core.SequenceOf):
-    _child_spec = _RelativeName
-
-
-# RFC 5280's AlgorithmIdentifier and RFC 3739's QCStatement have the same shape.
-class _Algorithm(core.Sequence):
-    _fields = [  # noqa: RUF012 - as asn1crypto declares
-        ("oid", core.ObjectIdentifier),
-        ("parameters", core.Any, {"optional": True}),
-    ]
-
-
-class _PublicKeyInfo(core.Sequence):
-    _fields = [("algorithm", _Algorithm), ("public_key", core.BitString)]  # noqa: RUF012 - as asn1crypto declares
-
-
-class _RsaNumbers(core.Sequence):
-    _fields = [("modulus", core.Integer), ("exponent", core.Integer)]  # noqa: RUF012 - as asn1crypto declares
-
-
-class _QcStatements(core.SequenceOf):
-    _child_spec = _Algorithm
-
-
-class _Anything(core.SequenceOf):
-    _child_spec = core.Any
 
 
 class Signature(NamedTuple):
@@ -182,6 +183,17 @@ class Signature(NamedTuple):
     mask_digest: str
     salt: int
     value: bytes
+
+
+class Pss(NamedTuple):
+    """
+    RSASSA-PSS parameters (RFC 4055 section 3.1). A digest is empty where it is not known here;
+    for a key, *salt* is the least number of bytes.
+    """
+
+    digest: str
+    mask_digest: str
+    salt: int
 
 
 class QcStatements(NamedTuple):
@@ -202,11 +214,17 @@ class Certificate:
     characters. All other words (*common_name*, *organization_identifiers* …) are
     verbatim, because Maskinporten compares them so: escape them before they are shown.
     *subject_key* and *issuer_key* are for comparing: two names that are equal by
-    RFC 5280 section 7.1 have the same one, though their bytes may differ.
+    RFC 5280 section 7.1 have the same one, though their bytes may differ. Of the subject's
+    *alternative_names* only directory names are kept, for comparing.
+
+    *tbs*, *spki_der* and the names are compared and proven as the bytes that came, never
+    encoded again. *unreadable* are OIDs of extensions that inform and could not be read whole.
+    *pss* restricts an RSASSA-PSS key; None where it is not restricted.
     """
 
     der: bytes
     sha256: str
+    version: int
     subject: str
     issuer: str
     subject_key: tuple[Any, ...]
@@ -224,6 +242,7 @@ class Certificate:
     spki_der: bytes
     key_type: str
     key_bits: int
+    pss: Pss | None
     tbs: bytes
     signature: Signature
     is_ca: bool
@@ -239,22 +258,25 @@ class Certificate:
     critical: frozenset[str]
     permitted: tuple[tuple[Any, ...], ...] | None
     excluded: tuple[tuple[Any, ...], ...]
+    alternative_names: tuple[tuple[Any, ...], ...]
+    unreadable: frozenset[str]
 
     @classmethod
-    def load(cls, der: bytes) -> Certificate:
+    def load(cls, raw: bytes) -> Certificate:
         """
-        Read *der* to the end, so that nothing can fail later.
+        Read *raw*, DER, to the end, so that nothing can fail later.
 
-        Raises ValueError for what is not exactly one certificate: other bytes, more
-        bytes after it, an extension twice, more than 64 KiB.
+        Raises ValueError for what is not exactly one certificate: other bytes, more bytes
+        after it, an extension twice, more than 64 KiB, and for what costs more than any
+        certificate: `MAX_NAME`, `MAX_EXPONENT`.
         """
-        if len(der) > MAX_DER:
-            raise ValueError(f"not read: {len(der)} bytes are more than {MAX_DER}")
+        if len(raw) > MAX_DER:
+            raise ValueError(f"not read: {len(raw)} bytes are more than {MAX_DER}")
         try:
-            return _read(bytes(der))
-        except Exception as exc:
-            # asn1crypto raises KeyError, TypeError, OverflowError and more on hostile bytes.
-            raise ValueError(f"not a certificate: {foreign(exc)}") from exc
+            return _read(bytes(raw))
+        except (ValueError, IndexError, OverflowError) as exc:
+            told = foreign(exc) if type(exc) is ValueError else "a field of it has another form"
+            raise ValueError(f"not a certificate: {told}") from exc
 
     @property
     def self_issued(self) -> bool:
@@ -269,8 +291,13 @@ class Certificate:
 
     @property
     def unknown_critical(self) -> tuple[str, ...]:
-        """OIDs of critical extensions that RFC 5280 does not know."""
-        return tuple(sorted(self.critical - _UNDERSTOOD))
+        """OIDs of critical extensions that RFC 5280 does not know, or that cannot be read."""
+        return tuple(sorted(self.critical - (_UNDERSTOOD - self.unreadable)))
+
+    @property
+    def unreadable_names(self) -> tuple[str, ...]:
+        """The extensions of `unreadable`, as RFC 5280 and RFC 3739 call them."""
+        return tuple(sorted(_EXTENSION_NAMES.get(oid, oid) for oid in self.unreadable))
 
     @property
     def qualified_eseal(self) -> bool:
@@ -279,11 +306,17 @@ class Certificate:
 
     def allows(self, below: Certificate) -> bool:
         """Its name constraints (RFC 5280 section 4.2.1.10) of directory names, for *below*."""
-        name = below.subject_key
-        inside = any(name[: len(base)] == base for base in self.permitted or ())
-        if name and self.permitted is not None and not inside:
+        if self.permitted is None and not self.excluded:
+            return True
+        if _ALTERNATIVE_NAMES in below.unreadable:
             return False
-        return not any(name[: len(base)] == base for base in self.excluded)
+        return all(
+            (self.permitted is None or any(name[: len(base)] == base for base in self.permitted))
+            and not any(name[: len(base)] == base for base in self.excluded)
+            for name in (below.subject_key, *below.alternative_names)
+            # An empty subject is none; an empty base holds every name.
+            if name
+        )
 
     def valid_at(self, now: datetime) -> bool:
         """RFC 5280 section 4.1.2.5: both ends belong to the validity."""
@@ -348,36 +381,31 @@ class Certificate:
 
 
 @lru_cache(maxsize=512)
-def _read(der: bytes) -> Certificate:
-    _refuse_ber(der)
-    outer = _parsed(x509.Certificate, der)
-    tbs = outer["tbs_certificate"]
-    # asn1crypto passes over what follows the last field that it knows.
-    fields = [each[0] for each in _values_in(tbs.contents) if each[0] not in b"\xa0\x81\x82\xa3"]
-    if len(_values_in(outer.contents)) != 3 or len(fields) != 6:
-        raise ValueError("it has fields that no certificate has")
-    for moment in _values_in(tbs["validity"].contents):
-        # RFC 5280 section 4.1.2.5: to the second, in UTC, and in no other form.
-        if not re.fullmatch(rb"\x17\x0d[0-9]{12}Z|\x18\x0f[0-9]{14}Z", moment):
-            raise ValueError("its validity is not in the form of DER")
-    subject, issuer = _names(tbs["subject"].dump()), _names(tbs["issuer"].dump())
-    extensions, critical = _extensions(tbs["extensions"])
-    spki = tbs["subject_public_key_info"].dump()
-    key_type, key_bits, public_key = _public_key(spki)
-    constraints = _parsed(x509.BasicConstraints, extensions.get(_BASIC_CONSTRAINTS))
-    purposes = _parsed(x509.ExtKeyUsageSyntax, extensions.get("2.5.29.37"))
-    key_id = _parsed(core.OctetString, extensions.get("2.5.29.14"))
-    not_before, not_after = (tbs["validity"][end].native for end in ("not_before", "not_after"))
-    for moment in (not_before, not_after):
-        if not isinstance(moment, datetime) or moment.tzinfo is None:
-            raise ValueError("its validity is not a time")
+def _read(raw: bytes) -> Certificate:
+    der.check_lengths(raw)
+    fields = der.certificate_fields(raw)
+    ends = der.parts(fields.validity)
+    if len(ends) != 2:
+        raise ValueError("its validity is not a time")
+    not_before, not_after = map(_time, ends)
+    subject, issuer = _names(fields.subject), _names(fields.issuer)
+    extensions, critical = _extensions(fields.extensions)
+    key_type, key_bits, public_key, pss = _public_key(fields.spki)
+    is_ca, path_length = _basic_constraints(extensions.get("2.5.29.19"))
+    permitted, excluded = _name_constraints(extensions.get("2.5.29.30"))
+    informing = _Informing(extensions)
+    purposes = informing.read("2.5.29.37", lambda item: [der.oid(item)])
+    policies = informing.read("2.5.29.32", lambda item: [der.oid(der.parts(item)[0])])
+    key_ids = informing.read("2.5.29.35", _authority_key_id)
+    qc = _qc_statements(informing)
 
     def first(oid: str) -> str | None:
         return next(_values(subject, oid), None)
 
     return Certificate(
-        der=der,
-        sha256=sha256(der).hexdigest(),
+        der=raw,
+        sha256=sha256(raw).hexdigest(),
+        version=fields.version,
         subject=_shown(subject),
         issuer=_shown(issuer),
         subject_key=_comparable(subject),
@@ -388,88 +416,116 @@ def _read(der: bytes) -> Certificate:
         organization_identifiers=tuple(_values(subject, _ORGANIZATION_IDENTIFIER)),
         country=first(_COUNTRY),
         subject_serial_number=first(_SERIAL_NUMBER),
-        serial=tbs["serial_number"].native,
+        serial=der.number(fields.serial),
         not_before=not_before,
         not_after=not_after,
         public_key=public_key,
-        spki_der=spki,
+        spki_der=fields.spki,
         key_type=key_type,
         key_bits=key_bits,
-        tbs=tbs.dump(),
-        signature=_signature(outer),
-        is_ca=bool(constraints and constraints["ca"].native),
-        path_length=None if constraints is None else constraints["path_len_constraint"].native,
-        key_usage=_key_usage(extensions.get(_KEY_USAGE_OID)),
-        ext_key_usage=None if purposes is None else tuple(item.dotted for item in purposes),
-        policies=_policies(extensions.get("2.5.29.32")),
-        subject_key_id=None if key_id is None else key_id.native,
-        authority_key_id=_authority_key_id(extensions.get("2.5.29.35")),
-        qc=_qc_statements(extensions.get(_QC_STATEMENTS)),
-        ocsp_urls=_ocsp_urls(extensions.get("1.3.6.1.5.5.7.1.1")),
-        crl_urls=_crl_urls(extensions.get("2.5.29.31")),
+        pss=pss,
+        tbs=fields.tbs,
+        signature=_signature(fields),
+        is_ca=is_ca,
+        path_length=path_length,
+        key_usage=_key_usage(extensions.get("2.5.29.15")),
+        ext_key_usage=purposes if "2.5.29.37" in extensions else None,
+        policies=policies,
+        subject_key_id=_subject_key_id(informing),
+        authority_key_id=key_ids[0] if key_ids else None,
+        qc=qc,
+        ocsp_urls=informing.read("1.3.6.1.5.5.7.1.1", _ocsp_urls),
+        crl_urls=informing.read("2.5.29.31", _crl_urls),
         critical=critical,
-        permitted=_subtrees(extensions.get("2.5.29.30"), "permitted_subtrees"),
-        excluded=_subtrees(extensions.get("2.5.29.30"), "excluded_subtrees") or (),
+        permitted=permitted,
+        excluded=excluded,
+        alternative_names=informing.read(_ALTERNATIVE_NAMES, _directory_name),
+        # Last: all of them have been read by now.
+        unreadable=frozenset(informing.unreadable),
     )
 
 
-def _values_in(contents: bytes) -> list[bytes]:
-    """The values that stand in *contents*, each whole. ValueError for a length that is not DER."""
-    found: list[bytes] = []
-    at = 0
-    while at < len(contents):
-        if contents[at] & 0x1F == 0x1F:
-            raise ValueError("a tag that no certificate has")
-        size, head = contents[at + 1], 2
-        if size >= 0x80:
-            more = contents[at + 2 : at + 2 + (size & 0x7F)]
-            size, head = int.from_bytes(more, "big"), 2 + len(more)
-            if not more or more[0] == 0 or size < 0x80:
-                raise ValueError("BER, not DER: a length is not in its shortest form")
-        if at + head + size > len(contents):
-            raise ValueError("it ends too early")
-        found.append(contents[at : at + head + size])
-        at += head + size
-    return found
+# RFC 5280 section 4.1.2.5: to the second, in UTC, and in no other form.
+_TIME: Final = re.compile(
+    rb"(?:\x17\x0d|\x18\x0f([0-9]{2}))"
+    rb"([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})Z"
+)
 
 
-def _refuse_ber(der: bytes) -> None:
-    """ValueError unless all lengths are DER (X.690 section 10.1); extensions stay closed."""
-    waiting = [der]
-    while waiting:
-        for each in _values_in(waiting.pop()):
-            if each[0] & 0x20:
-                head = 2 if each[1] < 0x80 else 2 + (each[1] & 0x7F)
-                waiting.append(each[head:])
+def _time(value: bytes) -> datetime:
+    found = _TIME.fullmatch(value)
+    if found is None:
+        raise ValueError("its validity is not in the form of DER")
+    century, *rest = found.groups()
+    year, month, day, hour, minute, second = map(int, rest)
+    if century is None:
+        century = 19 if year >= 50 else 20
+    return datetime(100 * int(century) + year, month, day, hour, minute, second, tzinfo=UTC)
 
 
-def _parsed(spec: Any, raw: bytes | None) -> Any:
-    return None if raw is None else spec.load(raw, strict=True)
-
-
-def _extensions(field: Any) -> tuple[dict[str, bytes], frozenset[str]]:
-    values: dict[str, bytes] = {}
+def _extensions(field: bytes | None) -> tuple[dict[str, bytes], frozenset[str]]:
+    """The contents of extensions by their OID, and the OIDs of those that are critical."""
+    found: dict[str, bytes] = {}
     critical: set[str] = set()
-    for extension in field if isinstance(field, x509.Extensions) else ():
-        oid = extension["extn_id"].dotted
-        if oid in values:
+    for extension in der.parts(field) if field is not None else ():
+        name, *flag, value = der.parts(extension)
+        oid = der.oid(name)
+        if oid in found:
             raise ValueError(f"extension {oid} is there twice")
-        values[oid] = bytes(extension["extn_value"])
-        if extension["critical"].native:
+        if len(flag) > 1:
+            raise ValueError(f"extension {oid} has fields that no extension has")
+        found[oid] = der.content(value, der.OCTET_STRING)
+        if flag and any(der.content(flag[0], der.BOOLEAN)):
             critical.add(oid)
-    return values, frozenset(critical)
+    return found, frozenset(critical)
 
 
-def _names(der: bytes) -> tuple[_Rdn, ...]:
-    return tuple(tuple(_attribute(item) for item in relative) for relative in _parsed(_Name, der))
+class _Informing:
+    """
+    Extensions that inform and decide nothing: what can be read of them is, and what cannot is
+    named by its OID in *unreadable*.
+    """
+
+    def __init__(self, extensions: Mapping[str, bytes]) -> None:
+        self.extensions = extensions
+        self.unreadable: set[str] = set()
+
+    def read(self, oid: str, item: Callable[[bytes], Iterable[_T]]) -> tuple[_T, ...]:
+        """What *item* finds in each member of a SEQUENCE OF."""
+        found: list[_T] = []
+        raw = self.extensions.get(oid)
+        for each in self.value(oid, der.parts, raw) or () if raw is not None else ():
+            found += self.value(oid, lambda one: tuple(item(one)), each) or ()
+        return tuple(found)
+
+    def value(self, oid: str, read: Callable[[_A], _T], of: _A) -> _T | None:
+        """What *read* gives; None where it fails."""
+        try:
+            return read(of)
+        except (ValueError, IndexError):
+            self.unreadable.add(oid)
+            return None
 
 
-def _attribute(item: Any) -> tuple[str, str | None, bytes]:
-    raw = item["value"].dump()
-    parse: Any = parser.parse
-    kind, constructed, tag, _, content, _ = parse(raw, strict=True)
-    codec = _CHARACTERS.get(tag) if (kind, constructed) == (0, 0) else None
-    return item["type"].dotted, None if codec is None else content.decode(codec), raw
+def _names(value: bytes) -> tuple[_Rdn, ...]:
+    return tuple(
+        tuple(_attribute(item) for item in der.parts(relative, der.SET))
+        for relative in der.parts(value)
+    )
+
+
+def _attribute(item: bytes) -> tuple[str, str | None, bytes]:
+    name, raw = der.parts(item)
+    oid, codec, text = der.oid(name), _CHARACTERS.get(raw[0]), None
+    if codec is not None:
+        # What is no text in its own encoding is shown and compared as bytes.
+        with contextlib.suppress(UnicodeDecodeError):
+            text = der.content(raw, raw[0]).decode(codec)
+    if text is not None and len(text) > MAX_NAME:
+        raise ValueError(
+            f"{_SHORT.get(oid, oid)} in a name has {len(text)} characters, more than {MAX_NAME}"
+        )
+    return oid, text, raw
 
 
 def _values(name: tuple[_Rdn, ...], oid: str) -> Iterator[str]:
@@ -521,125 +577,165 @@ def _rfc4514(text: str) -> str:
     return escaped[:-1] + "\\ " if escaped.endswith(" ") and len(text) > 1 else escaped
 
 
-def _public_key(spki: bytes) -> tuple[str, int, RsaPublicKey | None]:
-    info = _parsed(_PublicKeyInfo, spki)
-    oid = info["algorithm"]["oid"].dotted
-    raw = info["public_key"].contents[1:]
+def _public_key(spki: bytes) -> tuple[str, int, RsaPublicKey | None, Pss | None]:
+    """Type, bits, the RSA key if it is one, and what an RSASSA-PSS key is restricted to."""
+    algorithm, key = der.parts(spki)
+    name, *parameters = der.parts(algorithm)
+    oid, raw = der.oid(name), der.content(key, der.BIT_STRING)[1:]
     if oid in _RSA:
-        numbers = _parsed(_RsaNumbers, raw)
-        modulus, exponent = numbers["modulus"].native, numbers["exponent"].native
-        if modulus <= 0 or exponent <= 0:
+        # A modulus without its leading zero is read as everybody else reads it: as positive.
+        modulus, exponent = (
+            int.from_bytes(der.content(each, der.INTEGER), "big") for each in der.parts(raw)
+        )
+        if not (modulus and exponent):
             raise ValueError("its RSA key is not made of positive numbers")
-        return _RSA[oid], modulus.bit_length(), RsaPublicKey(modulus, exponent)
+        if exponent.bit_length() > MAX_EXPONENT:
+            raise ValueError(
+                f"the exponent of its RSA key has {exponent.bit_length()} bits, "
+                f"more than {MAX_EXPONENT}"
+            )
+        restricted = _RSA[oid] == "rsa-pss" and parameters
+        pss = _pss(parameters[0]) if restricted else None
+        return _RSA[oid], modulus.bit_length(), RsaPublicKey(modulus, exponent), pss
     if oid == _EC:
-        parameters = info["algorithm"]["parameters"].dump()
-        if parameters[:1] != b"\x06":
-            return "ec", 8 * (len(raw) // 2), None
-        curve = _parsed(core.ObjectIdentifier, parameters).dotted
-        name, bits = _CURVE.get(curve, (curve, 8 * (len(raw) // 2)))
-        return f"ec:{name}", bits, None
-    name, bits = _EDWARDS.get(oid, (oid, 8 * len(raw)))
-    return name, bits, None
+        curve = parameters[0] if parameters else b""
+        if curve[:1] != bytes([der.OID]):
+            return "ec", 8 * (len(raw) // 2), None, None
+        named = der.oid(curve)
+        known, bits = _CURVE.get(named, (named, 8 * (len(raw) // 2)))
+        return f"ec:{known}", bits, None, None
+    known, bits = _EDWARDS.get(oid, (oid, 8 * len(raw)))
+    return known, bits, None, None
 
 
-def _signature(outer: Any) -> Signature:
-    named = outer["signature_algorithm"].dump()
-    value = outer["signature_value"].contents[1:]
+def _signature(fields: der.CertificateFields) -> Signature:
+    value = der.content(fields.signature, der.BIT_STRING)[1:]
     unknown = Signature("unknown", "", "", 0, value)
-    if named != outer["tbs_certificate"]["signature"].dump():
+    if fields.signature_algorithm != fields.algorithm:
         return unknown
-    algorithm = _parsed(_Algorithm, named)
-    oid = algorithm["oid"].dotted
+    name, *parameters = der.parts(fields.algorithm)
+    oid = der.oid(name)
     if oid != _PSS:
         scheme, digest = _SCHEME.get(oid, ("unknown", ""))
         return Signature(scheme, digest, digest, 0, value)
-    if isinstance(algorithm["parameters"], core.Void):
-        # RFC 4055 section 3.1: in a signature they must be present.
+    # RFC 4055 section 3.1: in a signature they must be present.
+    pss = _pss(parameters[0]) if parameters else None
+    if pss is None or not (pss.digest and pss.mask_digest):
         return unknown
-    pss = _parsed(RSASSAPSSParams, algorithm["parameters"].dump())
-    mask = pss["mask_gen_algorithm"]
-    # The trailer field has one value, and its DER encoding is to be absent.
-    if mask["algorithm"].native != "mgf1" or pss["trailer_field"].native != "trailer_field_bc":
-        return unknown
-    return Signature(
-        "pss",
-        pss["hash_algorithm"]["algorithm"].native,
-        mask["parameters"]["algorithm"].native,
-        pss["salt_length"].native,
-        value,
-    )
+    return Signature("pss", pss.digest, pss.mask_digest, pss.salt, value)
+
+
+def _pss(parameters: bytes) -> Pss:
+    """RFC 4055 section 3.1; a digest is empty where the algorithm is not known here."""
+    try:
+        given = {each[0]: der.content(each, each[0]) for each in der.parts(parameters)}
+        digest = mask_digest = "sha1"
+        if 0xA0 in given:
+            digest = _DIGEST.get(der.oid(der.parts(given[0xA0])[0]), "")
+        if 0xA1 in given:
+            function, inner = der.parts(given[0xA1])
+            known = der.oid(function) == _MGF1
+            mask_digest = _DIGEST.get(der.oid(der.parts(inner)[0]), "") if known else ""
+        salt = der.number(given[0xA2]) if 0xA2 in given else 20
+        # The trailer field has one value, and its DER encoding is to be absent.
+        odd = 0xA3 in given and der.number(given[0xA3]) != 1
+    except (ValueError, IndexError):
+        return Pss("", "", 0)
+    if odd or salt < 0 or given.keys() - {0xA0, 0xA1, 0xA2, 0xA3}:
+        return Pss("", "", 0)
+    return Pss(digest, mask_digest, salt)
+
+
+def _basic_constraints(raw: bytes | None) -> tuple[bool, int | None]:
+    """Whether it is a CA's, and its pathLenConstraint."""
+    ca, length = False, None
+    for each in der.parts(raw) if raw is not None else ():
+        if each[0] == der.BOOLEAN:
+            ca = any(der.content(each, der.BOOLEAN))
+        else:
+            length = der.number(each)
+    return ca, length
 
 
 def _key_usage(raw: bytes | None) -> frozenset[str] | None:
-    found = _parsed(x509.KeyUsage, raw)
-    return None if found is None else frozenset(_KEY_USAGE[bit] for bit in found.native)
-
-
-def _policies(raw: bytes | None) -> tuple[str, ...]:
-    found = _parsed(x509.CertificatePolicies, raw)
-    return tuple(policy["policy_identifier"].dotted for policy in found or ())
-
-
-def _authority_key_id(raw: bytes | None) -> bytes | None:
-    found = _parsed(x509.AuthorityKeyIdentifier, raw)
-    return None if found is None else found["key_identifier"].native
-
-
-def _subtrees(raw: bytes | None, which: str) -> tuple[tuple[Any, ...], ...] | None:
-    """The directory names among them; None where no directory name is constrained so."""
-    found = _parsed(x509.NameConstraints, raw)
-    if found is None or isinstance(found[which], core.Void):
+    if raw is None:
         return None
-    bases = [tree["base"] for tree in found[which]]
-    names = [base.chosen.chosen.dump() for base in bases if base.name == "directory_name"]
-    return tuple(_comparable(_names(each)) for each in names) or None
+    bits = der.content(raw, der.BIT_STRING)[1:]
+    return frozenset(
+        name
+        for place, name in enumerate(_KEY_USAGE)
+        if place // 8 < len(bits) and bits[place // 8] & 0x80 >> place % 8
+    )
 
 
-def _qc_statements(raw: bytes | None) -> QcStatements:
-    stated = {item["oid"].dotted: item["parameters"] for item in _parsed(_QcStatements, raw) or ()}
+def _subject_key_id(informing: _Informing) -> bytes | None:
+    raw = informing.extensions.get("2.5.29.14")
+    if raw is None:
+        return None
+    return informing.value("2.5.29.14", lambda whole: der.content(whole, der.OCTET_STRING), raw)
+
+
+def _authority_key_id(item: bytes) -> Iterator[bytes]:
+    if item[0] == 0x80:
+        yield der.content(item, 0x80)
+
+
+def _directory_name(name: bytes) -> Iterator[tuple[Any, ...]]:
+    """A GeneralName (RFC 5280 section 4.2.1.6) for comparing, if it is a directory name."""
+    if name[0] == 0xA4:
+        yield _comparable(_names(der.content(name, 0xA4)))
+
+
+def _name_constraints(
+    raw: bytes | None,
+) -> tuple[tuple[tuple[Any, ...], ...] | None, tuple[tuple[Any, ...], ...]]:
+    """The directory names permitted, None where none is constrained so, and those excluded."""
+    found: dict[int, list[tuple[Any, ...]]] = {0xA0: [], 0xA1: []}
+    for each in der.parts(raw) if raw is not None else ():
+        for tree in der.parts(each, each[0]):
+            found[each[0]] += _directory_name(der.parts(tree)[0])
+    return tuple(found[0xA0]) or None, tuple(found[0xA1])
+
+
+def _qc_statements(informing: _Informing) -> QcStatements:
+    stated = dict(informing.read(_QC_STATEMENTS, _statement))
+
+    def oids(statement: str) -> tuple[str, ...]:
+        items = der.parts(stated[statement]) if stated.get(statement) else ()
+        return tuple(der.oid(item) for item in items if item[0] == der.OID)
+
     # RFC 3739 section 3.2.6.1 puts the identifier inside a statement; there are issuers that
     # write it as a statement of its own.
-    semantics = {*stated, *_oids(stated.get("1.3.6.1.5.5.7.11.2"))}
+    semantics = {*stated, *(informing.value(_QC_STATEMENTS, oids, _SEMANTICS_OID) or ())}
+    types = informing.value(_QC_STATEMENTS, oids, "0.4.0.1862.1.6") or ()
     return QcStatements(
         compliance="0.4.0.1862.1.1" in stated,
         qscd="0.4.0.1862.1.4" in stated,
-        types=tuple(_QC_TYPE.get(oid, oid) for oid in _oids(stated.get("0.4.0.1862.1.6"))),
+        types=tuple(_QC_TYPE.get(oid, oid) for oid in types),
         semantics=next((name for oid, name in _SEMANTICS.items() if oid in semantics), None),
     )
 
 
-def _oids(sequence: Any) -> tuple[str, ...]:
-    if sequence is None or isinstance(sequence, core.Void):
-        return ()
-    items = (item.dump() for item in _parsed(_Anything, sequence.dump()))
-    return tuple(
-        _parsed(core.ObjectIdentifier, item).dotted for item in items if item[:1] == b"\x06"
-    )
+def _statement(item: bytes) -> Iterator[tuple[str, bytes]]:
+    oid, *parameters = der.parts(item)
+    yield der.oid(oid), parameters[0] if parameters else b""
 
 
-def _ocsp_urls(raw: bytes | None) -> tuple[str, ...]:
-    access = _parsed(x509.AuthorityInfoAccessSyntax, raw)
-    return tuple(
-        url
-        for item in access or ()
-        if item["access_method"].dotted == "1.3.6.1.5.5.7.48.1"
-        for url in _uri(item["access_location"])
-    )
+def _ocsp_urls(item: bytes) -> Iterator[str]:
+    method, location = der.parts(item)
+    if der.oid(method) == "1.3.6.1.5.5.7.48.1":
+        yield from _uri(location)
 
 
-def _crl_urls(raw: bytes | None) -> tuple[str, ...]:
-    points = _parsed(x509.CRLDistributionPoints, raw)
-    return tuple(
-        url
-        for point in points or ()
-        if isinstance(point["distribution_point"], x509.DistributionPointName)
-        and point["distribution_point"].name == "full_name"
-        for name in point["distribution_point"].chosen
-        for url in _uri(name)
-    )
+def _crl_urls(point: bytes) -> Iterator[str]:
+    for name in der.parts(point):
+        # distributionPoint, and of its two forms the full name.
+        for form in der.parts(name, 0xA0) if name[0] == 0xA0 else ():
+            for each in der.parts(form, 0xA0) if form[0] == 0xA0 else ():
+                yield from _uri(each)
 
 
-def _uri(name: Any) -> Iterator[str]:
-    # The bytes as they stand: asn1crypto would rewrite the address, and fail on some.
-    if name.name == "uniform_resource_identifier":
-        yield name.chosen.contents.decode("latin-1")
+def _uri(name: bytes) -> Iterator[str]:
+    # The bytes as they stand: some are no address, and are shown as they are.
+    if name[0] == 0x86:
+        yield der.content(name, 0x86).decode("latin-1")

@@ -8,10 +8,12 @@ The rules of a path, from the leaf upwards. Each next certificate
 
 * bears the name that the one before it calls its issuer (RFC 5280 section 7.1),
 * is a CA (``cA`` true, ``keyCertSign`` where keyUsage is there, no critical extension that
-  RFC 5280 does not know) whose ``pathLenConstraint`` leaves room (section 4.2.1.9) and whose
-  name constraints leave the names below (section 4.2.1.10, directory names), and is no CA, by
-  name and key, that is on the path already,
-* made the signature of the one before it, without MD5 or SHA-1.
+  RFC 5280 does not know), or a root of version 1, which cannot say so; its
+  ``pathLenConstraint`` leaves room (section 4.2.1.9) and its name constraints leave the names
+  below (section 4.2.1.10, directory names, in the subjectAltName too), and it is no CA, by name
+  and key, that is on the path already,
+* made the signature of the one before it, without MD5 or SHA-1, and as the parameters of an
+  RSASSA-PSS key allow (RFC 4055 section 3.3).
 
 A path ends at a root, which is self-issued and signed by its own key, or at the
 certificate pinned as root, or where nothing can follow; it has at most 10 certificates.
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from hsmtoll.apis import Identity
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.certificate import Certificate, Signature
     from hsmtoll.jws import RsaPublicKey
 
 __all__ = [
@@ -241,7 +243,7 @@ class _Search:
         # their own, so strangers cost nothing, however many sign each other.
         by_name: dict[tuple[Any, ...], list[Certificate]] = {}
         for other in self._others:
-            if _is_ca(other):
+            if _is_ca(other) or _is_old_root(other):
                 by_name.setdefault(other.subject_key, []).append(other)
         level = [self._leaf]
         self._ends[self._leaf.sha256] = self._is_end(self._leaf)
@@ -255,7 +257,9 @@ class _Search:
                 for issuer in by_name.get(subject.issuer_key, ())
             ]
             for issuer, subject in sorted(pairs, key=self._order):
-                if self._proven(issuer, subject):
+                # A root of version 1 cannot say that it is a CA: its own signature has to.
+                trusted = _is_ca(issuer) or self._is_end(issuer)
+                if trusted and self._proven(issuer, subject):
                     self._issuers[subject.sha256].append(issuer)
                     found[issuer.sha256] = issuer
                     # At once: behind many others there may be nothing left to spend.
@@ -399,6 +403,11 @@ def _is_ca(certificate: Certificate) -> bool:
     )
 
 
+def _is_old_root(certificate: Certificate) -> bool:
+    # Version 1 has no extensions; of a trust anchor RFC 5280 section 6.1.1 (d) asks for none.
+    return certificate.version == 1 and certificate.self_issued
+
+
 def _signed(issuer: Certificate, subject: Certificate, keys: dict[bytes, Any]) -> bool:
     """Whether *issuer*'s key made *subject*'s signature."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415 - 35 ms
@@ -424,7 +433,14 @@ def _signed(issuer: Certificate, subject: Certificate, keys: dict[bytes, Any]) -
         digests.update(sha1=hashes.SHA1(), md5=hashes.MD5())  # noqa: S303 - see above
     try:
         if issuer.spki_der not in keys:
-            keys[issuer.spki_der] = load_der_public_key(issuer.spki_der)
+            # An RSA key by its numbers: a modulus that lacks its leading zero is used as well.
+            keys[issuer.spki_der] = (
+                rsa.RSAPublicNumbers(
+                    issuer.public_key.exponent, issuer.public_key.modulus
+                ).public_key()
+                if issuer.public_key is not None
+                else load_der_public_key(issuer.spki_der)
+            )
         match keys[issuer.spki_der], how.scheme:
             case ed25519.Ed25519PublicKey() as key, "ed25519":
                 key.verify(how.value, subject.tbs)
@@ -434,7 +450,7 @@ def _signed(issuer: Certificate, subject: Certificate, keys: dict[bytes, Any]) -
                 key.verify(how.value, subject.tbs, ec.ECDSA(digests[how.digest]))
             case rsa.RSAPublicKey() as key, "pkcs1v15" if issuer.key_type == "rsa":
                 key.verify(how.value, subject.tbs, padding.PKCS1v15(), digests[how.digest])
-            case rsa.RSAPublicKey() as key, "pss":
+            case rsa.RSAPublicKey() as key, "pss" if _pss_allowed(issuer, how):
                 pss = padding.PSS(padding.MGF1(digests[how.mask_digest]), how.salt)
                 key.verify(how.value, subject.tbs, pss, digests[how.digest])
             case _:
@@ -442,6 +458,14 @@ def _signed(issuer: Certificate, subject: Certificate, keys: dict[bytes, Any]) -
     except (InvalidSignature, UnsupportedAlgorithm, ValueError, KeyError, OverflowError):
         return False
     return True
+
+
+def _pss_allowed(issuer: Certificate, how: Signature) -> bool:
+    # RFC 4055 section 3.3: the parameters of the key bind its signatures; of salt, no less.
+    key = issuer.pss
+    return key is None or (
+        (key.digest, key.mask_digest) == (how.digest, how.mask_digest) and how.salt >= key.salt
+    )
 
 
 # ----- which leaf, and whether all of it will do ------------------------------------------

@@ -69,6 +69,16 @@ def check_certificate(way: Way, leaf: Certificate) -> Check:
     told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
     if unreadable := sum(seen.unreadable for seen in way.facts.seen):
         why = "; ".join(filter(None, (why, f"{unreadable} on the device cannot be read")))
+    for each in way.chain.certificates if way.chain else (leaf,):
+        if each.unreadable:
+            names = foreign(", ".join(each.unreadable_names))
+            return warn(
+                "certificate",
+                "certificate-extension",
+                f"{told}; of '{each.subject}' these extensions cannot be read: {names}",
+                "Maskinporten may not read them either: show this line to the issuer "
+                "(`openssl asn1parse -i` shows their bytes)",
+            )
     return ok("certificate", f"{told}; {why}" if why else told)
 
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
-from asn1crypto import parser
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
 
+from hsmtoll import der as ders
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
 from hsmtoll.hsm.codes import NOT_TRIED, REFUSED, recoverable, speaking, translated
 from hsmtoll.hsm.ledger import Ledger, Place
@@ -890,16 +890,10 @@ def certificates_of(session: Session) -> Iterator[StoredCertificate]:
         yield StoredCertificate(_unpadded(der), label, _id(thing))
 
 
-# asn1crypto has no types.
-_size_of_first: Any = parser.peek
-
-
 def _unpadded(der: bytes) -> bytes:
-    # Cards keep files of a fixed size: what follows a certificate there is zeros.
+    # Cards keep files of a fixed size: what follows a certificate there is padding.
     with contextlib.suppress(ValueError):
-        size = _size_of_first(der)
-        if not any(der[size:]):
-            return der[:size]
+        return ders.first(der)
     return der
 
 

@@ -11,10 +11,10 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from asn1crypto import x509
 from pkcs11 import Attribute, CertificateType, KeyType, MechanismFlag, ObjectClass
 from pkcs11 import exceptions as p11
 
+from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm.codes import speaking
 from hsmtoll.hsm.device import certificates_of, key_facts, object_uri
@@ -38,7 +38,6 @@ _DENIED: Final = (
     Attribute.DERIVE,
 )
 _DENIED_PUBLIC: Final = (Attribute.ENCRYPT, Attribute.WRAP, Attribute.VERIFY_RECOVER)
-_Certificate: Any = x509.Certificate  # asn1crypto carries no types
 # What a device says to an attribute that it does not know, or sets by itself.
 _TEMPLATE: Final = (
     p11.AttributeReadOnly,
@@ -185,7 +184,7 @@ def _told(key: Object, name: Attribute) -> bool | None:
 
 
 def _template(der: bytes, label: str, key_id: bytes) -> dict[Attribute, Any]:
-    tbs = _Certificate.load(der)["tbs_certificate"]
+    fields = certificate_fields(der)
     return {
         Attribute.CLASS: ObjectClass.CERTIFICATE,
         Attribute.CERTIFICATE_TYPE: CertificateType.X_509,
@@ -193,8 +192,8 @@ def _template(der: bytes, label: str, key_id: bytes) -> dict[Attribute, Any]:
         Attribute.PRIVATE: False,
         Attribute.LABEL: label,
         Attribute.ID: key_id,
-        Attribute.SUBJECT: tbs["subject"].dump(),
-        Attribute.ISSUER: tbs["issuer"].dump(),
-        Attribute.SERIAL_NUMBER: tbs["serial_number"].dump(),
+        Attribute.SUBJECT: fields.subject,
+        Attribute.ISSUER: fields.issuer,
+        Attribute.SERIAL_NUMBER: fields.serial,
         Attribute.VALUE: der,
     }

@@ -15,12 +15,13 @@ import sys
 from typing import Any
 
 import pkcs11
-from asn1crypto import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 from pkcs11.constants import CertificateType
 from pkcs11.util.ec import encode_ec_public_key, encode_named_curve_parameters
+
+from hsmtoll.der import certificate_fields
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def _ec_key(session: pkcs11.Session, *, label: str, key_id: str) -> str:
 
 def _certificate(session: pkcs11.Session, *, label: str, key_id: str, der: str) -> None:
     value = base64.b64decode(der)
-    body: Any = x509.Certificate.load(value)["tbs_certificate"]  # type: ignore[no-untyped-call]  # asn1crypto has no types
+    fields = certificate_fields(value)
     session.create_object(
         {
             Attribute.CLASS: ObjectClass.CERTIFICATE,
@@ -85,9 +86,9 @@ def _certificate(session: pkcs11.Session, *, label: str, key_id: str, der: str) 
             Attribute.LABEL: label,
             Attribute.ID: bytes.fromhex(key_id),
             Attribute.VALUE: value,
-            Attribute.SUBJECT: body["subject"].dump(),
-            Attribute.ISSUER: body["issuer"].dump(),
-            Attribute.SERIAL_NUMBER: body["serial_number"].dump(),
+            Attribute.SUBJECT: fields.subject,
+            Attribute.ISSUER: fields.issuer,
+            Attribute.SERIAL_NUMBER: fields.serial,
         }
     )
 

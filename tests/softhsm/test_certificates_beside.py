@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
+from pkcs11 import Attribute, ObjectClass
+from pkcs11.constants import CertificateType
 
 from hsmtoll import doctor, enrol
 from hsmtoll.errors import CertificateError, ConfigurationError
@@ -149,7 +151,7 @@ def test_without_a_pin_a_renewed_leaf_in_the_file_is_seen(
     assert found.leaf.der == new.public_bytes(Encoding.DER)
 
 
-def test_certificates_are_found_where_a_card_filled_its_file_up_with_zeros(
+def test_certificates_are_found_where_a_card_filled_its_file_up(
     lab: Lab, tmp_path: Path, authority: Authority
 ) -> None:
     with lab.app("padded", tmp_path).devices[0] as device:
@@ -158,9 +160,24 @@ def test_certificates_are_found_where_a_card_filled_its_file_up_with_zeros(
         chain = [
             c.public_bytes(Encoding.DER) for c in (authority.issue(public.spki()), *authority.chain)
         ]
-        objects.store(device, [(der + bytes(300), "padded", b"\x43") for der in chain])
-        # The control: what follows is not padding, and makes it something else.
-        objects.store(device, [(chain[0] + b"\1" + bytes(300), "padded", b"\x43")])
+        filling = (bytes(300), b"\xff" * 300, b"\1" + bytes(300))
+        filled = [der + more for der, more in zip(chain, filling, strict=True)]
+        # The control: a field within it has another length, and no certificate is left.
+        odd = chain[0].replace(b"\x17\x0d", b"\x17\x0e", 1)
+        with device.writing("Writing as a card does") as (_, _, session):
+            for value in (*filled, odd):
+                session.create_object(
+                    {
+                        Attribute.CLASS: ObjectClass.CERTIFICATE,
+                        Attribute.CERTIFICATE_TYPE: CertificateType.X_509,
+                        Attribute.TOKEN: True,
+                        Attribute.PRIVATE: False,
+                        Attribute.LABEL: "padded",
+                        Attribute.ID: b"\x43",
+                        Attribute.SUBJECT: b"\x30\x00",
+                        Attribute.VALUE: value,
+                    }
+                )
     with contextlib.closing(lab.app("padded", tmp_path)) as app:
         told = {each.check: each for each in doctor.run(app).checks}
         assert [each.der for each in app.chain().certificates] == chain

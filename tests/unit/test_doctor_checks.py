@@ -356,3 +356,14 @@ def test_nothing_known_of_revocation_is_a_warning_and_not_a_pass() -> None:
     mine = made.facts.seen[0].certificates[0]
     facts = replace(made.facts, revocation=(Revocation(certificate=mine, problem="no answer"),))
     assert told(facts) == {"revocation-unknown": "warn"}
+
+
+def test_a_malformed_extension_is_warned_about_and_named() -> None:
+    made = setup()
+    seen = made.facts.seen[0]
+    leaf, *above = seen.certificates
+    odd = replace(leaf, unreadable=frozenset({"1.3.6.1.5.5.7.1.3"}))
+    facts = replace(made.facts, seen=(replace(seen, certificates=(odd, *above)),))
+    assert told(facts) == {"certificate-extension": "warn"}
+    line = next(c.line for c in examine(facts) if c.check == "certificate")
+    assert "these extensions cannot be read: qcStatements" in line

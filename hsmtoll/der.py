@@ -1,0 +1,166 @@
+"""
+DER (X.690) as slices of the bytes that it came in: nothing that was signed is encoded again.
+
+asn1crypto encodes a value anew when it is dumped and its length ends in the byte 0x80
+(https://github.com/wbond/asn1crypto/issues/249), so signed bytes are never taken from it.
+Everything here raises ValueError for bytes that are not what is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+__all__ = [
+    "BIT_STRING",
+    "BOOLEAN",
+    "INTEGER",
+    "OCTET_STRING",
+    "OID",
+    "SEQUENCE",
+    "SET",
+    "CertificateFields",
+    "certificate_fields",
+    "check_lengths",
+    "content",
+    "first",
+    "number",
+    "oid",
+    "parts",
+    "values",
+]
+
+BOOLEAN: Final = 0x01
+INTEGER: Final = 0x02
+BIT_STRING: Final = 0x03
+OCTET_STRING: Final = 0x04
+OID: Final = 0x06
+SEQUENCE: Final = 0x30
+SET: Final = 0x31
+
+#: Bytes of an object identifier that is read; the longest in use have some twenty.
+_LONGEST_OID: Final = 128
+
+#: Values within values; a certificate has some ten, its extensions left closed.
+_DEEPEST: Final = 64
+
+
+def _measured(data: bytes, at: int = 0, *, strict: bool = False) -> tuple[int, int]:
+    """Bytes of the header of the value at *at*, and bytes of its content."""
+    if at + 2 > len(data):
+        raise ValueError("it ends too early")
+    if data[at] & 0x1F == 0x1F:
+        raise ValueError("a tag that no certificate has")
+    size, head = data[at + 1], 2
+    if size >= 0x80:
+        more = data[at + 2 : at + 2 + (size & 0x7F)]
+        size, head = int.from_bytes(more, "big"), 2 + len(more)
+        if not more or (strict and (more[0] == 0 or size < 0x80)):
+            raise ValueError("BER, not DER: a length is not in its shortest form")
+    if at + head + size > len(data):
+        raise ValueError("it ends too early")
+    return head, size
+
+
+def values(data: bytes, *, strict: bool = False) -> list[bytes]:
+    """The values that stand one after another in *data*, each whole; *strict* about lengths."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(data):
+        head, size = _measured(data, at, strict=strict)
+        found.append(data[at : at + head + size])
+        at += head + size
+    return found
+
+
+def first(data: bytes) -> bytes:
+    """The first value in *data*, without what follows it."""
+    return data[: sum(_measured(data))]
+
+
+def content(value: bytes, tag: int) -> bytes:
+    """The content of exactly one value, which has this *tag*."""
+    head, size = _measured(value)
+    if value[0] != tag or head + size != len(value):
+        raise ValueError("a value of another kind than expected")
+    return value[head:]
+
+
+def parts(value: bytes, tag: int = SEQUENCE) -> list[bytes]:
+    """The values inside exactly one constructed value, which has this *tag*."""
+    return values(content(value, tag))
+
+
+def check_lengths(der: bytes) -> None:
+    """ValueError unless all lengths are DER (X.690 section 10.1), strings of octets left closed."""
+    waiting = [(0, der)]
+    while waiting:
+        depth, data = waiting.pop()
+        if depth > _DEEPEST:
+            raise ValueError("it is nested deeper than any certificate")
+        waiting += [
+            (depth + 1, each[_measured(each)[0] :])
+            for each in values(data, strict=True)
+            if each[0] & 0x20
+        ]
+
+
+def oid(value: bytes) -> str:
+    """An object identifier, with dots."""
+    raw = content(value, OID)
+    if not raw or raw[-1] & 0x80 or len(raw) > _LONGEST_OID:
+        raise ValueError("not an object identifier")
+    arcs, arc = [], 0
+    for byte in raw:
+        arc = arc << 7 | byte & 0x7F
+        if not byte & 0x80:
+            arcs.append(arc)
+            arc = 0
+    root = min(arcs[0] // 40, 2)
+    return ".".join(map(str, (root, arcs[0] - 40 * root, *arcs[1:])))
+
+
+def number(value: bytes, tag: int = INTEGER) -> int:
+    """An integer with its sign."""
+    raw = content(value, tag)
+    if not raw:
+        raise ValueError("a number without digits")
+    return int.from_bytes(raw, "big", signed=True)
+
+
+class CertificateFields(NamedTuple):
+    """The fields of a certificate (RFC 5280 section 4.1), each whole as it stands there."""
+
+    tbs: bytes
+    version: int
+    serial: bytes
+    algorithm: bytes
+    issuer: bytes
+    validity: bytes
+    subject: bytes
+    spki: bytes
+    #: The one value in the field ``extensions``; None where there is no such field.
+    extensions: bytes | None
+    signature_algorithm: bytes
+    signature: bytes
+
+
+def certificate_fields(der: bytes) -> CertificateFields:
+    """Take one certificate apart. *version* is 1, 2 or 3, as people count."""
+    whole = parts(der)
+    if len(whole) != 3:
+        raise ValueError("it has fields that no certificate has")
+    tbs, algorithm, signature = whole
+    fields = parts(tbs)
+    version = 1
+    if fields and fields[0][0] == 0xA0:
+        version = number(content(fields.pop(0), 0xA0)) + 1
+    fixed, optional = fields[:6], fields[6:]
+    tags = [each[0] for each in optional]
+    if len(fixed) != 6 or tags != sorted({*tags} & {0x81, 0x82, 0xA3}):
+        raise ValueError("it has fields that no certificate has")
+    extensions = content(optional[-1], 0xA3) if 0xA3 in tags else None
+    serial, named, issuer, validity, subject, spki = fixed
+    return CertificateFields(
+        tbs, version, serial, named, issuer, validity, subject, spki,
+        extensions, algorithm, signature,
+    )  # fmt: skip
