@@ -8,6 +8,7 @@ tests.accounts import become; …"`` with `importable`.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import importlib
 import os
@@ -39,9 +40,14 @@ def importable() -> dict[str, str]:
 
 
 def import_all() -> None:
-    """Import every module of hsmtoll: the tree may lie where the other account cannot look."""
+    """
+    Import every module of hsmtoll, and what they import late: the tree and this Python may lie
+    where the other account cannot look.
+    """
     import hsmtoll
 
+    for name in ("ascii", "idna", "latin-1", "utf-8-sig"):
+        codecs.lookup(name)
     for each in pkgutil.walk_packages(hsmtoll.__path__, "hsmtoll."):
         if not each.name.endswith("__main__"):
             importlib.import_module(each.name)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Everything is imported before: this Python may lie where the account cannot look.
 _AS_ANOTHER = """
-import codecs, os, sys
+import os, sys
 from pathlib import Path
 import platformdirs
 from tests.accounts import become, import_all
@@ -25,7 +25,7 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.host.brake import check_stop_directory, stopped_by
 from hsmtoll.hsm.module import check_path
 from hsmtoll.settings import load
-codecs.lookup("ascii"); platformdirs.user_state_dir("hsmtoll")
+platformdirs.user_state_dir("hsmtoll")
 platformdirs.user_cache_dir("hsmtoll")
 import_all()
 os.chdir("/")
