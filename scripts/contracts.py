@@ -89,6 +89,23 @@ def lock(top: Path) -> Iterator[str]:
                 yield f"{name}: {requirement.name} {version_locked} is not {requirement.specifier}"
 
 
+def images(top: Path) -> Iterator[str]:
+    """Every image is built on one base, which its digest fixes."""
+    bases = set()
+    for name in ("docker/Dockerfile", "hsmtoll/testing/softhsm_image/Dockerfile"):
+        text = (top / name).read_text(encoding="utf-8")
+        base = "".join(re.findall(r"^ARG TOLL_BASE=(\S+)$", text, re.MULTILINE))
+        bases.add(base)
+        if not re.fullmatch(r"[^@]+@sha256:[0-9a-f]{64}", base):
+            yield f"{name}: {base} has no digest"
+        known = {"${TOLL_BASE}", *re.findall(r"^FROM \S+ AS (\S+)$", text, re.MULTILINE)}
+        for used in re.findall(r"^(?:FROM |COPY --from=)(\S+)", text, re.MULTILINE):
+            if used not in known:
+                yield f"{name}: {used} is neither the base nor a stage"
+    if len(bases) != 1:
+        yield f"two bases: {' '.join(sorted(bases))}"
+
+
 def versions(top: Path) -> Iterator[str]:
     """What is installed is this tree's version; pyproject.toml alone states it."""
     stated = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"][
@@ -137,7 +154,7 @@ def _bare(lines: list[str]) -> Iterator[int]:
 
 def main(top: Path) -> int:
     """Print sizes and breaches. 1 if there are breaches."""
-    breaches = [*lock(top), *versions(top), *words(top)]
+    breaches = [*lock(top), *images(top), *versions(top), *words(top)]
     for line in (*sizes(top / "hsmtoll"), *breaches):
         print(line)
     return 1 if breaches else 0

@@ -113,7 +113,8 @@ def _service(folder: Path, pin: Path) -> dict[str, object]:
     given = os.environ.get("TOLL_SOFTHSM_IMAGE")
     source: dict[str, object] = {"image": given or "hsmtoll-softhsm-fixture"}
     if not given:
-        source["build"] = {"context": str(IMAGE_FOLDER)}
+        # Without a value, an argument is taken from the environment.
+        source["build"] = {"context": str(IMAGE_FOLDER), "args": {"TOLL_BASE": None}}
     return {
         **source,
         "read_only": True,

@@ -8,6 +8,7 @@ can matter, and with the machine's own CA certificates as a user behind a proxy 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import ssl
@@ -22,6 +23,16 @@ from hsmtoll.testing.docker import find_client
 from tests.docker.containers import PREFIX, PROJECT, Stack, docker
 
 MADE_OF: Final = ("docker", "hsmtoll", "pyproject.toml", "README.md", ".dockerignore")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _base_image(pytestconfig: pytest.Config) -> None:
+    """The base that scripts/docker-engine made, where no registry answers."""
+    variables = pytestconfig.rootpath / "docker" / ".env"
+    if variables.is_file():
+        found = re.search(r"^TOLL_BASE=(.+)$", variables.read_text("utf-8"), re.MULTILINE)
+        if found:
+            os.environ.setdefault("TOLL_BASE", found[1])
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +77,14 @@ def pin(private_folder: Path) -> str:
 
 
 @pytest.fixture(scope="session", params=["docker compose", "docker-compose"])
-def docker_compose_command(request: pytest.FixtureRequest) -> str:
+def docker_compose_command(request: pytest.FixtureRequest, context: Path) -> str:
     """Both of them; what a room needs and misses is a failure, not a skip."""
     command: str = request.param
+    if command == "docker-compose":
+        # Version 1 does not know the key; the files say to delete it.
+        for path in (context / "docker").glob("compose*.yml"):
+            text = path.read_text("utf-8")
+            path.write_text(re.sub(r"^name: .*\n", "", text, flags=re.MULTILINE), "utf-8")
     done = subprocess.run([*command.split(), "version"], capture_output=True, check=False)
     assert done.returncode == 0, f"{command} does not run: scripts/docker-engine start installs it"
     return command
@@ -130,7 +146,7 @@ def images(context: Path) -> dict[str, str]:
         tag = f"{PREFIX}{name}:classic"
         docker(
             *("build", "-q", "-f", str(context / "docker" / "Dockerfile")),
-            *("--target", target, "-t", tag, str(context)),
+            *("--target", target, "-t", tag, "--build-arg", "TOLL_BASE", str(context)),
         )
         made[name] = tag
     return made

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import yaml
 
-from scripts.contracts import lock, words
+from scripts.contracts import images, lock, words
 
 TOP: Final = Path(__file__).parents[2]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))
@@ -294,3 +295,31 @@ def test_the_units_are_where_an_installed_package_has_them() -> None:
         "hsmtoll-host.service",
         "hsmtoll-host.socket",
     }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "instead", "said"),
+    [
+        (r"(ARG TOLL_BASE=\S+)@\S+", r"\1", "has no digest"),
+        (r"(ARG TOLL_BASE=.*)[0-9a-f]{64}", r"\g<1>" + "0" * 64, "two bases"),
+        (r"FROM os AS builder", "FROM debian:sid AS builder", "debian:sid is neither"),
+    ],
+)
+def test_an_image_that_is_not_built_on_the_one_fixed_base_is_refused(
+    tmp_path: Path, pattern: str, instead: str, said: str
+) -> None:
+    for name in ("docker/Dockerfile", "hsmtoll/testing/softhsm_image/Dockerfile"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        shutil.copy(TOP / name, tmp_path / name)
+    assert list(images(tmp_path)) == []
+    path = tmp_path / "docker" / "Dockerfile"
+    spoilt, count = re.subn(pattern, instead, path.read_text("utf-8"), count=1)
+    assert count == 1
+    path.write_text(spoilt, "utf-8")
+    assert said in "\n".join(images(tmp_path))
+
+
+def test_two_stacks_of_containers_share_no_project() -> None:
+    files = [TOP / "docker" / name for name in ("compose.yml", "compose.host.yml")]
+    names = {yaml.safe_load(path.read_text("utf-8"))["name"] for path in files}
+    assert names == {"hsmtoll", "hsmtoll-host"}
