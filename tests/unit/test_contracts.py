@@ -142,6 +142,8 @@ def test_the_check_runs_what_was_tried_here() -> None:
     check = (TOP / "scripts" / "check").read_text(encoding="utf-8")
     assert 'lint-imports"' in check
     assert '/ruff" check' in check
+    assert '/twine" --no-color check --strict' in check
+    assert '/check-wheel-contents"' in check
 
 
 def test_the_source_distribution_has_this_package_and_no_other_of_its_name(tmp_path: Path) -> None:
