@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
@@ -113,3 +114,18 @@ def test_each_plot_of_speed_is_there_and_runs_nothing() -> None:
         tags = [each.tag for each in ET.parse(TOP / name).iter()]  # noqa: S314 - our own
         assert sum(tag.endswith("}circle") for tag in tags) > 4
         assert not any(tag.endswith("}script") for tag in tags)
+
+
+def test_the_extras_are_those_of_the_project_and_hints_name_no_other() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = set(project["optional-dependencies"])
+    assert {cells[0] for cells in rows(section("Install"))[1:]} == extras
+    source = "".join(path.read_text("utf-8") for path in (TOP / "hsmtoll").rglob("*.py"))
+    hinted = set(re.findall(r"install_extra\(['\"](\w+)['\"]\)", source))
+    assert hinted == extras
+
+
+def test_the_wheel_that_is_named_is_of_this_version() -> None:
+    version = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    named = set(re.findall(r"hsmtoll-([\d.]+)-py3-none-any\.whl", README))
+    assert named == {version}
