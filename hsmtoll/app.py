@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.budget import Budget
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.certificate_files import Bundle
     from hsmtoll.chain import Chain
     from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.exchange import Endpoints
+    from hsmtoll.followed import CertificateFile
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.ledger import Ledger
@@ -283,15 +284,21 @@ class App:
         except ValueError as exc:
             raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {foreign(path)}: {exc}") from exc
 
-    def pem_certificates(self) -> tuple[Certificate, ...]:
-        """HSMTOLL_HSM__CERTIFICATES."""
+    @cached_property
+    def certificate_file(self) -> CertificateFile | None:
+        """HSMTOLL_HSM__CERTIFICATES, which is followed."""
         path = self.settings.hsm.certificates
         if path is None:
-            return ()
-        from hsmtoll.certificate_files import certificates_in
+            return None
+        from hsmtoll.followed import CertificateFile
 
-        name = "HSMTOLL_HSM__CERTIFICATES"
-        return certificates_in(_read(path, name), f"{name} {foreign(path)}")
+        return CertificateFile(path, "HSMTOLL_HSM__CERTIFICATES")
+
+    def supplied(self) -> Bundle:
+        """The certificates of HSMTOLL_HSM__CERTIFICATES as they are now."""
+        from hsmtoll.certificate_files import Bundle
+
+        return self.certificate_file() if self.certificate_file is not None else Bundle()
 
     @cached_property
     def signer(self) -> Signer:
@@ -364,6 +371,8 @@ class App:
         from hsmtoll.signer import LocalSigner, new_jti
 
         settings = self.settings
+        # Read now, so that a file that cannot be used is told before anything is asked.
+        supplied = self.supplied()
         return LocalSigner(
             device,
             audience=audience,
@@ -375,7 +384,7 @@ class App:
             issuer=settings.iss,
             kid=settings.kid,
             x5c=settings.x5c,
-            pem=self.pem_certificates(),
+            supplied=self.certificate_file or (lambda: supplied),
             root_sha256=settings.hsm.root_sha256,
             certificate_sha256=settings.hsm.certificate_sha256,
             lineage=self._lineage,

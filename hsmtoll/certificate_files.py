@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asn1crypto import parser
 
@@ -19,7 +19,7 @@ from hsmtoll.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["certificates_in"]
+__all__ = ["Bundle", "Unreadable", "bundle_in", "certificates_in"]
 
 # asn1crypto carries no types.
 _parse: Any = parser.parse
@@ -35,14 +35,29 @@ _SEQUENCE, _INTEGER, _OID, _CERTIFICATES = 0x30, 0x02, 0x06, 0xA0
 _PKCS12_VERSION: Final = b"\x03"
 
 
-def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
+class Unreadable(NamedTuple):
+    """A certificate of a file that cannot be read: which one, its bytes, and why."""
+
+    where: str
+    der: bytes
+    why: str
+
+
+class Bundle(NamedTuple):
+    """The certificates of a file, in its order, and those that had to be left out."""
+
+    certificates: tuple[Certificate, ...] = ()
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+def bundle_in(data: bytes, name: str) -> Bundle:
     """
-    The certificates of a file with the bytes *data*, in its order.
+    What a file with the bytes *data* holds. One bad certificate hides no good one.
 
     PEM (RFC 7468) with any text between, the certificate in DER, or PKCS#7 in PEM or DER; other
     PEM blocks are passed over. Raises ConfigurationError (``certificate-file``), naming *name*,
-    when there is none, when one does not parse, for PKCS#12, and for a private key: such a file
-    is readable to more people than a key should be.
+    when there is none that can be read, for PKCS#12, and for a private key: such a file is
+    readable to more people than a key should be.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", "replace").encode()
@@ -51,12 +66,20 @@ def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
     else:
         ders = _unwrapped(data, name) if data[:1] == bytes([_SEQUENCE]) else iter(())
     found: list[Certificate] = []
+    unreadable: list[Unreadable] = []
     for number, der in enumerate(ders, 1):
+        where = f"certificate {number} in {name}"
+        if isinstance(der, str):
+            unreadable.append(Unreadable(where, b"", der))
+            continue
         try:
             found.append(Certificate.load(der))
         except ValueError as exc:
-            raise _unusable(name, f"certificate {number} in it is {exc}") from exc
+            unreadable.append(Unreadable(where, der, str(exc)))
     if not found:
+        if unreadable:
+            why = unreadable[0].why
+            raise _unusable(name, f"certificate 1 in it is {why}")
         raise _unusable(
             name,
             "it holds no certificate"
@@ -64,10 +87,16 @@ def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
             hint="PEM, DER (.cer, .crt) or PKCS#7 (.p7b) is expected, from who issued the "
             "certificate",
         )
-    return tuple(found)
+    return Bundle(tuple(found), tuple(unreadable))
 
 
-def _armoured(data: bytes, name: str) -> Iterator[bytes]:
+def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
+    """The certificates of `bundle_in`, with its errors."""
+    return bundle_in(data, name).certificates
+
+
+def _armoured(data: bytes, name: str) -> Iterator[bytes | str]:
+    """DER of each certificate, or why there is none."""
     # What stands between the blocks is anybody's, in any encoding (RFC 7468 section 2).
     text = data.decode("utf-8", "replace")
     if re.search(r"-----BEGIN [^-\r\n]*PRIVATE KEY", text):
@@ -79,13 +108,15 @@ def _armoured(data: bytes, name: str) -> Iterator[bytes]:
         for label, _, rest in begun
         if label in (*_CERTIFICATE, *_PKCS7)
     ]
-    for number, (label, body, end, _) in enumerate(blocks, 1):
+    for label, body, end, _ in blocks:
         if not end:
-            raise _unusable(name, f"certificate {number} in it has no end")
+            yield "cut off: it has no end"
+            continue
         try:
             der = base64.b64decode("".join(body.split()), validate=True)
-        except binascii.Error as exc:
-            raise _unusable(name, f"certificate {number} in it is not base64") from exc
+        except binascii.Error:
+            yield "not base64"
+            continue
         # Windows writes PKCS#7 under the label of a certificate: the content counts.
         yield from _unwrapped(der, name, trusted=label == "TRUSTED CERTIFICATE")
 

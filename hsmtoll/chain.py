@@ -45,6 +45,7 @@ __all__ = [
     "MAX_VERIFICATIONS",
     "Chain",
     "Fault",
+    "Unread",
     "X5cMode",
     "build",
     "chain_faults",
@@ -743,16 +744,20 @@ def checked(
     pinned_sha256: str | None = None,
     organization: str | None = None,
     refused: frozenset[str] = frozenset(),
+    unread: Sequence[Unread] = (),
 ) -> Chain:
     """
     The chain to sign with: the best of *candidates* whose chain holds, all checks passed.
 
-    *candidates* are the certificates of the key (`for_key`), *pool* is everything there is.
+    *candidates* are the certificates of the key (`for_key`), *pool* is everything there is that
+    can be read; *unread* is what cannot, and is named where that may be why something is missing.
     A new certificate whose issuers are not there yet does not displace a living old one.
 
     Raises CertificateError: those of `ranked`, `build` and `chain_faults`, for the best one.
     """
     given = tuple(candidates)
+    if not given:
+        raise _missing(unread).error()
     leaves = ranked(
         given,
         identity=identity,
@@ -773,7 +778,7 @@ def checked(
         if not faults:
             notes = _why(leaf, given, leaves, identity=identity, now=now)
             return replace(chain, notes=notes)
-        first = first or faults[0].error()
+        first = first or _beside(faults[0], unread).error()
     raise first or _missing().error()
 
 
@@ -828,13 +833,48 @@ def _distance(
     return (len(lasting), max(gone, ahead), certificate.sha256)
 
 
-def _missing() -> Fault:
-    return Fault(
+class Unread(NamedTuple):
+    """A certificate that cannot be read: where it is, why, and whether it seems the key's own."""
+
+    where: str
+    why: str
+    of_key: bool = False
+
+
+def _missing(unread: Sequence[Unread] = ()) -> Fault:
+    looking = "looking for the certificate of the key"
+    own = next((each for each in unread if each.of_key), None)
+    if own is not None:
+        return Fault(
+            "certificate-missing",
+            f"{looking}: {foreign(own.where)} cannot be read: {foreign(own.why)}",
+            "give the file that the issuer sent: hsmtoll key import, or name it in "
+            "HSMTOLL_HSM__CERTIFICATES",
+        )
+    fault = Fault(
         "certificate-missing",
-        "looking for the certificate of the key: there is none, on the device or in a file",
+        f"{looking}: there is none, on the device or in a file",
         "import it to the device (hsmtoll key import), or name a PEM file in "
         "HSMTOLL_HSM__CERTIFICATES; a key registered with a kid needs HSMTOLL_KID instead",
     )
+    return _beside(fault, unread)
+
+
+def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
+    """*fault*, with a word about certificates that cannot be read where they may be the cause."""
+    if not unread or fault.code not in _FOR_WANT_OF_ONE:
+        return fault
+    first = unread[0]
+    number = "1 certificate" if len(unread) == 1 else f"{len(unread)} certificates"
+    return replace(
+        fault,
+        message=f"{fault.message}; {number} cannot be read: {foreign(first.where)}: "
+        f"{foreign(first.why)}",
+    )
+
+
+#: What is said where a certificate is not there, or is not the one that is needed.
+_FOR_WANT_OF_ONE: Final = frozenset({"certificate-missing", "chain-broken", "chain-incomplete"})
 
 
 def _no_pinned(pin: str) -> Fault:

@@ -21,7 +21,7 @@ from asn1crypto import csr as pkcs10
 
 from hsmtoll import chain as chains
 from hsmtoll.certificate import Certificate
-from hsmtoll.certificate_files import certificates_in
+from hsmtoll.certificate_files import bundle_in
 from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, foreign
 from hsmtoll.jws import SigningInput
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hsmtoll.apis import Identity
+    from hsmtoll.certificate_files import Unreadable
     from hsmtoll.hsm.device import Device, KeyFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
@@ -217,8 +218,9 @@ def import_chain(
     """
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
-    given = tuple(dict.fromkeys(certificates_in(data, name)))
-    leaf, key = _leaf(given, objects.keys(device))
+    bundle = bundle_in(data, name)
+    given = tuple(dict.fromkeys(bundle.certificates))
+    leaf, key = _leaf(given, bundle.unreadable, objects.keys(device))
     there = [each for stored in device.certificates() if (each := _read(stored.der))]
     faults = [
         fault
@@ -299,7 +301,9 @@ def _name(parts: Iterable[tuple[str, str, str | None]]) -> Any:
     return _Name(name="", value=_Sequence(relative))
 
 
-def _leaf(given: Sequence[Certificate], there: Sequence[KeyFacts]) -> tuple[Certificate, KeyFacts]:
+def _leaf(
+    given: Sequence[Certificate], unreadable: Sequence[Unreadable], there: Sequence[KeyFacts]
+) -> tuple[Certificate, KeyFacts]:
     found = [
         (each, key)
         for each in given
@@ -308,7 +312,8 @@ def _leaf(given: Sequence[Certificate], there: Sequence[KeyFacts]) -> tuple[Cert
     ]
     if not found:
         raise CertificateError(
-            f"key import: none of the {len(given)} certificates belongs to a key on the device",
+            f"key import: none of the {len(given)} certificates belongs to a key on the device"
+            + "".join(f"; {each.where} cannot be read: {each.why}" for each in unreadable[:3]),
             hint="a certificate fits the key whose request (hsmtoll key csr) it was ordered with; "
             "`hsmtoll objects` lists the keys",
             code="certificate-foreign",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 from hsmtoll import chain as chains
 from hsmtoll import jws
 from hsmtoll.certificate import Certificate
+from hsmtoll.certificate_files import Bundle
 from hsmtoll.errors import (
     CertificateError,
     ConfigurationError,
@@ -49,6 +50,7 @@ __all__ = [
     "TokenSource",
     "new_jti",
     "readable",
+    "unread_of",
 ]
 
 _log = logging.getLogger("hsmtoll.signer")
@@ -128,8 +130,8 @@ class Lineage:
 class _Proven:
     """
     A chain, its *x5c*, and how long they may be used without looking again: until *boot*, or
-    *wall*, when a certificate that was seen becomes valid or ends, and as long as the device's
-    handles live.
+    *wall*, when a certificate that was seen becomes valid or ends, as long as the device's
+    handles live, and as long as the same is *supplied*.
     """
 
     chain: chains.Chain
@@ -138,6 +140,7 @@ class _Proven:
     wall: float
     generation: int
     unwanted: frozenset[str]
+    supplied: Bundle
     grants: dict[TokenRequest, Grant] = field(default_factory=dict)
 
 
@@ -178,10 +181,11 @@ class LocalSigner:
     """
     Signs on a PKCS#11 device.
 
-    *kid* ``None`` means certificates: the chain is built from the device's and *pem*'s, and
-    proven. ``thumbprint`` means the RFC 7638 thumbprint of the key found. Every signature is
-    checked against the public key it claims before it leaves. Raises the errors of the
-    device (20, 21, 30), of certificates (40) and of settings (10).
+    *kid* ``None`` means certificates: the chain is built from the device's and those *supplied*
+    (another bundle where they changed), and proven. ``thumbprint`` means the RFC 7638 thumbprint
+    of the key found. Every signature is checked against the public key it claims before it
+    leaves. Raises the errors of the device (20, 21, 30), of certificates (40) and of settings
+    (10).
     """
 
     def __init__(
@@ -197,7 +201,7 @@ class LocalSigner:
         issuer: str | None = None,
         kid: str | None = None,
         x5c: chains.X5cMode = "full",
-        pem: Iterable[Certificate] = (),
+        supplied: Callable[[], Bundle] = Bundle,
         root_sha256: str | None = None,
         certificate_sha256: str | None = None,
         lineage: Lineage | None = None,
@@ -212,7 +216,10 @@ class LocalSigner:
         self._issuer = issuer
         self._kid = kid
         self._x5c = x5c
-        self._pem = tuple(pem)
+        self._supplied = supplied
+        # What was supplied when the chain last held, and what came since and did not do.
+        self._good: Bundle | None = None
+        self._bad: Bundle | None = None
         self._root_sha256 = root_sha256
         self._certificate_sha256 = certificate_sha256
         self._lineage = lineage or Lineage()
@@ -251,13 +258,28 @@ class LocalSigner:
             return known
         self._proven = None
         stored = self.device.certificates()
-        pool = [*readable(stored), *self._pem]
-        key = self.device.key(candidates=_keys(pool))
+        supplied = self._supplied()
+        before = self._good if self._good is not supplied else None
+        everything = [*readable(stored), *supplied.certificates]
+        everything += before.certificates if before is not None else ()
+        key = self.device.key(candidates=_keys(everything))
         # Where the device hides the public half, the grant's own signature proves the leaf.
-        self._guesses = () if key.public else _keys(pool)
-        public = key.public or self._learned
-        leaves = chains.for_key(pool, public) if public else self._likely(stored, key)
-        chain = self._checked(leaves, pool, datetime.fromtimestamp(now.wall, UTC), unwanted)
+        self._guesses = () if key.public else _keys(everything)
+        at = datetime.fromtimestamp(now.wall, UTC)
+        try:
+            chain, pool = self._of(supplied, stored, key, at, unwanted)
+        except CertificateError as exc:
+            if before is None:
+                raise
+            try:
+                chain, pool = self._of(before, stored, key, at, unwanted)
+            except CertificateError:
+                raise exc from None
+            if self._bad is not supplied:
+                self._bad = supplied
+                _log.warning("%s; the certificates supplied before are kept", exc)
+        else:
+            self._good, self._bad = supplied, None
         self._took(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
         self._proven = known = _Proven(
@@ -267,8 +289,25 @@ class LocalSigner:
             wall=min((edge for edge in edges if edge > now.wall), default=now.wall + _REREAD),
             generation=self.device.generation,
             unwanted=unwanted,
+            supplied=supplied,
         )
         return known
+
+    def _of(
+        self,
+        supplied: Bundle,
+        stored: Sequence[StoredCertificate],
+        key: KeyFacts,
+        at: datetime,
+        unwanted: frozenset[str],
+    ) -> tuple[chains.Chain, list[Certificate]]:
+        """The chain of *key* with what was *supplied*, and all certificates that were looked at."""
+        pool = [*readable(stored), *supplied.certificates]
+        public = key.public or self._learned
+        leaves = chains.for_key(pool, public) if public else self._likely(stored, supplied, key)
+        unread = unread_of(stored, supplied, key)
+        chain = self._checked(leaves, pool, supplied, at, unwanted=unwanted, unread=unread)
+        return chain, pool
 
     def _known(self, now: Moment, unwanted: frozenset[str]) -> _Proven | None:
         """What was proven, if nothing has to be looked at again."""
@@ -278,16 +317,18 @@ class LocalSigner:
             and now.wall < known.wall
             and known.unwanted == unwanted
             and known.generation == self.device.generation
+            and known.supplied is self._supplied()
         )
         return known if fresh else None
 
-    def _likely(self, stored: Iterable[StoredCertificate], key: KeyFacts) -> list[Certificate]:
+    def _likely(
+        self, stored: Sequence[StoredCertificate], supplied: Bundle, key: KeyFacts
+    ) -> list[Certificate]:
         """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
-        stored = tuple(stored)
         for named in (
             readable(each for each in stored if key.id and each.id == key.id),
             readable(each for each in stored if key.label and each.label == key.label),
-            [*readable(stored), *self._pem],
+            [*readable(stored), *supplied.certificates],
         ):
             found = [each for each in named if each.public_key and not each.is_ca]
             if found:
@@ -347,23 +388,28 @@ class LocalSigner:
         id of the key named, else by its looks, and not proven to be that key's.
         """
         stored = self.device.certificates()
+        supplied = self._supplied()
         uri = self.device.uri
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
-        pool = [*readable(stored), *self._pem]
+        pool = [*readable(stored), *supplied.certificates]
         beside = readable(named)
         keys = {each.public_key for each in beside if each.public_key and not each.is_ca}
         # A renewed one may stand in the file alone.
-        beside += [each for each in self._pem if each.public_key in keys]
+        beside += [each for each in supplied.certificates if each.public_key in keys]
         leaves = beside or [each for each in pool if not each.is_ca]
         now = datetime.fromtimestamp(self.clock.now().wall, UTC)
-        return self._checked(leaves, pool, now, frozenset())
+        unread = unread_of(stored, supplied, named=named)
+        return self._checked(leaves, pool, supplied, now, unread=unread)
 
     def _checked(
         self,
         leaves: Iterable[Certificate],
         pool: Iterable[Certificate],
+        supplied: Bundle,
         now: datetime,
-        unwanted: frozenset[str],
+        *,
+        unwanted: frozenset[str] = frozenset(),
+        unread: Sequence[chains.Unread],
     ) -> chains.Chain:
         return chains.checked(
             leaves,
@@ -372,10 +418,11 @@ class LocalSigner:
             now=now,
             mode=self._x5c,
             root_sha256=self._root_sha256,
-            preferred=frozenset(certificate.sha256 for certificate in self._pem),
+            preferred=frozenset(certificate.sha256 for certificate in supplied.certificates),
             pinned_sha256=self._certificate_sha256,
             organization=self._lineage.organization,
             refused=unwanted,
+            unread=unread,
         )
 
     def assertion(self, request: TokenRequest) -> str:
@@ -508,6 +555,38 @@ def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
         except ValueError as exc:
             _log.info("certificate %r is passed over: %s", foreign(each.label), exc)
     return read
+
+
+def unread_of(
+    stored: Iterable[StoredCertificate],
+    supplied: Bundle,
+    key: KeyFacts | None = None,
+    named: Sequence[StoredCertificate] = (),
+) -> tuple[chains.Unread, ...]:
+    """
+    The certificates that do not parse. One is taken for the *key*'s own by CKA_ID, label or
+    modulus, or where it is *named*.
+    """
+    modulus = None
+    if key is not None and key.public is not None:
+        modulus = key.public.modulus.to_bytes((key.public.bits + 7) // 8, "big")
+
+    def of_key(raw: bytes) -> bool:
+        return modulus is not None and modulus in raw
+
+    found = []
+    for each in stored:
+        try:
+            Certificate.load(each.der)
+        except ValueError as exc:
+            own = each in named or of_key(each.der)
+            if key is not None:
+                own |= bool(key.id and each.id == key.id)
+                own |= bool(key.label and each.label == key.label)
+            where = f"certificate '{foreign(each.label)}' on the device"
+            found.append(chains.Unread(where, str(exc), own))
+    found += [chains.Unread(u.where, u.why, of_key(u.der)) for u in supplied.unreadable]
+    return tuple(found)
 
 
 def _keys(certificates: Iterable[Certificate]) -> tuple[jws.RsaPublicKey, ...]:

@@ -19,7 +19,7 @@ from hsmtoll import apis, exchange, jws
 from hsmtoll import chain as chains
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.signer import TokenSource, readable
+from hsmtoll.signer import TokenSource, readable, unread_of
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.app import App
     from hsmtoll.certificate import Certificate
+    from hsmtoll.chain import Unread
     from hsmtoll.hsm.device import Device, KeyFacts
     from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
@@ -66,7 +67,7 @@ class Seen:
     key: KeyFacts | None = None
     error: HsmTollError | None = None
     certificates: tuple[Certificate, ...] = ()
-    unreadable: int = 0
+    unread: tuple[Unread, ...] = ()
     spied: bool = False
 
 
@@ -129,7 +130,7 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
         return Facts(settings=settings, now=now, scopes=scopes, hosts=looks, skew=skew)
     try:
         uris = app.uris()
-        pem = app.pem_certificates()
+        supplied = app.supplied()
     except HsmTollError as exc:
         return Facts(settings=settings, now=now, scopes=scopes, error=exc)
     try:
@@ -140,7 +141,7 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
     else:
         pairs = zip(uris, devices, strict=True)
         seen = tuple(_look(app, uri, device) for uri, device in pairs)
-    return Facts(settings=settings, now=now, seen=seen, pem=pem, scopes=scopes)
+    return Facts(settings=settings, now=now, seen=seen, pem=supplied.certificates, scopes=scopes)
 
 
 def _look(app: App, uri: KeyUri, device: Device) -> Seen:
@@ -158,13 +159,14 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
         stored = device.certificates()
         certificates = tuple(readable(stored))
         found["certificates"] = certificates
-        found["unreadable"] = len(stored) - len(certificates)
+        found["unread"] = unread_of(stored, app.supplied())
         module = inspect(path, ledger=app.ledger, lock_timeout=app.settings.deadline)
         found["module"] = module
         found["token"] = _token(module, uri)
         found["logged_in"] = device.login()
         candidates = {c.public_key for c in certificates if c.public_key is not None}
-        found["key"] = device.key(candidates=candidates)
+        found["key"] = key = device.key(candidates=candidates)
+        found["unread"] = unread_of(stored, app.supplied(), key)
     except HsmTollError as exc:
         found["error"] = exc
     return Seen(**found)

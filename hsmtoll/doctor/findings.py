@@ -97,6 +97,7 @@ def way_of(facts: Facts, seen: Seen | None) -> Way:
             root_sha256=hsm.root_sha256,
             preferred=frozenset(each.sha256 for each in facts.pem),
             pinned_sha256=hsm.certificate_sha256,
+            unread=seen.unread,
         )
     except CertificateError as exc:
         return Way(facts=facts, seen=seen, trouble=exc)

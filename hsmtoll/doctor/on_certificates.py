@@ -67,8 +67,14 @@ def check_certificate(way: Way, leaf: Certificate) -> Check:
     """There is a certificate for the key, and why this one of several."""
     why = "; ".join(way.chain.notes) if way.chain else ""
     told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
-    if unreadable := sum(seen.unreadable for seen in way.facts.seen):
-        why = "; ".join(filter(None, (why, f"{unreadable} on the device cannot be read")))
+    unread = [each.where for seen in way.facts.seen for each in seen.unread]
+    on_device = [where for where in unread if where.endswith(" on the device")]
+    for place, found in (("on the device", on_device), ("in the file", set(unread) - {*on_device})):
+        if found:
+            named = "; ".join(sorted(found)[:3])
+            why = "; ".join(
+                filter(None, (why, f"{len(found)} {place} cannot be read ({foreign(named)})"))
+            )
     for each in way.chain.certificates if way.chain else (leaf,):
         if each.unreadable:
             names = foreign(", ".join(each.unreadable_names))

@@ -287,8 +287,12 @@ class Service:
         houses = {}
         for name, table in policy.profiles.items():
             house = known.get(name)
-            same = house is not None and house.table == table
-            houses[name] = house if house and same else self._house(name, table)
+            if house is not None and house.table == table:
+                if house.app.certificate_file is not None:
+                    house.app.certificate_file(afresh=True)
+                houses[name] = house
+            else:
+                houses[name] = self._house(name, table)
         return policy, houses
 
     def _house(self, name: str, table: Mapping[str, Any]) -> _House:
@@ -857,7 +861,7 @@ class Service:
         signer = app.local_signer(device)
         if app.settings.kid is None:
             signer.chain()
-        pool = [*readable(device.certificates()), *app.pem_certificates()]
+        pool = [*readable(device.certificates()), *app.supplied().certificates]
         candidates = tuple({each.public_key for each in pool if each.public_key is not None})
         public = device.key(candidates=candidates).public
         keys = (public,) if public is not None else candidates

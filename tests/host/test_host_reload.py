@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import os
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
+from hsmtoll.host.service import Service
+from hsmtoll.sandbox.pki import eseal_authority, pem
+from hsmtoll.settings import load
 from tests.hosting import ME, PROFILE, entry, eventually
 from tests.lab import workers
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from pathlib import Path
 
-    from hsmtoll.host.service import Service
+    from cryptography import x509
+
+    from hsmtoll.testing.identity import ThrowAway
     from tests.hosting import RunningHost
 
 PATIENCE = 60.0
@@ -60,6 +72,46 @@ def test_a_token_of_a_profile_that_was_changed_meanwhile_is_not_released(
     assert asked(service, "token").result(PATIENCE)["access_token"]
     released = {each["policy_sha256"] for each in host.records("release")}
     assert released == {host.records("policy")[-1]["policy_sha256"]}
+
+
+def test_a_certificate_in_a_file_takes_over_and_a_bad_file_is_told_by_a_reload(
+    host: RunningHost, toll_eseal: ThrowAway, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "hsmtoll")
+    authority, file = eseal_authority("Fil"), tmp_path / "chain.pem"
+    now = datetime.now(UTC)
+
+    def issued(days: int) -> x509.Certificate:
+        key = toll_eseal.chain[0].public_key()
+        assert isinstance(key, rsa.RSAPublicKey)
+        made = authority.issue(key, not_before=now - timedelta(hours=24 - days))
+        file.write_bytes(pem(made, *authority.chain))
+        return made
+
+    def leaf(service: Service) -> bytes:
+        header = asked(service).result(PATIENCE)["assertion"].split(".")[0]
+        x5c = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["x5c"]
+        return base64.b64decode(x5c[0])
+
+    first = issued(1)
+    host.write_policy(entry(ME), before=f'{PROFILE}[profile.acme.hsm]\ncertificates = "{file}"\n')
+    service = Service(load(), synchronised=lambda: True)
+    with contextlib.closing(service):
+        service.prove()
+        assert leaf(service) == first.public_bytes(Encoding.DER)
+        second = issued(2)
+        eventually(lambda: leaf(service) == second.public_bytes(Encoding.DER))
+        assert any("takes over from" in each.getMessage() for each in caplog.records)
+        file.write_bytes(b"nothing")
+        assert service.reload() is None
+        told = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+        assert any("kept" in line and str(file) in line for line in told)
+        assert leaf(service) == second.public_bytes(Encoding.DER)
+        # The same bytes in the same file: a reload reads them and changes nothing.
+        third = issued(3)
+        assert service.reload() is None
+        assert leaf(service) == third.public_bytes(Encoding.DER)
+        assert service.not_ready() == []
 
 
 class Proofs:

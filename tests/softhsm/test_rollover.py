@@ -12,6 +12,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from hsmtoll.certificate_files import Bundle
 from hsmtoll.clock import Skew
 from hsmtoll.errors import CertificateError, GrantRefused
 from hsmtoll.hsm.device import Device, StoredCertificate
@@ -83,6 +84,7 @@ class Bench:
         return self.authority.issue(public.spki(), **options)
 
     def signer(self, key: str, *leaves: x509.Certificate, **options: Any) -> LocalSigner:
+        supplied = Bundle(tuple(_ours(each) for each in (*leaves, *self.authority.chain)))
         return LocalSigner(
             options.pop("device", None) or self.device(key),
             audience="https://test.maskinporten.no/",
@@ -90,7 +92,7 @@ class Bench:
             clock=self.clock,
             skew=Skew(),
             new_jti=lambda: "jti",
-            pem=[_ours(each) for each in (*leaves, *self.authority.chain)],
+            supplied=lambda: supplied,
             lineage=self.lineage,
             **options,
         )

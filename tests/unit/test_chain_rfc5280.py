@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.x509.oid import ObjectIdentifier
 
 from hsmtoll.certificate import Certificate
-from hsmtoll.certificate_files import certificates_in
+from hsmtoll.certificate_files import bundle_in
 from hsmtoll.chain import build
 from hsmtoll.errors import CertificateError, ConfigurationError
 from tests import pki
@@ -87,7 +87,10 @@ def test_what_is_not_der_is_refused(changed: bytes) -> None:
 
 def test_a_pem_file_that_ends_too_early_is_named_and_long_ones_are_linear() -> None:
     first, inter, _ = pki.good()
-    with pytest.raises(ConfigurationError, match="certificate 2 in it has no end"):
-        certificates_in((first.pem() + inter.pem()[:-40]).encode(), "F")
+    found = bundle_in((first.pem() + inter.pem()[:-40]).encode(), "F")
+    assert found.certificates == (first,)
+    assert [(each.where, each.why) for each in found.unreadable] == [
+        ("certificate 2 in F", "cut off: it has no end")
+    ]
     with pytest.raises(ConfigurationError, match="no end"):
-        certificates_in(b"-----BEGIN CERTIFICATE-----\n" * 200_000, "F")
+        bundle_in(b"-----BEGIN CERTIFICATE-----\n" * 200_000, "F")

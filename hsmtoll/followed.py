@@ -1,0 +1,80 @@
+"""
+A file of certificates that is followed: what is put in its place is used, if it can be.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.certificate_files import Bundle, bundle_in
+from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.paths import check_regular
+
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+__all__ = ["CertificateFile"]
+
+_log = logging.getLogger("hsmtoll.signer")
+
+#: Certificates that cannot be read are named up to this number, and counted beyond it.
+_SHOWN: Final = 10
+
+
+class CertificateFile:
+    """
+    The certificates of the file at *path*, called *name* in messages. Called, it gives one and
+    the same `Bundle` until another file is there, by inode and times.
+
+    ConfigurationError where nothing was ever read; later on the last good one is kept, with one
+    warning for each bad file.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._name = f"{name} {foreign(path)}"
+        self._lock = threading.Lock()
+        self._seen: tuple[int, ...] | None = None
+        self._bundle: Bundle | None = None
+
+    def __call__(self, *, afresh: bool = False) -> Bundle:
+        """What the file holds; *afresh* reads it although it looks the same."""
+        with self._lock:
+            try:
+                there = _identity(self._path.stat())
+                if self._bundle is not None and there == self._seen and not afresh:
+                    return self._bundle
+                check_regular(self._path)
+                return self._taken(bundle_in(self._path.read_bytes(), self._name), there)
+            except OSError as exc:
+                error = ConfigurationError(f"{self._name}: cannot be read ({exc.strerror})")
+                there = ()
+            except ConfigurationError as exc:
+                error = exc
+            if self._bundle is None:
+                raise error
+            if there != self._seen or afresh:
+                _log.warning("%s; the certificates that it had before are kept", error)
+            self._seen = there
+            return self._bundle
+
+    def _taken(self, bundle: Bundle, there: tuple[int, ...]) -> Bundle:
+        self._seen = there
+        for each in bundle.unreadable[:_SHOWN]:
+            _log.info("%s is left out: %s", each.where, each.why)
+        if len(bundle.unreadable) > _SHOWN:
+            _log.info("%s: %d others are left out", self._name, len(bundle.unreadable) - _SHOWN)
+        # The same certificates are the same bundle: whoever uses it has nothing to do.
+        if self._bundle == bundle:
+            return self._bundle
+        if self._bundle is not None:
+            _log.info("%s: read again, %d certificates", self._name, len(bundle.certificates))
+        self._bundle = bundle
+        return bundle
+
+
+def _identity(seen: os.stat_result) -> tuple[int, ...]:
+    return seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns
