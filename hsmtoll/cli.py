@@ -31,6 +31,16 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO, cast
 import click
 
 from hsmtoll import apis as catalogue
+from hsmtoll.commandline import (
+    CONFIG,
+    PROFILE,
+    File,
+    Group,
+    completion_script,
+    help_of,
+    options_of,
+    starting_with,
+)
 from hsmtoll.errors import (
     AuditBroken,
     ConfigurationError,
@@ -44,9 +54,10 @@ from hsmtoll.errors import (
     foreign,
     install_extra,
 )
+from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from _typeshed import ReadableBuffer
 
@@ -102,9 +113,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         click.echo(exc.format_message(), err=True)
         return UsageError.exit_code
     except click.UsageError as exc:
-        command = exc.ctx.command_path if exc.ctx else "hsmtoll"
-        wrong = UsageError(_lower(exc.format_message()), hint=f"see `{command} --help`")
-        return _print_error(wrong, as_json=as_json)
+        return _print_error(_misused(exc), as_json=as_json)
     except (click.Abort, KeyboardInterrupt, _Terminated) as exc:
         return _ended_at(exc) or _INTERRUPTED
     except _ReaderLeft:
@@ -124,6 +133,14 @@ def run(argv: Sequence[str] | None = None) -> int:
         )
         return _print_error(bug, as_json=as_json)
     return code if isinstance(code, int) else 0
+
+
+def _misused(exc: click.UsageError) -> UsageError:
+    see = f"see `{exc.ctx.command_path if exc.ctx else 'hsmtoll'} --help`"
+    if isinstance(exc, click.NoSuchOption):
+        near = did_you_mean(exc.option_name, options_of(exc.ctx), see)
+        return UsageError(f"no such option: {foreign(exc.option_name)}", hint=near)
+    return UsageError(_lower(exc.format_message()), hint=see)
 
 
 class _Terminated(BaseException):
@@ -305,10 +322,19 @@ def _lower(text: str) -> str:
     return (text[:1].lower() + text[1:]).rstrip(".")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Globals:
-    config: str | None
-    profile: str | None
+    """The global options, which may stand after the command as well: read when they are used."""
+
+    given: Mapping[str, Any]
+
+    @property
+    def config(self) -> str | None:
+        return self.given.get(CONFIG)
+
+    @property
+    def profile(self) -> str | None:
+        return self.given.get(PROFILE)
 
     def settings(self) -> Settings:
         from hsmtoll.settings import load
@@ -349,15 +375,31 @@ class _Stderr(logging.Handler):
         _say(f"{record.levelname.lower()}: {foreign(record.getMessage())}")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--config", metavar="FILE", help="Configuration file (TOML).")
-@click.option("--profile", metavar="NAME", help="Table [profile.NAME] of the configuration file.")
-@click.option("-v", "--verbose", count=True, help="Tell what is done; -vv tells more.")
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    sections={
+        "Set up": ("doctor", "objects", "key", "chain", "pin"),
+        "Call Customs": (
+            "apis",
+            "token",
+            "test-auth",
+            "call",
+            "submit",
+            "upload",
+            "sign",
+            "exchange",
+        ),
+        "Signing host": ("serve", "policy", "audit", "stop", "resume"),
+        "Develop": ("sandbox", "completion", "help"),
+    },
+    examples=("hsmtoll doctor", "hsmtoll help token", "hsmtoll sandbox -- hsmtoll test-auth road"),
+)
 @click.version_option(version("hsmtoll"), prog_name="hsmtoll")
 @click.pass_context
-def main(ctx: click.Context, config: str | None, profile: str | None, verbose: int) -> None:
+def main(ctx: click.Context) -> None:
     """Customs tokens, signed with a key that never leaves its device."""
-    ctx.obj = _Globals(config, profile)
+    ctx.obj = _Globals(ctx.meta)
     logger = logging.getLogger("hsmtoll")
     logger.handlers[:] = [_Stderr()]
     logger.propagate = False
@@ -365,25 +407,73 @@ def main(ctx: click.Context, config: str | None, profile: str | None, verbose: i
     retries = logging.getLogger("stamina")
     retries.handlers[:] = [logging.NullHandler()]
     retries.propagate = False
-    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
 
 
-_path = click.Path(path_type=Path)
-_file = click.Path(path_type=Path, exists=True, dir_okay=False)
+_path = File(path_type=Path)
+_file = File(path_type=Path, exists=True, dir_okay=False)
+
+#: What a device needs, for the help of the commands.
+_DEVICE: Final = "a device: HSMTOLL_HSM__MODULE, HSMTOLL_HSM__KEY and its PIN"
+_ACCESS: Final = "network, HSMTOLL_ENVIRONMENT; device or signing host unless cached"
+_POLICY: Final = "HSMTOLL_HOST__POLICY (--config FILE); no device, no running host"
+
+#: What a command prints for programs, in place of its lines.
+_as_json = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object.")
 
 _final_try = click.option(
     "--use-final-try",
     is_flag=True,
-    help="Log in although the device says that this is the last try before it locks.",
+    help="Log in even if the device reports the last try before it locks.",
 )
+
+
+def _api_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete, (api.name for api in catalogue.APIS if not api.not_ready))
+
+
+def _submittable(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from hsmtoll.customs import LEVELS
+
+    return starting_with(incomplete, LEVELS)
+
+
+def _levels(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from hsmtoll.customs import LEVELS
+
+    return starting_with(incomplete, LEVELS.get(ctx.params.get("api") or "", ()))
+
+
+def _document_types(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    from hsmtoll.customs import DOCUMENT_TYPES
+
+    # Shells differ in how they quote a completion with a blank in it.
+    return starting_with(incomplete, (kind for kind in DOCUMENT_TYPES if " " not in kind))
+
+
+def _methods(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete.upper(), ("GET", "POST", "PUT", "PATCH", "DELETE"))
+
+
+def _paths(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete, (api.base for api in catalogue.APIS if api.base))
+
+
+def _commands(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    group: click.Command = main
+    for name in ctx.params.get("names") or ():
+        group = getattr(group, "commands", {}).get(name, group)
+    return starting_with(incomplete, getattr(group, "commands", {}))
 
 
 def _what(function: Callable[..., Any]) -> Callable[..., Any]:
     """The API or scope asked for: a word, or --scope or --api, which mean the same."""
-    function = click.argument("what", metavar="[API|SCOPE]", required=False)(function)
-    return click.option("--scope", "--api", "named", metavar="S", help="The same as an option.")(
-        function
-    )
+    function = click.argument(
+        "what", metavar="[API|SCOPE]", required=False, shell_complete=_api_names
+    )(function)
+    return click.option(
+        "--scope", "--api", "named", metavar="S", shell_complete=_api_names,
+        help="The API or scope, as an option.",
+    )(function)  # fmt: skip
 
 
 def _one(what: str | None, named: str | None) -> str | None:
@@ -396,6 +486,14 @@ def _print_json(value: dict[str, Any]) -> None:
     click.echo(_json({"schema": 1, **value}))
 
 
+def _print_result(value: dict[str, Any], *lines: str, as_json: bool) -> None:
+    """*value* for programs, or *lines* for a person."""
+    if as_json:
+        _print_json(value)
+    else:
+        click.echo("\n".join(lines))
+
+
 def _json(value: Any, *, indent: int | None = 2) -> str:
     """JSON for stdout; with escapes of its own where the locale does not hold a character."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
@@ -406,13 +504,19 @@ def _json(value: Any, *, indent: int | None = 2) -> str:
     return text
 
 
-@main.command()
+@main.command(
+    needs=_ACCESS,
+    examples=(
+        "hsmtoll token road",
+        "hsmtoll token road --header | curl -H @- $URL",
+    ),
+)
 @_what
 @click.option("--json", "as_json", is_flag=True, help="Token, type, remaining seconds, scope.")
 @click.option("--header", is_flag=True, help="A header line, for `curl -H @-`.")
 @click.option("--min-life", type=click.FloatRange(min=0), default=0.0, metavar="S",
-              help="Seconds the token shall live at least.")  # fmt: skip
-@click.option("--renew", is_flag=True, help="A new token, whatever is cached.")
+              help="Seconds for which the token must remain valid.")  # fmt: skip
+@click.option("--renew", is_flag=True, help="Get a new token even if one is cached.")
 @_final_try
 @click.pass_obj
 def token(
@@ -426,7 +530,11 @@ def token(
     renew: bool,
     use_final_try: bool,
 ) -> None:
-    """Print one Customs token: cached, or signed for, granted and exchanged."""
+    """
+    Print one Customs token, from the cache or newly issued.
+
+    API is one of `hsmtoll apis`, or a scope; HSMTOLL_SCOPE where none is given.
+    """
     if as_json and header:
         raise UsageError("--json and --header: one form at a time")
     if not math.isfinite(min_life):
@@ -448,12 +556,19 @@ def token(
         click.echo(f"Authorization: Bearer {got.value}" if header else got.value)
 
 
-@main.command()
+@main.command(
+    needs="a device, HSMTOLL_ENVIRONMENT, HSMTOLL_IDENTITY; no network",
+    examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange",),
+)
 @_what
 @_final_try
 @click.pass_obj
 def sign(ours: _Globals, *, what: str | None, named: str | None, use_final_try: bool) -> None:
-    """Print one signed assertion. Nothing is sent; it is good once, for two minutes."""
+    """
+    Print one signed assertion, to be exchanged on another machine.
+
+    Nothing is sent. The assertion can be used once, within two minutes.
+    """
     app = ours.app(use_final_try=use_final_try)
     request = app.engine.request(_one(what, named))
     try:
@@ -470,11 +585,14 @@ def sign(ours: _Globals, *, what: str | None, named: str | None, use_final_try: 
         app.close()
 
 
-@main.command()
+@main.command(
+    needs="network, HSMTOLL_ENVIRONMENT; no device",
+    examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange --json",),
+)
 @click.option("--json", "as_json", is_flag=True, help="Token, type, remaining seconds, scope.")
 @click.pass_obj
 def exchange(ours: _Globals, *, as_json: bool) -> None:
-    """Read an assertion on stdin, exchange it, print the Customs token. Needs no device."""
+    """Exchange an assertion, read from stdin, for a Customs token."""
     from hsmtoll.signer import SpentOnce
 
     app = ours.app()
@@ -504,12 +622,23 @@ def exchange(ours: _Globals, *, as_json: bool) -> None:
         click.echo(issued.value)
 
 
-@main.command("test-auth")
+@main.command(
+    "test-auth",
+    needs=_ACCESS,
+    examples=("hsmtoll test-auth road", "hsmtoll test-auth verksemd.eu"),
+)
 @_what
+@_as_json
 @_final_try
 @click.pass_obj
-def test_auth(ours: _Globals, *, what: str | None, named: str | None, use_final_try: bool) -> None:
-    """Get a token and make the API's test call. Prints the status; 200 is success."""
+def test_auth(
+    ours: _Globals, *, what: str | None, named: str | None, as_json: bool, use_final_try: bool
+) -> None:
+    """
+    Get a token, make the API's test call and print its status.
+
+    Success is 200. API is HSMTOLL_SCOPE where none is given, else road.
+    """
     app = ours.app(use_final_try=use_final_try)
     api = _test_api(_one(what, named) or app.settings.scope or "road")
     with app.client() as client:
@@ -519,7 +648,11 @@ def test_auth(ours: _Globals, *, what: str | None, named: str | None, use_final_
             except ExchangeRefused as exc:
                 if exc.code != "self-test":
                     raise
-                click.echo(f"granted {catalogue.SELF_TEST_SCOPE}")
+                _print_result(
+                    {"api": api.name, "granted": catalogue.SELF_TEST_SCOPE},
+                    f"granted {catalogue.SELF_TEST_SCOPE}",
+                    as_json=as_json,
+                )
                 _say(str(exc))
             return
         if api.test is None:
@@ -534,7 +667,7 @@ def test_auth(ours: _Globals, *, what: str | None, named: str | None, use_final_
                 f"API {api.name}: {response.status_code}, where its test call answers 200",
                 hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
             )
-        click.echo("200 OK")
+        _print_result({"api": api.name, "status": 200}, "200 OK", as_json=as_json)
 
 
 def _test_api(word: str) -> catalogue.Api:
@@ -552,11 +685,18 @@ def _checked(response: Any, api: catalogue.Api, app: App) -> None:
     check(response, api, now=app.clock.now().wall)
 
 
-@main.command()
-@click.argument("method")
-@click.argument("path")
+@main.command(
+    needs=_ACCESS,
+    examples=(
+        "hsmtoll call GET /api/movement/road/v2/test-auth -i",
+        "hsmtoll call POST /api/movement/road/v2/transport --json-data @transport.json",
+    ),
+)
+@click.argument("method", shell_complete=_methods)
+@click.argument("path", shell_complete=_paths)
 @click.option("--data", metavar="@F", help="Body: text, or @FILE, or @- for stdin.")
 @click.option("--json-data", metavar="@F", help="The same, sent as application/json.")
+@click.option("-i", "--include", is_flag=True, help="Print status and headers before the body.")
 @click.option(
     "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
 )
@@ -569,10 +709,15 @@ def call(
     path: str,
     data: str | None,
     json_data: str | None,
+    include: bool,
     headers: tuple[str, ...],
     use_final_try: bool,
 ) -> None:
-    """Make one API call. The scope is found from the path; the body goes to stdout."""
+    """
+    Make one API call and print the body of the answer.
+
+    PATH is below Customs' host and decides the scope; `hsmtoll apis` lists the base paths.
+    """
     if data is not None and json_data is not None:
         raise UsageError("--data and --json-data: one body at a time")
     if not _WORD.fullmatch(method):
@@ -588,7 +733,7 @@ def call(
         try:
             _parsed(body or b"")
         except ValueError:
-            raise UsageError("--json-data: that is not JSON", hint=_NO_JSON) from None
+            raise UsageError("--json-data: that is not JSON", hint=_no_json(json_data)) from None
         sent.append(("Content-Type", "application/json"))
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
@@ -598,11 +743,28 @@ def call(
     asked = method.upper() in SAFE
     with contextlib.nullcontext() if asked else _after_sending(f"call to {api.name}"):
         try:
+            if include:
+                click.echo(_head(response))
+                sys.stdout.flush()
             sys.stdout.buffer.write(response.content)
             sys.stdout.buffer.flush()
         finally:
             # What Customs refused is refused, whoever could read the reasons.
             _checked(response, api, app)
+        if not response.content and not include:
+            _say(f"{_status(response)}: the body of the answer is empty")
+
+
+def _status(response: Any) -> str:
+    return f"{response.status_code} {foreign(response.reason_phrase)}".rstrip()
+
+
+def _head(response: Any) -> str:
+    lines = [f"{foreign(response.http_version)} {_status(response)}"]
+    lines += [
+        f"{foreign(name)}: {foreign(value)}" for name, value in response.headers.multi_items()
+    ]
+    return "\n".join([*lines, ""])
 
 
 #: Who calls whom, and where a request ends.
@@ -623,21 +785,26 @@ def _body(given: str | None) -> bytes | None:
     if given is None or not given.startswith("@"):
         # The bytes that were typed, whatever encoding they are in.
         return os.fsencode(given) if given is not None else None
-    return _content(given, "body")
+    return _content(given, "body:")
 
 
 def _content(file: str, what: str) -> bytes:
     """The bytes of FILE or @FILE; - or @- is stdin. UsageError where they cannot be read."""
     name = file.removeprefix("@")
     if name == "-":
-        return _stdin(what)
+        return _stdin(what.partition(":")[0])
     try:
         return Path(name).read_bytes()
     except OSError as exc:
         raise UsageError(
-            f"{what}: {foreign(name)} cannot be read ({exc.strerror})",
+            f"{what} {foreign(name)} cannot be read ({exc.strerror})",
             hint="~ is not expanded here; write the whole path" if name[:1] == "~" else None,
         ) from exc
+
+
+def _no_json(given: str) -> str:
+    there = len(given) < _LONGEST_PATH and "\0" not in given and Path(given).is_file()
+    return f"did you mean @{foreign(given)}?" if there else _NO_JSON
 
 
 #: Why what looks like JSON may be none.
@@ -664,6 +831,13 @@ def _parsed(raw: bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
+def _place(exc: ValueError) -> str:
+    """Where the JSON of a message is wrong, if that is known."""
+    if isinstance(exc, json.JSONDecodeError):
+        return f" (line {exc.lineno}, column {exc.colno})"
+    return ""
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(name)
 
@@ -675,12 +849,21 @@ def _stdin(what: str, limit: int = -1) -> bytes:
         raise UsageError(f"{what}: stdin cannot be read ({exc.strerror})") from exc
 
 
-@main.command()
-@click.argument("api")
-@click.argument("method")
-@click.argument("level")
-@click.argument("message", metavar="[@F]", required=False)
+@main.command(
+    needs=_ACCESS,
+    examples=(
+        "hsmtoll submit road POST transport transport.json",
+        "hsmtoll submit road PUT transport t.json --mrn 26NO4TU2HUD59UCBT8 --json",
+    ),
+)
+@click.argument("api", shell_complete=_submittable)
+@click.argument("method", shell_complete=_methods)
+@click.argument("level", shell_complete=_levels)
+@click.argument("message", metavar="[FILE]", required=False, type=File())
 @click.option("--mrn", metavar="M", help="What is changed or deleted, for PUT and DELETE.")
+@click.option("--timeout", type=click.FloatRange(min=0, max=86_400), default=120.0, metavar="S",
+              show_default=True, help="Seconds to wait for the result.")  # fmt: skip
+@_as_json
 @_final_try
 @click.pass_obj
 def submit(
@@ -691,19 +874,28 @@ def submit(
     level: str,
     message: str | None,
     mrn: str | None,
+    timeout: float,
+    as_json: bool,
     use_final_try: bool,
 ) -> None:
-    """Submit a message, wait for its result. Prints SUCCESS and the MRN."""
-    raw = _body(message if message is not None else "@-") or b""
+    """
+    Submit a message and wait for its result: SUCCESS and the MRN.
+
+    The message (JSON) is in FILE, also written @FILE, or on stdin; text that begins with { is the
+    message itself. METHOD is POST, PUT or DELETE; LEVEL is transport, master-consignment,
+    house-consignment, relation or another that the API has.
+    """
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout}: seconds are expected")
+    is_text = message is not None and message.lstrip().startswith("{")
+    neither = "submit: neither a JSON object nor a file:"
+    raw = os.fsencode(message or "") if is_text else _content(message or "-", neither)
     try:
         parsed = _parsed(raw)
-    except ValueError:
-        parsed = None
+    except ValueError as exc:
+        raise UsageError(f"submit: the message is not JSON{_place(exc)}", hint=_NO_JSON) from None
     if not isinstance(parsed, dict):
-        raise UsageError(
-            "submit: the message is not a JSON object",
-            hint=f"give it as @FILE, or on stdin; {_NO_JSON}",
-        )
+        raise UsageError("submit: the message is not a JSON object", hint="{…} is expected")
     try:
         json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
@@ -719,12 +911,17 @@ def submit(
             level,
             json=parsed,
             mrn=mrn,
+            patience=timeout,
             # At once and before the first question, so that it can be asked for later.
             accepted=lambda request_id: _say(f"accepted, requestId {request_id}"),
             waiting=_waiting,
         )
     with _after_sending(f"submission {receipt.request_id}"):
-        click.echo(f"SUCCESS {foreign(receipt.mrn)}" if receipt.mrn else "SUCCESS")
+        _print_result(
+            {"result": "SUCCESS", "request_id": receipt.request_id, "mrn": receipt.mrn},
+            f"SUCCESS {foreign(receipt.mrn)}" if receipt.mrn else "SUCCESS",
+            as_json=as_json,
+        )
 
 
 def _waiting(seconds: float) -> None:
@@ -734,24 +931,44 @@ def _waiting(seconds: float) -> None:
         sys.stderr.flush()
 
 
-@main.command()
+@main.command(
+    needs=_ACCESS,
+    examples=("hsmtoll upload 123456789-01092026-1 invoice.pdf --type invoice",),
+)
 @click.argument("declaration_id")
-@click.argument("file")
-@click.option("--type", "kind", required=True, metavar="T", help="invoice, permits, waybill, …")
+@click.argument("file", type=File())
+@click.option("--type", "kind", required=True, metavar="T", shell_complete=_document_types,
+              help="invoice, permits, waybill, …")  # fmt: skip
+@_as_json
 @_final_try
 @click.pass_obj
 def upload(
-    ours: _Globals, *, declaration_id: str, file: str, kind: str, use_final_try: bool
+    ours: _Globals,
+    *,
+    declaration_id: str,
+    file: str,
+    kind: str,
+    as_json: bool,
+    use_final_try: bool,
 ) -> None:
-    """Upload a document to a declaration. It is checked before a byte is sent."""
+    """
+    Upload a document to a declaration.
+
+    FILE may be written @FILE as well. Type, ending and size are checked before anything is sent.
+    """
+    file = file.removeprefix("@")
     _check_file(file)
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         receipt = client.upload(declaration_id, file, document_type=kind)
     _say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
-    if receipt.body:
+    if as_json or receipt.body:
         with _after_sending(f"upload of {foreign(Path(file).name)}"):
-            click.echo(_json(receipt.body, indent=None))
+            _print_result(
+                {"declaration_id": declaration_id, "type": kind, "answer": receipt.body},
+                _json(receipt.body, indent=None),
+                as_json=as_json,
+            )
 
 
 def _check_file(file: str) -> None:
@@ -764,13 +981,16 @@ def _check_file(file: str) -> None:
             raise UsageError(f"upload of {foreign(file)}: not a regular file")
 
 
-@main.command()
+@main.command(
+    needs="a device (HSMTOLL_HSM__MODULE, HSMTOLL_HSM__KEY); no network",
+    examples=("hsmtoll chain", "hsmtoll chain --pem > chain.pem"),
+)
 @click.option("--json", "as_json", is_flag=True, help="A list, leaf first.")
 @click.option("--pem", is_flag=True, help="The certificates, leaf first.")
 @_final_try
 @click.pass_obj
 def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> None:
-    """Show the proven certificate chain, as x5c carries it."""
+    """Show the verified certificate chain that is sent as x5c."""
     if as_json and pem:
         raise UsageError("--json and --pem: one form at a time")
     app = ours.app(use_final_try=use_final_try)
@@ -802,11 +1022,18 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
             click.echo(f"sent: the first {len(sent)} (HSMTOLL_X5C is {app.settings.x5c})")
 
 
-@main.command()
+@main.command(
+    needs="HSMTOLL_HSM__MODULE; with a PIN private keys show as well",
+    examples=("hsmtoll objects", "hsmtoll objects --json"),
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything, for a program.")
 @click.pass_obj
 def objects(ours: _Globals, *, as_json: bool) -> None:
-    """List devices, keys and certificates behind the module, as URIs to paste."""
+    """
+    List devices, keys and certificates of the PKCS#11 module.
+
+    Each with its URI, as HSMTOLL_HSM__KEY takes it.
+    """
     app = ours.app()
     told = _inventory(app.inspect(), app.clock.now().wall)
     if as_json:
@@ -895,11 +1122,16 @@ def _print_device(device: dict[str, Any]) -> None:
         )
 
 
-@main.command()
+@main.command(
+    needs="nothing, it checks what is set; network with --online alone",
+    examples=("hsmtoll doctor", "hsmtoll doctor --online --scope road"),
+)
 @click.option("--json", "as_json", is_flag=True, help="Every check, for a program.")
 @click.option("--online", is_flag=True, help="Ask the services as well: clock, grants.")
-@click.option("--scope", "--api", "scopes", multiple=True, metavar="S", help="To be asked for.")
-@click.option("--crl", type=_file, help="A revocation list to judge the leaf by.")
+@click.option("--scope", "--api", "scopes", multiple=True, metavar="S",
+              shell_complete=_api_names,
+              help="With --online: ask for a grant of this as well.")  # fmt: skip
+@click.option("--crl", type=_file, help="Check the leaf against this revocation list.")
 @click.option("--evidence", is_flag=True, help="A JSON report for an auditor.")
 @_final_try
 @click.pass_obj
@@ -914,9 +1146,10 @@ def doctor(
     use_final_try: bool,
 ) -> int:
     """
-    Foretell what Maskinporten and Customs will say, from the device outward.
+    Check settings, device, certificates and services.
 
-    Leaves with 0, or with the code of the first failure. Nothing is sent without --online.
+    Each step is checked if the one before it is right. Exits with 0, or with the code of the
+    first failure. Nothing is sent without --online.
     """
     from hsmtoll import doctor as checks
 
@@ -938,16 +1171,23 @@ def doctor(
     return report.exit_code
 
 
-@main.group()
+@main.group(
+    examples=("hsmtoll key generate", "hsmtoll help key import"),
+    needs=_DEVICE,
+)
 def key() -> None:
-    """Enrolment: a key made on the device, its request, its certificates."""
+    """Make a key on the device; request and store its certificate."""
 
 
-@key.command("generate")
+@key.command(
+    "generate", needs=_DEVICE, examples=("hsmtoll key generate", "hsmtoll key generate --bits 4096")
+)
 @click.option("--bits", type=click.Choice(["3072", "2048", "4096"]), default="3072")
 @click.option("--label", metavar="L", help="Default: that of HSMTOLL_HSM__KEY.")
 @click.option("--id", "key_id", metavar="HEX", help="Default: that of HSMTOLL_HSM__KEY, or random.")
-@click.option("--always-authenticate", is_flag=True, help="The PIN for every signature.")
+@click.option(
+    "--always-authenticate", is_flag=True, help="The device wants the PIN for every signature."
+)
 @_final_try
 @click.pass_obj
 def key_generate(
@@ -959,7 +1199,11 @@ def key_generate(
     always_authenticate: bool,
     use_final_try: bool,
 ) -> None:
-    """Make an RSA key on the device: for signing alone, never to leave it. Prints its URI."""
+    """
+    Make an RSA key on the device and print its URI.
+
+    The key is for signing alone and cannot be exported.
+    """
     from hsmtoll import enrol
 
     try:
@@ -990,7 +1234,14 @@ def _selecting(settings: Settings, uri: KeyUri) -> str:
     return f"{told} HSMTOLL_HSM__KEY_ID={uri.id.hex()}" if uri.id else told
 
 
-@key.command("csr")
+@key.command(
+    "csr",
+    needs=_DEVICE,
+    examples=(
+        "hsmtoll key csr --country SE --organization 'Acme AB' \\",
+        "  --common-name 'Acme AB' --organization-identifier NTRSE-5566778899 > a.csr",
+    ),
+)
 @click.option("--country", required=True, metavar="CC")
 @click.option("--organization", required=True, metavar="NAME")
 @click.option("--common-name", required=True, metavar="NAME")
@@ -1009,16 +1260,24 @@ def key_csr(ours: _Globals, /, *, use_final_try: bool, **subject: Any) -> None:
         click.echo(enrol.csr(device, **subject).rstrip())
 
 
-@key.command("import")
+@key.command(
+    "import",
+    needs=_DEVICE,
+    examples=("hsmtoll key import chain.pem", "hsmtoll key import - < delivered.p7b"),
+)
 @click.argument("chain", metavar="FILE", type=_path)
 @_final_try
 @click.pass_obj
 def key_import(ours: _Globals, *, chain: Path, use_final_try: bool) -> None:
-    """Put a chain onto the device, beside its key. Again changes nothing."""
+    """
+    Store a certificate and its chain on the device, beside its key.
+
+    FILE is PEM, DER or PKCS#7 (.p7b), - is stdin. What is there already is not stored again.
+    """
     from hsmtoll import enrol
 
     app = ours.app(use_final_try=use_final_try)
-    data = _content(str(chain), "key import")
+    data = _content(str(chain), "key import:")
     with app.devices[0] as device:
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
         # Without an identity the rules of eSeals judge: what they take, the others take.
@@ -1041,11 +1300,15 @@ def key_import(ours: _Globals, *, chain: Path, use_final_try: bool) -> None:
             click.echo(f"{each.subject}: {what}")
 
 
-@key.command("jwk")
+@key.command("jwk", needs=_DEVICE, examples=("hsmtoll key jwk > key.jwk",))
 @_final_try
 @click.pass_obj
 def key_jwk(ours: _Globals, *, use_final_try: bool) -> None:
-    """Print the public key as JWK with an RFC 7638 kid, ready for Samarbeidsportalen."""
+    """
+    Print the public key as a JWK (RFC 7517).
+
+    With its RFC 7638 thumbprint as kid, ready to be registered at Samarbeidsportalen.
+    """
     from hsmtoll import enrol
 
     app = ours.app(use_final_try=use_final_try)
@@ -1053,15 +1316,24 @@ def key_jwk(ours: _Globals, *, use_final_try: bool) -> None:
         click.echo(json.dumps(enrol.jwk(device, alg=app.settings.alg), indent=2))
 
 
-@main.group()
+@main.group(needs="HSMTOLL_HSM__MODULE", examples=("hsmtoll pin clear",))
 def pin() -> None:
-    """The memory of refused PINs."""
+    """Manage the record of refused PINs."""
 
 
-@pin.command("clear")
+@pin.command(
+    "clear",
+    needs="HSMTOLL_HSM__MODULE; HSMTOLL_HSM__KEY for one device; no PIN",
+    examples=("hsmtoll pin clear",),
+)
+@_as_json
 @click.pass_obj
-def pin_clear(ours: _Globals) -> None:
-    """Forget the refused PINs of the devices named, after an unblock to the same PIN."""
+def pin_clear(ours: _Globals, *, as_json: bool) -> None:
+    """
+    Forget the refused PINs of the devices in the settings.
+
+    For after the device was unblocked to the same PIN, which would not be tried again otherwise.
+    """
     from hsmtoll.hsm.inspect import places
     from hsmtoll.hsm.uri import KeyUri
 
@@ -1070,12 +1342,22 @@ def pin_clear(ours: _Globals) -> None:
     found = [each for uri in uris for each in places(Path(app.module(uri)), uri)]
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
-    click.echo(f"forgot {app.ledger.clear(*found)} record(s) of {len(uris)} device name(s)")
+    forgotten = app.ledger.clear(*found)
+    _print_result(
+        {"forgotten": forgotten, "devices": len(found)},
+        f"forgot {forgotten} record(s) of {len(uris)} device name(s)",
+        as_json=as_json,
+    )
 
 
-@main.command("apis")
-def list_apis() -> None:
+@main.command("apis", needs="nothing", examples=("hsmtoll apis", "hsmtoll apis --json"))
+@_as_json
+def list_apis(*, as_json: bool) -> None:
     """List the APIs with their scopes and paths."""
+    if as_json:
+        names = ("name", "norwegian", "eseal", "base", "test", "not_ready")
+        _print_json({"apis": [{n: getattr(a, n) or None for n in names} for a in catalogue.APIS]})
+        return
     rows = [("API", "Norwegian scope", "eSeal scope", "path")]
     rows += [
         (api.name, api.norwegian or "-", api.eseal or "-", api.not_ready or api.base or "self-test")
@@ -1087,13 +1369,16 @@ def list_apis() -> None:
         click.echo("  ".join([*cells, row[3]]))
 
 
-@main.command()
+@main.command(
+    needs="a device, the settings HSMTOLL_HOST__…, the extra host",
+    examples=("hsmtoll serve --config /etc/hsmtoll/host.toml",),
+)
 @click.pass_obj
 def serve(ours: _Globals) -> int:
     """
-    Run the signing host: named callers get grants or tokens, as the policy says.
+    Run the signing host for the callers in its policy.
 
-    Until SIGTERM. SIGHUP reads policy and certificates again.
+    SIGTERM ends it. SIGHUP reads policy and certificates again.
     """
     try:
         from hsmtoll.host import server
@@ -1104,21 +1389,33 @@ def serve(ours: _Globals) -> int:
     return server.serve(settings, config=ours.config, profile=ours.profile, ready=ready)
 
 
-@main.group()
+@main.group(
+    needs=_POLICY,
+    examples=("hsmtoll policy test --config host.toml --profile acme uid:1001 road",),
+)
 def policy() -> None:
-    """What the signing host's policy says."""
+    """Explain the signing host's policy."""
 
 
-@policy.command("test")
-@click.option("--profile", required=True, metavar="P", help="The profile asked for.")
-@click.option("--mode", type=click.Choice(["grant", "token"]), help="Default: both are told.")
+@policy.command(
+    "test",
+    needs=_POLICY,
+    examples=("hsmtoll policy test --config host.toml --profile acme uid:1001 road",),
+)
+@click.option("--profile", required=True, metavar="P",
+              help="Profile of the policy that the caller asks for.")  # fmt: skip
+@click.option("--mode", type=click.Choice(["grant", "token"]), help="Default: both.")
+@_as_json
 @click.argument("caller")
-@click.argument("scope", metavar="API|SCOPE")
+@click.argument("scope", metavar="API|SCOPE", shell_complete=_api_names)
 @click.pass_obj
-def policy_test(ours: _Globals, *, profile: str, mode: str | None, caller: str, scope: str) -> int:
+def policy_test(
+    ours: _Globals, *, profile: str, mode: str | None, as_json: bool, caller: str, scope: str
+) -> int:
     """
-    Explain the verdict on CALLER (uid:N, gid:N, san:dns:NAME, san:uri:URI), with the line of
-    HSMTOLL_HOST__POLICY that decides. Leaves with 90 if nothing is allowed.
+    Show what a caller may have, with the line of the policy that decides.
+
+    CALLER is uid:N, gid:N, san:dns:NAME or san:uri:URI. Exits with 90 if nothing is allowed.
     """
     from hsmtoll.host.brake import needed
     from hsmtoll.host.policy import explain
@@ -1126,27 +1423,38 @@ def policy_test(ours: _Globals, *, profile: str, mode: str | None, caller: str, 
     path = needed(ours.settings().host.policy, "policy")
     verdicts = explain(path, profile, caller, scope)
     told = {each: verdicts[each] for each in verdicts if mode in (None, each)}
-    for each, (_, said) in told.items():
-        click.echo(f"{each}: {said}")
+    _print_result(
+        {each: {"allowed": allowed, "reason": said} for each, (allowed, said) in told.items()},
+        *(f"{each}: {said}" for each, (_, said) in told.items()),
+        as_json=as_json,
+    )
     return 0 if any(allowed for allowed, _ in told.values()) else PolicyDenied.exit_code
 
 
-@main.group()
+@main.group(
+    needs="the directory of an audit; no device and no running host",
+    examples=("hsmtoll audit list --config /etc/hsmtoll/host.toml --since 2026-11-01",),
+)
 def audit() -> None:
-    """The signing host's log of what was signed for whom."""
+    """Verify and list the log of what was signed for whom."""
 
 
-@audit.command("verify")
+@audit.command(
+    "verify",
+    needs="the audit's directory and the public half of its key",
+    examples=("hsmtoll audit verify --public-key audit.pub /var/lib/hsmtoll/audit",),
+)
+@_as_json
 @click.option("--public-key", required=True, type=_file, help="Of the audit key (PEM).")
 @click.option("--head", metavar="SEQ:HASH", help="From a reply or the system log.")
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
-def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
+def audit_verify(*, as_json: bool, public_key: Path, head: str | None, path: Path) -> None:
     """
-    Look for the first record that was changed, removed, reordered or cut off, or that no checkpoint
-    vouches for although the host would have sealed it.
+    Find the first record that is not as it was written.
 
-    Leaves with 91 if there is one. Intents without a result are named: there the host ended
-    between the two, or is signing at this moment.
+    Exits with 91 if a record was changed, removed, reordered or cut off, or is not covered by a
+    checkpoint where one is due. Intents without a result are listed: the host ended between the
+    two, or is signing now.
     """
     from hsmtoll.host.audit import verify
 
@@ -1158,19 +1466,32 @@ def audit_verify(*, public_key: Path, head: str | None, path: Path) -> None:
             hint=f"keep it as evidence; {certain} certain to be as it was written",
             code="audit-broken",
         )
-    click.echo(f"{report.seq} records, as they were written; head {report.seq}:{report.head}")
-    click.echo(
+    _print_result(
+        {
+            "records": report.seq,
+            "head": f"{report.seq}:{report.head}",
+            "anchored": report.sealed,
+            "open_intents": list(report.open_intents),
+        },
+        f"{report.seq} records, as they were written; head {report.seq}:{report.head}",
         f"anchored up to record {report.sealed}"
-        + ("" if head else "; what was cut off after it shows with --head alone")
+        + ("" if head else "; what was cut off after it shows with --head alone"),
+        *(f"intent without a result: record {seq}" for seq in report.open_intents),
+        as_json=as_json,
     )
-    for seq in report.open_intents:
-        click.echo(f"intent without a result: record {seq}")
 
 
 _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
 
 
-@audit.command("list")
+@audit.command(
+    "list",
+    needs="PATH or HSMTOLL_HOST__AUDIT_DIR, usually by --config FILE",
+    examples=(
+        "hsmtoll audit list --config /etc/hsmtoll/host.toml --since 2026-11-01",
+        "hsmtoll audit list /var/lib/hsmtoll/audit --caller uid:1001 --json",
+    ),
+)
 @click.option("--caller", metavar="NAME", help="uid:N, gid:N, san:dns:NAME or san:uri:URI.")
 @click.option("--profile", metavar="P")
 @click.option(
@@ -1190,7 +1511,11 @@ def audit_list(
     as_json: bool,
     path: Path | None,
 ) -> None:
-    """List what was signed, released and refused: of PATH, or of HSMTOLL_HOST__AUDIT_DIR."""
+    """
+    List what was signed, released and refused.
+
+    PATH is the directory of the audit, HSMTOLL_HOST__AUDIT_DIR where none is given.
+    """
     from hsmtoll.host.audit import list_records
     from hsmtoll.host.brake import needed
 
@@ -1209,20 +1534,24 @@ def _utc(moment: datetime | None) -> datetime | None:
     return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-@main.command()
+@main.command(needs=_POLICY, examples=("hsmtoll stop --config /etc/hsmtoll/host.toml",))
 @click.pass_obj
 def stop(ours: _Globals) -> None:
-    """Stop the signing host: nothing is signed or released from now on. Needs no host running."""
+    """
+    Stop the signing host before its next signature, until resume.
+
+    A file says so, beside the policy; a host that is started later is stopped as well.
+    """
     from hsmtoll.host.brake import stop, stop_file
 
     path = stop_file(ours.settings())
     click.echo(f"stopped: {path}" if stop(path) else f"stopped already: {path}")
 
 
-@main.command()
+@main.command(needs=_POLICY, examples=("hsmtoll resume --config /etc/hsmtoll/host.toml",))
 @click.pass_obj
 def resume(ours: _Globals) -> None:
-    """Let the signing host go on."""
+    """End a stop: the signing host signs again."""
     from hsmtoll.host.brake import resume, stop_file, stopped_by
 
     path = stop_file(ours.settings())
@@ -1233,16 +1562,24 @@ def resume(ours: _Globals) -> None:
     click.echo(f"resumed: {path}" if was else f"was not stopped: {path}")
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(
+    # What follows CMD is CMD's, options included.
+    context_settings={"allow_interspersed_args": False},
+    needs="the extra sandbox; SoftHSM for CMD; no device, network, settings",
+    examples=(
+        "hsmtoll sandbox -- hsmtoll test-auth road",
+        "hsmtoll sandbox --port 8700 --env-file sandbox.env",
+    ),
+)
 @click.option("--trust", multiple=True, type=_file, help="PEM with CA certificates to trust.")
 @click.option("--client", "client_file", type=_file, help="Norwegian clients (TOML or JSON).")
 @click.option("--env-file", type=_path, help="Where to write the variables to set.")
 @click.option("--port", type=click.IntRange(0, 65533), default=0, metavar="N",
               help="Maskinporten on N, Customs on N+1, admin on N+2.")  # fmt: skip
 @click.option("--rules", type=click.Choice(["strict-docs", "as-observed"]), default="strict-docs",
-              help="How strict: as documented, or as seen.")  # fmt: skip
+              help="As strict as documented, or as observed.")  # fmt: skip
 @click.option("--identity", type=click.Choice(["eseal", "norwegian", "norwegian-key"]),
-              default="eseal", help="Who CMD is.")  # fmt: skip
+              default="eseal", help="The identity made for CMD.")  # fmt: skip
 @click.argument("command", nargs=-1, metavar="[-- CMD…]", type=click.UNPROCESSED)
 def sandbox(
     *,
@@ -1255,11 +1592,11 @@ def sandbox(
     command: tuple[str, ...],
 ) -> int:
     """
-    Run a local Maskinporten and Customs, as strict as the real ones.
+    Run a local Maskinporten and Customs, or a command against them.
 
-    Without CMD: until interrupted, printing the variables to set. With CMD: makes a throw-away
-    SoftHSM device and an identity, runs CMD with everything set, and leaves with its code,
-    128+N where signal N ended it.
+    Without CMD it runs until interrupted and prints the variables to set. With CMD it makes a
+    temporary SoftHSM device and an identity, runs CMD with all variables set, and exits with the
+    code of CMD, 128+N if signal N ended it.
     """
     try:
         from hsmtoll.sandbox import server
@@ -1286,6 +1623,32 @@ def sandbox(
         env_file=env_file,
         profile=rules,
     )
+
+
+@main.command(
+    needs="nothing",
+    examples=(
+        'eval "$(hsmtoll completion bash)"    # in ~/.bashrc',
+        "hsmtoll completion zsh > ~/.zfunc/_hsmtoll",
+        "hsmtoll completion fish > ~/.config/fish/completions/hsmtoll.fish",
+    ),
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(*, shell: str) -> None:
+    """
+    Print the script that completes commands in bash, zsh or fish.
+
+    It completes commands, options, APIs, levels, document types and profiles.
+    """
+    click.echo(completion_script(shell, main))
+
+
+@main.command("help", needs="nothing", examples=("hsmtoll help token", "hsmtoll help key import"))
+@click.argument("names", metavar="[COMMAND]...", nargs=-1, shell_complete=_commands)
+@click.pass_context
+def show_help(ctx: click.Context, *, names: tuple[str, ...]) -> None:
+    """Show the help of a command."""
+    click.echo(help_of(ctx, names))
 
 
 def leave(code: int) -> NoReturn:

@@ -33,7 +33,7 @@ from hsmtoll.suggestions import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Settings", "check_code_file", "load", "variable"]
+__all__ = ["Settings", "check_code_file", "load", "profiles", "variable"]
 
 _PREFIX: Final = "HSMTOLL_"
 
@@ -356,7 +356,14 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
     return None
 
 
-def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
+def profiles(config: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """The names of the profiles in the configuration file. ConfigurationError as by `load`."""
+    path = _config_path(config)
+    return tuple(_tables(path)[1]) if path else ()
+
+
+def _tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The top level of the configuration file, and its profiles."""
     check_code_file(path, "configuration file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -368,21 +375,27 @@ def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
         raise ConfigurationError(
             f"configuration file {path}: not valid TOML {at[0] if at else ''}".rstrip()
         ) from None
-    profiles = values.pop("profile", {})
-    if not isinstance(profiles, dict) or not all(isinstance(p, dict) for p in profiles.values()):
+    named = values.pop("profile", {})
+    if not isinstance(named, dict) or not all(isinstance(each, dict) for each in named.values()):
         raise ConfigurationError(f"configuration file {path}: [profile.NAME] tables are expected")
-    for group in (values, *profiles.values()):
+    return values, named
+
+
+def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
+    values, named = _tables(path)
+    for group in (values, *named.values()):
         _refuse_unknown_keys(group, f"configuration file {path}: key")
     if profile is None:
         return dict(values)
-    if profile not in profiles:
+    if profile not in named:
+        there = f"profiles there: {', '.join(map(foreign, named))}"
         raise ConfigurationError(
             f"profile {foreign(profile)}: not in {path}",
-            hint=_nearest(profile, profiles)
-            if profiles
+            hint=did_you_mean(profile, named, there)
+            if named
             else "the file has no [profile.NAME] tables",
         )
-    return _laid_over(values, profiles[profile])
+    return _laid_over(values, named[profile])
 
 
 def _refuse_unknown_keys(values: Mapping[str, Any], where: str) -> None:

@@ -304,6 +304,8 @@ def test_a_change_of_any_record_is_named_by_the_command(running_host: RunningHos
     lines = whole.splitlines(keepends=True)
     argv = ("audit", "verify", "--public-key", str(running_host.public_key))
 
+    told = json.loads(running_host.run(*argv, str(running_host.audit), "--json").stdout)
+    assert (told["schema"], told["records"], told["open_intents"]) == (1, len(lines), [])
     assert running_host.run(*argv, str(running_host.audit)).returncode == 0
     for at in range(len(lines)):
         changed = lines[at].replace(b'"', b"'", 1)
@@ -415,6 +417,10 @@ def test_policy_test_says_what_decides(make_host: Callable[..., RunningHost]) ->
     denied = host.run("policy", "test", "--profile", "acme", "uid:1002", "road")
     assert denied.returncode == 90
     assert "default deny" in denied.stdout
+    as_json = host.run("policy", "test", "--profile", "acme", "uid:1001", "road", "--json")
+    told = json.loads(as_json.stdout)
+    assert (as_json.returncode, told["schema"], told["grant"]["allowed"]) == (0, 1, True)
+    assert f"{host.policy}:{line}" in told["grant"]["reason"]
 
 
 def test_audit_list_answers_who_got_what(running_host: RunningHost) -> None:

@@ -285,3 +285,94 @@ def test_doctor_is_silent_on_what_is_good_and_leaves_with_the_class_of_what_is_n
     bad = hsmtoll("doctor", "--json", HSMTOLL_HSM__KEY="pkcs11:token=nobody;object=x")
     assert bad.returncode == 30
     assert "fail" in {each["verdict"] for each in json.loads(bad.stdout)["checks"]}
+
+
+def test_what_is_done_is_one_json_object_where_that_is_asked_for(tmp_path: Path) -> None:
+    assert json.loads(printed("test-auth", "road", "--json")) == {
+        "schema": 1, "api": "road", "status": 200,
+    }  # fmt: skip
+    granted = json.loads(printed("test-auth", "verksemd.eu", "--json"))
+    assert granted["granted"] == "digdir:verksemd.eu"
+    file = tmp_path / "message.json"
+    # A file may be written with and without the @.
+    for number, name in (("J1", str(file)), ("J2", f"@{file}")):
+        file.write_text(json.dumps(message("transport", number)))
+        told = json.loads(printed("submit", "road", "POST", "transport", name, "--json"))
+        assert (told["schema"], told["result"], len(told["mrn"])) == (1, "SUCCESS", 18)
+        assert told["request_id"]
+    (tmp_path / "invoice.txt").write_text("4711")
+    argv = ("--type", "invoice", "--json")
+    told = json.loads(printed("upload", "123456789-01092026-1", f"@{tmp_path}/invoice.txt", *argv))
+    assert told["answer"]["documentId"]
+    assert json.loads(printed("pin", "clear", "--json")) == {
+        "schema": 1, "forgotten": 0, "devices": 1,
+    }  # fmt: skip
+
+
+def test_a_call_shows_its_status_and_headers_or_that_there_is_no_body() -> None:
+    path = "/api/movement/road/v2/test-auth"
+    shown = printed("call", "GET", path, "-i").splitlines()
+    assert shown[0].startswith("HTTP/1.1 200")
+    assert any(line.lower().startswith("content-") for line in shown)
+    plain = hsmtoll("call", "GET", path)
+    assert (plain.returncode, "HTTP/1.1" in plain.stdout) == (0, False)
+    assert ("the body of the answer is empty" in plain.stderr) == (plain.stdout == "")
+    refused = hsmtoll("call", "GET", "/api/movement/road/v2/nowhere", "--include")
+    assert refused.returncode == 71
+    assert refused.stdout.startswith("HTTP/1.1 404")
+
+
+def test_a_result_that_does_not_come_in_the_time_given_is_unknown() -> None:
+    given = json.dumps(message("transport", "T1"))
+    done = hsmtoll("submit", "road", "POST", "transport", given, "--timeout", "0.5")
+    assert done.returncode == 73
+    assert "accepted, requestId" in done.stderr
+    assert "no result after 0 s" in done.stderr
+    # The control.
+    given = json.dumps(message("transport", "T2"))
+    assert hsmtoll("submit", "road", "POST", "transport", given).returncode == 0
+
+
+def test_a_message_that_is_no_json_is_told_where(tmp_path: Path) -> None:
+    file = tmp_path / "message.json"
+    file.write_text('{\n  "a": 1,\n  "b" 2\n}')
+    done = hsmtoll("submit", "road", "POST", "transport", str(file))
+    assert done.returncode == 2
+    assert "(line 3, column 7)" in done.stderr
+    path = "/api/movement/road/v2/transport"
+    done = hsmtoll("call", "POST", path, "--json-data", str(file))
+    assert done.returncode == 2
+    assert f"did you mean @{file}?" in done.stderr
+    done = hsmtoll("submit", "road", "POST", "transport", "@~/message.json")
+    assert done.returncode == 2
+    assert "~ is not expanded here" in done.stderr
+
+
+def test_an_import_reads_stdin_and_tells_its_file(tmp_path: Path, toll_eseal: ThrowAway) -> None:
+    chain = b"".join(each.public_bytes(Encoding.DER) for each in toll_eseal.chain[:1])
+    argv = [sys.executable, "-m", "hsmtoll", "key", "import"]
+    done = subprocess.run([*argv, "-"], input=chain, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b": there already\n") == 3
+    (tmp_path / "x.p12").write_bytes(bytes.fromhex("3003020103"))
+    refused = hsmtoll("key", "import", str(tmp_path / "x.p12"))
+    assert refused.returncode == 10
+    assert "PKCS#12" in refused.stderr
+    assert "hint: take the certificates out: openssl pkcs12" in refused.stderr
+    assert hsmtoll("key", "import", str(tmp_path / "nowhere")).returncode == 2
+
+
+def test_a_pin_that_was_not_meant_so_costs_no_try(tmp_path: Path, toll_settings: Settings) -> None:
+    right = toll_settings.hsm.pin_file
+    assert right is not None
+    pin = tmp_path / "pin"
+    for form in ("{} \n", "'{}'", "PIN={}"):
+        pin.write_text(form.format(right.read_text().strip()))
+        pin.chmod(0o600)
+        own = {"HSMTOLL_HSM__PIN_FILE": str(pin), "HSMTOLL_STATE": str(tmp_path / "state")}
+        done = hsmtoll("sign", "road", **own)
+        assert done.returncode == 10
+        assert "pin-form" in done.stderr
+    # None of them was tried, or it would not be tried again, or be locked at last.
+    pin.write_text(right.read_text())
+    assert hsmtoll("sign", "road", **own).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from dataclasses import fields, replace
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree as ET
 
+import pytest
 from click.testing import CliRunner
 
+import hsmtoll
 from hsmtoll import errors
 from hsmtoll.cli import main
 from hsmtoll.refusals import REFUSALS
-from hsmtoll.settings import Settings, variable
+from hsmtoll.settings import Settings, load, profiles, variable
 from tests.benchmarks.stage import Row, table
 
 TOP: Final = Path(__file__).parents[2]
@@ -47,9 +50,40 @@ def variables() -> set[str]:
     return found
 
 
-def test_the_help_text_is_the_commands_own() -> None:
+def test_the_list_of_commands_is_the_commands_own() -> None:
     shown = CliRunner().invoke(main, ["--help"], prog_name="hsmtoll", terminal_width=78).output
-    assert f"```console\n$ hsmtoll --help\n{shown}```\n" in README
+    listed = shown[shown.index("Set up:") : shown.index("Examples:")]
+    assert f"…\n{listed}…\n```" in section("Commands")
+
+
+def sample(name: str) -> str:
+    """The TOML block that begins with the file's name."""
+    found = re.search(rf"^```toml\n(# {re.escape(name)}\n.*?)^```$", README, re.M | re.S)  # noqa: FURB167 - short, on one line
+    assert found, name
+    return found[1]
+
+
+def test_the_sample_of_a_configuration_file_works_with_and_without_its_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.upper().startswith("HSMTOLL_")]:
+        monkeypatch.delenv(name)
+    path = tmp_path / "hsmtoll.toml"
+    path.write_text(sample("hsmtoll.toml"))
+    plain = load(config=path)
+    assert (plain.environment, plain.identity) == ("test", "eseal")
+    assert plain.hsm.key == ("pkcs11:token=customs;object=acme-2026",)
+    monkeypatch.setenv("HSMTOLL_PROFILE", "prod")
+    prod = load(config=path)
+    assert (prod.environment, prod.hsm.module) == ("prod", plain.hsm.module)
+    assert prod.hsm.key == ("pkcs11:token=customs;object=acme-2027",)
+    assert profiles(path) == ("prod",)
+    monkeypatch.delenv("HSMTOLL_PROFILE")
+    with hsmtoll.connect(config=path, profile="prod") as toll:
+        # Opens nothing: there is no such device here.
+        assert toll.status().signatures == 0
+    with pytest.raises(hsmtoll.ConfigurationError, match="profile other"):
+        hsmtoll.connect(config=path, profile="other")
 
 
 def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:

@@ -1,0 +1,236 @@
+"""
+What every command has in common: global options in any place, an example and its needs in the
+help, groups in the list of commands, and completion. Which commands there are is in `hsmtoll.cli`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+from click.shell_completion import BashComplete, FishComplete, ZshComplete
+
+from hsmtoll.errors import HsmTollError, UsageError, foreign
+from hsmtoll.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = [
+    "CONFIG",
+    "PROFILE",
+    "Command",
+    "File",
+    "Group",
+    "completion_script",
+    "help_of",
+    "options_of",
+    "starting_with",
+]
+
+#: Where the global options are kept in the context of the command, which all commands share.
+CONFIG: Final = "hsmtoll_config"
+PROFILE: Final = "hsmtoll_profile"
+_VERBOSITY: Final = "hsmtoll_verbosity"
+
+_LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+_SHELLS: Final = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+
+#: What the shell's script calls hsmtoll with to have a word completed.
+_COMPLETE: Final = "_HSMTOLL_COMPLETE"
+
+
+def _keep(name: str) -> Any:
+    def kept(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        # The command's own place is read last, and wins.
+        if value is not None:
+            ctx.meta[name] = value
+
+    return kept
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: int) -> None:
+    total = ctx.meta[_VERBOSITY] = ctx.meta.get(_VERBOSITY, 0) + value
+    logging.getLogger("hsmtoll").setLevel(_LEVELS[min(total, len(_LEVELS) - 1)])
+
+
+def _profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    from hsmtoll.settings import profiles
+
+    # Nothing to say is no completion; a message would end up in the line that is typed.
+    try:
+        return starting_with(incomplete, profiles(ctx.meta.get(CONFIG)))
+    except HsmTollError:
+        return []
+
+
+class File(click.Path):
+    """A path on the command line. Shells expand ``~`` at the start of a word, and not after =."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does, after a look at the first character."""
+        if str(value).startswith("~"):
+            self.fail("~ is not expanded here; write the whole path", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_GLOBAL: Final = (
+    click.Option(
+        ["--config", CONFIG],
+        metavar="FILE",
+        type=File(),
+        expose_value=False,
+        callback=_keep(CONFIG),
+        help="Configuration file (TOML).",
+    ),
+    click.Option(
+        ["--profile", PROFILE],
+        metavar="NAME",
+        expose_value=False,
+        callback=_keep(PROFILE),
+        shell_complete=_profiles,
+        help="Table [profile.NAME] of the configuration file.",
+    ),
+    click.Option(
+        ["-v", "--verbose", _VERBOSITY],
+        count=True,
+        expose_value=False,
+        callback=_verbose,
+        help="Report each step; -vv reports more.",
+    ),
+)
+
+
+class _Shared(click.Command):
+    """
+    A command that takes the global options as well, unless it has an option of that name itself.
+
+    *needs* and *examples* are for its help.
+    """
+
+    def __init__(
+        self, *args: Any, needs: str = "", examples: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.needs = needs
+        self.examples = tuple(examples)
+
+    def _global_options(self) -> tuple[click.Option, ...]:
+        own = {name for param in self.params for name in param.opts}
+        return tuple(option for option in _GLOBAL if not own & {*option.opts})
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Its own parameters, then the global ones."""
+        return [*super().get_params(ctx), *self._global_options()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Two lists: its own options, and the global ones."""
+        for title, params in (
+            ("Options", super().get_params(ctx)),
+            ("Global options, before or after the command", self._global_options()),
+        ):
+            options = [each for each in params if isinstance(each, click.Option)]
+            rows = [row for each in options if (row := each.get_help_record(ctx)) is not None]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What it needs, and the examples as they are."""
+        super().format_epilog(ctx, formatter)
+        if self.needs:
+            formatter.write_paragraph()
+            formatter.write_text(f"Needs: {self.needs}.")
+        if self.examples:
+            with formatter.section("Example" if len(self.examples) == 1 else "Examples"):
+                formatter.write("".join(f"  {line}\n" for line in self.examples))
+
+
+class Command(_Shared):
+    """One command."""
+
+
+class Group(_Shared, click.Group):
+    """Commands under one name. *sections* are the lists in its help: title, then names in order."""
+
+    command_class = Command
+
+    def __init__(
+        self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, then the commands."""
+        super().format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands by section, no summary cut."""
+        width = max(map(len, self.commands))
+        for title, names in (self.sections or {"Commands": list(self.commands)}).items():
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name.ljust(width), _summary(self.commands[name])) for name in names]
+                )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; UsageError with the nearest name otherwise."""
+        name = args[0]
+        if (
+            self.get_command(ctx, name) is None
+            and not ctx.resilient_parsing
+            and not name.startswith("-")
+        ):
+            raise UsageError(
+                f"{ctx.command_path} {foreign(name)}: there is no such command",
+                hint=did_you_mean(name, self.commands, f"see `{ctx.command_path} --help`"),
+            )
+        return super().resolve_command(ctx, args)
+
+
+Group.group_class = Group
+
+
+def _summary(command: click.Command) -> str:
+    """The first sentence, whole."""
+    first = (command.help or "").strip().partition("\n\n")[0]
+    return " ".join(first.split()).partition(". ")[0].removesuffix(".") + "."
+
+
+def starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
+    """The words that a beginning may become."""
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def options_of(ctx: click.Context | None) -> list[str]:
+    """The names of the options that the command takes."""
+    if ctx is None:
+        return []
+    params = ctx.command.get_params(ctx)
+    return [name for each in params if isinstance(each, click.Option) for name in each.opts]
+
+
+def completion_script(shell: str, command: click.Command) -> str:
+    """The script that has *shell* (bash, zsh or fish) ask hsmtoll for completions."""
+    made = _SHELLS[shell](command, {}, "hsmtoll", _COMPLETE)
+    # Not source(), which starts the shell to ask for its version.
+    return made.source_template % made.source_vars()
+
+
+def help_of(ctx: click.Context, names: Sequence[str]) -> str:
+    """The help of the command called *names*, of hsmtoll itself without any."""
+    here = ctx.find_root()
+    for name in names:
+        group = here.command
+        if not isinstance(group, click.Group):
+            raise UsageError(f"{here.command_path}: it has no command {foreign(name)}")
+        _, command, _ = group.resolve_command(here, [name])
+        if command is not None:
+            here = click.Context(command, parent=here, info_name=name)
+    return here.get_help()
