@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
     home = Path(tempfile.mkdtemp(prefix="hsmtoll-tests-"))
     config.stash[_home] = home
     os.environ.update(_homes(home))
+    # What was started in the background ignores Ctrl-C, and hands that on to all its processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    # What tools print, and how they encode it, is compared here and there.
+    os.environ.pop("LANGUAGE", None)
+    os.environ["LC_ALL"] = "C.UTF-8"
 
 
 def _package_index() -> dict[str, str]:

@@ -136,6 +136,18 @@ def workers() -> list[int]:
     return found
 
 
+def ended(pid: int) -> bool:
+    """
+    Whether the process has ended. In a container without an init nobody may ever ask for the exit
+    code of one whose parent is gone: it stays in the table, as a zombie.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
+
+
 def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:
     """A new, empty device in the directory that *environment* names."""
     made = Lab(module, environment, label)

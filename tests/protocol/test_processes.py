@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -54,7 +53,7 @@ def test_a_leader_that_is_killed_blocks_nobody(
         for each in followers:
             each.until("ready")
         leader.process.send_signal(signal.SIGKILL)
-        leader.process.wait(10)
+        leader.process.wait(60)
         said = [each.end() for each in followers]
     assert sum(lines.count("signed") for lines in said) == 1
     assert len({lines[-2] for lines in said}) == 1
@@ -69,21 +68,19 @@ def test_a_leader_that_forks_and_is_killed_takes_its_lock_along(
         leader = crowd.member(step="signed", fork=True)
         child = int(leader.until("child ").split()[1])
         leader.until("at signed")
-        follower = crowd.member()
+        # Half of its patience, far beyond the time-out of this test, is what a lock that is never
+        # freed would cost.
+        follower = crowd.member(patience=3600)
         follower.until("ready")
         leader.process.send_signal(signal.SIGKILL)
-        leader.process.wait(10)
+        leader.process.wait(60)
         try:
-            began = time.monotonic()
             said = follower.end()
-            took = time.monotonic() - began
             os.kill(child, 0)  # it lives still
         finally:
             os.kill(child, signal.SIGKILL)
     assert said.count("signed") == 1
     assert any(line.startswith("token ") for line in said)
-    # Half of the patience of 60 s is what a lock that is never freed would cost.
-    assert took < 25
 
 
 def test_a_leader_that_stands_still_is_waited_for_half_the_patience(

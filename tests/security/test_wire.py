@@ -107,26 +107,21 @@ def server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 def test_a_server_that_sends_a_little_now_and_then_meets_the_deadline(
     head: bytes, drop: bytes
 ) -> None:
-    with server(dripping(head, drop)) as url:
-        began = time.monotonic()
-        with pytest.raises(NetworkError) as caught:
-            Wire(timeout=5, deadline=0.6).post(post_to(url))
-        took = time.monotonic() - began
+    # Nothing else ends it: the server goes on for as long as the connection stands.
+    with server(dripping(head, drop)) as url, pytest.raises(NetworkError) as caught:
+        Wire(timeout=60, deadline=0.6).post(post_to(url))
     # A line that is cut while the status drips is no HTTP: the words may differ, the end not.
     assert caught.value.code in ("deadline", "broken")
-    assert took < 10
 
 
-@pytest.mark.parametrize("timeout", [30.0, 1.0])
+@pytest.mark.parametrize("timeout", [600.0, 1.0])
 def test_the_deadline_holds_while_tls_is_agreed_on(timeout: float) -> None:
     # Connections wait in its queue, and nobody ever answers them.
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"https://localhost:{mute.getsockname()[1]}/token"
-        began = time.monotonic()
         with pytest.raises(NetworkError) as caught:
             Wire(timeout=timeout, deadline=1.0).post(post_to(url))
-        took = time.monotonic() - began
-        assert (caught.value.code, took < 10) == ("deadline", True)
+        assert caught.value.code == "deadline"
         # The control: a time-out that ends before it is told as what it is.
         with pytest.raises(NetworkError) as caught:
             Wire(timeout=0.3, deadline=60.0).post(post_to(url))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +14,7 @@ from pkcs11 import TokenFlag
 from hsmtoll import UsageError
 from hsmtoll.testing.faults import FUNCTIONS, NAMES, Faults
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.hosting import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +57,25 @@ def run(
         check=False,
         timeout=timeout,
     )
+
+
+@contextlib.contextmanager
+def started(faults: Faults, device: SoftHsm) -> Iterator[subprocess.Popen[str]]:
+    """As run, while it goes on; it is killed at the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _ONCE, str(faults.module), device.label],
+        env={**os.environ, "SOFTHSM2_CONF": str(device.conf)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"{device.pin}\n")
+        process.stdin.flush()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def says(done: subprocess.CompletedProcess[str]) -> str:
@@ -241,11 +261,16 @@ print(public, modulus, len(key.sign(b"abc", mechanism=Mechanism.SHA256_RSA_PKCS)
 
 
 def test_a_slow_call_takes_its_time(faults: Faults, device: SoftHsm) -> None:
-    faults.set("slow", function="C_Login", ms=1500)
-    began = time.monotonic()
-
+    faults.set("slow", function="C_Login", ms=600_000)
+    with started(faults, device) as slow:
+        eventually(lambda: faults.count("C_Login") == 1)
+        # Who came later is done before it.
+        faults.clear("slow")
+        assert says(run(faults, device)) == "256"
+        assert slow.poll() is None
+    # The control: the time is what it was told.
+    faults.set("slow", function="C_Login", ms=1)
     assert says(run(faults, device)) == "256"
-    assert time.monotonic() - began >= 1.5
 
 
 def test_a_hang_lasts_until_it_is_cleared(faults: Faults, device: SoftHsm) -> None:
@@ -258,14 +283,18 @@ def test_a_hang_lasts_until_it_is_cleared(faults: Faults, device: SoftHsm) -> No
 
 
 def test_a_rate_holds_for_all_processes_together(faults: Faults, device: SoftHsm) -> None:
-    faults.set("rate", ms=700)
-    program = _SIGN + "for _ in range(3): key.sign(b'abc', mechanism=Mechanism.SHA256_RSA_PKCS)\n"
-    began = time.monotonic()
+    faults.set("rate", ms=600_000)
+    # The first signature of all has its turn at once; the next one, of another process, has not.
+    assert says(run(faults, device)) == "256"
+    with started(faults, device) as second:
+        eventually(lambda: faults.count("C_SignInit") == 2)
+        faults.clear("rate")
+        assert says(run(faults, device)) == "256"
+        assert second.poll() is None
+    # The control: a rate that a machine cannot exceed keeps nobody waiting.
+    faults.set("rate", ms=1)
     for _ in range(2):
-        assert run(faults, device, program).returncode == 0
-
-    assert faults.count("C_SignInit") == 6
-    assert time.monotonic() - began >= 5 * 0.7
+        assert says(run(faults, device)) == "256"
 
 
 @pytest.mark.parametrize(
