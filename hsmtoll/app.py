@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import platformdirs
 
@@ -73,8 +73,57 @@ def aconnect(
     return App(load(config=config, profile=profile, **settings)).aclient()
 
 
-def _missing(name: str, why: str) -> ConfigurationError:
-    return ConfigurationError(f"{name}: required, and not set", hint=why, code="setting-missing")
+def missing(
+    settings: Settings, *, grant: bool = True, device: bool = True
+) -> ConfigurationError | None:
+    """
+    The error that names all settings without which nothing is signed, a line of the hint each;
+    ``None`` where there is nothing to name. *grant*: those that a grant needs, *device*: those
+    that select a key.
+    """
+    hsm, signer, endpoints = settings.hsm, settings.signer.url, settings.endpoints.model_dump()
+    sandbox = settings.environment == "sandbox"
+    parts = (hsm.token_label, hsm.token_serial, hsm.key_label, hsm.key_id)
+    # What cannot be read as a URI is told when it is read.
+    named_module = hsm.module or (hsm.key and all("module-path=" in each for each in hsm.key))
+    wanted: list[tuple[str, object, str]] = []
+    if grant:
+        wanted += [
+            ("HSMTOLL_ENVIRONMENT", settings.environment, _ENVIRONMENTS),
+            ("HSMTOLL_IDENTITY", settings.identity, _IDENTITIES),
+        ]
+        wanted += [
+            (variable("endpoints", name), value or not sandbox, _SANDBOX)
+            for name, value in endpoints.items()
+        ]
+        norwegian = settings.identity == "norwegian" and not signer
+        wanted.append(("HSMTOLL_ISS", settings.iss or not norwegian, _CLIENT_ID))
+    if device:
+        wanted += [
+            ("HSMTOLL_HSM__MODULE", named_module or signer, _MODULE),
+            ("HSMTOLL_HSM__KEY", hsm.key or any(parts) or signer, _KEY),
+        ]
+    lacking = {name: why for name, value, why in wanted if not value}
+    return _missing(lacking) if lacking else None
+
+
+_ENVIRONMENTS: Final = "test, prod or sandbox; there is no default, so that nobody lands in prod"
+_IDENTITIES: Final = "eseal for a foreign eSeal, norwegian for a Norwegian client"
+_SANDBOX: Final = "`hsmtoll sandbox` prints the values to export"
+_CLIENT_ID: Final = (
+    "the client id from Samarbeidsportalen; required with HSMTOLL_IDENTITY=norwegian"
+)
+_MODULE: Final = "the path of your device's PKCS#11 module, a .so file"
+_KEY: Final = "an RFC 7512 URI; `hsmtoll objects` prints those of your device"
+
+
+def _missing(lacking: dict[str, str]) -> ConfigurationError:
+    *others, last = lacking
+    names = f"{', '.join(others)} and {last}" if others else last
+    hints = [f"{name}: {why}" if others else why for name, why in lacking.items()]
+    return ConfigurationError(
+        f"{names}: required, and not set", hint="\n".join(hints), code="setting-missing"
+    )
 
 
 @dataclass
@@ -96,9 +145,7 @@ class App:
     def family(self) -> Identity:
         """HSMTOLL_IDENTITY."""
         if self.settings.identity is None:
-            raise _missing(
-                "HSMTOLL_IDENTITY", "eseal for a foreign eSeal, norwegian for a Norwegian client"
-            )
+            raise _missing({"HSMTOLL_IDENTITY": _IDENTITIES})
         return self.settings.identity
 
     @cached_property
@@ -112,20 +159,11 @@ class App:
             case "sandbox":
                 given = self.settings.endpoints
                 if not (given.issuer and given.token and given.customs):
-                    raise _missing(
-                        ", ".join(
-                            variable("endpoints", name)
-                            for name in ("issuer", "token", "customs")
-                            if not getattr(given, name)
-                        ),
-                        "`hsmtoll sandbox` prints the values to export",
-                    )
+                    lacking = [name for name, url in given.model_dump().items() if not url]
+                    raise _missing({variable("endpoints", name): _SANDBOX for name in lacking})
                 return exchange.Endpoints(given.issuer, given.token, given.customs.rstrip("/"))
             case None:
-                raise _missing(
-                    "HSMTOLL_ENVIRONMENT",
-                    "test, prod or sandbox; there is no default, so that nobody lands in prod",
-                )
+                raise _missing({"HSMTOLL_ENVIRONMENT": _ENVIRONMENTS})
 
     @cached_property
     def state(self) -> Path:
@@ -154,7 +192,7 @@ class App:
             return stores.FileStore(Path(url.removeprefix("file://")))
         key_file = self.settings.cache_key_file
         if key_file is None:
-            raise _missing("HSMTOLL_CACHE_KEY_FILE", "values in Redis are encrypted with it")
+            raise _missing({"HSMTOLL_CACHE_KEY_FILE": "values in Redis are encrypted with it"})
         return stores.RedisStore.at(
             url, key_file=key_file, ca_file=self.settings.ca_file, clock=self.clock
         )
@@ -169,9 +207,7 @@ class App:
         key_id = bytes.fromhex(hsm.key_id) if hsm.key_id else None
         parts = (hsm.token_label, hsm.token_serial, hsm.key_label, key_id)
         if not any(parts):
-            raise _missing(
-                "HSMTOLL_HSM__KEY", "an RFC 7512 URI; `hsmtoll objects` prints those of your device"
-            )
+            raise _missing({"HSMTOLL_HSM__KEY": _KEY})
         return (
             KeyUri(token=hsm.token_label, serial=hsm.token_serial, object=hsm.key_label, id=key_id),
         )
@@ -186,9 +222,7 @@ class App:
         """HSMTOLL_HSM__MODULE, or the URI's module-path."""
         given = self.settings.hsm.module or (uri and uri.module_path)
         if not given:
-            raise _missing(
-                "HSMTOLL_HSM__MODULE", "the path of your device's PKCS#11 module, a .so file"
-            )
+            raise _missing({"HSMTOLL_HSM__MODULE": _MODULE})
         return str(given)
 
     @cached_property
@@ -201,6 +235,8 @@ class App:
     @cached_property
     def devices(self) -> tuple[Device, ...]:
         """One for each key named, in order."""
+        if wrong := missing(self.settings, grant=False):
+            raise wrong
         return tuple(self.device(uri) for uri in self.uris())
 
     def device(self, uri: KeyUri) -> Device:
@@ -399,7 +435,8 @@ class App:
     @cached_property
     def engine(self) -> Engine:
         """The renewal, with the signer of these settings."""
-        _ = self.family, self.endpoints
+        if wrong := missing(self.settings):
+            raise wrong
         # What a command finds in the cache needs no signer, nor the libraries behind one.
         made = None if self.one_shot else self.signer
         return self.engine_with(lambda: made or self.signer)

@@ -64,8 +64,7 @@ class Calls(Protocol):
         # Where hundreds wait in the pool itself, it now and then closes a connection that it has
         # just lent: that call would be lost, and a submission's fate unknown.
         with turn:
-            seconds = self._engine.wire.deadline
-            return customs.asked(client, method, url, seconds=seconds, **request)
+            return customs.asked(client, method, url, wire=self._engine.wire, **request)
 
     def _kept(self, name: str) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
@@ -128,12 +127,10 @@ class Calls(Protocol):
         """Routing signals in batches; *marker* is the file that says how far they were taken."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
-        clock, seconds = self._engine.clock, self._engine.wire.deadline
+        clock, wire = self._engine.clock, self._engine.wire
         at = customs.Marker(Path(marker))
         with customs.bounded(self.api("routing")) as client:
-            yield from customs.routing(
-                client, level, at, now=lambda: clock.now().wall, seconds=seconds
-            )
+            yield from customs.routing(client, level, at, now=lambda: clock.now().wall, wire=wire)
 
     def _hang_up(self) -> None:
         self._clients.clear()
@@ -169,8 +166,7 @@ class AsyncCalls(Protocol):
         client, turn = self._kept(name)
         # The pool looks through all that wait, each time that one is done.
         async with turn:
-            seconds = self._engine.wire.deadline
-            return await customs.aasked(client, method, url, seconds=seconds, **request)
+            return await customs.aasked(client, method, url, wire=self._engine.wire, **request)
 
     def _kept(self, name: str) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """One client an API, and a turn for each of its connections."""
@@ -237,12 +233,10 @@ class AsyncCalls(Protocol):
         """As TollClient.routing."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
-        clock, seconds = self._engine.clock, self._engine.wire.deadline
+        clock, wire = self._engine.clock, self._engine.wire
         at = customs.Marker(Path(marker))
         async with customs.abounded(self.api("routing")) as client:
-            feed = customs.arouting(
-                client, level, at, now=lambda: clock.now().wall, seconds=seconds
-            )
+            feed = customs.arouting(client, level, at, now=lambda: clock.now().wall, wire=wire)
             async for batch in feed:
                 yield batch
 

@@ -1149,7 +1149,8 @@ def doctor(
     Check settings, device, certificates and services.
 
     Each step is checked if the one before it is right. Exits with 0, or with the code of the
-    first failure. Nothing is sent without --online.
+    first failure. Nothing is sent without --online; whether Maskinporten trusts the issuer of
+    the certificate shows only with it.
     """
     from hsmtoll import doctor as checks
 

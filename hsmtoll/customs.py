@@ -32,11 +32,13 @@ from hsmtoll.errors import (
     foreign,
 )
 from hsmtoll.suggestions import did_you_mean
+from hsmtoll.wire import past_proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 
     from hsmtoll.apis import Api
+    from hsmtoll.wire import Wire
 
 __all__ = [
     "DOCUMENT_TYPES",
@@ -136,12 +138,15 @@ class Lost(Exception):
     """
     No whole answer came to a request. *unsent*: nothing of it was sent, for certain.
 
-    The text says why, *code* as in an error of ours.
+    The text says why; *code* and *hint* as in an error of ours.
     """
 
-    def __init__(self, why: str, *, code: str = "unreachable", unsent: bool = False) -> None:
+    def __init__(
+        self, why: str, *, code: str = "unreachable", hint: str | None = None, unsent: bool = False
+    ) -> None:
         super().__init__(why)
         self.code = code
+        self.hint = hint
         self.unsent = unsent
 
 
@@ -427,7 +432,12 @@ def lost(exc: Lost, api: Api, method: str, request_id: str | None = None) -> Hsm
         return _unknown(f"no answer came ({exc})", api, request_id)
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
-        hint=f"{'nothing was sent; ' if exc.unsent else ''}it is safe to try again",
+        hint="\n".join(
+            filter(
+                None,
+                (f"{'nothing was sent; ' if exc.unsent else ''}it is safe to try again", exc.hint),
+            )
+        ),
         code=exc.code,
         retryable=True,
     )
@@ -550,17 +560,20 @@ class _Exchange:
     be renewed before, or in between after a 401, has a time of its own.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, wire: Wire) -> None:
         self.end: float | None = None
         self._sent = False
+        self._past_proxy = False
         self._late = False
-        self._seconds = seconds
+        self._wire = wire
+        self._seconds = wire.deadline
 
     def saw(self, event: str, info: Mapping[str, Any]) -> None:
         """Told by httpcore of each of its steps."""
         sending = event.endswith("send_request_headers.started")
         # A proxy is asked for a tunnel first, which sends nothing of the request.
         self._sent |= sending and info["request"].method != b"CONNECT"
+        self._past_proxy |= past_proxy(event, info)
         if event.endswith("response_closed.started"):
             self.end = None
         elif self.end is None and (sending or event.endswith("connect_tcp.started")):
@@ -582,11 +595,16 @@ class _Exchange:
         if isinstance(exc, TimeoutError) or (
             self._late and isinstance(exc, httpx.TimeoutException)
         ):
-            why, code = f"not whole within {self._seconds:.0f} s", "deadline"
-        else:
-            why, code = type(exc).__name__, "unreachable"
+            return Lost(
+                f"not whole within {self._seconds:.0f} s",
+                code="deadline",
+                hint="HSMTOLL_DEADLINE sets how long to wait",
+                unsent=not self._sent,
+            )
+        reason = self._wire.reason(exc, str(exc.request.url), past_proxy=self._past_proxy)
         before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
-        return Lost(why, code=code, unsent=not self._sent or isinstance(exc, before))
+        unsent = not self._sent or isinstance(exc, before)
+        return Lost(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
 
 
 def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
@@ -657,15 +675,15 @@ def _whole(response: httpx.Response) -> httpx.Response:
 
 
 def asked(
-    client: httpx.Client, method: str, url: str, *, seconds: float, **request: Any
+    client: httpx.Client, method: str, url: str, *, wire: Wire, **request: Any
 ) -> httpx.Response:
     """
-    One request over *client* and its whole answer, which takes *seconds* at most.
+    One request over *client*, which *wire* has made, and its whole answer, within its deadline.
 
     Raises Lost where there is none, and what having a token raises. Arguments as for
     httpx.Client.request.
     """
-    exchange = _Exchange(seconds)
+    exchange = _Exchange(wire)
     theirs = _extensions(request).get("trace")
 
     def trace(event: str, info: Mapping[str, Any]) -> None:
@@ -682,12 +700,12 @@ def asked(
 
 
 async def aasked(
-    client: httpx.AsyncClient, method: str, url: str, *, seconds: float, **request: Any
+    client: httpx.AsyncClient, method: str, url: str, *, wire: Wire, **request: Any
 ) -> httpx.Response:
     """As asked, for tasks."""
     import asyncio  # noqa: PLC0415 - threads need none of it
 
-    exchange, scope = _Exchange(seconds), asyncio.timeout(None)
+    exchange, scope = _Exchange(wire), asyncio.timeout(None)
     theirs = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
@@ -854,7 +872,7 @@ def _no_feed(api: Api, why: str) -> NetworkError:
 def _no_answer(api: Api, exc: Lost) -> NetworkError:
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
-        hint="what came before is taken; it is safe to ask again",
+        hint=f"what came before is taken; it is safe to ask again\n{exc.hint or ''}".rstrip(),
         code=exc.code,
         retryable=True,
     )
@@ -866,21 +884,21 @@ def routing(
     marker: Marker,
     *,
     now: Callable[[], float],
-    seconds: float = 60.0,
+    wire: Wire,
 ) -> Iterator[tuple[Any, ...]]:
     """
     Batches of routing signals since *marker*, at most 1,000 each, until there are none.
 
-    At least once: a batch counts as taken when the next one is asked for. *seconds* bound each
-    question with its answer. Raises what a call does, UsageError for a marker that cannot be used,
-    NetworkError for what is no feed.
+    At least once: a batch counts as taken when the next one is asked for. The deadline of
+    *wire* bounds each question with its answer. Raises what a call does, UsageError for a marker
+    that cannot be used, NetworkError for what is no feed.
     """
     api = apis.named("routing")
     at = marker.read()
     while True:
         try:
             params = {"marker": at} if at else {}
-            response = asked(client, "GET", f"/{level}", seconds=seconds, params=params)
+            response = asked(client, "GET", f"/{level}", wire=wire, params=params)
         except Lost as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())
@@ -897,7 +915,7 @@ async def arouting(
     marker: Marker,
     *,
     now: Callable[[], float],
-    seconds: float = 60.0,
+    wire: Wire,
 ) -> AsyncIterator[tuple[Any, ...]]:
     """As routing, for tasks."""
     api = apis.named("routing")
@@ -905,7 +923,7 @@ async def arouting(
     while True:
         try:
             params = {"marker": at} if at else {}
-            response = await aasked(client, "GET", f"/{level}", seconds=seconds, params=params)
+            response = await aasked(client, "GET", f"/{level}", wire=wire, params=params)
         except Lost as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())

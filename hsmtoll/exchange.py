@@ -256,6 +256,8 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
     lines = [f"{meaning}To do: {row.do}"] if row else []
     who = row.who if row else "you"
     lines.append(f"who must act: {who}")
+    if row and row.doctor:
+        lines.append("run `hsmtoll doctor`: it looks for the cause")
     raise error(
         f"Maskinporten refused the grant: {answer.status}{f', {code}' if code else ''}, {text}",
         hint="\n".join(lines),

@@ -19,7 +19,11 @@ Who = Literal["you", "issuer", "digdir", "customs"]
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One code: *meaning* for a person, what to *do*, *who* must act, and whether a new grant may help."""
+    """
+    One code: *meaning* for a person, what to *do*, *who* must act, and whether a new grant may help.
+
+    *doctor*: the cause may be one that ``hsmtoll doctor`` finds.
+    """
 
     code: str
     meaning: str
@@ -27,6 +31,7 @@ class Refusal:
     who: Who = "you"
     retry: bool = False
     scope: bool = False
+    doctor: bool = False
 
 
 REFUSALS: Final = {
@@ -57,7 +62,9 @@ REFUSALS: Final = {
             "MP-120",
             "the certificate is not accepted: issuer not trusted here, revoked, expired, chain incomplete, "
             "or of the wrong environment",
-            "run `hsmtoll doctor`; eSeals use the production certificate in test, Norwegian clients must not",
+            "eSeals: an EU trusted list must have the very CA that issued it, and the production certificate "
+            "is used in test as well; Norwegian clients: a certificate of this environment",
+            doctor=True,
         ),
         Refusal(
             "MP-121",
@@ -77,7 +84,8 @@ REFUSALS: Final = {
         Refusal(
             "MP-124",
             "the signature was not accepted, or the certificate is expired or of the wrong environment",
-            "run `hsmtoll doctor`: it checks that key and certificate belong together",
+            "see that key and certificate belong together, and that the certificate is valid here",
+            doctor=True,
         ),
         Refusal(
             "MP-130",

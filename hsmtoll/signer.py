@@ -532,8 +532,8 @@ class LocalSigner:
 def _wrong() -> DeviceError:
     return DeviceError(
         "signing: the device's signature does not verify with the public key",
-        hint="key and certificate may not belong together, or the device is faulty; "
-        "run `hsmtoll doctor`",
+        hint="key and certificate may not belong together, or the device is faulty\n"
+        "run `hsmtoll doctor`: it looks for the cause",
         code="signature-wrong",
     )
 

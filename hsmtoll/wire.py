@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
+import http
 import http.cookiejar
 import ipaddress
+import os
 import re
 import socket
 import ssl
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Self
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -25,12 +28,12 @@ from hsmtoll import exchange, tls
 from hsmtoll.errors import ConfigurationError, HsmTollError, NetworkError, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from hsmtoll.exchange import Answer, Post
 
-__all__ = ["CONNECTIONS", "Door", "Wire"]
+__all__ = ["CONNECTIONS", "Door", "Reason", "Wire", "past_proxy"]
 
 #: However many tasks there are, nobody's server is met by hundreds of handshakes.
 CONNECTIONS: Final = 20
@@ -50,6 +53,20 @@ class Door:
     uds: Path | None = None
     context: Callable[[], ssl.SSLContext] | None = None
     meet: Callable[[socket.socket], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why a request failed. *proxy* is the proxy, if it failed there; the rest as in an error."""
+
+    text: str
+    code: str
+    hint: str
+    retryable: bool = True
+    proxy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.proxy}: {self.text}" if self.proxy else self.text
 
 
 class Wire:
@@ -94,9 +111,7 @@ class Wire:
                 made = self._door.context
                 self._context = made() if made else tls.client_context(self._ca_file)
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        name, via = "HSMTOLL_PROXY", self._proxy
-        if via == "environment":
-            name, via = _of_environment(url)
+        name, via = self._via(url)
         return {
             "verify": self._context,
             "proxy": via and _proxy(name, via, self._context),
@@ -108,6 +123,34 @@ class Wire:
             "follow_redirects": False,
             "cookies": jar,
         }
+
+    def _via(self, url: str) -> tuple[str, str | None]:
+        """The variable that names the proxy for *url*, and its value; ``None`` for none."""
+        if self._proxy == "environment":
+            return _of_environment(url)
+        return "HSMTOLL_PROXY", self._proxy
+
+    def unused_proxy(self, url: str) -> str | None:
+        """The variable with a proxy for *url* that is not used, as HSMTOLL_PROXY is not set."""
+        if self._proxy is not None or self._door != Door():
+            return None
+        try:
+            name, found = _of_environment(url)
+        except ConfigurationError:
+            return None
+        # Programs read either spelling.
+        spelt = (each for each in os.environ if each.upper() == name and os.environ[each])
+        return next(spelt, None) if found else None
+
+    def reason(self, exc: httpx.HTTPError, url: str, *, past_proxy: bool) -> Reason:
+        """Why a request to *url* failed; *past_proxy*: a proxy, if there is one, did its part."""
+        name, via = self._via(url)
+        proxy = httpx.Proxy(via) if via and not past_proxy else None
+        found = _reason(exc, self._timeout, name if proxy else None, _secrets(proxy))
+        if proxy is not None:
+            return replace(found, proxy=_shown(proxy))
+        unused = self.unused_proxy(url)
+        return replace(found, hint=f"{found.hint}\n{_UNUSED.format(unused)}") if unused else found
 
     def post(self, post: Post) -> Answer:
         """
@@ -171,14 +214,28 @@ class Wire:
                 answer = _read(client.send(built, stream=True), leg)
             # A line that was cut looks like the end of an answer that names no length.
             if guard.struck:
-                raise self._too_slow(leg, host)
-            return answer
+                raise self._too_slow(leg, host, url)
         except httpx.HTTPError as exc:
             _close_left_open(exc)
             if guard.over:
-                raise self._too_slow(leg, host) from exc
-            secrets = _secrets(options["proxy"])
-            raise _named(exc, leg, host, self._timeout, secrets) from exc
+                raise self._too_slow(leg, host, url) from exc
+            raise self._failed(exc, leg, url, past_proxy=guard.past_proxy) from exc
+        if answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and options["proxy"]:
+            # Without TLS the request itself goes to the proxy, which may answer in its place.
+            refused = httpx.ProxyError("407 Proxy Authentication Required")
+            raise self._failed(refused, leg, url, past_proxy=False)
+        return answer
+
+    def _failed(
+        self, exc: httpx.HTTPError, leg: str, url: str, *, past_proxy: bool
+    ) -> NetworkError:
+        reason, to = self.reason(exc, url, past_proxy=past_proxy), f"{leg} ({httpx.URL(url).host})"
+        return NetworkError(
+            f"{reason}, on the way to {to}" if reason.proxy else f"{to}: {reason}",
+            hint=reason.hint,
+            code=reason.code,
+            retryable=reason.retryable,
+        )
 
     def _options(self, url: str) -> dict[str, Any]:
         if self._door.uds is None:
@@ -188,10 +245,13 @@ class Wire:
         transport = httpx.HTTPTransport(uds=str(self._door.uds), verify=nothing, trust_env=False)
         return {**self.options(url), "verify": nothing, "transport": transport}
 
-    def _too_slow(self, leg: str, host: str) -> NetworkError:
+    def _too_slow(self, leg: str, host: str, url: str) -> NetworkError:
+        hints = ["HSMTOLL_DEADLINE sets how long to wait"]
+        if unused := self.unused_proxy(url):
+            hints.append(_UNUSED.format(unused))
         return NetworkError(
             f"{leg} ({host}): no whole answer within {self._deadline:.0f} s",
-            hint="HSMTOLL_DEADLINE sets how long to wait",
+            hint="\n".join(hints),
             code="deadline",
         )
 
@@ -251,17 +311,25 @@ def _stay(response: httpx.Response) -> None:
     response.headers.pop("location", None)
 
 
-def _close_left_open(exc: BaseException) -> None:
-    """httpcore forgets the Unix socket that nobody answered at (1.0): its frame still holds it."""
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """*exc* and everything that it came from."""
     found: BaseException | None = exc
     while found is not None:
+        yield found
+        if isinstance(found, BaseExceptionGroup):
+            yield from found.exceptions
+        found = found.__cause__ or found.__context__
+
+
+def _close_left_open(exc: BaseException) -> None:
+    """httpcore forgets the Unix socket that nobody answered at (1.0): its frame still holds it."""
+    for found in _causes(exc):
         step = found.__traceback__
         while step is not None:
             left = step.tb_frame.f_locals.get("sock")
             if isinstance(left, socket.socket) and left.family == socket.AF_UNIX:
                 left.close()
             step = step.tb_next
-        found = found.__cause__ or found.__context__
 
 
 def _private(leg: str) -> NetworkError:
@@ -318,6 +386,8 @@ class _Guard:
         meet: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self.struck = False
+        #: Whether a proxy, if there is one, has done its part.
+        self.past_proxy = False
         self._meet = meet
         self._public = public
         self._leg = leg
@@ -348,6 +418,7 @@ class _Guard:
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         """Called by httpcore at each step; connecting is the one that brings a socket."""
+        self.past_proxy |= past_proxy(event, info)
         if event.endswith(_CONNECTED):
             found = info["return_value"].get_extra_info("socket")
             if isinstance(found, socket.socket):
@@ -372,48 +443,80 @@ class _Guard:
                 each.shutdown(socket.SHUT_RDWR)
 
 
-def _named(
-    exc: httpx.HTTPError, leg: str, host: str, timeout: float, secrets: tuple[str, ...]
-) -> NetworkError:
-    where = f"{leg} ({host})"
+def past_proxy(event: str, info: Mapping[str, Any]) -> bool:
+    """Whether a step of httpcore shows that a proxy gave the way free, or that there is none."""
+    # The name of its logger tells TLS inside the tunnel from TLS with the proxy.
+    if event == "proxy.start_tls.started":
+        return True
+    # A tunnel is asked for first, which sends nothing of the request.
+    sending = event.endswith("send_request_headers.started")
+    return bool(sending and info["request"].method != b"CONNECT")
+
+
+_UNUSED: Final = "{} is set and not used: HSMTOLL_PROXY=environment uses it"
+
+
+def _shown(proxy: httpx.Proxy) -> str:
+    """Without user and password."""
+    port = proxy.url.port or (443 if proxy.url.scheme == "https" else 80)
+    return f"proxy {foreign(proxy.url.host)}:{port}"
+
+
+def _reason(
+    exc: httpx.HTTPError, timeout: float, proxy: str | None, secrets: tuple[str, ...]
+) -> Reason:
+    """*proxy*: the variable that names it, where the request did not get past it."""
     said = str(exc)
+    # Among tasks, what the system said is in the cause alone.
+    causes = " ".join(map(str, _causes(exc)))
     if isinstance(exc, httpx.ProxyError):
-        return NetworkError(
-            f"{where}: the proxy refused, {foreign(said, *secrets)}", hint="check HSMTOLL_PROXY"
+        wants = said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}")
+        return Reason(
+            text=f"it refused, {foreign(said, *secrets)}",
+            code="proxy-refused",
+            hint=f"{proxy} names it"
+            + ("; it wants a user and a password: http://USER:PASSWORD@HOST:PORT" if wants else ""),
+            retryable=False,
         )
-    if "CERTIFICATE_VERIFY_FAILED" in said or "certificate verify failed" in said:
-        return NetworkError(
-            f"{where}: its TLS certificate is not trusted",
-            hint="where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate",
+    if "certificate verify failed" in causes.lower() or "CERTIFICATE_VERIFY_FAILED" in causes:
+        return Reason(
+            text="its TLS certificate is not trusted",
             code="tls-untrusted",
+            hint="HSMTOLL_CA_FILE names the CA that it is from"
+            if proxy
+            else "where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate",
+            retryable=False,
         )
     if isinstance(exc, httpx.ConnectError):
         text, code = next(
-            (known for part, known in _REASONS.items() if part in said.lower()),
+            (known for part, known in _REASONS.items() if part in causes.lower()),
             ("cannot be reached", "unreachable"),
         )
-        return NetworkError(
-            f"{where}: {text}",
-            hint="check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
+        return Reason(
+            text=text,
             code=code,
+            hint=f"check {proxy}, which names it; nothing was sent"
+            if proxy
+            else "check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
             retryable=code != "unknown-host",
         )
     if isinstance(exc, httpx.TimeoutException):
-        return NetworkError(
-            f"{where}: no answer within {timeout:.0f} s",
-            hint="HSMTOLL_TIMEOUT sets how long to wait",
+        return Reason(
+            text=f"no answer within {timeout:.0f} s",
             code="timeout",
-            retryable=True,
+            hint="HSMTOLL_TIMEOUT sets how long to wait"
+            + (f"; {proxy} names the proxy" if proxy else ""),
         )
-    return NetworkError(
-        f"{where}: the connection broke ({type(exc).__name__})",
-        hint="try again; if it stays, look at what lies between",
+    return Reason(
+        text=f"the connection broke ({type(exc).__name__})",
         code="broken",
-        retryable=True,
+        hint="try again; if it stays, look at what lies between",
     )
 
 
 _REASONS: Final = {
+    # As asyncio words it.
+    f"[errno {errno.ECONNREFUSED}]": ("connection refused", "refused"),
     "connection refused": ("connection refused", "refused"),
     "name or service not known": ("unknown host", "unknown-host"),
     "nodename nor servname": ("unknown host", "unknown-host"),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, exchange, jws
 from hsmtoll import chain as chains
+from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.signer import TokenSource, readable, unread_of
@@ -105,7 +106,8 @@ class Facts:
     Everything a check may look at. *seen* has one entry for each key named; *pem* are the
     certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them. *answers*
     is None offline, *revocation* where nothing was asked. *hosts*: what each signing host showed,
-    and *skew* what is known here of Maskinporten's clock, in seconds.
+    and *skew* what is known here of Maskinporten's clock, in seconds. *unused_proxy*: the variable
+    that names a proxy for Maskinporten, where no proxy is used.
     """
 
     settings: Settings
@@ -118,10 +120,18 @@ class Facts:
     revocation: tuple[Revocation, ...] | None = None
     hosts: tuple[Look, ...] = ()
     skew: float = 0.0
+    unused_proxy: str | None = None
 
 
 def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
-    """What the settings, the devices and the files show."""
+    """What the settings, the environment, the devices and the files show."""
+    found = _gathered(app, scopes=scopes)
+    if missing(app.settings):
+        return found
+    return replace(found, unused_proxy=app.wire().unused_proxy(app.endpoints.token))
+
+
+def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
     settings = app.settings
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     if settings.signer.url:

@@ -12,6 +12,8 @@ from hsmtoll.doctor.facts import candidates_of, pool_of
 from hsmtoll.errors import CertificateError, HsmTollError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hsmtoll.apis import Identity
     from hsmtoll.certificate import Certificate
     from hsmtoll.doctor.facts import Facts, Seen
@@ -108,17 +110,22 @@ def ok(check: str, line: str) -> Check:
     return Check(check, check, "ok", line)
 
 
-def skip(check: str, line: str) -> Check:
-    return Check(check, check, "skip", line)
+def skip(check: str, line: str, *, code: str | None = None) -> Check:
+    return Check(check, code or check, "skip", line)
 
 
 def warn(check: str, code: str, line: str, hint: str) -> Check:
-    return Check(check, code, "warn", line, hint, "you")
+    return Check(check, code, "warn", line, _hint(hint.splitlines()), "you")
 
 
 def failed(check: str, exc: HsmTollError) -> Check:
     who = exc.who or "you"
-    return Check(check, exc.code, "fail", str(exc), exc.hint, who, exc.exit_code)
+    return Check(check, exc.code, "fail", str(exc), _hint(exc.hints), who, exc.exit_code)
+
+
+def _hint(lines: Iterable[str]) -> str | None:
+    """Without the advice to ask the doctor, which is asked already."""
+    return "\n".join(line for line in lines if "hsmtoll doctor" not in line) or None
 
 
 # Codes of the device → the check that they answer. What is not named answers the check *key*.

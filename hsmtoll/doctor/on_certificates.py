@@ -326,6 +326,28 @@ def check_environment(way: Way, leaf: Certificate) -> Check:
     return ok("environment", f"a certificate for {environment}")
 
 
+#: Where the European Commission shows all trusted lists.
+_TRUSTED_LISTS: Final = "https://eidas.ec.europa.eu/efda/trust-services/browse/eidas/tls"
+
+
+@of_the_leaf("trusted-list")
+def check_trusted_list(way: Way, leaf: Certificate) -> Check:
+    """
+    Whether an EU trusted list has the issuer: no certificate shows that, and of one provider's
+    services some may be listed and others not. Maskinporten's answer to a grant shows it.
+    """
+    if way.identity != "eseal":
+        return skip("trusted-list", "Norwegian certificates are known by their policy")
+    answers = way.facts.answers
+    if answers is not None and answers.self_test is None and answers.consumer is not None:
+        return ok("trusted-list", "Maskinporten accepts the issuer")
+    return skip(
+        "trusted-list",
+        f"whether an EU trusted list has this issuer is asked with --online; look for "
+        f"{leaf.issuer} at {_TRUSTED_LISTS}",
+    )
+
+
 def check_revocation(way: Way) -> Check:
     """No certificate of the chain was taken back (M30)."""
     learned = way.facts.revocation
@@ -369,6 +391,7 @@ CHECKS: Final = (
     ("qualified", check_qualified),
     ("chain", check_chain),
     ("environment", check_environment),
+    ("trusted-list", check_trusted_list),
     ("roll-over", check_roll_over),
     ("revocation", check_revocation),
 )

@@ -19,6 +19,20 @@ _NOTICED: Final = 5.0
 _OFFLINE: Final = "asked with --online"
 
 
+def check_proxy(way: Way) -> Check:
+    """A proxy that is set in the environment and not used may be the one that is needed."""
+    answers = way.facts.answers
+    unused = way.facts.unused_proxy
+    if way.settings.proxy is not None:
+        return ok("proxy", "HSMTOLL_PROXY is set")
+    if unused is None:
+        return ok("proxy", "none is set")
+    line = f"{unused} is set and not used"
+    if answers is not None and not isinstance(answers.metadata, HsmTollError):
+        return ok("proxy", f"{line}, nor needed: Maskinporten answers without it")
+    return warn("proxy", "proxy-unused", line, "HSMTOLL_PROXY=environment uses it")
+
+
 def check_metadata(way: Way) -> Check:
     """Maskinporten calls itself what the settings call it, byte for byte (RFC 8414, M51)."""
     answers = way.facts.answers
@@ -112,6 +126,7 @@ def check_granted(way: Way) -> tuple[Check, ...]:
 
 
 CHECKS: Final = (
+    ("proxy", check_proxy),
     ("metadata", check_metadata),
     ("clock", check_clock),
     ("health", check_health),

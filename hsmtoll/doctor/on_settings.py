@@ -4,6 +4,7 @@ Checks of what was set: whether the settings fit each other, the key and the ser
 
 from __future__ import annotations
 
+from hsmtoll.app import missing
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
@@ -17,36 +18,18 @@ __all__ = ["check_grant", "check_host", "check_kid", "check_scopes", "check_sett
 def check_settings(way: Way) -> Check:
     """Environment, identity and the options belong together (PROTOCOL A.4, A.5, C17)."""
     settings = way.settings
-    problem: ConfigurationError | None = None
-    if way.facts.error is not None:
-        return failed("settings", way.facts.error)
-    if settings.environment is None or settings.identity is None:
-        name = "HSMTOLL_ENVIRONMENT" if settings.environment is None else "HSMTOLL_IDENTITY"
-        problem = ConfigurationError(
-            f"{name}: required, and not set",
-            hint="test, prod or sandbox" if "ENV" in name else "eseal or norwegian",
-            code="setting-missing",
-        )
-    elif settings.identity == "eseal" and settings.kid is not None:
-        problem = ConfigurationError(
+    wrong = way.facts.error
+    if wrong is None or wrong.code == "setting-missing":
+        # All of them, and not only the one that was met first.
+        wrong = missing(settings, device=not way.facts.seen) or wrong
+    if wrong is None and settings.identity == "eseal" and settings.kid is not None:
+        wrong = ConfigurationError(
             "HSMTOLL_KID: an eSeal has no client that keys could be registered on",
             hint="unset HSMTOLL_KID, or set HSMTOLL_IDENTITY=norwegian",
             code="kid-eseal",
         )
-    elif settings.identity == "norwegian" and settings.iss is None and not settings.signer.url:
-        problem = ConfigurationError(
-            "HSMTOLL_ISS: required with HSMTOLL_IDENTITY=norwegian",
-            hint="set it to the client id from Samarbeidsportalen",
-            code="setting-missing",
-        )
-    elif settings.environment == "sandbox" and not all(settings.endpoints.model_dump().values()):
-        problem = ConfigurationError(
-            "HSMTOLL_ENDPOINTS__ISSUER, __TOKEN and __CUSTOMS: required with the sandbox",
-            hint="`hsmtoll sandbox` prints the values to export",
-            code="setting-missing",
-        )
-    if problem is not None:
-        return failed("settings", problem)
+    if wrong is not None:
+        return failed("settings", wrong)
     how = "a registered key (kid)" if way.kid else "certificates (x5c)"
     if settings.signer.url:
         how = f"what a signing host has, asked for a {settings.signer.mode}"

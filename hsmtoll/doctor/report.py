@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.doctor import on_certificates, on_device, on_services, on_settings
 from hsmtoll.doctor.evidence import evidence
-from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn, way_of
+from hsmtoll.doctor.findings import Check, Verdict, Way, failed, ok, skip, warn, way_of
 from hsmtoll.errors import CertificateError, foreign
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
 )
 
 
+#: The code of a check that hangs on one that failed.
+_NOT_REACHED: Final = "not-reached"
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """All findings, in the order of the way from the device to Customs."""
@@ -51,6 +55,7 @@ class Report:
         return {
             "schema": 1,
             "exit_code": self.exit_code,
+            "summary": {**self._counts(), "first": self._first()},
             "checks": [
                 {
                     "check": each.check,
@@ -69,14 +74,51 @@ class Report:
         return {**self.as_json(), **evidence(self.facts, signing_chain(self.facts))}
 
     def lines(self) -> tuple[str, ...]:
-        """For a person: one line a check, its hint below it where something is to be done."""
-        told: list[str] = []
-        for each in self.checks:
-            named = each.code if each.code == each.check else f"{each.check} ({each.code})"
-            told.append(f"{each.verdict:4}  {named}: {each.line}")
-            if each.hint and each.verdict in ("warn", "fail"):
-                told += [f"        {line}" for line in each.hint.splitlines()]
+        """
+        For a person: one line a check, its hint below it where something is to be done. The
+        failures stand together at the end, above the summary; what they kept from being reached
+        is one line.
+        """
+        failures = [each for each in self.checks if each.verdict == "fail"]
+        unreached = [each for each in self.checks if each.code == _NOT_REACHED]
+        told = [
+            line
+            for each in self.checks
+            if each not in failures and each not in unreached
+            for line in _lines(each)
+        ]
+        if unreached:
+            what = "1 check" if len(unreached) == 1 else f"{len(unreached)} checks"
+            told.append(f"skip  {what} {unreached[0].line}")
+        told += [line for each in failures for line in _lines(each)]
+        counts = self._counts()
+        warnings = "1 warning" if counts["warn"] == 1 else f"{counts['warn']} warnings"
+        told.append(
+            f"{counts['ok']} ok, {warnings}, {counts['fail']} failed, {counts['skip']} skipped"
+        )
+        if first := self._first():
+            told.append(f"first: {first}")
         return tuple(told)
+
+    def _counts(self) -> dict[str, int]:
+        verdicts: tuple[Verdict, ...] = ("ok", "warn", "fail", "skip")
+        return {name: sum(each.verdict == name for each in self.checks) for name in verdicts}
+
+    def _first(self) -> str | None:
+        """What to do before all else."""
+        failure = first_failure(self.checks)
+        if failure is None:
+            return None
+        return (failure.hint or f"mend {failure.check}: {failure.line}").splitlines()[0]
+
+
+def _lines(check: Check) -> tuple[str, ...]:
+    named = check.code if check.code == check.check else f"{check.check} ({check.code})"
+    hint = check.hint if check.verdict in ("warn", "fail") else None
+    return (
+        f"{check.verdict:4}  {named}: {check.line}",
+        *(f"        {line}" for line in (hint or "").splitlines()),
+    )
 
 
 def examine(facts: Facts) -> tuple[Check, ...]:
@@ -112,7 +154,7 @@ def _walk(way: Way) -> tuple[Check, ...]:
     broken: str | None = None
     for name, judge in CHECKS:
         if broken is not None:
-            found.append(skip(name, f"not reached: {broken} comes first"))
+            found.append(skip(name, f"not reached: {broken} comes first", code=_NOT_REACHED))
             continue
         result = judge(way)
         found.append(result)

@@ -235,7 +235,9 @@ class TestTheSettings:
         assert (first["check"], first["code"], first["verdict"]) == ("settings", code, "fail")
         assert name in first["line"]
         assert {each["verdict"] for each in others} == {"skip"}
-        assert run("doctor", **{name: value}).stdout.startswith(f"fail  settings ({code}): ")
+        lines = run("doctor", **{name: value}).stdout.splitlines()
+        assert [line for line in lines if line.startswith(f"fail  settings ({code}): ")]
+        assert lines[-2].startswith("0 ok, 0 warnings, 1 failed, ")
         # The control.
         assert json.loads(run("doctor", "--json").stdout)["exit_code"] == 0
 

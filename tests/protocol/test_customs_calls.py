@@ -32,6 +32,7 @@ from hsmtoll.apis import named
 from hsmtoll.app import App
 from hsmtoll.customs import LEVELS, Marker, refused, routing
 from hsmtoll.settings import load
+from hsmtoll.wire import Wire
 from tests.customs_messages import message, presentation
 
 if TYPE_CHECKING:
@@ -587,7 +588,9 @@ def test_a_feed_that_makes_no_sense_ends_in_an_error_and_not_in_a_loop(
         httpx.Client(base_url=f"http://127.0.0.1:{server.server_port}") as client,
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        feed = routing(client, "transport", Marker(tmp_path / "marker"), now=lambda: 0.0)
+        feed = routing(
+            client, "transport", Marker(tmp_path / "marker"), now=lambda: 0.0, wire=Wire()
+        )
         with pytest.raises(NetworkError, match=words) if words else contextlib.nullcontext():
             taken += list(feed)
             assert not words

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+import hsmtoll
 from hsmtoll import TollClient, tls
 from hsmtoll.errors import ConfigurationError, NetworkError
 from hsmtoll.exchange import Post, read_subject
@@ -440,8 +441,130 @@ def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
         proxy = between.replace("http://", "http://me:hunter2hunter2@").removesuffix("/token")
         with pytest.raises(NetworkError) as caught:
             Wire(proxy=proxy).post(post_to("https://test.maskinporten.invalid/token"))
+    assert str(caught.value).startswith(f"proxy {between.split('/')[2]}: it refused, 407")
+    assert caught.value.code == "proxy-refused"
     assert "HSMTOLL_PROXY" in (caught.value.hint or "")
-    assert "hunter2" not in f"{caught.value} {caught.value.hint}"
+    assert "hunter2" not in whole(caught.value)
+
+
+def whole(exc: Exception) -> str:
+    """All that a traceback shows of *exc* and of what it came from, notes included."""
+    return "".join(traceback.format_exception(exc))
+
+
+@pytest.mark.parametrize("variable", ["HSMTOLL_PROXY", "HTTPS_PROXY", "all_proxy"])
+@pytest.mark.parametrize(
+    ("proxy", "text"),
+    [
+        ("http://me:hunter2hunter2@no-such-proxy.invalid:3128", "unknown host"),
+        ("http://me:hunter2hunter2@127.0.0.1:{free}", "connection refused"),
+        ("https://me:hunter2hunter2@127.0.0.1:{plain}", "no TLS connection came about"),
+        ("http://me:hunter2hunter2@127.0.0.1:{breaks}", "the connection broke"),
+    ],
+)
+def test_a_proxy_that_fails_is_named_and_not_the_service_behind_it(
+    proxy: str, text: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(fixed(b"HTTP/1.1 200 OK\r\n\r\n")) as plain, server(fixed(b"")) as breaks:
+        way = proxy.format(free=free_port(), plain=port_of(plain), breaks=port_of(breaks))
+        if variable != "HSMTOLL_PROXY":
+            monkeypatch.setenv(variable, way)
+        wire = Wire(proxy=way if variable == "HSMTOLL_PROXY" else "environment")
+        with pytest.raises(NetworkError) as caught:
+            wire.post(post_to("https://test.maskinporten.invalid/token"))
+        at = way.partition("@")[2]
+        told = str(caught.value)
+        assert told.startswith(f"proxy {at}: ")
+        assert text in told or "cannot be looked up" in told
+        assert told.endswith(", on the way to Maskinporten (test.maskinporten.invalid)")
+        if "broke" not in told:
+            assert variable.upper() in (caught.value.hint or "")
+        assert "hunter2" not in whole(caught.value)
+
+
+def port_of(url: str) -> str:
+    return url.split("/")[2].rpartition(":")[2]
+
+
+def test_a_request_without_tls_is_refused_by_the_proxy_as_well() -> None:
+    with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
+        proxy = between.removesuffix("/token")
+        with pytest.raises(NetworkError, match=r"^proxy 127\.0\.0\.1:\d+: it refused, 407"):
+            Wire(proxy=proxy).get("http://crl.acme.invalid/list", leg="revocation")
+    # The control: without a proxy it is the server's answer.
+    with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
+        assert Wire().get(between, leg="revocation").status == 407
+
+
+def test_what_fails_behind_a_proxy_is_not_told_as_the_proxy_s(tmp_path: Path) -> None:
+    with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
+        wire = Wire(ca_file=services.ca_file, proxy=proxy.url)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def answer() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Speak TLS elsewhere\r\n\r\n")
+
+            threading.Thread(target=answer, daemon=True).start()
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}/token"
+            with pytest.raises(NetworkError, match=r"^Maskinporten \(127\.0\.0\.1\): no TLS"):
+                wire.post(post_to(url))
+        assert len(proxy.asked) == 1
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"])
+def test_a_proxy_of_the_environment_that_is_not_used_is_said(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(each, raising=False)
+    there = f"https://127.0.0.1:{free_port()}/token"
+    monkeypatch.setenv(variable, "http://me:hunter2hunter2@proxy.acme.invalid:3128")
+
+    def hint(proxy: str | None = None) -> str:
+        with pytest.raises(NetworkError) as caught:
+            Wire(proxy=proxy).post(post_to(there))
+        assert "hunter2" not in whole(caught.value)
+        return caught.value.hint or ""
+
+    said = f"{variable} is set and not used: HSMTOLL_PROXY=environment uses it"
+    assert said in hint().splitlines()
+    # The controls: it is used, or this host is excepted, or it is not set.
+    assert "not used" not in hint("environment")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert "not used" not in hint()
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv(variable)
+    assert "not used" not in hint()
+
+
+@pytest.mark.parametrize("colour", ["threads", "tasks"])
+def test_a_call_names_the_proxy_that_fails(colour: str, toll_settings: dict[str, str]) -> None:
+    # The token is held: only the call itself meets the proxy.
+    del toll_settings
+    with hsmtoll.connect(cache="file:") as toll:
+        held = toll.token("road").value
+    gone = {"cache": "file:", "proxy": f"http://me:hunter2hunter2@127.0.0.1:{free_port()}"}
+
+    def call() -> None:
+        if colour == "threads":
+            with hsmtoll.connect(**gone) as toll:
+                assert toll.token("road").value == held
+                toll.call("POST", "/api/movement/road/v2/transport", content=b"{}")
+            return
+
+        async def task() -> None:
+            async with hsmtoll.aconnect(**gone) as toll:
+                await toll.call("POST", "/api/movement/road/v2/transport", content=b"{}")
+
+        asyncio.run(task())
+
+    with pytest.raises(NetworkError, match=r"proxy 127\.0\.0\.1:\d+: connection ref") as caught:
+        call()
+    assert caught.value.code == "refused"
+    assert "nothing was sent" in (caught.value.hint or "")
+    assert "hunter2" not in whole(caught.value)
 
 
 @pytest.mark.parametrize("proxy", ["ftp://me:hunter2@proxy", "::"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -12,18 +14,18 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
 from hsmtoll import errors, revocation
-from hsmtoll.doctor import Report, examine
+from hsmtoll.doctor import Check, Facts, Report, examine
 from hsmtoll.doctor.facts import Answers, Revocation, Seen
+from hsmtoll.doctor.findings import failed
 from hsmtoll.doctor.report import CHECKS
 from hsmtoll.errors import CertificateError, ScopeNotGranted
+from hsmtoll.exchange import Answer, Post, read_subject
 from hsmtoll.settings import Settings
 from tests import broken
 from tests.broken import BROKEN, DAY, GOOD, NOW, key, ours, revocation_list, seals, setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from hsmtoll.doctor import Facts
 
 
 def told(facts: Facts) -> dict[str, str]:
@@ -252,6 +254,85 @@ def test_the_json_has_a_schema_and_the_lines_show_hints_only_where_something_is_
     assert {each["verdict"] for each in report.as_json()["checks"]} == {"ok", "fail", "skip"}
     hints = [line for line in report.lines() if line.startswith("        ")]
     assert hints == ["        order a new one; it may be for the same key or a new one"]
+
+
+def test_failures_stand_last_and_what_they_kept_from_being_reached_is_one_line() -> None:
+    facts = BROKEN["no environment"]().facts
+    report = Report(examine(facts), facts)
+    lines = [line for line in report.lines() if not line.startswith("        ")]
+    *before, unreached, failure, summary, first = lines
+
+    assert failure.startswith("fail  settings (setting-missing): HSMTOLL_ENVIRONMENT: required")
+    assert unreached == f"skip  {len(CHECKS) - 1} checks not reached: settings comes first"
+    assert not [line for line in before if line.startswith("fail")]
+    assert summary == f"0 ok, 0 warnings, 1 failed, {len(CHECKS) - 1} skipped"
+    assert first.startswith("first: test, prod or sandbox")
+    # For a program each check stays one element, and the summary is the same.
+    told = report.as_json()
+    assert len(told["checks"]) == len(CHECKS)
+    counts = {"ok": 0, "warn": 0, "fail": 1, "skip": len(CHECKS) - 1}
+    assert told["summary"] == {**counts, "first": first.removeprefix("first: ")}
+
+
+def test_a_good_setup_ends_with_its_summary_and_nothing_to_do() -> None:
+    facts = next(iter(GOOD.values()))().facts
+    report = Report(examine(facts), facts)
+    assert re.fullmatch(r"\d+ ok, 0 warnings, 0 failed, \d+ skipped", report.lines()[-1])
+    assert report.as_json()["summary"]["first"] is None
+
+
+def test_every_setting_that_is_missing_is_named_at_once() -> None:
+    facts = Facts(settings=Settings(), now=NOW)
+    check = examine(facts)[0]
+    names = ("ENVIRONMENT", "IDENTITY", "HSM__MODULE", "HSM__KEY")
+    assert all(f"HSMTOLL_{name}" in check.line for name in names)
+    assert [line.split(":")[0] for line in (check.hint or "").splitlines()] == [
+        f"HSMTOLL_{name}" for name in names
+    ]
+
+
+@pytest.mark.parametrize("code", ["MP-120", "MP-124"])
+def test_the_doctor_never_tells_to_ask_the_doctor(code: str) -> None:
+    said = {"error": "invalid_grant", "error_description": "no", "error_uri": f"https://x/{code}"}
+    post = Post("Maskinporten", "https://x/token", {}, "secret")
+    with pytest.raises(errors.GrantRefused) as caught:
+        read_subject(Answer(400, {}, json.dumps(said).encode()), post)
+    # The control: elsewhere that is what to do.
+    assert "hsmtoll doctor" in (caught.value.hint or "")
+    facts = replace(setup().facts, answers=Answers(metadata={}, self_test=caught.value))
+    report = Report(tuple(failed("self-test", caught.value) for _ in "x"), facts)
+    assert "hsmtoll doctor" not in "".join(report.lines()) + json.dumps(report.as_json())
+    assert "To do: " in "".join(report.lines())
+
+
+def test_whether_a_trusted_list_has_the_issuer_is_not_claimed_before_maskinporten_says_so() -> None:
+    good = setup()
+
+    def told(answers: Answers | None) -> Check:
+        facts = replace(good.facts, answers=answers)
+        return next(check for check in examine(facts) if check.check == "trusted-list")
+
+    offline = told(None)
+    assert (offline.verdict, "--online" in offline.line) == ("skip", True)
+    assert "https://eidas.ec.europa.eu/" in offline.line
+    refused = errors.GrantRefused("refused", code="MP-120")
+    assert told(Answers(self_test=refused)).verdict == "skip"
+    assert told(Answers(consumer="NTRSE-5566778899")).verdict == "ok"
+
+
+def test_a_proxy_that_is_set_and_not_used_is_a_warning_until_it_is_not_needed() -> None:
+    good = setup().facts
+
+    def told(facts: Facts) -> Check:
+        return next(check for check in examine(facts) if check.check == "proxy")
+
+    unused = replace(good, unused_proxy="https_proxy")
+    warned = told(unused)
+    assert (warned.verdict, warned.code) == ("warn", "proxy-unused")
+    assert warned.line == "https_proxy is set and not used"
+    assert "HSMTOLL_PROXY=environment" in (warned.hint or "")
+    assert told(good).verdict == "ok"
+    assert told(replace(unused, answers=Answers(metadata={}))).verdict == "ok"
 
 
 def test_evidence_holds_the_key_as_reported_and_no_secret() -> None:
