@@ -1,11 +1,12 @@
 """
 The APIs of the Customs guide: names, scopes, paths and test calls. Data, no decisions but look-ups.
 
-Source: PROTOCOL C.2 (scopes) and C.7 (catalogue), from the guide's "Technical integration".
+Source: https://toll.github.io, "Technical integration" and the pages of the APIs.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -19,6 +20,7 @@ __all__ = [
     "Api",
     "Identity",
     "api_of_path",
+    "at",
     "named",
     "scope_of",
 ]
@@ -48,6 +50,8 @@ class Api:
     base: str
     test: str | None = None
     not_ready: str | None = None
+    test_seen: bool = False
+    no_scope: str | None = None
 
     def scope(self, identity: Identity) -> str:
         """The scope for *identity*; ConfigurationError where the family has none."""
@@ -55,6 +59,12 @@ class Api:
         if self.not_ready is not None:
             raise UsageError(
                 f"API {self.name}: {self.not_ready}", hint="`hsmtoll apis` lists the others"
+            )
+        if self.no_scope is not None:
+            raise UsageError(
+                f"API {self.name}: {self.no_scope}",
+                hint="name the one that Customs told you, with --scope S (in Python scope=)",
+                code="scope-unnamed",
             )
         if scope is None:
             raise ConfigurationError(
@@ -67,10 +77,11 @@ class Api:
 
 def _mode(name: str, version: str, norwegian: str, eseal: str) -> tuple[Api, Api]:
     path = f"/api/movement/{name}"
-    # A test call is documented for road alone (PROTOCOL C.6).
-    test = "/test-auth" if name == "road" else None
+    # Documented for road; in a public client's comments for air and rail.
+    test = "/test-auth" if name in ("road", "air", "rail") else None
+    seen = name in ("air", "rail")
     return (
-        Api(name, norwegian, eseal, f"{path}/{version}", test),
+        Api(name, norwegian, eseal, f"{path}/{version}", test, test_seen=seen),
         Api(f"{name}-query", norwegian, eseal, f"{path}/status/{version}"),
     )
 
@@ -92,6 +103,25 @@ APIS: Final = (
         "toll:goodsdeclaration/document.write",
         "toll:eu/goodsdeclaration/document.write",
         "/api/goodsdeclaration/document/v2",
+    ),
+    Api(
+        "arrival",
+        None,
+        None,
+        "/api/movement/arrival/v1",
+        no_scope="the Customs guide names no scope for it",
+    ),
+    Api(
+        "maritime-ssnn",
+        "toll:movement/maritimessnn",
+        None,
+        "/api/movement/maritime-ssnn/v1",
+    ),
+    Api(
+        "maritime-ssnn-query",
+        "toll:movement/maritimessnn",
+        None,
+        "/api/movement/maritime-ssnn/status/v1",
     ),
     Api(
         "declaration-feed",
@@ -158,6 +188,22 @@ def api_of_path(path: str) -> Api:
         if api.base and (path == api.base or path.startswith((f"{api.base}/", f"{api.base}?"))):
             return api
     raise UsageError(
-        f"path {foreign(path)}: no API of the Customs guide lies there",
-        hint="`hsmtoll apis` lists the base paths",
+        f"path {foreign(path)}: not in the catalogue, which follows Customs' guide of {VERSION}",
+        hint="`hsmtoll apis` lists the base paths; a path that is newer is called with the scope "
+        "that opens it: --scope S (in Python scope=)",
+        code="path-unknown",
     )
+
+
+def at(path: str) -> Api:
+    """The API whose base path *path* lies under, or one without scopes that is not in the table."""
+    try:
+        return api_of_path(path)
+    except UsageError:
+        # What is put behind Customs' origin may not change whose it is.
+        if not re.fullmatch(r"/(?!/)[!-~]*", path) or "\\" in path:
+            raise UsageError(
+                f"path {foreign(path)}: a path that begins with one / is expected"
+            ) from None
+    base = "/".join(path.partition("?")[0].split("/")[:5])
+    return Api(base, None, None, base)

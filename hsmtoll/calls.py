@@ -18,12 +18,14 @@ from hsmtoll.errors import UsageError, foreign
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     import httpx
 
+    from hsmtoll.apis import Api
     from hsmtoll.customs import Receipt, Talk
     from hsmtoll.renewal import Engine
+    from hsmtoll.tokens import Details, TokenRequest
 
 __all__ = ["AsyncCalls", "Calls"]
 
@@ -39,9 +41,24 @@ class Calls(Protocol):
     def api(self, name: str) -> httpx.Client:
         """An httpx.Client for the API called *name*."""
 
-    def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _open(self, base: str) -> httpx.Client:
+        """One that puts no bearer on."""
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+        **request: Any,
+    ) -> httpx.Response:
         """
-        One call; the scope is found from *path*. Arguments as for httpx.Client.request.
+        One call; the scope is found from *path*. With *scope*, *path* is any below Customs'
+        origin, whether the catalogue has it or not. For whom, as for `TollClient.token`; other
+        arguments as for httpx.Client.request.
 
         The answer is whole, of 64 MiB at most, and here within HSMTOLL_DEADLINE. Where none came:
         NetworkError for GET, HEAD, OPTIONS and for what was not sent, OutcomeUnknown for the rest.
@@ -50,29 +67,41 @@ class Calls(Protocol):
         """
         from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
 
-        api = apis.api_of_path(path)
+        api = apis.at(path) if scope else apis.api_of_path(path)
+        wanted = self._engine.request(
+            scope or api.name,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
         url = f"{self._engine.endpoints.customs}{path}"
         try:
-            return self._asked(api.name, method, url, **request)
+            return self._asked(api, wanted, method, url, **request)
         except customs.Lost as exc:
             raise customs.lost(exc, api, method) from exc
 
-    def _asked(self, name: str, method: str, url: str, **request: Any) -> httpx.Response:
+    def _asked(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
         from hsmtoll import customs  # noqa: PLC0415 - as above
+        from hsmtoll.auth import TollAuth  # noqa: PLC0415 - as above
 
-        client, turn = self._kept(name)
+        client, turn = self._kept(api)
+        # One pool of connections serves all whom it is for.
+        request["auth"] = TollAuth(self._engine, wanted)
         # Where hundreds wait in the pool itself, it now and then closes a connection that it has
         # just lent: that call would be lost, and a submission's fate unknown.
         with turn:
             return customs.asked(client, method, url, wire=self._engine.wire, **request)
 
-    def _kept(self, name: str) -> tuple[httpx.Client, threading.Semaphore]:
+    def _kept(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
         from hsmtoll import customs, wire  # noqa: PLC0415 - as above
 
-        key = (name, os.getpid())
+        key = (api.name, os.getpid())
         if key not in self._clients:
-            made = customs.bounded(self.api(name)), threading.Semaphore(wire.CONNECTIONS)
+            base = f"{self._engine.endpoints.customs}{api.base}"
+            made = customs.bounded(self._open(base)), threading.Semaphore(wire.CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -87,8 +116,15 @@ class Calls(Protocol):
         patience: float = 120.0,
         accepted: Callable[[str], None] = lambda _: None,
         waiting: Callable[[float], None] = lambda _: None,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
     ) -> Receipt:
-        """A submission and its result: see `hsmtoll.customs.submission`. *json*: the message."""
+        """
+        A submission and its result: see `hsmtoll.customs.submission`. *json*: the message. *scope*:
+        another one than the API's own; for whom, as for `TollClient.token`.
+        """
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         talk = customs.submission(
@@ -102,7 +138,13 @@ class Calls(Protocol):
             accepted=accepted,
             waiting=waiting,
         )
-        return self._speak(api, talk)
+        wanted = self._engine.request(
+            scope or api,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return self._speak(api, wanted, talk)
 
     def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
@@ -112,13 +154,13 @@ class Calls(Protocol):
 
         path = Path(file)
         talk = customs.upload(declaration_id, path.name, _content(path), document_type)
-        return self._speak("document", talk)
+        return self._speak("document", self._engine.request("document"), talk)
 
-    def _speak(self, api: str, talk: Talk) -> Receipt:
+    def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         engine = self._engine
-        ask = partial(self._asked, api)
+        ask = partial(self._asked, apis.named(api), wanted)
         return customs.spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
 
     def routing(
@@ -149,34 +191,58 @@ class AsyncCalls(Protocol):
     def api(self, name: str) -> httpx.AsyncClient:
         """An httpx.AsyncClient for the API called *name*."""
 
-    async def call(self, method: str, path: str, **request: Any) -> httpx.Response:
+    def _open(self, base: str) -> httpx.AsyncClient:
+        """One that puts no bearer on."""
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+        **request: Any,
+    ) -> httpx.Response:
         """As TollClient.call; tasks wait for their turn, as many as there may be."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
-        api = apis.api_of_path(path)
+        api = apis.at(path) if scope else apis.api_of_path(path)
+        wanted = self._engine.request(
+            scope or api.name,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
         url = f"{self._engine.endpoints.customs}{path}"
         try:
-            return await self._asked(api.name, method, url, **request)
+            return await self._asked(api, wanted, method, url, **request)
         except customs.Lost as exc:
             raise customs.lost(exc, api, method) from exc
 
-    async def _asked(self, name: str, method: str, url: str, **request: Any) -> httpx.Response:
+    async def _asked(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
         from hsmtoll import customs  # noqa: PLC0415 - as above
+        from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415 - as above
 
-        client, turn = self._kept(name)
+        client, turn = self._kept(api)
+        request["auth"] = AsyncTollAuth(self._engine, wanted)
         # The pool looks through all that wait, each time that one is done.
         async with turn:
             return await customs.aasked(client, method, url, wire=self._engine.wire, **request)
 
-    def _kept(self, name: str) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+    def _kept(self, api: Api) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """One client an API, and a turn for each of its connections."""
         import asyncio  # noqa: PLC0415 - a token that is at hand needs none of it
 
         from hsmtoll import customs, wire  # noqa: PLC0415 - as above
 
-        key = (name, id(asyncio.get_running_loop()))
+        key = (api.name, id(asyncio.get_running_loop()))
         if key not in self._clients:
-            made = customs.abounded(self.api(name)), asyncio.Semaphore(wire.CONNECTIONS)
+            base = f"{self._engine.endpoints.customs}{api.base}"
+            made = customs.abounded(self._open(base)), asyncio.Semaphore(wire.CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -191,6 +257,10 @@ class AsyncCalls(Protocol):
         patience: float = 120.0,
         accepted: Callable[[str], None] = lambda _: None,
         waiting: Callable[[float], None] = lambda _: None,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
     ) -> Receipt:
         """As TollClient.submit."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
@@ -206,7 +276,13 @@ class AsyncCalls(Protocol):
             accepted=accepted,
             waiting=waiting,
         )
-        return await self._speak(api, talk)
+        wanted = self._engine.request(
+            scope or api,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return await self._speak(api, wanted, talk)
 
     async def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
@@ -216,16 +292,17 @@ class AsyncCalls(Protocol):
 
         path = Path(file)
         talk = customs.upload(declaration_id, path.name, _content(path), document_type)
-        return await self._speak("document", talk)
+        return await self._speak("document", self._engine.request("document"), talk)
 
-    async def _speak(self, api: str, talk: Talk) -> Receipt:
+    async def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         origin = self._engine.endpoints.customs
 
         import asyncio  # noqa: PLC0415 - as above
 
-        return await customs.aspoken(talk, partial(self._asked, api), origin, asyncio.sleep)
+        ask = partial(self._asked, apis.named(api), wanted)
+        return await customs.aspoken(talk, ask, origin, asyncio.sleep)
 
     async def routing(
         self, marker: str | os.PathLike[str], *, level: str = "house-consignment"

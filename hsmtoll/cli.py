@@ -482,6 +482,42 @@ def _one(what: str | None, named: str | None) -> str | None:
     return what or named
 
 
+_scope = click.option(
+    "--scope", metavar="S", help="The scope of the token, instead of the API's own."
+)
+
+
+def _for_whom(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of the grant that say for whom it is; `_whom` reads them."""
+    for option in (
+        click.option(
+            "--authorization-details", "details", metavar="@F",
+            help="JSON list of objects (RFC 9396), such as a customer's system user.",
+        ),
+        click.option("--resource", multiple=True, metavar="R", help="May be repeated."),
+        click.option("--consumer-org", metavar="N", help="On whose behalf; nine digits."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def _whom(
+    consumer_org: str | None, resource: tuple[str, ...], details: str | None
+) -> dict[str, Any]:
+    """The same as keywords of the client's methods."""
+    given: Any = None
+    if details is not None:
+        try:
+            given = _parsed(_body(details) or b"")
+        except ValueError:
+            raise UsageError("--authorization-details: that is not JSON", hint=_NO_JSON) from None
+    return {
+        "consumer_org": consumer_org,
+        "resource": resource or None,
+        "authorization_details": given,
+    }
+
+
 def _print_json(value: dict[str, Any]) -> None:
     click.echo(_json({"schema": 1, **value}))
 
@@ -517,6 +553,7 @@ def _json(value: Any, *, indent: int | None = 2) -> str:
 @click.option("--min-life", type=click.FloatRange(min=0), default=0.0, metavar="S",
               help="Seconds for which the token must remain valid.")  # fmt: skip
 @click.option("--renew", is_flag=True, help="Get a new token even if one is cached.")
+@_for_whom
 @_final_try
 @click.pass_obj
 def token(
@@ -528,6 +565,9 @@ def token(
     header: bool,
     min_life: float,
     renew: bool,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
     use_final_try: bool,
 ) -> None:
     """
@@ -539,9 +579,10 @@ def token(
         raise UsageError("--json and --header: one form at a time")
     if not math.isfinite(min_life):
         raise UsageError(f"--min-life {min_life}: seconds are expected")
+    whom = _whom(consumer_org, resource, details)
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
-        got = client.token(_one(what, named), min_life=min_life, renew=renew)
+        got = client.token(_one(what, named), min_life=min_life, renew=renew, **whom)
         left = int(got.remaining(app.clock.now()))
     if as_json:
         _print_json(
@@ -561,16 +602,27 @@ def token(
     examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange",),
 )
 @_what
+@_for_whom
 @_final_try
 @click.pass_obj
-def sign(ours: _Globals, *, what: str | None, named: str | None, use_final_try: bool) -> None:
+def sign(
+    ours: _Globals,
+    *,
+    what: str | None,
+    named: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
+    use_final_try: bool,
+) -> None:
     """
     Print one signed assertion, to be exchanged on another machine.
 
     Nothing is sent. The assertion can be used once, within two minutes.
     """
+    whom = _whom(consumer_org, resource, details)
     app = ours.app(use_final_try=use_final_try)
-    request = app.engine.request(_one(what, named))
+    request = app.engine.request(_one(what, named), **whom)
     try:
         signer = app.signer
         try:
@@ -660,6 +712,8 @@ def test_auth(
                 f"API {api.name}: no test call is documented for it",
                 hint="`hsmtoll test-auth road` proves key, certificate and both services",
             )
+        if api.test_seen:
+            _say(f"the test call of {api.name} is not documented; a public client names it")
         response = client.call("GET", f"{api.base}{api.test}")
         _checked(response, api, app)
         if response.status_code != 200:
@@ -700,6 +754,8 @@ def _checked(response: Any, api: catalogue.Api, app: App) -> None:
 @click.option(
     "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
 )
+@_scope
+@_for_whom
 @_final_try
 @click.pass_obj
 def call(
@@ -711,18 +767,23 @@ def call(
     json_data: str | None,
     include: bool,
     headers: tuple[str, ...],
+    scope: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
     use_final_try: bool,
 ) -> None:
     """
     Make one API call and print the body of the answer.
 
-    PATH is below Customs' host and decides the scope; `hsmtoll apis` lists the base paths.
+    PATH is below Customs' host and decides the scope; `hsmtoll apis` lists the base paths. With
+    --scope, PATH may be one that is not listed.
     """
     if data is not None and json_data is not None:
         raise UsageError("--data and --json-data: one body at a time")
     if not _WORD.fullmatch(method):
         raise UsageError(f"method {foreign(method)}: a word such as GET is expected")
-    api = catalogue.api_of_path(path)
+    api = catalogue.at(path) if scope else catalogue.api_of_path(path)
     if not path.isprintable() or len(path) > _LONGEST_PATH:
         raise UsageError(
             f"path {foreign(path)}: printable characters are expected, {_LONGEST_PATH} at most"
@@ -735,9 +796,12 @@ def call(
         except ValueError:
             raise UsageError("--json-data: that is not JSON", hint=_no_json(json_data)) from None
         sent.append(("Content-Type", "application/json"))
+    whom = _whom(consumer_org, resource, details)
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
-        response = client.call(method.upper(), path, content=body, headers=sent)
+        response = client.call(
+            method.upper(), path, scope=scope, **whom, content=body, headers=sent
+        )
     from hsmtoll.customs import SAFE
 
     asked = method.upper() in SAFE
@@ -864,6 +928,8 @@ def _stdin(what: str, limit: int = -1) -> bytes:
 @click.option("--timeout", type=click.FloatRange(min=0, max=86_400), default=120.0, metavar="S",
               show_default=True, help="Seconds to wait for the result.")  # fmt: skip
 @_as_json
+@_scope
+@_for_whom
 @_final_try
 @click.pass_obj
 def submit(
@@ -876,6 +942,10 @@ def submit(
     mrn: str | None,
     timeout: float,
     as_json: bool,
+    scope: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
     use_final_try: bool,
 ) -> None:
     """
@@ -903,6 +973,7 @@ def submit(
         raise UsageError(
             "submit: the message has half of a surrogate pair or too large a number in it"
         ) from None
+    whom = _whom(consumer_org, resource, details)
     app = ours.app(use_final_try=use_final_try)
     with app.client() as client:
         receipt = client.submit(
@@ -912,6 +983,8 @@ def submit(
             json=parsed,
             mrn=mrn,
             patience=timeout,
+            scope=scope,
+            **whom,
             # At once and before the first question, so that it can be asked for later.
             accepted=lambda request_id: _say(f"accepted, requestId {request_id}"),
             waiting=_waiting,
@@ -1356,18 +1429,19 @@ def pin_clear(ours: _Globals, *, as_json: bool) -> None:
 def list_apis(*, as_json: bool) -> None:
     """List the APIs with their scopes and paths."""
     if as_json:
-        names = ("name", "norwegian", "eseal", "base", "test", "not_ready")
-        _print_json({"apis": [{n: getattr(a, n) or None for n in names} for a in catalogue.APIS]})
+        names = ("name", "norwegian", "eseal", "base", "test", "not_ready", "no_scope")
+        rows = [{n: getattr(a, n) or None for n in names} for a in catalogue.APIS]
+        _print_json({"guide": catalogue.VERSION, "apis": rows})
         return
-    rows = [("API", "Norwegian scope", "eSeal scope", "path")]
-    rows += [
-        (api.name, api.norwegian or "-", api.eseal or "-", api.not_ready or api.base or "self-test")
-        for api in catalogue.APIS
-    ]
-    widths = [max(len(row[at]) for row in rows) for at in range(3)]
-    for row in rows:
+    table: list[tuple[str, ...]] = [("API", "Norwegian scope", "eSeal scope", "path")]
+    for api in catalogue.APIS:
+        scopes = ["(name it)" if api.no_scope else one or "-" for one in (api.norwegian, api.eseal)]
+        table.append((api.name, *scopes, api.not_ready or api.base or "self-test"))
+    widths = [max(len(row[at]) for row in table) for at in range(3)]
+    for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         click.echo("  ".join([*cells, row[3]]))
+    click.echo(f"as in Customs' guide (https://toll.github.io) of {catalogue.VERSION}")
 
 
 @main.command(

@@ -15,7 +15,7 @@ from hsmtoll.errors import ConfigurationError
 from hsmtoll.tokens import ANY, AccessToken, Wish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     import httpx
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hsmtoll.keeper import Keeper
     from hsmtoll.metrics import Status
     from hsmtoll.renewal import Engine
+    from hsmtoll.tokens import Details
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
@@ -72,12 +73,13 @@ class _Shared:
             return ANY
         return Wish(min_life, since=self._engine.clock.now() if renew else None)
 
-    def _target(self, name: str) -> tuple[str, str]:
+    def _base(self, name: str) -> str:
         api = apis.named(name)
-        scope = api.scope(self._engine.family)
         if not api.base:
+            # One that is not ready says so.
+            api.scope(self._engine.family)
             raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
-        return f"{self._engine.endpoints.customs}{api.base}", scope
+        return f"{self._engine.endpoints.customs}{api.base}"
 
 
 class TollClient(_Shared, Calls):
@@ -88,31 +90,81 @@ class TollClient(_Shared, Calls):
     """
 
     def token(
-        self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
+        self,
+        scope: str | None = None,
+        *,
+        min_life: float = 0.0,
+        renew: bool = False,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
     ) -> AccessToken:
         """
         A Customs token that is not expired, for an API's name or a scope.
 
         *min_life*: seconds it shall live at least. *renew*: a new one, whatever is held.
+        For whom: *consumer_org* (nine digits) and *resource* win over the settings, ``""`` and
+        ``()`` are none; *authorization_details* is a list of objects (RFC 9396), such as the
+        system user of a customer. Each combination has a token of its own.
         """
         engine = self._engine
-        return engine.token(engine.request(scope), self._wish(min_life, renew=renew))
+        request = engine.request(
+            scope,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return engine.token(request, self._wish(min_life, renew=renew))
 
-    def auth(self, scope: str | None = None) -> TollAuth:
-        """httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else."""
+    def auth(
+        self,
+        scope: str | None = None,
+        *,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+    ) -> TollAuth:
+        """
+        httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. For
+        whom, as for `token`.
+        """
         from hsmtoll.auth import TollAuth  # noqa: PLC0415 - a cached token needs no HTTP
 
-        return TollAuth(self._engine, self._engine.request(scope))
+        request = self._engine.request(
+            scope,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return TollAuth(self._engine, request)
 
-    def api(self, name: str) -> httpx.Client:
+    def api(
+        self,
+        name: str,
+        *,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+    ) -> httpx.Client:
         """
         An httpx.Client for the API called *name*: base URL, bearer, proxy, CA. It is closed
-        with this client at the latest.
+        with this client at the latest. *scope* is another one than the API's own; for whom, as
+        for `token`.
         """
+        base = self._base(name)
+        auth = self.auth(
+            scope or name,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return self._open(base, auth)
+
+    def _open(self, base: str, auth: TollAuth | None = None) -> httpx.Client:
         import httpx  # noqa: PLC0415 - as above
 
-        base, scope = self._target(name)
-        made = httpx.Client(base_url=base, auth=self.auth(scope), **self._engine.wire.options(base))
+        made = httpx.Client(base_url=base, auth=auth, **self._engine.wire.options(base))
         self._lent(made)
         return made
 
@@ -137,26 +189,67 @@ class AsyncTollClient(_Shared, AsyncCalls):
     """As TollClient, for tasks: what is held is given at once, and waiting holds no thread."""
 
     async def token(
-        self, scope: str | None = None, *, min_life: float = 0.0, renew: bool = False
+        self,
+        scope: str | None = None,
+        *,
+        min_life: float = 0.0,
+        renew: bool = False,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
     ) -> AccessToken:
         """As TollClient.token."""
         engine = self._engine
-        return await engine.atoken(engine.request(scope), self._wish(min_life, renew=renew))
+        request = engine.request(
+            scope,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return await engine.atoken(request, self._wish(min_life, renew=renew))
 
-    def auth(self, scope: str | None = None) -> AsyncTollAuth:
+    def auth(
+        self,
+        scope: str | None = None,
+        *,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+    ) -> AsyncTollAuth:
         """As TollClient.auth."""
         from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415 - as above
 
-        return AsyncTollAuth(self._engine, self._engine.request(scope))
+        request = self._engine.request(
+            scope,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return AsyncTollAuth(self._engine, request)
 
-    def api(self, name: str) -> httpx.AsyncClient:
+    def api(
+        self,
+        name: str,
+        *,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+    ) -> httpx.AsyncClient:
         """As TollClient.api."""
+        base = self._base(name)
+        auth = self.auth(
+            scope or name,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        return self._open(base, auth)
+
+    def _open(self, base: str, auth: AsyncTollAuth | None = None) -> httpx.AsyncClient:
         import httpx  # noqa: PLC0415 - as above
 
-        base, scope = self._target(name)
-        made = httpx.AsyncClient(
-            base_url=base, auth=self.auth(scope), **self._engine.wire.options(base)
-        )
+        made = httpx.AsyncClient(base_url=base, auth=auth, **self._engine.wire.options(base))
         self._lent(made)
         return made
 

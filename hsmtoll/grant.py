@@ -86,4 +86,6 @@ class Grant:
             claims["resource"] = list(self.request.resource)
         if self.request.consumer_org:
             claims["consumer_org"] = self.request.consumer_org
+        if self.request.authorization_details:
+            claims["authorization_details"] = self.request.details
         return jws.signing_input(self._header_segment, claims)

@@ -257,6 +257,8 @@ def _as_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expect
         asked["resource"] = list(request.resource)
     if request.consumer_org is not None:
         asked["consumer_org"] = request.consumer_org
+    if request.authorization_details:
+        asked["authorization_details"] = request.details
     for name, value in asked.items():
         if claims.get(name) != value:
             raise _Unfit(

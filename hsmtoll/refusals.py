@@ -12,7 +12,7 @@ from typing import Final, Literal
 __all__ = ["REFUSALS", "VERSION", "Refusal", "refusal"]
 
 #: The state of the page that this table follows. It changes when a row does.
-VERSION: Final = "2024-06"
+VERSION: Final = "2024-10"
 
 Who = Literal["you", "issuer", "digdir", "customs"]
 
@@ -115,16 +115,24 @@ REFUSALS: Final = {
         Refusal(
             "MP-251",
             "the consumer has not delegated this access to the supplier",
-            "the organisation in HSMTOLL_CONSUMER_ORG delegates the access in Altinn",
+            "the organisation in --consumer-org or HSMTOLL_CONSUMER_ORG delegates the access in Altinn",
             scope=True,
         ),
         Refusal(
-            "MP-301", "unknown type in authorization_details", "drop it; Customs does not use it"
+            "MP-301",
+            "unknown type in authorization_details",
+            "its type is urn:altinn:systemuser or urn:altinn:consent",
         ),
         Refusal(
-            "MP-302", "unknown field in authorization_details", "drop it; Customs does not use it"
+            "MP-302",
+            "unknown field in authorization_details",
+            "a system user has type, systemuser_org and externalRef, a consent type, id and from",
         ),
-        Refusal("MP-303", "bad value in authorization_details", "drop it; Customs does not use it"),
+        Refusal(
+            "MP-303",
+            "bad value in authorization_details",
+            'systemuser_org is {"authority": "iso6523-actorid-upis", "ID": "0192:<nine digits>"}, and the customer has a system user in Altinn',
+        ),
     )
 }
 
@@ -161,8 +169,8 @@ _WITHOUT_CODE: Final = (
     ),
     (
         "combination consumer_org",
-        "HSMTOLL_CONSUMER_ORG is the client's own organisation",
-        "unset HSMTOLL_CONSUMER_ORG",
+        "consumer_org is the client's own organisation",
+        "leave it out (--consumer-org, HSMTOLL_CONSUMER_ORG)",
     ),
 )
 

@@ -481,12 +481,16 @@ class Hosts:
 
 
 def _body(profile: str, request: TokenRequest) -> dict[str, Any]:
-    return {
+    body: dict[str, Any] = {
         "profile": profile,
         "scope": request.scope,
         "consumer_org": request.consumer_org,
         "resource": list(request.resource) or None,
     }
+    if request.authorization_details:
+        # A host that is one version older refuses members that it does not know.
+        body["authorization_details"] = request.details
+    return body
 
 
 class RemoteSigner:

@@ -23,14 +23,15 @@ from hsmtoll.errors import (
     ConfigurationError,
     ExchangeRefused,
     HsmTollError,
+    UsageError,
     foreign,
 )
 from hsmtoll.remembered import Remembered
 from hsmtoll.stores import name_of
-from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish
+from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish, details_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from hsmtoll.apis import Identity
@@ -108,22 +109,40 @@ class Engine:
         """How the legs travel; made when the first one does."""
         return self._wire()
 
-    def request(self, scope: str | None) -> TokenRequest:
-        """What is asked for: an API or a scope, or the default; ConfigurationError without one."""
-        request = self._requests.get(scope)
-        if request is None:
-            default = self._default or TokenRequest("")
-            word = scope if scope is not None else default.scope
-            if not word:
-                raise ConfigurationError(
-                    "HSMTOLL_SCOPE: required where no API or scope is named",
-                    hint="set it to an API of `hsmtoll apis`, such as road",
-                    code="setting-missing",
-                )
-            named = apis.scope_of(word, self.family)
-            request = TokenRequest(named, default.resource, default.consumer_org)
+    def request(
+        self,
+        scope: str | None,
+        *,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: object = None,
+    ) -> TokenRequest:
+        """
+        What is asked for: an API or a scope, or the default; ConfigurationError without one.
+
+        *consumer_org* and *resource* win over the settings; ``""`` and ``()`` are none.
+        *authorization_details* as `tokens.details_text` takes it. UsageError for bad values.
+        """
+        plain = consumer_org is None and resource is None and authorization_details is None
+        if plain and (known := self._requests.get(scope)) is not None:
+            return known
+        default = self._default or TokenRequest("")
+        word = scope if scope is not None else default.scope
+        if not word:
+            raise ConfigurationError(
+                "HSMTOLL_SCOPE: required where no API or scope is named",
+                hint="set it to an API of `hsmtoll apis`, such as road",
+                code="setting-missing",
+            )
+        request = default._replace(scope=apis.scope_of(word, self.family))
+        if plain:
             self._requests[scope] = request
-        return request
+            return request
+        if consumer_org is not None:
+            request = request._replace(consumer_org=_organisation(consumer_org))
+        if resource is not None:
+            request = request._replace(resource=_resources(resource))
+        return request._replace(authorization_details=details_text(authorization_details))
 
     def token(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
         """From memory, the store, or a renewal. Raises what the renewal raises."""
@@ -138,8 +157,15 @@ class Engine:
     def key(self, request: TokenRequest) -> str:
         """The key of the store; the device is asked who it is if nobody knows yet."""
         identity = self._identity.read() or self._met()
-        consumer = f"for {request.consumer_org}"
-        return name_of(self._selector, identity, request.scope, *request.resource, consumer)
+        consumer, details = f"for {request.consumer_org}", request.authorization_details
+        return name_of(
+            self._selector,
+            identity,
+            request.scope,
+            *request.resource,
+            consumer,
+            f"details {details}",
+        )
 
     def _met(self) -> str:
         """Who will sign; remembered if that is certain before it has signed."""
@@ -346,6 +372,24 @@ class _Renewal:
     def fetch(self, flight: Flight) -> AccessToken:
         """A new token."""
         return self._engine.renewed(self._request, flight)
+
+
+def _organisation(given: str) -> str | None:
+    """*given* as the claim; ``None`` for an empty one."""
+    if given and not (len(given) == 9 and given.isascii() and given.isdigit()):
+        raise UsageError(
+            f"consumer_org {foreign(given)}: nine digits are expected",
+            hint="the Norwegian organisation number of whom it is for; another country's has none",
+        )
+    return given or None
+
+
+def _resources(given: Sequence[str] | str) -> tuple[str, ...]:
+    listed = (given,) if isinstance(given, str) else tuple(given)
+    wrong = next((each for each in listed if not each.isprintable() or " " in each), None)
+    if wrong is not None:
+        raise UsageError(f"resource {foreign(wrong)}: a URI without white space is expected")
+    return tuple(each for each in listed if each)
 
 
 def _again(exc: Exception) -> bool | float:

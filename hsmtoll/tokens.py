@@ -7,11 +7,25 @@ Values and arithmetic. A clock never enters: every question brings its moment al
 from __future__ import annotations
 
 import enum
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-__all__ = ["ANY", "MARGIN", "AccessToken", "Freshness", "Moment", "TokenRequest", "Wish"]
+from hsmtoll.errors import UsageError
+
+__all__ = [
+    "ANY",
+    "MARGIN",
+    "AccessToken",
+    "Details",
+    "Freshness",
+    "Moment",
+    "TokenRequest",
+    "Wish",
+    "details_text",
+]
 
 #: Seconds before its end at which a token is renewed, at most (PROTOCOL C11).
 MARGIN: Final = 60.0
@@ -39,11 +53,59 @@ class Freshness(enum.Enum):
 
 
 class TokenRequest(NamedTuple):
-    """What is asked of Maskinporten: one scope (PROTOCOL C13) and the documented options."""
+    """
+    What is asked of Maskinporten: one scope and the documented options.
+
+    *consumer_org* is the organisation on whose behalf, nine digits. *authorization_details* is
+    the JSON text of a list of objects (RFC 9396 section 2), as `details_text` writes it: equal
+    lists are equal texts, and ``""`` is none.
+    """
 
     scope: str
     resource: tuple[str, ...] = ()
     consumer_org: str | None = None
+    authorization_details: str = ""
+
+    @property
+    def details(self) -> list[dict[str, Any]]:
+        """*authorization_details* as objects."""
+        listed: list[dict[str, Any]] = json.loads(self.authorization_details or "[]")
+        return listed
+
+
+#: authorization_details as callers give them: one object, or several.
+Details = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+#: Characters. One object with a customer's organisation has two hundred.
+_LONGEST_DETAILS: Final = 4096
+
+
+def details_text(given: object) -> str:
+    """
+    *given* as the text of a TokenRequest: an object or a list of objects, each with a ``type``
+    (RFC 9396 section 2). UsageError for anything else.
+    """
+    listed = [given] if isinstance(given, Mapping) else given
+    if not listed and (listed is None or isinstance(listed, list | tuple)):
+        return ""
+    fits = isinstance(listed, list | tuple) and all(
+        isinstance(each, Mapping) and isinstance(each.get("type"), str) for each in listed
+    )
+    try:
+        text = json.dumps(
+            listed, separators=(",", ":"), sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
+        fits, text = False, ""
+    if not fits or len(text) > _LONGEST_DETAILS:
+        raise UsageError(
+            "authorization_details: a list of JSON objects, each with its type, is expected",
+            hint='such as [{"type": "urn:altinn:systemuser", "systemuser_org": {"authority": '
+            '"iso6523-actorid-upis", "ID": "0192:987654321"}}]',
+            code="authorization-details",
+        )
+    return text
 
 
 @dataclass(frozen=True, slots=True, repr=False)

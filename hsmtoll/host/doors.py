@@ -36,10 +36,12 @@ from hsmtoll.errors import (
     NetworkError,
     PolicyDenied,
     TryAgainLater,
+    UsageError,
     foreign,
 )
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
+from hsmtoll.tokens import details_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -82,7 +84,9 @@ _LARGEST_LINE: Final = 4096
 _LONGEST_WORD: Final = 256
 _MOST_RESOURCES: Final = 16
 _PATHS: Final = frozenset({"/v1/grant", "/v1/token"})
-_MEMBERS: Final = frozenset({"profile", "scope", "consumer_org", "resource"})
+_MEMBERS: Final = frozenset(
+    {"profile", "scope", "consumer_org", "resource", "authorization_details"}
+)
 
 
 class Refused(Exception):
@@ -149,7 +153,17 @@ def parsed(raw: bytes) -> Ask:
         _word(said, "scope"),
         consumer_org,
         tuple(_word({"resource": each}, "resource") for each in listed),
+        _details(said.get("authorization_details")),
     )
+
+
+def _details(given: object) -> str:
+    try:
+        return details_text(given)
+    except UsageError:
+        raise _bad(
+            "authorization_details is null or a list of objects, each with its type"
+        ) from None
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

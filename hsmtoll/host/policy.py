@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hsmtoll import apis
-from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
 from hsmtoll.host.peers import Peer
 from hsmtoll.settings import check_code_file
+from hsmtoll.tokens import TokenRequest, details_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +29,17 @@ Mode = Literal["grant", "token"]
 
 _CALLER: Final = re.compile(r"(?:uid|gid):(0|[1-9][0-9]{0,9})|san:(?:dns|uri):[!-~]+")
 _MODES: Final = ("grant", "token")
-_OPTIONS: Final = frozenset({"scopes", "mode", "consumer_org", "resource", "per_minute", "per_day"})
+_OPTIONS: Final = frozenset(
+    {
+        "scopes",
+        "mode",
+        "consumer_org",
+        "resource",
+        "authorization_details",
+        "per_minute",
+        "per_day",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,11 @@ class Ask:
     scope: str
     consumer_org: str | None = None
     resource: tuple[str, ...] = ()
+    authorization_details: str = ""
+
+    def request(self, scope: str) -> TokenRequest:
+        """What is asked of Maskinporten, for *scope* in full."""
+        return TokenRequest(scope, self.resource, self.consumer_org, self.authorization_details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +67,16 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one caller may have of one profile; *line* is where the file says so."""
+    """
+    What one caller may have of one profile; *line* is where the file says so. An object of
+    *authorization_details* allows those that have its members, with its values.
+    """
 
     scopes: frozenset[str]
     mode: frozenset[str]
     consumer_org: frozenset[str]
     resource: frozenset[str]
+    authorization_details: tuple[Mapping[str, Any], ...]
     per_minute: int | None
     per_day: int | None
     line: int
@@ -211,6 +231,7 @@ class _Reader:
             frozenset(modes),
             frozenset(self._texts(given.get("consumer_org", []), f"{where}: consumer_org")),
             frozenset(self._texts(given.get("resource", []), f"{where}: resource")),
+            self._details(given.get("authorization_details", []), where),
             quotas[0],
             quotas[1],
             self._line(rf"\s*(?:profile\s*\.\s*)?[\"']?{re.escape(profile)}[\"']?\s*=", line)
@@ -227,6 +248,13 @@ class _Reader:
         if not isinstance(value, dict):
             raise self._bad(f"{foreign(what)}: a table is expected")
         return value
+
+    def _details(self, value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+        try:
+            text = details_text(value)
+        except UsageError as exc:
+            raise self._bad(f"{where}: {exc}") from exc
+        return tuple(TokenRequest("", authorization_details=text).details)
 
     def _texts(self, value: object, what: str) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
@@ -288,7 +316,17 @@ def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
     for each in ask.resource:
         if each not in entry.resource:
             return f"resource {foreign(each)} is not allowed"
+    for asked in ask.request(scope).details:
+        if not any(_covers(allowed, asked) for allowed in entry.authorization_details):
+            return f"authorization_details {foreign(asked)} are not allowed"
     return None
+
+
+def _covers(allowed: object, asked: object) -> bool:
+    """Whether *asked* has every member of *allowed*, with the same value."""
+    if isinstance(allowed, dict) and isinstance(asked, dict):
+        return all(name in asked and _covers(allowed[name], asked[name]) for name in allowed)
+    return type(allowed) is type(asked) and allowed == asked
 
 
 def _names_a_caller(name: str) -> bool:

@@ -50,7 +50,6 @@ from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.settings import load
 from hsmtoll.signer import FirstUp, LocalSigner, SecondChoice, new_jti, readable
-from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
     import asyncio
@@ -66,7 +65,7 @@ if TYPE_CHECKING:
     from hsmtoll.renewal import Engine
     from hsmtoll.settings import Settings
     from hsmtoll.signer import Prepared
-    from hsmtoll.tokens import AccessToken
+    from hsmtoll.tokens import AccessToken, TokenRequest
 
     Reply = dict[str, Any]
 
@@ -133,7 +132,13 @@ class _Order:
     def members(self) -> dict[str, Any]:
         """What every record about it says."""
         ask, verdict = self.ask, self.verdict
-        options = {"mode": self.mode, "consumer_org": ask.consumer_org, "resource": ask.resource}
+        options: dict[str, Any] = {
+            "mode": self.mode,
+            "consumer_org": ask.consumer_org,
+            "resource": ask.resource,
+        }
+        if ask.authorization_details:
+            options["authorization_details"] = ask.authorization_details
         return {
             "caller": (verdict and verdict.caller) or self.peer.account,
             "profile": foreign(ask.profile),
@@ -497,7 +502,7 @@ class Service:
                 retry_after=_SOON,
             )
         ask = order.ask
-        return house, TokenRequest(verdict.scope, ask.resource, ask.consumer_org)
+        return house, ask.request(verdict.scope)
 
     def _decide(self, order: _Order, *, of: Any) -> Verdict:
         """The verdict, if it is yes; otherwise the refusal, which is written down and raised."""

@@ -4,7 +4,9 @@ What is issued when no rule refuses: tokens of Maskinporten (PROTOCOL A.9) and o
 
 from __future__ import annotations
 
+import json
 import secrets
+import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from cryptography.x509.oid import NameOID
@@ -50,12 +52,22 @@ def access_claims(request: TokenRequest, world: World) -> dict[str, Any]:
     if resource:
         single = resource[0] if isinstance(resource, list) and len(resource) == 1 else resource
         claims["aud"] = single
-    for name in ("pid", "authorization_details"):
-        if name in asked:
-            claims[name] = asked[name]
+    if "pid" in asked:
+        claims["pid"] = asked["pid"]
+    if "authorization_details" in asked:
+        claims["authorization_details"] = [_detail(one) for one in asked["authorization_details"]]
     if not world.on("M84"):
         claims |= {"sub": "-", "nbf": now}
     return claims
+
+
+def _detail(asked: dict[str, Any]) -> dict[str, Any]:
+    """One of authorization_details, with the system user that Maskinporten found for it."""
+    if asked.get("type") != "urn:altinn:systemuser":
+        return asked
+    known = json.dumps(asked, sort_keys=True)
+    user = str(uuid.uuid5(uuid.NAMESPACE_URL, known))
+    return {**asked, "systemuser_id": [user], "system_id": "987654321_hsmtoll_sandbox"}
 
 
 def _lifetime(request: TokenRequest, world: World) -> int:
@@ -115,7 +127,10 @@ def customs_claims(request: TokenRequest, world: World, host: str) -> dict[str, 
     bare = [scope.removeprefix("toll:").removeprefix("eu/") for scope in request.scopes]
     names = [INTERNAL[scope] for scope in bare if scope in INTERNAL]
     exp = int(request.number("exp", world.now))
+    # What Customs does with a system user is not documented: it is passed on, for tests to see.
+    details = request.jws.claims.get("authorization_details")
     return {
+        **({"authorization_details": details} if details else {}),
         "sub": subject(request),
         "iat": int(world.now),
         "exp": exp if world.on("T07") else exp + 100,

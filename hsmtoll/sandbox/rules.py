@@ -674,7 +674,9 @@ def _m73(request: TokenRequest, _: World) -> str | None:
         "urn:altinn:systemuser": {"type", "systemuser_org", "externalRef"},
         "urn:altinn:consent": {"type", "id", "from"},
     }
-    for one in found if isinstance(found, list) else [found]:
+    if not isinstance(found, list):
+        return "Invalid authorization details values"
+    for one in found:
         kind = one.get("type") if isinstance(one, dict) else None
         if not isinstance(kind, str) or kind not in members:
             return "Unknown authorization details type"
@@ -922,7 +924,7 @@ def _t19(call: Call, _: World) -> str | None:
 @_rule("T11", "the token's scope covers the API", "O/I", stage="call", status=403)
 def _t11(call: Call, _: World) -> str | None:
     scopes = str((call.claims or {}).get("scope", "")).split()
-    needed = INTERNAL[call.route.scope] if call.route else ""
+    needed = INTERNAL[call.route.scope] if call.route and call.route.scope else ""
     return None if not needed or needed in scopes else "insufficient scope"
 
 

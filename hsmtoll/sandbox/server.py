@@ -204,6 +204,11 @@ class Sandbox:
         with self.state.lock:
             self.state.allowed.setdefault(org, set()).update(scopes)
 
+    def delegate(self, consumer_org: str, supplier: str, *scopes: str) -> None:
+        """*consumer_org* lets *supplier* act for it with these scopes (MP-251 otherwise)."""
+        with self.state.lock:
+            self.state.delegations |= {(consumer_org, supplier, scope) for scope in scopes}
+
     def revoke(self, certificate: x509.Certificate) -> None:
         """Puts a certificate on the revocation list (M30)."""
         with self.state.lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hsmtoll.errors import ConfigurationError, PolicyDenied
 from hsmtoll.host.peers import OVERFLOW, Peer
 from hsmtoll.host.policy import Ask, Counts, Policy, decide, explain
+from hsmtoll.tokens import details_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,3 +166,62 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
     path.chmod(0o666)
     with pytest.raises(ConfigurationError, match="others may change"):
         Policy.load(path)
+
+
+DETAILS = {
+    "type": "urn:altinn:systemuser",
+    "systemuser_org": {"authority": "iso6523-actorid-upis", "ID": "0192:910000001"},
+}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "asked", "verdict"),
+    [
+        ("[]", [DETAILS], False),
+        ('[{type = "urn:altinn:systemuser"}]', [DETAILS], True),
+        ('[{type = "urn:altinn:consent"}]', [DETAILS], False),
+        (
+            '[{type = "urn:altinn:systemuser", systemuser_org = {ID = "0192:910000001"}}]',
+            [DETAILS],
+            True,
+        ),
+        (
+            '[{type = "urn:altinn:systemuser", systemuser_org = {ID = "0192:910000002"}}]',
+            [DETAILS],
+            False,
+        ),
+        (
+            '[{type = "urn:altinn:systemuser"}]',
+            [DETAILS, {"type": "urn:altinn:consent", "id": "1"}],
+            False,
+        ),
+        ("[]", [], True),
+    ],
+)
+def test_authorization_details_are_those_that_the_policy_has_members_of(
+    allowed: str, asked: list[dict[str, Any]], verdict: bool
+) -> None:
+    text = f"""
+[profile.acme]
+environment = "prod"
+identity = "norwegian"
+[caller."uid:1001"]
+profile.acme = {{ scopes = ["road"], mode = ["grant"], authorization_details = {allowed} }}
+"""
+    policy = Policy.parse(text.encode())
+    ask = Ask("acme", "road", authorization_details=details_text(asked))
+    said = decide(policy, Peer(frozenset({"uid:1001"})), ask, "grant", Counts())
+    assert said.allowed == verdict
+    assert verdict or "authorization_details" in said.why
+
+
+def test_a_policy_with_details_of_no_type_is_wrong() -> None:
+    text = """
+[profile.acme]
+environment = "prod"
+identity = "norwegian"
+[caller."uid:1001"]
+profile.acme = { scopes = ["road"], mode = ["grant"], authorization_details = [{ID = "1"}] }
+"""
+    with pytest.raises(ConfigurationError, match="authorization_details"):
+        Policy.parse(text.encode())

@@ -45,7 +45,8 @@ def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None
         ask = parsed(json.dumps(said).encode())
     except Refused:
         return
-    assert said.keys() <= {"profile", "scope", "consumer_org", "resource"}
+    members = {"profile", "scope", "consumer_org", "resource", "authorization_details"}
+    assert said.keys() <= members
     assert (ask.profile, ask.scope, ask.consumer_org) == (
         said["profile"], said["scope"], said.get("consumer_org"),
     )  # fmt: skip
@@ -67,6 +68,8 @@ def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None
         json.dumps({**ROAD, "resource": ["https://a.example"] * 17}).encode(),
         json.dumps({**ROAD, "scope": "x" * 257}).encode(),
         json.dumps({**ROAD, "consumer_org": "98765432٥"}).encode(),
+        json.dumps({**ROAD, "authorization_details": [{"ID": "1"}]}).encode(),
+        json.dumps({**ROAD, "authorization_details": "x"}).encode(),
     ],
 )
 def test_each_of_these_differs_from_a_request_in_one_thing(raw: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.tokens import TokenRequest
-from tests.hosting import PATIENCE, POLICY, ROAD_SCOPE, make_host
+from tests.hosting import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,6 +157,39 @@ def test_the_files_that_the_readme_shows_are_understood(tmp_path: Path) -> None:
     config.write_text(shown["host.toml"])
     config.chmod(0o600)
     assert str(load(config=config).host.policy) == "/etc/hsmtoll/policy.toml"
+
+
+def test_a_caller_says_for_whom_and_the_policy_which_of_them(
+    running_host: RunningHost, toll_sandbox: Sandbox, tmp_path: Path
+) -> None:
+    def details(org: str) -> str:
+        named = {"authority": "iso6523-actorid-upis", "ID": f"0192:{org}"}
+        return json.dumps([{"type": "urn:altinn:systemuser", "systemuser_org": named}])
+
+    # An inline table of TOML, which JSON is not.
+    allowed = '{type = "urn:altinn:systemuser", systemuser_org = {ID = "0192:910000001"}}'
+    rules = entry(ME).replace(" }", f", authorization_details = [{allowed}] }}")
+    running_host.write_policy(rules)
+    running_host.reload()
+    environ = caller(toll_sandbox, tmp_path, running_host.url)
+    asked = ("sign", "road", "--authorization-details")
+
+    signed = hsmtoll(*asked, details("910000001"), environ=environ)
+    assert signed.returncode == 0, signed.stderr
+    body = signed.stdout.split(".")[1]
+    claims = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+    assert claims["authorization_details"] == json.loads(details("910000001"))
+    (intent,) = running_host.records("intent")
+    assert "910000001" in intent["options"]["authorization_details"]
+
+    refused = hsmtoll(*asked, details("910000002"), environ=environ)
+    assert refused.returncode == 90
+    assert "authorization_details" in refused.stderr
+    verified = hsmtoll(
+        "audit", "verify", "--public-key", str(running_host.public_key), str(running_host.audit),
+        environ={},
+    )  # fmt: skip
+    assert verified.returncode == 0, verified.stderr
 
 
 def test_what_the_policy_does_not_allow_is_error_90_with_the_hosts_words(

@@ -301,7 +301,7 @@ class TestTheSettings:
             (("upload", "123456789-01092026-1", "/dev/null", "--type", "invoice"), "regular file"),
             (("token", "road", "--min-life", "nan"), "--min-life"),
             (("token", "road", "--min-life", "inf"), "--min-life"),
-            (("test-auth", "air"), "no test call"),
+            (("test-auth", "maritime"), "no test call"),
             (("upload", "1", "/nowhere.pdf", "--type", "invoice"), "/nowhere.pdf"),
             (("exchange",), "assertion"),
             (("token", "declaration-feed"), "not yet ready"),

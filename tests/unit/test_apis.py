@@ -20,6 +20,9 @@ NAMES = [
     "presentation",
     "routing",
     "document",
+    "arrival",
+    "maritime-ssnn",
+    "maritime-ssnn-query",
     "declaration-feed",
     "verksemd.eu",
 ]
@@ -104,6 +107,38 @@ def test_a_path_tells_its_api(path: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/api/movement/road/v22/x", "/api/movement/roadv2", "x"])
-def test_a_path_of_no_api_is_refused(path: str) -> None:
-    with pytest.raises(UsageError):
+def test_a_path_of_no_api_is_refused_with_the_way_around(path: str) -> None:
+    with pytest.raises(UsageError, match="not in the catalogue") as caught:
         apis.api_of_path(path)
+    assert "--scope" in (caught.value.hint or "")
+    assert apis.VERSION in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "base"),
+    [
+        ("/api/movement/road/v2/test-auth", "/api/movement/road/v2"),
+        ("/api/movement/new/v3/thing?x=1", "/api/movement/new/v3"),
+        ("/", "/"),
+    ],
+)
+def test_with_a_scope_any_path_is_one(path: str, base: str) -> None:
+    assert apis.at(path).base == base
+
+
+@pytest.mark.parametrize(
+    "path", ["", "x", "@evil.example/", ".evil.example/", "//x", "/a\\b", "/ "]
+)
+def test_no_path_may_change_whose_the_origin_is(path: str) -> None:
+    with pytest.raises(UsageError):
+        apis.at(path)
+
+
+def test_an_api_without_a_documented_scope_asks_for_one() -> None:
+    for identity in ("eseal", "norwegian"):
+        with pytest.raises(UsageError, match="names no scope") as caught:
+            apis.scope_of("arrival", identity)
+        assert "--scope" in (caught.value.hint or "")
+    assert apis.scope_of("maritime-ssnn", "norwegian") == "toll:movement/maritimessnn"
+    with pytest.raises(ConfigurationError):
+        apis.scope_of("maritime-ssnn", "eseal")
