@@ -21,7 +21,7 @@ from typing import Final
 OTHER: Final = 41001
 
 #: Why a test that is marked ``needs_root`` did not run.
-NEEDS_ROOT: Final = "needs root: it becomes another account, or gives files to one"
+NEEDS_ROOT: Final = "needs root: another account, files that are given to one, or a system daemon"
 
 
 @functools.cache
