@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.tokens import TokenRequest
 from tests.hosting import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
+from tests.readers import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from tests.hosting import RunningHost
 
 ROAD = TokenRequest(ROAD_SCOPE)
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
 
 def caller(sandbox: Sandbox, state: Path, *urls: str, **more: str) -> dict[str, str]:
@@ -130,9 +129,6 @@ def test_a_forced_command_signs_through_the_socket_whatever_its_caller_asks_for(
 ) -> None:
     """As sshd runs it: settings of a file, the caller's words in a variable that nobody reads."""
     config = tmp_path / "caller.toml"
-    shown = README.partition("with `caller.toml` naming")[2].split("\n\n")[0]
-    for name in ("environment", "identity", "url", "profile"):
-        assert name in shown
     config.write_text(
         'environment = "sandbox"\nidentity = "eseal"\n[signer]\n'
         f'url = "{running_host.url}"\nprofile = "acme"\n'
@@ -148,15 +144,20 @@ def test_a_forced_command_signs_through_the_socket_whatever_its_caller_asks_for(
 
 
 def test_the_files_that_the_readme_shows_are_understood(tmp_path: Path) -> None:
-    files = re.findall(r"^```toml\n# /etc/hsmtoll/(\S+?):?[ \n](.*?)^```$", README, re.M | re.S)  # noqa: FURB167 - short, on one line
-    shown = dict(files)
-    assert shown.keys() == {"host.toml", "policy.toml"}
-    policy = Policy.parse(f"# {shown['policy.toml']}".encode())
+    shown: dict[str, str] = {}
+    for block in blocks("toml", "The signing host"):
+        first, _, text = block.text.partition("\n")
+        name = first.removeprefix("# /etc/hsmtoll/").partition(",")[0]
+        shown[name] = shown.get(name, "") + text
+    assert shown.keys() == {"hsmtoll.toml", "policy.toml", "caller.toml"}
+    policy = Policy.parse(shown["policy.toml"].encode())
     assert policy.callers.keys() == {"uid:1001", "san:dns:app.acme.example"}
-    config = tmp_path / "host.toml"
-    config.write_text(shown["host.toml"])
+    config = tmp_path / "settings.toml"
+    config.write_text(shown["hsmtoll.toml"])
     config.chmod(0o600)
     assert str(load(config=config).host.policy) == "/etc/hsmtoll/policy.toml"
+    config.write_text(shown["caller.toml"])
+    assert load(config=config).signer.profile == "acme"
 
 
 def test_a_caller_says_for_whom_and_the_policy_which_of_them(

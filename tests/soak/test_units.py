@@ -150,7 +150,7 @@ def machine(
     made = Machine()
     try:
         eventually(made.runs)
-        for name, text in (("host.toml", _SETTINGS), ("policy.toml", _POLICY)):
+        for name, text in (("hsmtoll.toml", _SETTINGS), ("policy.toml", _POLICY)):
             _write(folder / "etc" / name, text)
         docker("cp", f"{folder}/etc/.", f"{_NAME}:/etc/hsmtoll")
         made.do("sh", "-c", _SETUP)
@@ -192,7 +192,7 @@ def test_a_member_of_the_group_is_served_and_an_outsider_is_not(machine: Machine
 
 
 def test_stop_and_reload_are_obeyed_and_a_broken_policy_is_not(machine: Machine) -> None:
-    settings = ("hsmtoll", "--config", "/etc/hsmtoll/host.toml")
+    settings = ("hsmtoll", "--config", "/etc/hsmtoll/hsmtoll.toml")
     machine.do(*settings, "stop")
     assert "403" in machine.sign()[1]
     machine.do(*settings, "resume")
