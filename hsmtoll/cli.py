@@ -1418,7 +1418,7 @@ def pin_clear(ours: _Globals, *, as_json: bool) -> None:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
     forgotten = app.ledger.clear(*found)
     _print_result(
-        {"forgotten": forgotten, "devices": len(found)},
+        {"forgotten": forgotten, "devices": len(uris)},
         f"forgot {forgotten} record(s) of {len(uris)} device name(s)",
         as_json=as_json,
     )

@@ -67,8 +67,6 @@ def _path(value: Path) -> Path:
     text = str(value)
     if text.startswith("~"):
         raise ValueError("~ is not expanded here; write the whole path")
-    if text.endswith("\r"):
-        raise ValueError("ends with a carriage return; give the file that sets it Unix line ends")
     if text != text.strip():
         raise ValueError("begins or ends with white space; remove it")
     if text[0] in "\"'":
@@ -300,6 +298,12 @@ def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
                 f"variables {foreign(spelt[upper])} and {foreign(name)}: one setting, set twice",
                 hint="unset one of them",
                 code="setting-twice",
+            )
+        if upper.startswith(_PREFIX) and environ[name].endswith("\r"):
+            raise ConfigurationError(
+                f"variable {foreign(name)}: its value ends with a carriage return",
+                hint="the file that sets it has Windows line ends (CRLF): write it with LF alone",
+                code="setting-invalid",
             )
         if not upper.startswith(_PREFIX) or upper in (_CONFIG, _PROFILE, *_VARIABLES):
             continue

@@ -194,9 +194,10 @@ class PinCommand:
             )
         except (OSError, ValueError) as exc:
             failed = f"cannot be started: {getattr(exc, 'strerror', None) or type(exc).__name__}"
+        tilde = any(word.startswith("~") for word in argv)
+        hint = "~ is not expanded here; write the whole path" if tilde else None
         if failed:
-            hint = "~ is not expanded here; write the whole path"
-            raise self._failed(failed, hint=hint if argv[0].startswith("~") else None)
+            raise self._failed(failed, hint=hint)
         with process:
             try:
                 out, _ = process.communicate(timeout=self.timeout)
@@ -209,7 +210,7 @@ class PinCommand:
         if failed:
             raise self._failed(failed)
         if process.returncode:
-            raise self._failed(f"ended with exit code {process.returncode}")
+            raise self._failed(f"ended with exit code {process.returncode}", hint=hint)
         return _pin(_line(out, name=self.name), source=self.name)
 
     def _failed(self, what: str, *, hint: str | None = None) -> ConfigurationError:
@@ -333,10 +334,11 @@ def _pin(value: str, *, source: str, version: str = "", as_typed: bool = False) 
         raise ConfigurationError(f"the PIN from {source} {wrong}", code="pin-source")
     unlikely = None if as_typed else _unlikely(value)
     if unlikely:
+        which = "SIGNING_" if "SIGNING" in source else ""
         raise ConfigurationError(
             f"the PIN from {source} {unlikely}: it was not tried",
             hint="write the PIN alone, on one line; if it is really so, type it: "
-            "HSMTOLL_HSM__PIN_PROMPT=terminal takes what is typed",
+            f"HSMTOLL_HSM__{which}PIN_PROMPT=terminal takes it as typed",
             code="pin-form",
         )
     return Pin(value, source=source, version=version)

@@ -146,6 +146,7 @@ def run_as(
             **sandbox.environ(),
             # Nothing of a configuration file that this user or this machine has.
             "HSMTOLL_CONFIG": os.devnull,
+            "HSMTOLL_PROFILE": "",
             "HSMTOLL_STATE": f"{folder}/state",
             "HSMTOLL_CACHE": f"file://{folder}/cache",
         }

@@ -172,6 +172,7 @@ def toll_settings(
         **toll_sandbox.environ(),
         # Nothing of a configuration file or of another identity that this machine has.
         "HSMTOLL_CONFIG": os.devnull,
+        "HSMTOLL_PROFILE": "",
         "HSMTOLL_STATE": str(tmp_path / "toll-state"),
     }
     if "toll_faults" in request.fixturenames:

@@ -231,7 +231,9 @@ def test_a_file_that_cannot_be_written_is_told_as_that(file: str, command: tuple
     done = run("sandbox", "--env-file", file, *command)
 
     assert done.returncode == 10
-    assert done.stderr.startswith(f"hsmtoll: env-file: --env-file {file}: cannot be written (")
+    assert done.stderr.startswith(
+        f"hsmtoll: sandbox-env-file: --env-file {file}: cannot be written ("
+    )
 
 
 @pytest.mark.parametrize(("name", "opening"), [("c.json", "["), ("c.toml", "client = [")])

@@ -342,6 +342,10 @@ def test_a_passphrase_is_taken_as_it_is(tmp_path: Path, pin: str) -> None:
 
 
 def test_a_command_below_a_home_is_told_that_a_tilde_is_not_expanded() -> None:
-    with pytest.raises(ConfigurationError, match="cannot be started") as caught:
-        PinCommand("~/bin/pin").read(device="lab")
-    assert caught.value.hint == "~ is not expanded here; write the whole path"
+    for command, says in (("~/bin/pin", "cannot be started"), ("cat ~/pin", "exit code 1")):
+        with pytest.raises(ConfigurationError, match=says) as caught:
+            PinCommand(command).read(device="lab")
+        assert caught.value.hint == "~ is not expanded here; write the whole path"
+    with pytest.raises(ConfigurationError) as caught:
+        PinCommand("false").read(device="lab")
+    assert caught.value.hint is None
