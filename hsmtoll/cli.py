@@ -1514,49 +1514,66 @@ def audit() -> None:
     """Verify and list the log of what was signed for whom."""
 
 
+_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+
+
 @audit.command(
     "verify",
-    needs="the audit's directory and the public half of its key",
-    examples=("hsmtoll audit verify --public-key audit.pub /var/lib/hsmtoll/audit",),
+    needs="the audit's directory or segments, and the public half of its key",
+    examples=(
+        "hsmtoll audit verify --public-key audit.pub /var/lib/hsmtoll/audit",
+        "hsmtoll audit verify --public-key audit.pub --since 2026-11-01 /var/lib/hsmtoll/audit",
+    ),
 )
 @_as_json
 @click.option("--public-key", required=True, type=_file, help="Of the audit key (PEM).")
 @click.option("--head", metavar="SEQ:HASH", help="From a reply or the system log.")
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-def audit_verify(*, as_json: bool, public_key: Path, head: str | None, path: Path) -> None:
+@click.option(
+    "--since", type=_moment, metavar="WHEN", help="From the segment on in which WHEN (UTC) lies."
+)
+@click.argument(
+    "path", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="PATH…"
+)
+def audit_verify(
+    *,
+    as_json: bool,
+    public_key: Path,
+    head: str | None,
+    since: datetime | None,
+    path: tuple[Path, ...],
+) -> None:
     """
     Find the first record that is not as it was written.
 
     Exits with 91 if a record was changed, removed, reordered or cut off, or is not covered by a
-    checkpoint where one is due. Intents without a result are listed: the host ended between the
-    two, or is signing now.
+    checkpoint where one is due. PATH is the audit's directory, or some of its segments
+    (audit-N.jsonl) that follow each other, with their checkpoints beside them. Intents without a
+    result are listed: the host ended between the two, or is signing now.
     """
-    from hsmtoll.host.audit import verify
+    from hsmtoll.host.audit_log import verify
 
-    report = verify(path, public_key, head)
+    report = verify(path, public_key, head, since=_utc(since))
     if report.bad is not None:
         certain = f"up to record {report.sealed} all is" if report.sealed else "no record is"
         raise AuditBroken(
-            f"audit {foreign(path)}: {report.bad}",
+            f"audit {foreign(path[0])}: {report.bad}",
             hint=f"keep it as evidence; {certain} certain to be as it was written",
             code="audit-broken",
         )
-    _print_result(
-        {
-            "records": report.seq,
-            "head": f"{report.seq}:{report.head}",
-            "anchored": report.sealed,
-            "open_intents": list(report.open_intents),
-        },
-        f"{report.seq} records, as they were written; head {report.seq}:{report.head}",
-        f"anchored up to record {report.sealed}"
-        + ("" if head else "; what was cut off after it shows with --head alone"),
-        *(f"intent without a result: record {seq}" for seq in report.open_intents),
-        as_json=as_json,
+    if head is not None and int(head.partition(":")[0]) < report.after:
+        raise UsageError("head: it is of a record in an older segment, which was not read")
+    found = {
+        "first": report.after + 1,
+        "records": report.seq,
+        "head": f"{report.seq}:{report.head}",
+        "anchored": report.sealed,
+        "unverified": report.unverified,
+        "open_intents": list(report.open_intents.values()),
+    }
+    cut = (
+        () if head else ("a log that was cut off at an earlier checkpoint shows only with --head",)
     )
-
-
-_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+    _print_result(found, *report.described(), *cut, as_json=as_json)
 
 
 @audit.command(
@@ -1591,7 +1608,7 @@ def audit_list(
 
     PATH is the directory of the audit, HSMTOLL_HOST__AUDIT_DIR where none is given.
     """
-    from hsmtoll.host.audit import list_records
+    from hsmtoll.host.audit_log import list_records
     from hsmtoll.host.brake import needed
 
     place = path or needed(ours.settings().host.audit_dir, "audit_dir")

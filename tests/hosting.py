@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from hsmtoll.host.audit import list_records
+from hsmtoll.host.audit_log import list_records
 from tests.accounts import importable
 from tests.lab import free_port
 

@@ -58,7 +58,13 @@ def serve(
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
     opened = _Doors(settings.host)
     try:
-        service = Service(settings, config=config, profile=profile, synchronised=synchronised)
+        service = Service(
+            settings,
+            config=config,
+            profile=profile,
+            synchronised=synchronised,
+            progress=_still_starting,
+        )
     except HsmTollError:
         opened.close()
         raise
@@ -68,6 +74,11 @@ def serve(
         opened.close()
         service.close()
     return 0
+
+
+def _still_starting() -> None:
+    """A day's records may take longer to read than the manager waits for a start."""
+    system.notify("EXTEND_TIMEOUT_USEC=30000000")
 
 
 class _Doors:

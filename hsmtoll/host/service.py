@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping
     from datetime import datetime
+    from pathlib import Path
 
     from hsmtoll.cache import Flight
     from hsmtoll.clock import Clock
@@ -225,7 +226,8 @@ class _Withdrawn(UsageError):
 class Service:
     """
     One host. *profile* and *config* are those that the settings came from; profiles of the policy
-    lie above them. *synchronised* says whether the clock is kept, *clock* is for tests.
+    lie above them. *synchronised* says whether the clock is kept, *clock* is for tests. *progress*
+    is called often while the audit is read.
 
     Raises ConfigurationError for a policy that cannot be used, AuditBroken for an audit that
     cannot be continued.
@@ -239,6 +241,7 @@ class Service:
         profile: str | None = None,
         clock: Clock | None = None,
         synchronised: Callable[[], bool] = clock_is_synchronised,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         host = settings.host
         self.clock = clock or SystemClock()
@@ -260,6 +263,8 @@ class Service:
             needed(host.audit_dir, "audit_dir"),
             needed(host.audit_key, "audit_key"),
             now=lambda: self.clock.now().wall,
+            noted=noted_checkpoint(settings),
+            progress=progress,
         )
         self.audit.write("start", policy_sha256=policy.sha256, outcome="started")
         # A log without a seal is believed as long as there is nothing else in it.
@@ -998,6 +1003,13 @@ class _Source:
     def fetch(self, flight: Flight) -> Any:
         """A new one."""
         return self.service.renew(self.house, self.order, self.request, flight)
+
+
+def noted_checkpoint(settings: Settings) -> Path:
+    """Where a host notes the last checkpoint of its audit: outside of the log's directory."""
+    directory = needed(settings.host.audit_dir, "audit_dir").absolute()
+    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return App(settings).state / f"audit-{name}.json"
 
 
 def _sha256(value: str | bytes) -> str:

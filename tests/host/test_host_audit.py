@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -16,8 +18,16 @@ import pytest
 from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hsmtoll.errors import AuditBroken
-from hsmtoll.host.audit import Audit, _seals, _wrong, list_records, verify
+from hsmtoll.errors import AuditBroken, ConfigurationError
+from hsmtoll.host.audit import Audit
+from hsmtoll.host.audit_log import (
+    _Run,
+    _wrong,
+    checkpoints_of,
+    list_records,
+    segments_of,
+    verify,
+)
 from hsmtoll.host.policy import Counts
 
 if TYPE_CHECKING:
@@ -28,10 +38,17 @@ KEY = Ed25519PrivateKey.generate()
 NOW = 1_790_000_000.0
 
 
-def audit_in(place: Path, key: Ed25519PrivateKey = KEY, now: float = NOW) -> Audit:
+def audit_in(
+    place: Path,
+    key: Ed25519PrivateKey = KEY,
+    now: float | Callable[[], float] = NOW,
+    fsync: Callable[[int], None] = os.fsync,
+    noted: str = "noted",
+) -> Audit:
     file = place / "audit.key"
     file.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
-    return Audit(place / "log", file, now=lambda: now)
+    clock = now if callable(now) else lambda: now
+    return Audit(place / "log", file, now=clock, noted=place / noted, fsync=fsync)
 
 
 def intents(audit: Audit, count: int, caller: str = "uid:1") -> None:
@@ -52,7 +69,9 @@ def test_an_untouched_log_is_right_and_names_intents_without_result(tmp_path: Pa
     seq, head = audit.write("result", caller="uid:1", profile="acme", jti="uid:1-0")
     audit.close()
     report = verify(tmp_path / "log", KEY.public_key(), f"{seq}:{head}")
-    assert (report.bad, report.seq, report.sealed, report.open_intents) == (None, 3, 3, (2,))
+    assert (report.bad, report.seq, report.sealed) == (None, 3, 3)
+    assert list(report.open_intents.values()) == [2]
+    assert f"head {seq}:{head}" in report.described()
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -125,11 +144,13 @@ def test_a_checkpoint_that_no_host_wrote_is_named(tmp_path: Path, old: bytes, ne
     seals = tmp_path / "log" / "checkpoints.jsonl"
     whole = seals.read_bytes()
     assert old in whole
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
     seals.write_bytes(whole + whole.replace(old, new, 1))
     bad = verify(tmp_path / "log", KEY.public_key()).bad
-    assert bad == "checkpoint 2: not signed by this audit key"
+    assert bad == "checkpoints.jsonl: checkpoint 2: not signed by this audit key"
     seals.write_bytes(whole + whole)
-    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+    bad = verify(tmp_path / "log", KEY.public_key()).bad
+    assert bad == "checkpoints.jsonl: checkpoint 2: the one before it is missing"
 
 
 def test_a_log_sealed_anew_with_another_key_fails(tmp_path: Path) -> None:
@@ -166,8 +187,10 @@ def test_a_log_whose_checkpoints_are_gone_is_neither_believed_nor_gone_on_with(
     (tmp_path / "log" / "checkpoints.jsonl").unlink()
     bad = verify(tmp_path / "log", KEY.public_key()).bad
     assert bad == "record 1: no checkpoint vouches for it and those after it"
-    with pytest.raises(AuditBroken, match="record 1: no checkpoint"):
+    with pytest.raises(AuditBroken, match="the checkpoint of record 6, which was noted"):
         audit_in(tmp_path)
+    with pytest.raises(AuditBroken, match="record 1: no checkpoint"):
+        audit_in(tmp_path, noted="a state that was lost")
     # Each line has the hash of the one before: whoever noted the last head needs no other.
     assert verify(tmp_path / "log", KEY.public_key(), noted).bad is None
 
@@ -175,38 +198,254 @@ def test_a_log_whose_checkpoints_are_gone_is_neither_believed_nor_gone_on_with(
 def test_a_host_that_ended_before_its_first_checkpoint_served_nobody_and_goes_on(
     tmp_path: Path,
 ) -> None:
-    for seq in (1, 2):
-        audit = audit_in(tmp_path)
-        assert audit.write("start")[0] == seq
-        killed(audit)
+    audit = audit_in(tmp_path)
+    audit.write("start")
+    killed(audit)
     assert verify(tmp_path / "log", KEY.public_key()).bad is None
     audit = audit_in(tmp_path)
+    assert audit.write("start")[0] == 2
+    killed(audit)
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+    other = tmp_path / "other"
+    other.mkdir()
+    audit = audit_in(other)
     intents(audit, 1)
     killed(audit)
-    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith("record 1:")
+    assert str(verify(other / "log", KEY.public_key()).bad).startswith("record 1:")
 
 
-def test_a_tail_is_believed_as_far_as_a_host_leaves_it_unsealed(tmp_path: Path) -> None:
+def test_a_host_leaves_no_more_unsealed_than_is_believed(tmp_path: Path) -> None:
     audit = audit_in(tmp_path)
     audit.write("start")
     audit.seal()
-    # Nobody waits for the disk with them, so nothing seals them on the way.
-    for _ in range(1000):
+    # Nobody waits for the disk with refusals, so nothing seals them on the way.
+    for unsealed in range(1, 101):
         audit.append("refused", caller="uid:1")
-    seals = tmp_path / "log" / "checkpoints.jsonl"
-    (first,) = seals.read_bytes().splitlines(keepends=True)
-    report = verify(tmp_path / "log", KEY.public_key())
-    assert (report.bad, report.seq, report.sealed) == (None, 1001, 1)
+        report = verify(tmp_path / "log", KEY.public_key())
+        assert (report.bad, report.seq - report.sealed) == (None, unsealed)
     audit.append("refused", caller="uid:1")
     killed(audit)
     report = verify(tmp_path / "log", KEY.public_key())
-    assert (report.bad, report.seq, report.sealed) == (None, 1002, 1001)
+    assert (report.bad, report.seq, report.sealed) == (None, 102, 101)
 
-    seals.write_bytes(first)
+    # The later seal is dropped: a host would not have left as many.
+    seals = tmp_path / "log" / "checkpoints.jsonl"
+    seals.write_bytes(seals.read_bytes().splitlines(keepends=True)[0])
     report = verify(tmp_path / "log", KEY.public_key())
     assert (report.sealed, str(report.bad)[:25]) == (1, "record 2: no checkpoint v")
     with pytest.raises(AuditBroken, match="record 2: no checkpoint"):
+        audit_in(tmp_path, noted="a state that was lost")
+
+
+def test_a_host_leaves_nothing_unsealed_for_longer_than_is_believed(tmp_path: Path) -> None:
+    at = [NOW]
+    audit = audit_in(tmp_path, now=lambda: at[0])
+    audit.write("start")
+    audit.seal()
+    # A machine that slept, or a clock that was set, between two records.
+    for step in (59.0, 3600.0, -7200.0, 1.0):
+        audit.append("refused", caller="uid:1")
+        at[0] += step
+        audit.append("refused", caller="uid:1")
+        assert verify(tmp_path / "log", KEY.public_key()).bad is None
+        at[0] += 61.0
+    killed(audit)
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+
+
+def rewritten(log: Path, *, kept: int, old: bytes = b"uid:1", new: bytes = b"uid:9") -> None:
+    """What somebody without the key can do: keep *kept* checkpoints, rewrite all behind them."""
+    (segment,) = segments_of(log)
+    seals = checkpoints_of(segment)
+    first = seals.read_bytes().splitlines(keepends=True)[:kept]
+    seals.write_bytes(b"".join(first))
+    sealed = json.loads(first[-1])["seq"]
+    lines = segment.read_bytes().splitlines()
+    for at in range(sealed, len(lines)):
+        record = json.loads(lines[at].replace(old, new))
+        record["prev"] = hashlib.sha256(lines[at - 1]).hexdigest()
+        lines[at] = json.dumps(record, separators=(",", ":")).encode()
+    segment.write_bytes(b"".join(line + b"\n" for line in lines))
+
+
+@pytest.mark.parametrize(("records", "seconds"), [(101, 0.0), (3, 121.0)])
+def test_a_tail_that_is_rewritten_is_bad_where_no_host_leaves_one_as_long(
+    tmp_path: Path, records: int, seconds: float
+) -> None:
+    at = [NOW]
+    audit = audit_in(tmp_path, now=lambda: at[0])
+    audit.write("start")
+    audit.seal()
+    for number in range(records):
+        audit.write("intent", caller="uid:1", profile="acme", jti=str(number))
+        at[0] += seconds / (records - 1)
+    audit.close()
+    rewritten(tmp_path / "log", kept=1)
+    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith("record 2: no checkpoint")
+    with pytest.raises(AuditBroken, match="record 2"):
+        audit_in(tmp_path, noted="a state that was lost")
+
+
+def test_a_short_tail_that_is_rewritten_is_called_unsealed_and_never_vouched_for(
+    tmp_path: Path,
+) -> None:
+    audit = audit_in(tmp_path)
+    audit.write("start")
+    audit.seal()
+    intents(audit, 6)
+    audit.close()
+    rewritten(tmp_path / "log", kept=1)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.sealed) == (None, 1)
+    assert any(
+        line.startswith("6 more, up to 7, have no checkpoint") for line in report.described()
+    )
+
+    # The host knows better, by what it noted outside of the log.
+    with pytest.raises(AuditBroken, match="record 7"):
         audit_in(tmp_path)
+    # Without that it goes on, and says for ever that it found them so.
+    audit = audit_in(tmp_path, noted="a state that was lost")
+    intents(audit, 2)
+    audit.close()
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.sealed, report.unverified) == (None, 9, [(2, 7)])
+    assert any(line.startswith("records 2 to 7 of these") for line in report.described())
+
+
+def test_no_checkpoint_can_be_left_out(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    for _ in range(3):
+        intents(audit, 2)
+        audit.seal()
+    audit.close()
+    seals = tmp_path / "log" / "checkpoints.jsonl"
+    lines = seals.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 3
+    for left in (lines[1:], [lines[0], lines[2]], lines[::-1]):
+        seals.write_bytes(b"".join(left))
+        assert "the one before it is missing" in str(verify(tmp_path / "log", KEY.public_key()).bad)
+    seals.write_bytes(b"".join(lines))
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+
+
+def test_a_log_that_was_put_back_to_an_earlier_day_is_not_gone_on_with(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 3)
+    audit.seal()
+    before = {each: each.read_bytes() for each in (tmp_path / "log").glob("*.jsonl")}
+    intents(audit, 3)
+    audit.close()
+    for each, raw in before.items():
+        each.write_bytes(raw)
+    assert verify(tmp_path / "log", KEY.public_key()).bad is None
+    with pytest.raises(AuditBroken, match="record 4: cut off; record 6 is known"):
+        audit_in(tmp_path)
+    for each in before:
+        each.unlink()
+    with pytest.raises(AuditBroken, match="record 6, which was noted, is not there"):
+        audit_in(tmp_path)
+
+
+@pytest.mark.parametrize("noted", [b"", b"[]", b"{", b'{"seq":"x","head":"y"}', b"[" * 100_000])
+def test_a_note_that_cannot_be_read_starts_no_host(tmp_path: Path, noted: bytes) -> None:
+    filled(tmp_path)
+    audit_in(tmp_path).close()
+    (tmp_path / "noted").write_bytes(noted)
+    with pytest.raises(AuditBroken, match="cannot be read"):
+        audit_in(tmp_path)
+
+
+def segmented(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A log of four segments, a day between each."""
+    at = [NOW]
+    audit = audit_in(place, now=lambda: at[0])
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr("hsmtoll.host.audit._SEGMENT", 1)
+            intents(audit, 1)
+        intents(audit, 4)
+        at[0] += 2 * 86_400.0
+    audit.close()
+    segments = segments_of(place / "log")
+    assert len(segments) == 4
+    return segments
+
+
+def test_old_segments_may_be_moved_away_and_each_run_is_verified_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = segmented(tmp_path, monkeypatch)
+    log, key = tmp_path / "log", KEY.public_key()
+    whole = verify(log, key)
+    assert (whole.bad, whole.after, whole.seq, whole.sealed) == (None, 0, 20, 20)
+    middle = verify(segments[1:3], key)
+    assert (middle.bad, middle.after, middle.sealed) == (None, 5, 15)
+    assert "records up to 5 are in older segments and were not read" in middle.described()
+    later = verify(log, key, since=datetime.fromtimestamp(NOW + 5 * 86_400.0, UTC))
+    assert (later.bad, later.after, later.sealed) == (None, 10, 20)
+    assert "missing" in str(verify([segments[0], segments[2]], key).bad) or "removed" in str(
+        verify([segments[0], segments[2]], key).bad
+    )
+    for each in segments[:2]:
+        checkpoints_of(each).unlink()
+        each.unlink()
+    assert verify(log, key).after == 10
+    audit = audit_in(tmp_path, now=NOW + 8 * 86_400.0)
+    assert audit.write("start")[0] == 21
+    audit.close()
+    assert verify(log, key).bad is None
+
+
+def test_a_start_reads_the_last_day_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = segmented(tmp_path, monkeypatch)
+    read: list[int] = []
+    real = verify
+
+    def counted(*told: Any, seen: Any, **more: Any) -> Any:
+        def both(record: dict[str, Any]) -> None:
+            read.append(record["seq"])
+            seen(record)
+
+        return real(*told, seen=both, **more)
+
+    monkeypatch.setattr("hsmtoll.host.audit.verify", counted)
+    audit = audit_in(tmp_path, now=NOW + 6 * 86_400.0 + 60.0)
+    # The day began while the third segment was written.
+    assert read == list(range(11, 21))
+    assert audit.counts("uid:1", "acme").day == 5
+    audit.close()
+    # What it has not read is no part of what it vouches for by that: the seal before is.
+    raw = segments[0].read_bytes()
+    segments[0].write_bytes(raw.replace(b"acme", b"evil", 1))
+    assert verify(tmp_path / "log", KEY.public_key()).bad == "record 1: changed"
+    segments[3].write_bytes(segments[3].read_bytes().replace(b"acme", b"evil", 1))
+    with pytest.raises(AuditBroken, match="record 16: changed"):
+        audit_in(tmp_path, now=NOW + 6 * 86_400.0 + 60.0)
+
+
+@pytest.mark.parametrize("step", ["_replace", "_sync_directory"])
+def test_a_host_that_is_killed_between_two_segments_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 5)
+    audit.seal()
+    monkeypatch.setattr("hsmtoll.host.audit._SEGMENT", 1)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(5, "gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"hsmtoll.host.audit.{step}", gone)
+        with pytest.raises(AuditBroken):
+            intents(audit, 1)
+    killed(audit)
+    audit = audit_in(tmp_path)
+    intents(audit, 2)
+    audit.close()
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed) == (None, 7, 7)
 
 
 def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
@@ -221,38 +460,43 @@ def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
             audit.append("refused", caller="uid:1")
         return _wrong(*told)
 
-    monkeypatch.setattr("hsmtoll.host.audit._wrong", busy)
+    monkeypatch.setattr("hsmtoll.host.audit_log._wrong", busy)
     report = verify(tmp_path / "log", KEY.public_key())
     assert (report.bad, report.seq) == (None, 2)
     assert verify(tmp_path / "log", KEY.public_key()).seq == 2000
     audit.close()
 
 
-@pytest.mark.parametrize("first", [True, False])
 def test_however_long_its_checkpoints_take_to_read_a_log_that_grows_meanwhile_is_right(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, first: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audit = audit_in(tmp_path)
     audit.write("start")
-    if not first:
-        audit.seal()
+    audit.seal()
+    real = _Run._checkpoints
 
-    def slow(*told: Any) -> Any:
-        read = _seals(*told)
-        audit.seal()
+    def slow(self: _Run, file: Path) -> Any:
+        read = real(self, file)
         # Of a log of years there are ten thousands, each with a signature to be checked.
         for number in range(1500):
             audit.append("intent", caller="uid:1", jti=str(number))
         return read
 
-    monkeypatch.setattr("hsmtoll.host.audit._seals", slow)
+    monkeypatch.setattr(_Run, "_checkpoints", slow)
     report = verify(tmp_path / "log", KEY.public_key())
-    assert (report.bad, report.seq, report.sealed) == (None, 1501, 0 if first else 1)
+    assert (report.bad, report.seq, report.sealed) == (None, 1501, 1)
     killed(audit)
-    # What was there before they were read had to be sealed by then.
-    monkeypatch.setattr("hsmtoll.host.audit._seals", lambda *_: ({}, None))
-    bad = verify(tmp_path / "log", KEY.public_key()).bad
-    assert bad == "record 1: no checkpoint vouches for it and those after it"
+
+
+@pytest.mark.parametrize("head", ["\u00b2:" + "0" * 64, "1:x", ":", "9" * 5000 + ":" + "0" * 64])
+def test_a_head_that_is_none_is_an_error_of_who_gave_it(tmp_path: Path, head: str) -> None:
+    filled(tmp_path)
+    with pytest.raises(ConfigurationError, match="SEQ:HASH"):
+        verify(tmp_path / "log", KEY.public_key(), head)
+
+
+def test_an_empty_directory_is_no_log(tmp_path: Path) -> None:
+    assert verify(tmp_path, KEY.public_key()).bad == "no records are there"
 
 
 def test_a_restart_forgets_no_quota_and_a_day_does(tmp_path: Path) -> None:
@@ -276,9 +520,11 @@ def test_half_a_line_of_a_crash_is_dropped_and_the_log_goes_on(tmp_path: Path) -
 _FULL = """
 import resource, signal, sys
 from pathlib import Path
-from hsmtoll.errors import AuditBroken
+from hsmtoll.errors import AuditBroken, ConfigurationError
 from hsmtoll.host.audit import Audit
-audit = Audit(Path(sys.argv[1]), Path(sys.argv[2]), now=lambda: 1.79e9)
+audit = Audit(
+    Path(sys.argv[1]), Path(sys.argv[2]), now=lambda: 1.79e9, noted=Path(sys.argv[2] + ".noted")
+)
 audit.write("start")
 audit.seal()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -321,7 +567,7 @@ def test_a_new_segment_that_cannot_be_made_breaks_the_audit_and_it_ends_once(
     audit.close()
     audit.close()
     monkeypatch.undo()
-    assert len(closed) == len(set(closed)) == 2
+    assert len(closed) == len(set(closed)) == 3
     for each in closed:
         os.close(each)
     assert verify(tmp_path / "away", KEY.public_key()).bad is None
@@ -346,7 +592,7 @@ def test_a_crowd_writes_one_chain_and_waits_for_few_syncs(tmp_path: Path) -> Non
         synced.append(descriptor)
         os.fsync(descriptor)
 
-    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: NOW, fsync=counted)
+    audit = audit_in(tmp_path, fsync=counted)
     start = threading.Barrier(40)
 
     def one(number: int) -> tuple[int, str]:
@@ -392,7 +638,7 @@ def test_a_device_that_was_not_asked_costs_no_quota_and_one_that_was_does(
 def test_what_was_had_leaves_the_minute_and_then_the_day(tmp_path: Path) -> None:
     at = [NOW]
     audit_in(tmp_path).close()
-    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+    audit = audit_in(tmp_path, now=lambda: at[0])
     for number in range(4):
         audit.append("intent", caller="uid:1", profile="acme", jti=str(number))
         at[0] += 20.0
@@ -413,7 +659,7 @@ def test_a_clock_that_was_ahead_makes_no_quota_last_longer(tmp_path: Path) -> No
     audit_in(tmp_path).close()
 
     def opened() -> Audit:
-        return Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+        return audit_in(tmp_path, now=lambda: at[0])
 
     audit = opened()
     audit.write("intent", caller="uid:1", profile="acme", jti="0")
@@ -439,9 +685,9 @@ def test_a_clock_that_was_ahead_makes_no_quota_last_longer(tmp_path: Path) -> No
 def test_a_quiet_log_is_sealed_by_the_clock_even_after_that_was_set_back(tmp_path: Path) -> None:
     at = [NOW + 86_400.0]
     audit_in(tmp_path).close()
-    audit = Audit(tmp_path / "log", tmp_path / "audit.key", now=lambda: at[0])
+    audit = audit_in(tmp_path, now=lambda: at[0])
     seals = tmp_path / "log" / "checkpoints.jsonl"
-    for moment, sealed in ((at[0], 0), (NOW, 1), (NOW + 59.0, 1), (NOW + 61.0, 2)):
+    for moment, sealed in ((at[0], 0), (NOW, 1), (NOW + 29.0, 1), (NOW + 31.0, 2)):
         at[0] = moment
         audit.write("refused", caller="uid:1")
         assert len(seals.read_text().splitlines() if seals.exists() else []) == sealed

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import jws
-from hsmtoll.host.audit import verify
+from hsmtoll.host.audit_log import verify
 from tests.hosting import ROAD_SCOPE, entry, eventually
 
 if TYPE_CHECKING:

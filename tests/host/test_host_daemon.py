@@ -25,7 +25,7 @@ from hsmtoll.errors import (
     TryAgainLater,
 )
 from hsmtoll.host import doors, system
-from hsmtoll.host.audit import verify
+from hsmtoll.host.audit_log import verify
 from hsmtoll.host.brake import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask

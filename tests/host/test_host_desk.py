@@ -53,7 +53,9 @@ def audit(tmp_path: Path, disk: Disk) -> Iterator[Audit]:
         s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()
     )
     (tmp_path / "key").write_bytes(raw)
-    one = Audit(tmp_path / "log", tmp_path / "key", now=lambda: 0.0, fsync=disk)
+    one = Audit(
+        tmp_path / "log", tmp_path / "key", now=lambda: 0.0, noted=tmp_path / "noted", fsync=disk
+    )
     yield one
     one.close()
 
