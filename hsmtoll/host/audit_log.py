@@ -186,8 +186,8 @@ class Report:
         ]
         if self.seq > self.sealed:
             said.append(
-                f"{self.seq - self.sealed} more, up to {self.seq}, have no checkpoint yet: they fit,"
-                " and nobody vouches for them"
+                f"{self.seq - self.sealed} more, up to {self.seq}, have no checkpoint yet:"
+                " they fit, and nobody vouches for them"
             )
         said.append(f"head {self.seq}:{self.head}")
         said += [f"intent without a result: record {seq}" for seq in self.open_intents.values()]
