@@ -2,7 +2,8 @@
 What a module can answer, and which of our errors it becomes. Data and two questions.
 
 The table is complete over every class of ``pkcs11.exceptions``; a test walks them. A class
-that a later version adds is a DeviceError with its name in it.
+that a later version adds is a DeviceError with its name in it. Codes without a class are in
+`hsmtoll.hsm.answers`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,22 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.hsm.answers import ANSWERS, in_words
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["MEANING", "NOT_TRIED", "REFUSED", "Meaning", "recoverable", "speaking", "translated"]
+__all__ = [
+    "MEANING",
+    "NOT_TRIED",
+    "REFUSED",
+    "Meaning",
+    "number",
+    "recoverable",
+    "said",
+    "speaking",
+    "translated",
+]
 
 
 class Meaning(NamedTuple):
@@ -30,38 +42,83 @@ class Meaning(NamedTuple):
 
 
 _GONE: Final = Meaning(
-    DeviceError, "device-gone", "Is the device plugged in, powered and reachable?", recoverable=True
+    DeviceError, "device-gone", "is the device plugged in, powered and reachable?", recoverable=True
 )
 _FAILED: Final = Meaning(
-    DeviceError, "device-failed", "The module's own log says more.", recoverable=True
+    DeviceError,
+    "device-failed",
+    "the module's own log says more; if it stays, ask the device's administrator or the maker",
+    recoverable=True,
 )
-_STALE: Final = Meaning(DeviceError, "session-lost", recoverable=True)
-_BUSY: Final = Meaning(DeviceError, "device-busy", recoverable=True)
+_ROOM: Final = _FAILED._replace(hint="end or delete what is not needed: the memory is used up")
+_STALE: Final = Meaning(
+    DeviceError,
+    "session-lost",
+    "a new session is opened by itself; if it stays, the device's own log says why it ends them",
+    recoverable=True,
+)
+_BUSY: Final = Meaning(
+    DeviceError,
+    "device-busy",
+    "end what else uses the device, or ask its administrator for more sessions",
+    recoverable=True,
+)
 _LOGIN: Final = Meaning(
-    DeviceError, "not-logged-in", "Give the PIN: HSMTOLL_HSM__PIN_FILE or another source."
+    DeviceError, "not-logged-in", "give the PIN: HSMTOLL_HSM__PIN_FILE or another source"
 )
 _MECHANISM: Final = Meaning(
-    DeviceError, "mechanism", "`hsmtoll objects` shows what the device can do."
+    DeviceError, "mechanism", "`hsmtoll objects` shows what the device can do"
 )
-_KEY: Final = Meaning(DeviceError, "key-unusable", "`hsmtoll objects` shows the key's attributes.")
-_SECRET: Final = Meaning(DeviceError, "attribute")
+_KEY: Final = Meaning(DeviceError, "key-unusable", "`hsmtoll objects` shows the key's attributes")
+_SECRET: Final = Meaning(
+    DeviceError,
+    "attribute",
+    "the device does not show this or does not let it be set: use the device's own tool for it",
+)
 _REQUEST: Final = Meaning(
-    DeviceError, "module-refused", "The module did not take a call that the standard allows."
+    DeviceError,
+    "module-refused",
+    "the device does not offer this through its module: use the device's own tool for it",
+)
+_WRITE: Final = Meaning(
+    DeviceError,
+    "device-read-only",
+    "the device does not let programs write this: use the device's own tool for it",
 )
 _WRONG_PIN: Final = Meaning(
-    PinIncorrect, "pin-incorrect", "It was tried once and will not be tried again: correct it."
+    PinIncorrect, "pin-incorrect", "it was tried once and will not be tried again: correct it"
 )
 _LOCKED: Final = Meaning(
-    PinNotTried, "pin-locked", "The device's administrator (SO PIN or PUK) must unblock it."
+    PinNotTried, "pin-locked", "the device's administrator (SO PIN or PUK) must unblock it"
 )
 _PIN_STATE: Final = Meaning(
-    PinNotTried, "pin-state", "Set or change the user PIN with the device's own tool."
+    PinNotTried, "pin-state", "set or change the user PIN with the device's own tool"
 )
-_NOT_OURS: Final = Meaning(DeviceError, "unexpected", "hsmtoll never asks for this: report it.")
+_NOT_OURS: Final = Meaning(
+    DeviceError,
+    "unexpected",
+    "an answer that does not belong to this call: ask the module's maker, with its log",
+)
+#: What makers want a PIN to look like, for one that the module does not even look at.
+_PIN_FORM: Final = Meaning(
+    PinNotTried,
+    "pin-form",
+    "the PIN has not the form that this module takes: check its length; YubiHSM: four hexadecimal"
+    " digits, then the password; CloudHSM: user:password; a device with a pinpad:"
+    " HSMTOLL_HSM__PIN_PROMPT=pinpad",
+)
+#: By the kinds of `hsmtoll.hsm.answers`.
+_KINDS: Final = {
+    "refused": _REQUEST,
+    "away": _FAILED,
+    "locked": _LOCKED,
+    "pin": _WRONG_PIN,
+    "pin-state": _PIN_STATE,
+}
 
 MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.PKCS11Error: _FAILED,
-    p11.AnotherUserAlreadyLoggedIn: _LOGIN._replace(hint="The SO is logged in in this process."),
+    p11.AnotherUserAlreadyLoggedIn: _LOGIN._replace(hint="the SO is logged in in this process"),
     p11.ArgumentsBad: _REQUEST,
     p11.AttributeReadOnly: _SECRET,
     p11.AttributeSensitive: _SECRET,
@@ -70,7 +127,7 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.DataInvalid: _REQUEST,
     p11.DataLenRange: _REQUEST,
     p11.DeviceError: _GONE,
-    p11.DeviceMemory: _FAILED,
+    p11.DeviceMemory: _ROOM,
     p11.DeviceRemoved: _GONE,
     p11.DomainParamsInvalid: _NOT_OURS,
     p11.EncryptedDataInvalid: _NOT_OURS,
@@ -79,9 +136,9 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.FunctionCancelled: _FAILED,
     p11.FunctionFailed: _FAILED,
     p11.FunctionNotSupported: _REQUEST,
-    p11.FunctionRejected: _FAILED._replace(hint="Somebody said no at the device."),
+    p11.FunctionRejected: _FAILED._replace(hint="somebody said no at the device"),
     p11.GeneralError: _FAILED,
-    p11.HostMemory: _FAILED,
+    p11.HostMemory: _ROOM,
     p11.KeyHandleInvalid: _STALE,
     p11.KeyIndigestible: _NOT_OURS,
     p11.KeyNeeded: _NOT_OURS,
@@ -92,18 +149,26 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.KeyUnextractable: _NOT_OURS,
     p11.MechanismInvalid: _MECHANISM,
     p11.MechanismParamInvalid: _MECHANISM,
-    p11.MultipleObjectsReturned: Meaning(DeviceError, "key-ambiguous"),
-    p11.MultipleTokensReturned: Meaning(DeviceError, "device-ambiguous"),
+    p11.MultipleObjectsReturned: Meaning(
+        DeviceError, "key-ambiguous", "name one by its id; `hsmtoll objects` lists them"
+    ),
+    p11.MultipleTokensReturned: Meaning(
+        DeviceError, "device-ambiguous", "name one by its serial; `hsmtoll objects` lists them"
+    ),
     p11.NoEvent: _NOT_OURS,
-    p11.NoSuchKey: Meaning(DeviceError, "key-missing"),
-    p11.NoSuchToken: Meaning(DeviceError, "device-missing", recoverable=True),
+    p11.NoSuchKey: Meaning(DeviceError, "key-missing", "`hsmtoll objects` lists the keys"),
+    p11.NoSuchToken: _GONE._replace(code="device-missing"),
     p11.ObjectHandleInvalid: _STALE,
     p11.OperationActive: _STALE,
     p11.OperationNotInitialized: _STALE,
-    p11.PinExpired: _PIN_STATE,
+    p11.PinExpired: _PIN_STATE._replace(
+        hint="it was right: change it with the device's own tool, and then here"
+    ),
     p11.PinIncorrect: _WRONG_PIN,
     p11.PinInvalid: _WRONG_PIN,
-    p11.PinLenRange: _WRONG_PIN._replace(hint="Its length is not what the device takes."),
+    p11.PinLenRange: _WRONG_PIN._replace(
+        hint="its length is not what the device takes: correct it; it will not be tried again"
+    ),
     p11.PinLocked: _LOCKED,
     p11.PinTooWeak: _PIN_STATE,
     p11.PublicKeyInvalid: _KEY,
@@ -113,21 +178,21 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.SessionCount: _BUSY,
     p11.SessionExists: _BUSY,
     p11.SessionHandleInvalid: _STALE,
-    p11.SessionReadOnly: _NOT_OURS,
+    p11.SessionReadOnly: _WRITE,
     p11.SessionReadOnlyExists: _BUSY,
     p11.SessionReadWriteSOExists: _BUSY,
     p11.SignatureInvalid: _NOT_OURS,
     p11.SignatureLenRange: _NOT_OURS,
     p11.SlotIDInvalid: _GONE,
-    p11.TemplateIncomplete: _NOT_OURS,
-    p11.TemplateInconsistent: _NOT_OURS,
+    p11.TemplateIncomplete: _WRITE,
+    p11.TemplateInconsistent: _WRITE,
     p11.TokenNotPresent: _GONE,
     p11.TokenNotRecognised: _GONE,
-    p11.TokenWriteProtected: _NOT_OURS,
+    p11.TokenWriteProtected: _WRITE,
     p11.UnwrappingKeyHandleInvalid: _NOT_OURS,
     p11.UnwrappingKeySizeRange: _NOT_OURS,
     p11.UnwrappingKeyTypeInconsistent: _NOT_OURS,
-    p11.UserAlreadyLoggedIn: _LOGIN._replace(hint="Other code of this process logged in."),
+    p11.UserAlreadyLoggedIn: _LOGIN._replace(hint="other code of this process logged in"),
     p11.UserNotLoggedIn: _LOGIN,
     p11.UserPinNotInitialized: _PIN_STATE,
     p11.UserTooManyTypes: _BUSY,
@@ -156,12 +221,52 @@ NOT_TRIED: Final = (
 )
 
 
-def translated(exc: Exception, doing: str) -> HsmTollError:
-    """Our error for theirs; *doing* begins the sentence, and their class name stays in it."""
-    meaning = next((MEANING[kind] for kind in type(exc).__mro__ if kind in MEANING), _FAILED)
-    words = f": {foreign(exc)}" if str(exc) else ""
+#: What python-pkcs11 has no class for, by a part of its text.
+_NUMBERS: Final = {
+    "User type invalid": 0x103,
+    "Buffer was too small": 0x150,
+    "(not initialized)": 0x190,
+    "(already initialized)": 0x191,
+    "Parallel not supported": 0xB4,
+}
+_UNMAPPED: Final = "Unmapped error code "
+
+
+def number(exc: Exception) -> int | None:
+    """The CKR code of an answer that python-pkcs11 has no class for."""
+    text = str(exc)
+    if type(exc) is not p11.PKCS11Error:
+        return None
+    if text.startswith(_UNMAPPED):
+        return int(text.removeprefix(_UNMAPPED), 16)
+    return next((code for part, code in _NUMBERS.items() if part in text), None)
+
+
+def said(exc: Exception) -> str:
+    """What the module answered, in a few words on one line."""
+    code = number(exc)
+    if code is not None:
+        return in_words(code)
+    return f"{type(exc).__name__}: {foreign(exc)}" if str(exc) else type(exc).__name__
+
+
+def _meaning(exc: Exception) -> Meaning:
+    code = number(exc)
+    if code in ANSWERS:
+        return _KINDS[ANSWERS[code].kind]._replace(hint=ANSWERS[code].do)
+    if code is not None:
+        return _FAILED._replace(hint="ask the maker what this code means, with the module's log")
+    return next((MEANING[kind] for kind in type(exc).__mro__ if kind in MEANING), _FAILED)
+
+
+def translated(exc: Exception, doing: str, *, login: bool = False) -> HsmTollError:
+    """
+    Our error for theirs; *doing* begins the sentence, and their class name stays in it. *login*
+    says that it is the answer to a PIN.
+    """
+    meaning = _PIN_FORM if login and isinstance(exc, p11.ArgumentsBad) else _meaning(exc)
     return meaning.error(
-        f"{doing}: the module answered {type(exc).__name__}{words}",
+        f"{doing}: the module answered {said(exc)}",
         hint=meaning.hint,
         code=meaning.code,
         retryable=meaning.recoverable,
@@ -173,9 +278,7 @@ def recoverable(exc: BaseException) -> bool:
     if isinstance(exc, HsmTollError) and exc.retryable:
         return True
     source = exc.__cause__ if isinstance(exc, HsmTollError) else exc
-    if not isinstance(source, p11.PKCS11Error):
-        return False
-    return next(MEANING[kind].recoverable for kind in type(source).__mro__ if kind in MEANING)
+    return isinstance(source, p11.PKCS11Error) and _meaning(source).recoverable
 
 
 class speaking:  # noqa: N801 - it reads as what it does, as those of contextlib do
@@ -203,6 +306,6 @@ class speaking:  # noqa: N801 - it reads as what it does, as those of contextlib
             # An attribute of a length that its type does not have.
             raise DeviceError(
                 f"{self._doing}: the module answered with a value that cannot be read",
-                hint="Ask the module's maker, with its log.",
+                hint="ask the module's maker, with its log",
                 code="module-answer",
             ) from exc

@@ -646,7 +646,8 @@ class Device:
 
     def _login_failed(self, here: _Open, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
-        error = translated(kind, f"the PIN of {_called(here.token)} from {pin.source}")
+        doing = f"the PIN of {_called(here.token)} from {pin.source}"
+        error = translated(kind, doing, login=True)
         if type(kind) is type(exc):
             return error
         return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)

@@ -52,8 +52,14 @@ _MOMENT: Final = 0.25
 _ROOM: Final = 256 * 1024
 #: Seconds that a child waits for another one's start, before it starts all the same.
 _START: Final = 5.0
-#: Of a service's own; a module has no business with them.
-_NOT_HANDED_DOWN: Final = frozenset({"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"})
+#: Of the service that this process is, set by its service manager: the worker is no service.
+#: Everything else is handed down, because makers' modules read variables of many names.
+_NOT_HANDED_DOWN: Final = frozenset(
+    {
+        *("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "MAINPID"),
+        *("WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "FDSTORE"),
+    }
+)
 
 
 class IsolatedDevice(Device):

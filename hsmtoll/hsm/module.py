@@ -19,7 +19,8 @@ import pkcs11
 from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
-from hsmtoll.hsm.codes import speaking
+from hsmtoll.hsm.codes import said, speaking
+from hsmtoll.hsm.makers import maker_of
 from hsmtoll.paths import loose
 
 if TYPE_CHECKING:
@@ -248,15 +249,26 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why, hint = f"cannot be loaded: {foreign(words.rpartition(f'{path}: ')[2])}", None
     elif "already initialized" in words:
         why = "is in use in this process already"
-        hint = "Other code opened it under another path, or through another module."
+        hint = "other code opened it under another path, or through another module"
     else:
-        why = f"cannot be started: {type(exc).__name__} {foreign(words)}".rstrip()
-        hint = "Its own configuration may be missing or unreadable (for SoftHSM: SOFTHSM2_CONF)."
+        why = f"cannot be started: the module answered {said(exc)}"
+        hint = _how_it_starts(path)
     return DeviceError(
         f"the PKCS#11 module '{foreign(path)}' {why}",
-        hint=hint or "Set HSMTOLL_HSM__MODULE to the .so of the device's maker.",
+        hint=hint or "set HSMTOLL_HSM__MODULE to the .so of the device's maker",
         code="module-load",
     )
+
+
+def _how_it_starts(path: Path) -> str:
+    maker = maker_of(path) or maker_of(path.resolve())
+    if maker is None:
+        return (
+            "its own configuration may be missing or unreadable for this account, or what it"
+            " reaches is away (makers' variables and files: hsmtoll/docs/devices.md)"
+        )
+    running = f"; check that {maker.service}" if maker.service else ""
+    return f"for {maker.name} see {maker.needs}{running}"
 
 
 def _start_afresh(module: Module) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.uri import KeyUri
 
@@ -37,7 +40,7 @@ def test_the_table_knows_every_class_and_no_other() -> None:
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_answer_becomes_one_line_with_its_name_in_it(kind: type[Exception]) -> None:
     error = translated(kind("two\nlines \x1b[31m"), "signing")
-    assert str(error).startswith("Signing: ")
+    assert str(error).startswith("signing: ")
     assert kind.__name__ in str(error)
     assert len(str(error).splitlines()) == 1
     assert "\x1b" not in str(error)
@@ -52,6 +55,112 @@ def test_an_answer_of_a_later_version_is_a_device_error_with_its_name() -> None:
     error = translated(Unheard(), "signing")
     assert isinstance(error, DeviceError)
     assert "Unheard" in str(error)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_answer_has_a_hint_that_names_no_fault_of_hsmtoll(kind: type[Exception]) -> None:
+    hint = translated(kind(), "signing").hint
+    assert hint
+    assert hint[0].islower() or hint[0] == "`"
+    assert not hint.endswith(".")
+    assert "report it" not in hint
+
+
+#: What python-pkcs11 says for codes that it has no class for; its map is not Python.
+UNCLASSED = {
+    0x103: "User type invalid. Should never see this.",
+    0x150: "Buffer was too small. Should never see this.",
+    0x190: "Initialisation error (not initialized). Should never see this.",
+    0x191: "Initialisation error (already initialized). Should never see this.",
+    0xB4: "Parallel not supported. Should never see this.",
+}
+
+
+@pytest.mark.parametrize("code", sorted(ANSWERS), ids=hex)
+def test_every_code_without_a_class_is_named_and_says_who_must_act(code: int) -> None:
+    text = UNCLASSED.get(code, f"Unmapped error code {code:#x}")
+    error = translated(p11.PKCS11Error(text), "signing")
+    assert "CKR_" in str(error)
+    assert f"({code:#x})" in str(error)
+    assert error.hint == ANSWERS[code].do
+    for theirs in ("Unmapped", "Should never see", "PKCS11Error"):
+        assert theirs not in str(error)
+
+
+def test_a_makers_unknown_code_is_hexadecimal_and_the_makers_own() -> None:
+    error = translated(p11.PKCS11Error("Unmapped error code 0x8badf00d"), "signing")
+    assert str(error) == "signing: the module answered 0x8badf00d, a code of the maker's own"
+    assert "maker" in (error.hint or "")
+    # One below the makers' range is nobody's.
+    other = translated(p11.PKCS11Error("Unmapped error code 0x7badf00d"), "signing")
+    assert "maker's own" not in str(other)
+    assert "PKCS#11 3.1 does not have" in str(other)
+
+
+def test_what_does_not_change_by_asking_again_is_not_asked_again() -> None:
+    for code in (0x68, 0x1B, 0xA, 0x80000030, 0x80000102):
+        assert not recoverable(p11.PKCS11Error(f"Unmapped error code {code:#x}"))
+    assert not recoverable(p11.PKCS11Error(UNCLASSED[0x103]))
+    # The controls: an HSM that was restarted, one that cannot be reached, one that nobody knows.
+    for code in (0x80000384, 0x8000001F, 0x8BADF00D):
+        assert recoverable(p11.PKCS11Error(f"Unmapped error code {code:#x}"))
+    assert recoverable(p11.PKCS11Error(UNCLASSED[0x190]))
+
+
+def test_bad_arguments_are_the_form_of_the_pin_in_a_login_alone() -> None:
+    at_login = translated(p11.ArgumentsBad(), "the PIN", login=True)
+    assert at_login.code == "pin-form"
+    assert isinstance(at_login, PinNotTried)
+    for maker in ("YubiHSM", "CloudHSM", "user:password", "PIN_PROMPT=pinpad", "length"):
+        assert maker in (at_login.hint or "")
+    assert translated(p11.ArgumentsBad(), "signing").code == "module-refused"
+
+
+@pytest.mark.parametrize(
+    ("file", "variable"),
+    [
+        ("yubihsm_pkcs11.so", "YUBIHSM_PKCS11_CONF"),
+        ("libcs_pkcs11_R3.so", "CS_PKCS11_R3_CFG"),
+        ("libCryptoki2_64.so", "ChrystokiConfigurationPath"),
+        ("libCryptoki2.so", "ChrystokiConfigurationPath"),
+        ("libnethsm_pkcs11.so", "P11NETHSM_CONFIG_FILE"),
+        ("libtpm2_pkcs11.so.1.9.0", "TPM2_PKCS11_STORE"),
+        ("libkmsp11.so", "KMS_PKCS11_CONFIG"),
+        ("libcknfast.so", "CKNFAST_"),
+        ("libcknfast.so", "cknfastrc"),
+        ("libvault-pkcs11.so", "VAULT_KMIP_CONFIG"),
+        ("libpkcs11-proxy.so", "PKCS11_PROXY_SOCKET"),
+        ("libsoftokn3.so", "NSS_LIB_PARAMS"),
+        ("libsofthsm2.so", "SOFTHSM2_CONF"),
+    ],
+)
+def test_a_module_that_does_not_start_is_told_its_own_variable(
+    tmp_path: Path, file: str, variable: str
+) -> None:
+    module = dead_module(tmp_path / file)
+    error = refusal(module, tmp_path)
+    assert error.code == "module-load"
+    assert "0x80000384" in str(error)
+    assert variable in (error.hint or "")
+    assert ("SOFTHSM2_CONF" in (error.hint or "")) is (file == "libsofthsm2.so")
+
+
+def test_a_module_of_an_unknown_maker_is_told_no_others_variable(tmp_path: Path) -> None:
+    hint = refusal(dead_module(tmp_path / "acme_p11.so"), tmp_path).hint or ""
+    assert "devices.md" in hint
+    assert not any(each.needs in hint for each in MAKERS)
+
+
+def dead_module(path: Path) -> Path:
+    """A module whose C_Initialize answers 0x80000384."""
+    source = path.with_suffix(".c")
+    source.write_text(
+        "static unsigned long no(void *a) { return 0x80000384UL; }\n"
+        "static struct { unsigned char v[2]; void *f[68]; } list = {{2, 40}, {no}};\n"
+        "unsigned long C_GetFunctionList(void **out) { *out = &list; return 0; }\n"
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(path), str(source)], check=True)
+    return path
 
 
 def test_nothing_about_a_pin_is_ever_recoverable() -> None:
