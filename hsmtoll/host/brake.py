@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["check_stop_directory", "needed", "resume", "stop", "stop_file", "stopped_by"]
 
 _WHY = {
-    "policy": "the TOML file that says who may have what",
+    "policy": "the host's settings are those of --config FILE, or of /etc/hsmtoll/hsmtoll.toml",
     "audit_dir": "a directory of the host's own account, 0700",
     "audit_key": "make one: openssl genpkey -algorithm ed25519 -out FILE",
     "cert": "there is no TCP without TLS and certificates of the callers",

@@ -579,11 +579,16 @@ def listen_unix(path: Path, name: str) -> socket.socket:
     try:
         if not directory.exists():
             directory.mkdir(mode=0o750)
+            _log.warning(
+                "%s: %s was missing; it is made for the group %d, and callers must be its members",
+                name, foreign(directory), directory.stat().st_gid,
+            )  # fmt: skip
         seen = directory.stat()
     except OSError as exc:
         raise ConfigurationError(
             f"{name} {foreign(path)}: no directory for it ({exc.strerror})",
-            hint="systemd makes one with RuntimeDirectory=hsmtoll",
+            hint="make it for the host's account and the group of its callers, as root: install -d "
+            f"-o ACCOUNT -g GROUP -m 2750 {foreign(directory)}",
         ) from exc
     if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o022:
         raise ConfigurationError(

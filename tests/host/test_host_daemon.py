@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from click.testing import CliRunner
 
 from hsmtoll import jws
 from hsmtoll.apis import named
+from hsmtoll.cli import main
 from hsmtoll.errors import (
     ClockError,
     ConfigurationError,
@@ -171,6 +173,25 @@ def test_a_name_that_was_taken_over_is_left_alone(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_missing_directory_of_the_socket_is_made_and_its_group_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "host.sock"
+    for told in (1, 1):
+        doors.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
+        # The second time it is there, and there is nothing to say.
+        assert len(caplog.records) == told
+    assert f"{path.parent} was missing" in caplog.text
+    assert f"the group {path.parent.stat().st_gid}" in caplog.text
+
+
+def test_a_stop_that_finds_no_settings_says_where_they_are_looked_for() -> None:
+    told = CliRunner().invoke(main, ["--config", "/dev/null", "stop"])
+    assert isinstance(told.exception, ConfigurationError)
+    assert "--config" in (told.exception.hint or "")
+    assert "/etc/hsmtoll/hsmtoll.toml" in (told.exception.hint or "")
+
+
 def test_without_any_door_it_does_not_start(make_host: Callable[..., RunningHost]) -> None:
     host = make_host()
     told = host.run("serve", HSMTOLL_HOST__SOCKET="", HSMTOLL_HOST__LISTEN="")
@@ -192,6 +213,7 @@ def test_metrics_are_for_this_machine_alone(make_host: Callable[..., RunningHost
     told = make_host().run("serve", HSMTOLL_HOST__METRICS="unix:///nonexistent/run/m.sock")
     assert told.returncode == 10
     assert "HSMTOLL_HOST__METRICS /nonexistent/run/m.sock: no directory for it" in told.stderr
+    assert "install -d -o ACCOUNT -g GROUP -m 2750 /nonexistent/run" in told.stderr
 
 
 def test_a_second_host_on_one_audit_or_socket_does_not_start(running_host: RunningHost) -> None:
