@@ -419,7 +419,7 @@ class App:
             alg=settings.alg,
             issuer=settings.iss,
             kid=settings.kid,
-            x5c=settings.x5c,
+            x5c=settings.x5c_mode,
             supplied=self.certificate_file or (lambda: supplied),
             root_sha256=settings.hsm.root_sha256,
             certificate_sha256=settings.hsm.certificate_sha256,

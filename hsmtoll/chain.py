@@ -28,6 +28,7 @@ from __future__ import annotations
 import base64
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hsmtoll.errors import CertificateError, foreign
@@ -65,7 +66,8 @@ MAX_STEPS: Final = 5_000
 
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 
-X5cMode = Literal["full", "without-root", "leaf"]
+#: What the header carries; ``available`` is the chain if it is complete, else the leaf alone.
+X5cMode = Literal["full", "without-root", "leaf", "available"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class Chain:
 
     def sent(self, mode: X5cMode = "full") -> tuple[Certificate, ...]:
         """The certificates that `x5c` carries."""
-        if mode == "leaf":
+        if mode == "leaf" or (mode == "available" and not self.complete):
             return self.certificates[:1]
         if mode == "without-root" and self.complete and len(self.certificates) > 1:
             return self.certificates[:-1]
@@ -617,6 +619,8 @@ def chain_faults(
     *mode* is what the header will carry: with ``leaf`` nothing above it is judged, with
     ``without-root`` an issuer is needed and with ``full`` a root (M26 to M28).
     """
+    if mode == "available" and not chain.complete:
+        mode = "leaf"
     if mode == "leaf":
         if identity == "norwegian":
             return ()
@@ -642,12 +646,13 @@ def chain_faults(
         if not above.valid_at(now)
     ]
     if not chain.complete and (mode == "full" or len(chain.certificates) == 1):
+        alone = "; or unset HSMTOLL_X5C, to send what is there" if identity == "norwegian" else ""
         faults.append(
             Fault(
                 "chain-broken" if chain.unproven else "chain-incomplete",
                 f"building the chain of '{chain.leaf.subject}': {_gap(chain)}",
                 "get the CA certificates from the issuer's site, put them into one PEM file and "
-                "name it in HSMTOLL_HSM__CERTIFICATES",
+                f"name it in HSMTOLL_HSM__CERTIFICATES{alone}",
             )
         )
     return tuple(faults)
@@ -732,6 +737,10 @@ def choose(
     )[0]
 
 
+#: Of a Norwegian client. Customs' guide documents the certificate alone, Digdir's page the chain.
+ALONE: Final = "the certificate is sent alone: its issuer's certificates are not here"
+
+
 def checked(
     candidates: Iterable[Certificate],
     pool: Iterable[Certificate],
@@ -753,9 +762,24 @@ def checked(
     can be read; *unread* is what cannot, and is named where that may be why something is missing.
     A new certificate whose issuers are not there yet does not displace a living old one.
 
+    With *mode* ``available`` a complete chain is taken before a newer leaf without one.
+
     Raises CertificateError: those of `ranked`, `build` and `chain_faults`, for the best one.
     """
     given = tuple(candidates)
+    if mode == "available":
+        again = partial(
+            checked, given, tuple(pool), identity=identity, now=now, root_sha256=root_sha256,
+            preferred=preferred, pinned_sha256=pinned_sha256, organization=organization,
+            refused=refused, unread=unread,
+        )  # fmt: skip
+        try:
+            return again(mode="full")
+        except CertificateError as exc:
+            if exc.code not in ("chain-incomplete", "chain-broken") or identity != "norwegian":
+                raise
+        chain = again(mode="leaf")
+        return replace(chain, notes=(*chain.notes, ALONE))
     if not given:
         raise _missing(unread).error()
     leaves = ranked(

@@ -1071,7 +1071,7 @@ def chain(ours: _Globals, *, as_json: bool, pem: bool, use_final_try: bool) -> N
         found = app.chain()
     finally:
         app.close()
-    sent = found.sent(app.settings.x5c)
+    sent = found.sent(app.settings.x5c_mode)
     if pem:
         click.echo("".join(each.pem() for each in sent), nl=False)
     elif as_json:
@@ -1362,7 +1362,7 @@ def key_import(ours: _Globals, *, chain: Path, use_final_try: bool) -> None:
             name=f"key import {foreign(chain)}",
             now=now,
             identity=family,
-            mode=app.settings.x5c,
+            mode=app.settings.x5c_mode,
             root_sha256=app.settings.hsm.root_sha256,
         )
     for what, certificates in (

@@ -51,7 +51,7 @@ REFUSALS: Final = {
         Refusal(
             "MP-100",
             "the client is not known in this environment",
-            "check HSMTOLL_ISS (the client id) and HSMTOLL_ENVIRONMENT: test and prod have clients of their own",
+            "check HSMTOLL_ISS (the client id; an eSeal has none) and HSMTOLL_ENVIRONMENT: test and prod have clients of their own",
         ),
         Refusal(
             "MP-110",

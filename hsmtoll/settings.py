@@ -196,6 +196,15 @@ class Settings(BaseSettings):
     signer: SignerHost = SignerHost()
     host: Host = Host()
 
+    @property
+    def x5c_mode(self) -> Literal["full", "without-root", "leaf", "available"]:
+        """
+        HSMTOLL_X5C. Where it is not set, a Norwegian client sends the chain if it is at hand, and
+        its certificate alone otherwise: the pages of Customs and of Digdir document one each.
+        """
+        unset = "x5c" not in self.model_fields_set
+        return "available" if unset and self.identity == "norwegian" else self.x5c
+
 
 def load(
     *, config: str | os.PathLike[str] | None = None, profile: str | None = None, **given: Any

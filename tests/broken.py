@@ -341,10 +341,10 @@ BROKEN: Final[dict[str, Callable[[], Setup]]] = {
     "an eSeal sent alone": lambda: setup("chain-incomplete", settings={"x5c": "leaf"}),
     # Norwegian certificates
     "a production certificate in test": lambda: setup(
-        "certificate-environment", family="norwegian", policies=_PROD_POLICY
+        "certificate-environment", family="norwegian", policies=_PROD_POLICY, verdict="warn"
     ),
     "no accepted policy": lambda: setup(
-        "certificate-policy", family="norwegian", policies=_WITHOUT_POLICY
+        "certificate-policy", family="norwegian", policies=_WITHOUT_POLICY, verdict="warn"
     ),
     "the Norwegian certificate for signing": lambda: setup(
         "certificate-usage", family="norwegian", key_usage=["nonRepudiation"]
@@ -358,8 +358,12 @@ BROKEN: Final[dict[str, Callable[[], Setup]]] = {
     "no organisation number": lambda: setup(
         "certificate-orgid", family="norwegian", organization_id=None
     ),
-    "a Norwegian certificate sent alone": lambda: setup(
-        "chain-left-out", family="norwegian", verdict="warn", settings={"x5c": "leaf"}
+    "a Norwegian keyUsage that is not critical": lambda: setup(
+        "certificate-usage-critical",
+        family="norwegian",
+        verdict="warn",
+        refused=False,
+        critical_usage=False,
     ),
     # claims and settings
     "a Norwegian scope for an eSeal": lambda: setup("scope-family", scope="toll:movement/air"),

@@ -176,6 +176,11 @@ def _other_key() -> tuple[x509.Certificate, ...]:
     return leaf(public_key=key(1).public_key())
 
 
+def _of_nobody() -> tuple[x509.Certificate, ...]:
+    """A Norwegian leaf alone, of a CA that is not known."""
+    return leaf(norwegian_authority("test", "Ukjent"))[:1]
+
+
 def grants() -> list[Twins]:
     """The table for Maskinporten."""
     e, c, k = eseal(), certificate(), by_key()
@@ -199,7 +204,7 @@ def grants() -> list[Twins]:
         Twins("M25", e, e.but(chain=_other_key()), code="MP-124"),
         Twins("M26", e, e.but(chain=(*e.chain[:2], stranger(), e.chain[2])), code="MP-120"),
         Twins("M27", e, e.but(chain=e.chain[:1]), code="MP-120"),
-        Twins("M28", c, c.but(chain=c.chain[:1]), code="MP-120"),
+        Twins("M28", c.but(chain=c.chain[:1]), c.but(chain=_of_nobody()), code="MP-120"),
         Twins(
             "M29",
             e,
@@ -224,7 +229,8 @@ def grants() -> list[Twins]:
         Twins("M34", e, e.but(chain=(self_made,)), code="MP-120"),
         Twins("M35", c, c.but(chain=leaf(enterprise(), unknown_critical=True)), code="MP-120"),
         Twins("M36", c, c.but(chain=leaf(enterprise(), policies=["1.2.3"])), code="MP-120"),
-        Twins("M37", e, e.but(header={"typ": "JWT"})),
+        Twins("M37", e.but(header={"typ": "JWT"}), e.but(header={"typ": "JOSE"})),
+        Twins("M37", k.but(header={"typ": "JWT"}), k.but(header={"x5t": "x"})),
         Twins("M38", k, k.but(header={"kid": "nobody's"})),
         Twins("M39", k, k.but(header={"kid": "old"}), code="MP-121"),
         Twins("M40", k, k.but(header={"kid": None}, chain=leaf(enterprise()))),

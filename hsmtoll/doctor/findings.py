@@ -95,7 +95,7 @@ def way_of(facts: Facts, seen: Seen | None) -> Way:
             pool_of(facts, seen),
             identity=facts.settings.identity or "eseal",
             now=facts.now,
-            mode=facts.settings.x5c,
+            mode=facts.settings.x5c_mode,
             root_sha256=hsm.root_sha256,
             preferred=frozenset(each.sha256 for each in facts.pem),
             pinned_sha256=hsm.certificate_sha256,

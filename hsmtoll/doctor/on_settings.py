@@ -94,7 +94,7 @@ def check_grant(way: Way) -> Check:
     """The claims that the settings make are ones that Maskinporten takes (M50 to M72)."""
     settings = way.settings
     request = TokenRequest("toll:any", settings.resource, settings.consumer_org)
-    x5c = way.chain.x5c(settings.x5c) if way.chain else ("",)
+    x5c = way.chain.x5c(settings.x5c_mode) if way.chain else ("",)
     try:
         Grant(
             settings.alg,

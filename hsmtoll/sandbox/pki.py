@@ -105,6 +105,7 @@ class Authority:
         not_before: datetime | None = None,
         not_after: datetime | None = None,
         key_usage: Iterable[str] | None = None,
+        critical_usage: bool = True,
         ca: bool = False,
         qualified: bool = False,
         qc_type: Literal["esign", "eseal", "web"] = "eseal",
@@ -150,7 +151,7 @@ class Authority:
         )
         builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), ca)
         if usage := set(key_usage):
-            builder = builder.add_extension(_usage(usage), critical=True)
+            builder = builder.add_extension(_usage(usage), critical=critical_usage)
         if policies:
             builder = builder.add_extension(_policy(policies), critical=False)
         builder = builder.add_extension(_qc(qualified, qc_type), critical=False)

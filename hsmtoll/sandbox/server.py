@@ -40,7 +40,7 @@ from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.sandbox import jose
 from hsmtoll.sandbox.faults import NAMES, Fault, Faults
 from hsmtoll.sandbox.pki import Authority, issue_tls, pem, tls_authority
-from hsmtoll.sandbox.rules import TABLE
+from hsmtoll.sandbox.rules import SENTENCES, TABLE
 from hsmtoll.sandbox.services import EXCHANGE, Reply, Request, Services, json_reply
 from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import NORWEGIAN_SCOPES, Anchor, Client, Received, State
@@ -465,7 +465,12 @@ class Sandbox:
                 return 200, {}
             case "GET", "/rules":
                 return 200, {
-                    rule.id: {"says": rule.says, "basis": rule.basis, "kind": rule.kind}
+                    rule.id: {
+                        "says": rule.says,
+                        "basis": rule.basis,
+                        "kind": rule.kind,
+                        "source": SENTENCES.get(rule.id),
+                    }
                     for rule in TABLE.values()
                 }
         return 404, {"error": "no such path"}

@@ -21,8 +21,8 @@ class Settings:
     How strict, and which of two documented answers. Times in seconds.
 
     *environment* decides which Norwegian policies are accepted (M31, M36). *longest_grant* is
-    the bound of M54. *tolerate* names what ``as-observed`` lets pass: ``typ`` and ``nbf`` in a
-    ``kid`` grant, ``resource`` as a string, ``aud`` as a list of one, a Norwegian leaf alone.
+    the bound of M54. *tolerate* names what ``as-observed`` lets pass: ``nbf``, ``resource`` as
+    a string, ``aud`` as a list of one.
     *lifetimes* gives access-token lifetimes per scope (M82), *lifetime* the others.
     *without* is the rules that are switched off, by id.
     """
@@ -46,7 +46,5 @@ class Settings:
 
 PROFILES: Final[Mapping[Profile, Settings]] = {
     "strict-docs": Settings(),
-    "as-observed": Settings(
-        longest_grant=180, tolerate=frozenset({"typ", "nbf", "resource", "aud-list", "leaf-only"})
-    ),
+    "as-observed": Settings(longest_grant=180, tolerate=frozenset({"nbf", "resource", "aud-list"})),
 }

@@ -22,7 +22,18 @@ from hsmtoll.errors import CertificateError, ScopeNotGranted
 from hsmtoll.exchange import Answer, Post, read_subject
 from hsmtoll.settings import Settings
 from tests import broken
-from tests.broken import BROKEN, DAY, GOOD, NOW, key, ours, revocation_list, seals, setup
+from tests.broken import (
+    BROKEN,
+    DAY,
+    GOOD,
+    NOW,
+    enterprise,
+    key,
+    ours,
+    revocation_list,
+    seals,
+    setup,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,9 +139,35 @@ def test_a_certificate_for_test_is_foretold_to_fail_in_prod() -> None:
     settings = Settings.model_validate(
         {"environment": "prod", "identity": "norwegian", "iss": "client"}
     )
-    assert told(replace(good.facts, settings=settings)) == {"certificate-environment": "fail"}
-    prod = setup(family="norwegian", policies=("2.16.578.1.29.13.210.1.0",))
-    assert told(replace(prod.facts, settings=settings)) == {}
+    # By a policy alone: the list of policies is a copy, which warns.
+    assert told(replace(good.facts, settings=settings)) == {"certificate-environment": "warn"}
+    for policy in ("2.16.578.1.29.13.210.1.0", "2.16.578.1.29.13.210", "2.16.578.1.29.13.200"):
+        prod = setup(family="norwegian", policies=(policy,))
+        assert told(replace(prod.facts, settings=settings)) == {}
+    newer = setup(family="norwegian", policies=("2.16.578.1.29.13.999",))
+    assert told(replace(newer.facts, settings=settings)) == {"certificate-policy": "warn"}
+
+
+@pytest.mark.parametrize("above", ["nothing", "the root alone", "the issuer alone"])
+def test_a_norwegian_certificate_whose_chain_is_not_at_hand_is_sent_alone(above: str) -> None:
+    given = {
+        "nothing": [],
+        "the root alone": [enterprise().root],
+        "the issuer alone": [enterprise().intermediate],
+    }[above]
+    made = setup(family="norwegian", above=given)
+    assert told(made.facts) == {}
+    (line,) = [check.line for check in examine(made.facts) if check.check == "chain"]
+    assert "sent alone" in line
+    assert "documented" not in line
+    # The control: whoever asks for the whole chain needs it, and so does an eSeal.
+    asked = setup(family="norwegian", above=given, settings={"x5c": "full"})
+    assert told(asked.facts) == {"chain-incomplete": "fail"}
+    assert "HSMTOLL_X5C" in str([c.hint for c in examine(asked.facts) if c.check == "chain"])
+    assert told(setup(above=[]).facts) == {"chain-incomplete": "fail"}
+    whole = setup(family="norwegian")
+    (line,) = [check.line for check in examine(whole.facts) if check.check == "chain"]
+    assert "3 sent" in line
 
 
 def test_buypass_shares_a_policy_so_that_its_issuer_decides() -> None:

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.sandbox.facts import TokenRequest, _x5c
+from hsmtoll.sandbox.issue import access_claims
 from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
-from hsmtoll.sandbox.settings import PROFILES, Settings
+from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import Anchor, State
 from tests.sandbox_twins import (
     NOW,
@@ -148,8 +149,6 @@ def test_one_bad_scope_fails_the_whole_request() -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        certificate().but(chain=certificate().chain[:1]),
-        by_key().but(header={"typ": "JWT"}),
         by_key().but(claims={"nbf": NOW}),
         eseal().but(claims={"exp": NOW + 180}),
         eseal().but(claims={"aud": ["ISSUER"]}),
@@ -246,3 +245,55 @@ def test_a_leaf_with_an_extension_that_nobody_can_read_is_refused(oid: str) -> N
     assert refusal is not None
     assert refusal.code == "MP-123"
     assert refuse("grant", request(eseal()), world()) is None
+
+
+@pytest.mark.parametrize("profile", ["strict-docs", "as-observed"])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        certificate(),
+        certificate().but(chain=certificate().chain[:1]),
+        certificate().but(chain=certificate().chain[:2]),
+        by_key().but(header={"typ": "JWT"}),
+        eseal().but(header={"typ": "JWT"}),
+    ],
+)
+def test_what_one_of_two_pages_documents_is_taken_by_both_profiles(
+    ask: Ask, profile: Profile
+) -> None:
+    assert refuse("grant", request(ask), world(PROFILES[profile])) is None
+
+
+def test_what_stays_strict_quotes_the_sentence_and_its_page() -> None:
+    for ask, words in (
+        (eseal().but(claims={"nbf": NOW}), "Adding claims not present"),
+        (eseal().but(header={"x5t": "x"}), "Adding claims not present"),
+        (eseal().but(claims={"aud": ["ISSUER"]}), "must only contain a single value"),
+        (eseal().but(claims={"exp": NOW + 180}), "Maximum 120 seconds allowed"),
+        (eseal().but(claims={"resource": "x"}), "Currently only array supported"),
+        (eseal().but(x5c=["a\r\nb"]), "characters outside the base alphabet"),
+    ):
+        refusal = refuse("grant", request(ask), world(PROFILES["strict-docs"]))
+        assert refusal is not None
+        assert words in refusal.description
+        assert "https://" in refusal.description
+
+
+def test_an_eseal_of_a_norwegian_ca_is_no_client_that_was_not_found() -> None:
+    """Customs' list for foreign businesses begins with Buypass and Commfides."""
+    foreign = leaf(enterprise(), organization_id="NTRSE-5566778899", country="SE")
+    seal = eseal().but(chain=foreign)
+    assert refuse("grant", request(seal), world(PROFILES["strict-docs"])) is None
+    own_test = eseal().but(chain=foreign, claims={"scope": "digdir:verksemd.eu"})
+    assert refuse("grant", request(own_test), world(PROFILES["strict-docs"])) is None
+    # Its organisation is the identifier as it stands, and it needs the whole chain.
+    here = world(PROFILES["strict-docs"])
+    assert access_claims(request(seal), here)["consumer"]["ID"] == "NTRSE-5566778899"
+    alone = refuse("grant", request(seal.but(chain=foreign[:1])), here)
+    assert alone is not None
+    assert alone.rule.id == "M27"
+    # The control: a client's certificate that asks for a client's scope is looked for as a client.
+    unknown = certificate().but(claims={"iss": "nobody"})
+    refusal = refuse("grant", request(unknown), here)
+    assert refusal is not None
+    assert refusal.code == "MP-100"
