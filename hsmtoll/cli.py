@@ -483,8 +483,9 @@ def _one(what: str | None, named: str | None) -> str | None:
 
 
 _scope = click.option(
-    "--scope", metavar="S", help="The scope of the token, instead of the API's own."
-)
+    "--scope", metavar="S", shell_complete=_api_names,
+    help="The scope of the token, instead of the API's own.",
+)  # fmt: skip
 
 
 def _for_whom(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -252,7 +252,15 @@ def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"), [(b"12\xe6\n", "not UTF-8, no trace"), ("12æ\n".encode(), "12æ")]
+    ("typed", "said"),
+    [
+        (b"12\xe6\n", "not UTF-8, no trace"),
+        ("12æ\n".encode(), "12æ"),
+        # What no file may hold is taken as it is typed.
+        (b" 12 \n", " 12 "),
+        (b'"12"\n', '"12"'),
+        (b"PIN=12\n", "PIN=12"),
+    ],
 )
 def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, said: str) -> None:
     program = (
