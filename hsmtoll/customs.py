@@ -365,20 +365,30 @@ def _judged(result: Mapping[str, Any], request_id: str, bearer: str) -> Receipt:
     raise error
 
 
+#: Errors of an answer that are shown; the rest is counted.
+_MOST_ERRORS: Final = 10
+
+
 def _errors(listed: object, bearer: str) -> list[str]:
-    lines = []
-    for entry in listed if isinstance(listed, list) else ():
-        if not isinstance(entry, dict):
-            continue
-        pointer = entry.get("pointer")
-        place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
-        place = place or entry.get("field") or "message"
-        words = foreign(entry.get("description") or entry.get("error"), bearer)
-        # The sandbox names the page of the guide that says so.
-        page = entry.get("see")
-        source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
-        lines.append(f"{foreign(place, bearer)}: {words}{source}")
+    """What an answer says is wrong, a line each: ten at most, and how many more there are."""
+    entries = [
+        each for each in (listed if isinstance(listed, list) else ()) if isinstance(each, dict)
+    ]
+    lines = [_error(entry, bearer) for entry in entries[:_MOST_ERRORS]]
+    if len(entries) > _MOST_ERRORS:
+        lines.append(f"and {len(entries) - _MOST_ERRORS} more errors")
     return lines
+
+
+def _error(entry: dict[str, Any], bearer: str) -> str:
+    pointer = entry.get("pointer")
+    place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
+    place = place or entry.get("field") or "message"
+    words = foreign(entry.get("description") or entry.get("error"), bearer)
+    # The sandbox names the page of the guide that says so.
+    page = entry.get("see")
+    source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
+    return f"{foreign(place, bearer)}: {words}{source}"
 
 
 def _unknown(

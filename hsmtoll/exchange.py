@@ -45,7 +45,9 @@ JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 #: RFC 6750 section 2.1, b64token: what may stand behind "Bearer ".
 _BEARER = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
-_TRACE = re.compile(r"\s*\((?:trace_id|correlation id):\s*([0-9A-Za-z-]{8,64})\)\s*$")
+_TRACE = re.compile(r"\((?:trace_id|correlation id): {0,8}([0-9A-Za-z-]{8,64})\)$")
+#: Characters of what an answer says that are looked at: an expression over more could take hours.
+_MOST_SAID: Final = 2000
 _MP = re.compile(r"MP-\d{3}")
 _LONGEST: Final = 86_400
 
@@ -235,11 +237,11 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
     body = _json(answer.body) or {}
     said = _error_text(answer)
     uri = body.get("error_uri")
-    code_match = _MP.search(uri.rsplit("/", 1)[-1]) if isinstance(uri, str) else None
+    code_match = _MP.search(uri[-_MOST_SAID:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None
     code = code_match[0] if code_match else None
     trace = _TRACE.search(said)
     trace_id = foreign(trace[1], post.secret) if trace else None
-    text = foreign(_TRACE.sub("", said), post.secret) or "no reason given"
+    text = foreign(_TRACE.sub("", said).rstrip(), post.secret) or "no reason given"
     row = refusals.refusal(code, said)
     code = code or (row.code if row else "") or None
     error: type[HsmTollError] = ScopeNotGranted if row and row.scope else GrantRefused
@@ -281,10 +283,10 @@ def _error_text(answer: Answer) -> str:
     body = _json(answer.body)
     if body is None:
         # An HTML page says nothing that its status does not.
-        text = answer.body[:2000].decode("utf-8", "replace").strip()
+        text = answer.body[:_MOST_SAID].decode("utf-8", "replace").strip()
         return "" if text.startswith("<") else text
     parts = (body.get("error"), body.get("error_description"))
-    return ": ".join(part for part in parts if isinstance(part, str) and part)
+    return ": ".join(part[:_MOST_SAID] for part in parts if isinstance(part, str) and part).strip()
 
 
 def _correlation(answer: Answer, *secrets: str) -> str | None:

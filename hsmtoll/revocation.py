@@ -57,7 +57,7 @@ def by_crl(data: bytes, certificate: Certificate, issuer: Certificate, *, now: d
         crl = (x509.load_pem_x509_crl if armoured else x509.load_der_x509_crl)(data)
         key: Any = load_der_public_key(issuer.spki_der)
         signed = crl.is_signature_valid(key)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as exc:
         raise ValueError("it is not a revocation list") from exc
     if not signed:
         raise ValueError(f"it is not signed by '{issuer.subject}'")
@@ -68,7 +68,8 @@ def by_crl(data: bytes, certificate: Certificate, issuer: Certificate, *, now: d
         return Status("CRL", next_update=until, stale=stale)
     try:
         reason = found.extensions.get_extension_for_class(x509.CRLReason).value.reason.value
-    except x509.ExtensionNotFound:
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        # It is revoked, whatever is said of why.
         reason = None
     return Status("CRL", found.revocation_date_utc, reason, until, stale)
 

@@ -643,6 +643,12 @@ def _check_endpoints(settings: Settings) -> None:
         host = (parts.hostname or "").rstrip(".").lower()
         if parts.scheme != "https" or not host or parts.username or parts.query or parts.fragment:
             raise ConfigurationError(f"{name}: an https URL is expected, without user or query")
+        if not host.isascii():
+            # Other alphabets have dots of their own, which a client of HTTP turns into real ones.
+            raise ConfigurationError(
+                f"{name}: a host of ASCII characters is expected",
+                hint="write an international name in its xn-- form",
+            )
         for real in ("maskinporten.no", "toll.no"):
             if host == real or host.endswith(f".{real}"):
                 raise ConfigurationError(

@@ -21,6 +21,7 @@ from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
 from hsmtoll.host import doors, system
 from hsmtoll.host.brake import needed
 from hsmtoll.host.service import Service
+from hsmtoll.hsm.protect import keep_secrets_in_memory
 
 if TYPE_CHECKING:
     import os
@@ -54,7 +55,7 @@ def serve(
     *config* and *profile* are those that the settings came from. Raises ConfigurationError and
     AuditBroken for what keeps it from starting; a device that is down does not.
     """
-    system.keep_secrets_in_memory()
+    keep_secrets_in_memory()
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
     opened = _Doors(settings.host)
     try:

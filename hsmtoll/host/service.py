@@ -481,7 +481,7 @@ class Service:
             "scope": token.scope,
             "audit": {"seq": seq, "head": head},
         }
-        return lambda: reply.set_result(said)
+        return partial(self._handed_over, reply, said)
 
     def refuse(self, exc: HsmTollError, account: str) -> None:
         """Have written down that somebody was turned away before it could be asked who may what."""
@@ -666,7 +666,7 @@ class Service:
             iat=said["iat"],
             exp=said["exp"],
             assertion_sha256=_sha256(outcome),
-            outcome="signed",
+            outcome="signed" if self.stopped() is None else "signed, and withheld: stopped",
         )
         reply = {
             "assertion": outcome,
@@ -674,7 +674,15 @@ class Service:
             "jti": errand.jti,
             "audit": {"seq": seq, "head": head},
         }
-        return partial(errand.reply.set_result, reply)
+        return partial(self._handed_over, errand.reply, reply)
+
+    def _handed_over(self, reply: Future[Reply], value: Reply) -> None:
+        """What was recorded, unless a stop came while it was signed, fetched or recorded."""
+        stopped = self.stopped()
+        if stopped is None:
+            reply.set_result(value)
+        else:
+            reply.set_exception(_stopped(stopped))
 
     def _retired(self, house: _House) -> None:
         """The policy has another one by its name. What is on its way is still signed."""

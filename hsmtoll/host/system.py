@@ -1,5 +1,5 @@
 """
-What a daemon owes its system: systemd's two protocols, no core dumps, a clock that is right.
+What a daemon owes its system: systemd's two protocols, and a clock that is right.
 
 Nothing of what is signed, or for whom, enters.
 """
@@ -11,7 +11,6 @@ import ctypes
 import logging
 import logging.handlers
 import os
-import resource
 import socket
 import time
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ __all__ = [
     "clock_is_synchronised",
     "given_sockets",
     "heads_to_system_log",
-    "keep_secrets_in_memory",
     "notify",
     "reloading",
     "watchdog_seconds",
@@ -40,7 +38,6 @@ SYSTEM_LOG: Final = Path("/dev/log")
 
 #: The first descriptor that sd_listen_fds(3) hands over.
 _FIRST: Final = 3
-_PR_SET_DUMPABLE: Final = 4
 #: adjtimex(2): what it returns for a clock that nobody keeps, and the bit that says so as well.
 _TIME_ERROR: Final = 5
 _STA_UNSYNC: Final = 0x40
@@ -67,13 +64,6 @@ def clock_is_synchronised() -> bool:
     except (OSError, AttributeError):
         return False
     return state not in (-1, _TIME_ERROR) and not answer.status & _STA_UNSYNC
-
-
-def keep_secrets_in_memory() -> None:
-    """No core file of this process, and no debugger of another one of its account (prctl(2))."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def notify(*lines: str) -> None:

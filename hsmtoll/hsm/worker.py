@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 import select
 import signal
 import socket
@@ -27,6 +26,7 @@ from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.protect import keep_secrets_in_memory
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import SigningInput
 
@@ -65,8 +65,8 @@ class _Told(logging.Handler):
 
 def main(descriptor: int) -> None:
     """Serve one Device over the socket *descriptor* until the other side ends."""
-    # A core file of a module that crashed would have the PIN in it.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # It has the PIN and the login. A core file of a module that crashed would show them as well.
+    keep_secrets_in_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     told = _Told()
     logger = logging.getLogger("hsmtoll")

@@ -212,7 +212,7 @@ def test_stop_is_effective_at_once_and_without_a_restart(running_host: RunningHo
 
 
 @pytest.mark.needs_root
-def test_stop_while_twenty_wait_lets_one_more_through_at_most(
+def test_stop_while_twenty_wait_hands_out_nothing_more_not_even_what_is_being_signed(
     make_host: Callable[..., RunningHost],
 ) -> None:
     host = make_host(*(entry(f"uid:{OTHER + n}") for n in range(20)))
@@ -228,9 +228,11 @@ def test_stop_while_twenty_wait_lets_one_more_through_at_most(
         host.faults.clear()
         said = [each.result() for each in asked]
 
-    assert sum(b"200 OK" in each for each in said) == 1
+    assert sum(b"200 OK" in each for each in said) == 0
     assert host.signatures() == before + 1
-    assert sum(b'"stopped"' in each for each in said) == 19
+    assert sum(b'"stopped"' in each for each in said) == 20
+    results = [each["outcome"] for each in host.records("result")]
+    assert results.count("signed, and withheld: stopped") == 1
 
 
 def test_a_directory_of_the_stop_file_that_is_gone_means_stopped(

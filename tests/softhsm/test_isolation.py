@@ -25,6 +25,7 @@ from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
+from tests.accounts import OTHER, importable
 from tests.hosting import eventually
 from tests.lab import ended, workers
 from tests.soak.measure import children
@@ -158,6 +159,46 @@ def test_what_is_behind_the_module_looks_the_same_from_a_process_of_its_own(
     assert any(token.logged_in and token.keys and token.certificates for token in seen[1].tokens)
     assert any(token.problem for token in seen[1].tokens)
     assert workers() == []
+
+
+_PEEK = """
+import ctypes, os, signal, socket, sys, time
+from tests.accounts import become, import_all
+
+import_all()
+from hsmtoll.hsm import worker
+
+become(int(sys.argv[1]))
+# A program that was started by its account may be looked at; one that changed its account may not.
+ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+ours, theirs = socket.socketpair()
+child = os.fork()
+if child == 0:
+    ours.close()
+    worker.main(theirs.detach()) if sys.argv[2] == "worker" else time.sleep(600)
+    os._exit(0)
+for _ in range(600 if sys.argv[2] == "worker" else 1):
+    try:
+        said = "shown" if open(f"/proc/{child}/maps").read() else "ended"
+    except PermissionError:
+        said = "kept"
+        break
+    time.sleep(0.1)
+print(said)
+os.kill(child, signal.SIGKILL)
+"""
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize(("who", "said"), [("worker", "kept"), ("any program", "shown")])
+def test_no_process_of_its_account_reads_the_memory_of_the_one_with_the_login(
+    who: str, said: str
+) -> None:
+    seen = subprocess.run(
+        [sys.executable, "-c", _PEEK, str(OTHER), who],
+        env=os.environ | importable(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert seen.stdout == f"{said}\n", seen.stderr
 
 
 @pytest.mark.usefixtures("toll_settings")

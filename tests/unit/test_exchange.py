@@ -224,3 +224,21 @@ def test_nothing_secret_is_in_the_texts_of_the_values() -> None:
     assert "bearer-value" not in repr(values)
     assert ASSERTION not in repr(values)
     assert "abc.def" not in repr(values)
+
+
+@pytest.mark.parametrize("filler", [" ", "(", "(trace_id:", "(trace_id: ", "\t(correlation id:"])
+def test_an_answer_of_a_megabyte_is_looked_at_as_far_as_a_person_reads(filler: str) -> None:
+    body = {"error": "invalid_grant", "error_description": "no " + filler * (2**20 // len(filler))}
+    body["error_uri"] = "x" * 2**20 + "/MP-100"
+    told = subject_error(answer(400, body))
+    assert str(told).startswith("Maskinporten refused the grant: 400, MP-100, invalid_grant: no")
+    assert len(str(told)) < 500
+    assert told.trace_id is None
+
+
+def test_what_follows_the_first_two_thousand_characters_changes_nothing() -> None:
+    # The expression for the trace id sees no more of a text than this.
+    body = {"error": "e", "error_description": "a" * 1990 + f" (trace_id: {TRACE})"}
+    assert subject_error(answer(400, body)).trace_id is None
+    body = {"error": "e", "error_description": "a" * 1900 + f" (trace_id: {TRACE})  "}
+    assert subject_error(answer(400, body)).trace_id == TRACE

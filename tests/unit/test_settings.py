@@ -265,6 +265,10 @@ def test_endpoints_are_given_in_the_sandbox_alone(environment: str | None) -> No
     "changed",
     [
         {"issuer": "https://maskinporten.no/", "token": "https://maskinporten.no/token"},
+        {"customs": "https://api.toll\u3002no"},
+        {"customs": "https://api.toll\uff0eno"},
+        {"customs": "https://api.toll\uff61no"},
+        {"customs": "https://api.t\u00f6ll.no"},
         {"customs": "https://api.toll.no"},
         {"customs": "https://API-TEST.TOLL.NO"},
         {"customs": "https://api.toll.no."},
