@@ -118,10 +118,10 @@ class Ledger:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         facts, above = folder.stat(), folder.parent.stat()
-        if (
-            facts.st_uid != os.geteuid()
-            or facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
-            or (above.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not above.st_mode & stat.S_ISVTX)
+        if facts.st_uid != os.geteuid():
+            raise PermissionError(1, "it belongs to another account")
+        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or (
+            above.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not above.st_mode & stat.S_ISVTX
         ):
             # Whoever can delete a record can make us burn a PIN.
             raise PermissionError(1, "others can change this directory")
@@ -229,9 +229,15 @@ class Page:
 def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     shown = foreign(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
+    hint = "set HSMTOLL_STATE to a directory of this user that outlives restarts"
+    with contextlib.suppress(OSError):
+        owner = where.stat().st_uid if where else 0
+        if owner not in (0, os.geteuid()):
+            # In a directory of its own, this account would not know which PINs were refused.
+            hint = f"run this as the account that owns the directory (uid {owner})"
     return PinNotTried(
         f"the PIN was not tried: refused PINs cannot be remembered in {shown} ({why})",
-        hint="Set HSMTOLL_STATE to a directory of this user that outlives restarts.",
+        hint=hint,
         code="ledger",
     )
 

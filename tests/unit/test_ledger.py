@@ -15,6 +15,7 @@ import pytest
 from hsmtoll.errors import PinNotTried
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.pin import Pin
+from tests.accounts import OTHER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -202,6 +203,17 @@ def test_a_directory_that_others_can_enter_is_not_trusted(tmp_path: Path, mode: 
     (tmp_path / "pin").chmod(mode)
     with pytest.raises(PinNotTried, match="others can change"):
         die(Ledger(tmp_path), RIGHT)
+
+
+@pytest.mark.needs_root
+def test_the_directory_of_another_account_is_left_to_that_account(tmp_path: Path) -> None:
+    die(Ledger(tmp_path), RIGHT)
+    for each in (tmp_path, tmp_path / "pin"):
+        os.chown(each, OTHER, OTHER)
+    with pytest.raises(PinNotTried, match="belongs to another account") as caught:
+        die(Ledger(tmp_path), RIGHT)
+    # One of its own would not know which PINs were refused.
+    assert caught.value.hint == f"run this as the account that owns the directory (uid {OTHER})"
 
 
 def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
