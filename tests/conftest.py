@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import hypothesis
 import pytest
 
 from tests.accounts import NEEDS_ROOT, is_root
@@ -72,6 +73,11 @@ def is_ours(name: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any fixture runs: no variables of the user, and a home that is thrown away."""
     config.addinivalue_line("markers", f"needs_root: {NEEDS_ROOT}")
+    # How long an example takes says something about the machine.
+    hypothesis.settings.register_profile(
+        "any-load", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("any-load")
     config.stash[_skips] = []
     config.stash[_index] = _package_index()
     for name in [name for name in os.environ if is_ours(name)]:
