@@ -6,9 +6,11 @@ Nothing is opened here: what is made connects, logs in and reads files when it i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pwd
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -531,12 +533,26 @@ def _runtime_directory() -> Path:
     """Where a login's files live: gone after a restart where the system does it right."""
     for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         given = _given(name)
-        if given:
+        # After su or sudo -E it is still the other account's: what we made there would be in its
+        # way (XDG Base Directory: it must be owned by the user).
+        if given and not _anothers(given):
             return given / "hsmtoll"
     run = Path(f"/run/user/{os.geteuid()}")
     if run.is_dir():
         return run / "hsmtoll"
     return _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
+
+
+def _anothers(path: Path) -> bool:
+    """Whether another account than ours and root's has it, or the place where it would be made."""
+    for each in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            return each.stat().st_uid not in {0, os.geteuid()}
+    return False
+
+
+#: Where XDG Base Directory has these two where nothing is set.
+_BELOW_HOME: Final = {"HSMTOLL_STATE": ".local/state", "HSMTOLL_CACHE": ".cache"}
 
 
 def _at_home(of: Callable[[str], str], name: str) -> Path:
@@ -545,6 +561,10 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
         path = Path(of("hsmtoll"))
     except RuntimeError:
         path = Path()
+    if _anothers(path):
+        # HOME is another account's, as after sudo -E: what we made there would be in its way.
+        with contextlib.suppress(KeyError):
+            path = Path(pwd.getpwuid(os.geteuid()).pw_dir) / _BELOW_HOME[name] / "hsmtoll"
     # Older versions of platformdirs leave the ~ as it is: it would be made below whatever is here.
     if not path.is_absolute():
         raise ConfigurationError(

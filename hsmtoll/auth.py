@@ -29,7 +29,12 @@ _log = logging.getLogger("hsmtoll.client")
 _OURS: Final = "hsmtoll.bearer"
 
 
-class _Bearing(httpx.Auth):
+class TollAuth(httpx.Auth):
+    """
+    For httpx.Client and httpx.AsyncClient alike, whichever of our clients it came from. Raises
+    what `TollClient.token` raises.
+    """
+
     def __init__(self, engine: Engine, request: TokenRequest) -> None:
         self._engine = engine
         self._request = request
@@ -83,10 +88,6 @@ class _Bearing(httpx.Auth):
             opens = "no API of `hsmtoll apis`"
         _log.warning("call: 403 for a token with %s; the path is of %s", self._request.scope, opens)
 
-
-class TollAuth(_Bearing):
-    """For httpx.Client. Raises what `TollClient.token` raises."""
-
     def sync_auth_flow(
         self, request: httpx.Request
     ) -> Generator[httpx.Request, httpx.Response, None]:
@@ -100,14 +101,10 @@ class TollAuth(_Bearing):
             response = yield self._bearing(request, token)
         self._explain(request, response)
 
-
-class AsyncTollAuth(_Bearing):
-    """For httpx.AsyncClient. Raises what `AsyncTollClient.token` raises."""
-
     async def async_auth_flow(
         self, request: httpx.Request
     ) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        """Bearer on; after a 401, once more with a renewed one."""
+        """As sync_auth_flow, for tasks: waiting for a token holds no thread."""
         self._check(request)
         engine = self._engine
         token = await engine.atoken(self._request)
@@ -116,6 +113,10 @@ class AsyncTollAuth(_Bearing):
             token = await engine.atoken(self._request, Wish(avoid=token.value))
             response = yield self._bearing(request, token)
         self._explain(request, response)
+
+
+class AsyncTollAuth(TollAuth):
+    """As TollAuth: what `AsyncTollClient.auth` gives."""
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

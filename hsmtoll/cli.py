@@ -403,10 +403,6 @@ def main(ctx: click.Context) -> None:
     logger = logging.getLogger("hsmtoll")
     logger.handlers[:] = [_Stderr()]
     logger.propagate = False
-    # Attempts are told by our own lines; the library that repeats would tell them once more.
-    retries = logging.getLogger("stamina")
-    retries.handlers[:] = [logging.NullHandler()]
-    retries.propagate = False
 
 
 _path = File(path_type=Path)

@@ -191,7 +191,8 @@ class SigningHost:
         cause = _tls_reason(exc)
         if exc.code == "tls-untrusted":
             return PolicyDenied(
-                f"{self.name}: its TLS certificate is not trusted, or not for that name",
+                f"{self.name}: its TLS certificate is not trusted, or not for that name"
+                + (f": {why}" if (why := str(exc).partition("not trusted: ")[2]) else ""),
                 hint="HSMTOLL_SIGNER__CA_FILE names the CA that the host's certificate is from",
                 code="host-untrusted",
             )

@@ -186,26 +186,20 @@ class Engine:
 
     def renewed(self, request: TokenRequest, flight: Flight) -> AccessToken:
         """A new token, in as many attempts as the budget of a request allows."""
-        import stamina  # noqa: PLC0415 - seldom needed, and a warm start should not pay
-
-        for attempt in stamina.retry_context(
-            on=_again,
-            attempts=self._per_request,
-            timeout=None,
-            wait_initial=0.5,
-            wait_max=5.0,
-            wait_jitter=1.0,
-        ):
-            with attempt:
-                try:
-                    return self._attempt(request, flight)
-                except HsmTollError as exc:
-                    if exc.code in _ONCE and attempt.num > 1:
-                        exc.retryable = False
-                    # A new certificate that is not taken yet: the older one may still be.
-                    if self._has_another(exc.code):
-                        exc.retryable = True
+        for attempt in range(1, self._per_request + 1):
+            try:
+                return self._attempt(request, flight)
+            except HsmTollError as exc:
+                if exc.code in _ONCE and attempt > 1:
+                    exc.retryable = False
+                # A new certificate that is not taken yet: the older one may still be.
+                if self._has_another(exc.code):
+                    exc.retryable = True
+                pause = _pause(exc, attempt)
+                if pause is None or attempt == self._per_request:
                     raise
+                _log.info("attempt %d of %d failed: %s", attempt, self._per_request, exc)
+            self.clock.sleep(pause)
         raise AssertionError  # the loop returns or raises
 
     def _has_another(self, code: str | None) -> bool:
@@ -392,11 +386,12 @@ def _resources(given: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(each for each in listed if each)
 
 
-def _again(exc: Exception) -> bool | float:
-    """Whether to try once more, and after how many seconds where the server said so."""
-    if not isinstance(exc, HsmTollError) or not exc.retryable:
-        return False
-    if exc.retry_after is None:
-        return True
-    jitter = random.uniform(0, 0.5)  # noqa: S311 - spreads callers, keeps no secret
-    return exc.retry_after + jitter if exc.retry_after <= _LONGEST_SLEEP else False
+def _pause(exc: HsmTollError, attempt: int) -> float | None:
+    """Seconds before the next attempt; None where there is to be none."""
+    if not exc.retryable:
+        return None
+    if exc.retry_after is not None:
+        jitter = random.uniform(0, 0.5)  # noqa: S311 - spreads callers, keeps no secret
+        return exc.retry_after + jitter if exc.retry_after <= _LONGEST_SLEEP else None
+    jitter = random.uniform(0, 1.0)  # noqa: S311 - as above
+    return min(5.0, 0.5 * 2.0 ** (attempt - 1) + jitter)

@@ -8,6 +8,8 @@ that over the file's top level. Every name that is not known is an error.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import logging
 import os
 import re
 import tomllib
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = ["Settings", "check_code_file", "load", "profiles", "variable"]
+
+_log = logging.getLogger("hsmtoll.settings")
 
 _PREFIX: Final = "HSMTOLL_"
 
@@ -300,6 +304,7 @@ def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
     spelt: dict[str, str] = {}
+    links: list[str] = []
     for name in sorted(environ):
         upper = name.upper()
         if upper.startswith(_PREFIX) and environ[name] and spelt.setdefault(upper, name) != name:
@@ -316,11 +321,47 @@ def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
             )
         if not upper.startswith(_PREFIX) or upper in (_CONFIG, _PROFILE, *_VARIABLES):
             continue
+        if _is_service_link(name, environ[name]):
+            links.append(name)
+            continue
         raise ConfigurationError(
             f"variable {foreign(name)}: there is no such setting",
             hint=_nearest(upper, (*_VARIABLES, _CONFIG, _PROFILE)),
             code="setting-unknown",
         )
+    if links:
+        _log.warning(
+            "variable %s%s: left out, it is about a Kubernetes Service of that name; "
+            "enableServiceLinks: false in the pod's specification keeps them away",
+            links[0],
+            f" and {len(links) - 1} more" if len(links) > 1 else "",
+        )
+
+
+# https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_LINK: Final = re.compile(
+    r"HSMTOLL(?:_[A-Z0-9]+)*?_"
+    r"(?:(?P<host>SERVICE_HOST)|(?P<port>SERVICE_PORT(?:_[A-Z0-9]+)*)|(?P<url>PORT)"
+    r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)(?:(?P<all>)|_(?P<part>PROTO|PORT|ADDR)))"
+)
+_LINK_URL: Final = re.compile(r"(?:tcp|udp|sctp)://(\[?[0-9A-Fa-f.:]+\]?):[0-9]{1,5}")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether the kubelet has set it for a Service called hsmtoll or hsmtoll-SOMETHING."""
+    found = _LINK.fullmatch(name)
+    if found is None:
+        return False
+    if found["url"] or found["all"] is not None:
+        return _LINK_URL.fullmatch(value) is not None
+    if found["part"] == "PROTO":
+        return value in ("tcp", "udp", "sctp")
+    if found["host"] or found["part"] == "ADDR":
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(value))
+        # A Service without an address of its own.
+        return value == "None"
+    return re.fullmatch(r"[0-9]{1,5}", value) is not None
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:

@@ -16,7 +16,8 @@ import logging
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import redis
+    import redis.lock
 
     from hsmtoll.clock import Clock
 
@@ -276,7 +278,11 @@ class RedisStore:
 
         def acquired(client: redis.Redis) -> Any:
             lock = client.lock(
-                f"{_name(key)}:lock", timeout=self.LEASE, sleep=0.03, thread_local=False
+                f"{_name(key)}:lock",
+                timeout=self.LEASE,
+                sleep=0.03,
+                thread_local=False,
+                lock_class=_lock_class(),
             )
             return lock if lock.acquire(blocking_timeout=patience) else False
 
@@ -321,7 +327,7 @@ class RedisStore:
             return otherwise
         except (redis.exceptions.RedisError, OSError) as exc:
             if self._down_until is None:
-                _log.warning("cache: Redis does not answer (%s); alone until it does", _why(exc))
+                _log.warning("cache: Redis %s", _trouble(exc))
             # From now, not from before the question: one that hangs has taken seconds to fail.
             self._down_until = self._clock.now().boot + self.REST
             return otherwise
@@ -359,9 +365,57 @@ def _name(key: str) -> str:
     return f"hsmtoll:2:{key}"
 
 
-def _why(exc: Exception) -> str:
-    # The kind alone: redis-py's texts may hold the URL, and that may hold a password.
-    return type(exc).__name__
+#: What is asked of Redis, for those who allow single commands (ACL SETUSER).
+COMMANDS: Final = "GET SET DEL PTTL PEXPIRE TIME WATCH UNWATCH MULTI EXEC"
+
+
+def _trouble(exc: Exception) -> str:
+    """What is wrong, in words; of a text of redis-py's its kind alone, it may hold the URL."""
+    from redis.exceptions import NoPermissionError, ResponseError  # noqa: PLC0415 - as above
+
+    if isinstance(exc, NoPermissionError) or str(exc).lower().startswith("unknown command"):
+        return (
+            "refuses a command that is needed; this process goes on alone. Allow its user "
+            f"{COMMANDS}, on the keys hsmtoll:*"
+        )
+    does = "refuses" if isinstance(exc, ResponseError) else "does not answer"
+    return f"{does} ({type(exc).__name__}); this process goes on alone"
+
+
+@lru_cache(maxsize=1)
+def _lock_class() -> type[redis.lock.Lock]:
+    """redis-py's lock, without the scripts that many a server does not allow."""
+    from redis.exceptions import LockNotOwnedError, WatchError  # noqa: PLC0415 - as above
+    from redis.lock import Lock  # noqa: PLC0415 - as above
+
+    class Transacted(Lock):
+        """Released and prolonged in a transaction, which fails where another holds it by now."""
+
+        def register_scripts(self) -> None:
+            """There are none."""
+
+        def do_release(self, expected_token: str) -> None:
+            self._while_held(expected_token, lambda pipe: pipe.delete(self.name))
+
+        def do_reacquire(self) -> Literal[True]:
+            lease = int(1000 * RedisStore.LEASE)
+            self._while_held(self.local.token, lambda pipe: pipe.pexpire(self.name, lease))
+            return True
+
+        def _while_held(self, token: str | bytes, change: Callable[[Any], object]) -> None:
+            # What is changed meanwhile may be the lease alone, by ourselves: look once more.
+            for _ in range(5):
+                with self.redis.pipeline() as pipe, contextlib.suppress(WatchError):
+                    pipe.watch(self.name)
+                    if pipe.get(self.name) != token:
+                        break
+                    pipe.multi()
+                    change(pipe)
+                    pipe.execute()
+                    return
+            raise LockNotOwnedError("the lock is another's by now", lock_name=self.name)
+
+    return Transacted
 
 
 def _redis(url: str, ca_file: Path | None) -> redis.Redis:

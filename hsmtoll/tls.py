@@ -111,6 +111,8 @@ def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
     try:
         check_regular(ca_file)
         context.load_verify_locations(cafile=ca_file)
+        # A company may give its issuing CA alone: what a person names is trusted, root or not.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     except (OSError, ssl.SSLError) as exc:
         raise ConfigurationError(
             f"{name} {foreign(ca_file)}: cannot be read as PEM certificates",

@@ -350,7 +350,9 @@ def _read(response: httpx.Response, leg: str) -> Answer:
                 code="answer-compressed",
             )
         body = bytearray()
-        for chunk in response.iter_raw():
+        # Mocks of httpx give answers that have been read already; ours come in parts.
+        parts = (response.content,) if response.is_stream_consumed else response.iter_raw()
+        for chunk in parts:
             body += chunk
             if len(body) > _LARGEST:
                 raise NetworkError(
@@ -479,12 +481,14 @@ def _reason(
             retryable=False,
         )
     if "certificate verify failed" in causes.lower() or "CERTIFICATE_VERIFY_FAILED" in causes:
+        found = _VERIFY.search(causes)
+        why = found[1] if found else ""
+        ca = "HSMTOLL_CA_FILE names the CA that it is from" if proxy else _CA
         return Reason(
-            text="its TLS certificate is not trusted",
+            text="its TLS certificate is not trusted"
+            + (f": {foreign(why, *secrets)}" if why else ""),
             code="tls-untrusted",
-            hint="HSMTOLL_CA_FILE names the CA that it is from"
-            if proxy
-            else "where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate",
+            hint=next((hint for part, hint in _UNTRUSTED.items() if part in why.lower()), ca),
             retryable=False,
         )
     if isinstance(exc, httpx.ConnectError):
@@ -500,6 +504,14 @@ def _reason(
             else "check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
             retryable=code != "unknown-host",
         )
+    if isinstance(exc, httpx.TimeoutException) and said and "timed out" not in said.lower():
+        # No time-out of the network: a mock that knows no answer says so (pytest-httpx).
+        return Reason(
+            text=f"no answer: {foreign(said, *secrets)}",
+            code="mocked",
+            hint="something in this program answers for the network: let this host through",
+            retryable=False,
+        )
     if isinstance(exc, httpx.TimeoutException):
         return Reason(
             text=f"no answer within {timeout:.0f} s",
@@ -514,6 +526,17 @@ def _reason(
     )
 
 
+#: OpenSSL's reason, as Python quotes it.
+_VERIFY: Final = re.compile(r"verify failed: (.{1,200}?)(?: \(_ssl|\Z)")
+_CA: Final = (
+    "where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate; "
+    "`openssl s_client -showcerts -connect HOST:PORT` shows what is sent"
+)
+_UNTRUSTED: Final = {
+    "expired": "whoever runs the server has to renew it, unless this machine's clock is wrong",
+    "not yet valid": "this machine's clock may be wrong",
+    "mismatch": "it was issued for another name: check the address, or what lies between",
+}
 _REASONS: Final = {
     # As asyncio words it.
     f"[errno {errno.ECONNREFUSED}]": ("connection refused", "refused"),

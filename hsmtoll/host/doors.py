@@ -688,4 +688,8 @@ def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> 
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     elif crl is not None:
         raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
+    else:
+        # A CA that is named is trusted, root or not. Not where there are lists: OpenSSL would end
+        # at such a CA, and not ask whether the one above has revoked it.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import ssl
 from typing import TYPE_CHECKING
 
 import httpx
@@ -15,6 +17,8 @@ from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError
 from tests.soft import engine_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.clock import SettableClock
 
@@ -32,6 +36,91 @@ def test_both_colours_reach_the_api(toll_sandbox: Sandbox, client: TollClient) -
     with client.api("road") as api:
         assert api.get("test-auth").status_code == 200
     assert asyncio.run(call()) == 200
+
+
+def test_an_auth_of_either_client_works_in_a_client_of_the_other_colour(
+    toll_sandbox: Sandbox,
+) -> None:
+    address = f"{toll_sandbox.customs}/api/movement/road/v2/test-auth"
+    context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
+
+    async def crossed() -> int:
+        with TollClient(engine_of(toll_sandbox)[0]) as made:
+            async with httpx.AsyncClient(auth=made.auth("road"), verify=context) as used:
+                # The guard of the origin is on as well.
+                with pytest.raises(ConfigurationError, match="token is for"):
+                    await used.get("https://elsewhere.invalid/")
+                return (await used.get(address)).status_code
+
+    assert asyncio.run(crossed()) == 200
+    auth = AsyncTollClient(engine_of(toll_sandbox)[0]).auth("road")
+    with httpx.Client(auth=auth, verify=context) as used:
+        with pytest.raises(ConfigurationError, match="token is for"):
+            used.get("https://elsewhere.invalid/")
+        assert used.get(address).status_code == 200
+
+
+def test_a_retry_writes_one_line_of_ours_and_none_of_a_library(
+    toll_sandbox: Sandbox, client: TollClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    toll_sandbox.faults.set("500", "token", times=1)
+    assert client.token("road").value
+    assert {record.name.partition(".")[0] for record in caplog.records} <= {
+        *("hsmtoll", "httpx", "httpcore", "asyncio", "aiohttp"),
+    }
+    told = [r for r in caplog.records if "attempt 1 of 2 failed" in r.getMessage()]
+    assert [record.levelname for record in told] == ["INFO"]
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_tokens_come_through_a_transport_that_a_mock_has_replaced(
+    client: TollClient, monkeypatch: pytest.MonkeyPatch, *, read: bool
+) -> None:
+    """respx and pytest-httpx put answers in the place of httpx's transport, some read already."""
+    asked = []
+
+    def answer(transport: object, request: httpx.Request) -> httpx.Response:
+        del transport
+        asked.append(str(request.url))
+        request.read()
+        response = httpx.Response(
+            200,
+            json={"access_token": "mocked", "token_type": "Bearer", "expires_in": 600,
+                  "scope": "toll:eu/movement/road/v2"},
+        )  # fmt: skip
+        if not read:
+            body = response.content
+            response = httpx.Response(200, headers=response.headers, stream=_Stream(body))
+        return response
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", answer)
+    assert client.token("road").value == "mocked"
+    assert len(asked) == 2
+
+
+class _Stream(httpx.SyncByteStream):
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._body
+
+
+def test_a_mock_that_knows_no_answer_is_told_as_what_it_is(
+    client: TollClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "No response can be found for POST request on https://localhost"
+    asked = []
+
+    def answer(transport: object, request: httpx.Request) -> httpx.Response:
+        asked.append(transport)
+        raise httpx.TimeoutException(said, request=request)
+
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", answer)
+    with pytest.raises(HsmTollError, match=said) as caught:
+        client.token("road")
+    assert (caught.value.code, len(asked)) == ("mocked", 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hsmtoll.client import TollClient
 from hsmtoll.clock import SystemClock
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
-from hsmtoll.stores import RedisStore, name_of
+from hsmtoll.stores import COMMANDS, RedisStore, name_of
 from hsmtoll.testing.clock import SettableClock
 from tests.crowds import Crowd, fresh_key
 from tests.lab import free_port
@@ -386,3 +386,71 @@ def test_what_is_no_value_is_replaced_at_once(server: Server, store: RedisStore)
     assert store.get(KEY) is None
     store.put(KEY, b"value", ttl=100)
     assert store.get(KEY) is not None
+
+
+#: What README names, and nothing else.
+ALLOWED = "+@connection +get +set +del +pttl +pexpire +time +watch +unwatch +multi +exec"
+
+
+def restricted(server: Server, key_file: Path, rules: str) -> RedisStore:
+    with server.client() as client:
+        client.execute_command(
+            *("ACL", "SETUSER", "hsmtoll", "reset", "on", ">geheim", "~hsmtoll:*", *rules.split())
+        )
+    url = f"unix://hsmtoll:geheim@{server.socket}"
+    return RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
+
+
+@pytest.mark.parametrize("rules", ["+@all -@scripting", ALLOWED])
+def test_a_server_without_scripts_keeps_tokens_and_frees_its_locks(
+    server: Server, key_file: Path, caplog: pytest.LogCaptureFixture, rules: str
+) -> None:
+    store = restricted(server, key_file, rules)
+    with store.lock(KEY, patience=5) as held:
+        assert held
+        store.put(KEY, b"token", ttl=60)
+    with server.client() as client:
+        assert client.keys("*:lock") == []
+        assert [command for command in _called(client) if command.startswith("eval")] == []
+    assert store.get(KEY) is not None
+    # Nobody waits for a lease: the lock is free at once.
+    with restricted(server, key_file, rules).lock(KEY, patience=0.0) as held:
+        assert held
+    assert caplog.records == []
+
+
+def _called(client: redis.Redis) -> list[str]:
+    stats: dict[str, object] = client.info("commandstats")
+    return [name.removeprefix("cmdstat_") for name in stats]
+
+
+def test_a_lock_that_is_prolonged_outlives_its_lease_and_frees_no_other_ones(
+    server: Server, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RedisStore, "LEASE", 0.6)
+    store = restricted(server, key_file, ALLOWED)
+    with store.lock(KEY, patience=5), server.client() as client:
+        time.sleep(1.5)
+        with restricted(server, key_file, ALLOWED).lock(KEY, patience=0.0) as second:
+            assert not second
+        # Somebody deleted it and holds it now: it is theirs to free.
+        (name,) = client.keys("*:lock")
+        client.set(name, b"another's")
+    with server.client() as client:
+        assert client.get(name) == b"another's"
+
+
+def test_a_command_that_is_not_allowed_is_named_with_what_to_allow(
+    server: Server, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = restricted(server, key_file, ALLOWED.replace("+watch ", ""))
+    for _ in range(3):
+        with store.lock(KEY, patience=5) as held:
+            assert held
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "refuses a command that is needed" in told[0]
+    assert COMMANDS in told[0]
+    assert "geheim" not in told[0]
+    for word in COMMANDS.lower().split():
+        assert f"+{word}" in ALLOWED

@@ -70,7 +70,7 @@ class Listening(Wire):
 def records(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """Everything that any logger says, of any library, at any level."""
     caplog.set_level(logging.DEBUG)
-    for name in ("hsmtoll", "httpx", "httpcore", "asyncio", "stamina", "filelock", "aiohttp"):
+    for name in ("hsmtoll", "httpx", "httpcore", "asyncio", "filelock", "aiohttp"):
         caplog.set_level(logging.DEBUG, logger=name)
     return caplog
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from hsmtoll.app import App
+from hsmtoll.settings import load
 from tests.accounts import OTHER, importable, is_root
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # Everything is imported before: this Python may lie where the account cannot look.
 _AS_ANOTHER = """
@@ -123,3 +123,36 @@ def test_a_directory_of_the_system_that_is_relative_is_none(
 
     assert said(tmp_path, code, **{name: "here"}, **home) == said(tmp_path, code, **home)
     assert said(tmp_path, code, **{name: "/there"}, **home) == f"/there{below}"
+
+
+@pytest.mark.skipif(not is_root(), reason="another account's files are made by root alone")
+def test_a_runtime_directory_and_a_home_of_another_account_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `su` and `sudo -E` leave the variables."""
+    theirs = tmp_path / "theirs"
+    (theirs / "run").mkdir(parents=True)
+    for each in (theirs, theirs / "run"):
+        os.chown(each, OTHER + 1, OTHER + 1)
+    for each in tmp_path.parents:
+        if each != each.parent and not each.stat().st_mode & 0o001:
+            each.chmod(each.stat().st_mode | 0o011)
+    tmp_path.chmod(0o755)
+    show = "app = App(load(), one_shot=True); print(app.store._directory); print(app.state)"
+    told = said(tmp_path, show, XDG_RUNTIME_DIR=str(theirs / "run"), HOME="/")
+    assert str(theirs) not in told, told
+    for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(theirs))
+    home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    assert App(load()).state == home / ".local" / "state" / "hsmtoll"
+    # The control: their own.
+    mine = tmp_path / "mine"
+    (mine / "run").mkdir(parents=True)
+    for each in (mine, mine / "run"):
+        os.chown(each, OTHER, OTHER)
+    variables = {"XDG_RUNTIME_DIR": str(mine / "run"), "HOME": str(mine)}
+    assert said(tmp_path, show, **variables).splitlines() == [
+        str(mine / "run" / "hsmtoll"),
+        str(mine / ".local" / "state" / "hsmtoll"),
+    ]

@@ -624,3 +624,49 @@ def test_a_key_of_the_file_gets_a_near_name_whatever_its_case(
 ) -> None:
     toml.write_text(text)
     assert refusal(config=toml).hint == hint
+
+
+LINKS = {
+    "HSMTOLL_SERVICE_HOST": "10.96.7.1",
+    "HSMTOLL_SERVICE_PORT": "8443",
+    "HSMTOLL_SERVICE_PORT_HTTPS": "8443",
+    "HSMTOLL_PORT": "tcp://10.96.7.1:8443",
+    "HSMTOLL_PORT_8443_TCP": "tcp://10.96.7.1:8443",
+    "HSMTOLL_PORT_8443_TCP_PROTO": "tcp",
+    "HSMTOLL_PORT_8443_TCP_PORT": "8443",
+    "HSMTOLL_PORT_8443_TCP_ADDR": "10.96.7.1",
+    "HSMTOLL_HOST_SERVICE_HOST": "fd00::7",
+    "HSMTOLL_HOST_PORT": "udp://[fd00::7]:53",
+}
+
+
+def test_what_the_kubelet_says_of_a_service_called_hsmtoll_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert load() == Settings()
+    assert len(caplog.records) == 1
+    assert "HSMTOLL_HOST_PORT and 9 more" in caplog.text
+    assert "enableServiceLinks: false" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HSMTOLL_PORT", "8443"),
+        ("HSMTOLL_PORT", "https://10.96.7.1:8443"),
+        ("HSMTOLL_SERVICE_HOST", "hsm.example"),
+        ("HSMTOLL_SERVICE_PORT", "https"),
+        ("HSMTOLL_PORT_8443_TCP_PROTO", "quic"),
+        ("HSMTOLL_PORT_8443_TCP_NAME", "10.96.7.1"),
+        ("hsmtoll_service_host", "10.96.7.1"),
+        ("HSMTOLL_HOST__PORT", "tcp://10.96.7.1:8443"),
+        ("HSMTOLL_PROXI", "tcp://10.96.7.1:8443"),
+    ],
+)
+def test_what_only_looks_like_it_is_still_no_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert refusal().code == "setting-unknown"
