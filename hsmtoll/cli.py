@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
     from hsmtoll.app import App
-    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.device import KeyFacts, StoredCertificate
     from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.settings import Settings
@@ -1132,7 +1132,7 @@ def _inventory(seen: ModuleFacts, now: float) -> dict[str, Any]:
                 "logged_in": each.logged_in,
                 "problem": each.problem,
                 "keys": [_key_row(key) for key in each.keys],
-                "certificates": [_certificate_row(u, c.der, now) for u, c in each.certificates],
+                "certificates": [_certificate_row(u, c, now) for u, c in each.certificates],
             }
             for each in seen.tokens
         ],
@@ -1148,11 +1148,13 @@ def _key_row(key: KeyFacts) -> dict[str, Any]:
     return {"uri": str(key.uri), "type": key.key_type, "bits": key.bits, **flags}
 
 
-def _certificate_row(uri: KeyUri, der: bytes, now: float) -> dict[str, Any]:
+def _certificate_row(uri: KeyUri, stored: StoredCertificate, now: float) -> dict[str, Any]:
     from hsmtoll.certificate import Certificate
 
+    if stored.problem is not None:
+        return {"uri": str(uri), "problem": f"cannot be read: {stored.problem}"}
     try:
-        read = Certificate.load(der)
+        read = Certificate.load(stored.der)
     except ValueError as exc:
         return {"uri": str(uri), "problem": f"cannot be read: {exc}"}
     return {
@@ -1167,7 +1169,7 @@ def _certificate_row(uri: KeyUri, der: bytes, now: float) -> dict[str, Any]:
 
 def _print_device(device: dict[str, Any]) -> None:
     click.echo(f"\n{device['uri']}")
-    if not device["initialized"]:
+    if not device["initialized"] and not device["keys"] and not device["certificates"]:
         click.echo("  not initialised")
         return
     refused = f", {device['refused_pins']} refused before" if device["refused_pins"] else ""

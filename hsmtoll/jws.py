@@ -131,6 +131,13 @@ class RsaPublicKey:
             return False
         return True
 
+    def padded(self, signature: bytes) -> bytes:
+        """
+        *signature* as long as the modulus (RFC 8017 section 8.2.1): some devices leave out the
+        zeros that it begins with, one of 256, and others write one too many.
+        """
+        return signature.lstrip(b"\0").rjust((self.bits + 7) // 8, b"\0")
+
     @classmethod
     def from_pem(cls, text: str) -> RsaPublicKey:
         """

@@ -30,7 +30,7 @@ from hsmtoll.errors import (
 from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
@@ -48,6 +48,7 @@ __all__ = [
     "Signer",
     "SpentOnce",
     "TokenSource",
+    "looks",
     "new_jti",
     "readable",
     "unread_of",
@@ -158,9 +159,10 @@ class Prepared:
 
     def proven(self, signature: bytes) -> str:
         """The assertion. DeviceError (``signature-wrong``) if *signature* is not by the key."""
-        if not self.key.verify(self.signer.alg, self.unsigned, signature):
+        whole = self.key.padded(signature)
+        if not self.key.verify(self.signer.alg, self.unsigned, whole):
             raise _wrong()
-        return self.compact(signature)
+        return self.compact(whole)
 
     def compact(self, signature: bytes) -> str:
         """
@@ -257,29 +259,23 @@ class LocalSigner:
         if known is not None:
             return known
         self._proven = None
-        stored = self.device.certificates()
         supplied = self._supplied()
         before = self._good if self._good is not supplied else None
-        everything = [*readable(stored), *supplied.certificates]
-        everything += before.certificates if before is not None else ()
-        key = self.device.key(candidates=_keys(everything))
-        # Where the device hides the public half, the grant's own signature proves the leaf.
-        self._guesses = () if key.public else _keys(everything)
+        given = [*supplied.certificates, *(before.certificates if before is not None else ())]
         at = datetime.fromtimestamp(now.wall, UTC)
-        try:
-            chain, pool = self._of(supplied, stored, key, at, unwanted)
-        except CertificateError as exc:
-            if before is None:
-                raise
+        first: CertificateError | None = None
+        for stored, key in looks(self.device, given):
+            # Where the device hides the public half, the grant's own signature proves the leaf.
+            self._guesses = () if key.public else _keys([*readable(stored), *given])
             try:
-                chain, pool = self._of(before, stored, key, at, unwanted)
-            except CertificateError:
-                raise exc from None
-            if self._bad is not supplied:
-                self._bad = supplied
-                _log.warning("%s; the certificates supplied before are kept", exc)
+                chain, pool = self._with_either(
+                    stored, key, at, unwanted, supplied=supplied, before=before
+                )
+                break
+            except CertificateError as exc:
+                first = first or exc
         else:
-            self._good, self._bad = supplied, None
+            raise first or UsageError("no device was looked at")
         self._took(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
         self._proven = known = _Proven(
@@ -292,6 +288,33 @@ class LocalSigner:
             supplied=supplied,
         )
         return known
+
+    def _with_either(
+        self,
+        stored: Sequence[StoredCertificate],
+        key: KeyFacts,
+        at: datetime,
+        unwanted: frozenset[str],
+        *,
+        supplied: Bundle,
+        before: Bundle | None,
+    ) -> tuple[chains.Chain, list[Certificate]]:
+        """`_of` what was *supplied*; where that does not do, of what was supplied *before*."""
+        try:
+            found = self._of(supplied, stored, key, at, unwanted)
+        except CertificateError as exc:
+            if before is None:
+                raise
+            try:
+                found = self._of(before, stored, key, at, unwanted)
+            except CertificateError:
+                raise exc from None
+            if self._bad is not supplied:
+                self._bad = supplied
+                _log.warning("%s; the certificates supplied before are kept", exc)
+        else:
+            self._good, self._bad = supplied, None
+        return found
 
     def _of(
         self,
@@ -546,15 +569,58 @@ def _no_client_id() -> ConfigurationError:
     )
 
 
+def looks(
+    device: Device, given: Sequence[Certificate]
+) -> Iterator[tuple[tuple[StoredCertificate, ...], KeyFacts]]:
+    """
+    What the *device* shows: its certificates and its key. For those whom that does not do: the
+    same after a login that its flags do not ask for; at last with the certificates of the
+    module's other devices. *given* is what a file has.
+    """
+
+    def seen() -> tuple[tuple[StoredCertificate, ...], KeyFacts]:
+        stored = device.certificates()
+        generation = device.generation
+        key = device.key(candidates=_keys([*readable(stored), *given]))
+        if device.generation != generation:
+            # A login was made in between: there may be more to see.
+            stored = device.certificates()
+        return stored, key
+
+    stored, key = seen()
+    yield stored, key
+    generation = device.generation
+    device.login(whatever=True)
+    if device.generation != generation:
+        stored, key = seen()
+        yield stored, key
+    try:
+        others = device.elsewhere()
+    except DeviceError:
+        return
+    if others:
+        _log.info("looking for certificates on the module's other devices")
+        yield (*stored, *others), key
+
+
 def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
     """What parses: a device holds objects of all kinds, and one bad one hides no other."""
-    read: list[Certificate] = []
-    for each in stored:
+    return [each for _, each, _ in _parsed(stored) if each is not None]
+
+
+def _parsed(
+    stored: Iterable[StoredCertificate],
+) -> Iterator[tuple[StoredCertificate, Certificate | None, str]]:
+    """Each with its certificate, or with why it cannot be read."""
+    for one in stored:
+        if one.problem is not None:
+            yield one, None, one.problem
+            continue
         try:
-            read.append(Certificate.load(each.der))
+            yield one, Certificate.load(one.der), ""
         except ValueError as exc:
-            _log.info("certificate %r is passed over: %s", foreign(each.label), exc)
-    return read
+            _log.info("certificate %r is passed over: %s", foreign(one.label), exc)
+            yield one, None, str(exc)
 
 
 def unread_of(
@@ -575,16 +641,15 @@ def unread_of(
         return modulus is not None and modulus in raw
 
     found = []
-    for each in stored:
-        try:
-            Certificate.load(each.der)
-        except ValueError as exc:
-            own = each in named or of_key(each.der)
-            if key is not None:
-                own |= bool(key.id and each.id == key.id)
-                own |= bool(key.label and each.label == key.label)
-            where = f"certificate '{foreign(each.label)}' on the device"
-            found.append(chains.Unread(where, str(exc), own))
+    for each, certificate, why in _parsed(stored):
+        if certificate is not None:
+            continue
+        own = each in named or of_key(each.der)
+        if key is not None:
+            own |= bool(key.id and each.id == key.id)
+            own |= bool(key.label and each.label == key.label)
+        where = f"certificate '{foreign(each.label)}' on the device"
+        found.append(chains.Unread(where, why, own))
     found += [chains.Unread(u.where, u.why, of_key(u.der)) for u in supplied.unreadable]
     return tuple(found)
 

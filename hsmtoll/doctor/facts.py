@@ -20,7 +20,7 @@ from hsmtoll import chain as chains
 from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.signer import TokenSource, readable, unread_of
+from hsmtoll.signer import TokenSource, looks, readable, unread_of
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -174,9 +174,15 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
         found["module"] = module
         found["token"] = _token(module, uri)
         found["logged_in"] = device.login()
-        candidates = {c.public_key for c in certificates if c.public_key is not None}
-        found["key"] = key = device.key(candidates=candidates)
-        found["unread"] = unread_of(stored, app.supplied(), key)
+        supplied = app.supplied()
+        for stored, key in looks(device, supplied.certificates):
+            certificates = tuple(readable(stored))
+            unread = unread_of(stored, supplied, key)
+            found |= {"key": key, "certificates": certificates, "unread": unread}
+            if key.public is None or app.settings.kid is not None:
+                break
+            if chains.for_key((*certificates, *supplied.certificates), key.public):
+                break
     except HsmTollError as exc:
         found["error"] = exc
     return Seen(**found)

@@ -145,6 +145,7 @@ _ANSWERS: Final = {
     "pin-final-try": "pin",
     "pin-refused": "pin",
     "pin-unresolved": "pin",
+    "pin-count-low": "pin",
     "pin-state": "pin",
     "pin-source": "pin",
     "ledger": "pin",

@@ -24,11 +24,15 @@ __all__ = [
     "NOT_TRIED",
     "REFUSED",
     "Meaning",
+    "about_the_device",
+    "about_the_key_or_pin",
+    "knows_no_context_login",
     "number",
     "recoverable",
     "said",
     "speaking",
     "translated",
+    "untried",
 ]
 
 
@@ -210,15 +214,79 @@ REFUSED: Final = (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange, p11.UserNot
 NOT_TRIED: Final = (
     p11.AnotherUserAlreadyLoggedIn,
     p11.ArgumentsBad,
+    p11.DeviceRemoved,
+    p11.FunctionCancelled,
+    p11.FunctionNotSupported,
+    p11.FunctionRejected,
+    p11.HostMemory,
+    p11.ObjectHandleInvalid,
+    p11.OperationActive,
+    p11.OperationNotInitialized,
     p11.PinLocked,
-    p11.SessionClosed,
     p11.SessionCount,
     p11.SessionHandleInvalid,
+    p11.SessionReadOnly,
+    p11.SessionReadOnlyExists,
+    p11.SlotIDInvalid,
     p11.TokenNotPresent,
+    p11.TokenNotRecognised,
     p11.UserAlreadyLoggedIn,
     p11.UserPinNotInitialized,
     p11.UserTooManyTypes,
 )
+_USER_TYPE_INVALID: Final = 0x103
+_NOT_INITIALIZED: Final = 0x190
+# Codes about the session, the login, the token's presence or the module, and no single object.
+_ABOUT_THE_DEVICE: Final = (
+    p11.DeviceRemoved,
+    p11.OperationActive,
+    p11.SessionClosed,
+    p11.SessionCount,
+    p11.SessionHandleInvalid,
+    p11.SlotIDInvalid,
+    p11.TokenNotPresent,
+    p11.TokenNotRecognised,
+    p11.UserNotLoggedIn,
+)
+
+
+# Handles that are void, and a person who said no.
+_ABOUT_THE_KEY: Final = (
+    p11.FunctionCancelled,
+    p11.FunctionRejected,
+    p11.KeyHandleInvalid,
+    p11.ObjectHandleInvalid,
+)
+
+
+def untried(exc: Exception) -> bool:
+    """Whether *exc*, the answer to a login, cannot come after the PIN was looked at."""
+    return isinstance(exc, NOT_TRIED) or number(exc) in (_USER_TYPE_INVALID, _NOT_INITIALIZED)
+
+
+def about_the_device(exc: Exception) -> bool:
+    """Whether *exc* is about session, login, device or module: nothing else can be asked then."""
+    return isinstance(exc, _ABOUT_THE_DEVICE) or number(exc) == _NOT_INITIALIZED
+
+
+def about_the_key_or_pin(exc: Exception) -> bool:
+    """
+    Whether *exc*, the answer to a signature, is about PIN, person, session or presence: then
+    another mechanism is no way out.
+    """
+    of_the_pin = _meaning(exc).error in (PinIncorrect, PinNotTried)
+    return of_the_pin or about_the_device(exc) or isinstance(exc, _ABOUT_THE_KEY)
+
+
+def knows_no_context_login(exc: Exception, *, told: bool) -> bool:
+    """
+    Whether *exc*, the answer to a PIN for one signature, says that the device takes none. Where it
+    has *told* that the key wants one, a refusal of the arguments is about the PIN's form.
+    """
+    if isinstance(exc, p11.ArgumentsBad):
+        return not told
+    never = (p11.OperationNotInitialized, p11.FunctionNotSupported)
+    return isinstance(exc, never) or number(exc) == _USER_TYPE_INVALID
 
 
 #: What python-pkcs11 has no class for, by a part of its text.

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import struct
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -25,10 +24,22 @@ from pkcs11 import exceptions as p11
 
 from hsmtoll import der as ders
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
-from hsmtoll.hsm.codes import NOT_TRIED, REFUSED, recoverable, speaking, translated
-from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm import cryptoki
+from hsmtoll.hsm.codes import (
+    REFUSED,
+    about_the_device,
+    about_the_key_or_pin,
+    knows_no_context_login,
+    recoverable,
+    said,
+    speaking,
+    translated,
+    untried,
+)
+from hsmtoll.hsm.cryptoki import Unreadable
+from hsmtoll.hsm.ledger import Ledger, Page, Place
 from hsmtoll.hsm.module import GATE, Module, current, loaded, opened, restart, restarted
-from hsmtoll.hsm.recovery import RESTART_PAUSE, Breaker, mended
+from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, Breaker, mended
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput, digest_info
 
@@ -52,17 +63,22 @@ _LARGEST_CERTIFICATE: Final = 65536
 #: Together longer than the workers of a server need, on a busy machine, to log in side by side.
 _START_PAUSES: Final = ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0))
 _SMALLEST_KEY: Final = 2048
-_UNREADABLE: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive, p11.FunctionFailed)
-# What C_SignInit says before a signing PIN is looked at.
-_BEFORE_CONTEXT_LOGIN: Final = (
-    *NOT_TRIED,
+# What C_SignInit and C_Sign say about the key, the mechanism or the data, and none to a PIN.
+_OF_THE_SIGNATURE: Final = (
+    p11.DataInvalid,
+    p11.DataLenRange,
+    p11.DeviceMemory,
     p11.KeyHandleInvalid,
+    p11.KeySizeRange,
     p11.KeyTypeInconsistent,
     p11.MechanismInvalid,
-    p11.ObjectHandleInvalid,
-    p11.OperationActive,
-    p11.OperationNotInitialized,
+    p11.MechanismParamInvalid,
 )
+_KEY: Final = ObjectClass.PRIVATE_KEY
+#: How many objects a message names.
+_SHOWN: Final = 10
+#: What the maker of a module, or of a device, begins with where the PIN's flags are kept.
+_KEEPS_FLAGS: Final = ("SoftHSM", "OpenSC", "IBM")
 _HASHED: Final = {
     "RS256": Mechanism.SHA256_RSA_PKCS,
     "RS384": Mechanism.SHA384_RSA_PKCS,
@@ -88,11 +104,15 @@ def pin_state(flags: TokenFlag) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StoredCertificate:
-    """A certificate object: its DER, CKA_LABEL and CKA_ID as the device gives them."""
+    """
+    A certificate object: its DER, CKA_LABEL and CKA_ID as the device gives them. *problem* is why
+    it cannot be read, and then *der* is empty.
+    """
 
     der: bytes
     label: str
     id: bytes
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +162,10 @@ class Login:
     pin: Pin | None = field(default=None, repr=False)
     source: PinSource | None = field(default=None, repr=False)
     users: WeakSet[Device] = field(default_factory=WeakSet)
+    #: The device wants a login, although its flags do not say so.
+    wanted: bool = False
+    #: It does not take a whole assertion with the hashing mechanism: the digest is made here.
+    raw: bool = False
 
     @property
     def there(self) -> bool:
@@ -149,9 +173,7 @@ class Login:
 
     def end(self) -> None:
         """Log out: every session of the process on this p11_token loses its private keys."""
-        # After a fork or a restart the handle is not ours to close any more.
-        if current(self.module):
-            _close(self.anchor)
+        self.module.close(self.anchor)
         self.anchor, self.by_others = None, False
 
     def alive(self) -> bool:
@@ -160,7 +182,10 @@ class Login:
             return self.by_others
         try:
             self.anchor.token.slot.get_token()
-            list(self.anchor.get_objects({Attribute.CLASS: ObjectClass.CERTIFICATE}))
+            # What is asked for is not there: it costs the same on a device full of objects.
+            cryptoki.found(
+                self.anchor, {Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: "hsmtoll"}
+            )
         except p11.PKCS11Error:
             return False
         return True
@@ -228,6 +253,10 @@ class Device:
         # Who answered the first question; another one is not taken in its place.
         self._known: tuple[str, str, str, str] | None = None
         self._undecided = False
+        # The login was made again for this call, because the device had ended it.
+        self._logged_in_anew = False
+        # The device has shown that it knows no PIN for a single signature.
+        self._without_context_login = False
         self._warned: set[str] = set()
 
     def __repr__(self) -> str:
@@ -245,19 +274,56 @@ class Device:
 
     def certificates(self) -> tuple[StoredCertificate, ...]:
         """
-        The X.509 certificates that can be seen, in the device's order; no login is made.
+        The certificates that the device shows, in its order, after login where a PIN is given.
 
-        One that cannot be read, or is larger than 64 KiB, is left out with a warning.
+        One that cannot be read, or is larger than 64 KiB, is there without its DER.
         """
+
+        def look(here: _Open) -> tuple[StoredCertificate, ...]:
+            self._log_in(here)
+            return self._stored(here)
+
+        return self._mended("reading certificates", look)
+
+    def _stored(self, here: _Open) -> tuple[StoredCertificate, ...]:
+        try:
+            return tuple(certificates_of(here.session))
+        except p11.PKCS11Error as exc:
+            if about_the_device(exc):
+                raise
+            # A device that is gone says so here. One whose certificates alone cannot be searched
+            # does not matter where they are all in a file.
+            here.token.slot.get_token()
+            _log.info("reading certificates once more after: %s", said(exc))
+        self._new_session(here)
+        try:
+            return tuple(certificates_of(here.session))
+        except p11.PKCS11Error as exc:
+            if about_the_device(exc):
+                raise
+            return (StoredCertificate(b"", "", b"", f"the search was answered {said(exc)}"),)
+
+    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+        """
+        The certificates that the module's other devices show without a login, each with its
+        device's URI for a label.
+        """
+
+        def certificates(session: Session) -> list[StoredCertificate]:
+            where = str(device_uri(session.token))
+            return [replace(each, label=where) for each in certificates_of(session)]
+
         return self._mended(
-            "reading certificates", lambda here: tuple(certificates_of(here.session))
+            "reading certificates of other devices",
+            lambda here: tuple(each for some in _others(here, certificates) for each in some),
         )
 
-    def login(self) -> bool:
+    def login(self, *, whatever: bool = False) -> bool:
         """
-        Log in where the device wants it. True where the device accepted a PIN from *this*
-        source during this process's life; False where no login was needed, or where somebody
-        else of the process had logged in already, which proves nothing about this PIN.
+        Log in where the device wants it, or *whatever* its flags say. True where the device
+        accepted a PIN from *this* source during this process's life; False where no login was
+        needed, or where somebody else of the process had logged in already, which proves nothing
+        about this PIN.
         """
 
         here = self._open
@@ -266,7 +332,10 @@ class Device:
             return self._accepts(here)
 
         def log_in(here: _Open) -> bool:
-            self._log_in(here)
+            if whatever:
+                self._log_in_anyway(here)
+            else:
+                self._log_in(here)
             return self._accepts(here)
 
         return self._mended("logging in", log_in)
@@ -312,8 +381,8 @@ class Device:
         halves = (facts.public,) if facts.public else (*learned, *offered)
         # What an earlier signature taught may have been another key by the same name.
         self._proven = None
-        self._proven = proven = self._verified(halves, alg, unsigned, signature)
-        return signature, proven
+        signature, self._proven = self._verified(halves, alg, unsigned, signature)
+        return signature, self._proven
 
     def unproven(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
@@ -330,38 +399,76 @@ class Device:
         def sign(here: _Open) -> tuple[KeyFacts, bytes]:
             self._log_in(here)
             facts = self._find(here, offered)
-            mechanism, data = _mechanism(alg, unsigned, facts.mechanisms)
+            ways = _mechanisms(alg, unsigned, facts.mechanisms)
+            if here.login.raw and len(ways) > 1:
+                ways = ways[1:]
+            mechanism, data = ways[0]
             try:
-                if facts.always_authenticate:
-                    return facts, self._sign_with_pin(here, data, mechanism)
-                return facts, _signer(here.key)(data, mechanism=mechanism)
-            except p11.MechanismInvalid:
-                raw = facts.mechanisms - _HASHED_NAMES
-                if mechanism is Mechanism.RSA_PKCS or Mechanism.RSA_PKCS.name not in raw:
+                return facts, self._sign_once(here, facts, data, mechanism)
+            except p11.PKCS11Error as exc:
+                if len(ways) < 2 or self._undecided or about_the_key_or_pin(exc):
                     raise
-                # Listed, but for verifying alone, or not among this key's CKA_ALLOWED_MECHANISMS,
-                # which python-pkcs11 cannot read.
-                here.facts = replace(facts, mechanisms=raw)
-                return sign(here)
+                first = exc
+            # Listed, but for verifying alone, or not for this key, or not for this much data.
+            mechanism, data = ways[1]
+            self._new_session(here)
+            facts = self._find(here, offered)
+            try:
+                signature = self._sign_once(here, facts, data, mechanism)
+            except p11.PKCS11Error as exc:
+                raise exc if about_the_key_or_pin(exc) or self._undecided else first from None
+            here.login.raw = True
+            here.facts = replace(facts, mechanisms=facts.mechanisms - _HASHED_NAMES)
+            return facts, signature
 
-        return self._mended("signing", sign)
+        return self._mended(SIGNING, sign)
+
+    def _sign_once(self, here: _Open, facts: KeyFacts, data: bytes, mechanism: Mechanism) -> bytes:
+        """A signature, with a PIN of its own where the key, or the settings, want one."""
+        plain = self._without_context_login
+        if not plain and (facts.always_authenticate or self._signing_pin is not None):
+            try:
+                return self._sign_with_pin(here, data, mechanism)
+            except p11.PKCS11Error as exc:
+                if not knows_no_context_login(exc, told=facts.always_authenticate is True):
+                    raise
+            self._new_session(here)
+            self._find(here, ())
+            plain = True
+        try:
+            signed: bytes = cryptoki.able(here.key).sign(data, mechanism=mechanism)
+        except p11.UserNotLoggedIn as exc:
+            if not self._logged_in_anew or self._signing_pin is not None:
+                raise
+            raise DeviceError(
+                f"signing: the module answered {said(exc)} right after a login: the key"
+                f" {self._name} may want a PIN of its own",
+                hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE.",
+                code="signing-pin",
+            ) from exc
+        self._without_context_login = plain
+        return signed
 
     def _verified(
         self, halves: Iterable[RsaPublicKey], alg: str, unsigned: SigningInput, signature: bytes
-    ) -> RsaPublicKey | None:
-        """The one of *halves* that verifies it; DeviceError if none does, ``None`` if none is."""
+    ) -> tuple[bytes, RsaPublicKey | None]:
+        """
+        The signature, whole, and the one of *halves* that verifies it; DeviceError if none does,
+        ``None`` if there is none.
+        """
         tried = False
         for public in halves:
             tried = True
-            if public.verify(alg, unsigned, signature):
-                return public
+            whole = public.padded(signature)
+            if public.verify(alg, unsigned, whole):
+                return whole, public
         if tried:
             raise DeviceError(
                 f"the device's signature does not fit the public key of {self._name}",
                 hint="The certificate belongs to another key, or the device is faulty.",
                 code="signature-wrong",
             )
-        return None
+        return signature, None
 
     @contextlib.contextmanager
     def writing(self, doing: str) -> Iterator[tuple[Module, Token, Session]]:
@@ -378,15 +485,15 @@ class Device:
                 yield here.module, here.token, session
             finally:
                 here.key = here.facts = None
-                _close(session)
+                here.module.close(session)
 
     def close(self) -> None:
         """Give the sessions back; the last Device on a p11_token logs out."""
         with GATE.held(self._lock_timeout):
             here, self._open = self._open, None
             login, self._shared = self._shared, None
-            if here is not None and current(here.module):
-                _close(here.session)
+            if here is not None:
+                here.module.close(here.session)
             if login is not None:
                 login.users.discard(self)
                 if not login.users:
@@ -397,7 +504,7 @@ class Device:
 
     @contextlib.contextmanager
     def _using(self, doing: str) -> Iterator[_Open]:
-        with self._breaker, GATE.held(self._lock_timeout):
+        with self._breaker.trying(doing), GATE.held(self._lock_timeout):
             self._breaker.admit()
             try:
                 with speaking(f"{doing} ({self._name})"):
@@ -423,10 +530,10 @@ class Device:
                 self._drop()
                 raise
 
-        with self._breaker, GATE.held(self._lock_timeout):
+        with self._breaker.trying(doing), GATE.held(self._lock_timeout):
             # The one before may have found out while this one waited.
             self._breaker.admit()
-            self._undecided = False
+            self._undecided = self._logged_in_anew = False
             return mended(call, self._cures(loaded(self.module_path), old=self._open is not None))
 
     def _cures(
@@ -453,11 +560,18 @@ class Device:
             return True
 
         def new_session(exc: HsmTollError) -> bool:
-            return old and self._may_help(exc) and exc.code != "key-missing"
+            # What is not seen, or not allowed, is a matter of the login.
+            needless = exc.code in ("key-missing", "not-logged-in")
+            return old and self._may_help(exc) and not needless
 
         def new_login(exc: HsmTollError) -> bool:
             login = self._shared
-            if login is None or not login.there or not self._may_help(exc):
+            if login is None or not self._may_help(exc):
+                return False
+            if exc.code == "not-logged-in":
+                # The device has ended the login, or wants one that its flags do not speak of.
+                login.wanted = self._logged_in_anew = True
+            elif not login.there:
                 return False
             login.end()
             return True
@@ -482,7 +596,8 @@ class Device:
         # A login that the device has lost looks like a key that is not there.
         lost = exc.code == "key-missing" and self._known is not None
         others = self._shared is not None and len(self._shared.users) > 0
-        return recoverable(exc) or (lost and not others)
+        ended = exc.code == "not-logged-in" and self._pin is not None
+        return recoverable(exc) or (lost and not others) or ended
 
     def _opened(self) -> _Open:
         module = opened(self.module_path)
@@ -521,15 +636,21 @@ class Device:
         here, self._open = self._open, None
         if here is None or not current(here.module):
             return
-        _close(here.session)
+        here.module.close(here.session)
         here.login.users.discard(self)
+
+    def _new_session(self, here: _Open) -> None:
+        """Another session in the place of one that a module may have left in pieces."""
+        here.module.close(here.session)
+        here.key = here.facts = None
+        here.session = here.token.open()
 
     def _choose(self, module: Module) -> tuple[Slot, Token]:
         seen: list[tuple[Slot, Token]] = []
         broken: list[str] = []
         for slot, token in module.slots():
             if isinstance(token, p11.PKCS11Error):
-                broken.append(f"slot {slot.slot_id} answers {type(token).__name__}")
+                broken.append(f"slot {slot.slot_id} answers {said(token)}")
             else:
                 seen.append((slot, token))
         fitting = [
@@ -542,7 +663,7 @@ class Device:
         fitting = ready or fitting
         if len(fitting) == 1:
             return fitting[0]
-        listed = [str(device_uri(token)) for _, token in (fitting or seen)] + broken
+        listed = _told_apart(fitting or seen) + broken
         raise DeviceError(
             f"{'several devices fit' if fitting else 'no device fits'}"
             f" {foreign(self.uri.device_only())}",
@@ -560,7 +681,7 @@ class Device:
         if login.there or self._pin is None:
             return
         flags = self._flags(here)
-        if not flags & TokenFlag.LOGIN_REQUIRED:
+        if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
         place = Place(*_named(here.token))
         # What the device took before needs no asking again.
@@ -574,7 +695,7 @@ class Device:
         with self._ledger.held(place) as page:
             # Another process may have used the tries up while this one waited.
             login.pin = None
-            page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
+            self._intend(page, pin, here)
             login.pin, login.source = pin, self._pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
@@ -586,26 +707,62 @@ class Device:
                     "other code of this process is logged in to %s: the PIN was not proven",
                     _called(here.token),
                 )
-            except NOT_TRIED as exc:
+            except p11.PinExpired:
+                # It was right, and will be when it is tried again.
+                page.accept(pin)
+                raise
+            except REFUSED as exc:
+                page.refuse(pin)
+                login.pin = None
+                raise self._login_failed(here, pin, exc) from exc
+            except p11.PKCS11Error as exc:
+                if not untried(exc):
+                    page.doubt(pin)
+                    self._undecided = True
+                    raise
                 if self._locked_by(exc, here):
                     page.refuse(pin)
                     login.pin = None
                 else:
                     page.withdraw()
+                # A person who said no is not asked again for the same call.
+                self._undecided = isinstance(exc, (p11.FunctionCancelled, p11.FunctionRejected))
                 error = self._login_failed(here, pin, exc)
                 if isinstance(exc, p11.UserPinNotInitialized):
                     # Against its own flags: the module read half of what the device holds.
                     error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
                 raise error from exc
-            except REFUSED as exc:
-                page.refuse(pin)
-                login.pin = None
-                raise self._login_failed(here, pin, exc) from exc
-            except p11.PKCS11Error:
-                self._undecided = True
-                raise
             else:
-                page.accept()
+                page.accept(pin)
+                # What was read before may not have been all.
+                self.generation += 1
+
+    def _log_in_anyway(self, here: _Open) -> bool:
+        """
+        Log in whatever the flags say, and say whether that was done; a device that has no login
+        is left as it is.
+        """
+        if here.login.there or self._pin is None:
+            return False
+        here.login.wanted = True
+        try:
+            self._log_in(here)
+        except HsmTollError as exc:
+            cause = exc.__cause__
+            if not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
+                raise
+            here.login.wanted = False
+            return False
+        return True
+
+    def _intend(self, page: Page, pin: Pin, here: _Open) -> None:
+        makers = (here.module.lib.manufacturer_id, here.token.manufacturer_id)
+        page.intend(
+            pin,
+            count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW),
+            keeps_flags=any(maker.startswith(_KEEPS_FLAGS) for maker in makers),
+            vouched=self._use_final_try,
+        )
 
     def _locked_by(self, exc: p11.PKCS11Error, here: _Open) -> bool:
         """
@@ -666,24 +823,30 @@ class Device:
             )
         user = "signing" if self._signing_pin else "user"
         with self._ledger.held(Place(*_named(here.token), user=user)) as page:
-            page.intend(pin, count_low=bool(self._flags(here) & TokenFlag.USER_PIN_COUNT_LOW))
+            self._intend(page, pin, here)
+            key = cryptoki.able(here.key)
             try:
-                signed: bytes = _signer(here.key)(data, mechanism=mechanism, pin=pin.reveal())
-            except _BEFORE_CONTEXT_LOGIN as exc:
-                if self._locked_by(exc, here):
-                    page.refuse(pin)
-                    self._accepted = None
-                else:
-                    page.withdraw()
+                signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
+            except p11.PinExpired:
+                page.accept(pin)
                 raise
             except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
                 page.refuse(pin)
                 self._accepted = None
                 raise self._login_failed(here, pin, exc) from exc
-            except p11.PKCS11Error:
-                self._undecided = True
+            except p11.PKCS11Error as exc:
+                # "Not logged in" is said of a login that was lost, and by some to a wrong PIN.
+                lost = isinstance(exc, p11.UserNotLoggedIn) and page.accepted_before
+                if self._locked_by(exc, here):
+                    page.refuse(pin)
+                    self._accepted = None
+                elif untried(exc) or lost or isinstance(exc, _OF_THE_SIGNATURE):
+                    page.withdraw()
+                else:
+                    page.doubt(pin)
+                    self._undecided = True
                 raise
-            page.accept()
+            page.accept(pin)
             self._accepted = pin
             return signed
 
@@ -698,13 +861,15 @@ class Device:
                 hint="Leave 'type' out, or write type=private.",
                 code="uri",
             )
-        wanted: dict[Attribute, Any] = {Attribute.CLASS: ObjectClass.PRIVATE_KEY}
-        every = list(here.session.get_objects(wanted))
-        found = [key for key in every if self.uri.matches(object=_label(key), id=_id(key))]
+        found = self._matching(here.session)
+        # Some show private keys to nobody, and do not say that they want a login.
+        if not found and self._log_in_anyway(here):
+            found = self._matching(here.session)
         if not found:
-            raise self._no_key(here, every)
+            raise self._no_key(here)
         proven = (self._public_key,) if self._public_key else candidates
-        facts = [key_facts(here.module, here.token, here.session, key) for key in found]
+        # Where nothing chooses between them, they are named, and no more than are shown.
+        facts = key_facts(here.module, here.session, found if proven else found[:_SHOWN])
         if len(found) > 1 and proven:
             fits = [n for n, fact in enumerate(facts) if fact.public in proven]
             found, facts = [found[n] for n in fits] or found, [facts[n] for n in fits] or facts
@@ -718,7 +883,34 @@ class Device:
         here.key, here.found_with, here.facts = found[0], here.login.anchor, fact
         return fact
 
-    def _no_key(self, here: _Open, every: list[Object]) -> DeviceError:
+    def _matching(self, session: Session, kind: ObjectClass = _KEY) -> list[Object]:
+        """The keys that fit the URI; all are looked through only where none is found by name."""
+        wanted: dict[Attribute, Any] = {Attribute.CLASS: kind}
+        narrow = {
+            name: value
+            for name, value in ((Attribute.LABEL, self.uri.object), (Attribute.ID, self.uri.id))
+            if value
+        }
+        if narrow:
+            try:
+                found = cryptoki.found(session, wanted | narrow)
+            except p11.PKCS11Error as exc:
+                # One object that is damaged stops a search by value, and no other.
+                if about_the_device(exc):
+                    raise
+                found = []
+            if found := [key for key in found if self._fits(key)]:
+                return found
+        return [key for key in cryptoki.found(session, wanted) if self._fits(key)]
+
+    def _fits(self, key: Object) -> bool:
+        try:
+            label, key_id = _text(key), _id(key)
+        except Unreadable:
+            return False
+        return self.uri.matches(object=label, id=key_id)
+
+    def _no_key(self, here: _Open) -> DeviceError:
         # Without a login private keys are invisible, not forbidden.
         required = here.token.flags & TokenFlag.LOGIN_REQUIRED
         if required and not here.login.there:
@@ -728,12 +920,28 @@ class Device:
                 hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
                 code="not-logged-in",
             )
-        seen = [str(object_uri(here.token, key, "private")) for key in every]
+        every = cryptoki.found(here.session, {Attribute.CLASS: _KEY})
+        unread = [why for key in every if (why := _unread(key))]
+        seen = [str(object_uri(here.token, key, "private")) for key in every[:_SHOWN]]
+        hint = _list("Private keys there: ", seen, "none", more=len(every) - len(seen))
+        if unread:
+            hint += f"\n{len(unread)} of them cannot be read: {foreign(unread[0])}"
+        if other := self._on_another(here):
+            hint += f"\nAnother device of the module has one of that name: {other}"
         return DeviceError(
-            f"no private key fits {foreign(self.uri)}",
-            hint=_list("Private keys there: ", seen, "none"),
-            code="key-missing",
+            f"no private key fits {foreign(self.uri)}", hint=hint, code="key-missing"
         )
+
+    def _on_another(self, here: _Open) -> str | None:
+        """The URI of another device with a key of that name, as far as it shows without a PIN."""
+        if not self.uri.names_object:
+            return None
+
+        def named(session: Session) -> str | None:
+            there = any(self._matching(session, kind) for kind in (_KEY, ObjectClass.PUBLIC_KEY))
+            return str(device_uri(session.token)) if there else None
+
+        return next(filter(None, _others(here, named)), None)
 
     def _usable(self, fact: KeyFacts) -> KeyFacts:
         name = foreign(fact.uri)
@@ -782,18 +990,34 @@ class Device:
 
 def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
     """What an RFC 7512 URI can ask of a device, by the names of KeyUri's fields."""
+    manufacturer, model, serial, label = _named(token)
     return {
-        "token": token.label,
-        "manufacturer": token.manufacturer_id,
-        "model": token.model,
-        "serial": _serial(token),
+        "token": label,
+        "manufacturer": manufacturer,
+        "model": model,
+        "serial": serial,
         "slot_id": slot.slot_id,
-        "slot_manufacturer": slot.manufacturer_id,
-        "slot_description": slot.slot_description,
-        "library_manufacturer": module.lib.manufacturer_id,
-        "library_description": module.lib.library_description,
+        "slot_manufacturer": _cut(slot.manufacturer_id),
+        "slot_description": _cut(slot.slot_description),
+        "library_manufacturer": _cut(module.lib.manufacturer_id),
+        "library_description": _cut(module.lib.library_description),
         "library_version": module.lib.library_version,
     }
+
+
+def _others(here: _Open, ask: Callable[[Session], _T]) -> Iterator[_T]:
+    """The answers of the module's other devices, without a login; one that fails has none."""
+    for _, token in here.module.slots():
+        if isinstance(token, p11.PKCS11Error) or login_key(token) == login_key(here.token):
+            continue
+        session = None
+        try:
+            session = token.open()
+            yield ask(session)
+        except p11.PKCS11Error as exc:
+            _log.info("%s is passed over: %s", _called(token), said(exc))
+        finally:
+            here.module.close(session)
 
 
 def login_key(token: Token) -> tuple[object, ...]:
@@ -813,13 +1037,33 @@ def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
     return replace(device_uri(token), object=_label(thing), id=_id(thing), type=kind)
 
 
-def key_facts(module: Module, token: Token, session: Session, key: Object) -> KeyFacts:
-    """What the device says about the private key *key*."""
+def key_facts(module: Module, session: Session, keys: Iterable[Object]) -> list[KeyFacts]:
+    """What the device says about the private *keys*."""
+    token = session.token
+    manufacturer, model, serial, label = _named(token)
+    of_the_device: dict[str, Any] = {
+        "mechanisms": frozenset(
+            # A vendor's own mechanism is a bare number.
+            getattr(one, "name", None) or hex(one)
+            for one in token.slot.get_mechanisms()
+        ),
+        "token_label": label,
+        "manufacturer": manufacturer,
+        "model": model,
+        "serial": serial,
+        "firmware": token.firmware_version,
+        "library_manufacturer": _cut(module.lib.manufacturer_id),
+        "library_description": _cut(module.lib.library_description),
+        "library_version": module.lib.library_version,
+    }
+    return [_key_facts(session, key, of_the_device) for key in keys]
+
+
+def _key_facts(session: Session, key: Object, of_the_device: dict[str, Any]) -> KeyFacts:
     kind = _attribute(key, Attribute.KEY_TYPE)
     public = _public_half(session, key) if kind == KeyType.RSA else None
-    manufacturer, model, serial, label = _named(token)
     return KeyFacts(
-        uri=object_uri(token, key, "private"),
+        uri=object_uri(session.token, key, "private"),
         label=_label(key),
         id=_id(key),
         key_type=kind.name.lower() if isinstance(kind, KeyType) else "unknown",
@@ -832,19 +1076,7 @@ def key_facts(module: Module, token: Token, session: Session, key: Object) -> Ke
         local=_attribute(key, Attribute.LOCAL),
         sign=_attribute(key, Attribute.SIGN),
         always_authenticate=_attribute(key, Attribute.ALWAYS_AUTHENTICATE),
-        mechanisms=frozenset(
-            # A vendor's own mechanism is a bare number.
-            getattr(one, "name", None) or hex(one)
-            for one in token.slot.get_mechanisms()
-        ),
-        token_label=label,
-        manufacturer=manufacturer,
-        model=model,
-        serial=serial,
-        firmware=token.firmware_version,
-        library_manufacturer=module.lib.manufacturer_id,
-        library_description=module.lib.library_description,
-        library_version=module.lib.library_version,
+        **of_the_device,
     )
 
 
@@ -859,7 +1091,13 @@ def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
         if not value:
             continue
         wanted = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, attribute: value}
-        halves = {half for one in list(session.get_objects(wanted)) if (half := _rsa(one))}
+        try:
+            found = cryptoki.found(session, wanted)
+        except p11.PKCS11Error as exc:
+            if about_the_device(exc):
+                raise
+            continue
+        halves = {half for one in found if (half := _rsa(one))}
         if modulus is not None:
             halves = {half for half in halves if half.modulus == int.from_bytes(modulus, "big")}
         if len(halves) == 1:
@@ -878,88 +1116,115 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
 
 
 def certificates_of(session: Session) -> Iterator[StoredCertificate]:
-    for thing in list(session.get_objects({Attribute.CLASS: ObjectClass.CERTIFICATE})):
-        label = _label(thing)
+    """The certificates that *session* shows; one that cannot be read has a *problem*."""
+    for thing in cryptoki.found(session, {Attribute.CLASS: ObjectClass.CERTIFICATE}):
+        label, key_id, der, problem = _label(thing), _id(thing), b"", None
         try:
-            der = thing[Attribute.VALUE]
-        except p11.PKCS11Error as exc:
-            _log.warning("certificate %r cannot be read: %s", foreign(label), type(exc).__name__)
-            continue
-        if not der or len(der) > _LARGEST_CERTIFICATE:
-            _log.warning("certificate %r has %d bytes: left out", foreign(label), len(der or b""))
-            continue
-        yield StoredCertificate(_unpadded(der), label, _id(thing))
+            der = _first_value(cryptoki.read(thing, Attribute.VALUE) or b"")
+        except Unreadable as exc:
+            problem = f"its value was answered {exc}"
+        if len(der) > _LARGEST_CERTIFICATE:
+            der, problem = b"", f"it has {len(der)} bytes, and {_LARGEST_CERTIFICATE} are the most"
+        elif not der and problem is None:
+            problem = "it has no value on the device"
+        if problem is not None:
+            _log.warning("certificate %r cannot be read: %s", foreign(label), problem)
+        yield StoredCertificate(der, label, key_id, problem)
 
 
-def _unpadded(der: bytes) -> bytes:
+def _first_value(value: bytes) -> bytes:
     # Cards keep files of a fixed size: what follows a certificate there is padding.
     with contextlib.suppress(ValueError):
-        return ders.first(der)
-    return der
+        return ders.first(value)
+    return value
 
 
-def _mechanism(alg: str, unsigned: SigningInput, there: frozenset[str]) -> tuple[Mechanism, bytes]:
-    if _HASHED[alg].name in there:
-        return _HASHED[alg], bytes(unsigned)
-    if Mechanism.RSA_PKCS.name in there:
-        return Mechanism.RSA_PKCS, digest_info(alg, unsigned)
-    raise DeviceError(
-        f"the device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",
-        hint="`hsmtoll objects` shows what the device can do.",
-        code="mechanism",
-    )
-
-
-def _signer(key: Object | None) -> Any:
-    # Where CKA_SIGN cannot be read, python-pkcs11 gives the key no sign().
-    sign = getattr(key, "sign", None)
-    if sign is None:
-        raise DeviceError("the device does not say that the key may sign", code="key-sign")
-    return sign
+def _mechanisms(
+    alg: str, unsigned: SigningInput, there: frozenset[str]
+) -> list[tuple[Mechanism, bytes]]:
+    """The ways to sign that the device lists, with what each is given: the hashing one first."""
+    ways = [
+        (_HASHED[alg], bytes(unsigned)),
+        (Mechanism.RSA_PKCS, digest_info(alg, unsigned)),
+    ]
+    found = [way for way in ways if way[0].name in there]
+    if not found:
+        raise DeviceError(
+            f"the device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",
+            hint="`hsmtoll objects` shows what the device can do.",
+            code="mechanism",
+        )
+    return found
 
 
 def _attribute(thing: Object, name: Attribute) -> Any:
     try:
-        return thing[name]
-    except _UNREADABLE:
+        return cryptoki.read(thing, name)
+    except Unreadable:
         return None
-    except (ValueError, NotImplementedError, struct.error):
-        return None  # a vendor's own value, or one that its type cannot have
+
+
+def _text(thing: Object) -> str:
+    # Some write the end of a string in C along with it, which no URI can say.
+    return (cryptoki.read(thing, Attribute.LABEL) or "").partition("\0")[0]
 
 
 def _label(thing: Object) -> str:
-    # Some write the end of a string in C along with it, which no URI can tell.
-    return (_attribute(thing, Attribute.LABEL) or "").partition("\0")[0]
+    try:
+        return _text(thing)
+    except Unreadable:
+        return ""
 
 
 def _id(thing: Object) -> bytes:
     return _attribute(thing, Attribute.ID) or b""
 
 
+def _unread(thing: Object) -> str | None:
+    """Why not even the label of *thing* can be read; ``None`` if it can."""
+    try:
+        _text(thing)
+    except Unreadable as exc:
+        return str(exc)
+    return None
+
+
+def _cut(text: str) -> str:
+    # A fixed field is filled up with blanks; some end it as C does, and what follows is rubbish.
+    return text.partition("\0")[0].rstrip()
+
+
 def _serial(token: Token) -> str:
-    return token.serial.decode("utf-8", "replace").rstrip(" \0")
+    # Two numbers in binary may differ behind a zero only.
+    return token.serial.decode("utf-8", "replace").rstrip(" \0").replace("\0", " ")
 
 
 def _named(token: Token) -> tuple[str, str, str, str]:
-    return token.manufacturer_id, token.model, _serial(token), token.label
+    return _cut(token.manufacturer_id), _cut(token.model), _serial(token), _cut(token.label)
 
 
 def _called(token: Token) -> str:
-    return f"'{foreign(token.label)}' (serial {foreign(_serial(token)) or 'unknown'})"
+    return f"'{foreign(_cut(token.label))}' (serial {foreign(_serial(token)) or 'unknown'})"
+
+
+def _told_apart(devices: list[tuple[Slot, Token]]) -> list[str]:
+    """Their URIs, with what tells the slots apart where the devices look the same."""
+    uris = [device_uri(token) for _, token in devices]
+    described = [
+        replace(uri, slot_description=_cut(slot.slot_description)) if uris.count(uri) > 1 else uri
+        for uri, (slot, _) in zip(uris, devices, strict=True)
+    ]
+    return [
+        str(replace(uri, slot_id=slot.slot_id) if described.count(uri) > 1 else uri)
+        for uri, (slot, _) in zip(described, devices, strict=True)
+    ]
 
 
 def _said(value: bool | None) -> str:
     return "not told" if value is None else str(value).lower()
 
 
-def _list(before: str, names: list[str], none: str) -> str:
-    shown = [foreign(name) for name in names[:10]]
-    more = [f"… and {len(names) - 10} more"] if len(names) > 10 else []
-    return before + ("\n".join(shown + more) or none)
-
-
-def _close(session: Session | None) -> None:
-    # What was lost cannot be closed; that must not hide the first error.
-    if session is not None:
-        with contextlib.suppress(p11.PKCS11Error):
-            session.close()
+def _list(before: str, names: list[str], none: str, *, more: int = 0) -> str:
+    shown = [foreign(name) for name in names[:_SHOWN]]
+    more += len(names) - len(shown)
+    return before + ("\n".join(shown + ([f"… and {more} more"] if more else [])) or none)

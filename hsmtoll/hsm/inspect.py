@@ -15,7 +15,8 @@ from pkcs11 import Attribute, ObjectClass, TokenFlag
 from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import HsmTollError
-from hsmtoll.hsm.codes import speaking
+from hsmtoll.hsm import cryptoki
+from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.device import (
     Device,
     KeyFacts,
@@ -144,7 +145,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
             uri=KeyUri(slot_id=slot.slot_id),
             slot_id=slot.slot_id,
             slot_description=slot.slot_description,
-            problem=f"the slot answers {type(token).__name__}",
+            problem=f"the slot answers {said(token)}",
         )
     flags = token.flags
     refused, unresolved = ledger.refusals(_place(token, "user"))
@@ -160,24 +161,23 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
         unresolved=unresolved,
         firmware=token.firmware_version,
     )
-    if not seen.initialized:
-        return seen
     try:
         with speaking("reading the objects"):
             return _objects(module, token, seen)
     except HsmTollError as exc:
-        return replace(seen, problem=str(exc))
+        # There is nothing to be read on one that was never initialised. Some that were do not
+        # say so, and they are read all the same.
+        return replace(seen, problem=str(exc)) if seen.initialized else seen
 
 
 def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
     session = token.open()
     try:
-        found = list(session.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY}))
-        keys = tuple(key_facts(module, token, session, key) for key in found)
+        found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+        keys = tuple(key_facts(module, session, found))
         stored = tuple(certificates_of(session))
     finally:
-        with contextlib.suppress(PKCS11Error):
-            session.close()
+        module.close(session)
     place = device_uri(token)
     named = tuple((replace(place, object=one.label, id=one.id, type="cert"), one) for one in stored)
     login = module.logins.get(login_key(token))

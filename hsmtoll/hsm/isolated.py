@@ -26,7 +26,7 @@ from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.module import GATE
-from hsmtoll.hsm.recovery import Breaker
+from hsmtoll.hsm.recovery import SIGNING, Breaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -107,7 +107,6 @@ class IsolatedDevice(Device):
         self._pins: dict[str, Pin] = {}
         # A single failure is the next caller's new child; a second one means more.
         self._outside = Breaker(uri, boot=boot, threshold=2)
-        self._failed_at = ""
         self._closings = 0
         #: Seconds that the last signature took.
         self.pace = deadline
@@ -139,11 +138,17 @@ class IsolatedDevice(Device):
         """As Device.certificates."""
         return pipe.certificates_from(self._ask("reading certificates", do="certificates"))
 
-    def login(self) -> bool:
+    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+        """As Device.elsewhere."""
+        return pipe.certificates_from(
+            self._ask("reading certificates of other devices", do="elsewhere")
+        )
+
+    def login(self, *, whatever: bool = False) -> bool:
         """As Device.login, for the child that answers, which is asked once while all goes well."""
         known = self._logged_in
-        if known is None:
-            known = bool(self._ask("logging in", do="login"))
+        if known is None or whatever:
+            known = bool(self._ask("logging in", do="login", whatever=whatever))
             self._logged_in = known
         return known
 
@@ -163,13 +168,13 @@ class IsolatedDevice(Device):
         offered = tuple(candidates)
         signature = self.unproven(alg, unsigned, candidates=offered)
         try:
-            return signature, self._verified(offered, alg, unsigned, signature)
+            return self._verified(offered, alg, unsigned, signature)
         except DeviceError:
             # None of those offered: the device's own word, if it shows the public half.
             public = self.key(candidates=offered).public
             if public is None:
                 raise
-            return signature, self._verified((public,), alg, unsigned, signature)
+            return self._verified((public,), alg, unsigned, signature)
 
     def unproven(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
@@ -219,29 +224,28 @@ class IsolatedDevice(Device):
 
     def heard(self, child: Child, said: dict[str, Any], *, took: float) -> bytes:
         """The signature that *child* answered with; raises as `signed`."""
-        self._answered("sign")
+        self._outside.worked()
         self.pace = took
         return bytes(self._understood(child, said))
 
-    def lost(self, child: Child, why: Silent, *, at: str = "sign") -> DeviceError:
+    def lost(self, child: Child, why: Silent, *, at: str = SIGNING) -> DeviceError:
         """The error for a child that is ended because of *why*, when it was asked *at*."""
         self._logged_in = None
-        self._failed_at = at
         child.kill()
         error = DeviceError(str(why), hint=why.hint, code=why.code)
-        self._outside.failed(error)
+        self._outside.failed(error, at)
         return error
 
     # ------------------------------------------------------------------ children
 
     def _ask(self, doing: str, **question: Any) -> Any:
-        doing = f"{doing} ({self._name})"
+        doing, at = f"{doing} ({self._name})", doing
         self._outside.admit()
         closings = self._closings
         try:
             child = self._take(doing)
         except HsmTollError as exc:
-            self._outside.judge(exc)
+            self._outside.judge(exc, at)
             raise
         # Tokens in files are rewritten at login: two that start at once may each miss it.
         starting = not child.running and self._starting.acquire(timeout=_START)
@@ -252,12 +256,12 @@ class IsolatedDevice(Device):
                 self.pace = time.monotonic() - began
                 child.steady = True
         except Silent as exc:
-            raise self.lost(child, exc, at=question["do"]) from None
+            raise self.lost(child, exc, at=at) from None
         except BaseException as exc:
             # Half a conversation cannot be gone on with.
             self._logged_in = None
             child.kill()
-            self._outside.judge(exc)
+            self._outside.judge(exc, at)
             raise
         finally:
             if starting:
@@ -266,15 +270,9 @@ class IsolatedDevice(Device):
                 child.end()
             self._put(child)
             self.freed()
-        self._answered(question["do"])
-        return self._understood(child, answer)
-
-    def _answered(self, question: str) -> None:
         # That a new child logs in says nothing about what the one before it died of.
-        if question in ("sign", self._failed_at):
-            self._outside.worked()
-        else:
-            self._outside.undecided()
+        self._outside.worked(at)
+        return self._understood(child, answer)
 
     def _understood(self, child: Child, answer: dict[str, Any]) -> Any:
         for name, level, message in answer["log"]:
@@ -464,7 +462,8 @@ class Child:
             return 0.0
         there.socket.settimeout(self._deadline)
         version = pin.origin.removeprefix(pin.source).strip()
-        there.send({"value": pin.reveal(), "source": pin.source, "version": version})
+        value = {"value": pin.reveal(), "source": pin.source, "version": version}
+        there.send(value | {"typed": pin.typed})
         return _AT_THE_PINPAD if pin.on_pinpad else 0.0
 
     def _started(self) -> pipe.Pipe:

@@ -2,14 +2,16 @@
 Which PINs a device has refused, on disk, so that no value is tried twice: not by the next
 start, not by twenty processes at once, not by the process after a crash.
 
-A PIN enters this room only to be hashed after a refusal; before a login nothing derived from
-it is written.
+A PIN enters this room only to be hashed after the device has judged it; before a login nothing
+derived from it is written.
 
-    held (flock) ── intend ──► C_Login ──┬─► accept    the record is deleted
+    held (flock) ── intend ──► C_Login ──┬─► accept    a salted hash is all that is kept
                       │                  ├─► refuse    a salted hash is added
                       │                  ├─► withdraw  the device did not look at the PIN
-                      │                  └─► (nothing) the intent stays: nobody knows
-                      └─► PinNotTried    refused before, or its fate is unknown twice
+                      │                  ├─► doubt     it answered, and nobody knows whether it did
+                      │                  └─► (nothing) the process ended: the intent stays
+                      ├─► PinNotTried    refused before, or its fate is unknown
+                      └─► DeviceError    accepted before, and the device was away a moment ago
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll.errors import DeviceError, PinNotTried, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from hsmtoll.hsm.pin import Pin
@@ -39,6 +41,13 @@ __all__ = ["Ledger", "Page", "Place"]
 _UNRESOLVED_SAME: Final = 2
 _UNRESOLVED_ALL: Final = 3
 _LOCK_SECONDS: Final = 60.0
+#: Seconds between two tries of a PIN that is not at fault: the first pause, and the longest.
+_FIRST_PAUSE: Final = 1.0
+_LONGEST_PAUSE: Final = 120.0
+#: Seconds between two tries of a PIN that may be at fault, at a device that keeps no flags.
+_ONE_TRY: Final = 3600.0
+#: How many answers that leave the PIN's fate open are remembered.
+_REMEMBERED: Final = 16
 _CLEAR: Final = "If the device was unblocked to the same PIN, run `hsmtoll pin clear`."
 
 
@@ -70,6 +79,8 @@ class Ledger:
 
     directory: Path | None
     optional: bool = False
+    #: Wall time, in seconds.
+    now: Callable[[], float] = field(default=time.time, repr=False, compare=False)
 
     @contextlib.contextmanager
     def held(self, place: Place) -> Iterator[Page]:
@@ -82,7 +93,7 @@ class Ledger:
         with contextlib.ExitStack() as stack:
             try:
                 path = stack.enter_context(self._locked(place))
-                page = Page(place=place, path=path, record=_read(path))
+                page = Page(place=place, path=path, record=_read(path), now=self.now)
             except OSError as exc:
                 if not self.optional:
                     raise _unusable(self.directory, exc) from exc
@@ -95,15 +106,16 @@ class Ledger:
             record = _read(self._folder() / place.name)
         except OSError:
             return 0, 0
-        return len(record.get("refused", ())), len(record.get("intents", ()))
+        tries = [*record.get("intents", ()), *record.get("doubts", ())]
+        return len(record.get("refused", ())), len(tries)
 
     def clear(self, *places: Place) -> int:
         """Forget what is known about *places*. Returns how many records there were."""
         cleared = 0
         for place in places:
             with self.held(place) as page:
-                cleared += bool(page.record)
-                page.accept()
+                cleared += bool(page.record.keys() - {"cleared"})
+                page.vouch()
         return cleared
 
     def _folder(self) -> Path:
@@ -157,32 +169,110 @@ class Page:
     place: Place
     path: Path | None
     record: dict[str, Any] = field(repr=False)
+    #: Wall time, in seconds.
+    now: Callable[[], float] = time.time
+    #: Whether the device took the PIN of `intend` before, and has not refused it since.
+    accepted_before: bool = False
     _before: dict[str, Any] = field(default_factory=dict, repr=False)
 
-    def intend(self, pin: Pin, *, count_low: bool) -> None:
+    def intend(
+        self, pin: Pin, *, count_low: bool, keeps_flags: bool = False, vouched: bool = False
+    ) -> None:
         """
         Write down that *pin* is about to be tried; fsynced when this returns.
 
-        *count_low* is what the device's flags say now. Raises PinNotTried: ``pin-refused``
-        for a value that was refused, ``pin-unresolved`` for one whose last try has no result.
+        *count_low* is what the device's flags say now; *keeps_flags* that it is of a kind that
+        sets them; *vouched* that a person answers for this try. Raises PinNotTried:
+        ``pin-refused`` for a value that was refused, ``pin-unresolved`` for one whose last try
+        has no result, ``pin-count-low`` where somebody else gave a wrong one; DeviceError
+        (``device-down``) where a PIN that was accepted before is to wait, because the device was
+        away at the last try.
         """
-        if _hash(pin, self.record) in self.record.get("refused", ()):
+        keeps_flags = keeps_flags or count_low or bool(self.record.get("flags"))
+        judged = bool(self.record.get("refused") or self.record.get("accepted"))
+        mine = _hash(pin, self.record) if judged else ""
+        if judged and mine in self.record.get("refused", ()):
             raise self._spent(f"the PIN from {pin.source} was refused before", code="pin-refused")
+        self.accepted_before = accepted = judged and mine == self.record.get("accepted")
+        self._check_open_tries(pin, accepted=accepted, count_low=count_low, flags=keeps_flags)
+        ours = any(self.record.get(name) for name in ("refused", "intents", "doubts", "cleared"))
+        known = accepted or ours or vouched or pin.typed
+        if count_low and not known and self.path is not None:
+            raise PinNotTried(
+                f"The PIN of '{foreign(self.place.label)}' was not tried: the device says that a"
+                " wrong one was given, and not from here",
+                hint="Log in once with the device's own tool, or type the PIN"
+                " (HSMTOLL_HSM__PIN_PROMPT=terminal). If it is known to be right, run"
+                " `hsmtoll pin clear`.",
+                code="pin-count-low",
+            )
+        self._before = dict(self.record)
+        if keeps_flags:
+            self._before["flags"] = True
+        try:
+            intents = [*self.record.get("intents", ()), pin.origin]
+            self._write({**self._before, "intents": intents})
+        except OSError as exc:
+            raise _unusable(self.path, exc) from exc
+
+    def _check_open_tries(self, pin: Pin, *, accepted: bool, count_low: bool, flags: bool) -> None:
+        """Refuse where tries of *pin* have no result, and another could be one too many."""
         intents: list[str] = self.record.get("intents", [])
+        doubts: list[tuple[str, float]] = self.record.get("doubts", [])
         same = intents.count(pin.origin)
-        if same >= _UNRESOLVED_SAME or len(intents) >= _UNRESOLVED_ALL or (same and count_low):
+        mine = [at for origin, at in doubts if origin == pin.origin]
+        # A wrong PIN was given after all, as the device counts.
+        spent = (same or mine) and count_low
+        if not accepted:
+            spent = spent or same >= _UNRESOLVED_SAME or len(intents) >= _UNRESOLVED_ALL
+        if spent:
             raise self._spent(
                 f"what became of the last try with the PIN from {pin.source} is not known",
                 code="pin-unresolved",
             )
-        self._before = dict(self.record)
-        try:
-            self._write({**self.record, "intents": [*intents, pin.origin]})
-        except OSError as exc:
-            raise _unusable(self.path, exc) from exc
+        last = mine if len(doubts) < _UNRESOLVED_ALL else [at for _, at in doubts]
+        if not last:
+            return
+        pause = min(_FIRST_PAUSE * 2 ** (len(last) - 1), _LONGEST_PAUSE)
+        innocent = accepted or flags
+        left = max(last) + (pause if innocent else _ONE_TRY) - self.now()
+        # A clock that was set back is no reason to wait longer.
+        if not 0 < left <= _ONE_TRY:
+            return
+        if innocent:
+            raise DeviceError(
+                f"The device '{foreign(self.place.label)}' did not take the login a moment ago",
+                hint="It is tried again by itself: seconds after the first time, minutes later on.",
+                code="device-down",
+                retry_after=left,
+            )
+        error = self._spent(
+            f"what became of the last try with the PIN from {pin.source} is not known, and this"
+            " device keeps no count of wrong ones: one try an hour",
+            code="pin-unresolved",
+        )
+        error.retry_after = left
+        raise error
 
-    def accept(self) -> None:
-        """The device took the PIN: everything before it is void."""
+    def accept(self, pin: Pin) -> None:
+        """The device took the PIN: everything before it is void, and it is known to be right."""
+        if self.path is None:
+            return
+        record: dict[str, Any] = {"flags": True} if self._before.get("flags") else {}
+        if not pin.on_pinpad:
+            record["salt"] = self._before.get("salt") or _salt()
+            record["accepted"] = _hash(pin, record)
+        if record:
+            self._write(record)
+        else:
+            self.forget()
+
+    def vouch(self) -> None:
+        """A person says that the next PIN may be tried: nothing else is known any more."""
+        self._write({"cleared": True})
+
+    def forget(self) -> None:
+        """Delete what is known."""
         self.record = {}
         if self.path is not None:
             self.path.unlink(missing_ok=True)
@@ -190,10 +280,11 @@ class Page:
 
     def refuse(self, pin: Pin) -> None:
         """The device refused *pin*: its value is not tried again."""
-        record = {"salt": os.urandom(16).hex(), **self._before}
-        record["refused"] = [*record.get("refused", ()), _hash(pin, record)]
-        # What this source held is known now; a corrected value must not find its old intents.
-        record["intents"] = [other for other in record.get("intents", ()) if other != pin.origin]
+        record = {"salt": _salt(), **self._without(pin)}
+        mine = _hash(pin, record)
+        record["refused"] = [*record.get("refused", ()), mine]
+        if record.get("accepted") == mine:
+            del record["accepted"]
         self._write(record)
 
     def withdraw(self) -> None:
@@ -201,7 +292,19 @@ class Page:
         if self._before:
             self._write(self._before)
         else:
-            self.accept()
+            self.forget()
+
+    def doubt(self, pin: Pin) -> None:
+        """The device answered, and the answer does not say whether it looked at the PIN."""
+        doubts = [*self._before.get("doubts", ()), [pin.origin, self.now()]]
+        self._write({**self._before, "doubts": doubts[-_REMEMBERED:]})
+
+    def _without(self, pin: Pin) -> dict[str, Any]:
+        # What this source held is known now; a corrected value must not find its old tries.
+        record = {name: value for name, value in self._before.items() if name != "cleared"}
+        record["intents"] = [each for each in record.get("intents", ()) if each != pin.origin]
+        record["doubts"] = [each for each in record.get("doubts", ()) if each[0] != pin.origin]
+        return record
 
     def _spent(self, why: str, *, code: str) -> PinNotTried:
         return PinNotTried(
@@ -211,7 +314,7 @@ class Page:
         )
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.record = record
+        self.record = record = {name: value for name, value in record.items() if value}
         if self.path is None:
             return
         place = self.place
@@ -242,15 +345,36 @@ def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     )
 
 
+#: The members of a record, and what each is.
+_MEMBERS: Final = {
+    "salt": str, "refused": list, "accepted": str, "intents": list, "doubts": list, "flags": bool,
+    "cleared": bool,
+}  # fmt: skip
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_bytes())
-        return {name: record[name] for name in ("salt", "refused", "intents") if name in record}
+        said = json.loads(path.read_bytes())
+        record = {
+            name: _checked(said[name], kind) for name, kind in _MEMBERS.items() if name in said
+        }
+        record["doubts"] = [[str(origin), float(at)] for origin, at in record.get("doubts", ())]
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as exc:
         # A record that cannot be read may have held a refusal: guessing would burn a PIN.
         raise OSError(5, f"{path.name} cannot be read") from exc
+    return {name: value for name, value in record.items() if value}
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError("a member of another type")
+    return value
+
+
+def _salt() -> str:
+    return os.urandom(16).hex()
 
 
 def _hash(pin: Pin, record: dict[str, Any]) -> str:

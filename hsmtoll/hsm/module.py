@@ -19,6 +19,7 @@ import pkcs11
 from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.makers import maker_of
 from hsmtoll.paths import loose
@@ -26,7 +27,7 @@ from hsmtoll.paths import loose
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pkcs11 import Slot, Token
+    from pkcs11 import Session, Slot, Token
 
 __all__ = ["GATE", "Module", "check_path", "current", "loaded", "opened", "restart", "restarted"]
 
@@ -118,14 +119,22 @@ class Module:
         broken does not hide the others. Empty slots are left out.
         """
         with speaking(f"asking {foreign(self.path)} for its slots"):
-            slots: list[Slot] = self.lib.get_slots(token_present=True)
-        for slot in slots:
+            seen = cryptoki.slots(self.lib, self.path)
+        for slot, problem in seen:
+            if problem is not None:
+                yield slot, problem
+                continue
             try:
                 yield slot, slot.get_token()
             except (pkcs11.TokenNotPresent, pkcs11.TokenNotRecognised):
                 continue
             except PKCS11Error as exc:
                 yield slot, exc
+
+    def close(self, session: Session | None) -> None:
+        """Close *session*, unless it was void after a fork or a restart: it is not ours then."""
+        if session is not None and current(self):
+            cryptoki.closed(session, self.path)
 
 
 _opened: dict[str, Module] = {}

@@ -16,6 +16,7 @@ from pkcs11 import exceptions as p11
 
 from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, foreign
+from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import speaking
 from hsmtoll.hsm.device import certificates_of, key_facts, object_uri
 
@@ -94,9 +95,9 @@ def generate(
 
 def keys(device: Device) -> tuple[KeyFacts, ...]:
     """What the device says about each of its private keys, after login."""
-    with device.writing("reading the keys") as (module, token, session):
-        found = list(session.get_objects({Attribute.CLASS: ObjectClass.PRIVATE_KEY}))
-        return tuple(key_facts(module, token, session, key) for key in found)
+    with device.writing("reading the keys") as (module, _, session):
+        found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+        return tuple(key_facts(module, session, found))
 
 
 def store(device: Device, certificates: Iterable[tuple[bytes, str, bytes]]) -> Stored:
@@ -134,7 +135,7 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
     )
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         for name, value, words in taken:
-            if list(session.get_objects({Attribute.CLASS: kind, name: value})):
+            if cryptoki.found(session, {Attribute.CLASS: kind, name: value}):
                 raise DeviceError(
                     f"generating the key '{foreign(label)}': a key with the {words} is there",
                     hint="Nothing is overwritten: choose another label and id.",

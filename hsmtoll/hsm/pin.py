@@ -50,14 +50,18 @@ class Pin:
     A PIN and where it came from. It shows itself as ``Pin(from HSMTOLL_HSM__PIN)``.
 
     *origin* is the source's name, and of a file its inode and mtime; nothing in it is derived
-    from the value. A pinpad's PIN has no value: the device asks for it itself.
+    from the value. *typed* says that a person has just entered it. A pinpad's PIN has no value:
+    the device asks for it itself.
     """
 
-    __slots__ = ("_value", "origin", "source")
+    __slots__ = ("_value", "origin", "source", "typed")
 
-    def __init__(self, value: str | None, *, source: str, version: str = "") -> None:
+    def __init__(
+        self, value: str | None, *, source: str, version: str = "", typed: bool = False
+    ) -> None:
         self._value = value
         self.source = source
+        self.typed = typed or value is None
         self.origin = f"{source} {version}".rstrip()
 
     @property
@@ -255,7 +259,7 @@ class PinTerminal:
         if not line:
             raise EOFError
         encoding = locale.getpreferredencoding(do_setlocale=False)
-        return _pin(_line(line, name=self.name, encoding=encoding), source=self.name, as_typed=True)
+        return _pin(_line(line, name=self.name, encoding=encoding), source=self.name, typed=True)
 
 
 class _Typing:
@@ -319,7 +323,7 @@ def _line(data: bytes, *, name: str, encoding: str = "utf-8") -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _pin(value: str, *, source: str, version: str = "", as_typed: bool = False) -> Pin:
+def _pin(value: str, *, source: str, version: str = "", typed: bool = False) -> Pin:
     wrong = (
         "is empty" if not value
         else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
@@ -332,7 +336,7 @@ def _pin(value: str, *, source: str, version: str = "", as_typed: bool = False) 
     )  # fmt: skip
     if wrong:
         raise ConfigurationError(f"the PIN from {source} {wrong}", code="pin-source")
-    unlikely = None if as_typed else _unlikely(value)
+    unlikely = None if typed else _unlikely(value)
     if unlikely:
         which = "SIGNING_" if "SIGNING" in source else ""
         raise ConfigurationError(
@@ -341,7 +345,7 @@ def _pin(value: str, *, source: str, version: str = "", as_typed: bool = False) 
             f"HSMTOLL_HSM__{which}PIN_PROMPT=terminal takes it as typed",
             code="pin-form",
         )
-    return Pin(value, source=source, version=version)
+    return Pin(value, source=source, version=version, typed=typed)
 
 
 #: A line of an environment file or of a letter instead of the PIN; base64 may end with "=" as well.

@@ -144,14 +144,17 @@ def error_from(said: dict[str, Any]) -> HsmTollError:
 
 def certificates_to(certificates: Sequence[StoredCertificate]) -> list[Any]:
     """Certificates as values."""
-    return [[b64encode(each.der).decode(), each.label, each.id.hex()] for each in certificates]
+    return [
+        [b64encode(each.der).decode(), each.label, each.id.hex(), each.problem]
+        for each in certificates
+    ]
 
 
 def certificates_from(said: list[Any]) -> tuple[StoredCertificate, ...]:
     """Certificates that were sent."""
     return tuple(
-        StoredCertificate(b64decode(der), str(label), bytes.fromhex(key_id))
-        for der, label, key_id in said
+        StoredCertificate(b64decode(der), str(label), bytes.fromhex(key_id), problem)
+        for der, label, key_id, problem in said
     )
 
 

@@ -10,6 +10,7 @@ No module is touched here, and no PIN is seen: the steps belong to the caller.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -19,14 +20,15 @@ from hsmtoll.errors import DeviceError, HsmTollError, foreign
 from hsmtoll.hsm.codes import recoverable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import TracebackType
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["RESTART_PAUSE", "Breaker", "mended"]
+__all__ = ["RESTART_PAUSE", "SIGNING", "Breaker", "mended"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+#: What a signature is called here: a device that makes one is up.
+SIGNING: Final = "signing"
 #: Seconds. A module is not started again more often.
 RESTART_PAUSE: Final = 30.0
 _FIRST_PAUSE: Final = 1.0
@@ -61,8 +63,8 @@ class Breaker:
     Says ``device-down`` at once instead of letting callers queue at a device that is.
 
     It opens after *threshold* failures in a row, lets one caller try after 1 s, then 2, 4, …
-    10 s, and closes when a call worked. *boot* is a clock in seconds that never goes back.
-    As a context it admits, and judges what the call inside came to.
+    10 s, and closes when what failed worked, or a signature was made. *boot* is a clock in
+    seconds that never goes back. `trying` admits, and judges what the call inside came to.
     """
 
     def __init__(self, name: object, *, boot: Callable[[], float], threshold: int = 1) -> None:
@@ -73,18 +75,19 @@ class Breaker:
         self._failures = 0
         self._until = 0.0
         self._trying: tuple[int, int] | None = None
+        self._failed_at = ""
         self._why = ""
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def trying(self, doing: str) -> Iterator[None]:
+        """Around a call, which is *doing* something to the device."""
         self.admit()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        if exc is None:
-            self.worked()
-        else:
-            self.judge(exc)
+        try:
+            yield
+        except BaseException as exc:
+            self.judge(exc, doing)
+            raise
+        self.worked(doing)
 
     @property
     def open(self) -> bool:
@@ -110,9 +113,15 @@ class Breaker:
             retry_after=max(left, _FIRST_PAUSE),
         )
 
-    def worked(self) -> None:
-        """The device answered, whatever it said."""
+    def worked(self, doing: str = SIGNING) -> None:
+        """
+        The device did what it was asked. That it shows a certificate, or takes a login, says
+        nothing about what it failed at.
+        """
         if not self._failures:
+            return
+        if doing not in (self._failed_at, SIGNING):
+            self.undecided()
             return
         with self._lock:
             was_open, self._failures, self._trying = self.open, 0, None
@@ -123,11 +132,12 @@ class Breaker:
         """What was learned says nothing about it: the next caller may try."""
         self._trying = None
 
-    def failed(self, exc: HsmTollError) -> None:
+    def failed(self, exc: HsmTollError, doing: str = SIGNING) -> None:
         """The device did not answer, and nothing helped."""
         with self._lock:
             was_open, self._trying = self.open, None
             self._failures += 1
+            self._failed_at = doing
             over = min(self._failures - self._threshold, 8)
             self._until = self._boot() + min(_FIRST_PAUSE * 2**over, _LONGEST_PAUSE)
             self._why = str(exc)
@@ -135,11 +145,13 @@ class Breaker:
         if tell:
             _log.warning("device-down: %s: %s", foreign(self._name), exc)
 
-    def judge(self, exc: BaseException) -> None:
-        """Count *exc* as what it says about the device: down, or there and of another mind."""
+    def judge(self, exc: BaseException, doing: str = SIGNING) -> None:
+        """Count *exc* if it says that the device is down. Only a success says that it is back."""
         if not isinstance(exc, HsmTollError) or exc.code in _NOTHING_SAID:
             self.undecided()
         elif exc.exit_code == DeviceError.exit_code and recoverable(exc):
-            self.failed(exc)
+            self.failed(exc, doing)
+        elif self.open:
+            self.undecided()
         else:
-            self.worked()
+            self._failures = 0

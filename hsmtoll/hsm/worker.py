@@ -49,7 +49,9 @@ class _Asked:
         said = self._there.receive()
         if "error" in said:
             raise pipe.error_from(said["error"])
-        return Pin(said["value"], source=said["source"], version=said["version"])
+        return Pin(
+            said["value"], source=said["source"], version=said["version"], typed=said["typed"]
+        )
 
 
 class _Told(logging.Handler):
@@ -131,7 +133,9 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
         case "certificates":
             return pipe.certificates_to(device.certificates())
         case "login":
-            return device.login()
+            return device.login(whatever=question["whatever"])
+        case "elsewhere":
+            return pipe.certificates_to(device.elsewhere())
         case "key":
             return pipe.facts_to(device.key(candidates=candidates))
         case "inspect":

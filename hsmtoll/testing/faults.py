@@ -65,6 +65,23 @@ NAMES: Final[Mapping[str, str]] = {
     "rate": "one C_SignInit in ms=1000, for all processes together",
     "kill-inside-login": "the process is killed in C_Login, after=False or True the real call",
     "slot-error": "one more slot, whose C_GetTokenInfo answers CKR_DEVICE_ERROR",
+    "slot-info-error": "one more slot, whose C_GetSlotInfo answers it as well",
+    "call-fails": "every call of function='C_Sign' answers rv=0x30 until cleared",
+    "login-needed": "CKR_USER_NOT_LOGGED_IN to C_FindObjectsInit before C_Login; after=True to"
+    " C_GetAttributeValue as well",
+    "login-ended": "the device ends each login after n=1 signatures; keys stay visible",
+    "login-unflagged": "no flag CKF_LOGIN_REQUIRED",
+    "token-unflagged": "no flag CKF_TOKEN_INITIALIZED",
+    "object-unreadable": "every attribute of the objects with label='' answers rv=0x30",
+    "attribute-fails": "reads that have attribute=0x202 among others answer rv=0x30",
+    "signature-short": "signatures lack the zero bytes that they begin with",
+    "data-limit": "C_Sign answers rv=0x30 to more than n=1 bytes",
+    "session-limit": "CKR_SESSION_COUNT where n=1 sessions are open",
+    "value-padded": "values of certificates are filled up to n=1 bytes with the byte rv=0x30",
+    "label-nul": "the p11_token's label ends with a NUL, and blanks after it",
+    "context-login-untold": "CKA_ALWAYS_AUTHENTICATE reads false",
+    "context-login-unknown": "CKA_ALWAYS_AUTHENTICATE reads true, and C_Login answers"
+    " CKR_USER_TYPE_INVALID to CKU_CONTEXT_SPECIFIC",
 }
 
 # struct control of shim.c, behind the counts.
@@ -72,11 +89,17 @@ _MEMBERS: Final = (
     "pin_wrong", "pin_flags", "pin_locked", "sessions", "handles", "device", "removed",
     "slow_function", "slow_ms", "hang_function", "wrong_signature", "hidden_mechanisms",
     "hidden_modulus", "nth_function", "nth_left", "nth_answer", "crash_function", "rate_ms",
-    "rate_next_ms", "kill_login", "slot_error",
+    "rate_next_ms", "kill_login", "slot_error", "fail_function", "fail_answer", "login_needed",
+    "login_lives", "flags_missing", "label_0", "label_1", "label_2", "label_3", "object_answer",
+    "attribute", "attribute_answer", "short_signature", "most_data", "most_data_answer",
+    "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "context_login",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
 _EPOCHS: Final = frozenset(("sessions", "handles", "device"))
+#: Counted by the shim itself.
+_COUNTED: Final = frozenset(("open_sessions",))
 _COUNT_LOW, _FINAL_TRY, _LOCKED = 0x10000, 0x20000, 0x40000
+_LOGIN_REQUIRED, _INITIALIZED = 0x4, 0x400
 
 
 class Faults:
@@ -173,6 +196,8 @@ class Faults:
         rv: int = 0x30,
         raw: bool = False,
         after: bool = False,
+        label: str = "",
+        attribute: int = 0x202,
     ) -> None:
         """Let *name* happen from now on; UsageError for a fault or a function that is none."""
         if name not in NAMES:
@@ -203,6 +228,21 @@ class Faults:
             "rate": {"rate_ms": ms},
             "kill-inside-login": {"kill_login": 2 if after else 1},
             "slot-error": {"slot_error": 1},
+            "slot-info-error": {"slot_error": 2},
+            "call-fails": {"fail_answer": rv, "fail_function": number},
+            "login-needed": {"login_needed": 2 if after else 1},
+            "login-ended": {"login_lives": n + 1},
+            "login-unflagged": {"flags_missing": self._get("flags_missing") | _LOGIN_REQUIRED},
+            "token-unflagged": {"flags_missing": self._get("flags_missing") | _INITIALIZED},
+            "object-unreadable": {**_words(label), "object_answer": rv},
+            "attribute-fails": {"attribute": attribute, "attribute_answer": rv},
+            "signature-short": {"short_signature": 1},
+            "data-limit": {"most_data_answer": rv, "most_data": n},
+            "session-limit": {"most_sessions": n},
+            "value-padded": {"padded_with": rv, "padded_to": n},
+            "label-nul": {"label_nul": 1},
+            "context-login-untold": {"context_login": 1},
+            "context-login-unknown": {"context_login": 2},
         }
         for member, value in orders[name].items():
             self._put(member, self._get(member) + 1 if member in _EPOCHS else value)
@@ -222,7 +262,7 @@ class Faults:
             self._put("sessions", self._get("sessions") + 1)
         kept = {each for each in _MEMBERS if name and each not in _CLEARED.get(name, ())}
         for member in _MEMBERS:
-            if member not in kept and member not in _EPOCHS:
+            if member not in kept | _EPOCHS | _COUNTED:
                 self._put(member, 0)
 
     # ------------------------------------------------------------------ counts
@@ -232,6 +272,10 @@ class Faults:
         if function not in FUNCTIONS:
             raise UsageError(f"PKCS#11 has no function {function}")
         return self._at(FUNCTIONS.index(function))
+
+    def sessions(self) -> int:
+        """How many sessions are open, where one process alone uses the device."""
+        return self._get("open_sessions")
 
     def calls(self) -> dict[str, int]:
         """All counts that are not zero."""
@@ -260,6 +304,12 @@ class Faults:
         self._write(len(FUNCTIONS) + _MEMBERS.index(member), value)
 
 
+def _words(label: str) -> dict[str, int]:
+    """The first 32 bytes of *label*, as four members."""
+    packed = label.encode()[:32].ljust(32, b"\0")
+    return {f"label_{n}": word for n, word in enumerate(struct.unpack("4q", packed))}
+
+
 _CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
     "pin-wrong": ("pin_wrong",),
     "pin-count-low": ("pin_flags",),
@@ -277,4 +327,19 @@ _CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
     "rate": ("rate_ms", "rate_next_ms"),
     "kill-inside-login": ("kill_login",),
     "slot-error": ("slot_error",),
+    "slot-info-error": ("slot_error",),
+    "call-fails": ("fail_function", "fail_answer"),
+    "login-needed": ("login_needed",),
+    "login-ended": ("login_lives",),
+    "login-unflagged": ("flags_missing",),
+    "token-unflagged": ("flags_missing",),
+    "object-unreadable": ("object_answer",),
+    "attribute-fails": ("attribute", "attribute_answer"),
+    "signature-short": ("short_signature",),
+    "data-limit": ("most_data", "most_data_answer"),
+    "session-limit": ("most_sessions",),
+    "value-padded": ("padded_to", "padded_with"),
+    "label-nul": ("label_nul",),
+    "context-login-untold": ("context_login",),
+    "context-login-unknown": ("context_login",),
 }

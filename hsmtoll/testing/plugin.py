@@ -96,6 +96,7 @@ def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
     """
     # One library under two names: whichever was used is let go of before the other is.
     _loaded_again(toll_softhsm.module)
+    toll_softhsm.settle()
     _toll_shim.reset_counts()
     yield _toll_shim
     _toll_shim.clear()
@@ -167,6 +168,7 @@ def toll_settings(
     """Settings of the eSeal at the sandbox, and the same as environment variables."""
     from hsmtoll.settings import load
 
+    toll_eseal.device.settle()
     variables = {
         **toll_eseal.environ(),
         **toll_sandbox.environ(),

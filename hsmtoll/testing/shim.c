@@ -28,17 +28,20 @@ typedef struct { unsigned char text[32 + 32 + 16 + 16]; word flags; } token_info
 
 enum {
     INITIALIZE = 0, FINALIZE = 1, GET_INFO = 2, GET_FUNCTION_LIST = 3, GET_SLOT_LIST = 4, GET_SLOT_INFO = 5,
-    GET_TOKEN_INFO = 6, GET_MECHANISM_LIST = 7, GET_MECHANISM_INFO = 8, OPEN_SESSION = 12, CLOSE_ALL = 14,
-    LOGIN = 18, CREATE_OBJECT = 20, COPY_OBJECT = 21, DESTROY_OBJECT = 22, GET_OBJECT_SIZE = 23,
-    GET_ATTRIBUTE = 24, SET_ATTRIBUTE = 25, FIND_OBJECTS = 27, ENCRYPT_INIT = 29, DECRYPT_INIT = 33,
+    GET_TOKEN_INFO = 6, GET_MECHANISM_LIST = 7, GET_MECHANISM_INFO = 8, OPEN_SESSION = 12, CLOSE_SESSION = 13,
+    CLOSE_ALL = 14, LOGIN = 18, LOGOUT = 19, CREATE_OBJECT = 20, COPY_OBJECT = 21, DESTROY_OBJECT = 22, GET_OBJECT_SIZE = 23,
+    GET_ATTRIBUTE = 24, SET_ATTRIBUTE = 25, FIND_INIT = 26, FIND_OBJECTS = 27, FIND_FINAL = 28, ENCRYPT_INIT = 29, DECRYPT_INIT = 33,
     DIGEST_KEY = 40, SIGN_INIT = 42, SIGN = 43, SIGN_FINAL = 45, SIGN_RECOVER_INIT = 46, VERIFY_INIT = 48,
     VERIFY_RECOVER_INIT = 52, GENERATE_KEY = 58, GENERATE_PAIR = 59, WRAP_KEY = 60, UNWRAP_KEY = 61,
     DERIVE_KEY = 62, FUNCTIONS = 68
 };
 enum {
     OK = 0, DEVICE_ERROR = 0x30, DEVICE_REMOVED = 0x32, OBJECT_HANDLE_INVALID = 0x82, PIN_INCORRECT = 0xA0,
-    PIN_LOCKED = 0xA4, MECHANISM_INVALID = 0x70, ATTRIBUTE_TYPE_INVALID = 0x12, TOKEN_NOT_PRESENT = 0xE0
+    PIN_LOCKED = 0xA4, SESSION_COUNT = 0xB1, USER_NOT_LOGGED_IN = 0x101, USER_TYPE_INVALID = 0x103,
+    MECHANISM_INVALID = 0x70, ATTRIBUTE_TYPE_INVALID = 0x12, TOKEN_NOT_PRESENT = 0xE0
 };
+enum { CKA_VALUE = 0x11, CKA_LABEL = 3, CKA_ALWAYS_AUTHENTICATE = 0x202, CKO_CERTIFICATE = 1,
+       CKU_CONTEXT_SPECIFIC = 2, CKF_LOGIN_REQUIRED = 4, CKF_TOKEN_INITIALIZED = 0x400 };
 enum { CKA_CLASS = 0, CKO_PUBLIC_KEY = 2, CKO_PRIVATE_KEY = 3, CKA_MODULUS = 0x120, CKA_PUBLIC_EXPONENT = 0x122 };
 
 /* What the Python side writes; the order of the members is its order. All are 64 bits wide. */
@@ -54,7 +57,19 @@ struct control {
     int64_t crash_function;
     int64_t rate_ms, rate_next_ms;
     int64_t kill_login;                     /* 1 before the real call, 2 after it */
-    int64_t slot_error;
+    int64_t slot_error;                     /* 1 C_GetTokenInfo of one more slot fails, 2 C_GetSlotInfo too */
+    int64_t fail_function, fail_answer;     /* every call */
+    int64_t login_needed;                   /* 1 to search, 2 to read as well */
+    int64_t login_lives;                    /* signatures that a login is good for, and one; 0 is any number */
+    int64_t flags_missing;
+    int64_t object_label[4], object_answer; /* 32 bytes, filled up with zeros */
+    int64_t attribute, attribute_answer;
+    int64_t short_signature;
+    int64_t most_data, most_data_answer;
+    int64_t most_sessions, open_sessions;
+    int64_t padded_to, padded_with;
+    int64_t label_nul;
+    int64_t context_login;                  /* 1 is not told of, 2 is told of and unknown */
 };
 
 #define FAKE_SLOT 0x7fff0000UL
@@ -65,6 +80,7 @@ static list *real, ours;
 static int64_t seen_sessions, seen_device;
 static word slots[16];
 static int slot_count;
+static int64_t logged_in, signatures_left;
 
 #define READ(member) __atomic_load_n(&control->member, __ATOMIC_SEQ_CST)
 
@@ -135,7 +151,7 @@ static word slot_list(word present, word given, word counted) {
 }
 
 static word fake_slot(int n, word out) {
-    if (n != GET_SLOT_INFO) return DEVICE_ERROR;
+    if (n != GET_SLOT_INFO || READ(slot_error) == 2) return DEVICE_ERROR;
     slot_info *info = (slot_info *) out;
     memset(info, ' ', sizeof info->text);
     info->flags = 1;
@@ -153,15 +169,40 @@ static word mechanisms(word slot, word given, word counted) {
     return OK;
 }
 
+static int is_damaged(word session, word object) {
+    char label[256] = {0};
+    attribute asked = {CKA_LABEL, label, sizeof label - 1};
+    if (!READ(object_answer) || call(GET_ATTRIBUTE, session, object, (word) &asked, 1, 0, 0, 0, 0)) return 0;
+    return strncmp(label, (const char *) control->object_label, sizeof control->object_label) == 0;
+}
+
+/* The value of a certificate as a file of a fixed size holds it. */
+static void pad(attribute *one, word real_length) {
+    word size = (word) READ(padded_to);
+    if (one->length == (word) -1 || real_length >= size) return;
+    if (one->value) memset((char *) one->value + real_length, (int) READ(padded_with), size - real_length);
+    one->length = size;
+}
+
 static word attributes(word session, word object, word given, word count) {
-    word rv = call(GET_ATTRIBUTE, session, object, given, count, 0, 0, 0, 0);
-    if (!READ(hidden_modulus) || class_of(session, object) != CKO_PRIVATE_KEY) return rv;
     attribute *asked = (attribute *) given;
+    word class = class_of(session, object);
+    if (READ(login_needed) == 2 && !logged_in) return USER_NOT_LOGGED_IN;
+    if (is_damaged(session, object)) return (word) READ(object_answer);
     for (word i = 0; i < count; i++)
-        if (asked[i].type == CKA_MODULUS || asked[i].type == CKA_PUBLIC_EXPONENT) {
+        if (READ(attribute_answer) && asked[i].type == (word) READ(attribute)) return (word) READ(attribute_answer);
+    word rv = call(GET_ATTRIBUTE, session, object, given, count, 0, 0, 0, 0);
+    for (word i = 0; i < count; i++) {
+        if (READ(hidden_modulus) && class == CKO_PRIVATE_KEY
+            && (asked[i].type == CKA_MODULUS || asked[i].type == CKA_PUBLIC_EXPONENT)) {
             asked[i].length = (word) -1;
             rv = ATTRIBUTE_TYPE_INVALID;
         }
+        if (READ(padded_to) && class == CKO_CERTIFICATE && asked[i].type == CKA_VALUE) pad(&asked[i], asked[i].length);
+        if (READ(context_login) && class == CKO_PRIVATE_KEY && asked[i].type == CKA_ALWAYS_AUTHENTICATE
+            && asked[i].value && asked[i].length == 1)
+            *(unsigned char *) asked[i].value = READ(context_login) == 2;
+    }
     return rv;
 }
 
@@ -180,10 +221,14 @@ static word find(word session, word given, word most, word counted) {
 }
 
 static word login(word session, word user, word pin, word length) {
+    if (user == CKU_CONTEXT_SPECIFIC && READ(context_login) == 2) return USER_TYPE_INVALID;
     if (READ(kill_login) == 1) kill(getpid(), SIGKILL);
     if (READ(pin_locked) == 1) return PIN_LOCKED;
     if (READ(pin_wrong)) return PIN_INCORRECT;
     word rv = call(LOGIN, session, user, pin, length, 0, 0, 0, 0);
+    /* A login that was ended by the device is still one for the real module. */
+    if (rv == 0x100 && READ(login_lives) && !logged_in) rv = OK;
+    if (rv == OK && user != CKU_CONTEXT_SPECIFIC) { logged_in = 1; signatures_left = READ(login_lives) - 1; }
     if (READ(kill_login) == 2) kill(getpid(), SIGKILL);
     if (rv == PIN_INCORRECT && READ(pin_locked) == 2) {
         __atomic_store_n(&control->pin_flags, 0x40000, __ATOMIC_SEQ_CST);    /* CKF_USER_PIN_LOCKED */
@@ -200,6 +245,7 @@ static int64_t ordered(int n) {
     if (slow == n + 1) wait_ms(READ(slow_ms));
     while (READ(hang_function) == n + 1) wait_ms(20);
     if (nth == n + 1 && __atomic_sub_fetch(&control->nth_left, 1, __ATOMIC_SEQ_CST) == 0) return READ(nth_answer);
+    if (READ(fail_function) == n + 1) return READ(fail_answer);
     if (n == INITIALIZE || n == FINALIZE || n == GET_FUNCTION_LIST) return -1;
     if (READ(device) != seen_device) return DEVICE_ERROR;
     if (READ(removed) && n != GET_SLOT_LIST && n != GET_INFO && n != GET_SLOT_INFO)
@@ -228,7 +274,19 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
         case GET_ATTRIBUTE: return attributes(a, b, c, d);
         case FIND_OBJECTS: return find(a, b, c, d);
         case LOGIN: return login(a, b, c, d);
+        case LOGOUT:
+            if (READ(login_lives) && !logged_in) return USER_NOT_LOGGED_IN;
+            logged_in = 0;
+            break;
+        case FIND_INIT: if (READ(login_needed) && !logged_in) return USER_NOT_LOGGED_IN; break;
+        case OPEN_SESSION:
+            if (READ(most_sessions) && READ(open_sessions) >= READ(most_sessions)) return SESSION_COUNT;
+            break;
+        case SIGN:
+            if (READ(most_data) && (int64_t) c > READ(most_data)) return (word) READ(most_data_answer);
+            break;
         case SIGN_INIT:
+            if (READ(login_lives) && signatures_left-- <= 0) { logged_in = 0; return USER_NOT_LOGGED_IN; }
             if (hidden(*(word *) b)) return MECHANISM_INVALID;
             if (READ(rate_ms)) {
                 int64_t now = now_ms(), next = READ(rate_next_ms), mine;
@@ -243,15 +301,31 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
     if (rv != OK) return rv;
     switch (n) {
         /* Only where the module was not initialised before: CKR_CRYPTOKI_ALREADY_INITIALIZED mends nothing. */
-        case INITIALIZE: seen_device = READ(device); seen_sessions = READ(sessions); slot_count = 0; break;
-        case GET_TOKEN_INFO: ((token_info *) b)->flags |= (word) READ(pin_flags); break;
-        case OPEN_SESSION: remember_slot(a); break;
+        case INITIALIZE:
+            seen_device = READ(device); seen_sessions = READ(sessions); slot_count = 0; logged_in = 0;
+            __atomic_store_n(&control->open_sessions, 0, __ATOMIC_SEQ_CST);
+            break;
+        case GET_TOKEN_INFO: {
+            token_info *info = (token_info *) b;
+            info->flags = (info->flags | (word) READ(pin_flags)) & ~(word) READ(flags_missing);
+            if (READ(label_nul))
+                for (int i = 31; i >= 0 && info->text[i] == ' '; i--)
+                    if (i == 0 || info->text[i - 1] != ' ') info->text[i] = 0;
+            break;
+        }
+        case OPEN_SESSION: remember_slot(a); __atomic_add_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
+        case CLOSE_SESSION: __atomic_sub_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
+        case FINALIZE: case CLOSE_ALL: __atomic_store_n(&control->open_sessions, 0, __ATOMIC_SEQ_CST); break;
         case CREATE_OBJECT: tag((word *) d); break;
         case COPY_OBJECT: case GENERATE_KEY: tag((word *) e); break;
         case GENERATE_PAIR: tag((word *) g); tag((word *) h); break;
         case UNWRAP_KEY: tag((word *) h); break;
         case DERIVE_KEY: tag((word *) f); break;
-        case SIGN: if (d && READ(wrong_signature)) ((unsigned char *) d)[0] ^= 1; break;
+        case SIGN:
+            if (d && READ(wrong_signature)) ((unsigned char *) d)[0] ^= 1;
+            while (d && READ(short_signature) && *(word *) e && !((unsigned char *) d)[0])
+                memmove((void *) d, (char *) d + 1, --*(word *) e);
+            break;
         case SIGN_FINAL: if (b && READ(wrong_signature)) ((unsigned char *) b)[0] ^= 1; break;
     }
     return OK;

@@ -51,6 +51,11 @@ def find_module() -> Path:
     )
 
 
+#: How SoftHSM names the attribute of its files that holds the flags of a token.
+_TOKEN_FLAGS: Final = (0x8000534B).to_bytes(8, "big")
+_COUNT_LOW: Final = 0x10000
+
+
 @dataclass(frozen=True, slots=True)
 class SoftHsm:
     """
@@ -106,6 +111,18 @@ class SoftHsm:
         )
         made._do([{"what": "pin", "old": first, "new": made.pin}], pin=first)
         return made
+
+    def settle(self) -> None:
+        """
+        Log in with the right PIN where the device says that a wrong one was given since the last
+        login: another state directory would leave that to a person (``pin-count-low``).
+        """
+        for file in (self.directory / "tokens").glob("*/token.object"):
+            data = file.read_bytes()
+            at = data.find(_TOKEN_FLAGS)
+            flags = int.from_bytes(data[at + 16 : at + 24], "big") if at >= 0 else 0
+            if flags & _COUNT_LOW:
+                self._do([])
 
     def _configuration(self) -> str:
         return (

@@ -18,7 +18,7 @@ from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import places
 from hsmtoll.hsm.ledger import Ledger
-from hsmtoll.hsm.pin import PinPad, PinValue
+from hsmtoll.hsm.pin import Pin, PinPad, PinValue
 from hsmtoll.hsm.uri import KeyUri
 from tests.softhsm.conftest import SOFTHSM, SPY, DeviceSoftHsm, make_softhsm
 
@@ -140,8 +140,8 @@ class Dying(Ledger):
     def held(self, place):
         with super().held(place) as page:
             class Page(type(page)):
-                def intend(self, pin, *, count_low):
-                    super().intend(pin, count_low=count_low)
+                def intend(self, pin, **flags):
+                    super().intend(pin, **flags)
                     os.kill(os.getpid(), 9)
             yield Page(page.place, page.path, page.record)
 """
@@ -157,7 +157,7 @@ class Dying(Ledger):
     assert "1234" not in record.read_text()
     assert bench.sign("1234") == "256"
     assert bench.logins() == 1
-    assert not record.exists()
+    assert "intents" not in record.read_text()
 
 
 def test_an_always_authenticate_key_gets_its_pin_between_init_and_sign(bench: Bench) -> None:
@@ -268,16 +268,26 @@ def test_a_pinpad_that_is_not_there_is_said_and_nothing_is_tried(
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
-def test_a_wrong_pin_before_is_warned_about_from_the_devices_own_flag(
+def test_a_wrong_pin_that_somebody_else_gave_is_for_a_person_to_judge(
     device_softhsm: DeviceSoftHsm, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with device_softhsm.device("", tmp_path, pin="9999") as device, pytest.raises(PinIncorrect):
         device.login()
     assert "pin-count-low" not in caplog.text
-    with device_softhsm.device("", tmp_path / "other") as device:
+    # Another state directory: nothing is known there of the try above.
+    given = PinValue.of("1234")
+    with device_softhsm.device("", tmp_path / "other", pin=given) as device:
+        with pytest.raises(PinNotTried) as caught:
+            device.login()
+        assert caught.value.code == "pin-count-low"
+    assert not (tmp_path / "other" / "pin").is_dir() or "1234" not in "".join(
+        each.read_text() for each in (tmp_path / "other" / "pin").iterdir()
+    )
+    typed = PinValue(Pin("1234", source="PROMPT", typed=True))
+    with device_softhsm.device("", tmp_path / "other", pin=typed) as device:
         assert device.login()
     assert "pin-count-low: a wrong PIN was given" in caplog.text
     caplog.clear()
-    with device_softhsm.device("", tmp_path) as device:
+    with device_softhsm.device("", tmp_path, pin=given) as device:
         assert device.login()
     assert "pin-count-low" not in caplog.text

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
-from hsmtoll.hsm.device import Device, _mechanism
+from hsmtoll.hsm.device import Device, _mechanisms
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
@@ -63,8 +63,8 @@ def test_only_the_algorithms_of_maskinporten_are_signed(
 def test_the_raw_mechanism_with_a_digest_info_gives_the_same_signature(
     device_softhsm: DeviceSoftHsm, alg: str
 ) -> None:
-    hashed = _mechanism(alg, UNSIGNED, frozenset({"RSA_PKCS", f"SHA{alg[2:]}_RSA_PKCS"}))
-    raw = _mechanism(alg, UNSIGNED, frozenset({"RSA_PKCS", "SHA1_RSA_PKCS"}))
+    hashed = _mechanisms(alg, UNSIGNED, frozenset({"RSA_PKCS", f"SHA{alg[2:]}_RSA_PKCS"}))[0]
+    raw = _mechanisms(alg, UNSIGNED, frozenset({"RSA_PKCS", "SHA1_RSA_PKCS"}))[0]
     assert hashed[1] == UNSIGNED
     assert raw[0].name == "RSA_PKCS"
     program = (
@@ -138,7 +138,7 @@ def test_a_key_that_wants_its_pin_each_time_may_have_the_raw_mechanism_alone(
 
 def test_a_device_without_a_mechanism_for_it_is_told_by_name() -> None:
     with pytest.raises(DeviceError, match="neither SHA256_RSA_PKCS nor RSA_PKCS"):
-        _mechanism("RS256", UNSIGNED, frozenset({"ECDSA"}))
+        _mechanisms("RS256", UNSIGNED, frozenset({"ECDSA"}))
 
 
 def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(

@@ -72,21 +72,30 @@ def test_a_fault_has_its_class_and_the_pin_is_not_wasted(
     assert toll_faults.count("C_Login") == logins
 
 
-def test_a_low_count_is_a_warning_and_not_a_refusal(
+def test_a_low_count_is_a_warning_where_the_pin_was_accepted_before_and_else_a_refusal(
     device: Device, toll_faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     toll_faults.set("pin-count-low")
+    assert fails(device).code == "pin-count-low"
+    assert toll_faults.count("C_Login") == 0
 
+    toll_faults.clear()
+    assert device.login()
+    device.close()
+    toll_faults.set("pin-count-low")
     assert device.sign("RS256", DATA)
-    assert any(each.levelname == "WARNING" for each in caplog.records)
+    assert "pin-count-low: a wrong PIN was given" in caplog.text
 
 
 def test_the_status_shows_the_pin_as_the_device_last_reported_it(
     toll_client: TollClient, toll_faults: Faults
 ) -> None:
     assert toll_client.status().pin is None
-    toll_faults.set("pin-count-low")
     toll_client.token("road")
+    assert toll_client.status().pin == "ok"
+    toll_faults.set("pin-count-low")
+    toll_faults.set("session-lost")
+    toll_client.token("road", renew=True)
 
     assert toll_client.status().pin == "count-low"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll.errors import PinNotTried
+from hsmtoll.errors import DeviceError, PinNotTried
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.pin import Pin
 from tests.accounts import OTHER
@@ -84,15 +84,150 @@ def test_a_refusal_is_salted(tmp_path: Path) -> None:
     assert "4711-canary" not in written(tmp_path)
 
 
-def test_acceptance_deletes_the_record(tmp_path: Path) -> None:
+def test_acceptance_leaves_nothing_but_a_salted_hash_of_what_was_accepted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     refuse(ledger, WRONG)
     assert ledger.refusals(PLACE) == (1, 0)
     with ledger.held(PLACE) as page:
         page.intend(RIGHT, count_low=True)
-        page.accept()
+        page.accept(RIGHT)
     assert ledger.refusals(PLACE) == (0, 0)
-    assert written(tmp_path) == ""
+    record = json.loads(written(tmp_path))
+    assert {"accepted", "salt"} <= set(record)
+    assert not {"refused", "intents", "doubts"} & set(record)
+    assert "1234" not in record["accepted"]
+    # And nothing at all of a PIN that has no value here.
+    with ledger.held(PLACE) as page:
+        page.intend(Pin(None, source="PINPAD"), count_low=False)
+        page.accept(Pin(None, source="PINPAD"))
+    assert "accepted" not in written(tmp_path)
+
+
+class Hours:
+    """A clock, in seconds, that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.at = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.at
+
+
+@pytest.fixture
+def hours() -> Hours:
+    return Hours()
+
+
+def doubt(ledger: Ledger, pin: Pin, *, count_low: bool = False, flags: bool = False) -> None:
+    with ledger.held(PLACE) as page:
+        page.intend(pin, count_low=count_low, keeps_flags=flags)
+        page.doubt(pin)
+
+
+def accept(ledger: Ledger, pin: Pin) -> None:
+    with ledger.held(PLACE) as page:
+        page.intend(pin, count_low=False)
+        page.accept(pin)
+
+
+def test_a_pin_that_was_accepted_before_outlives_any_number_of_outages(
+    tmp_path: Path, hours: Hours
+) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    accept(ledger, RIGHT)
+    waited = []
+    for _ in range(12):
+        doubt(ledger, RIGHT)
+        with pytest.raises(DeviceError) as caught:
+            doubt(ledger, RIGHT)
+        assert caught.value.code == "device-down"
+        waited.append(caught.value.retry_after)
+        hours.at += caught.value.retry_after or 0
+    assert waited == [1, 2, 4, 8, 16, 32, 64, 120, 120, 120, 120, 120]
+    accept(ledger, RIGHT)
+    assert ledger.refusals(PLACE) == (0, 0)
+
+
+def test_another_pin_than_the_accepted_one_has_one_try_an_hour_where_no_flags_are_kept(
+    tmp_path: Path, hours: Hours
+) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    accept(ledger, RIGHT)
+    other = Pin("4321", source="SETTING")
+    doubt(ledger, other)
+    for minutes in (0, 1, 58):
+        hours.at += 60 * minutes
+        with pytest.raises(PinNotTried, match="one try an hour") as caught:
+            doubt(ledger, other)
+        assert caught.value.code == "pin-unresolved"
+    hours.at += 61
+    doubt(ledger, other)
+
+
+def test_where_flags_are_kept_they_say_whether_a_try_was_spent(
+    tmp_path: Path, hours: Hours
+) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    for _ in range(5):
+        doubt(ledger, RIGHT, flags=True)
+        hours.at += 120
+    with pytest.raises(PinNotTried) as caught:
+        doubt(ledger, RIGHT, flags=True, count_low=True)
+    assert caught.value.code == "pin-unresolved"
+
+
+def test_a_device_that_showed_a_flag_once_is_known_to_keep_them(
+    tmp_path: Path, hours: Hours
+) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    with ledger.held(PLACE) as page:
+        page.intend(Pin("1234", source="SETTING", typed=True), count_low=True)
+        page.accept(RIGHT)
+    other = Pin("4321", source="SETTING")
+    doubt(ledger, other)
+    hours.at += 2
+    doubt(ledger, other)
+
+
+def test_an_accepted_pin_that_the_device_counts_as_wrong_is_not_tried_again(
+    tmp_path: Path, hours: Hours
+) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    accept(ledger, RIGHT)
+    doubt(ledger, RIGHT)
+    hours.at += 3600
+    with pytest.raises(PinNotTried):
+        doubt(ledger, RIGHT, count_low=True)
+
+
+def test_an_accepted_pin_that_is_refused_is_accepted_no_more(tmp_path: Path, hours: Hours) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    accept(ledger, RIGHT)
+    refuse(ledger, RIGHT)
+    assert "accepted" not in json.loads(written(tmp_path))
+    with pytest.raises(PinNotTried):
+        doubt(ledger, RIGHT)
+
+
+def test_a_clock_that_was_set_back_does_not_lock_a_pin_out(tmp_path: Path, hours: Hours) -> None:
+    ledger = Ledger(tmp_path, now=hours)
+    doubt(ledger, RIGHT)
+    hours.at -= 86_400
+    doubt(ledger, RIGHT)
+
+
+def test_a_count_that_is_low_and_not_by_us_is_for_a_person_to_judge(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with pytest.raises(PinNotTried) as caught:
+        die(ledger, RIGHT, count_low=True)
+    assert caught.value.code == "pin-count-low"
+    # Typed just now, vouched for, or accepted here before: that is known, or a person's risk.
+    die(ledger, Pin("1234", source="PROMPT", typed=True), count_low=True)
+    Ledger(tmp_path).clear(PLACE)
+    die(ledger, RIGHT, count_low=True)
+    other = Ledger(tmp_path / "other")
+    accept(other, RIGHT)
+    die(other, RIGHT, count_low=True)
 
 
 def test_a_pin_that_was_not_looked_at_leaves_everything_as_it_was(tmp_path: Path) -> None:
@@ -121,7 +256,7 @@ def test_an_unknown_result_allows_one_more_try_and_then_none(tmp_path: Path) -> 
 
 def test_an_unknown_result_allows_none_where_the_device_says_count_low(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    die(ledger, RIGHT, count_low=True)
+    die(ledger, RIGHT)
     with pytest.raises(PinNotTried, match="not known"):
         die(ledger, RIGHT, count_low=True)
     die(ledger, RIGHT)  # the control: without the flag there is one more
@@ -193,7 +328,7 @@ def test_without_a_place_to_write_no_pin_is_tried_outside_the_sandbox(tmp_path: 
         assert caught.value.code == "ledger"
         with Ledger(directory, optional=True).held(PLACE) as page:
             page.intend(RIGHT, count_low=False)
-            page.accept()
+            page.accept(RIGHT)
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
@@ -227,7 +362,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> N
 _TRY = """
 import sys
 from pathlib import Path
-from hsmtoll.errors import PinNotTried
+from hsmtoll.errors import DeviceError, PinNotTried
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.pin import Pin
 pin = Pin("wrong", source="SETTING")

@@ -1,0 +1,539 @@
+"""
+What modules do that SoftHSM does not, each imitated by a fault of its name, in this process and
+isolated: certificates and searches behind the login, logins that end, answers that leave a PIN's
+fate open, objects and slots that cannot be read, signatures made another way.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried
+from hsmtoll.app import App
+from hsmtoll.hsm.codes import NOT_TRIED
+from hsmtoll.hsm.inspect import inspect
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import SigningInput
+from hsmtoll.settings import load
+from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.tokens import TokenRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.clock import SettableClock
+    from hsmtoll.testing.faults import Faults
+    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.softhsm import SoftHsm
+
+DATA = SigningInput(b"header.payload")
+#: As long as an assertion with a whole chain.
+LONG = SigningInput(b"x" * 9000)
+ROAD = TokenRequest(scope="toll:eu/movement/road/v2")
+NOT_LOGGED_IN, DEVICE_ERROR, GENERAL_ERROR = 0x101, 0x30, 0x5
+
+_HIDE = """
+import sys, pkcs11
+from pkcs11 import Attribute as A, ObjectClass
+module, token, pin, label = sys.argv[1:5]
+kept = (A.CLASS, A.CERTIFICATE_TYPE, A.TOKEN, A.LABEL, A.ID, A.SUBJECT, A.ISSUER, A.SERIAL_NUMBER,
+        A.VALUE)
+with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin) as session:
+    for one in list(session.get_objects({A.CLASS: ObjectClass.CERTIFICATE})):
+        if one[A.LABEL].startswith(label):
+            copy = {name: one[name] for name in kept}
+            one.destroy()
+            session.create_object({**copy, A.PRIVATE: True})
+"""
+
+_MANY = """
+import sys, pkcs11
+from pkcs11 import KeyType
+with pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[2]).open(
+    rw=True, user_pin=sys.argv[3]
+) as session:
+    for number in range(40):
+        session.generate_keypair(
+            KeyType.RSA, 1024, id=b"many%d" % number, label=f"many-{number}", store=True
+        )
+"""
+
+
+@pytest.fixture(params=["none", "process"])
+def isolation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@contextmanager
+def program(isolation: str, **settings: Any) -> Iterator[App]:
+    """A program that lives on, by the environment's settings."""
+    app = App(load(hsm__isolation=isolation, **settings))
+    try:
+        yield app
+    finally:
+        app.close()
+
+
+def signed(app: App) -> str:
+    return app.local_signer(app.devices[0]).assertion(ROAD)
+
+
+def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "hsmtoll", *argv],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+# ---------------------------------------------------------------------- before and after the login
+
+
+@pytest.fixture(scope="module")
+def hidden(toll_softhsm: SoftHsm) -> ThrowAway:
+    """An eSeal whose certificates show to nobody before the login."""
+    made = eseal(toll_softhsm, label="hidden")
+    argv = [str(toll_softhsm.module), toll_softhsm.label, toll_softhsm.pin, "hidden"]
+    subprocess.run([sys.executable, "-c", _HIDE, *argv], check=True, timeout=60)
+    return made
+
+
+def test_certificates_that_show_after_the_login_alone_are_found(
+    hidden: ThrowAway,
+    toll_settings: Settings,
+    toll_sandbox: Sandbox,
+    toll_faults: Faults,
+    isolation: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    introduce(toll_sandbox, hidden)
+    key = hidden.device.uri("hidden")
+    with program(isolation, hsm__key=key) as app:
+        assert app.chain().leaf.public_key is not None
+        assert toll_faults.count("C_Login") == 1
+        with app.client() as client:
+            assert client.token("road").value
+    # The control: without a PIN nobody sees them.
+    monkeypatch.delenv("HSMTOLL_HSM__PIN_FILE")
+    with program(isolation, hsm__key=key) as app:
+        assert app.chain().leaf.der != _der(hidden)
+    assert toll_settings.hsm.key
+
+
+def test_the_commands_find_them_too_and_print_no_traceback(
+    hidden: ThrowAway, toll_settings: Settings, isolation: str
+) -> None:
+    del toll_settings
+    variables = {
+        "HSMTOLL_HSM__KEY": hidden.device.uri("hidden"),
+        "HSMTOLL_HSM__ISOLATION": isolation,
+    }
+    for argv in (["sign", "road"], ["chain"], ["doctor"], ["objects"], ["key", "jwk"]):
+        done = command(*argv, **variables)
+        assert done.returncode == 0, (argv, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_module_that_refuses_to_search_before_the_login_is_logged_in_to(
+    toll_settings: Settings,
+    toll_faults: Faults,
+    isolation: str,
+    reads: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    del toll_settings
+    toll_faults.set("login-needed", after=reads)
+    with program(isolation) as app:
+        assert signed(app)
+        assert toll_faults.count("C_Login") == 1
+    monkeypatch.delenv("HSMTOLL_HSM__PIN_FILE")
+    with program(isolation) as app, pytest.raises(HsmTollError) as caught:
+        signed(app)
+    assert caught.value.code == "not-logged-in"
+    assert "HSMTOLL_HSM__PIN_FILE" in (caught.value.hint or "")
+
+
+def test_what_a_module_says_to_the_end_of_a_refused_search_is_not_printed(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    for code in (NOT_LOGGED_IN, DEVICE_ERROR, 0xB3):
+        toll_faults.set("call-fails", function="C_FindObjectsInit", rv=code)
+        done = command("sign", "road", HSMTOLL_HSM__ISOLATION=isolation)
+        assert done.returncode == 30
+        assert "hsmtoll: " in done.stderr
+        assert "Exception ignored" not in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_device_that_does_not_say_that_it_wants_a_login_is_logged_in_to(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("login-unflagged")
+    with program(isolation) as app:
+        assert signed(app)
+        assert toll_faults.count("C_Login") == 1
+
+
+def test_a_login_that_the_device_ended_is_made_anew_once(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("login-ended", n=2)
+    with program(isolation) as app:
+        for _ in range(8):
+            assert signed(app)
+        assert toll_faults.count("C_Login") == 4
+        # Nothing is left open of the logins that were ended.
+        assert toll_faults.sessions() <= 2
+    # The control: one that ends before its first signature is not made for ever.
+    toll_faults.set("login-ended", n=0)
+    with program(isolation) as app:
+        toll_faults.reset_counts()
+        with pytest.raises(DeviceError) as caught:
+            signed(app)
+        assert caught.value.code == "signing-pin"
+        assert "HSMTOLL_HSM__SIGNING_PIN_FILE" in (caught.value.hint or "")
+        assert toll_faults.count("C_Login") == 2
+
+
+# ---------------------------------------------------------------------- a PIN's fate
+
+
+def test_a_pin_that_was_accepted_outlives_an_outage_of_the_login(
+    toll_settings: Settings, toll_faults: Faults, toll_clock: SettableClock, isolation: str
+) -> None:
+    del toll_settings
+    with program(isolation) as app:
+        app.clock = toll_clock
+        assert signed(app)
+        for code in (DEVICE_ERROR, GENERAL_ERROR, 0x6, 0xB0, 0x80000384):
+            toll_faults.set("call-fails", function="C_Login", rv=code)
+            toll_faults.set("session-lost")
+            for _ in range(3):
+                with pytest.raises(DeviceError):
+                    signed(app)
+                toll_clock.advance(60)
+            toll_faults.clear()
+            _later(app.state)
+            if isolation == "process":
+                # A child has a clock of its own.
+                app.devices[0].close()
+            assert signed(app)
+
+
+def test_two_commands_during_an_outage_do_not_lock_the_pin_out(
+    toll_settings: Settings, toll_faults: Faults, isolation: str, tmp_path: Path
+) -> None:
+    assert command("sign", "road", HSMTOLL_HSM__ISOLATION=isolation).returncode == 0
+    toll_faults.set("call-fails", function="C_Login", rv=0x6)
+    codes = []
+    for _ in range(4):
+        codes.append(command("sign", "road", HSMTOLL_HSM__ISOLATION=isolation).returncode)
+        _later(tmp_path / "toll-state")
+    toll_faults.clear()
+    assert codes == [30] * 4
+    assert command("sign", "road", HSMTOLL_HSM__ISOLATION=isolation).returncode == 0
+    assert toll_settings.state == tmp_path / "toll-state"
+
+
+def _later(state: Path | None) -> None:
+    """As if two minutes had passed since the last try."""
+    assert state is not None
+    for each in (state / "pin").iterdir():
+        if each.suffix != ".lock":
+            record = json.loads(each.read_text())
+            record["doubts"] = [[origin, at - 121] for origin, at in record.get("doubts", ())]
+            each.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [0x32, 0xE0, 0x3, 0xB3, 0xB1, 0xB5, 0x2, 0x50, 0x54, 0x200, 0x103, 0x7, 0x82, 0x90, 0x190],
+    ids=hex,
+)
+def test_an_answer_that_cannot_come_after_the_pin_was_looked_at_spends_nothing(
+    toll_settings: Settings, toll_faults: Faults, code: int
+) -> None:
+    del toll_settings
+    for _ in range(4):
+        toll_faults.set("call-fails", function="C_Login", rv=code)
+        with program("none") as app, pytest.raises(HsmTollError) as caught:
+            signed(app)
+        assert not isinstance(caught.value, PinNotTried)
+    toll_faults.clear()
+    with program("none") as app:
+        assert signed(app)
+    assert NOT_TRIED
+
+
+def test_a_person_who_said_no_at_the_device_is_not_asked_again_for_the_same_call(
+    toll_settings: Settings, toll_faults: Faults
+) -> None:
+    del toll_settings
+    toll_faults.set("call-fails", function="C_Login", rv=0x50)
+    with program("none") as app, pytest.raises(DeviceError):
+        signed(app)
+    assert toll_faults.count("C_Login") == 1
+
+
+def test_a_pin_that_has_expired_was_right(toll_settings: Settings, toll_faults: Faults) -> None:
+    del toll_settings
+    toll_faults.set("call-fails", function="C_Login", rv=0xA3)
+    for _ in range(3):
+        with program("none") as app, pytest.raises(HsmTollError) as caught:
+            signed(app)
+        assert caught.value.code == "pin-state"
+        assert "It was right" in (caught.value.hint or "")
+    toll_faults.clear()
+    with program("none") as app:
+        assert signed(app)
+
+
+# ---------------------------------------------------------------------- one bad thing hides nothing
+
+
+@pytest.mark.parametrize("code", [0x5, 0x7, 0x13, 0x30, 0x54, 0x60, 0x81000001], ids=hex)
+def test_an_object_that_cannot_be_read_hides_no_other(
+    toll_settings: Settings,
+    toll_softhsm: SoftHsm,
+    toll_faults: Faults,
+    toll_eseal: ThrowAway,
+    code: int,
+) -> None:
+    toll_softhsm.generate_key("damaged", b"\xda")
+    try:
+        toll_softhsm.store_certificate(_der(toll_eseal), label="damaged", key_id=b"\xda")
+        toll_faults.set("object-unreadable", label="damaged", rv=code)
+        with program("none") as app:
+            assert signed(app)
+            seen = app.inspect().tokens
+            assert any("eseal" in key.label for token in seen for key in token.keys)
+        assert toll_settings.hsm.key
+    finally:
+        toll_faults.clear()
+        toll_softhsm.delete("damaged")
+
+
+def _der(made: ThrowAway) -> bytes:
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    return made.chain[0].public_bytes(Encoding.DER)
+
+
+@pytest.mark.parametrize("code", [0x5, 0x54, 0x30, 0x7, 0x81000001], ids=hex)
+def test_an_attribute_that_a_module_does_not_know_takes_nothing_away(
+    toll_settings: Settings, toll_faults: Faults, code: int, isolation: str
+) -> None:
+    del toll_settings
+    for attribute in (0x202, 0x163, 0x108):  # ALWAYS_AUTHENTICATE, LOCAL, SIGN
+        toll_faults.set("attribute-fails", attribute=attribute, rv=code)
+        with program(isolation) as app:
+            assert signed(app)
+    # The control: what protects the key is not guessed.
+    toll_faults.set("attribute-fails", attribute=0x103, rv=code)
+    with program(isolation) as app, pytest.raises(DeviceError) as caught:
+        signed(app)
+    assert caught.value.code == "key-exportable"
+
+
+def test_a_certificate_that_is_there_and_cannot_be_read_is_named_with_the_reason(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    assert toll_settings.hsm.key
+    toll_faults.set("attribute-fails", attribute=0x11, rv=GENERAL_ERROR)
+    with program(isolation) as app, pytest.raises(CertificateError) as caught:
+        signed(app)
+    assert "certificate 'eseal' on the device cannot be read" in str(caught.value)
+    assert "GeneralError" in str(caught.value)
+    told = command("doctor", HSMTOLL_HSM__ISOLATION=isolation)
+    assert told.returncode == 40
+    assert "'eseal' on the device cannot be read" in told.stdout
+    assert "there is none" not in told.stdout
+
+
+@pytest.mark.parametrize("fill", [0x00, 0xFF, 0x30])
+def test_a_certificate_with_padding_behind_it_is_cut(
+    toll_settings: Settings, toll_faults: Faults, fill: int
+) -> None:
+    del toll_settings
+    toll_faults.set("value-padded", n=4096, rv=fill)
+    with program("none") as app:
+        assert signed(app)
+
+
+def test_a_slot_that_cannot_be_described_hides_no_other(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("slot-info-error")
+    with program(isolation) as app:
+        assert signed(app)
+        problems = [each.problem for each in app.inspect().tokens if each.problem]
+    assert problems == ["the slot answers 0x30"]
+
+
+def test_a_label_with_a_nul_in_it_is_printed_as_it_can_be_pasted(
+    toll_settings: Settings, toll_softhsm: SoftHsm, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("label-nul")
+    with program(isolation) as app:
+        assert signed(app)
+        uris = [str(key.uri) for token in app.inspect().tokens for key in token.keys]
+    assert uris
+    assert all(f"token={toll_softhsm.label};" in uri and "%00" not in uri for uri in uris)
+    assert all(KeyUri.parse(uri) for uri in uris)
+
+
+def test_a_device_that_does_not_say_that_it_is_initialised_is_read_all_the_same(
+    toll_settings: Settings, toll_softhsm: SoftHsm, toll_faults: Faults, tmp_path: Path
+) -> None:
+    del toll_settings
+    toll_faults.set("token-unflagged")
+    with program("none") as app:
+        assert signed(app)
+        seen = inspect(toll_faults.module, ledger=Ledger(tmp_path))
+    assert any(token.certificates for token in seen.tokens)
+    assert toll_softhsm.label
+
+
+# ---------------------------------------------------------------------- how it is signed
+
+
+@pytest.mark.parametrize("code", [0x30, 0x21, 0x2, 0x31, 0x68, 0x54, 0x6], ids=hex)
+def test_a_hashing_mechanism_that_cannot_take_an_assertion_is_replaced_once_for_all(
+    toll_settings: Settings, toll_faults: Faults, code: int, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("data-limit", n=1000, rv=code)
+    with program(isolation) as app:
+        (device,) = app.devices
+        assert device.sign("RS256", DATA)
+        for _ in range(3):
+            assert device.sign("RS256", LONG)
+        # One for the short one, one in vain, and then one for each.
+        assert toll_faults.count("C_SignInit") == 1 + 1 + 3
+        assert signed(app)
+
+
+@pytest.mark.parametrize("code", [0xA0, 0xA4, 0x50, 0xE0], ids=hex)
+def test_a_word_about_pin_person_or_presence_is_no_reason_for_another_mechanism(
+    toll_settings: Settings, toll_faults: Faults, code: int
+) -> None:
+    del toll_settings
+    with program("none") as app:
+        (device,) = app.devices
+        assert device.login()
+        toll_faults.set("call-fails", function="C_SignInit", rv=code)
+        toll_faults.reset_counts()
+        with pytest.raises(HsmTollError):
+            device.sign("RS256", LONG)
+        toll_faults.clear()
+        toll_faults.reset_counts()
+        with program("none") as fresh:
+            assert fresh.devices[0].sign("RS256", LONG)
+    assert toll_faults.count("C_SignInit") == 1
+
+
+def test_a_signature_without_the_zeros_that_it_begins_with_is_whole_again(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    with program("none") as app:
+        (device,) = app.devices
+        public = device.key().public
+        assert public is not None
+        begins_with_zero = next(
+            data
+            for data in (SigningInput(b"%d.payload" % n) for n in range(20_000))
+            if device.sign("RS256", data)[0] == 0
+        )
+    toll_faults.set("signature-short")
+    with program(isolation) as app:
+        signature = app.devices[0].sign("RS256", begins_with_zero, candidates=[public])
+    assert len(signature) == 256
+    assert public.verify("RS256", begins_with_zero, signature)
+
+
+@pytest.fixture(scope="module")
+def own_pin(toll_softhsm: SoftHsm) -> str:
+    """The URI of a key that wants its PIN for each signature."""
+    toll_softhsm.generate_key("own-pin", b"\x5f", always_authenticate=True)
+    return toll_softhsm.uri("own-pin")
+
+
+def test_a_signing_pin_that_is_set_is_given_although_the_device_asks_for_none(
+    toll_settings: Settings, toll_faults: Faults, own_pin: str, isolation: str
+) -> None:
+    toll_faults.set("context-login-untold")
+    pin = toll_settings.hsm.pin_file
+    assert pin is not None
+    with program(isolation, hsm__key=own_pin, hsm__signing_pin_file=pin) as app:
+        assert app.devices[0].sign("RS256", DATA)
+    # Without one the setting is named, and the user's PIN is not tried in its place.
+    toll_faults.reset_counts()
+    with program(isolation, hsm__key=own_pin) as app, pytest.raises(DeviceError) as caught:
+        app.devices[0].sign("RS256", DATA)
+    assert caught.value.code == "signing-pin"
+    assert "HSMTOLL_HSM__SIGNING_PIN_FILE" in (caught.value.hint or "")
+    assert toll_faults.count("C_Login") == 2
+
+
+def test_a_device_that_knows_no_pin_for_a_single_signature_signs_without(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("context-login-unknown")
+    with program(isolation) as app:
+        (device,) = app.devices
+        for _ in range(3):
+            assert device.sign("RS256", DATA)
+        # Asked for once.
+        assert toll_faults.count("C_Login") == 2
+
+
+# ---------------------------------------------------------------------- big partitions
+
+
+def test_a_partition_full_of_keys_costs_a_token_no_more_calls(
+    toll_settings: Settings, toll_softhsm: SoftHsm, toll_faults: Faults
+) -> None:
+    def cost() -> int:
+        toll_faults.reset_counts()
+        with program("none") as app:
+            assert signed(app)
+        return sum(toll_faults.calls().values())
+
+    assert toll_settings.hsm.key
+    cost()
+    few = cost()
+    argv = [str(toll_softhsm.module), toll_softhsm.label, toll_softhsm.pin]
+    subprocess.run([sys.executable, "-c", _MANY, *argv], check=True, timeout=120)
+    try:
+        many = cost()
+    finally:
+        with toll_softhsm.batch():
+            for number in range(40):
+                toll_softhsm.delete(f"many-{number}")
+    # At 5 ms a call two seconds are 400 calls.
+    assert many == few
+    assert many < 400
