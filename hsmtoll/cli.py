@@ -1521,7 +1521,8 @@ _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"
     needs="the audit's directory or segments, and the public half of its key",
     examples=(
         "hsmtoll audit verify --public-key audit.pub /var/lib/hsmtoll/audit",
-        "hsmtoll audit verify --public-key audit.pub --since 2026-11-01 /var/lib/hsmtoll/audit",
+        "hsmtoll audit verify --public-key audit.pub --since 2026-11-01 \\",
+        "  /var/lib/hsmtoll/audit",
     ),
 )
 @_as_json
