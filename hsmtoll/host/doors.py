@@ -1,8 +1,8 @@
 """
 The doors: sockets, their limits, and what a request must look like before anybody asks for whom.
 
-    accept ──► peer ──► its share of the connections? ──► one request within 5 s ──► handler
-                             └─ no: 503, and gone             └─ no: cut off
+    accept ──► TLS handshake ──► peer ──► its share? ──► one request within 5 s ──► handler
+       └─ too many: the oldest goes          └─ no: 503       └─ no: cut off
 
 One connection carries one request. Who may have what is not decided here.
 """
@@ -69,6 +69,12 @@ VERSION: Final = "1"
 _CONNECTIONS: Final = 64
 OF_ONE: Final = 8
 _TURNED_AWAY: Final = 64
+#: TLS handshakes at once: whoever can connect can begin one, so there is room for many, and the
+#: oldest one ends where there is none left.
+_HANDSHAKES: Final = 512
+#: Connections that wait in the kernel, and those that are taken from it in one turn of the loop.
+_BACKLOG: Final = 4096
+_IN_A_TURN: Final = 64
 
 #: Seconds to complete a request, TLS included; and to take the reply.
 _PATIENCE: Final = 5.0
@@ -353,6 +359,10 @@ class Door:
         self._peers_known = peers_known
         self._server = web.Server(self._handled)
         self._visits: dict[_Visit, asyncio.BaseTransport | None] = {}
+        # Oldest first.
+        self._handshakes: dict[_Visit, asyncio.Task[None]] = {}
+        #: Connections that were ended for want of room.
+        self.dropped = 0
         self._shares: Counter[str] = Counter()
         self._turned_away: set[asyncio.Task[None]] = set()
         # When each is said again, by OpenSSL's own words.
@@ -388,30 +398,63 @@ class Door:
     @property
     def visits(self) -> int:
         """Connections at this moment."""
-        return len(self._visits)
+        return len(self._visits) + len(self._handshakes)
 
     def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        try:
-            connection, _ = self._listening.accept()
-        except OSError as exc:
-            # Out of descriptors, or one who left before it was met.
-            if exc.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO):
-                _log.warning("door: no connection can be taken (%s)", exc.strerror)
-                loop.remove_reader(self._listening)
-                loop.call_later(_PAUSE, self._resume)
-            return
+        for _ in range(_IN_A_TURN):
+            try:
+                connection, _ = self._listening.accept()
+            except OSError as exc:
+                # Out of descriptors, or one who left before it was met.
+                if exc.errno not in (errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO):
+                    _log.warning("door: no connection can be taken (%s)", exc.strerror)
+                    loop.remove_reader(self._listening)
+                    loop.call_later(_PAUSE, self._resume)
+                return
+            self._taken(connection)
+
+    def _taken(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
         connection.setblocking(False)
         visit = self._visit(connection)
-        if len(self._visits) >= _CONNECTIONS or self._shares[visit.account] >= OF_ONE:
+        visit.until = loop.time() + _PATIENCE
+        if self._tls is None and not self._admitted(visit):
             self._turn_away(connection)
             return
-        visit.until = loop.time() + _PATIENCE
-        self._visits[visit] = None
-        self._shares[visit.account] += 1
         task = loop.create_task(self._arrive(connection, visit))
         self._arrivals.add(task)
         task.add_done_callback(self._arrivals.discard)
+        if self._tls is not None:
+            if len(self._handshakes) >= _HANDSHAKES:
+                self._handshakes.pop(next(iter(self._handshakes))).cancel()
+                self._dropped("too many TLS handshakes at once; the oldest was ended")
+            self._handshakes[visit] = task
+
+    def _admitted(self, visit: _Visit) -> bool:
+        """
+        Whether there is room for one who is known, and for one more of its account. Who has sent
+        no whole request yet gives way, the oldest first, but not to more of a crowd of its own.
+        """
+        if self._shares[visit.account] >= OF_ONE:
+            return False
+        if len(self._visits) >= _CONNECTIONS:
+            silent = (each for each in self._visits if not each.complete)
+            oldest = next(silent, None)
+            if oldest is None:
+                return False
+            transport = self._visits[oldest]
+            self.left(oldest)
+            if transport is not None:
+                _abort(transport)
+            self._dropped("too many connections at once; the oldest silent one was ended")
+        self._visits[visit] = None
+        self._shares[visit.account] += 1
+        return True
+
+    def _dropped(self, why: str) -> None:
+        self.dropped += 1
+        self._warn(why)
 
     def _resume(self) -> None:
         if self._listening.fileno() >= 0:
@@ -452,7 +495,7 @@ class Door:
             # Whoever has no certificate of ours ends here; what it sent is not worth a line each.
             _log.info("door: a connection was not made (%s)", type(exc).__name__)
             if isinstance(exc, ssl.SSLCertVerificationError):
-                self._warn(exc.verify_message)
+                self._warn(f"a caller's certificate is not taken ({exc.verify_message})")
 
     def _warn(self, why: str) -> None:
         # A list that is missing turns everybody away, who hear of it by an alert at most; but
@@ -460,32 +503,39 @@ class Door:
         now = asyncio.get_running_loop().time()
         if now >= self._warned.get(why, now):
             self._warned[why] = now + _QUIET
-            _log.warning("door: a caller's certificate is not taken (%s)", why)
+            _log.warning("door: %s", why)
 
     def met(self, visit: _Visit, transport: asyncio.BaseTransport) -> None:
         """A connection is there: its time runs, and a certificate says who it is."""
         loop = asyncio.get_running_loop()
-        self._visits[visit] = transport
-        visit.timer = loop.call_at(visit.until, _abort, transport)
         if self._tls is None:
+            if visit not in self._visits:
+                # It gave way before it was here.
+                _abort(transport)
+                return
+            self._visits[visit] = transport
+            visit.timer = loop.call_at(visit.until, _abort, transport)
             return
+        self._handshakes.pop(visit, None)
         shown = transport.get_extra_info("ssl_object")
         der = shown.getpeercert(binary_form=True)
         # The context lets nobody in without one.
         peer = peers.of_certificate(shown.getpeercert() or {}, der or b"")
-        self._give_back(visit.account)
         visit.peer, visit.account = peer, peer.account
-        self._shares[visit.account] += 1
-        if self._shares[visit.account] > OF_ONE:
-            visit.peer = PolicyDenied("caller: too many connections at once", code="share")
-            if isinstance(transport, asyncio.WriteTransport):
-                transport.write(_busy())
-            transport.close()
+        visit.timer = loop.call_at(visit.until, _abort, transport)
+        if self._admitted(visit):
+            self._visits[visit] = transport
+            return
+        visit.peer = PolicyDenied("caller: too many connections at once", code="share")
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.write(_busy())
+        transport.close()
 
     def left(self, visit: _Visit) -> None:
         """A connection is gone; a second time changes nothing."""
         if visit.timer is not None:
             visit.timer.cancel()
+        self._handshakes.pop(visit, None)
         if visit not in self._visits:
             return
         del self._visits[visit]
@@ -500,7 +550,7 @@ class Door:
             del self._shares[account]
 
     def _turn_away(self, connection: socket.socket) -> None:
-        if self._tls is not None or len(self._turned_away) >= _TURNED_AWAY:
+        if len(self._turned_away) >= _TURNED_AWAY:
             connection.close()
             return
         task = asyncio.create_task(_say_goodbye(connection))
@@ -603,7 +653,7 @@ def listen_unix(path: Path, name: str) -> socket.socket:
         one.bind(str(path))
         with contextlib.suppress(PermissionError):
             os.chown(path, -1, seen.st_gid)
-        one.listen(_CONNECTIONS)
+        one.listen(_BACKLOG)
     except OSError as exc:
         one.close()
         raise ConfigurationError(
@@ -644,7 +694,7 @@ def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket
         one = socket.socket(family, kind | socket.SOCK_CLOEXEC, proto)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         one.bind(where)
-        one.listen(_CONNECTIONS)
+        one.listen(_BACKLOG)
     except (OSError, OverflowError) as exc:
         said = getattr(exc, "strerror", None) or "no such address"
         raise ConfigurationError(

@@ -185,6 +185,7 @@ class _Host:
         self._opened = opened
         self._ready = ready
         self._patience = patience
+        self._signing: tuple[doors.Door, ...] = ()
         self._told_ready = False
         self._why: list[str] = []
         self._reloads = asyncio.Lock()
@@ -203,6 +204,7 @@ class _Host:
         own = [doors.Door(each, self._health, peers_known=False) for each in opened.metrics]
         signing = [doors.Door(each, self._answer) for each in opened.signing]
         signing += [doors.Door(each, self._answer, tls=opened.tls_context) for each in opened.tls]
+        self._signing = tuple(signing)
         for door in (*own, *signing):
             door.open()
         self._service.on_loop(loop)
@@ -264,6 +266,8 @@ class _Host:
                     return doors.answer({"ready": not why, "why": why}, status=503 if why else 200)
                 case "/metrics":
                     numbers = await loop.run_in_executor(self._own, self._service.numbers)
+                    dropped = sum(each.dropped for each in self._signing)
+                    numbers["connections_dropped_total"] = float(dropped)
                     return web.Response(text=_exposed(numbers), content_type="text/plain")
         raise doors.Refused(404, "not_found", "no such page", "GET /live, /ready or /metrics")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from hsmtoll.host import doors
 from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.host.policy import Ask
+from tests.accounts import OTHER, importable
 from tests.hosting import ROAD, eventually, raw_request
 
 if TYPE_CHECKING:
@@ -186,3 +191,32 @@ def test_the_ninth_connection_of_an_account_is_told_to_come_again(
     for one in held:
         one.close()
     eventually(lambda: running_host.ask().status == 200)
+
+
+_SILENT = """
+import socket, sys
+from tests.accounts import become
+become(int(sys.argv[2]))
+held = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+for one in held:
+    one.connect(sys.argv[1])
+print("here", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.needs_root
+def test_accounts_that_send_nothing_keep_no_other_out(running_host: RunningHost) -> None:
+    running_host.open_to_all()
+    with contextlib.ExitStack() as held:
+        for number in range(8):
+            argv = [sys.executable, "-c", _SILENT, str(running_host.socket), str(OTHER + number)]
+            one = held.enter_context(
+                subprocess.Popen(
+                    argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    env=os.environ | importable(),
+                )
+            )  # fmt: skip
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"here\n"
+        assert running_host.ask().status == 200

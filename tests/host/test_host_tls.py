@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
+import socket
 import ssl
 import subprocess
 from typing import TYPE_CHECKING
@@ -209,3 +212,20 @@ _REQUEST = (
     b"POST /v1/grant HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
 )
+
+
+@pytest.mark.parametrize("silent", [64, 600])
+def test_connections_that_send_nothing_keep_nobody_out(
+    running_host: RunningHost, silent: int
+) -> None:
+    mine = running_host.authority.issue(APP)
+    with contextlib.ExitStack() as held:
+        for _ in range(silent):
+            address = ("localhost", running_host.tls_port)
+            held.enter_context(socket.create_connection(address, timeout=60))
+        assert running_host.ask_tls(mine).status == 200
+        shown = running_host.health("/metrics").body["text"]
+    dropped = re.search(r"^hsmtoll_host_connections_dropped_total ([0-9]+)$", shown, re.MULTILINE)
+    assert dropped is not None
+    assert (int(dropped[1]) > 0) == (silent > 512)
+    assert running_host.log().count("too many TLS handshakes at once") == (silent > 512)
