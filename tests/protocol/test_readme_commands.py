@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.identity import ThrowAway
+
 #: The shell that the README opens for its examples.
 SHELL: Final = ("hsmtoll", "sandbox", "--", "bash")
 
@@ -88,12 +91,20 @@ def test_the_settings_that_set_up_calls_enough_are_as_many_as_it_says() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_every_program_of_the_readme_runs(tmp_path: Path, number: int) -> None:
+def test_every_program_of_the_readme_runs(
+    tmp_path: Path, number: int, toll_eseal: ThrowAway, toll_sandbox: Sandbox
+) -> None:
     program = PROGRAMS[number].text
     (tmp_path / "test_readme_example.py").write_text(program, encoding="utf-8")
     # An example for pytest is run by it, in a project of its own and without any settings.
     as_test = "def test_" in program
-    with Terminal(tmp_path, ("bash",) if as_test else SHELL) as shell:
+    # What customers do in Altinn, the test does.
+    delegated = "consumer_org=" in program
+    for customer in ("910000001", "910000002"):
+        toll_sandbox.delegate(customer, "NTRSE-5566778899", "toll:eu/movement/road/v2")
+    theirs = {**toll_eseal.environ(), **toll_sandbox.environ()} if delegated else {}
+    argv = ("bash",) if as_test or delegated else SHELL
+    with Terminal(tmp_path, argv, readers.environment() | theirs) as shell:
         code, output = shell.run(
             "python -m pytest -q --rootdir=. -p no:cacheprovider test_readme_example.py"
             if as_test
