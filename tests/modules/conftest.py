@@ -247,8 +247,7 @@ class Opencryptoki(Stack):
 
 
 def opencryptoki(folder: Path) -> Stack:
-    (folder / "etc").mkdir()
-    (folder / "etc/opencryptoki.conf").write_text(
+    (folder / "opencryptoki.conf").write_text(
         "version opencryptoki-3.1\nslot 0\n{\nstdll = libpkcs11_sw.so\n}\n"
     )
     uri = "pkcs11:token=lab;object=k"
@@ -257,11 +256,11 @@ def opencryptoki(folder: Path) -> Stack:
     in_namespace(
         stack,
         ("mount", "ipc"),
-        f"mount --bind {folder}/etc /etc/opencryptoki\n"
+        f"mount --bind {folder}/opencryptoki.conf /etc/opencryptoki/opencryptoki.conf\n"
         "mount -t tmpfs tmpfs /dev/shm\nmount -t tmpfs tmpfs /var/lib/opencryptoki\n"
         "mount -t tmpfs tmpfs /run\n"
         "mkdir -p /run/lock/opencryptoki/swtok /run/opencryptoki\n"
-        "mkdir -p /var/lib/opencryptoki/swtok/TOK_OBJ\n"
+        "mkdir -p /var/lib/opencryptoki/swtok/TOK_OBJ /var/lib/opencryptoki/HSM_MK_CHANGE\n"
         "chgrp -R pkcs11 /run/lock/opencryptoki /run/opencryptoki /var/lib/opencryptoki\n"
         "chmod -R 770 /run/lock/opencryptoki /run/opencryptoki /var/lib/opencryptoki\n",
     )
@@ -347,7 +346,10 @@ class Smartcard(Stack):
         """pcscd, after whatever an earlier one left; the reader finds it by itself."""
         self.run("sh", "-c", "rm -rf /run/pcscd/*")
         readers = str(self.folder / "readers")
-        self.daemon = self.start("pcscd", "--foreground", "--error", "--config", readers)
+        # Newer ones ask polkit, which is not in this namespace, who may use a card.
+        told = self.run("pcscd", "--help", check=False)
+        polkit = ("--disable-polkit",) if "--disable-polkit" in told else ()
+        self.daemon = self.start("pcscd", "--foreground", "--error", *polkit, "--config", readers)
         wait_for(lambda: ":35963" in self.run("ss", "-ltn"))
 
     def kill_daemon(self) -> None:
