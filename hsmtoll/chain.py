@@ -766,10 +766,10 @@ def checked(
 
     Raises CertificateError: those of `ranked`, `build` and `chain_faults`, for the best one.
     """
-    given = tuple(candidates)
+    given, everything = tuple(candidates), tuple(pool)
     if mode == "available":
         again = partial(
-            checked, given, tuple(pool), identity=identity, now=now, root_sha256=root_sha256,
+            checked, given, everything, identity=identity, now=now, root_sha256=root_sha256,
             preferred=preferred, pinned_sha256=pinned_sha256, organization=organization,
             refused=refused, unread=unread,
         )  # fmt: skip
@@ -781,7 +781,7 @@ def checked(
         chain = again(mode="leaf")
         return replace(chain, notes=(*chain.notes, ALONE))
     if not given:
-        raise _missing(unread).error()
+        raise _missing(unread, everything, preferred).error()
     leaves = ranked(
         given,
         identity=identity,
@@ -790,7 +790,6 @@ def checked(
         organization=organization,
         refused=refused,
     )
-    everything = tuple(pool)
     first: CertificateError | None = None
     for leaf in leaves:
         try:
@@ -865,7 +864,12 @@ class Unread(NamedTuple):
     of_key: bool = False
 
 
-def _missing(unread: Sequence[Unread] = ()) -> Fault:
+def _missing(
+    unread: Sequence[Unread] = (),
+    pool: Sequence[Certificate] = (),
+    supplied: frozenset[str] = frozenset(),
+) -> Fault:
+    """*pool* is what there is instead, *supplied* are the SHA-256s of those from a file."""
     looking = "looking for the certificate of the key"
     own = next((each for each in unread if each.of_key), None)
     if own is not None:
@@ -877,11 +881,24 @@ def _missing(unread: Sequence[Unread] = ()) -> Fault:
         )
     fault = Fault(
         "certificate-missing",
-        f"{looking}: there is none, on the device or in a file",
+        f"{looking}: {_none_of(pool, supplied)}",
         "import it to the device (hsmtoll key import), or name a PEM file in "
         "HSMTOLL_HSM__CERTIFICATES; a key registered with a kid needs HSMTOLL_KID instead",
     )
     return _beside(fault, unread)
+
+
+def _none_of(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
+    if not pool:
+        return "there is none, on the device or in a file"
+    filed = sum(each.sha256 in supplied for each in pool)
+    places = {"on the device": len(pool) - filed, "in HSMTOLL_HSM__CERTIFICATES": filed}
+    there = [
+        f"{number} certificate{'' if number == 1 else 's'} {place}"
+        for place, number in places.items()
+        if number
+    ]
+    return f"{' and '.join(there)}, none of this key"
 
 
 def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:

@@ -49,6 +49,8 @@ from hsmtoll.errors import (
     HsmTollError,
     NetworkError,
     OutcomeUnknown,
+    PinIncorrect,
+    PinNotTried,
     PolicyDenied,
     UsageError,
     foreign,
@@ -689,7 +691,9 @@ def test_auth(
     Success is 200. API is HSMTOLL_SCOPE where none is given, else road.
     """
     app = ours.app(use_final_try=use_final_try)
-    api = _test_api(_one(what, named) or app.settings.scope or "road")
+    # As `token`: without a word the default, or an error.
+    word = _one(what, named) or app.settings.scope
+    api = _test_api(word or app.engine.request(None).scope)
     with app.client() as client:
         if api.name == "verksemd.eu":
             try:
@@ -1105,15 +1109,24 @@ def objects(ours: _Globals, *, as_json: bool) -> None:
     Each with its URI, as HSMTOLL_HSM__KEY takes it.
     """
     app = ours.app()
-    told = _inventory(app.inspect(), app.clock.now().wall)
+    seen = app.inspect()
+    told = _inventory(seen, app.clock.now().wall)
     if as_json:
         _print_json(told)
+        _raise_for_pin(seen)
         return
     click.echo(f"module {told['module']}: {told['description']} {told['version']}".rstrip())
     for device in told["p11_tokens"]:
         _print_device(device)
     if not told["p11_tokens"]:
         click.echo("  no device: is it plugged in, and its service running?")
+    _raise_for_pin(seen)
+
+
+def _raise_for_pin(seen: ModuleFacts) -> None:
+    """After what is there was printed: an error if keys are not in it because of the PIN."""
+    if isinstance(seen.login, ConfigurationError | PinIncorrect | PinNotTried):
+        raise seen.login
 
 
 def _inventory(seen: ModuleFacts, now: float) -> dict[str, Any]:
@@ -1167,17 +1180,27 @@ def _certificate_row(uri: KeyUri, stored: StoredCertificate, now: float) -> dict
     }
 
 
+#: What the flags of a device say of its PIN; whether the one that is set is right shows at login.
+_PIN_STATES: Final = {
+    "ok": "not locked",
+    "count-low": "not locked; a wrong one was given since the last login",
+    "to-be-changed": "not locked; to be changed",
+    "final-try": "the next wrong one locks it",
+    "unset": "none was set on the device",
+}
+
+
 def _print_device(device: dict[str, Any]) -> None:
     click.echo(f"\n{device['uri']}")
     if not device["initialized"] and not device["keys"] and not device["certificates"]:
         click.echo("  not initialised")
         return
     refused = f", {device['refused_pins']} refused before" if device["refused_pins"] else ""
-    click.echo(f"  PIN {device['pin']}{refused}")
+    click.echo(f"  PIN: {_PIN_STATES.get(device['pin'], device['pin'])}{refused}")
     if device["problem"]:
-        click.echo(f"  {device['problem']}")
+        click.echo(f"  private keys do not show: {device['problem']}")
     elif not device["logged_in"]:
-        click.echo("  not logged in: private keys do not show without a PIN")
+        click.echo("  private keys do not show without a PIN, such as HSMTOLL_HSM__PIN_FILE")
     for key in device["keys"]:
         told = [
             name if value else f"not {name}" if value is False else f"{name}?"
@@ -1513,12 +1536,31 @@ def audit() -> None:
     """Verify and list the log of what was signed for whom."""
 
 
-_moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+class _Moment(click.DateTime):
+    """A day or a time, as ISO 8601 writes them."""
+
+    def __init__(self) -> None:
+        super().__init__(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"])
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> datetime:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(
+                f"{foreign(value)}: 2026-11-01 or 2026-11-01T08:00:00 is expected, in UTC",
+                param,
+                ctx,
+            )
+
+
+_moment = _Moment()
 
 
 @audit.command(
     "verify",
-    needs="the audit's directory or segments, and the public half of its key",
+    needs="the public half of the audit's key; PATH or HSMTOLL_HOST__AUDIT_DIR",
     examples=(
         "hsmtoll audit verify --public-key audit.pub /var/lib/hsmtoll/audit",
         "hsmtoll audit verify --public-key audit.pub --since 2026-11-01 \\",
@@ -1531,10 +1573,10 @@ _moment = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"
 @click.option(
     "--since", type=_moment, metavar="WHEN", help="From the segment on in which WHEN (UTC) lies."
 )
-@click.argument(
-    "path", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True), metavar="PATH…"
-)
+@click.argument("path", nargs=-1, type=click.Path(path_type=Path, exists=True), metavar="[PATH…]")
+@click.pass_obj
 def audit_verify(
+    ours: _Globals,
     *,
     as_json: bool,
     public_key: Path,
@@ -1547,11 +1589,13 @@ def audit_verify(
 
     Exits with 91 if a record was changed, removed, reordered or cut off, or is not covered by a
     checkpoint where one is due. PATH is the audit's directory, or some of its segments
-    (audit-N.jsonl) that follow each other, with their checkpoints beside them. Intents without a
-    result are listed: the host ended between the two, or is signing now.
+    (audit-N.jsonl) that follow each other, with their checkpoints beside them; without it, it is
+    HSMTOLL_HOST__AUDIT_DIR. Intents without a result are listed: the host ended between the two,
+    or is signing now.
     """
     from hsmtoll.host.audit_log import verify
 
+    path = path or (_audit_place(ours, None),)
     report = verify(path, public_key, head, since=_utc(since))
     if report.bad is not None:
         certain = f"up to record {report.sealed} all is" if report.sealed else "no record is"
@@ -1574,6 +1618,12 @@ def audit_verify(
         () if head else ("a log that was cut off at an earlier checkpoint shows only with --head",)
     )
     _print_result(found, *report.described(), *cut, as_json=as_json)
+
+
+def _audit_place(ours: _Globals, path: Path | None) -> Path:
+    from hsmtoll.host.brake import needed
+
+    return path or needed(ours.settings().host.audit_dir, "audit_dir")
 
 
 @audit.command(
@@ -1609,16 +1659,17 @@ def audit_list(
     PATH is the directory of the audit, HSMTOLL_HOST__AUDIT_DIR where none is given.
     """
     from hsmtoll.host.audit_log import list_records
-    from hsmtoll.host.brake import needed
 
-    place = path or needed(ours.settings().host.audit_dir, "audit_dir")
+    place = _audit_place(ours, path)
     span = {"since": _utc(since), "until": _utc(until)}
     records = list_records(place, caller=caller, profile=profile, **span)
     if as_json:
         _print_json({"records": list(records)})
         return
     shown = ("seq", "time", "event", "caller", "profile", "scope", "jti", "outcome")
-    for each in records:
+    for at, each in enumerate(records):
+        if at == 0:
+            click.echo("  ".join(shown))
         click.echo("  ".join(foreign(each[name] or "-") for name in shown))
 
 

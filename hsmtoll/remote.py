@@ -189,10 +189,17 @@ class SigningHost:
     def _unreached(self, exc: NetworkError) -> HsmTollError:
         """The same trouble in words about this host; whom TLS does not believe is not believed."""
         cause = _tls_reason(exc)
-        if exc.code == "tls-untrusted":
+        if exc.code == "tls-untrusted" and _is_other_name(exc):
             return PolicyDenied(
-                f"{self.name}: its TLS certificate is not trusted, or not for that name"
-                + (f": {why}" if (why := str(exc).partition("not trusted: ")[2]) else ""),
+                f"{self.name}: its TLS certificate is for another name",
+                hint="HSMTOLL_SIGNER__URL has the name that stands in the host's certificate "
+                "(subjectAltName)",
+                code="host-untrusted",
+            )
+        if exc.code == "tls-untrusted":
+            why = _verify_message(exc)
+            return PolicyDenied(
+                f"{self.name}: its TLS certificate is not trusted{f' ({why})' if why else ''}",
                 hint="HSMTOLL_SIGNER__CA_FILE names the CA that the host's certificate is from",
                 code="host-untrusted",
             )
@@ -286,6 +293,30 @@ def _tls_reason(exc: BaseException) -> str:
             return str(found.reason or "")
         found = found.__cause__ or found.__context__
     return ""
+
+
+#: What OpenSSL says of a certificate for another host name, or another address
+#: (X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH).
+_OTHER_NAME: Final = (62, 64)
+
+
+def _unverified(exc: BaseException) -> ssl.SSLCertVerificationError | None:
+    found: BaseException | None = exc
+    while found is not None:
+        if isinstance(found, ssl.SSLCertVerificationError):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
+
+
+def _is_other_name(exc: BaseException) -> bool:
+    found = _unverified(exc)
+    return found is not None and found.verify_code in _OTHER_NAME
+
+
+def _verify_message(exc: BaseException) -> str:
+    found = _unverified(exc)
+    return foreign(found.verify_message) if found is not None else ""
 
 
 def _is_denied(exc: BaseException) -> bool:

@@ -96,6 +96,7 @@ def host_context(
         raise ConfigurationError(
             f"{where}: cannot be used as a certificate and its key",
             hint="both are PEM, the key is the certificate's own and not encrypted",
+            code="client-certificate",
         ) from exc
     return context
 
@@ -110,6 +111,13 @@ def _empty() -> ssl.SSLContext:
 def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
     try:
         check_regular(ca_file)
+        with ca_file.open("rb"):
+            pass
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{name} {foreign(ca_file)}: cannot be read ({exc.strerror})", code="ca-file"
+        ) from exc
+    try:
         context.load_verify_locations(cafile=ca_file)
         # A company may give its issuing CA alone: what a person names is trusted, root or not.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -117,4 +125,5 @@ def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
         raise ConfigurationError(
             f"{name} {foreign(ca_file)}: cannot be read as PEM certificates",
             hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
+            code="ca-file",
         ) from exc

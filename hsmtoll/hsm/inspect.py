@@ -68,7 +68,10 @@ class TokenFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
-    """One module and its p11_tokens, slots that answer with an error included."""
+    """
+    One module and its p11_tokens, slots that answer with an error included. *login* is why nobody
+    could log in, where that was tried.
+    """
 
     path: str
     manufacturer: str
@@ -76,6 +79,7 @@ class ModuleFacts:
     version: tuple[int, int]
     cryptoki: tuple[int, int]
     tokens: tuple[TokenFacts, ...]
+    login: HsmTollError | None = None
 
 
 def inspect(
@@ -95,7 +99,7 @@ def inspect(
     wanted = uri or KeyUri()
     with GATE.held(lock_timeout):
         with contextlib.ExitStack() as stack:
-            problem = None
+            problem: HsmTollError | None = None
             if pin is not None:
                 device = Device(
                     module_path, wanted.device_only(), pin=pin, ledger=ledger,
@@ -105,13 +109,13 @@ def inspect(
                 try:
                     device.login()
                 except HsmTollError as exc:
-                    problem = str(exc)
+                    problem = exc
             # After the login, which starts a module again that read half of its device.
             module = opened(module_path)
             tokens = [_token(module, slot, token, ledger) for slot, token in module.slots()]
         if problem is not None:
             tokens = [
-                replace(one, problem=problem)
+                replace(one, problem=str(problem))
                 if wanted.matches(token=one.uri.token, serial=one.uri.serial)
                 else one
                 for one in tokens
@@ -123,6 +127,7 @@ def inspect(
         version=module.lib.library_version,
         cryptoki=module.lib.cryptoki_version,
         tokens=tuple(tokens),
+        login=problem,
     )
 
 

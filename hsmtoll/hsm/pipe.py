@@ -196,7 +196,10 @@ def facts_from(said: dict[str, Any]) -> KeyFacts:
 
 def module_to(facts: ModuleFacts) -> dict[str, Any]:
     """ModuleFacts as a value."""
-    return _members(facts) | {"tokens": [_token_to(each) for each in facts.tokens]}
+    return _members(facts) | {
+        "tokens": [_token_to(each) for each in facts.tokens],
+        "login": error_to(facts.login) if facts.login else None,
+    }
 
 
 def module_from(said: dict[str, Any]) -> ModuleFacts:
@@ -207,6 +210,7 @@ def module_from(said: dict[str, Any]) -> ModuleFacts:
             "version": tuple(said["version"]),
             "cryptoki": tuple(said["cryptoki"]),
             "tokens": tuple(_token_from(each) for each in said["tokens"]),
+            "login": error_from(said["login"]) if said["login"] else None,
         }
     )
 

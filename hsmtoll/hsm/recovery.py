@@ -143,7 +143,9 @@ class Breaker:
             self._why = str(exc)
             tell = self.open and not was_open
         if tell:
-            _log.warning("device-down: %s: %s", foreign(self._name), exc)
+            # Why is in the error itself, which the caller sees.
+            name = foreign(self._name)
+            _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)
 
     def judge(self, exc: BaseException, doing: str = SIGNING) -> None:
         """Count *exc* if it says that the device is down. Only a success says that it is back."""

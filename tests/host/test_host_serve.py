@@ -437,6 +437,21 @@ def test_audit_list_answers_who_got_what(running_host: RunningHost) -> None:
     assert listed["schema"] == 1
     assert events == ["intent", "result", "refused"]
     assert running_host.run("audit", "list", "--caller", "uid:7").stdout == ""
+    lines = running_host.run("audit", "list", "--caller", ME).stdout.splitlines()
+    assert lines[0].split() == [
+        "seq",
+        "time",
+        "event",
+        "caller",
+        "profile",
+        "scope",
+        "jti",
+        "outcome",
+    ]
+    wrong = running_host.run("audit", "list", "--since", "yesterday")
+    assert wrong.returncode == 2
+    assert "yesterday: 2026-11-01 or 2026-11-01T08:00:00 is expected" in wrong.stderr
+    assert "%" not in wrong.stderr
     later = running_host.run("audit", "list", "--since", "2999-01-01")
     assert (later.returncode, later.stdout) == (0, "")
 

@@ -594,6 +594,7 @@ def test_over_tls_both_sides_show_certificates(ca: Ca, tmp_path: Path) -> None:
         refused = refusal(app_of(host.url, state=tmp_path, signer=unknown))
         assert (refused.exit_code, refused.code) == (90, "host-untrusted")
         assert "HSMTOLL_SIGNER__CA_FILE" in str(refused.hint)
+        assert "is not trusted" in str(refused)
         # Without a CA of its own the system's are asked, which do not know it either.
         refused = refusal(app_of(host.url, state=tmp_path, signer=tls_of(ca, ca_file=None)))
         assert refused.code == "host-untrusted"
@@ -608,10 +609,13 @@ def test_a_certificate_for_another_name_and_an_older_tls_are_refused(
     ca: Ca, tmp_path: Path
 ) -> None:
     old = ca.server("localhost", newest=ssl.TLSVersion.TLSv1_2)
-    for context in (ca.server("other.example"), old):
+    name = "its TLS certificate is for another name"
+    for context, why in ((ca.server("other.example"), name), (old, "it does not speak TLS 1.3")):
         with LyingHost(tls=context) as host:
             refused = refusal(app_of(host.url, state=tmp_path, signer=tls_of(ca)))
             assert (refused.exit_code, refused.code) == (90, "host-untrusted")
+            assert str(refused).endswith(why)
+            assert ("HSMTOLL_SIGNER__URL" in str(refused.hint)) == (why == name)
             assert not host.asked
 
 

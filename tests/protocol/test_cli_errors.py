@@ -261,6 +261,44 @@ class TestTheSettings:
             HSMTOLL_ENDPOINTS__TOKEN=f"https://{host}/token",
         )
 
+    def test_a_file_that_is_not_there_is_told_as_that(self) -> None:
+        told = refused(10, "token", "road", says="No such file", HSMTOLL_CA_FILE="/nowhere")
+        assert "PEM" not in told
+
+    @pytest.mark.parametrize("command", ["token", "sign", "call"])
+    def test_all_settings_that_are_missing_are_named_at_once(self, command: str) -> None:
+        unset = {name: "" for name in os.environ if name.startswith("HSMTOLL_")}
+        path = ("GET", f"{ROAD}/x") if command == "call" else ("road",)
+        done = run(command, *path, **{**unset, "HSMTOLL_CONFIG": "/dev/null"})
+        error, *hints = done.stderr.splitlines()
+
+        names = ("ENVIRONMENT", "IDENTITY", "HSM__MODULE", "HSM__KEY")
+        assert done.returncode == 10
+        assert error.startswith("hsmtoll: setting-missing: HSMTOLL_ENVIRONMENT, ")
+        assert all(f"HSMTOLL_{name}" in error for name in names)
+        assert len(hints) == len(names)
+
+    def test_a_certificate_of_another_key_is_counted_and_not_called_none(
+        self, messy: SoftHsm, tmp_path: Path
+    ) -> None:
+        (tmp_path / "ca.pem").write_bytes(Path(os.environ["HSMTOLL_CA_FILE"]).read_bytes())
+        told = refused(
+            40,
+            "sign",
+            "road",
+            says="none of this key",
+            HSMTOLL_HSM__KEY=uri(messy, "bare"),
+            HSMTOLL_HSM__CERTIFICATES=str(tmp_path / "ca.pem"),
+        )
+        assert "in HSMTOLL_HSM__CERTIFICATES" in told
+
+    def test_a_trace_id_is_told_once(self, toll_sandbox: Sandbox) -> None:
+        toll_sandbox.allow("NTRSE-5566778899", "toll:eu/movement/air")
+        try:
+            assert refused(61, "token", "road", says="trace id").count("trace id") == 1
+        finally:
+            assert run("token", "air").returncode == 0
+
     def test_a_ca_file_that_holds_no_certificates(self) -> None:
         refused(10, "token", "road", says="HSMTOLL_CA_FILE", HSMTOLL_CA_FILE="/etc/hostname")
 

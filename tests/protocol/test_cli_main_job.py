@@ -274,7 +274,34 @@ def test_objects_shows_uris_that_can_be_pasted(toll_settings: Settings) -> None:
     assert printed("chain", "--json", HSMTOLL_HSM__KEY=mine["uri"])
     without_pin = printed("objects", HSMTOLL_HSM__PIN_FILE="")
     assert "private keys do not show without a PIN" in without_pin
+    assert "PIN: not locked" in without_pin
+    assert "PIN ok" not in without_pin + printed("objects")
     assert toll_settings.hsm.key[0].split(";", maxsplit=1)[0].partition("token=")[2] in without_pin
+
+
+@pytest.mark.parametrize("isolation", ["none", "process"])
+def test_objects_shows_the_rest_and_fails_where_the_pin_cannot_be_had(
+    tmp_path: Path, isolation: str
+) -> None:
+    variables = {
+        "HSMTOLL_HSM__PIN_FILE": str(tmp_path / "none"), "HSMTOLL_HSM__ISOLATION": isolation,
+    }  # fmt: skip
+    lines, told = hsmtoll("objects", **variables), hsmtoll("objects", "--json", **variables)
+
+    assert (lines.returncode, told.returncode) == (10, 10)
+    assert "PIN: not locked" in lines.stdout
+    assert "private keys do not show: the PIN file" in lines.stdout
+    assert "  cert pkcs11:" in lines.stdout
+    assert lines.stderr.startswith("hsmtoll: pin-source: the PIN file ")
+    assert json.loads(told.stdout)["p11_tokens"]
+    assert json.loads(told.stderr)["error"] == "pin-source"
+
+
+def test_a_test_call_without_a_word_is_of_the_default_as_a_token_is() -> None:
+    for command in ("token", "test-auth"):
+        done = hsmtoll(command, HSMTOLL_SCOPE="")
+        assert (done.returncode, "HSMTOLL_SCOPE: required" in done.stderr) == (10, True)
+        assert hsmtoll(command, HSMTOLL_SCOPE="road").returncode == 0
 
 
 def test_doctor_is_silent_on_what_is_good_and_leaves_with_the_class_of_what_is_not() -> None:

@@ -171,7 +171,7 @@ def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
         ({"module": "/usr/lib/nowhere.so"}, "module-path"),
         ({"module": "/usr/lib/x86_64-linux-gnu/libz.so.1"}, "module-load"),
         ({"key": ["pkcs11:token=nobody;object=acme"]}, "device-missing"),
-        ({"certificates": "/nowhere/chain.pem"}, "settings"),
+        ({"certificates": "/nowhere/chain.pem"}, "setting-invalid"),
     ],
 )
 def test_what_is_missing_on_the_way_has_its_code(

@@ -566,7 +566,14 @@ def test_the_messages_that_users_search_for() -> None:
         f"using the certificate '{expired.subject}': it expired at 2026-05-31 12:00 UTC"
     )
     with pytest.raises(CertificateError) as caught:
-        checked([], [expired], identity="eseal", now=NOW)
+        checked(
+            [], [expired, expired], identity="eseal", now=NOW, preferred=frozenset({expired.sha256})
+        )
+    assert str(caught.value).endswith(
+        "2 certificates in HSMTOLL_HSM__CERTIFICATES, none of this key"
+    )
+    with pytest.raises(CertificateError) as caught:
+        checked([], [], identity="eseal", now=NOW)
     assert caught.value.code == "certificate-missing"
     assert str(caught.value) == (
         "looking for the certificate of the key: there is none, on the device or in a file"
