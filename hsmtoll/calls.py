@@ -164,13 +164,16 @@ class Calls(Protocol):
         return customs.spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
 
     def routing(
-        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+        self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
     ) -> Iterator[tuple[Any, ...]]:
-        """Routing signals in batches; *marker* is the file that says how far they were taken."""
+        """
+        Routing signals in batches; *marker* is the file that says how far they were taken, and
+        ``None`` none.
+        """
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         clock, wire = self._engine.clock, self._engine.wire
-        at = customs.Marker(Path(marker))
+        at = customs.Marker(None if marker is None else Path(marker))
         with customs.bounded(self.api("routing")) as client:
             yield from customs.routing(client, level, at, now=lambda: clock.now().wall, wire=wire)
 
@@ -305,13 +308,13 @@ class AsyncCalls(Protocol):
         return await customs.aspoken(talk, ask, origin, asyncio.sleep)
 
     async def routing(
-        self, marker: str | os.PathLike[str], *, level: str = "house-consignment"
+        self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
     ) -> AsyncIterator[tuple[Any, ...]]:
         """As TollClient.routing."""
         from hsmtoll import customs  # noqa: PLC0415 - as above
 
         clock, wire = self._engine.clock, self._engine.wire
-        at = customs.Marker(Path(marker))
+        at = customs.Marker(None if marker is None else Path(marker))
         async with customs.abounded(self.api("routing")) as client:
             feed = customs.arouting(client, level, at, now=lambda: clock.now().wall, wire=wire)
             async for batch in feed:

@@ -389,6 +389,7 @@ class _Stderr(logging.Handler):
             "call",
             "submit",
             "upload",
+            "routing",
             "sign",
             "exchange",
         ),
@@ -1043,6 +1044,45 @@ def upload(
                 _json(receipt.body, indent=None),
                 as_json=as_json,
             )
+
+
+@main.command(
+    needs=_ACCESS,
+    examples=("hsmtoll routing --marker routing.marker", "hsmtoll routing --limit 10"),
+)
+@click.option("--marker", type=_path, metavar="FILE", help="How far the feed was taken; written.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Signals at most.")
+@click.option("--level", type=click.Choice(["house-consignment", "transport"]),
+              default="house-consignment", help="Default: house-consignment.")  # fmt: skip
+@_final_try
+@click.pass_obj
+def routing(
+    ours: _Globals, *, marker: Path | None, limit: int | None, level: str, use_final_try: bool
+) -> None:
+    """
+    Print the routing feed, one JSON line a signal.
+
+    With --marker, FILE says where to go on from, and is written after what was printed: a command
+    that is killed prints some signals again the next time, and leaves none out.
+    """
+    from hsmtoll.customs import Marker, marker_of
+
+    app = ours.app(use_final_try=use_final_try)
+    left = limit
+    with app.client() as client:
+        for batch in client.routing(marker, level=level):
+            taken = batch if left is None else batch[:left]
+            for each in taken:
+                sys.stdout.write(f"{_json(each, indent=None)}\n")
+            # The batch counts as taken when the next one is asked for.
+            sys.stdout.flush()
+            if left is not None:
+                left -= len(taken)
+                if left == 0:
+                    last = marker_of(taken[-1])
+                    if last is not None:
+                        Marker(marker).write(last)
+                    return
 
 
 def _check_file(file: str) -> None:

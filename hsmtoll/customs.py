@@ -55,6 +55,7 @@ __all__ = [
     "bounded",
     "check",
     "lost",
+    "marker_of",
     "refused",
     "routing",
     "spoken",
@@ -795,17 +796,20 @@ def _sent(step: Send) -> dict[str, Any]:
 
 class Marker:
     """
-    How far a routing feed was taken, kept in a file (0600): the id of the last signal.
+    How far a routing feed was taken, kept in a file (0600): the id of the last signal. Without a
+    *path* nothing is kept, and the feed begins anew.
 
     It is written after the caller has taken a batch, never before (PROTOCOL C24): a program
     that dies in between sees the batch again.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._path = Path(path)
+    def __init__(self, path: Path | str | None) -> None:
+        self._path = None if path is None else Path(path)
 
     def read(self) -> str | None:
         """The id, or ``None`` at the beginning. UsageError for a file that has none in it."""
+        if self._path is None:
+            return None
         try:
             said = self._path.read_text(encoding="ascii").strip()
         except FileNotFoundError:
@@ -821,6 +825,8 @@ class Marker:
         Keep *marker*, whole and on the disk before the next batch is asked for. UsageError where
         that cannot be done.
         """
+        if self._path is None:
+            return
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
@@ -861,13 +867,19 @@ def _batch(
         raise _no_feed(api, f"{response.status_code}, and no list of signals")
     if not signals:
         return (), None
-    last = signals[-1].get("routingResult") if isinstance(signals[-1], dict) else None
-    marker = last.get("id") if isinstance(last, dict) else None
-    if not isinstance(marker, str) or not _MARKER.fullmatch(marker):
+    marker = marker_of(signals[-1])
+    if marker is None:
         raise _no_feed(api, "a signal without routingResult.id")
     if marker == at:
         raise _no_feed(api, "the same batch again")
     return tuple(signals), marker
+
+
+def marker_of(signal: Any) -> str | None:
+    """The id that a marker is, of one signal."""
+    result = signal.get("routingResult") if isinstance(signal, dict) else None
+    marker = result.get("id") if isinstance(result, dict) else None
+    return marker if isinstance(marker, str) and _MARKER.fullmatch(marker) else None
 
 
 def _no_feed(api: Api, why: str) -> NetworkError:
