@@ -254,6 +254,7 @@ class App:
             "public_key": self._public_key(),
             "use_final_try": self.use_final_try,
             "allow_exportable_key": settings.hsm.allow_exportable_key,
+            "user_type": settings.hsm.user_type,
             "boot": lambda: self.clock.now().boot,
         }
         path = Path(self.module(uri))
@@ -271,12 +272,17 @@ class App:
 
         uri = self.uris()[0] if self.names_a_key else None
         path, pin, patience = Path(self.module(uri)), self.pin(uri), self.settings.deadline
+        user = self.settings.hsm.user_type
         if self.settings.hsm.isolation == "none":
-            return inspect(path, ledger=self.ledger, uri=uri, pin=pin, lock_timeout=patience)
+            return inspect(
+                path, ledger=self.ledger, uri=uri, pin=pin, user_type=user, lock_timeout=patience
+            )
         from hsmtoll.hsm.isolated import IsolatedDevice
 
         wanted = uri or KeyUri()
-        with IsolatedDevice(path, wanted, pin=pin, ledger=self.ledger, deadline=patience) as device:
+        with IsolatedDevice(
+            path, wanted, pin=pin, ledger=self.ledger, user_type=user, deadline=patience
+        ) as device:
             return device.inspect()
 
     def pin(self, uri: KeyUri | None) -> PinSource | None:

@@ -1475,7 +1475,8 @@ def pin_clear(ours: _Globals, *, as_json: bool) -> None:
 
     app = ours.app()
     uris = app.uris() if app.names_a_key else (KeyUri(),)
-    found = [each for uri in uris for each in places(Path(app.module(uri)), uri)]
+    user = app.settings.hsm.user_type
+    found = [each for uri in uris for each in places(Path(app.module(uri)), uri, user_type=user)]
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
     forgotten = app.ledger.clear(*found)

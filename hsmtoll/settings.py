@@ -54,6 +54,17 @@ def _hex(value: str) -> str:
     return bare
 
 
+def _user_type(value: object) -> int:
+    try:
+        number = value if isinstance(value, int) else int(str(value), 0)
+    except ValueError:
+        number = 0
+    # CKU_SO administers a device, and CKU_CONTEXT_SPECIFIC belongs to a single signature.
+    if isinstance(value, bool) or number in (0, 2) or not 0 < number < 2**32:
+        raise ValueError("a number of the maker's documents is expected, such as 0x80000001")
+    return number
+
+
 def _sha256(value: str) -> str:
     bare = _hex(value)
     if len(bare) != 64:
@@ -111,6 +122,7 @@ class Hsm(_Group):
     root_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
     certificate_sha256: Annotated[str, AfterValidator(_sha256)] | None = None
     allow_exportable_key: bool = False
+    user_type: Annotated[int, BeforeValidator(_user_type)] | None = None
     isolation: Literal["none", "process"] = "none"
 
 

@@ -95,6 +95,11 @@ _PIN_FLAGS: Final = {
 }
 
 
+def user_name(user_type: int | None) -> str:
+    """What the log of PINs calls a user of a device."""
+    return "user" if user_type is None else f"user {user_type:#x}"
+
+
 def pin_state(flags: TokenFlag) -> str:
     """The worst of ``ok count-low to-be-changed final-try locked``, or ``unset``."""
     if not flags & TokenFlag.USER_PIN_INITIALIZED:
@@ -227,6 +232,7 @@ class Device:
         public_key: RsaPublicKey | None = None,
         use_final_try: bool = False,
         allow_exportable_key: bool = False,
+        user_type: int | None = None,
         lock_timeout: float = 60.0,
         boot: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -240,6 +246,8 @@ class Device:
         self._public_key = public_key
         self._use_final_try = use_final_try
         self._allow_exportable_key = allow_exportable_key
+        #: Whose PIN it is at the device; ``None`` is CKU_USER.
+        self.user_type = user_type
         self._lock_timeout = lock_timeout
         self._boot = boot
         self._sleep = sleep
@@ -683,7 +691,7 @@ class Device:
         flags = self._flags(here)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
-        place = Place(*_named(here.token))
+        place = Place(*_named(here.token), user=user_name(self.user_type))
         # What the device took before needs no asking again.
         pin = login.pin or self._pin.read(device=_called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
@@ -699,7 +707,9 @@ class Device:
             login.pin, login.source = pin, self._pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
-                login.anchor = here.token.open(user_pin=value)
+                # A maker's own role is a bare number, which its type hints leave out.
+                user: Any = self.user_type
+                login.anchor = here.token.open(user_pin=value, user_type=user)
             except p11.UserAlreadyLoggedIn:
                 page.withdraw()
                 login.by_others = True
@@ -821,7 +831,7 @@ class Device:
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )
-        user = "signing" if self._signing_pin else "user"
+        user = "signing" if self._signing_pin else user_name(self.user_type)
         with self._ledger.held(Place(*_named(here.token), user=user)) as page:
             self._intend(page, pin, here)
             key = cryptoki.able(here.key)

@@ -27,6 +27,7 @@ from hsmtoll.hsm.device import (
     key_facts,
     login_key,
     pin_state,
+    user_name,
 )
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.module import GATE, Module, opened
@@ -88,6 +89,7 @@ def inspect(
     ledger: Ledger,
     uri: KeyUri | None = None,
     pin: PinSource | None = None,
+    user_type: int | None = None,
     lock_timeout: float = 60.0,
 ) -> ModuleFacts:
     """
@@ -103,11 +105,12 @@ def inspect(
             if pin is not None:
                 device = Device(
                     module_path, wanted.device_only(), pin=pin, ledger=ledger,
-                    lock_timeout=lock_timeout,
+                    user_type=user_type, lock_timeout=lock_timeout,
                 )  # fmt: skip
                 stack.callback(device.close)
                 try:
-                    device.login()
+                    # Some keep private keys back, and do not say that they want a login.
+                    device.login(whatever=True)
                 except HsmTollError as exc:
                     problem = exc
             # After the login, which starts a module again that read half of its device.
@@ -131,7 +134,9 @@ def inspect(
     )
 
 
-def places(module_path: Path, uri: KeyUri, *, lock_timeout: float = 60.0) -> tuple[Place, ...]:
+def places(
+    module_path: Path, uri: KeyUri, *, user_type: int | None = None, lock_timeout: float = 60.0
+) -> tuple[Place, ...]:
     """The ledger's places of the devices that *uri* names, for `hsmtoll pin clear`."""
     with GATE.held(lock_timeout):
         module = opened(module_path)
@@ -140,7 +145,7 @@ def places(module_path: Path, uri: KeyUri, *, lock_timeout: float = 60.0) -> tup
             for slot, token in module.slots()
             if not isinstance(token, PKCS11Error)
             and uri.matches(**device_facts(module, slot, token))
-            for user in ("user", "signing")
+            for user in (user_name(user_type), "signing")
         )
 
 

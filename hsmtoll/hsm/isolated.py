@@ -84,6 +84,7 @@ class IsolatedDevice(Device):
         public_key: RsaPublicKey | None = None,
         use_final_try: bool = False,
         allow_exportable_key: bool = False,
+        user_type: int | None = None,
         deadline: float = 60.0,
         workers: int = 1,
         boot: Callable[[], float] = time.monotonic,
@@ -97,6 +98,7 @@ class IsolatedDevice(Device):
             public_key=public_key,
             use_final_try=use_final_try,
             allow_exportable_key=allow_exportable_key,
+            user_type=user_type,
             lock_timeout=deadline,
             boot=boot,
         )
@@ -332,6 +334,7 @@ class IsolatedDevice(Device):
             "public_key": pipe.keys_to([self._public_key])[0],
             "use_final_try": self._use_final_try,
             "allow_exportable_key": self._allow_exportable_key,
+            "user_type": self.user_type,
             "lock_timeout": self.deadline,
         }
 

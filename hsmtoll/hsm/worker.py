@@ -112,6 +112,7 @@ def _device(there: pipe.Pipe, told: dict[str, Any]) -> Device:
         public_key=pipe.keys_from([told["public_key"]])[0],
         use_final_try=told["use_final_try"],
         allow_exportable_key=told["allow_exportable_key"],
+        user_type=told["user_type"],
         lock_timeout=told["lock_timeout"],
     )
 
@@ -145,6 +146,7 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
                     ledger=device._ledger,  # noqa: SLF001 - what it was told, once more
                     uri=device.uri,
                     pin=device._pin,  # noqa: SLF001
+                    user_type=device.user_type,
                 )
             )
         case "sign":

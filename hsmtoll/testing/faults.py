@@ -79,6 +79,7 @@ NAMES: Final[Mapping[str, str]] = {
     "session-limit": "CKR_SESSION_COUNT where n=1 sessions are open",
     "value-padded": "values of certificates are filled up to n=1 bytes with the byte rv=0x30",
     "label-nul": "the p11_token's label ends with a NUL, and blanks after it",
+    "user-type": "C_Login takes the PIN of the user type n=1 and of no other",
     "context-login-untold": "CKA_ALWAYS_AUTHENTICATE reads false",
     "context-login-unknown": "CKA_ALWAYS_AUTHENTICATE reads true, and C_Login answers"
     " CKR_USER_TYPE_INVALID to CKU_CONTEXT_SPECIFIC",
@@ -92,7 +93,8 @@ _MEMBERS: Final = (
     "rate_next_ms", "kill_login", "slot_error", "fail_function", "fail_answer", "login_needed",
     "login_lives", "flags_missing", "label_0", "label_1", "label_2", "label_3", "object_answer",
     "attribute", "attribute_answer", "short_signature", "most_data", "most_data_answer",
-    "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "context_login",
+    "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "user_type",
+    "context_login",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
 _EPOCHS: Final = frozenset(("sessions", "handles", "device"))
@@ -241,6 +243,7 @@ class Faults:
             "session-limit": {"most_sessions": n},
             "value-padded": {"padded_with": rv, "padded_to": n},
             "label-nul": {"label_nul": 1},
+            "user-type": {"user_type": n + 1},
             "context-login-untold": {"context_login": 1},
             "context-login-unknown": {"context_login": 2},
         }
@@ -340,6 +343,7 @@ _CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
     "session-limit": ("most_sessions",),
     "value-padded": ("padded_to", "padded_with"),
     "label-nul": ("label_nul",),
+    "user-type": ("user_type",),
     "context-login-untold": ("context_login",),
     "context-login-unknown": ("context_login",),
 }

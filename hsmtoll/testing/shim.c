@@ -69,6 +69,7 @@ struct control {
     int64_t most_sessions, open_sessions;
     int64_t padded_to, padded_with;
     int64_t label_nul;
+    int64_t user_type;                      /* who CKU_USER is here, and one; 0 is CKU_USER itself */
     int64_t context_login;                  /* 1 is not told of, 2 is told of and unknown */
 };
 
@@ -221,6 +222,10 @@ static word find(word session, word given, word most, word counted) {
 }
 
 static word login(word session, word user, word pin, word length) {
+    if (READ(user_type) && user != CKU_CONTEXT_SPECIFIC) {
+        if (user != (word) READ(user_type) - 1) return USER_TYPE_INVALID;
+        user = 1;
+    }
     if (user == CKU_CONTEXT_SPECIFIC && READ(context_login) == 2) return USER_TYPE_INVALID;
     if (READ(kill_login) == 1) kill(getpid(), SIGKILL);
     if (READ(pin_locked) == 1) return PIN_LOCKED;

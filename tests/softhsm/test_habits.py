@@ -7,6 +7,7 @@ fate open, objects and slots that cannot be read, signatures made another way.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.softhsm import SoftHsm
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from hsmtoll.testing.clock import SettableClock
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
-    from hsmtoll.testing.softhsm import SoftHsm
 
 DATA = SigningInput(b"header.payload")
 #: As long as an assertion with a whole chain.
@@ -89,8 +90,6 @@ def signed(app: App) -> str:
 
 
 def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "hsmtoll", *argv],
         env={**os.environ, **variables},
@@ -213,6 +212,71 @@ def test_a_login_that_the_device_ended_is_made_anew_once(
         assert caught.value.code == "signing-pin"
         assert "HSMTOLL_HSM__SIGNING_PIN_FILE" in (caught.value.hint or "")
         assert toll_faults.count("C_Login") == 2
+
+
+def test_a_role_of_the_makers_own_logs_in_where_it_is_named(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("user-type", n=0x80000001)
+    with program(isolation, hsm__user_type="0x80000001") as app:
+        assert signed(app)
+        assert all(token.problem is None for token in app.inspect().tokens if token.keys)
+    with program(isolation) as app, pytest.raises(HsmTollError) as caught:
+        signed(app)
+    # It was no try, and no other mechanism of the module's is to blame.
+    assert not isinstance(caught.value, PinNotTried)
+    with pytest.raises(HsmTollError):
+        load(hsm__user_type="0")
+
+
+_APART = """
+import sys, pkcs11
+from pkcs11 import Attribute as A, ObjectClass
+module, here, there, pin, label = sys.argv[1:6]
+kept = (A.CLASS, A.CERTIFICATE_TYPE, A.TOKEN, A.PRIVATE, A.LABEL, A.ID, A.SUBJECT, A.ISSUER,
+        A.SERIAL_NUMBER, A.VALUE)
+lib = pkcs11.lib(module)
+with lib.get_token(token_label=here).open(rw=True, user_pin=pin) as session:
+    found = list(session.get_objects({A.CLASS: ObjectClass.CERTIFICATE}))
+    copies = [{name: one[name] for name in kept} for one in found]
+    for one in found:
+        one.destroy()
+with lib.get_token(token_label=there).open(rw=True, user_pin=pin) as session:
+    for copy in copies:
+        session.create_object(copy)
+"""
+
+
+def test_certificates_on_another_device_of_the_module_are_found(
+    toll_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_side = SoftHsm.create(tmp_path / "two")
+    made = eseal(key_side, label="apart")
+    tool = ["softhsm2-util", "--init-token", "--free", "--label", "certs", "--so-pin", "12345678"]
+    environment = {**os.environ, "SOFTHSM2_CONF": str(key_side.conf)}
+    subprocess.run([*tool, "--pin", key_side.pin], env=environment, check=True, timeout=60)
+    argv = [str(key_side.module), key_side.label, "certs", key_side.pin, "apart"]
+    subprocess.run([sys.executable, "-c", _APART, *argv], env=environment, check=True, timeout=60)
+    introduce(toll_sandbox, made)
+    variables = {
+        **made.environ(),
+        **toll_sandbox.environ(),
+        "HSMTOLL_CONFIG": os.devnull,
+        "HSMTOLL_STATE": str(tmp_path / "state"),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert command("sign", "road").returncode == 0
+    assert command("chain").returncode == 0
+    told = command("doctor")
+    assert told.returncode == 0, told.stdout
+    # The key itself, looked for where the certificates are, is named where it is.
+    elsewhere = made.environ()["HSMTOLL_HSM__KEY"].replace(f"token={key_side.label}", "token=certs")
+    missing = command("sign", "road", HSMTOLL_HSM__KEY=elsewhere)
+    assert missing.returncode == 30
+    assert "Another device of the module has one of that name" in missing.stderr
+    assert key_side.label in missing.stderr
 
 
 # ---------------------------------------------------------------------- a PIN's fate
