@@ -13,16 +13,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.errors import (
+    ConfigurationError,
+    DeviceError,
+    HsmTollError,
+    PinIncorrect,
+    PinNotTried,
+    foreign,
+)
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.module import GATE
@@ -30,7 +41,6 @@ from hsmtoll.hsm.recovery import SIGNING, Breaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from hsmtoll.hsm.device import KeyFacts, StoredCertificate
     from hsmtoll.hsm.inspect import ModuleFacts
@@ -52,6 +62,8 @@ _MOMENT: Final = 0.25
 _ROOM: Final = 256 * 1024
 #: Seconds that a child waits for another one's start, before it starts all the same.
 _START: Final = 5.0
+#: Seconds that Python may take to start on a machine that is busy.
+_STARTING: Final = 30.0
 #: Of the service that this process is, set by its service manager: the worker is no service.
 #: Everything else is handed down, because makers' modules read variables of many names.
 _NOT_HANDED_DOWN: Final = frozenset(
@@ -377,6 +389,9 @@ class Child:
         self._deadline = device.deadline
         self._process: subprocess.Popen[bytes] | None = None
         self._there: pipe.Pipe | None = None
+        # Whether the process has said anything, and what Python wrote before it did.
+        self._met = False
+        self._words: IO[bytes] | None = None
         self.generation = 0
         #: Whether it has signed, and nothing went wrong since: it will sign without a PIN.
         self.steady = False
@@ -395,19 +410,53 @@ class Child:
         """The answer. Raises Silent where there is none, and what *pins* raises."""
         try:
             there = self._started()
-            until = time.monotonic() + self._deadline
+            # The time that Python takes to start is not the module's.
+            patience = self._deadline if self._met else self._deadline + _STARTING
+            until = time.monotonic() + patience
             there.socket.settimeout(self._deadline)
             there.send(question)
             while True:
                 said = there.receive(until=until)
+                if not self._met:
+                    self._met = True
+                    self._forget_words()
+                    until = time.monotonic() + self._deadline
+                if "hello" in said:
+                    continue
                 if "pin" not in said:
                     return _answer(said, of_bytes="data" in question)
                 more = self._hand_over(there, said, pins)
                 until = time.monotonic() + self._deadline + more
         except TimeoutError:
+            if not self._met:
+                raise self._not_started(doing) from None
             raise self.hung(doing) from None
         except (EOFError, OSError, ValueError, TypeError, KeyError):
+            if not self._met:
+                raise self._not_started(doing) from None
             raise self.crashed(doing) from None
+
+    def _not_started(self, doing: str) -> HsmTollError:
+        """The error for a process that ended, or was silent, before a module was loaded."""
+        fate = self._fate(_GOODBYE)
+        said = ""
+        if self._words is not None:
+            self._words.seek(0)
+            lines = self._words.read(64 * 1024).decode("utf-8", "replace").split("\n")
+            said = next((line for line in reversed(lines) if line.strip()), "")
+            self._forget_words()
+        return ConfigurationError(
+            f"{doing}: the isolating process could not be started: "
+            + (foreign(said.strip()) if said else f"it {fate}"),
+            hint=f"{foreign(_interpreter())} was to run it; no module was loaded. "
+            "HSMTOLL_HSM__ISOLATION=none runs the module in this process",
+            code="worker-start",
+        )
+
+    def _forget_words(self) -> None:
+        if self._words is not None:
+            self._words.close()
+            self._words = None
 
     def fileno(self) -> int:
         """Of the way to it, for one who waits until something comes."""
@@ -472,20 +521,39 @@ class Child:
     def _started(self) -> pipe.Pipe:
         if self._there is not None:
             return self._there
+        python, path = _interpreter(), _import_path()
         ours, theirs = socket.socketpair()
         # Two questions of the largest kind go ahead; some systems' own is a few kilobytes.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "hsmtoll.hsm.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                # Modules write where they like; results are ours to write.
-                stdout=subprocess.DEVNULL,
-                env=_environment(),
-                # Ctrl-C at the terminal is for the caller, who says what becomes of the call.
-                start_new_session=True,
-            )
+        # gevent's sockets are not blocking, and say so to nobody.
+        os.set_blocking(theirs.fileno(), True)
+        # What Python says before there is a worker is for the error; later it is the module's own.
+        words = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has spoken
+        stderr = _stderr()
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [
+                        *(python, "-P", "-c", _BOOT, "hsmtoll.hsm.worker"),
+                        *(str(stderr), *path, str(theirs.fileno())),
+                    ],
+                    pass_fds=[theirs.fileno(), stderr],
+                    stdin=subprocess.DEVNULL,
+                    # Modules write where they like; results are ours to write.
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
+                    env=_environment(),
+                    # Ctrl-C at the terminal is for the caller, who says what becomes of the call.
+                    start_new_session=True,
+                )
+        except OSError as exc:
+            words.write(str(exc.strerror).encode())
+            raise
+        finally:
+            os.close(stderr)
+            # Not before: gevent forks in Python, and what is ours is let go of in a fork.
+            self._words = words
+        self._met = False
         self._there = there = pipe.Pipe(ours)
         self.generation = 0
         there.send(self._told)
@@ -511,6 +579,7 @@ class Child:
         if self._there is not None:
             self._there.socket.close()
         self._there = self._process = None
+        self._forget_words()
 
     def end(self) -> None:
         """Let it log out and end, or end it."""
@@ -536,12 +605,69 @@ def _answer(said: dict[str, Any], *, of_bytes: bool) -> dict[str, Any]:
 def _ended(parts: dict[str, Any]) -> None:
     process, parts["_process"] = parts.get("_process"), None
     there, parts["_there"] = parts.get("_there"), None
+    words, parts["_words"] = parts.get("_words"), None
+    if words is not None:
+        words.close()
     if there is not None:
         there.socket.close()
     # Only who started a process may end it: a forked child knows its number too.
     if process is not None and process.poll() is None:
         process.kill()
         process.wait()
+
+
+#: The program of a worker: the path of imports, and the two descriptors, are its arguments.
+_BOOT: Final = (
+    "import sys; sys.path[:] = dict.fromkeys([*sys.argv[3:-1], *sys.path]); "
+    "from hsmtoll.hsm.worker import main; main(int(sys.argv[-1]), int(sys.argv[2]))"
+)
+
+
+def _interpreter() -> str:
+    """A Python for the worker: not every program that has one in it is one (uWSGI)."""
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if re.match(r"python|pypy", Path(sys.executable or "").name):
+        return sys.executable
+    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    for prefix in dict.fromkeys(prefixes):
+        for each in (name, "python3", "python"):
+            found = Path(prefix) / "bin" / each
+            if os.access(found, os.X_OK):
+                return str(found)
+    return shutil.which(name) or sys.executable
+
+
+def _import_path() -> list[str]:
+    """
+    Where this program imports from, and hsmtoll itself was, as absolute paths; never the working
+    directory as such.
+    """
+    # An archive that was named by a relative path is where it was when the program started.
+    own = _AT_THE_START / Path(__file__).parents[2]
+    return [str(own), *(_absolute(each) for each in sys.path if each)]
+
+
+def _absolute(path: str) -> str:
+    return str(_AT_THE_START / path)
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path("/")
+
+
+#: The working directory when this was imported: relative places are meant from there.
+_AT_THE_START: Final = _working_directory()
+
+
+def _stderr() -> int:
+    """A copy of the program's own, or of nothing where it was closed."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def _environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """
-The process that a Device is isolated in: ``python -m hsmtoll.hsm.worker FD``.
+The process that a Device is isolated in.
 
-It is started by `hsmtoll.hsm.isolated`, speaks over the socket FD alone, and ends with it.
+It is started by `hsmtoll.hsm.isolated`, speaks over one socket alone, and ends with it. It says
+hello before any module is loaded: what fails before that is no module's fault.
 Settings come as the first message and a PIN when a login needs it; neither environment nor
 argv has them.
 """
@@ -14,7 +15,6 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -65,8 +65,11 @@ class _Told(logging.Handler):
         self.records.append([record.name, record.levelno, record.getMessage()])
 
 
-def main(descriptor: int) -> None:
-    """Serve one Device over the socket *descriptor* until the other side ends."""
+def main(descriptor: int, stderr: int | None = None) -> None:
+    """
+    Serve one Device over the socket *descriptor* until the other side ends. *stderr*, where it is
+    given, becomes the standard error from here on.
+    """
     # It has the PIN and the login. A core file of a module that crashed would show them as well.
     keep_secrets_in_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -74,10 +77,14 @@ def main(descriptor: int) -> None:
     logger = logging.getLogger("hsmtoll")
     logger.addHandler(told)
     logger.setLevel(logging.INFO)
+    if stderr is not None:
+        os.dup2(stderr, 2)
+        os.close(stderr)
     with socket.socket(fileno=descriptor) as connection:
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         there = pipe.Pipe(connection)
         with contextlib.suppress(EOFError, OSError):
+            there.send({"hello": os.getpid()})
             device = _device(there, there.receive())
             with contextlib.closing(device):
                 while True:
@@ -157,7 +164,3 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
         case _:
             device.close()
             return None
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -507,7 +507,7 @@ def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
     said: dict[str, object],
     size: int,
 ) -> None:
-    liar = tmp_path / "liar"
+    liar = tmp_path / "python-liar"
     liar.write_text(_LIAR.format(python=sys.executable, said=said, size=size), encoding="ascii")
     liar.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(liar))
