@@ -23,6 +23,9 @@ OTHER: Final = 41001
 #: Why a test that is marked ``needs_root`` did not run.
 NEEDS_ROOT: Final = "needs root: another account, files that are given to one, or a system daemon"
 
+#: The same where root is one who may not make namespaces, as in many containers.
+NEEDS_NAMESPACES: Final = f"{NEEDS_ROOT}; and namespaces (CAP_SYS_ADMIN)"
+
 
 @functools.cache
 def is_root() -> bool:

@@ -3,7 +3,8 @@ The folder is the room; a room asked for by name never skips; nobody's settings 
 
 ``TOLL_ROOMS`` names the rooms that were asked for, as `scripts/test` sets it. In those a missing
 tool ends the run before it begins, and a skip, or a failure that is expected, fails it. The tests
-marked ``needs_root`` are the exception: without root they skip everywhere.
+marked ``needs_root`` are the exception: without root, or what root needs for them, they skip
+everywhere.
 """
 
 from __future__ import annotations

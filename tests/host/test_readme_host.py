@@ -28,6 +28,7 @@ from joserfc.jwk import RSAKey
 
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.sandbox import pki
+from tests.accounts import NEEDS_NAMESPACES
 from tests.hosting import PATIENCE, ROAD_SCOPE
 from tests.readers import Block, Terminal, blocks, commands
 
@@ -152,7 +153,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Without any account, directory or setting of hsmtoll; it is installed in /opt/hsmtoll."""
     tried = subprocess.run([*UNSHARE, "mount", "--make-rprivate", "/"], check=False, cwd="/")
     if tried.returncode:
-        pytest.skip("this root may not make namespaces (CAP_SYS_ADMIN)")
+        pytest.skip(NEEDS_NAMESPACES)
     folder = tmp_path_factory.mktemp("root")
     with Machine(folder, tmp_path_factory.mktemp("scratch")) as made:
         yield made
