@@ -199,7 +199,7 @@ class Page:
         known = accepted or ours or vouched or pin.typed
         if count_low and not known and self.path is not None:
             raise PinNotTried(
-                f"The PIN of '{foreign(self.place.label)}' was not tried: the device says that a"
+                f"the PIN of '{foreign(self.place.label)}' was not tried: the device says that a"
                 " wrong one was given, and not from here",
                 hint="Log in once with the device's own tool, or type the PIN"
                 " (HSMTOLL_HSM__PIN_PROMPT=terminal). If it is known to be right, run"
@@ -241,7 +241,7 @@ class Page:
             return
         if innocent:
             raise DeviceError(
-                f"The device '{foreign(self.place.label)}' did not take the login a moment ago",
+                f"the device '{foreign(self.place.label)}' did not take the login a moment ago",
                 hint="It is tried again by itself: seconds after the first time, minutes later on.",
                 code="device-down",
                 retry_after=left,
