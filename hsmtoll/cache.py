@@ -251,6 +251,8 @@ class Cache:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
     def _renewed(self, request: TokenRequest, source: Source, flight: Flight) -> AccessToken:
+        # This may ask the device who signs: time at one's own device is no waiting for others.
+        source.key()
         began = self._clock.now().boot
         while True:
             token = self._stored(source.key(), request, flight.wish)

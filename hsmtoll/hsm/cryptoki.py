@@ -2,6 +2,7 @@
 What python-pkcs11 does not do by itself where a module answers oddly.
 
     found       a search that leaves no report of the interpreter on stderr behind
+    with_value  a search by value that one damaged object does not stop
     read        one attribute, asked for twice where the answer says nothing about the device
     slots       every slot, although one of them answers C_GetSlotInfo with an error
     closed      a session, although C_Logout is refused
@@ -28,12 +29,12 @@ from hsmtoll.hsm.codes import about_the_device, number, said
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pkcs11 import Object, Session, Slot
+    from pkcs11 import Object, ObjectClass, Session, Slot
 
 #: Its inner names have no types, and two of them are needed here.
 _inner: Any = _pkcs11
 
-__all__ = ["Unreadable", "able", "closed", "found", "read", "slots"]
+__all__ = ["Unreadable", "able", "closed", "found", "read", "slots", "with_value"]
 
 #: What the standard lets a module say to an attribute that it does not show.
 _NOT_SHOWN: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive)
@@ -62,6 +63,24 @@ def found(session: Session, wanted: dict[Attribute, Any]) -> list[Object]:
             # C_FindObjectsFinal is called in any case, and its refusal hides the first one.
             first = exc.__context__
             raise (first if isinstance(first, PKCS11Error) else exc) from None
+
+
+def with_value(session: Session, kind: ObjectClass, name: Attribute, value: Any) -> list[Object]:
+    """The objects of the class *kind* whose attribute *name* has the *value*; errors as `found`."""
+    try:
+        return found(session, {Attribute.CLASS: kind, name: value})
+    except PKCS11Error as exc:
+        if about_the_device(exc):
+            raise
+    # One object that is damaged stops a search by value, and no other.
+    return [one for one in found(session, {Attribute.CLASS: kind}) if _has(one, name, value)]
+
+
+def _has(thing: Object, name: Attribute, value: Any) -> bool:
+    try:
+        return bool(read(thing, name) == value)
+    except Unreadable:
+        return False
 
 
 def read(thing: Object, name: Attribute) -> Any:

@@ -1100,13 +1100,7 @@ def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
         value = _attribute(key, attribute)
         if not value:
             continue
-        wanted = {Attribute.CLASS: ObjectClass.PUBLIC_KEY, attribute: value}
-        try:
-            found = cryptoki.found(session, wanted)
-        except p11.PKCS11Error as exc:
-            if about_the_device(exc):
-                raise
-            continue
+        found = cryptoki.with_value(session, ObjectClass.PUBLIC_KEY, attribute, value)
         halves = {half for one in found if (half := _rsa(one))}
         if modulus is not None:
             halves = {half for half in halves if half.modulus == int.from_bytes(modulus, "big")}

@@ -135,7 +135,7 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
     )
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         for name, value, words in taken:
-            if cryptoki.found(session, {Attribute.CLASS: kind, name: value}):
+            if cryptoki.with_value(session, kind, name, value):
                 raise DeviceError(
                     f"generating the key '{foreign(label)}': a key with the {words} is there",
                     hint="Nothing is overwritten: choose another label and id.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -395,6 +396,39 @@ def test_an_object_that_cannot_be_read_hides_no_other(
     finally:
         toll_faults.clear()
         toll_softhsm.delete("damaged")
+
+
+def test_objects_that_the_device_cannot_decrypt_hide_none_of_its_own(
+    toll_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No imitation: files of another SoftHSM lie among this one's."""
+    own, other = SoftHsm.create(tmp_path / "own"), SoftHsm.create(tmp_path / "other")
+    made = eseal(own, label="mine")
+    eseal(other, label="strange")
+    (here,) = (own.directory / "tokens").iterdir()
+    (there,) = (other.directory / "tokens").iterdir()
+    moved = [each for each in there.iterdir() if not each.name.startswith("token.")]
+    for each in moved:
+        shutil.copy(each, here)
+    assert len(moved) > 4
+    introduce(toll_sandbox, made)
+    variables = {
+        **made.environ(),
+        **toll_sandbox.environ(),
+        "HSMTOLL_CONFIG": os.devnull,
+        "HSMTOLL_STATE": str(tmp_path / "state"),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    signs = command("sign", "road")
+    assert signs.returncode == 0, signs.stderr
+    assert "device-down" not in signs.stderr
+    seen = command("objects")
+    assert "object=mine" in seen.stdout
+    assert command("doctor").returncode == 0
+    fresh = made.environ()["HSMTOLL_HSM__KEY"].replace("object=mine", "object=fresh")
+    generated = command("key", "generate", HSMTOLL_HSM__KEY=fresh)
+    assert generated.returncode == 0, generated.stderr
 
 
 def _der(made: ThrowAway) -> bytes:

@@ -122,6 +122,26 @@ async def crowded(cache: Cache, callers: int) -> None:
         await asyncio.sleep(0)
 
 
+@dataclass
+class SlowToKnow(Well):
+    """A source whose device takes its time, once, to say who signs."""
+
+    takes: float = 0.0
+
+    def key(self) -> str:
+        self.clock.pass_(self.takes)
+        self.takes = 0.0
+        return self.name
+
+
+def test_time_at_ones_own_device_is_no_waiting_for_others(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    # More than the whole patience, which is for the lock of another process.
+    assert cache_of(clock, patience=20).get(REQUEST, SlowToKnow(clock, takes=30)).value == "token-1"
+    assert "too slow" not in caplog.text
+
+
 def test_a_fresh_token_is_given_again_and_costs_nothing(clock: HandClock, well: Well) -> None:
     cache = cache_of(clock)
     first = cache.get(REQUEST, well)
