@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
+from hsmtoll.paths import exposed, reclaim
 
 if TYPE_CHECKING:
     import socket
@@ -187,6 +188,7 @@ class FileStore:
     def _checked_directory(self) -> None:
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            reclaim(self._directory)
             seen = self._directory.lstat()
         except OSError as exc:
             raise ConfigurationError(
@@ -452,7 +454,8 @@ def read_key(path: Path) -> bytes:
     """
     The 32 bytes of a key file: as they are, or as hexadecimal or base64 text.
 
-    ConfigurationError unless it belongs to root or this user and nobody else may read it.
+    ConfigurationError unless it belongs to root or this user and nobody else may read it, but a
+    group that root gave it to (`paths.exposed`).
     """
     try:
         # At once, although it were a pipe that nobody writes into.
@@ -468,11 +471,11 @@ def read_key(path: Path) -> bytes:
         ) from exc
     if not stat.S_ISREG(seen.st_mode):
         raise ConfigurationError(f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: not a regular file")
-    if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o077:
+    if why := exposed(seen):
         raise ConfigurationError(
-            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: others may read or change it "
-            f"(mode {stat.S_IMODE(seen.st_mode):04o})",
-            hint=f"chmod 600 {foreign(path)}, and make a new key if it was open for long",
+            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: {why}",
+            hint=f"chmod 600 {foreign(path)}, and make a new key if it was open for long; a Secret "
+            "of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
             code="unsafe-file",
         )
     for key in (raw, *_as_text(raw)):
@@ -497,16 +500,24 @@ def _as_text(raw: bytes) -> Iterator[bytes]:
 def _check(path: Path, seen: os.stat_result, kind: int) -> None:
     if stat.S_IFMT(seen.st_mode) != kind:
         raise _unsafe(path, "is not what was put there")
+    # The root of a volume is nobody's to change: a directory below it is made as it should be.
+    below = f"set HSMTOLL_CACHE=file://{foreign(path / 'hsmtoll')}, which is made with mode 0700"
+    hint = below if kind == stat.S_IFDIR else None
     if seen.st_uid != os.geteuid():
-        raise _unsafe(path, "belongs to another user")
-    if seen.st_mode & 0o077:
-        raise _unsafe(path, f"may be used by others (mode {stat.S_IMODE(seen.st_mode):04o})")
+        raise _unsafe(path, "belongs to another user", hint)
+    if mode := stat.S_IMODE(seen.st_mode) & 0o077:
+        may = "change" if mode & 0o022 else "read"
+        raise _unsafe(
+            path,
+            f"may be used by others, who can {may} it (mode {stat.S_IMODE(seen.st_mode):04o})",
+            hint and f"chmod 700 {foreign(path)}, or {hint}",
+        )
 
 
-def _unsafe(path: Path, why: str) -> ConfigurationError:
+def _unsafe(path: Path, why: str, hint: str | None = None) -> ConfigurationError:
     return ConfigurationError(
         f"cache {path}: {why}",
-        hint="tokens lie there: look who did that, then remove it",
+        hint=hint or "tokens lie there: look who did that, then remove it",
         code="cache-unsafe",
     )
 

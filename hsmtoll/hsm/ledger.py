@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import DeviceError, PinNotTried, foreign
+from hsmtoll.paths import reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,14 +130,22 @@ class Ledger:
         # One after the other: a mode is for the last directory of a path alone.
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
+        for each in (folder.parent, folder):
+            reclaim(each)
         facts, above = folder.stat(), folder.parent.stat()
         if facts.st_uid != os.geteuid():
             raise PermissionError(1, "it belongs to another account")
-        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or (
-            above.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not above.st_mode & stat.S_ISVTX
-        ):
+        for place_of, mode in ((folder, facts.st_mode), (folder.parent, above.st_mode)):
             # Whoever can delete a record can make us burn a PIN.
-            raise PermissionError(1, "others can change this directory")
+            sticky = place_of != folder and mode & stat.S_ISVTX
+            if mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+                raise PermissionError(
+                    1, f"others can change this directory, mode {stat.S_IMODE(mode):04o}"
+                )
+        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise PermissionError(
+                1, f"others can read this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
+            )
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(folder / f"{replace(place, user='user').name}.lock", flags, 0o600)
         _locks.add(lock)
@@ -332,7 +341,10 @@ class Page:
 def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     shown = foreign(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
-    hint = "set HSMTOLL_STATE to a directory of this user that outlives restarts"
+    hint = (
+        "set HSMTOLL_STATE to a directory of this user that outlives restarts; in a volume, to one "
+        "below its root, which is made with mode 0700"
+    )
     with contextlib.suppress(OSError):
         owner = where.stat().st_uid if where else 0
         if owner not in (0, os.geteuid()):

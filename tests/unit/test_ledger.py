@@ -331,12 +331,16 @@ def test_without_a_place_to_write_no_pin_is_tried_outside_the_sandbox(tmp_path: 
             page.accept(RIGHT)
 
 
-@pytest.mark.parametrize("mode", [0o770, 0o707, 0o755])
-def test_a_directory_that_others_can_enter_is_not_trusted(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize(
+    ("mode", "words"), [(0o770, "change"), (0o707, "change"), (0o755, "read"), (0o750, "read")]
+)
+def test_a_directory_that_others_can_enter_is_not_trusted(
+    tmp_path: Path, mode: int, words: str
+) -> None:
     (tmp_path / "pin").mkdir(mode=0o700)
     die(Ledger(tmp_path), RIGHT)
     (tmp_path / "pin").chmod(mode)
-    with pytest.raises(PinNotTried, match="others can change"):
+    with pytest.raises(PinNotTried, match=f"others can {words}"):
         die(Ledger(tmp_path), RIGHT)
 
 

@@ -1,0 +1,172 @@
+"""Files as the kubelet and systemd lay them for an account that is not root."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hsmtoll.errors import ConfigurationError, PinNotTried
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.paths import exposed, loose
+from hsmtoll.stores import FileStore, read_key
+from tests.accounts import NEEDS_ROOT, OTHER, is_root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+needs_root = pytest.mark.skipif(not is_root(), reason=NEEDS_ROOT)
+PLACE = Place("maker", "model", "1", "label", "user")
+OURS = 43210
+
+
+@pytest.fixture
+def as_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A supplementary group, as fsGroup gives it."""
+    monkeypatch.setattr(os, "getgroups", lambda: [OURS])
+
+
+@pytest.mark.usefixtures("as_member")
+@pytest.mark.parametrize(
+    ("uid", "gid", "mode", "words"),
+    [
+        (0, OURS, 0o440, None),
+        (0, 0, 0o440, None),
+        (0, OURS, 0o400, None),
+        (0, OURS + 1, 0o440, "others may read it"),
+        (0, OURS, 0o460, "others may read or change it"),
+        (0, OURS, 0o640, "others may read it"),
+        (0, OURS, 0o444, "others may read it"),
+        (OTHER, OURS, 0o400, "another account"),
+    ],
+)
+def test_a_secret_may_be_roots_for_a_group_of_ours(
+    uid: int, gid: int, mode: int, words: str | None
+) -> None:
+    seen = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, uid, gid, 32, 0, 0, 0))
+    told = exposed(seen)
+    assert (told is None) if words is None else (told is not None and words in told)
+
+
+@needs_root
+@pytest.mark.usefixtures("as_member")
+def test_a_cache_key_from_a_secret_is_taken_and_one_that_all_may_read_is_not(
+    tmp_path: Path,
+) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(bytes(range(32)))
+    os.chown(key, 0, OURS)
+    key.chmod(0o440)
+    assert read_key(key) == bytes(range(32))
+    key.chmod(0o444)
+    with pytest.raises(ConfigurationError, match=r"others may read it \(mode 0444\)") as caught:
+        read_key(key)
+    assert "fsGroup" in (caught.value.hint or "")
+
+
+def given_to_the_group(place: Path) -> None:
+    """As the kubelet does with a volume that has fsGroup."""
+    for each in (place, *place.rglob("*")):
+        mode = each.stat().st_mode
+        each.chmod(mode | (0o2770 if each.is_dir() else 0o660))
+
+
+def test_state_and_cache_of_ours_are_taken_back_from_fsgroup(tmp_path: Path) -> None:
+    state, cache = tmp_path / "state", tmp_path / "cache"
+    store, ledger = FileStore(cache), Ledger(state)
+    for _ in range(2):
+        store.put("ab", b"token", ttl=60)
+        kept = store.get("ab")
+        assert kept is not None
+        assert kept.value == b"token"
+        with ledger.held(PLACE):
+            pass
+        modes = {stat.S_IMODE(each.stat().st_mode) for each in (cache, state, state / "pin")}
+        assert modes == {0o700}
+        assert {stat.S_IMODE(f.stat().st_mode) for f in cache.glob("*.json")} == {0o600}
+        given_to_the_group(state)
+        given_to_the_group(cache)
+
+
+def mode(bits: int) -> Callable[[Path], None]:
+    return lambda place: place.chmod(bits)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [(0o2777, "change"), (0o770, "change"), (0o750, "read"), (0o755, "read")],
+)
+def test_what_was_opened_otherwise_is_refused_by_what_others_can_do(
+    tmp_path: Path, bits: int, words: str
+) -> None:
+    state, cache = tmp_path / "state", tmp_path / "cache"
+    (state / "pin").mkdir(parents=True, mode=0o700)
+    state.chmod(0o700)
+    cache.mkdir()
+    cache.chmod(bits)
+    with pytest.raises(ConfigurationError, match=f"others, who can {words} it") as caught:
+        FileStore(cache).get("ab")
+    assert f"file://{cache}/hsmtoll" in (caught.value.hint or "")
+    (state / "pin").chmod(bits)
+    with pytest.raises(PinNotTried, match=f"others can {words} this directory") as refused:
+        Ledger(state).held(PLACE).__enter__()
+    assert "below its root" in (refused.value.hint or "")
+
+
+@needs_root
+def test_the_root_of_a_volume_is_refused_and_a_directory_below_it_is_ours(tmp_path: Path) -> None:
+    os.chown(tmp_path, OTHER, OTHER)
+    tmp_path.chmod(0o2777)
+    with pytest.raises(ConfigurationError, match="another user") as caught:
+        FileStore(tmp_path).get("ab")
+    below = tmp_path / "hsmtoll"
+    assert str(below) in (caught.value.hint or "")
+    FileStore(below).put("ab", b"token", ttl=60)
+    assert FileStore(below).get("ab") is not None
+    with Ledger(tmp_path / "state").held(PLACE):
+        pass
+
+
+_LOOK = """
+import sys
+from pathlib import Path
+from hsmtoll.paths import loose
+print(loose(Path(sys.argv[1])))
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_volume_that_is_mounted_read_only_can_be_changed_by_nobody(
+    tmp_path: Path, *, read_only: bool
+) -> None:
+    """As a ConfigMap's: its root has 0777 and no sticky bit."""
+    script = (
+        "mount -t tmpfs -o mode=0777 none {at} && mkdir {at}/..1 && echo a > {at}/..1/f.toml && "
+        "ln -s ..1 {at}/..data && ln -s ..data/f.toml {at}/f.toml && "
+        "mount -o remount,{how},mode=0777 {at} && exec {python} -c '{look}' {at}/f.toml"
+    ).format(
+        at=tmp_path, how="ro" if read_only else "rw", python=sys.executable, look=_LOOK
+    )  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False
+    )
+    if "ermitted" in done.stderr:
+        pytest.skip("this container may mount nothing")
+    assert done.stdout.strip() == ("None" if read_only else str(tmp_path)), done.stderr
+
+
+def test_a_directory_that_others_may_write_is_still_loose_where_it_can_be_written(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "a" / "f"
+    file.parent.mkdir()
+    file.touch()
+    assert loose(file) is None
+    file.parent.chmod(0o777)
+    assert loose(file) == file.parent
