@@ -1422,6 +1422,7 @@ def key_import(ours: _Globals, *, chain: Path, use_final_try: bool) -> None:
             device,
             data,
             name=f"key import {foreign(chain)}",
+            file=None if str(chain) == "-" else chain,
             now=now,
             identity=family,
             mode=app.settings.x5c_mode,

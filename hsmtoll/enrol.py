@@ -28,10 +28,11 @@ from hsmtoll.jws import SigningInput
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
+    from pathlib import Path
 
     from hsmtoll.apis import Identity
     from hsmtoll.certificate_files import Unreadable
-    from hsmtoll.hsm.device import Device, KeyFacts
+    from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
 
@@ -61,6 +62,9 @@ _PRINTABLE: Final = re.compile(r"[A-Za-z0-9 '()+,\-./:=?]+")
 
 # EN 319 412-1 section 5.1.4: type of the register, country, number.
 _LEGAL_PERSON: Final = re.compile(r"(?:[A-Z]{3}|[A-Z]{2}:)[A-Z]{2}-.+")
+
+#: What is signed to find out which public key a private key has; it is no grant and no request.
+_PROOF: Final = SigningInput(b"hsmtoll: the public key of this key")
 
 _SIGNED_WITH: Final = {"RS256": "sha256_rsa", "RS384": "sha384_rsa", "RS512": "sha512_rsa"}
 
@@ -97,8 +101,8 @@ def generate(
 
     *label* and *id* default to those of the device's URI, the id to a random one. Returns the
     key's URI, for HSMTOLL_HSM__KEY. Raises UsageError, for a label that is not one line of
-    printable characters too, DeviceError ``key-exists`` (nothing is overwritten) or
-    ``key-too-able``, and the errors of the login.
+    printable characters too, DeviceError ``key-exists`` (nothing is overwritten),
+    ``key-refused`` or ``key-too-able``, and the errors of the login.
     """
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
@@ -201,6 +205,7 @@ def import_chain(
     data: bytes,
     *,
     name: str = "key import",
+    file: Path | None = None,
     now: datetime,
     identity: Identity = "eseal",
     mode: chains.X5cMode = "full",
@@ -208,19 +213,21 @@ def import_chain(
 ) -> Imported:
     """
     Write the leaf and its chain, in any order in the file *data*, beside the key that they
-    belong to. *name* is what an error calls the file.
+    belong to. *name* is what an error calls it, *file* where it is for good, if it is a file.
 
     The leaf gets the key's label and CKA_ID. What is there already stays as it is, so that a
-    second time changes nothing. Raises ConfigurationError for a file that cannot be read,
-    CertificateError ``certificate-foreign`` where no key on the device has the public key of
-    any of them, those of the chain's and the leaf's faults (not yet valid is none), and
-    DeviceError where not even the leaf finds room.
+    second time changes nothing; what was written is read back. Raises ConfigurationError for a
+    file that cannot be read, CertificateError ``certificate-foreign`` where no key on the device
+    has the public key of any of them, those of the chain's and the leaf's faults (not yet valid
+    is none), and DeviceError: ``certificate-refused`` where not even the leaf is taken,
+    ``certificate-lost`` where the device did not keep all that it took, or had before.
     """
     from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
 
     bundle = bundle_in(data, name)
     given = tuple(dict.fromkeys(bundle.certificates))
-    leaf, key = _leaf(given, bundle.unreadable, objects.keys(device))
+    found = _matching(given, objects.keys(device)) or _hidden_match(device, given)
+    leaf, key = _leaf(given, bundle.unreadable, found)
     there = [each for stored in device.certificates() if (each := _read(stored.der))]
     faults = [
         fault
@@ -243,9 +250,32 @@ def import_chain(
         raise first.error()
     named = [(leaf.der, key.label, key.id)]
     named += [(each.der, _label(each), _ca_id(each)) for each in chain.certificates[1:]]
-    stored = objects.store(device, named)
+    instead = _in_a_file(file)
+    stored = objects.store(device, named, hint=instead)
+    if stored.lost:
+        raise _not_kept(stored.lost, [*chain.certificates, *there], instead)
     return Imported(
         chain, *(_of(chain, ders) for ders in (stored.written, stored.present, stored.left))
+    )
+
+
+def _in_a_file(file: Path | None) -> str:
+    """What to do where the device does not hold the certificates."""
+    where = foreign(file.absolute()) if file is not None else "a file with the whole chain"
+    return (
+        f"the device need not hold certificates: set HSMTOLL_HSM__CERTIFICATES to {where}; or store"
+        " them with the device's own tool"
+    )
+
+
+def _not_kept(lost: Sequence[bytes], known: Sequence[Certificate], hint: str) -> DeviceError:
+    names = {each.der: each.subject for each in known}
+    gone = "; ".join(dict.fromkeys(names.get(der, "another certificate") for der in lost))
+    return DeviceError(
+        "key import: the device took the certificates and does not have all of them: it lacks"
+        f" {foreign(gone)}",
+        hint=hint,
+        code="certificate-lost",
     )
 
 
@@ -259,16 +289,62 @@ def jwk(device: Device, *, alg: str = "RS256") -> dict[str, str]:
 
 
 def _public(device: Device) -> RsaPublicKey:
-    certificates = [each for stored in device.certificates() if (each := _read(stored.der))]
-    candidates = {each.public_key for each in certificates if each.public_key is not None}
-    public = device.key(candidates=candidates).public
-    if public is None:
-        raise DeviceError(
-            "key: the device does not show its public half",
-            hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
-            code="public-key-hidden",
-        )
-    return public
+    stored = device.certificates()
+    facts = device.key(candidates=_public_keys(stored))
+    if facts.public is None:
+        # Before the login a device may show less than after it.
+        stored = device.certificates()
+        beside = [
+            each
+            for each in stored
+            if (each.id and each.id == facts.id) or (each.label and each.label == facts.label)
+        ]
+        public = _proven(device, _public_keys(beside) or _public_keys(stored))
+        if public is None:
+            raise DeviceError(
+                "key: the device does not show its public half",
+                hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
+                code="public-key-hidden",
+            )
+        return public
+    return facts.public
+
+
+def _public_keys(stored: Iterable[StoredCertificate]) -> tuple[RsaPublicKey, ...]:
+    read = [each for one in stored if (each := _read(one.der))]
+    return tuple(dict.fromkeys(each.public_key for each in read if each.public_key is not None))
+
+
+def _proven(device: Device, candidates: tuple[RsaPublicKey, ...]) -> RsaPublicKey | None:
+    """The one of *candidates* that belongs to the device's key, as a signature proves."""
+    if not candidates:
+        return None
+    try:
+        return device.signed("RS256", _PROOF, candidates=candidates)[1]
+    except DeviceError as exc:
+        if exc.code != "signature-wrong":
+            raise
+        return None
+
+
+def _matching(
+    given: Iterable[Certificate], there: Iterable[KeyFacts]
+) -> list[tuple[Certificate, KeyFacts]]:
+    keys_there = [key for key in there if key.public is not None]
+    return [(each, key) for each in given for key in keys_there if key.public == each.public_key]
+
+
+def _hidden_match(
+    device: Device, given: Sequence[Certificate]
+) -> list[tuple[Certificate, KeyFacts]]:
+    """The leaf of *given* for the device's key, where the device hides that one's public half."""
+    candidates = tuple(each.public_key for each in given if each.public_key and not each.is_ca)
+    try:
+        key = device.key(candidates=candidates)
+    except DeviceError:
+        return []  # what can be said of the certificates is said by the caller
+    public = None if key.public else _proven(device, candidates)
+    return [(each, key) for each in given if public is not None and each.public_key == public]
 
 
 def _read(der: bytes) -> Certificate | None:
@@ -302,14 +378,10 @@ def _name(parts: Iterable[tuple[str, str, str | None]]) -> Any:
 
 
 def _leaf(
-    given: Sequence[Certificate], unreadable: Sequence[Unreadable], there: Sequence[KeyFacts]
+    given: Sequence[Certificate],
+    unreadable: Sequence[Unreadable],
+    found: Sequence[tuple[Certificate, KeyFacts]],
 ) -> tuple[Certificate, KeyFacts]:
-    found = [
-        (each, key)
-        for each in given
-        for key in there
-        if key.public is not None and key.public == each.public_key
-    ]
     if not found:
         raise CertificateError(
             f"key import: none of the {len(given)} certificates belongs to a key on the device"

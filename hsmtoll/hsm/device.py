@@ -479,21 +479,36 @@ class Device:
         return signature, None
 
     @contextlib.contextmanager
-    def writing(self, doing: str) -> Iterator[tuple[Module, Token, Session]]:
+    def writing(self, doing: str, *, rw: bool = True) -> Iterator[tuple[Module, Token, Session]]:
         """
-        A read-write session after login, for `hsmtoll.hsm.objects`. It is closed at the end, and
-        what this Device knows about its key is forgotten: it may be another one now.
+        A session of its own after login, read-write unless not *rw*, for `hsmtoll.hsm.objects`. It
+        is closed at the end, and what this Device knows about its key is forgotten: it may be
+        another one now.
         """
         # What a start anew cures is cured before anything is written: no write is made again.
         self._mended(doing, self._log_in)
         with self._using(doing) as here:
             self._log_in(here)
-            session = here.token.open(rw=True)
+            session = here.token.open(rw=rw)
             try:
                 yield here.module, here.token, session
             finally:
                 here.key = here.facts = None
                 here.module.close(session)
+
+    def start_module_anew(self) -> None:
+        """
+        For `hsmtoll.hsm.objects`: so that what is read next comes from the device. Nothing is done
+        where somebody else would lose a login by it, or a person would have to log in again.
+        """
+        with GATE.held(self._lock_timeout):
+            login, module = self._shared, loaded(self.module_path)
+            if login is None or module is None or len(login.users) > 1:
+                return
+            if login.by_others or (login.there and (login.pin is None or login.pin.on_pinpad)):
+                return
+            login.end()
+            restarted(module, now=self._boot(), pause=0)
 
     def close(self) -> None:
         """Give the sessions back; the last Device on a p11_token logs out."""

@@ -83,6 +83,10 @@ NAMES: Final[Mapping[str, str]] = {
     "context-login-untold": "CKA_ALWAYS_AUTHENTICATE reads false",
     "context-login-unknown": "CKA_ALWAYS_AUTHENTICATE reads true, and C_Login answers"
     " CKR_USER_TYPE_INVALID to CKU_CONTEXT_SPECIFIC",
+    "template-refused": "templates for new objects that have attribute=0x202 are answered rv=0x30",
+    "attribute-told": "attribute=0x202 of private keys reads true, or false with n=0",
+    "session-read-only": "C_OpenSession for reading and writing is answered rv=0x30",
+    "object-replaced": "a certificate that is written takes the place of another one",
 }
 
 # struct control of shim.c, behind the counts.
@@ -95,6 +99,8 @@ _MEMBERS: Final = (
     "attribute", "attribute_answer", "short_signature", "most_data", "most_data_answer",
     "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "user_type",
     "context_login",
+    "template_attribute", "template_answer", "told_attribute", "told_value", "read_write_answer",
+    "replaces",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
 _EPOCHS: Final = frozenset(("sessions", "handles", "device"))
@@ -246,6 +252,10 @@ class Faults:
             "user-type": {"user_type": n + 1},
             "context-login-untold": {"context_login": 1},
             "context-login-unknown": {"context_login": 2},
+            "template-refused": {"template_attribute": attribute, "template_answer": rv},
+            "attribute-told": {"told_attribute": attribute, "told_value": 2 if n else 1},
+            "session-read-only": {"read_write_answer": rv},
+            "object-replaced": {"replaces": 1},
         }
         for member, value in orders[name].items():
             self._put(member, self._get(member) + 1 if member in _EPOCHS else value)
@@ -346,4 +356,8 @@ _CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
     "user-type": ("user_type",),
     "context-login-untold": ("context_login",),
     "context-login-unknown": ("context_login",),
+    "template-refused": ("template_attribute", "template_answer"),
+    "attribute-told": ("told_attribute", "told_value"),
+    "session-read-only": ("read_write_answer",),
+    "object-replaced": ("replaces",),
 }

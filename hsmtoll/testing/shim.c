@@ -71,6 +71,10 @@ struct control {
     int64_t label_nul;
     int64_t user_type;                      /* who CKU_USER is here, and one; 0 is CKU_USER itself */
     int64_t context_login;                  /* 1 is not told of, 2 is told of and unknown */
+    int64_t template_attribute, template_answer;
+    int64_t told_attribute, told_value;     /* 1 false, 2 true */
+    int64_t read_write_answer;
+    int64_t replaces;
 };
 
 #define FAKE_SLOT 0x7fff0000UL
@@ -203,7 +207,35 @@ static word attributes(word session, word object, word given, word count) {
         if (READ(context_login) && class == CKO_PRIVATE_KEY && asked[i].type == CKA_ALWAYS_AUTHENTICATE
             && asked[i].value && asked[i].length == 1)
             *(unsigned char *) asked[i].value = READ(context_login) == 2;
+        if (READ(told_value) && class == CKO_PRIVATE_KEY && asked[i].type == (word) READ(told_attribute)
+            && asked[i].value && asked[i].length == 1)
+            *(unsigned char *) asked[i].value = READ(told_value) == 2;
     }
+    return rv;
+}
+
+static int refused(word given, word count) {
+    attribute *asked = (attribute *) given;
+    for (word i = 0; READ(template_answer) && i < count; i++)
+        if (asked[i].type == (word) READ(template_attribute)) return 1;
+    return 0;
+}
+
+/* What a device does that keeps certificates in files with too few names. */
+static word create(word session, word given, word count, word *made) {
+    word class = CKO_CERTIFICATE, old = 0, found = 0;
+    attribute wanted = {CKA_CLASS, &class, sizeof class}, *asked = (attribute *) given;
+    int is_certificate = 0;
+    for (word i = 0; i < count; i++)
+        if (asked[i].type == CKA_CLASS && *(word *) asked[i].value == CKO_CERTIFICATE) is_certificate = 1;
+    if (is_certificate && READ(replaces)) {
+        call(FIND_INIT, session, (word) &wanted, 1, 0, 0, 0, 0, 0);
+        call(FIND_OBJECTS, session, (word) &old, 1, (word) &found, 0, 0, 0, 0);
+        call(FIND_FINAL, session, 0, 0, 0, 0, 0, 0, 0);
+    }
+    word rv = call(CREATE_OBJECT, session, given, count, (word) made, 0, 0, 0, 0);
+    if (rv == OK && found) call(DESTROY_OBJECT, session, old, 0, 0, 0, 0, 0, 0);
+    if (rv == OK) tag(made);
     return rv;
 }
 
@@ -285,11 +317,14 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
             break;
         case FIND_INIT: if (READ(login_needed) && !logged_in) return USER_NOT_LOGGED_IN; break;
         case OPEN_SESSION:
+            if ((b & 2) && READ(read_write_answer)) return (word) READ(read_write_answer);    /* CKF_RW_SESSION */
             if (READ(most_sessions) && READ(open_sessions) >= READ(most_sessions)) return SESSION_COUNT;
             break;
         case SIGN:
             if (READ(most_data) && (int64_t) c > READ(most_data)) return (word) READ(most_data_answer);
             break;
+        case CREATE_OBJECT: return refused(b, c) ? (word) READ(template_answer) : create(a, b, c, (word *) d);
+        case GENERATE_PAIR: if (refused(c, d) || refused(e, f)) return (word) READ(template_answer); break;
         case SIGN_INIT:
             if (READ(login_lives) && signatures_left-- <= 0) { logged_in = 0; return USER_NOT_LOGGED_IN; }
             if (hidden(*(word *) b)) return MECHANISM_INVALID;
@@ -321,7 +356,6 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
         case OPEN_SESSION: remember_slot(a); __atomic_add_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
         case CLOSE_SESSION: __atomic_sub_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
         case FINALIZE: case CLOSE_ALL: __atomic_store_n(&control->open_sessions, 0, __ATOMIC_SEQ_CST); break;
-        case CREATE_OBJECT: tag((word *) d); break;
         case COPY_OBJECT: case GENERATE_KEY: tag((word *) e); break;
         case GENERATE_PAIR: tag((word *) g); tag((word *) h); break;
         case UNWRAP_KEY: tag((word *) h); break;
