@@ -197,6 +197,4 @@ def in_words(code: int) -> str:
     known = ANSWERS.get(code)
     if known is not None:
         return f"{known.name} ({code:#x})"
-    if code >= _VENDOR_DEFINED:
-        return f"{code:#x}, a code of the maker's own"
-    return f"{code:#x}, a code that PKCS#11 3.1 does not have"
+    return f"{code:#x}, a code of the maker's own" if code >= _VENDOR_DEFINED else f"{code:#x}"

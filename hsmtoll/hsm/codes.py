@@ -105,7 +105,7 @@ _NOT_OURS: Final = Meaning(
 )
 #: What makers want a PIN to look like, for one that the module does not even look at.
 _PIN_FORM: Final = Meaning(
-    PinNotTried,
+    DeviceError,
     "pin-form",
     "the PIN has not the form that this module takes: check its length; YubiHSM: four hexadecimal"
     " digits, then the password; CloudHSM: user:password; a device with a pinpad:"
