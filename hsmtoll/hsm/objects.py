@@ -143,7 +143,12 @@ def keys(device: Device) -> tuple[KeyFacts, ...]:
         return tuple(key_facts(module, session, found))
 
 
-def store(device: Device, certificates: Iterable[tuple[bytes, str, bytes]], *, hint: str) -> Stored:
+def store(
+    device: Device,
+    certificates: Iterable[tuple[bytes, str, bytes]],
+    *,
+    hint: str = "set HSMTOLL_HSM__CERTIFICATES to a file with the whole chain",
+) -> Stored:
     """
     Write certificates, given as (DER, label, CKA_ID), the leaf first, and read them back.
 
