@@ -1765,6 +1765,7 @@ def resume(ours: _Globals) -> None:
               help="As strict as documented, or as observed.")  # fmt: skip
 @click.option("--identity", type=click.Choice(["eseal", "norwegian", "norwegian-key"]),
               default="eseal", help="The identity made for CMD.")  # fmt: skip
+@click.option("--admin", is_flag=True, help="CMD gets the admin endpoint: faults, requests.")
 @click.argument("command", nargs=-1, metavar="[-- CMD…]", type=click.UNPROCESSED)
 def sandbox(
     *,
@@ -1774,6 +1775,7 @@ def sandbox(
     port: int,
     rules: Any,
     identity: str,
+    admin: bool,
     command: tuple[str, ...],
 ) -> int:
     """
@@ -1800,6 +1802,7 @@ def sandbox(
             rules=rules,
             port=port,
             env_file=env_file,
+            admin=admin,
         )
     return server.run(
         port=port,

@@ -6,12 +6,14 @@ The sandbox in a container, and the issuer of its test certificates, until SIGTE
     /run/sandbox/request.pem   a signing request that somebody puts there …
     /run/sandbox/chain.pem     … and the answer: leaf, intermediate, root
     /run/sandbox/roots.pem     every root that is trusted, kept over restarts
+    $SANDBOX_ADMIN_FILE        if it is set: address and secret of the admin endpoint (faults)
 
 Real issuers look at who asks. This one takes everybody for the same invented business.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -23,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hsmtoll.sandbox import Authority, Sandbox, eseal_authority
 from hsmtoll.sandbox.pki import pem
+from hsmtoll.sandbox.server import write_env
 
 DESK = Path("/run/sandbox")
 NAMES = ("sandbox", "localhost", "127.0.0.1")
@@ -43,6 +46,8 @@ def main() -> int:
     everywhere = "0.0.0.0"  # noqa: S104 -- see above
     with Sandbox(trust=[authority, *known], host=everywhere, names=NAMES, ports=PORTS) as sandbox:
         write(DESK / "ca.pem", sandbox.ca_file.read_bytes())
+        if asked := os.environ.get("SANDBOX_ADMIN_FILE"):
+            write_env(Path(asked), sandbox.admin_environ())
         say(f"Maskinporten at {sandbox.issuer}, Customs at {sandbox.customs}")
         told = 0
         while over.empty():

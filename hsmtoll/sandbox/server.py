@@ -427,7 +427,7 @@ class Sandbox:
     async def _admin(self, request: BaseRequest) -> web.StreamResponse:
         """
         GET /faults, POST /faults {name, endpoint, times, after, …}, DELETE /faults,
-        GET /received[?after=N], DELETE /received, GET /rules.
+        GET /received[?after=N], DELETE /received, POST /delegations, GET /rules.
         """
         given = request.headers.get("Authorization", "").encode()
         if not secrets.compare_digest(given, f"Bearer {self.admin_secret}".encode()):
@@ -459,6 +459,15 @@ class Sandbox:
             case "GET", "/received":
                 after = int(request.query.get("after", "0"))
                 return 200, [_shown(one) for one in self.received[after:]]
+            case "POST", "/delegations":
+                given = json.loads(body)
+                if not isinstance(given, dict) or not isinstance(given.get("scopes"), list):
+                    raise ValueError(  # noqa: TRY004 -- input
+                        "a JSON object with consumer_org, supplier and scopes"
+                    )
+                self.delegate(str(given.get("consumer_org")), str(given.get("supplier")),
+                              *map(str, given["scopes"]))  # fmt: skip
+                return 201, {}
             case "DELETE", "/received":
                 with self.state.lock:
                     self.state.received.clear()

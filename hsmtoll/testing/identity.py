@@ -116,6 +116,7 @@ def run_as(
     rules: Profile = "strict-docs",
     port: int = 0,
     env_file: Path | None = None,
+    admin: bool = False,
 ) -> int:
     """
     Run *command* as a throw-away ``eseal``, ``norwegian`` or ``norwegian-key`` at a sandbox of
@@ -123,7 +124,8 @@ def run_as(
     Everything made is removed, however it ends.
 
     *port* is as for `hsmtoll.sandbox.run`; *env_file* gets the variables that *command* gets,
-    and stays. Raises UsageError for a command that cannot be run, ConfigurationError for the rest.
+    and stays. *admin*: *command* gets the variables of the admin endpoint as well. Raises
+    UsageError for a command that cannot be run, ConfigurationError for the rest.
     """
     clients = read_clients(client_file, now=time.time()) if client_file else []
     anchors = [each for path in trust for each in read_anchors(path)]
@@ -150,6 +152,8 @@ def run_as(
             "HSMTOLL_STATE": f"{folder}/state",
             "HSMTOLL_CACHE": f"file://{folder}/cache",
         }
+        if admin:
+            variables |= sandbox.admin_environ()
         if env_file is not None:
             write_env(env_file, {**variables, **sandbox.admin_environ()})
         kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}

@@ -190,3 +190,8 @@ def test_an_upload_is_checked(
     if status == 201:
         swapped = sandbox_customs.call("POST", path, token, files=parts[::-1])
         assert swapped.status_code == 400
+        (error,) = swapped.json()["validationErrors"]
+        # A field, and what is wrong with it.
+        assert error["field"] == "metadata"
+        alone = sandbox_customs.call("POST", path, token, files=parts[:1])
+        assert alone.json()["validationErrors"] == [{"field": "file", "error": "must not be null"}]
