@@ -1062,8 +1062,8 @@ def routing(
     """
     Print the routing feed, one JSON line a signal.
 
-    With --marker, FILE says where to go on from, and is written after what was printed: a command
-    that is killed prints some signals again the next time, and leaves none out.
+    With --marker, FILE holds how far the feed was read. It is written after the signals were
+    printed: after a kill, the next run prints some of them again and leaves none out.
     """
     from hsmtoll.customs import Marker, marker_of
 
