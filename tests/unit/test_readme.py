@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import hsmtoll
 from hsmtoll import errors
 from hsmtoll.cli import main
+from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.refusals import REFUSALS
 from hsmtoll.settings import Settings, load, profiles, variable
 from tests.benchmarks.stage import Row, table
@@ -163,3 +164,19 @@ def test_the_wheel_that_is_named_is_of_this_version() -> None:
     version = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     named = set(re.findall(r"hsmtoll-([\d.]+)-py3-none-any\.whl", README))
     assert named == {version}
+
+
+def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
+    devices = (TOP / "hsmtoll" / "docs" / "devices.md").read_text("utf-8")
+    first, second = devices.split("## A key, and where")
+    known = {cells[0]: cells[1] for cells in rows(first)[1:]}
+    assert {word.split()[0] for word in known.values()} == {"ran", "imitated", "read"}
+    ran = [name for name, word in known.items() if word.startswith("ran")]
+    found = re.search(r"tested with (.*?)\. Licence", README, re.DOTALL)
+    assert found
+    assert re.split(r", (?:and )?", " ".join(found[1].split())) == ran
+    # Both tables have the same modules, and a maker whose variable is hinted at has a row.
+    assert [cells[0] for cells in rows(second)[1:]] == list(known)
+    assert {
+        maker.name for maker in MAKERS if not any(maker.name in name for name in known)
+    } == set()
