@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from asn1crypto import parser
 
 from hsmtoll.certificate import Certificate
+from hsmtoll.der import value_at
 from hsmtoll.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def bundle_in(data: bytes, name: str) -> Bundle:
     """
     What a file with the bytes *data* holds. One bad certificate hides no good one.
 
-    PEM (RFC 7468) with any text between, the certificate in DER, or PKCS#7 in PEM or DER; other
-    PEM blocks are passed over. Raises ConfigurationError (``certificate-file``), naming *name*,
+    PEM (RFC 7468) with any text between, certificates in DER one after another, or PKCS#7 in PEM
+    or DER; other PEM blocks are passed over. Raises ConfigurationError (``certificate-file``), naming *name*,
     when there is none that can be read, for PKCS#12, and for a private key: such a file is
     readable to more people than a key should be.
     """
@@ -64,7 +65,7 @@ def bundle_in(data: bytes, name: str) -> Bundle:
     if b"-----BEGIN " in data:
         ders = _armoured(data, name)
     else:
-        ders = _unwrapped(data, name) if data[:1] == bytes([_SEQUENCE]) else iter(())
+        ders = (each for one in _one_by_one(data, name) for each in _unwrapped(one, name))
     found: list[Certificate] = []
     unreadable: list[Unreadable] = []
     for number, der in enumerate(ders, 1):
@@ -93,6 +94,25 @@ def bundle_in(data: bytes, name: str) -> Bundle:
 def certificates_in(data: bytes, name: str) -> tuple[Certificate, ...]:
     """The certificates of `bundle_in`, with its errors."""
     return bundle_in(data, name).certificates
+
+
+def _one_by_one(data: bytes, name: str) -> Iterator[bytes]:
+    """The values that stand one after another in a file in DER, an end of line allowed between."""
+    at = 0
+    while data[:1] == bytes([_SEQUENCE]) and at < len(data):
+        if data[at] in b"\r\n":
+            at += 1
+            continue
+        try:
+            value = value_at(data, at)
+        except ValueError:
+            if at:
+                what = "what follows the first certificate is cut off, or no certificate"
+                raise _unusable(name, what) from None
+            # Perhaps BER, as PKCS#7 may be.
+            value = data
+        yield value
+        at += len(value)
 
 
 def _armoured(data: bytes, name: str) -> Iterator[bytes | str]:

@@ -26,6 +26,7 @@ __all__ = [
     "number",
     "oid",
     "parts",
+    "value_at",
     "values",
 ]
 
@@ -72,9 +73,14 @@ def values(data: bytes, *, strict: bool = False) -> list[bytes]:
     return found
 
 
+def value_at(data: bytes, at: int) -> bytes:
+    """The value that begins at *at*, without what follows it."""
+    return data[at : at + sum(_measured(data, at))]
+
+
 def first(data: bytes) -> bytes:
     """The first value in *data*, without what follows it."""
-    return data[: sum(_measured(data))]
+    return value_at(data, 0)
 
 
 def content(value: bytes, tag: int) -> bytes:

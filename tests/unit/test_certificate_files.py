@@ -70,6 +70,8 @@ AUX = value(0x30, value(0x30, bytes.fromhex("06082b06010505070301")) + value(0x0
 
 FORMS = {
     "der": (LEAF.der, {LEAF}),
+    "der one after another": (b"".join(each.der for each in ALL), {*ALL}),
+    "der with ends of lines": (b"\n".join(each.der for each in ALL) + b"\r\n", {*ALL}),
     "p7b in der": (p7b(Encoding.DER), {*ALL}),
     "p7b in pem": (p7b(Encoding.PEM), {*ALL}),
     "p7b in ber": (ber_p7b(*ALL), {*ALL}),
@@ -123,7 +125,8 @@ def test_a_private_key_in_der_is_refused(form: PrivateFormat) -> None:
         (b"hello\n", "no certificate"),
         (b"\0\xff" * 40, "no certificate"),
         (LEAF.der[:-1], "certificate 1 in it is not a certificate"),
-        (LEAF.der + b"more", "certificate 1 in it is not a certificate"),
+        (LEAF.der + b"more", "what follows the first certificate is cut off, or no certificate"),
+        (LEAF.der + INTER.der[:-1], "what follows the first certificate is cut off"),
         (p7b(Encoding.DER)[:-9], "certificate 1 in it is not a certificate"),
         (armoured("PKCS7", p7b(Encoding.DER)[:-9]), "certificate 1 in it is not a certificate"),
         (armoured("PKCS7", b"junk"), "certificate 1 in it is not a certificate"),
@@ -138,7 +141,7 @@ def test_what_is_none_of_them_is_refused_in_one_line(data: bytes, says: str) -> 
     assert says in str(refusal(data))
 
 
-@pytest.mark.parametrize("form", ["der", "p7b in der", "p7b in ber", "trusted"])
+@pytest.mark.parametrize("form", ["der", "der one after another", "p7b in der", "p7b in ber", "trusted"])
 def test_no_cut_and_no_changed_byte_is_anything_but_refused_or_read(form: str) -> None:
     data, _ = FORMS[form]
     for at in range(0, len(data), 7):
