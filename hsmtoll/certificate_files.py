@@ -56,9 +56,9 @@ def bundle_in(data: bytes, name: str) -> Bundle:
     What a file with the bytes *data* holds. One bad certificate hides no good one.
 
     PEM (RFC 7468) with any text between, certificates in DER one after another, or PKCS#7 in PEM
-    or DER; other PEM blocks are passed over. Raises ConfigurationError (``certificate-file``), naming *name*,
-    when there is none that can be read, for PKCS#12, and for a private key: such a file is
-    readable to more people than a key should be.
+    or DER; other PEM blocks are passed over. Raises ConfigurationError (``certificate-file``),
+    naming *name*, when there is none that can be read, for PKCS#12, and for a private key: such a
+    file is readable to more people than a key should be.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", "replace").encode()

@@ -314,6 +314,10 @@ def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _is_quoted(value: str) -> bool:
+    return len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+
+
 def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
     spelt: dict[str, str] = {}
     links: list[str] = []
@@ -329,6 +333,13 @@ def _refuse_odd_variables(environ: Mapping[str, str]) -> None:
             raise ConfigurationError(
                 f"variable {foreign(name)}: its value ends with a carriage return",
                 hint="the file that sets it has Windows line ends (CRLF): write it with LF alone",
+                code="setting-invalid",
+            )
+        # A PIN says so itself, and its command may begin and end with a quoted word.
+        if upper.startswith(_PREFIX) and "PIN" not in upper and _is_quoted(environ[name]):
+            raise ConfigurationError(
+                f"{upper}: is in quotation marks; write the value without them",
+                hint="shells take them away; docker's --env-file, for one, leaves them",
                 code="setting-invalid",
             )
         if not upper.startswith(_PREFIX) or upper in (_CONFIG, _PROFILE, *_VARIABLES):

@@ -473,11 +473,15 @@ def _reason(
     causes = " ".join(map(str, _causes(exc)))
     if isinstance(exc, httpx.ProxyError):
         wants = said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}")
+        knows = (
+            "it does not take the user and password in it, or not by Basic authentication"
+            if secrets
+            else "it wants a user and a password: http://USER:PASSWORD@HOST:PORT"
+        )
         return Reason(
             text=f"it refused, {foreign(said, *secrets)}",
             code="proxy-refused",
-            hint=f"{proxy} names it"
-            + ("; it wants a user and a password: http://USER:PASSWORD@HOST:PORT" if wants else ""),
+            hint=f"{proxy} names it" + (f"; {knows}" if wants else ""),
             retryable=False,
         )
     if "certificate verify failed" in causes.lower() or "CERTIFICATE_VERIFY_FAILED" in causes:
@@ -499,7 +503,9 @@ def _reason(
         return Reason(
             text=text,
             code=code,
-            hint=f"check {proxy}, which names it; nothing was sent"
+            hint=f"check {proxy}, which names it"
+            + ("; most proxies are named by http://" if code == "tls" else "")
+            + "; nothing was sent"
             if proxy
             else "check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
             retryable=code != "unknown-host",
@@ -522,7 +528,9 @@ def _reason(
     return Reason(
         text=f"the connection broke ({type(exc).__name__})",
         code="broken",
-        hint="try again; if it stays, look at what lies between",
+        hint=f"check {proxy}, which names it: perhaps it is no HTTP proxy, or wants https://"
+        if proxy
+        else "try again; if it stays, look at what lies between",
     )
 
 

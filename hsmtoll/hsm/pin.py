@@ -44,6 +44,11 @@ _log = logging.getLogger(__name__)
 #: Longer than any PIN or passphrase of a device; a larger file is not a PIN file.
 _LONGEST: Final = 1024
 
+#: Words of a command line that mean something to a shell alone, and how such words begin.
+_OPERATORS: Final = frozenset({"|", "||", "&&", "<", ">", ">>"})
+_FOR_SHELLS: Final = ("$", "`", "<", ">", "2>")
+_SHELL: Final = "put it into a script, or write sh -c '…'"
+
 
 class Pin:
     """
@@ -186,6 +191,9 @@ class PinCommand:
             argv = []
         if not argv:
             raise self._failed("is not a command line")
+        # A program that takes it as an argument may print what is no PIN, which costs a try.
+        if operator := next((word for word in argv if word in _OPERATORS), None):
+            raise self._failed(f"has {operator} in it: it is run without a shell", hint=_SHELL)
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HSMTOLL_")}
         try:
             # A session of its own: the time limit then ends whatever the command started.
@@ -198,8 +206,11 @@ class PinCommand:
             )
         except (OSError, ValueError) as exc:
             failed = f"cannot be started: {getattr(exc, 'strerror', None) or type(exc).__name__}"
-        tilde = any(word.startswith("~") for word in argv)
-        hint = "~ is not expanded here; write the whole path" if tilde else None
+        hint = None
+        if any(word.startswith("~") for word in argv):
+            hint = "~ is not expanded here; write the whole path"
+        elif any(word.startswith(_FOR_SHELLS) for word in argv):
+            hint = f"it is run without a shell: {_SHELL}"
         if failed:
             raise self._failed(failed, hint=hint)
         with process:
@@ -350,6 +361,7 @@ def _pin(value: str, *, source: str, version: str = "", typed: bool = False) -> 
 
 #: A line of an environment file or of a letter instead of the PIN; base64 may end with "=" as well.
 _ASSIGNMENT: Final = re.compile(r"(?:export\s+)?\w*PIN\w*(?:\s*=\s*[^=\s]|:\s)", re.IGNORECASE)
+_COMMENT: Final = re.compile(r"\s#\s")
 _QUOTES: Final = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "\u00ab\u00bb")
 
 
@@ -361,4 +373,6 @@ def _unlikely(value: str) -> str | None:
         return "is in quotation marks"
     if _ASSIGNMENT.match(value):
         return "has a name before it, as in PIN=…"
+    if _COMMENT.search(value):
+        return "has a comment behind it, as in … # text"
     return None

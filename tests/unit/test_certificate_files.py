@@ -141,7 +141,9 @@ def test_what_is_none_of_them_is_refused_in_one_line(data: bytes, says: str) -> 
     assert says in str(refusal(data))
 
 
-@pytest.mark.parametrize("form", ["der", "der one after another", "p7b in der", "p7b in ber", "trusted"])
+@pytest.mark.parametrize(
+    "form", ["der", "der one after another", "p7b in der", "p7b in ber", "trusted"]
+)
 def test_no_cut_and_no_changed_byte_is_anything_but_refused_or_read(form: str) -> None:
     data, _ = FORMS[form]
     for at in range(0, len(data), 7):

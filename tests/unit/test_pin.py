@@ -318,12 +318,12 @@ UNLIKELY = [
     *("482913 ", " 482913", "482913\t", "482913\u00a0", "482913\u200b"),
     *('"482913"', "'482913'", "\u201c482913\u201d"),
     *("PIN=482913", "pin = 482913", "export HSMTOLL_HSM__PIN=482913", "PIN: 482913"),
-    "user_pin=482913",
+    *("user_pin=482913", "482913 # of the lab"),
 ]
 #: Passphrases and access keys that look a little like it.
 LIKELY = [
     *("two words", "a=b", "operator:482913", "pin:482913", "c2VjcmV0cGlu=", "c2VjcmV0PIN=="),
-    *('"', "it's", "'a", "p\u00e5ssord"),
+    *('"', "it's", "'a", "p\u00e5ssord", "room #12"),
 ]
 
 
@@ -347,6 +347,19 @@ def test_a_pin_that_was_probably_not_meant_so_is_refused_before_it_costs_a_try(
 def test_a_passphrase_is_taken_as_it_is(tmp_path: Path, pin: str) -> None:
     assert PinFile(pin_file(tmp_path, pin.encode())).read(device="lab").reveal() == pin
     assert PinValue.of(pin).read(device="lab").reveal() == pin
+
+
+def test_a_command_that_needs_a_shell_is_told_that_there_is_none(tmp_path: Path) -> None:
+    written = pin_file(tmp_path, b"482913x\n")
+    with pytest.raises(ConfigurationError, match="run without a shell") as caught:
+        PinCommand(f"echo `cat {written}` | tr -d x").read(device="lab")
+    assert "sh -c" in str(caught.value.hint)
+    with pytest.raises(ConfigurationError, match="exit code 1") as caught:
+        PinCommand("cat $HOME/pin").read(device="lab")
+    assert "run without a shell" in str(caught.value.hint)
+    # The control: the shell that the hint names.
+    shell = PinCommand(f"sh -c 'cat {written} | tr -d x'")
+    assert shell.read(device="lab").reveal() == "482913"
 
 
 def test_a_command_below_a_home_is_told_that_a_tilde_is_not_expanded() -> None:

@@ -566,6 +566,28 @@ def test_a_value_of_a_file_with_windows_line_ends_is_explained(
     assert "Windows line ends" in str(error.hint)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("ENVIRONMENT", '"test"'), ("IDENTITY", "'eseal'"), ("HSM__KEY", '"pkcs11:token=a"')),
+        *(("PROXY", "'http://p:3128'"), ("TIMEOUT", '"5"'), ("CONFIG", '"/x"'), ("CACHE", "''")),
+    ],
+)
+def test_a_value_in_quotation_marks_is_explained(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(f"HSMTOLL_{name}", value)
+    error = refusal()
+    assert str(error).startswith(f"HSMTOLL_{name}: is in quotation marks")
+    assert "docker's --env-file" in str(error.hint)
+
+
+def test_a_quotation_mark_inside_a_value_is_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HSMTOLL_HSM__KEY_LABEL", '5" disk')
+    monkeypatch.setenv("HSMTOLL_HSM__PIN_COMMAND", "'my cat' 'my pin'")
+    assert load().hsm.key_label == '5" disk'
+
+
 def test_a_tilde_inside_a_path_is_a_letter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HSMTOLL_HSM__MODULE", "/opt/a b~/x~.so")
     assert str(load().hsm.module) == "/opt/a b~/x~.so"
