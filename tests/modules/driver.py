@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from hsmtoll import enrol
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import inspect
@@ -70,6 +71,12 @@ class Driver:
             "protected": facts.protected,
             "mechanisms": sorted(facts.mechanisms),
         }
+
+    def generate(self, order: dict[str, Any]) -> str:
+        made = enrol.generate(
+            self.device, bits=2048, label=order["label"], id=bytes.fromhex(order["id"])
+        )
+        return str(made)
 
     def objects(self, _order: dict[str, Any]) -> list[str]:
         seen = inspect(self.module, ledger=self.ledger, uri=self.device.uri, pin=self.pin)
