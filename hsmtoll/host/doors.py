@@ -76,6 +76,9 @@ _HANDSHAKES: Final = 512
 _BACKLOG: Final = 4096
 _IN_A_TURN: Final = 64
 
+#: Whose share a connection counts against once it has its reply: nobody's.
+_ANSWERED: Final = "answered"
+
 #: Seconds to complete a request, TLS included; and to take the reply.
 _PATIENCE: Final = 5.0
 #: Seconds between two warnings of the same kind.
@@ -567,8 +570,12 @@ class Door:
             response = reply_to(exc)
         response.force_close()
         if request.transport is not None:
-            # Time to take the reply, and no more.
+            # Time to take the reply, and no more. Its caller may come again before this one is
+            # closed: what is answered is no part of a share.
             complete(request)
+            self._give_back(visit.account)
+            visit.account = _ANSWERED
+            self._shares[_ANSWERED] += 1
             visit.timer = asyncio.get_running_loop().call_later(
                 _PATIENCE, _abort, request.transport
             )
