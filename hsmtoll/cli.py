@@ -1510,7 +1510,7 @@ def list_apis(*, as_json: bool) -> None:
 
 @main.command(
     needs="a device, the settings HSMTOLL_HOST__…, the extra host",
-    examples=("hsmtoll serve --config /etc/hsmtoll/host.toml",),
+    examples=("hsmtoll serve",),
 )
 @click.pass_obj
 def serve(ours: _Globals) -> int:
@@ -1530,7 +1530,7 @@ def serve(ours: _Globals) -> int:
 
 @main.group(
     needs=_POLICY,
-    examples=("hsmtoll policy test --config host.toml --profile acme uid:1001 road",),
+    examples=("hsmtoll policy test --profile acme uid:1001 road",),
 )
 def policy() -> None:
     """Explain the signing host's policy."""
@@ -1539,7 +1539,7 @@ def policy() -> None:
 @policy.command(
     "test",
     needs=_POLICY,
-    examples=("hsmtoll policy test --config host.toml --profile acme uid:1001 road",),
+    examples=("hsmtoll policy test --profile acme uid:1001 road",),
 )
 @click.option("--profile", required=True, metavar="P",
               help="Profile of the policy that the caller asks for.")  # fmt: skip
@@ -1572,7 +1572,7 @@ def policy_test(
 
 @main.group(
     needs="the directory of an audit; no device and no running host",
-    examples=("hsmtoll audit list --config /etc/hsmtoll/host.toml --since 2026-11-01",),
+    examples=("hsmtoll audit list --since 2026-11-01",),
 )
 def audit() -> None:
     """Verify and list the log of what was signed for whom."""
@@ -1672,7 +1672,7 @@ def _audit_place(ours: _Globals, path: Path | None) -> Path:
     "list",
     needs="PATH or HSMTOLL_HOST__AUDIT_DIR, usually by --config FILE",
     examples=(
-        "hsmtoll audit list --config /etc/hsmtoll/host.toml --since 2026-11-01",
+        "hsmtoll audit list --since 2026-11-01",
         "hsmtoll audit list /var/lib/hsmtoll/audit --caller uid:1001 --json",
     ),
 )
@@ -1719,7 +1719,7 @@ def _utc(moment: datetime | None) -> datetime | None:
     return moment if moment is None or moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-@main.command(needs=_POLICY, examples=("hsmtoll stop --config /etc/hsmtoll/host.toml",))
+@main.command(needs=_POLICY, examples=("hsmtoll stop",))
 @click.pass_obj
 def stop(ours: _Globals) -> None:
     """
@@ -1733,7 +1733,7 @@ def stop(ours: _Globals) -> None:
     click.echo(f"stopped: {path}" if stop(path) else f"stopped already: {path}")
 
 
-@main.command(needs=_POLICY, examples=("hsmtoll resume --config /etc/hsmtoll/host.toml",))
+@main.command(needs=_POLICY, examples=("hsmtoll resume",))
 @click.pass_obj
 def resume(ours: _Globals) -> None:
     """End a stop: the signing host signs again."""
