@@ -22,7 +22,7 @@ import platformdirs
 from hsmtoll import exchange
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular
+from hsmtoll.paths import check_regular, check_trusted
 from hsmtoll.settings import Settings, load, variable
 from hsmtoll.tokens import TokenRequest
 
@@ -584,6 +584,7 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
 def _read(path: Path, name: str) -> bytes:
     try:
         check_regular(path)
+        check_trusted(path, name)
         return path.read_bytes()
     except OSError as exc:
         raise ConfigurationError(

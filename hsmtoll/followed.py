@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll.certificate_files import Bundle, bundle_in
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular
+from hsmtoll.paths import check_regular, check_trusted
 
 if TYPE_CHECKING:
     import os
@@ -35,6 +35,7 @@ class CertificateFile:
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
+        self._setting = name
         self._name = f"{name} {foreign(path)}"
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] | None = None
@@ -48,6 +49,7 @@ class CertificateFile:
                 if self._bundle is not None and there == self._seen and not afresh:
                     return self._bundle
                 check_regular(self._path)
+                check_trusted(self._path, self._setting)
                 return self._taken(bundle_in(self._path.read_bytes(), self._name), there)
             except OSError as exc:
                 error = ConfigurationError(f"{self._name}: cannot be read ({exc.strerror})")

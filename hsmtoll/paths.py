@@ -1,43 +1,70 @@
-"""Where a path leads, step by step: whoever may change one decides what is found; and to what."""
+"""
+Who may change a file, in one rule with three roles.
+
+``trust``: code, or what decides whom to trust: root or this account owns it and each directory and
+link on the way, and nobody else may write there. ``secret``: nobody else may read it either.
+``own``: what this account keeps there; it may be missing still.
+"""
 
 from __future__ import annotations
 
 import errno
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 from typing import Final
 
-__all__ = ["check_regular", "exposed", "loose", "reclaim"]
+from hsmtoll.errors import ConfigurationError, foreign
+
+__all__ = [
+    "check_own",
+    "check_regular",
+    "check_secret",
+    "check_trusted",
+    "exposed",
+    "loose",
+    "reclaim",
+]
 
 #: Links that the kernel follows on one way (path_resolution(7)).
 _LINKS: Final = 40
 
 
-def loose(path: Path) -> Path | None:
+def loose(path: Path, *, own: bool = False) -> Path | None:
     """
     The first place from which others decide what *path* is; ``None`` if there is none.
 
     Itself, each link on the way and each directory that is passed must belong to root or this
-    user, and nobody else may write it; excepted are a sticky directory such as /tmp, and what is
-    mounted read-only, whatever its mode (a ConfigMap's volume has 0777). OSError for what cannot be
-    looked at.
+    account, and nobody else may write it; excepted are a sticky directory such as /tmp, and what is
+    mounted read-only, whatever its mode (a ConfigMap's volume has 0777). With *own*, a group that
+    has no other member may write directories, as accounts with a group of their own and a umask of
+    002 make them. OSError for what cannot be looked at.
     """
     *left, start = reversed(path.absolute().parts)
     here, links = Path(start), 0
     while True:
         seen = here.lstat()
         is_link = stat.S_ISLNK(seen.st_mode)
-        sticky = stat.S_ISDIR(seen.st_mode) and seen.st_mode & stat.S_ISVTX
+        is_directory = stat.S_ISDIR(seen.st_mode)
+        sticky = is_directory and seen.st_mode & stat.S_ISVTX
+        others = stat.S_IWGRP | stat.S_IWOTH
+        if own and is_directory and seen.st_mode & stat.S_IWGRP and _is_private(seen.st_gid):
+            others = stat.S_IWOTH
         # The bits of a link say nothing: who may change it is its directory's to say.
-        writable = seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (is_link or sticky)
-        if seen.st_uid not in {0, os.geteuid()} or (writable and not _read_only(here)):
+        writable = seen.st_mode & others and not (is_link or sticky)
+        if seen.st_uid not in {0, os.geteuid()} or (writable and not _is_read_only(here)):
             return here
         if is_link:
             links += 1
             if links > _LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            left += reversed(here.readlink().parts)
+            target = os.readlink(here)  # noqa: PTH115 - a Path would take "pipe:[1]" for a name
+            if here.is_relative_to("/proc") and ":[" in target:
+                # An open pipe, as a shell's <(…): it has no way to it.
+                return None
+            left += reversed(Path(target).parts)
             here = here.parent
         if not left:
             return None
@@ -45,8 +72,57 @@ def loose(path: Path) -> Path | None:
         here = here.parent if step == ".." else here / step
 
 
-def _read_only(path: Path) -> bool:
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+def _is_read_only(place: Path) -> bool:
+    return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+
+
+def _is_private(group: int) -> bool:
+    """Whether this account is in *group*, and the system knows no other account that is."""
+    if group not in _groups():
+        return False
+    try:
+        members = set(grp.getgrgid(group).gr_mem)
+    except KeyError:
+        # A bare number, as a container's fsGroup.
+        members = set()
+    accounts = pwd.getpwall()
+    members |= {each.pw_name for each in accounts if each.pw_gid == group}
+    return members <= {each.pw_name for each in accounts if each.pw_uid == os.geteuid()}
+
+
+def check_trusted(path: Path, what: str) -> None:
+    """
+    ConfigurationError (``unsafe-file``) where others may change *path*. *what* it is begins the
+    message. Whoever can write a file that decides what is run, or whom to trust, is this account.
+    """
+    try:
+        place = loose(path)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
+        ) from exc
+    if place is not None:
+        raise _unsafe(path, what, place)
+
+
+def check_secret(path: Path, what: str) -> None:
+    """
+    As `check_trusted`, and nobody else may read the file, as `exposed` judges it.
+    """
+    try:
+        seen = path.stat()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
+        ) from exc
+    if why := exposed(seen):
+        raise ConfigurationError(
+            f"{what} {foreign(path)}: {why}",
+            hint=f"chmod 600 {foreign(path)}, and make a new one if it was open for long;"
+            " a Secret of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
+            code="unsafe-file",
+        )
+    check_trusted(path, what)
 
 
 def exposed(seen: os.stat_result) -> str | None:
@@ -92,6 +168,33 @@ def reclaim(directory: Path) -> None:
 def _of_our_group(seen: os.stat_result) -> bool:
     return (
         seen.st_uid == os.geteuid() and seen.st_gid in _groups() and not seen.st_mode & stat.S_IRWXO
+    )
+
+
+def check_own(path: Path, what: str) -> None:
+    """
+    ConfigurationError (``unsafe-file``) where others may change the directory *path*, or the
+    nearest one above it that is there already.
+    """
+    there = path.absolute()
+    try:
+        while not os.path.lexists(there):
+            there = there.parent
+        place = loose(there, own=True)
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{what} {foreign(path)}: cannot be used ({exc.strerror})"
+        ) from exc
+    if place is not None:
+        raise _unsafe(path, what, place)
+
+
+def _unsafe(path: Path, what: str, place: Path) -> ConfigurationError:
+    shown = foreign(place)
+    return ConfigurationError(
+        f"{what} {foreign(path)}: others may change {shown}",
+        hint=f"root or you must own it and nobody else may write it: chmod go-w {shown}",
+        code="unsafe-file",
     )
 
 

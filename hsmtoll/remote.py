@@ -40,6 +40,7 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
+from hsmtoll.paths import check_secret, check_trusted
 from hsmtoll.proof import Expected, Proof, not_believed, prove
 from hsmtoll.wire import Door, Wire
 
@@ -144,7 +145,11 @@ class SigningHost:
         if ours.client_cert is None:
             # Refused by settings; a caller of this class alone comes here.
             raise ConfigurationError("HSMTOLL_SIGNER__CLIENT_CERT: required with https")
-        _check_key_file(ours.client_key or ours.client_cert)
+        if ours.client_key is not None:
+            check_secret(ours.client_key, "HSMTOLL_SIGNER__CLIENT_KEY")
+            check_trusted(ours.client_cert, "HSMTOLL_SIGNER__CLIENT_CERT")
+        else:
+            check_secret(ours.client_cert, "HSMTOLL_SIGNER__CLIENT_CERT")
         return tls.host_context(
             ca_file=ours.ca_file,
             more=self._ca_file,
@@ -414,24 +419,6 @@ def _meet(connection: socket.socket, *, trusted: frozenset[int], name: str) -> N
             hint="if that is the account of the signing host, set HSMTOLL_SIGNER__UID to it",
             code="host-peer",
         )
-
-
-def _check_key_file(path: Path) -> None:
-    """As a PIN's file: refused if others may write it, warned about if others may read it."""
-    try:
-        seen = path.stat()
-    except OSError:
-        return  # told when it is loaded
-    if not stat.S_ISREG(seen.st_mode):
-        return
-    if seen.st_mode & 0o022:
-        raise ConfigurationError(
-            f"HSMTOLL_SIGNER__CLIENT_KEY {path}: others may change it",
-            hint=f"chmod go-rwx {path}",
-            code="unsafe-file",
-        )
-    if seen.st_mode & 0o004:
-        _log.warning("HSMTOLL_SIGNER__CLIENT_KEY %s: everybody may read it: chmod o-r", path)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import re
+import stat
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
@@ -29,13 +30,13 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import loose
+from hsmtoll.paths import check_trusted
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Settings", "check_code_file", "load", "profiles", "variable"]
+__all__ = ["Settings", "load", "profiles", "variable"]
 
 _log = logging.getLogger("hsmtoll.settings")
 
@@ -262,28 +263,6 @@ def load(
     return settings
 
 
-def check_code_file(path: Path, what: str) -> None:
-    """
-    ConfigurationError unless *path* belongs to root or this user and nobody else may write it.
-
-    For files that decide what is run (DESIGN 4.18): whoever can write them is this user. Links
-    and the directories on the way count as well, a sticky one such as /tmp excepted.
-    """
-    try:
-        place = loose(path)
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
-        ) from exc
-    if place is not None:
-        shown = foreign(place)
-        raise ConfigurationError(
-            f"{what} {foreign(path)}: others may change {shown}",
-            hint=f"root or you must own it and nobody else may write it: chmod go-w {shown}",
-            code="unsafe-file",
-        )
-
-
 def _fields(group: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
     for name, field in group.model_fields.items():
         kind = field.annotation
@@ -441,7 +420,7 @@ def profiles(config: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
 
 def _tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The top level of the configuration file, and its profiles."""
-    check_code_file(path, "configuration file")
+    check_trusted(path, "configuration file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as exc:
@@ -462,6 +441,7 @@ def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
     values, named = _tables(path)
     for group in (values, *named.values()):
         _refuse_unknown_keys(group, f"configuration file {path}: key")
+        _warn_of_open_pin(group, path)
     if profile is None:
         return dict(values)
     if profile not in named:
@@ -473,6 +453,17 @@ def _read_file(path: Path, profile: str | None) -> dict[str, Any]:
             else "the file has no [profile.NAME] tables",
         )
     return _laid_over(values, named[profile])
+
+
+def _warn_of_open_pin(values: Mapping[str, Any], path: Path) -> None:
+    hsm = values.get("hsm")
+    if isinstance(hsm, dict) and {"pin", "signing_pin"} & hsm.keys():
+        with contextlib.suppress(OSError):
+            if path.stat().st_mode & stat.S_IROTH:
+                _log.warning(
+                    "configuration file %s: it holds a PIN, and everybody can read it: chmod o-r",
+                    foreign(path),
+                )
 
 
 def _refuse_unknown_keys(values: Mapping[str, Any], where: str) -> None:

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
-from hsmtoll.paths import exposed, reclaim
+from hsmtoll.paths import check_secret, reclaim
 
 if TYPE_CHECKING:
     import socket
@@ -471,13 +471,7 @@ def read_key(path: Path) -> bytes:
         ) from exc
     if not stat.S_ISREG(seen.st_mode):
         raise ConfigurationError(f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: not a regular file")
-    if why := exposed(seen):
-        raise ConfigurationError(
-            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: {why}",
-            hint=f"chmod 600 {foreign(path)}, and make a new key if it was open for long; a Secret "
-            "of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
-            code="unsafe-file",
-        )
+    check_secret(path, "HSMTOLL_CACHE_KEY_FILE")
     for key in (raw, *_as_text(raw)):
         if len(key) == _KEY_BYTES:
             return key

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular
+from hsmtoll.paths import check_regular, check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +109,7 @@ def _empty() -> ssl.SSLContext:
 
 
 def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
+    check_trusted(ca_file, name)
     try:
         check_regular(ca_file)
         with ca_file.open("rb"):

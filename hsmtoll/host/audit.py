@@ -36,6 +36,7 @@ from hsmtoll.host.audit_log import (
     verify,
 )
 from hsmtoll.host.quota import DAY, Usage
+from hsmtoll.paths import check_own, check_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,6 +92,7 @@ class Audit:
         self._fsync = fsync
         self._lock = threading.RLock()
         self._key = _private(key)
+        check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
         # Whoever has it may use a descriptor outside the critical section, and closes old ones.
@@ -419,6 +421,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def _private(path: Path) -> Ed25519PrivateKey:
+    check_secret(path, "HSMTOLL_HOST__AUDIT_KEY")
     try:
         raw = path.read_bytes()
     except OSError as exc:

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.settings import check_code_file
+from hsmtoll.paths import check_trusted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ def check_stop_directory(path: Path) -> None:
     """
     with contextlib.suppress(PermissionError):
         if path.parent.exists():
-            check_code_file(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
+            check_trusted(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
 
 
 def stop(path: Path) -> bool:

@@ -41,6 +41,7 @@ from hsmtoll.errors import (
 )
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
+from hsmtoll.paths import check_secret, check_trusted
 from hsmtoll.tokens import details_text
 
 if TYPE_CHECKING:
@@ -647,12 +648,7 @@ def listen_unix(path: Path, name: str) -> socket.socket:
             hint="make it for the host's account and the group of its callers, as root: install -d "
             f"-o ACCOUNT -g GROUP -m 2750 {foreign(directory)}",
         ) from exc
-    if seen.st_uid not in (0, os.geteuid()) or seen.st_mode & 0o022:
-        raise ConfigurationError(
-            f"{name} {foreign(path)}: others may change {foreign(directory)}",
-            hint=f"it belongs to root or the host's account: chmod 0750 {directory}",
-            code="unsafe-file",
-        )
+    check_trusted(directory, f"directory of {name}")
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     before = os.umask(0o117)
     try:
@@ -727,6 +723,11 @@ def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> 
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
     doing = "CERT and HSMTOLL_HOST__KEY"
+    check_trusted(cert, "HSMTOLL_HOST__CERT")
+    check_secret(key, "HSMTOLL_HOST__KEY")
+    check_trusted(client_ca, "HSMTOLL_HOST__CLIENT_CA")
+    if crl is not None:
+        check_trusted(crl, "HSMTOLL_HOST__CLIENT_CRL")
     try:
         # Asked for at a terminal otherwise.
         context.load_cert_chain(cert, key, password=lambda: b"")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
 from hsmtoll.host.peers import Peer
-from hsmtoll.settings import check_code_file
+from hsmtoll.paths import check_trusted
 from hsmtoll.tokens import TokenRequest, details_text
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Policy:
     @classmethod
     def load(cls, path: Path) -> Policy:
         """ConfigurationError for a file that others may change, or that says anything unknown."""
-        check_code_file(path, "HSMTOLL_HOST__POLICY")
+        check_trusted(path, "HSMTOLL_HOST__POLICY")
         try:
             raw = path.read_bytes()
         except OSError as exc:

@@ -15,19 +15,22 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
 import termios
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.paths import check_trusted, loose
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from io import FileIO
-    from pathlib import Path
 
 __all__ = [
     "Pin",
@@ -130,7 +133,7 @@ class PinFile:
     timeout: float = 30.0
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
-        """The file's line. A file that group or others may write is refused."""
+        """The file's line. A file that others may change is refused."""
         try:
             # Without O_NONBLOCK a pipe that nobody writes to would be waited for in open().
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -146,6 +149,14 @@ class PinFile:
                     )
                 if facts.st_mode & stat.S_IROTH and stat.S_ISREG(facts.st_mode):
                     _log.warning("the PIN file %s can be read by everybody", foreign(self.path))
+                place = loose(self.path)
+                if place is not None:
+                    raise ConfigurationError(
+                        f"the PIN file {foreign(self.path)}: others may change {foreign(place)}",
+                        hint="root or you must own it, and each directory and link on the way;"
+                        f" nobody else may write there: chmod go-w {foreign(place)}",
+                        code="pin-file-writable",
+                    )
                 data = self._whole(file)
         except OSError as exc:
             raise ConfigurationError(
@@ -181,7 +192,10 @@ class PinCommand:
     timeout: float = 30.0
 
     def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
-        """What the command prints. Its words go to stderr; its argv is never shown."""
+        """
+        What the command prints. Its words go to stderr; its argv is never shown, but for a file in
+        it that others may change, which is refused (``unsafe-file``).
+        """
         # What goes wrong here is said outside of the except blocks: the originals carry the
         # argv or the bytes, and would stay reachable as __context__.
         failed = None
@@ -195,6 +209,7 @@ class PinCommand:
         if operator := next((word for word in argv if word in _OPERATORS), None):
             raise self._failed(f"has {operator} in it: it is run without a shell", hint=_SHELL)
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HSMTOLL_")}
+        _check_files(argv, f"the PIN command ({self.name}):")
         try:
             # A session of its own: the time limit then ends whatever the command started.
             process = subprocess.Popen(
@@ -235,6 +250,31 @@ class PinCommand:
 
     def __repr__(self) -> str:
         return f"PinCommand({self.name})"
+
+
+def _check_files(argv: list[str], what: str) -> None:
+    """It runs as this account, and a wrong PIN that it prints is spent."""
+    for path in _paths_in(argv):
+        check_trusted(path, what)
+
+
+def _paths_in(argv: list[str]) -> Iterator[Path]:
+    """The program of *argv*, and what is there of the paths in its words, a shell's included."""
+    program = shutil.which(argv[0])
+    if program is not None:
+        yield Path(program)
+    for word in argv:
+        for each in dict.fromkeys((word, *re.split(r"[\s=:;,&|<>()'\"`]+", word))):
+            # A device is not what others put into it.
+            if "/" in each and os.path.lexists(each) and not _is_device(each):
+                yield Path(each)
+
+
+def _is_device(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        mode = Path(path).stat().st_mode
+        return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ def audit_in(
     noted: str = "noted",
 ) -> Audit:
     file = place / "audit.key"
+    file.touch(0o600)
     file.write_bytes(key.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()))
     clock = now if callable(now) else lambda: now
     return Audit(place / "log", file, now=clock, noted=place / noted, fsync=fsync)

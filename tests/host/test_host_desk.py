@@ -52,6 +52,7 @@ def audit(tmp_path: Path, disk: Disk) -> Iterator[Audit]:
     raw = Ed25519PrivateKey.generate().private_bytes(
         s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()
     )
+    (tmp_path / "key").touch(0o600)
     (tmp_path / "key").write_bytes(raw)
     one = Audit(
         tmp_path / "log", tmp_path / "key", now=lambda: 0.0, noted=tmp_path / "noted", fsync=disk

@@ -225,7 +225,9 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
     machine.follow(make)
     machine.file(settings)
     machine.end()
-    machine.do("install -d -o app /home/app/tls && install -o app app.pem app.key /home/app/tls")
+    machine.do(
+        "install -d -o app /home/app/tls && install -m 0600 -o app app.pem app.key /home/app/tls"
+    )
     machine.do("install -m 0644 ca.pem /home/app/tls")
     machine.serve(serve)
     told = machine.as_account("app", over_tls.text, "/home/app/tls")

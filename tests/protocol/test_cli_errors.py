@@ -445,6 +445,7 @@ class TestTheSettings:
         self, tmp_path: Path
     ) -> None:
         (tmp_path / "toll.toml").write_text('[hsm]\npin = "98765432"\n')
+        (tmp_path / "toll.toml").chmod(0o600)
         own = {"HSMTOLL_HSM__PIN_FILE": "", "HSMTOLL_CONFIG": str(tmp_path / "toll.toml")}
         real = dict.fromkeys(os.environ, "") | {"HSMTOLL_ENVIRONMENT": "test"}
         real = {name: value for name, value in real.items() if name.startswith("HSMTOLL_")}

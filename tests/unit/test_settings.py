@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.settings import Settings, check_code_file, load, variable
+from hsmtoll.paths import check_trusted
+from hsmtoll.settings import Settings, load, variable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -338,11 +339,11 @@ def test_so_is_one_in_a_directory_that_others_may_write(tmp_path: Path) -> None:
     folder.mkdir()
     file = folder / "f"
     file.touch(0o644)
-    check_code_file(file, "file")
+    check_trusted(file, "file")
 
     folder.chmod(0o777)
     with pytest.raises(ConfigurationError, match="others may change"):
-        check_code_file(file, "file")
+        check_trusted(file, "file")
     folder.chmod(0o755)
 
 
@@ -366,22 +367,22 @@ def test_a_link_is_as_safe_as_each_directory_that_it_is_changed_in(
     (safe / "up").symlink_to("../safe/../shared/f")
     links = (shared / "f", shared / "folder" / "f", safe / "on", safe / "up")
     for each in links:
-        check_code_file(each, "file")
+        check_trusted(each, "file")
     shared.chmod(0o777)
     for each in links:
         with pytest.raises(ConfigurationError, match=f"(?m)others may change {shared}$"):
-            check_code_file(each, "file")
+            check_trusted(each, "file")
     # The control: what is reached without it, and a sticky one, in which ours stays ours.
-    check_code_file(safe / "f", "file")
+    check_trusted(safe / "f", "file")
     shared.chmod(0o1777)
     for each in links:
-        check_code_file(each, "file")
+        check_trusted(each, "file")
     if os.geteuid() == 0:
         os.lchown(shared / "f", 41001, 41001)
         for each in (shared / "f", safe / "up"):
             with pytest.raises(ConfigurationError, match="others may change"):
-                check_code_file(each, "file")
-        check_code_file(safe / "on", "file")
+                check_trusted(each, "file")
+        check_trusted(safe / "on", "file")
 
 
 def test_a_link_that_leads_nowhere_or_in_circles_cannot_be_read(safe: Path) -> None:
@@ -389,7 +390,7 @@ def test_a_link_that_leads_nowhere_or_in_circles_cannot_be_read(safe: Path) -> N
     (safe / "nowhere").symlink_to("nothing")
     for name in ("circle", "nowhere"):
         with pytest.raises(ConfigurationError, match="cannot be read"):
-            check_code_file(safe / name, "file")
+            check_trusted(safe / name, "file")
 
 
 def test_a_missing_configuration_file_is_an_error_only_if_it_was_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
+from tests.accounts import OTHER
 
 KEY = name_of("a key")
 
@@ -192,6 +193,9 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> Non
     path = tmp_path / "key"
     path.write_bytes(SECRET)
     path.chmod(mode)
+    if os.geteuid() == 0:
+        # Root may hand a key to a group of ours, as its own is.
+        os.chown(path, -1, OTHER)
     with pytest.raises(ConfigurationError, match="others may read"):
         read_key(path)
 

@@ -1,0 +1,302 @@
+"""Who may change a file: the rule in its three roles, for each setting that is a path."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from hsmtoll.errors import ConfigurationError
+from hsmtoll.followed import CertificateFile
+from hsmtoll.host.audit import Audit
+from hsmtoll.host.doors import server_context
+from hsmtoll.hsm.pin import PinCommand, PinFile
+from hsmtoll.paths import check_own, check_secret, check_trusted
+from hsmtoll.settings import Settings, load
+from hsmtoll.stores import read_key
+from hsmtoll.tls import client_context, host_context
+from tests.accounts import OTHER, importable
+from tests.hosting import Authority
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pydantic import BaseModel
+
+ROLES: Final = ("trust", "secret", "own")
+
+
+def table() -> dict[str, str]:
+    """The role of each setting, as `security.md` says."""
+    text = resources.files("hsmtoll").joinpath("docs/security.md").read_text(encoding="utf-8")
+    found = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for name in re.findall(r"`(HSMTOLL_[A-Z_]+)`", cells[0]):
+            found[name] = cells[1]
+    return found
+
+
+def paths_of(group: type[BaseModel], prefix: str = "HSMTOLL_") -> set[str]:
+    """The variables of all settings that are a path."""
+    found = set()
+    for name, field in group.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", None)
+        if inner is not None:
+            found |= paths_of(field.annotation, f"{prefix}{name.upper()}__")  # type: ignore[arg-type] # a group
+        elif "Path" in repr(field.annotation):
+            found.add(f"{prefix}{name.upper()}")
+    return found
+
+
+def test_every_setting_that_is_a_path_has_a_role() -> None:
+    roles, paths = table(), paths_of(Settings)
+    assert len(paths) > 15
+    assert {"HSMTOLL_STATE", "HSMTOLL_HOST__CLIENT_CA"} <= paths
+    assert {name: roles.get(name) for name in paths if roles.get(name) not in ROLES} == {}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A directory of ours."""
+    folder = tmp_path / "place"
+    folder.mkdir(0o755)
+    return folder
+
+
+def put(place: Path, content: bytes = b"", mode: int = 0o600) -> Path:
+    path = place / "file"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def refused(check: Callable[[], object]) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        check()
+    assert caught.value.code in {"unsafe-file", "pin-file-writable"}
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o606, 0o644, 0o666, 0o620])
+def test_a_secret_that_others_may_read_or_write_is_refused(place: Path, mode: int) -> None:
+    path = put(place, mode=mode)
+    assert "others may" in refused(lambda: check_secret(path, "key"))
+    path.chmod(0o400)
+    check_secret(path, "key")
+
+
+def test_a_directory_on_the_way_that_others_may_write_makes_any_file_theirs(place: Path) -> None:
+    path = put(place)
+    for check in (check_trusted, check_secret, check_own):
+        place.chmod(0o777)
+        assert str(place) in refused(lambda check=check: check(path, "it"))  # type: ignore[misc] # bound
+        place.chmod(0o755)
+        check(path, "it")
+
+
+def test_what_is_missing_is_judged_by_the_directory_that_it_would_be_made_in(place: Path) -> None:
+    missing = place / "a" / "b"
+    check_own(missing, "state")
+    place.chmod(0o777)
+    assert str(place) in refused(lambda: check_own(missing, "state"))
+
+
+def test_a_shells_open_pipe_is_taken_for_a_pin_file() -> None:
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"1234\n")
+        os.close(writer)
+        path = Path(f"/proc/self/fd/{reader}")
+        assert PinFile(path).read(device="lab").reveal() == "1234"
+    finally:
+        os.close(reader)
+
+
+# ------------------------------------------------------------------ what is read, where it is read
+
+
+@pytest.fixture
+def readers(tmp_path: Path) -> dict[str, tuple[bytes, Callable[[Path], object]]]:
+    """By setting: a content that will do, and what reads the file that it names."""
+    authority = Authority(tmp_path / "ca")
+    app, ca, crl = authority.issue("app"), authority.ca, authority.crl()
+    pem, secret = app.cert.read_bytes(), app.key.read_bytes()
+    audit_key = Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+
+    def server(name: str) -> Callable[[Path], object]:
+        fine: dict[str, Any] = {"cert": app.cert, "key": app.key, "client_ca": ca, "crl": None}
+        return lambda path: server_context(**fine | {name: path})
+
+    def audit(path: Path) -> None:
+        log, noted = tmp_path / "log", tmp_path / "state" / "noted"
+        Audit(log, path, now=lambda: 0.0, noted=noted).close()
+
+    def caller(name: str) -> Callable[[Path], object]:
+        fine: dict[str, Any] = {
+            "certificate": app.cert,
+            "key": app.key,
+            "ca_file": ca,
+            "more": None,
+        }
+        return lambda path: host_context(**fine | {name: path})
+
+    return {
+        "HSMTOLL_CONFIG": (b"timeout = 5", lambda path: load(config=path)),
+        "HSMTOLL_HSM__PIN_FILE": (b"1234", lambda path: PinFile(path).read(device="lab")),
+        "HSMTOLL_HSM__CERTIFICATES": (pem, lambda path: CertificateFile(path, "it")()),
+        "HSMTOLL_CA_FILE": (ca.read_bytes(), client_context),
+        "HSMTOLL_CACHE_KEY_FILE": (b"k" * 32, read_key),
+        "HSMTOLL_SIGNER__CA_FILE": (ca.read_bytes(), caller("ca_file")),
+        "HSMTOLL_HOST__CERT": (pem, server("cert")),
+        "HSMTOLL_HOST__KEY": (secret, server("key")),
+        "HSMTOLL_HOST__CLIENT_CA": (ca.read_bytes(), server("client_ca")),
+        "HSMTOLL_HOST__CLIENT_CRL": (crl.read_bytes(), server("crl")),
+        "HSMTOLL_HOST__AUDIT_KEY": (audit_key, audit),
+    }
+
+
+READ: Final = (
+    "HSMTOLL_CONFIG", "HSMTOLL_HSM__PIN_FILE", "HSMTOLL_HSM__CERTIFICATES", "HSMTOLL_CA_FILE",
+    "HSMTOLL_CACHE_KEY_FILE", "HSMTOLL_SIGNER__CA_FILE", "HSMTOLL_HOST__CERT", "HSMTOLL_HOST__KEY",
+    "HSMTOLL_HOST__CLIENT_CA", "HSMTOLL_HOST__CLIENT_CRL", "HSMTOLL_HOST__AUDIT_KEY",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_that_others_may_change_is_not_read(
+    place: Path, readers: dict[str, tuple[bytes, Callable[[Path], object]]], name: str
+) -> None:
+    content, read = readers[name]
+    path = put(place, content)
+    read(path)
+    path.chmod(0o666)
+    refused(lambda: read(path))
+    path.chmod(0o600)
+    place.chmod(0o777)
+    refused(lambda: read(path))
+    # A link in a directory of others, to a file that is right.
+    place.chmod(0o755)
+    shared = place / "shared"
+    shared.mkdir()
+    (shared / "link").symlink_to(path)
+    read(shared / "link")
+    shared.chmod(0o777)
+    refused(lambda: read(shared / "link"))
+    read(path)
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("name", READ)
+def test_nor_is_one_of_another_account(
+    place: Path, readers: dict[str, tuple[bytes, Callable[[Path], object]]], name: str
+) -> None:
+    content, read = readers[name]
+    path = put(place, content)
+    os.chown(path, OTHER, OTHER)
+    refused(lambda: read(path))
+    os.chown(path, 0, 0)
+    read(path)
+    os.chown(place, OTHER, OTHER)
+    refused(lambda: read(path))
+
+
+@pytest.mark.needs_root
+def test_nor_a_pipe_of_another_account(place: Path) -> None:
+    path = place / "pipe"
+    os.mkfifo(path, 0o600)
+    os.chown(path, OTHER, OTHER)
+    refused(lambda: PinFile(path, timeout=0.1).read(device="lab"))
+    os.chown(path, 0, 0)
+    with pytest.raises(ConfigurationError, match="not all of it came"):
+        PinFile(path, timeout=0.1).read(device="lab")
+
+
+# ------------------------------------------------------------------ the PIN command
+
+
+def script(path: Path) -> Path:
+    path.write_text("#!/bin/sh\necho 1234\n")
+    path.chmod(0o755)
+    return path
+
+
+def pin_of(command: str) -> str | None:
+    return PinCommand(command).read(device="lab").reveal()
+
+
+def test_a_pin_command_that_others_may_change_is_not_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = script(place / "getpin")
+    monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
+    monkeypatch.chdir(place)
+    quoted = shlex.quote(str(program))
+    commands = (
+        quoted, "getpin", "./getpin", f"sh {quoted}", f"env A={quoted} sh getpin",
+        f"sh -c 'exec {program}'", f"sh -c 'true;{program} </dev/null 2>/dev/null'",
+    )  # fmt: skip
+    for command in commands:
+        program.chmod(0o755)
+        assert pin_of(command) == "1234", command
+        program.chmod(0o777)
+        refused(lambda command=command: pin_of(command))  # type: ignore[misc] # bound
+    program.chmod(0o755)
+    place.chmod(0o777)
+    for command in commands:
+        refused(lambda command=command: pin_of(command))  # type: ignore[misc] # bound
+
+
+@pytest.mark.needs_root
+def test_nor_is_a_pin_command_of_another_account(place: Path) -> None:
+    program = script(place / "getpin")
+    assert pin_of(str(program)) == "1234"
+    os.chown(program, OTHER, OTHER)
+    refused(lambda: pin_of(str(program)))
+
+
+# ------------------------------------------------------------------ what is ours
+
+
+@pytest.mark.needs_root
+def test_a_group_with_others_in_it_may_not_write_where_state_is_kept(place: Path) -> None:
+    place.chmod(0o775)
+    os.chown(place, 0, OTHER)
+    refused(lambda: check_own(place / "state", "state"))
+    place.chmod(0o755)
+    check_own(place / "state", "state")
+
+
+@pytest.mark.needs_root
+def test_a_group_of_this_account_alone_may() -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from tests.accounts import become, import_all;"
+        "import_all(); become(int(sys.argv[2]), int(sys.argv[3]));"
+        "from hsmtoll.paths import loose; print(loose(Path(sys.argv[1]), own=True))"
+    )
+
+    def judged(folder: str, group: int) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", program, folder, str(OTHER), str(group)],
+            check=False, capture_output=True, text=True, env=os.environ | importable(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout).strip()
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o2770)
+        os.chown(folder, OTHER, OTHER)
+        assert judged(folder, OTHER) == "None"
+        assert judged(folder, OTHER + 1) == folder
