@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import stat
 import time
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import Pin
 
 __all__ = ["Ledger", "Page", "Place"]
+
+_log = logging.getLogger(__name__)
 
 #: Unresolved tries: of one source as it was read, and in all, whatever was changed meanwhile.
 #: A TPM locks after three and shows no flags.
@@ -271,10 +274,11 @@ class Page:
         if not pin.on_pinpad:
             record["salt"] = self._before.get("salt") or _salt()
             record["accepted"] = _hash(pin, record)
-        if record:
-            self._write(record)
-        else:
-            self.forget()
+        with self._noted("accepted"):
+            if record:
+                self._write(record)
+            else:
+                self.forget()
 
     def vouch(self) -> None:
         """A person says that the next PIN may be tried: nothing else is known any more."""
@@ -294,19 +298,34 @@ class Page:
         record["refused"] = [*record.get("refused", ()), mine]
         if record.get("accepted") == mine:
             del record["accepted"]
-        self._write(record)
+        with self._noted("refused"):
+            self._write(record)
 
     def withdraw(self) -> None:
         """The device did not look at the PIN: as before."""
-        if self._before:
-            self._write(self._before)
-        else:
-            self.forget()
+        with self._noted("not looked at"):
+            if self._before:
+                self._write(self._before)
+            else:
+                self.forget()
 
     def doubt(self, pin: Pin) -> None:
         """The device answered, and the answer does not say whether it looked at the PIN."""
         doubts = [*self._before.get("doubts", ()), [pin.origin, self.now()]]
-        self._write({**self._before, "doubts": doubts[-_REMEMBERED:]})
+        with self._noted("perhaps looked at"):
+            self._write({**self._before, "doubts": doubts[-_REMEMBERED:]})
+
+    @contextlib.contextmanager
+    def _noted(self, fate: str) -> Iterator[None]:
+        """What the device said counts, also where the disk is full: the intent stays on it then."""
+        try:
+            yield
+        except OSError as exc:
+            _log.warning(
+                "the PIN of '%s' was %s, which cannot be written down (%s): the next try counts as"
+                " one whose fate is not known",
+                foreign(self.place.label), fate, exc.strerror,
+            )  # fmt: skip
 
     def _without(self, pin: Pin) -> dict[str, Any]:
         # What this source held is known now; a corrected value must not find its old tries.
@@ -366,14 +385,17 @@ _MEMBERS: Final = {
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        said = json.loads(path.read_bytes())
+        said = _checked(json.loads(path.read_bytes()), dict)
         record = {
             name: _checked(said[name], kind) for name, kind in _MEMBERS.items() if name in said
         }
         record["doubts"] = [[str(origin), float(at)] for origin, at in record.get("doubts", ())]
+        bytes.fromhex(record.get("salt", ""))
+        for each in (*record.get("refused", ()), *record.get("intents", ())):
+            _checked(each, str)
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, RecursionError) as exc:
         # A record that cannot be read may have held a refusal: guessing would burn a PIN.
         raise OSError(5, f"{path.name} cannot be read") from exc
     return {name: value for name, value in record.items() if value}

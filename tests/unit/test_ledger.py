@@ -18,7 +18,10 @@ from hsmtoll.hsm.pin import Pin
 from tests.accounts import OTHER
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from hsmtoll.hsm.ledger import Page
 
 PLACE = Place("Maker", "X1", "0042", "lab")
 WRONG = Pin("4711-canary", source="SETTING")
@@ -464,3 +467,48 @@ def test_a_killed_process_frees_the_record(tmp_path: Path) -> None:
     assert Ledger(tmp_path).refusals(place) == (0, 1)
     with Ledger(tmp_path).held(place) as page:
         page.intend(Pin("1234", source="SETTING"), count_low=False)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "[]", "5", "null", '"refused"', '{"refused": 5}', '{"refused": [5]}', '{"salt": "zz"}',
+        '{"intents": [[]]}', '{"doubts": [5]}', '{"accepted": []}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_record_of_an_odd_shape_may_have_held_a_refusal(tmp_path: Path, odd: str) -> None:
+    ledger = Ledger(tmp_path)
+    refuse(ledger, WRONG)
+    (record,) = [path for path in (tmp_path / "pin").iterdir() if path.suffix != ".lock"]
+    record.write_text(odd)
+    with pytest.raises(PinNotTried) as caught:
+        die(ledger, RIGHT)
+    assert caught.value.code == "ledger"
+    assert ledger.refusals(PLACE) == (0, 0)
+    record.write_text("{}")
+    die(ledger, RIGHT)
+
+
+def test_what_the_device_said_counts_though_the_disk_is_full_and_the_intent_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = Ledger(tmp_path)
+    ends: tuple[Callable[[Page], None], ...] = (
+        lambda page: page.refuse(WRONG),
+        lambda page: page.doubt(WRONG),
+        lambda page: page.withdraw(),
+        lambda page: page.accept(WRONG),
+    )
+    for end in ends:
+        ledger.clear(PLACE)
+        with ledger.held(PLACE) as page:
+            page.intend(WRONG, count_low=False)
+            with monkeypatch.context() as full:
+                full.setattr(os, "fsync", _no_space)
+                end(page)
+        assert ledger.refusals(PLACE) == (0, 1)
+    assert caplog.text.count("cannot be written down (No space left on device)") == len(ends)
+
+
+def _no_space(descriptor: int) -> None:
+    raise OSError(28, os.strerror(28), descriptor)
