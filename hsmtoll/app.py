@@ -142,6 +142,8 @@ class App:
     use_final_try: bool = False
     clock: Clock = field(default_factory=SystemClock)
     new_jti: Callable[[], str] | None = None
+    #: Of a signing host: the program of the device's processes, and its rules.
+    isolated_in: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> Identity:
@@ -263,6 +265,7 @@ class App:
         from hsmtoll.hsm.isolated import IsolatedDevice
 
         workers = settings.host.workers
+        told |= self.isolated_in
         return IsolatedDevice(path, uri, deadline=settings.deadline, workers=workers, **told)
 
     def inspect(self) -> ModuleFacts:

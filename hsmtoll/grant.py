@@ -6,18 +6,18 @@ Signing and sending never enter; neither does a clock.
 
 from __future__ import annotations
 
+import base64
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from functools import cached_property, lru_cache
+from typing import Any, Final
 
 from hsmtoll import jws
-from hsmtoll.errors import ConfigurationError
+from hsmtoll.certificate import Certificate
+from hsmtoll.errors import ConfigurationError, HsmTollError
+from hsmtoll.tokens import TokenRequest, details_text
 
-if TYPE_CHECKING:
-    from hsmtoll.tokens import TokenRequest
-
-__all__ = ["LIFETIME", "MIN_LEFT", "Grant"]
+__all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "read_grant"]
 
 #: Seconds from iat to exp: the documented maximum (M54), so that a slow device has it all.
 LIFETIME: Final = 120
@@ -73,6 +73,10 @@ class Grant:
         *now* is Maskinporten's time as far as known, in seconds since the epoch, taken
         after the device was unlocked. *jti* is used once: a second use is a replay (MP-012).
         """
+        return jws.signing_input(self._header_segment, self.claims(now=now, jti=jti))
+
+    def claims(self, *, now: float, jti: str) -> dict[str, Any]:
+        """The claims of `unsigned`."""
         iat = int(now)
         claims: dict[str, Any] = {
             "aud": self.audience,
@@ -88,4 +92,69 @@ class Grant:
             claims["consumer_org"] = self.request.consumer_org
         if self.request.authorization_details:
             claims["authorization_details"] = self.request.details
-        return jws.signing_input(self._header_segment, claims)
+        return claims
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A grant that was read back: *iat* in epoch seconds, *leaf* the first certificate of x5c."""
+
+    grant: Grant
+    iat: int
+    jti: str
+    leaf: Certificate | None
+
+
+def read_grant(alg: str, unsigned: bytes) -> Read:
+    """
+    What *unsigned* asks to be signed with *alg*. ValueError, without a value in its text, unless
+    it is a grant byte for byte as `Grant.unsigned` makes them: what two readers could take for two
+    different things is none.
+    """
+    first, _, second = unsigned.partition(b".")
+    kid, x5c, leaf = _read_header(alg, first)
+    claims = jws.read_segment(second.decode("ascii", "replace"), "payload")
+    scope, org, iat, jti, issuer, audience = (
+        claims.get(name) for name in ("scope", "consumer_org", "iat", "jti", "iss", "aud")
+    )
+    texts = (scope, jti, issuer, audience, "" if org is None else org)
+    resource = claims.get("resource", [])
+    if not (
+        all(isinstance(each, str) for each in texts)
+        and type(iat) is int
+        and isinstance(resource, list)
+        and all(isinstance(each, str) for each in resource)
+        and jti
+        and audience
+    ):
+        raise ValueError("a claim of a grant is missing, or of another type")
+    try:
+        details = details_text(claims.get("authorization_details"))
+        request = TokenRequest(str(scope), tuple(resource), org, details)
+        grant = Grant(alg, str(issuer), str(audience), request, kid=kid, x5c=x5c)
+    except HsmTollError as exc:
+        raise ValueError(str(exc)) from None
+    if jws.segment(grant.claims(now=iat, jti=str(jti))) != second:
+        raise ValueError("the claims are not those of a grant")
+    return Read(grant, iat, str(jti), leaf)
+
+
+@lru_cache(maxsize=8)
+def _read_header(alg: str, first: bytes) -> tuple[str | None, tuple[str, ...], Certificate | None]:
+    """kid, x5c and its leaf. The same kilobytes from grant to grant, so they are read once."""
+    header = jws.read_segment(first.decode("ascii", "replace"), "header")
+    kid, x5c = header.get("kid"), header.get("x5c")
+    named = {"kid": kid} if x5c is None else {"x5c": x5c}
+    if jws.segment({"alg": alg, **named}) != first:
+        raise ValueError("the header is not that of a grant")
+    if x5c is None:
+        if not isinstance(kid, str) or not kid:
+            raise ValueError("the header's kid is no text")
+        return kid, (), None
+    if not isinstance(x5c, list) or not x5c or not all(isinstance(each, str) for each in x5c):
+        raise ValueError("the header's x5c is no list of certificates")
+    try:
+        leaf = Certificate.load(base64.b64decode(x5c[0], validate=True))
+    except ValueError:
+        raise ValueError("the first certificate of x5c cannot be read") from None
+    return None, tuple(x5c), leaf

@@ -131,7 +131,8 @@ def workers() -> list[int]:
     for each in children():
         # One may end while it is looked at.
         with contextlib.suppress(OSError):
-            if b"hsmtoll.hsm.worker" in Path(f"/proc/{each}/cmdline").read_bytes():
+            line = Path(f"/proc/{each}/cmdline").read_bytes()
+            if b"hsmtoll.hsm.worker" in line or b"hsmtoll.host.worker" in line:
                 found.append(each)
     return found
 

@@ -306,6 +306,17 @@ def decide(
     return Verdict(True, f"{name} may have {scope} of {ask.profile}", entry.line, scope, name)
 
 
+def allows(policy: Policy, ask: Ask) -> bool:
+    """Whether some caller may have *ask*, its scope in full, as a grant or for a token."""
+    return any(
+        _refusal(entry, ask, ask.scope, mode) is None
+        for caller in policy.callers.values()
+        for name, entry in caller.profiles.items()
+        if name == ask.profile
+        for mode in entry.mode
+    )
+
+
 def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
     if mode not in entry.mode:
         return f"mode {foreign(mode)} is not allowed"

@@ -47,6 +47,7 @@ from hsmtoll.host.brake import check_stop_directory, needed, stop_file, stopped_
 from hsmtoll.host.desk import Desk
 from hsmtoll.host.policy import Ask, Policy, Verdict, decide
 from hsmtoll.host.system import clock_is_synchronised
+from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.settings import load
 from hsmtoll.signer import FirstUp, LocalSigner, SecondChoice, new_jti, readable
@@ -75,7 +76,6 @@ __all__ = ["SELF_TEST", "Service"]
 _log = logging.getLogger("hsmtoll.host")
 
 #: What is signed before anything else is. Without a dot it is no JWS, so it can be no grant.
-SELF_TEST: Final = jws.SigningInput(b"hsmtoll signing host self-test, not a grant")
 
 #: Refusals of one account that are written down in a minute; more are counted, so that nobody
 #: who may have nothing can fill the disk that signing depends on.
@@ -323,7 +323,17 @@ class Service:
             if app.family == "norwegian" and settings.iss is None:
                 raise ConfigurationError("iss is required with identity = norwegian")
             app.module(app.uris()[0])
-            _ = app.endpoints
+            app.isolated_in = {
+                "program": "hsmtoll.host.worker",
+                "rules": {
+                    "policy": str(self._path.absolute()),
+                    "profile": name,
+                    "audience": app.endpoints.issuer,
+                    "issuer": settings.iss,
+                    "kid": settings.kid,
+                    "certificate_sha256": settings.hsm.certificate_sha256,
+                },
+            }
             house = _House(
                 name,
                 table,
@@ -885,7 +895,7 @@ class Service:
         keys = (public,) if public is not None else candidates
         alg = app.settings.alg
         self.signatures += 1
-        signature = device.sign(alg, SELF_TEST, candidates=keys)
+        signature = device.self_test(alg, candidates=keys)
         if not any(key.verify(alg, SELF_TEST, signature) for key in keys):
             raise DeviceError(
                 "self-test: the device's signature verifies with no public key that is known",

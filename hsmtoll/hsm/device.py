@@ -59,6 +59,9 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
+#: What a signing host has signed to see that its device works: no grant, and always the same.
+SELF_TEST: Final = SigningInput(b"hsmtoll signing host self-test, not a grant")
+
 #: Seconds, from and to, before each new start of a module that found no device at its very start.
 #: Together longer than the workers of a server need, on a busy machine, to log in side by side.
 _START_PAUSES: Final = ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0))
@@ -378,6 +381,10 @@ class Device:
         has to check. Raises DeviceError ``signature-wrong`` otherwise.
         """
         return self.signed(alg, unsigned, candidates=candidates)[0]
+
+    def self_test(self, alg: str, *, candidates: Iterable[RsaPublicKey] = ()) -> bytes:
+        """The signature over SELF_TEST, which is no grant; raises as `sign`."""
+        return self.sign(alg, SELF_TEST, candidates=candidates)
 
     def signed(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()

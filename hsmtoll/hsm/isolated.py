@@ -99,6 +99,8 @@ class IsolatedDevice(Device):
         user_type: int | None = None,
         deadline: float = 60.0,
         workers: int = 1,
+        program: str = "hsmtoll.hsm.worker",
+        rules: dict[str, Any] | None = None,
         boot: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(
@@ -117,6 +119,9 @@ class IsolatedDevice(Device):
         #: Seconds that an answer may take.
         self.deadline = deadline
         self._workers = workers
+        #: The module that a child runs, and what it is told about what it may sign.
+        self.program = program
+        self._rules = rules
         self._sources = {"user": self._pin, "signing": self._signing_pin}
         self._pins: dict[str, Pin] = {}
         # A single failure is the next caller's new child; a second one means more.
@@ -195,6 +200,12 @@ class IsolatedDevice(Device):
     ) -> bytes:
         """As Device.unproven."""
         return bytes(self._ask("signing", **to_sign(alg, unsigned, tuple(candidates))))
+
+    def self_test(self, alg: str, *, candidates: Iterable[RsaPublicKey] = ()) -> bytes:
+        """As Device.self_test."""
+        offered = pipe.keys_to(tuple(candidates))
+        made = self._ask("signing", do="self-test", alg=alg, candidates=offered)
+        return bytes.fromhex(made)
 
     def close(self) -> None:
         """Log out and end the children; one that is asked something, when it has answered."""
@@ -348,6 +359,7 @@ class IsolatedDevice(Device):
             "allow_exportable_key": self._allow_exportable_key,
             "user_type": self.user_type,
             "lock_timeout": self.deadline,
+            "rules": self._rules,
         }
 
 
@@ -386,6 +398,7 @@ class Child:
     def __init__(self, device: IsolatedDevice) -> None:
         # Not the device itself: it must be free to be forgotten, and its children end then.
         self._told = device._told()  # noqa: SLF001 - two halves of one thing
+        self._program = device.program
         self._deadline = device.deadline
         self._process: subprocess.Popen[bytes] | None = None
         self._there: pipe.Pipe | None = None
@@ -534,7 +547,7 @@ class Child:
             with theirs:
                 self._process = subprocess.Popen(
                     [
-                        *(python, "-P", "-c", _BOOT, "hsmtoll.hsm.worker"),
+                        *(python, "-P", "-c", _BOOT, self._program),
                         *(str(stderr), *path, str(theirs.fileno())),
                     ],
                     pass_fds=[theirs.fileno(), stderr],
@@ -616,10 +629,10 @@ def _ended(parts: dict[str, Any]) -> None:
         process.wait()
 
 
-#: The program of a worker: the path of imports, and the two descriptors, are its arguments.
+#: What a worker runs: its module, the path of imports, and the two descriptors, are its arguments.
 _BOOT: Final = (
-    "import sys; sys.path[:] = dict.fromkeys([*sys.argv[3:-1], *sys.path]); "
-    "from hsmtoll.hsm.worker import main; main(int(sys.argv[-1]), int(sys.argv[2]))"
+    "import importlib, sys; sys.path[:] = dict.fromkeys([*sys.argv[3:-1], *sys.path]); "
+    "importlib.import_module(sys.argv[1]).main(int(sys.argv[-1]), int(sys.argv[2]))"
 )
 
 

@@ -31,7 +31,12 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import SigningInput
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hsmtoll.hsm.pin import PinSource
+
+    #: Given the algorithm and what is to be signed.
+    Check = Callable[[str, bytes], None]
 
 #: Seconds that a call may still take once nobody waits for it any more.
 _GRACE: Final = 2.0
@@ -65,10 +70,16 @@ class _Told(logging.Handler):
         self.records.append([record.name, record.levelno, record.getMessage()])
 
 
-def main(descriptor: int, stderr: int | None = None) -> None:
+def main(
+    descriptor: int,
+    stderr: int | None = None,
+    *,
+    rules: Callable[[dict[str, Any]], Check] | None = None,
+) -> None:
     """
     Serve one Device over the socket *descriptor* until the other side ends. *stderr*, where it is
-    given, becomes the standard error from here on.
+    given, becomes the standard error from here on. *rules* makes of what it is told a check that
+    is asked before each signature, and raises for what is not to be signed.
     """
     # It has the PIN and the login. A core file of a module that crashed would show them as well.
     keep_secrets_in_memory()
@@ -85,11 +96,13 @@ def main(descriptor: int, stderr: int | None = None) -> None:
         there = pipe.Pipe(connection)
         with contextlib.suppress(EOFError, OSError):
             there.send({"hello": os.getpid()})
-            device = _device(there, there.receive())
+            settings = there.receive()
+            device = _device(there, settings)
+            check = rules(settings["rules"]) if rules is not None else None
             with contextlib.closing(device):
                 while True:
                     question = there.receive()
-                    answer = _answered(device, question)
+                    answer = _answered(device, question, check)
                     answer |= {"generation": device.generation, "log": told.records}
                     told.records = []
                     there.send(answer)
@@ -124,8 +137,10 @@ def _device(there: pipe.Pipe, told: dict[str, Any]) -> Device:
     )
 
 
-def _answered(device: Device, question: dict[str, Any]) -> dict[str, Any]:
+def _answered(device: Device, question: dict[str, Any], check: Check | None) -> dict[str, Any]:
     try:
+        if question["do"] == "sign" and check is not None:
+            check(question["alg"], question["data"])
         answer = _answer(device, question)
         return {"data" if isinstance(answer, bytes) else "answer": answer}
     except HsmTollError as exc:
@@ -161,6 +176,8 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
             # Who can check it does, on the other side.
             sign = device.unproven if candidates else device.sign
             return sign(question["alg"], unsigned, candidates=candidates)
+        case "self-test":
+            return device.self_test(question["alg"], candidates=candidates).hex()
         case _:
             device.close()
             return None

@@ -1,0 +1,133 @@
+"""
+The process of the device signs grants that the policy file allows, whatever the daemon asks: what
+follows speaks to it as somebody would who has taken over the daemon's end of its pipe.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from hsmtoll import apis, jws
+from hsmtoll.errors import PolicyDenied
+from hsmtoll.grant import Grant, read_grant
+from hsmtoll.hsm.isolated import IsolatedDevice
+from hsmtoll.jws import SigningInput
+from tests.hosting import ME, ROAD_SCOPE, RunningHost, entry
+
+if TYPE_CHECKING:
+    from hsmtoll.host.service import Service
+
+AIR_SCOPE: Final = apis.scope_of("air", "eseal")
+
+
+class Taken:
+    """The daemon's end of the pipe, and a grant that the policy allows."""
+
+    def __init__(self, service: Service) -> None:
+        house = service._rules[1]["acme"]
+        signer = house.app.local_signer(house.app.devices[0])
+        service._here.jti = "first"
+        (device,) = house.app.devices
+        assert isinstance(device, IsolatedDevice)
+        self.device = device
+        header, claims = jws.read_unverified(signer.assertion(house.app.engine.request(ROAD_SCOPE)))
+        self.header, self.claims = header, claims
+
+    def ask(self, unsigned: bytes, alg: str = "RS256") -> bytes:
+        return self.device.unproven(alg, SigningInput(unsigned))
+
+    def refused(self, unsigned: bytes, alg: str = "RS256") -> str:
+        with pytest.raises(PolicyDenied) as caught:
+            self.ask(unsigned, alg)
+        assert caught.value.code == "not-allowed"
+        return str(caught.value)
+
+    def grant(self, **claims: Any) -> bytes:
+        """A grant of now, with other *claims*; ``None`` leaves one out."""
+        now = int(time.time())
+        whole = self.claims | {"iat": now, "exp": now + 120, "jti": "another"} | claims
+        return jws.signing_input(self.header, {k: v for k, v in whole.items() if v is not None})
+
+
+@pytest.fixture
+def taken(service: Service) -> Taken:
+    return Taken(service)
+
+
+def test_what_is_no_grant_is_not_signed(taken: Taken) -> None:
+    assert taken.ask(taken.grant())
+    plain = taken.grant()
+    head, _, body = plain.partition(b".")
+    for unsigned in (
+        b"pay 1000 EUR",
+        b".",
+        b"\x30\x82\x01\x00",
+        b"e30.e30",
+        plain + b".",
+        plain + b"\n",
+        head + b"." + jws.segment({"scope": ROAD_SCOPE}),
+        jws.segment(taken.header | {"typ": "JWT"}) + b"." + body,
+        jws.segment({"alg": "none"}) + b"." + body,
+        jws.segment({"alg": "RS256", "x5c": ["AAAA"]}) + b"." + body,
+        jws.segment({"alg": "RS256", "kid": "somebody"}) + b"." + body,
+    ):
+        assert taken.refused(unsigned), unsigned
+    # Two readers could take it for different things.
+    twice = jws.segment(taken.claims).replace(b"=", b"")
+    assert taken.refused(head + b"." + twice + b"AA")
+    assert taken.refused(plain, alg="RS512")
+    assert taken.ask(taken.grant())
+
+
+def test_nor_is_a_grant_of_another_audience_issuer_scope_or_time(taken: Taken) -> None:
+    now = int(time.time())
+    for claims, word in (
+        ({"aud": "https://example.org/"}, "aud"),
+        ({"scope": AIR_SCOPE}, "no caller"),
+        ({"scope": f"{ROAD_SCOPE} {AIR_SCOPE}"}, "no caller"),
+        ({"consumer_org": "987654321"}, "no caller"),
+        ({"resource": ["https://example.org"]}, "no caller"),
+        ({"exp": now + 121}, "not those of a grant"),
+        ({"iat": now - 3600, "exp": now - 3480}, "iat"),
+        ({"iat": now + 3600, "exp": now + 3720}, "iat"),
+        ({"sub": "somebody"}, "not those of a grant"),
+        ({"jti": None}, "missing"),
+        ({"jti": ""}, "missing"),
+        ({"iat": str(now)}, "missing"),
+        ({"exp": None}, "not those of a grant"),
+    ):
+        said = taken.refused(taken.grant(**claims))
+        assert word in said, (claims, said)
+    assert taken.ask(taken.grant())
+
+
+def test_what_it_may_sign_follows_the_policy_file_and_nothing_that_the_daemon_says(
+    taken: Taken, host: RunningHost
+) -> None:
+    air = taken.grant(scope=AIR_SCOPE)
+    taken.refused(air)
+    host.write_policy(entry(ME, scopes=["air"]))
+    assert taken.ask(air)
+    assert "no caller" in taken.refused(taken.grant())
+    # What cannot be used changes nothing.
+    host.policy.write_text("[[", encoding="utf-8")
+    assert taken.ask(air)
+    host.write_policy(entry(ME))
+    host.policy.chmod(0o666)
+    assert taken.ask(air)
+    taken.refused(taken.grant())
+    host.policy.chmod(0o644)
+    assert taken.ask(taken.grant())
+    taken.refused(air)
+
+
+def test_a_grant_is_read_back_as_it_was_made(taken: Taken) -> None:
+    read = read_grant("RS256", taken.grant())
+    assert (read.grant.request.scope, read.jti) == (ROAD_SCOPE, "another")
+    again = replace(read.grant).unsigned(now=read.iat, jti=read.jti)
+    assert again == taken.grant(iat=read.iat, exp=read.iat + 120)
+    assert isinstance(read.grant, Grant)
