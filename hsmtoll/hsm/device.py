@@ -776,12 +776,13 @@ class Device:
         """
         if here.login.there or self._pin is None:
             return False
+        says_so = here.login.wanted or bool(self._flags(here) & TokenFlag.LOGIN_REQUIRED)
         here.login.wanted = True
         try:
             self._log_in(here)
         except HsmTollError as exc:
             cause = exc.__cause__
-            if not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
+            if says_so or not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
                 raise
             here.login.wanted = False
             return False
