@@ -50,6 +50,9 @@ _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 120.0
 #: Seconds between two tries of a PIN that may be at fault, at a device that keeps no flags.
 _ONE_TRY: Final = 3600.0
+#: Different values that may be refused within an hour, before nothing but a typed one is tried: a
+#: command that prints something new each time, such as an error with the time in it, ends there.
+_MOST_REFUSED: Final = 5
 #: How many answers that leave the PIN's fate open are remembered.
 _REMEMBERED: Final = 16
 _CLEAR: Final = "If the device was unblocked to the same PIN, run `hsmtoll pin clear`."
@@ -206,6 +209,8 @@ class Page:
         if judged and mine in self.record.get("refused", ()):
             raise self._spent(f"the PIN from {pin.source} was refused before", code="pin-refused")
         self.accepted_before = accepted = judged and mine == self.record.get("accepted")
+        if not (accepted or vouched or pin.typed):
+            self._check_refusals(pin)
         self._check_open_tries(pin, accepted=accepted, count_low=count_low, flags=keeps_flags)
         ours = any(self.record.get(name) for name in ("refused", "intents", "doubts", "cleared"))
         known = accepted or ours or vouched or pin.typed
@@ -226,6 +231,20 @@ class Page:
             self._write({**self._before, "intents": intents})
         except OSError as exc:
             raise _unusable(self.path, exc) from exc
+
+    def _check_refusals(self, pin: Pin) -> None:
+        """Refuse where many values were wrong lately: the next one will be as well."""
+        recent = [at for at in self.record.get("times", ()) if 0 <= self.now() - at < _ONE_TRY]
+        if len(recent) < _MOST_REFUSED:
+            return
+        raise PinNotTried(
+            f"the PIN of '{foreign(self.place.label)}' was not tried: {len(recent)} others"
+            f" were refused within an hour, and what {pin.source} gives is another one",
+            hint="see what the file holds or the command prints; a typed PIN is tried at once"
+            f" (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
+            code="pin-refused",
+            retry_after=recent[0] + _ONE_TRY - self.now(),
+        )
 
     def _check_open_tries(self, pin: Pin, *, accepted: bool, count_low: bool, flags: bool) -> None:
         """Refuse where tries of *pin* have no result, and another could be one too many."""
@@ -296,6 +315,7 @@ class Page:
         record = {"salt": _salt(), **self._without(pin)}
         mine = _hash(pin, record)
         record["refused"] = [*record.get("refused", ()), mine]
+        record["times"] = [*record.get("times", ()), self.now()][-_MOST_REFUSED:]
         if record.get("accepted") == mine:
             del record["accepted"]
         with self._noted("refused"):
@@ -379,7 +399,7 @@ def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
 #: The members of a record, and what each is.
 _MEMBERS: Final = {
     "salt": str, "refused": list, "accepted": str, "intents": list, "doubts": list, "flags": bool,
-    "cleared": bool,
+    "cleared": bool, "times": list,
 }  # fmt: skip
 
 
@@ -390,6 +410,7 @@ def _read(path: Path) -> dict[str, Any]:
             name: _checked(said[name], kind) for name, kind in _MEMBERS.items() if name in said
         }
         record["doubts"] = [[str(origin), float(at)] for origin, at in record.get("doubts", ())]
+        record["times"] = [float(at) for at in record.get("times", ())]
         bytes.fromhex(record.get("salt", ""))
         for each in (*record.get("refused", ()), *record.get("intents", ())):
             _checked(each, str)

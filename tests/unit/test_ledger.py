@@ -512,3 +512,30 @@ def test_what_the_device_said_counts_though_the_disk_is_full_and_the_intent_stay
 
 def _no_space(descriptor: int) -> None:
     raise OSError(28, os.strerror(28), descriptor)
+
+
+def test_a_source_that_gives_another_wrong_value_each_time_ends(tmp_path: Path) -> None:
+    time = 1_800_000_000.0
+    ledger = Ledger(tmp_path, now=lambda: time)
+
+    def value(number: int, *, typed: bool = False) -> Pin:
+        return Pin(f"9{number:04}", source="HSMTOLL_HSM__PIN_COMMAND", typed=typed)
+
+    for number in range(5):
+        refuse(ledger, value(number))
+        time += 60
+    for number in range(5, 9):
+        with pytest.raises(PinNotTried, match="5 others were refused") as caught:
+            refuse(ledger, value(number))
+    assert caught.value.retry_after == 3600 - 300
+    assert ledger.refusals(PLACE) == (5, 0)
+    # A person may, and so may who comes an hour after.
+    refuse(ledger, value(10, typed=True))
+    time += 3600
+    refuse(ledger, value(11))
+    # One that was right before is tried, and ends the count.
+    with ledger.held(PLACE) as page:
+        page.intend(RIGHT, count_low=False)
+        page.accept(RIGHT)
+    refuse(ledger, value(12))
+    assert ledger.refusals(PLACE) == (1, 0)
