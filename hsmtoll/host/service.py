@@ -245,6 +245,8 @@ class Service:
     ) -> None:
         host = settings.host
         self.clock = clock or SystemClock()
+        # A clock of its own, as a test sets it, is none that the device's process could compare.
+        self._timed = clock is None
         self._load = partial(load, config=config, profile=profile)
         self._path = needed(host.policy, "policy")
         self._stop_file = stop_file(settings)
@@ -332,6 +334,7 @@ class Service:
                     "issuer": settings.iss,
                     "kid": settings.kid,
                     "certificate_sha256": settings.hsm.certificate_sha256,
+                    "timed": self._timed,
                 },
             }
             house = _House(
