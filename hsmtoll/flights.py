@@ -50,7 +50,11 @@ def see_out(seconds: float) -> float:
     until = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread.name == THREAD:
-            thread.join(max(0.0, until - time.monotonic()))
+            # One that is listed and has not begun yet cannot be joined.
+            while not thread.is_alive() and thread in threading.enumerate():
+                time.sleep(0.001)
+            if thread.is_alive():
+                thread.join(max(0.0, until - time.monotonic()))
     return max(0.0, until - time.monotonic())
 
 
