@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -28,10 +29,13 @@ def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     """`systemd-analyze`, which needs no running systemd for this."""
     # Where systemd never ran, only root can make /run/systemd, which it wants even so.
     whose = ("--system",) if os.geteuid() == 0 else ("--user",)
-    return subprocess.run(
-        ["systemd-analyze", "--no-pager", *whose, *argv],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    # And systemd 252 wants a user's directory, which is there where a session is.
+    with TemporaryDirectory() as runtime:
+        return subprocess.run(
+            ["systemd-analyze", "--no-pager", *whose, *argv],
+            capture_output=True, text=True, check=False,
+            env=os.environ | {"XDG_RUNTIME_DIR": runtime},
+        )  # fmt: skip
 
 
 def test_the_units_are_what_systemd_understands_and_a_slip_is_seen(units: Path) -> None:

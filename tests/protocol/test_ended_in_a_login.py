@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -44,9 +46,13 @@ import hsmtoll
 
 toll = hsmtoll.connect()
 toll.keep_fresh("road")
-while not [each for each in pathlib.Path(sys.argv[1]).glob("*") if not each.suffix]:
+place = pathlib.Path(sys.argv[1])
+while not any(b'"intents": ["' in each.read_bytes() for each in place.glob("*")):
     time.sleep(0.01)
 """
+
+#: What a command that put everything away prints last. One that is cut off prints nothing.
+ENDED = {signal.SIGINT: b"hsmtoll: interrupted", signal.SIGTERM: b"hsmtoll: terminated"}
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def slow_login(toll_faults: Faults, toll_settings: Settings) -> Path:
 def tries(place: Path) -> int:
     """How many are written down of which nothing is known yet."""
     records = [each for each in place.glob("*") if not each.suffix]
-    return sum(len(json.loads(each.read_bytes())["intents"]) for each in records)
+    return sum(len(json.loads(each.read_bytes()).get("intents", ())) for each in records)
 
 
 def ended_by(number: signal.Signals, place: Path) -> int:
@@ -121,6 +127,17 @@ def typing(*command: str) -> tuple[int, int]:
     return pid, terminal
 
 
+def printed(terminal: int) -> bytes:
+    """What was printed there and nobody has read yet."""
+    os.set_blocking(terminal, False)
+    seen = b""
+    # EIO: nobody has the other side open any more.
+    with contextlib.suppress(OSError):
+        while more := os.read(terminal, 1000):
+            seen += more
+    return seen
+
+
 def shows(terminal: int) -> bool:
     """Whether what is typed there can be seen."""
     return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
@@ -149,9 +166,10 @@ def test_a_pin_that_is_being_typed_is_not_waited_for_and_the_terminal_shows_agai
     monkeypatch.setenv("HSMTOLL_HSM__ISOLATION", isolation)
     pid, terminal = typing(*command)
     os.kill(pid, number)
-    # Nothing is typed, ever: one that waited for it would not end.
+    # Nothing is typed, ever: one that waited for it would not end, or be cut off without a word.
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
     assert shows(terminal)
+    assert ENDED[number] in printed(terminal)
     os.close(terminal)
 
 
@@ -185,28 +203,33 @@ def test_sigterm_ends_a_command_that_does_not_come_back_after_a_while(
                 pass
         os.set_blocking(writing, True)
     with subprocess.Popen(argv, stdout=writing, stderr=writing) as command:
-        stuck_for_good(command.pid)
+        stuck_for_good(command)
         command.send_signal(signal.SIGTERM)
         time.sleep(1)
         # The control: nothing but the time ends it.
         assert command.poll() is None
         assert command.wait(60) == 143
-    os.close(reading)
     os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        # The control of those that wait for a PIN: this end is told from theirs.
+        assert ENDED[signal.SIGTERM] not in pipe.read()
 
 
-def stuck_for_good(pid: int) -> None:
-    """Wait until the process has slept for a second without a moment of work."""
+def stuck_for_good(command: subprocess.Popen[bytes]) -> None:
+    """Wait until it obeys SIGTERM, and has slept for a second without a moment of work."""
+    process = Path(f"/proc/{command.pid}")
     seen: tuple[str, ...] = ()
     still = 0
     while still < 20:
+        assert command.poll() is None
         time.sleep(0.05)
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = (process / "stat").read_text().rpartition(")")[2].split()
         # State, and the time that it has worked, in user mode and for the system.
         now = (words[0], *words[11:13])
         # What has not begun to work sleeps as well.
-        begun = int(words[11]) + int(words[12]) > 5
-        still = still + 1 if begun and now == seen and now[0] == "S" else 0
+        caught = re.search(r"^SigCgt:\s*(\w+)", (process / "status").read_text(), re.MULTILINE)
+        obeys = caught is not None and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1
+        still = still + 1 if obeys and now == seen and now[0] == "S" else 0
         seen = now
 
 
