@@ -327,7 +327,10 @@ class RedisStore:
         except redis.exceptions.LockError:
             # The lease ran out under its holder: two may have renewed, and both tokens live.
             return otherwise
-        except (redis.exceptions.RedisError, OSError) as exc:
+        except (redis.exceptions.RedisError, OSError, *_NONSENSE) as exc:
+            if isinstance(exc, _NONSENSE) and self._client is not None:
+                # Nobody knows what else would come of such a conversation.
+                self._client.connection_pool.disconnect()
             if self._down_until is None:
                 _log.warning("cache: Redis %s", _trouble(exc))
             # From now, not from before the question: one that hangs has taken seconds to fail.
@@ -355,6 +358,12 @@ class RedisStore:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415 - only where values are sealed
 
         return AESGCM(self._secret)
+
+
+#: What the client library, or we, make of answers that no Redis gives.
+_NONSENSE: Final = (
+    AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def _ms(time: Any) -> int:

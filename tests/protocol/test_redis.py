@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import signal
+import socketserver
 import subprocess
 import threading
 import time
@@ -454,3 +456,30 @@ def test_a_command_that_is_not_allowed_is_named_with_what_to_allow(
     assert "geheim" not in told[0]
     for word in COMMANDS.lower().split():
         assert f"+{word}" in ALLOWED
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"*1\r\n" * 5000 + b":1\r\n", b":7\r\n", b"*-1\r\n", b"*2\r\n:1\r\n:2\r\n", b"$-1\r\n",
+     b"?\r\n", b"+OK\r\n", b"*3\r\n:1\r\n$1\r\nx\r\n+y\r\n"],
+)  # fmt: skip
+def test_what_answers_as_no_redis_does_is_left_alone(
+    key_file: Path, answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                while self.rfile.readline():
+                    self.wfile.write(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as odd:
+        odd.daemon_threads = True
+        threading.Thread(target=odd.serve_forever, daemon=True).start()
+        url = f"redis://127.0.0.1:{odd.server_address[1]}"
+        one = RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
+        one.put("a" * 64, b"token", ttl=60)
+        assert one.get("a" * 64) is None
+        with one.lock("a" * 64, patience=0.1):
+            pass
+        odd.shutdown()
+    assert "Traceback" not in caplog.text
