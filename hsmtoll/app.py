@@ -23,7 +23,7 @@ from hsmtoll import exchange
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.paths import check_regular, check_trusted
-from hsmtoll.settings import Settings, load, variable
+from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def missing(
             ("HSMTOLL_HSM__KEY", hsm.key or any(parts) or signer, _KEY),
         ]
     lacking = {name: why for name, value, why in wanted if not value}
-    return _missing(lacking) if lacking else None
+    return not_set(lacking) if lacking else None
 
 
 _ENVIRONMENTS: Final = "test, prod or sandbox; there is no default, so that nobody lands in prod"
@@ -117,15 +117,6 @@ _CLIENT_ID: Final = (
 )
 _MODULE: Final = "the path of your device's PKCS#11 module, a .so file"
 _KEY: Final = "an RFC 7512 URI; `hsmtoll objects` prints those of your device"
-
-
-def _missing(lacking: dict[str, str]) -> ConfigurationError:
-    *others, last = lacking
-    names = f"{', '.join(others)} and {last}" if others else last
-    hints = [f"{name}: {why}" if others else why for name, why in lacking.items()]
-    return ConfigurationError(
-        f"{names}: required, and not set", hint="\n".join(hints), code="setting-missing"
-    )
 
 
 @dataclass
@@ -149,7 +140,7 @@ class App:
     def family(self) -> Identity:
         """HSMTOLL_IDENTITY."""
         if self.settings.identity is None:
-            raise _missing({"HSMTOLL_IDENTITY": _IDENTITIES})
+            raise not_set({"HSMTOLL_IDENTITY": _IDENTITIES})
         return self.settings.identity
 
     @cached_property
@@ -164,10 +155,10 @@ class App:
                 given = self.settings.endpoints
                 if not (given.issuer and given.token and given.customs):
                     lacking = [name for name, url in given.model_dump().items() if not url]
-                    raise _missing({variable("endpoints", name): _SANDBOX for name in lacking})
+                    raise not_set({variable("endpoints", name): _SANDBOX for name in lacking})
                 return exchange.Endpoints(given.issuer, given.token, given.customs.rstrip("/"))
             case None:
-                raise _missing({"HSMTOLL_ENVIRONMENT": _ENVIRONMENTS})
+                raise not_set({"HSMTOLL_ENVIRONMENT": _ENVIRONMENTS})
 
     @cached_property
     def state(self) -> Path:
@@ -196,7 +187,7 @@ class App:
             return stores.FileStore(Path(url.removeprefix("file://")))
         key_file = self.settings.cache_key_file
         if key_file is None:
-            raise _missing({"HSMTOLL_CACHE_KEY_FILE": "values in Redis are encrypted with it"})
+            raise not_set({"HSMTOLL_CACHE_KEY_FILE": "values in Redis are encrypted with it"})
         return stores.RedisStore.at(
             url, key_file=key_file, ca_file=self.settings.ca_file, clock=self.clock
         )
@@ -211,7 +202,7 @@ class App:
         key_id = bytes.fromhex(hsm.key_id) if hsm.key_id else None
         parts = (hsm.token_label, hsm.token_serial, hsm.key_label, key_id)
         if not any(parts):
-            raise _missing({"HSMTOLL_HSM__KEY": _KEY})
+            raise not_set({"HSMTOLL_HSM__KEY": _KEY})
         return (
             KeyUri(token=hsm.token_label, serial=hsm.token_serial, object=hsm.key_label, id=key_id),
         )
@@ -226,7 +217,7 @@ class App:
         """HSMTOLL_HSM__MODULE, or the URI's module-path."""
         given = self.settings.hsm.module or (uri and uri.module_path)
         if not given:
-            raise _missing({"HSMTOLL_HSM__MODULE": _MODULE})
+            raise not_set({"HSMTOLL_HSM__MODULE": _MODULE})
         return str(given)
 
     @cached_property

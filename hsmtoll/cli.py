@@ -142,7 +142,8 @@ def _misused(exc: click.UsageError) -> UsageError:
     if isinstance(exc, click.NoSuchOption):
         near = did_you_mean(exc.option_name, options_of(exc.ctx), see)
         return UsageError(f"no such option: {foreign(exc.option_name)}", hint=near)
-    return UsageError(_lower(exc.format_message()), hint=see)
+    # click lists the values of a missing argument below each other.
+    return UsageError(_lower(" ".join(exc.format_message().split())), hint=see)
 
 
 class _Terminated(BaseException):
@@ -509,8 +510,10 @@ def _whom(
     if details is not None:
         try:
             given = _parsed(_body(details) or b"")
-        except ValueError:
-            raise UsageError("--authorization-details: that is not JSON", hint=_NO_JSON) from None
+        except ValueError as exc:
+            raise UsageError(
+                f"--authorization-details: that is not JSON{_place(exc)}", hint=_no_json(details)
+            ) from None
     return {
         "consumer_org": consumer_org,
         "resource": resource or None,
@@ -689,7 +692,7 @@ def test_auth(
     """
     Get a token, make the API's test call and print its status.
 
-    Success is 200. API is HSMTOLL_SCOPE where none is given, else road.
+    Success is 200. API is one of `hsmtoll apis`; HSMTOLL_SCOPE where none is given.
     """
     app = ours.app(use_final_try=use_final_try)
     # As `token`: without a word the default, or an error.
@@ -795,8 +798,10 @@ def call(
     if json_data is not None:
         try:
             _parsed(body or b"")
-        except ValueError:
-            raise UsageError("--json-data: that is not JSON", hint=_no_json(json_data)) from None
+        except ValueError as exc:
+            raise UsageError(
+                f"--json-data: that is not JSON{_place(exc)}", hint=_no_json(json_data)
+            ) from None
         sent.append(("Content-Type", "application/json"))
     whom = _whom(consumer_org, resource, details)
     app = ours.app(use_final_try=use_final_try)

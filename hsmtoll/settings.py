@@ -36,7 +36,7 @@ from hsmtoll.suggestions import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["Settings", "load", "profiles", "variable"]
+__all__ = ["Settings", "load", "not_set", "profiles", "variable"]
 
 _log = logging.getLogger("hsmtoll.settings")
 
@@ -275,6 +275,16 @@ def _fields(group: type[BaseModel] = Settings) -> Iterator[tuple[str, ...]]:
 def variable(*path: str) -> str:
     """The variable of a setting: ``("hsm", "module")`` is HSMTOLL_HSM__MODULE."""
     return _PREFIX + "__".join(path).upper()
+
+
+def not_set(lacking: Mapping[str, str]) -> ConfigurationError:
+    """The error that names all settings that are missing: what each is, by its variable."""
+    *others, last = lacking
+    names = f"{', '.join(others)} and {last}" if others else last
+    hints = [f"{name}: {why}" if others else why for name, why in lacking.items()]
+    return ConfigurationError(
+        f"{names}: required, and not set", hint="\n".join(hints), code="setting-missing"
+    )
 
 
 _PATHS: Final = frozenset(_fields())

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import logging
+import os
 import signal
 import socket
 from pathlib import Path
@@ -19,12 +20,11 @@ from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
 from hsmtoll.host import doors, system
-from hsmtoll.host.brake import needed
+from hsmtoll.host.brake import check_complete, needed
 from hsmtoll.host.service import Service
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 
 if TYPE_CHECKING:
-    import os
     import ssl
     from collections.abc import Callable, Coroutine
 
@@ -57,6 +57,7 @@ def serve(
     """
     keep_secrets_in_memory()
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
+    check_complete(settings.host, sockets="LISTEN_FDS" in os.environ)
     opened = _Doors(settings.host)
     try:
         service = Service(
@@ -117,11 +118,7 @@ class _Doors:
         if host.metrics is not None and not self.metrics:
             self.metrics.append(self._metrics(host.metrics))
         if not self.signing and not self.tls:
-            raise ConfigurationError(
-                "HSMTOLL_HOST__SOCKET: required, and not set, as is HSMTOLL_HOST__LISTEN",
-                hint="a path such as /run/hsmtoll/host.sock",
-                code="setting-missing",
-            )
+            check_complete(host, sockets=False)
 
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):

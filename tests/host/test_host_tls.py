@@ -70,6 +70,21 @@ def test_there_is_no_tcp_without_certificates_of_callers(
     assert "HSMTOLL_HOST__CLIENT_CA: required" in told.stderr
 
 
+def test_all_settings_that_the_host_lacks_are_named_at_once(
+    make_host: Callable[..., RunningHost],
+) -> None:
+    lacking = ("POLICY", "AUDIT_DIR", "AUDIT_KEY", "CERT", "CLIENT_CA")
+    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in lacking})
+    assert told.returncode == 10
+    first, *hints = told.stderr.splitlines()
+    assert first.startswith("hsmtoll: setting-missing: HSMTOLL_HOST__POLICY, ")
+    assert [hint.split(":")[1].strip() for hint in hints] == [f"HSMTOLL_HOST__{n}" for n in lacking]
+    # Without an address there is no TLS that needs a certificate.
+    none = ("SOCKET", "LISTEN", "CERT")
+    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in none})
+    assert "HSMTOLL_HOST__SOCKET: required, and not set" in told.stderr
+
+
 def test_a_certificate_on_the_policys_list_is_refused_and_its_twin_is_not(
     running_host: RunningHost,
 ) -> None:

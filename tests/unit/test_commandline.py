@@ -202,6 +202,7 @@ def test_verbosity_adds_up(line: str, level: int, capsys: pytest.CaptureFixture[
         ("key improt", "did you mean import?"),
         ("apis --jsn", "did you mean --json?"),
         ("apis --frobnicate", "see `hsmtoll apis --help`"),
+        ("completion", "Choose from: bash, zsh, fish\n"),
         ("audit verify --public-key=~/x .", "~ is not expanded here"),
         ("stop --config=~/host.toml", "~ is not expanded here"),
     ],
