@@ -21,7 +21,7 @@ import stat
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
@@ -1486,9 +1486,11 @@ def pin_clear(ours: _Globals, *, as_json: bool) -> None:
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
     forgotten = app.ledger.clear(*found)
+    # Each device has a record of its user's PIN and one of its keys' own.
+    devices = len({replace(each, user="user") for each in found})
     _print_result(
-        {"forgotten": forgotten, "devices": len(uris)},
-        f"forgot {forgotten} record(s) of {len(uris)} device name(s)",
+        {"forgotten": forgotten, "devices": devices},
+        f"forgot {forgotten} record(s) of {devices} device(s)",
         as_json=as_json,
     )
 

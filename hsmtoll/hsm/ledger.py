@@ -117,11 +117,11 @@ class Ledger:
         return len(record.get("refused", ())), len(tries)
 
     def clear(self, *places: Place) -> int:
-        """Forget what is known about *places*. Returns how many records there were."""
+        """Forget what is known about *places*. Returns how many had refused or unresolved PINs."""
         cleared = 0
         for place in places:
             with self.held(place) as page:
-                cleared += bool(page.record.keys() - {"cleared"})
+                cleared += any(page.record.get(name) for name in ("refused", "intents", "doubts"))
                 page.vouch()
         return cleared
 

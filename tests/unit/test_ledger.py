@@ -306,6 +306,15 @@ def test_devices_and_users_are_told_apart_and_clear_forgets_only_what_is_named(
     assert ledger.clear(PLACE) == 0
     die(ledger, WRONG)
     assert ledger.refusals(others[0]) == (1, 0)
+    assert ledger.clear(PLACE) == 1  # a try whose fate is not known
+
+
+def test_clear_counts_no_device_whose_pin_was_accepted_and_none_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    accept(ledger, RIGHT)
+    assert ledger.clear(PLACE) == 0
+    refuse(ledger, WRONG)
+    assert ledger.clear(PLACE) == 1
 
 
 def test_files_are_0600_in_a_directory_of_0700(tmp_path: Path) -> None:
