@@ -1267,6 +1267,9 @@ def _print_device(device: dict[str, Any]) -> None:
     examples=("hsmtoll doctor", "hsmtoll doctor --online --scope road"),
 )
 @click.option("--json", "as_json", is_flag=True, help="Every check, for a program.")
+@click.option(
+    "--sign", is_flag=True, help="Make one signature as well, over a text of a grant's size."
+)
 @click.option("--online", is_flag=True, help="Ask the services as well: clock, grants.")
 @click.option("--scope", "--api", "scopes", multiple=True, metavar="S",
               shell_complete=_api_names,
@@ -1279,6 +1282,7 @@ def doctor(
     ours: _Globals,
     *,
     as_json: bool,
+    sign: bool,
     online: bool,
     scopes: tuple[str, ...],
     crl: Path | None,
@@ -1289,7 +1293,8 @@ def doctor(
     Check settings, device, certificates and services.
 
     Each step is checked if the one before it is right. Exits with 0, or with the code of the
-    first failure. Nothing is sent without --online; whether Maskinporten trusts the issuer of
+    first failure. Nothing is sent without --online, and nothing signed without --sign or
+    --online; whether Maskinporten trusts the issuer of
     the certificate shows only with it.
     """
     from hsmtoll import doctor as checks
@@ -1303,7 +1308,7 @@ def doctor(
         report = checks.unsettled(exc)
     else:
         with contextlib.closing(app):
-            report = checks.run(app, online=online, scopes=scopes, crl=crl)
+            report = checks.run(app, online=online, signing=sign, scopes=scopes, crl=crl)
     told = report.evidence() if evidence else report.as_json() if as_json else None
     if told is not None:
         click.echo(_json(told))

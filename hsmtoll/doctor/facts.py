@@ -50,6 +50,7 @@ __all__ = [
     "pool_of",
     "revocation_of",
     "scopes_asked",
+    "sign",
 ]
 
 
@@ -57,7 +58,8 @@ __all__ = [
 class Seen:
     """
     What one key of the list showed. *error* is the first thing that went wrong on the way to
-    the key; everything behind it is empty then.
+    the key; everything behind it is empty then. *signed*: whether the signature that was made
+    was verified, or why there is none; None where none was asked for.
     """
 
     uri: KeyUri
@@ -70,6 +72,7 @@ class Seen:
     certificates: tuple[Certificate, ...] = ()
     unread: tuple[Unread, ...] = ()
     spied: bool = False
+    signed: bool | HsmTollError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +189,24 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     except HsmTollError as exc:
         found["error"] = exc
     return Seen(**found)
+
+
+def sign(app: App, facts: Facts, place: int) -> Facts:
+    """*facts* with one signature of the key at *place*, over what is no grant."""
+    from hsmtoll.hsm.device import SELF_TEST  # noqa: PLC0415 - only here is a module loaded
+
+    seen = facts.seen[place]
+    publics = [seen.key.public] if seen.key else []
+    publics += [each.public_key for each in candidates_of(facts, seen)]
+    candidates = tuple(dict.fromkeys(each for each in publics if each is not None))
+    signed: bool | HsmTollError
+    try:
+        verified = app.devices[place].signed(app.settings.alg, SELF_TEST, candidates=candidates)[1]
+        signed = verified is not None
+    except HsmTollError as exc:
+        signed = exc
+    done = replace(seen, signed=signed)
+    return replace(facts, seen=(*facts.seen[:place], done, *facts.seen[place + 1 :]))
 
 
 def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:

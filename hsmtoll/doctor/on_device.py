@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Final
 
 from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
-from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, foreign
 
 __all__ = ["CHECKS"]
 
@@ -174,6 +174,21 @@ def check_mechanism(way: Way) -> Check:
     )
 
 
+def check_signature(way: Way) -> Check:
+    """The device signs as much as a grant with x5c holds, where the user asks for that."""
+    if way.seen is None:
+        return skip("signature", NO_DEVICE)
+    signed = way.seen.signed
+    if isinstance(signed, HsmTollError):
+        return failed("signature", signed)
+    if signed is not None:
+        proven = "it verifies" if signed else "no public key is known to verify it with"
+        return ok("signature", f"made over a text as large as a grant with x5c, and {proven}")
+    if way.facts.answers is not None:
+        return skip("signature", "made for the grants of --online alone; --sign makes one before")
+    return skip("signature", "no signature was made: `hsmtoll doctor --sign` makes one")
+
+
 CHECKS: Final = (
     ("module", check_module),
     ("module-spy", check_spy),
@@ -185,4 +200,5 @@ CHECKS: Final = (
     ("key-usage", check_key_usage),
     ("key-protection", check_key_protection),
     ("mechanism", check_mechanism),
+    ("signature", check_signature),
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hsmtoll import chain as chains
     from hsmtoll.doctor.facts import Facts
 
-__all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain"]
+__all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain", "signing_key"]
 
 #: The way from the device outward, in order.
 CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
@@ -141,6 +141,17 @@ def signing_chain(facts: Facts) -> chains.Chain | None:
     """The chain of the key that signs; None with a kid, or where no key is usable."""
     ways = [way_of(facts, seen) for seen in facts.seen]
     return ways[_signing(ways)].chain if ways else None
+
+
+def signing_key(facts: Facts) -> int | None:
+    """The place of the key that signs; None where its device or the key has a failure."""
+    ways = [way_of(facts, seen) for seen in facts.seen]
+    place = _signing(ways)
+    if not ways or any(
+        each.check == "signature" and each.code == _NOT_REACHED for each in _walk(ways[place])
+    ):
+        return None
+    return place
 
 
 def _signing(ways: Sequence[Way]) -> int:

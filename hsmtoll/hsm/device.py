@@ -59,8 +59,9 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _LARGEST_CERTIFICATE: Final = 65536
-#: What a signing host has signed to see that its device works: no grant, and always the same.
-SELF_TEST: Final = SigningInput(b"hsmtoll signing host self-test, not a grant")
+#: What is signed to see that a device works: no grant, always the same, and as large as a grant
+#: with x5c, because there are mechanisms that take less.
+SELF_TEST: Final = SigningInput(b"hsmtoll self-test, not a grant".ljust(9216))
 
 #: Seconds, from and to, before each new start of a module that found no device at its very start.
 #: Together longer than the workers of a server need, on a busy machine, to log in side by side.

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried
+from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, doctor
 from hsmtoll.app import App
 from hsmtoll.hsm.codes import NOT_TRIED
+from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.uri import KeyUri
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hsmtoll.doctor import Check
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
@@ -531,6 +533,48 @@ def test_a_hashing_mechanism_that_cannot_take_an_assertion_is_replaced_once_for_
         # One for the short one, one in vain, and then one for each.
         assert toll_faults.count("C_SignInit") == 1 + 1 + 3
         assert signed(app)
+
+
+def test_the_self_test_of_a_signing_host_shows_what_cannot_take_a_grant(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+    toll_faults.set("data-limit", n=8000)
+    with program(isolation) as app:
+        (device,) = app.devices
+        public = device.key().public
+        assert public
+        # By the mechanism that hashes, in vain, and by the other.
+        assert public.verify("RS256", SELF_TEST, device.self_test("RS256", candidates=[public]))
+        assert toll_faults.count("C_SignInit") == 2
+
+
+def test_doctor_makes_one_signature_of_the_size_of_a_grant_where_it_is_asked_to(
+    toll_settings: Settings, toll_faults: Faults, isolation: str
+) -> None:
+    del toll_settings
+
+    def examined(*, signing: bool) -> tuple[dict[str, Check], int]:
+        toll_faults.reset_counts()
+        with program(isolation) as app:
+            report = doctor.run(app, signing=signing)
+        return {each.check: each for each in report.checks}, report.exit_code
+
+    checks, code = examined(signing=False)
+    assert (checks["signature"].verdict, code) == ("skip", 0)
+    assert "no signature was made" in checks["signature"].line
+    assert toll_faults.count("C_SignInit") == 0
+    checks, code = examined(signing=True)
+    assert (checks["signature"].verdict, code) == ("ok", 0)
+    assert "it verifies" in checks["signature"].line
+    assert toll_faults.count("C_SignInit") == 1
+    # Too little for a digest, too: what no check of flags and attributes shows.
+    toll_faults.set("data-limit", n=10)
+    checks, code = examined(signing=False)
+    assert (checks["signature"].verdict, code) == ("skip", 0)
+    checks, code = examined(signing=True)
+    assert (checks["signature"].verdict, code) == ("fail", 30)
+    assert checks["certificate"].code == "not-reached"
 
 
 @pytest.mark.parametrize("code", [0xA0, 0xA4, 0x50, 0xE0], ids=hex)
