@@ -125,7 +125,7 @@ def test_a_directory_of_the_system_that_is_relative_is_none(
     assert said(tmp_path, code, **{name: "/there"}, **home) == f"/there{below}"
 
 
-@pytest.mark.skipif(not is_root(), reason="another account's files are made by root alone")
+@pytest.mark.needs_root
 def test_a_runtime_directory_and_a_home_of_another_account_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
