@@ -1,4 +1,4 @@
-"""The examples of docs/http-api.md are run as they stand there, by a shell and by Node."""
+"""The examples of docs/http-api.md are run as they stand there, by a shell, Node and Java."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def sh(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_examples_of_node_at_the_sandbox_print_what_they_say(tmp_path: Path) -> None:
+def test_the_examples_of_node_and_java_at_the_sandbox_print_what_they_say(tmp_path: Path) -> None:
     (tmp_path / "clients.toml").write_text(blocks("toml")[0])
-    for program in blocks("js"):
-        name = re.match(r"// (\w+\.js)", program)
+    for program in [*blocks("js"), *blocks("java")]:
+        name = re.match(r"// (\w+\.(?:js|java))", program)
         assert name is not None
         (tmp_path / name[1]).write_text(program)
     shown = 0
@@ -36,17 +36,22 @@ def test_the_examples_of_node_at_the_sandbox_print_what_they_say(tmp_path: Path)
         expected = script.rstrip().rpartition("# ")[2]
         assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
         shown += 1
-    assert shown == 2
+    assert shown == 3
 
 
 def test_a_key_that_was_not_registered_gets_no_token(tmp_path: Path) -> None:
-    """The control of the first example."""
+    """The control of the first two examples."""
     (tmp_path / "clients.toml").write_text(blocks("toml")[0].replace("my-key.pub", "other.pub"))
     (tmp_path / "grant.js").write_text(blocks("js")[0])
+    (tmp_path / "Grant.java").write_text(blocks("java")[0])
     other = "openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out other.pem\n"
     other += "openssl pkey -in other.pem -pubout -out other.pub.pem\n"
     done = sh(other + blocks("sh")[0], tmp_path)
     assert done.stdout.strip() == "401"
+    done = sh(other + blocks("sh")[1], tmp_path)
+    assert done.returncode != 0
+    assert "IllegalStateException" in done.stderr
+    assert "invalid_grant" in done.stderr
 
 
 def test_the_admin_secret_is_told_where_it_is_asked_for_and_nowhere_else(tmp_path: Path) -> None:
