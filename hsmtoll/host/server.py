@@ -35,6 +35,8 @@ __all__ = ["serve"]
 
 _log = logging.getLogger("hsmtoll.host")
 
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 #: Seconds between two looks at what a timer looks after.
 _LOOK: Final = 1.0
 #: Seconds that a caller waits for the first self-test.
@@ -70,12 +72,29 @@ def serve(
     except HsmTollError:
         opened.close()
         raise
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         asyncio.run(_Host(service, opened, ready, patience=settings.deadline).run())
     finally:
         opened.close()
         service.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
+
+
+def _on_signal(number: signal.Signals, act: Callable[[], object]) -> None:
+    """
+    Have the running loop call *act*. Unlike the loop's own handler this one outlives the loop: a
+    second signal ends nothing in the middle of what is put away.
+    """
+    loop = asyncio.get_running_loop()
+
+    def handler(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(act)
+
+    signal.signal(number, handler)
 
 
 def _still_starting() -> None:
@@ -195,8 +214,8 @@ class _Host:
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ended.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._start(self._reload()))
+            _on_signal(number, ended.set)
+        _on_signal(signal.SIGHUP, lambda: self._start(self._reload()))
         opened = self._opened
         own = [doors.Door(each, self._health, peers_known=False) for each in opened.metrics]
         signing = [doors.Door(each, self._answer) for each in opened.signing]
