@@ -12,6 +12,7 @@ import json
 import os
 import pwd
 import re
+import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ import platformdirs
 from hsmtoll import exchange
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular, check_trusted
+from hsmtoll.paths import check_regular, check_trusted, loose
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.tokens import TokenRequest
 
@@ -553,6 +554,17 @@ def _anothers(path: Path) -> bool:
 
 #: Where XDG Base Directory has these two where nothing is set.
 _BELOW_HOME: Final = {"HSMTOLL_STATE": ".local/state", "HSMTOLL_CACHE": ".cache"}
+
+
+def keep_temporary_files_private() -> None:
+    """
+    Temporary files of this process lie below the user's cache directory where others may change
+    the usual place: a PIN file or a CA file there would be refused.
+    """
+    if loose(Path(tempfile.gettempdir())) is not None:
+        place = _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.tempdir = str(place)
 
 
 def _at_home(of: Callable[[str], str], name: str) -> Path:

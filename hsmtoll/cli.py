@@ -1803,6 +1803,9 @@ def sandbox(
         raise UsageError(
             "sandbox: its server is not installed", hint=install_extra("sandbox")
         ) from exc
+    from hsmtoll.app import keep_temporary_files_private
+
+    keep_temporary_files_private()
     if command:
         from hsmtoll.testing.identity import run_as
 

@@ -106,6 +106,9 @@ def test_a_wrong_pin_is_refused_over_the_socket(
     wrong.write_text("not-this-one", "ascii")
     refused = hsmtoll("sign", "road", environ={**host_environ, "HSMTOLL_HSM__PIN_FILE": str(wrong)})
     assert refused.returncode == 20, refused.stderr
+    # Who had it refused may correct it; nobody else could now, with a PIN that no person typed.
+    taken = hsmtoll("sign", "road", environ=host_environ)
+    assert taken.returncode == 0, taken.stderr
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
