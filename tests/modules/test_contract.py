@@ -6,6 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -57,6 +58,16 @@ def test_its_signatures_verify_elsewhere(stack: Stack, tmp_path: Path, alg: str)
     assert subprocess.run(
         [*judge, *map(str, paths[1:])], capture_output=True, check=False
     ).returncode
+
+
+def test_it_signs_as_much_as_a_grant_with_certificates_holds(stack: Stack, tmp_path: Path) -> None:
+    text = "x" * 9216
+    with stack.driver(tmp_path) as driver:
+        signature = bytes.fromhex(driver.does("sign", alg="RS256", text=text))
+        key = public(driver)
+    key.verify(signature, text.encode(), padding.PKCS1v15(), hashes.SHA256())
+    with pytest.raises(InvalidSignature):
+        key.verify(signature, text[1:].encode(), padding.PKCS1v15(), hashes.SHA256())
 
 
 def test_a_wrong_pin_is_tried_once_and_the_right_one_still_works(
