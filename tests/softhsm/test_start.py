@@ -123,14 +123,34 @@ def test_one_that_comes_late_is_found_at_the_third_look(
     assert toll_faults.count("C_Login") == 1
 
 
+def stumbling(
+    faults: Faults, function: str, rv: int, slept: list[float]
+) -> Callable[[float], None]:
+    """
+    Have *function* fail at the first look; what to call in the pause after it.
+
+    Each slot is asked with C_GetTokenInfo, in any order, and one that answers with an error hides
+    no other: all of them fail until the pause.
+    """
+    if function != "C_GetTokenInfo":
+        faults.set("nth-call-fails", function=function, rv=rv)
+        return slept.append
+    faults.set("call-fails", function=function, rv=rv)
+
+    def pause(seconds: float) -> None:
+        slept.append(seconds)
+        faults.clear("call-fails")
+
+    return pause
+
+
 @pytest.mark.parametrize("function", ["C_GetSlotList", "C_GetTokenInfo", "C_OpenSession"])
 @pytest.mark.parametrize("first", ["certificates", "sign"])
 def test_a_module_that_stumbles_over_half_a_file_is_started_once_more(
     make: Callable[..., Device], toll_faults: Faults, function: str, first: str
 ) -> None:
     slept: list[float] = []
-    device = make(slept.append)
-    toll_faults.set("nth-call-fails", function=function, rv=GENERAL)
+    device = make(stumbling(toll_faults, function, GENERAL, slept))
     if first == "certificates":
         device.certificates()
     assert device.sign("RS256", DATA)
@@ -181,8 +201,7 @@ def test_a_command_that_writes_starts_its_module_once_more_before_it_does(
     make: Callable[..., Device], toll_faults: Faults, key: str, function: str, rv: int
 ) -> None:
     slept: list[float] = []
-    toll_faults.set("nth-call-fails", function=function, rv=rv)
-    device = make(slept.append)
+    device = make(stumbling(toll_faults, function, rv, slept))
     assert key in {each.label for each in objects.keys(device)}
     assert toll_faults.count("C_Initialize") == 2
     assert len(slept) == 1
