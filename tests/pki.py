@@ -19,9 +19,12 @@ from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
 from hsmtoll.certificate import Certificate
+from hsmtoll.sandbox.pki import eseal_authority, pem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from hsmtoll.hsm.device import Device
 
 Key = (
     rsa.RSAPrivateKey
@@ -178,3 +181,11 @@ def good() -> tuple[Certificate, Certificate, Certificate]:
 def spki(key: Key) -> bytes:
     """SubjectPublicKeyInfo of the key's public half."""
     return key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def chain_for(device: Device) -> bytes:
+    """A fresh eSeal for the device's key with its chain, root first, as PEM."""
+    public = device.key().public
+    assert public is not None
+    authority = eseal_authority()
+    return pem(*reversed(authority.chain), authority.issue(public.spki()))

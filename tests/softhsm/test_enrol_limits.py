@@ -6,13 +6,12 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import DeviceError, UsageError, enrol
 from hsmtoll.app import App
 from hsmtoll.jws import SigningInput
-from hsmtoll.sandbox import pki
 from hsmtoll.settings import load
+from tests.pki import chain_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,14 +33,6 @@ def device(
     app = App(load(hsm__key=toll_softhsm.uri(label), hsm__module=toll_faults.module))
     yield app.devices[0]
     app.close()
-
-
-def chain_for(device: Device) -> bytes:
-    public = device.key().public
-    assert public is not None
-    authority = pki.eseal_authority()
-    every = (*reversed(authority.chain), authority.issue(public.spki()))
-    return b"".join(each.public_bytes(Encoding.PEM) for each in every)
 
 
 def test_a_device_with_room_for_one_certificate_gets_the_leaf_and_the_rest_is_named(

@@ -16,6 +16,7 @@ from hsmtoll.app import App
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import load
 from tests.lab import PIN, make_lab
+from tests.pki import chain_for
 from tests.softhsm.test_enrol import SUBJECT
 
 if TYPE_CHECKING:
@@ -52,15 +53,6 @@ def device(
     yield app.devices[0]
     toll_faults.clear()
     app.close()
-
-
-def chain_for(device: Device) -> bytes:
-    """A fresh eSeal for the device's key with its chain, as PEM."""
-    public = device.key().public
-    assert public is not None
-    authority = pki.eseal_authority()
-    every = (*reversed(authority.chain), authority.issue(public.spki()))
-    return b"".join(each.public_bytes(Encoding.PEM) for each in every)
 
 
 # ---------------------------------------------------------------------- key generate
