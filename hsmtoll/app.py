@@ -23,7 +23,7 @@ import platformdirs
 from hsmtoll import exchange
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular, check_trusted, loose
+from hsmtoll.files import check_regular, check_trusted, loose
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.tokens import TokenRequest
 

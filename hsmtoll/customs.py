@@ -7,10 +7,8 @@ the answers; one driver a colour speaks it. How a token is had never enters.
 
 from __future__ import annotations
 
-import contextlib
 import http
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from hsmtoll import apis, tls
+from hsmtoll import apis, files, tls
 from hsmtoll.clock import retry_after
 from hsmtoll.errors import (
     ApiRefused,
@@ -827,17 +825,9 @@ class Marker:
         """
         if self._path is None:
             return
-        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-            with os.fdopen(os.open(draft, flags, 0o600), "w", encoding="ascii") as file:
-                file.write(marker)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._path)
+            files.replace(self._path, marker.encode("ascii"))
         except OSError as exc:
-            with contextlib.suppress(OSError):
-                draft.unlink()
             raise self._unusable(exc) from exc
 
     def _unusable(self, exc: Exception | None) -> UsageError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll.certificate_files import Bundle, bundle_in
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular, check_trusted
+from hsmtoll.files import check_regular, check_trusted
 
 if TYPE_CHECKING:
     import os

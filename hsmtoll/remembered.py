@@ -7,10 +7,10 @@ Nothing secret and nothing that must not be lost: what cannot be kept is learned
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from hsmtoll import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,9 +39,6 @@ class Remembered:
         self.text = text
         if self.path is None:
             return
-        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.{threading.get_ident()}")
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft.write_text(text, encoding="ascii")
-            draft.chmod(0o600)
-            draft.replace(self.path)
+            files.replace(self.path, text.encode("ascii"), fsync=False)

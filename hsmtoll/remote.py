@@ -40,7 +40,7 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
-from hsmtoll.paths import check_secret, check_trusted
+from hsmtoll.files import check_secret, check_trusted
 from hsmtoll.proof import Expected, Proof, not_believed, prove
 from hsmtoll.wire import Door, Wire
 

@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_trusted
+from hsmtoll.files import check_trusted
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
+from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
-from hsmtoll.paths import check_secret, reclaim
+from hsmtoll.files import check_secret, reclaim
 
 if TYPE_CHECKING:
     import socket
@@ -147,19 +148,11 @@ class FileStore:
         """Keep *value* by an atomic replace; a full disk keeps nothing and breaks nothing."""
         del ttl
         self._checked_directory()
-        draft = self._directory / f".{key}.{os.getpid()}.{threading.get_ident()}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            # One that a killed process of the same number has left.
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
-                file.write(value)
-            draft.replace(self._directory / f"{key}.json")
+            files.replace(self._directory / f"{key}.json", value, fsync=False)
         except OSError as exc:
             # Fail soft: the caller has the token; the next process renews.
             _log.warning("cache %s: a token could not be kept (%s)", self._directory, exc.strerror)
-            with contextlib.suppress(OSError):
-                draft.unlink()
 
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
@@ -464,7 +457,7 @@ def read_key(path: Path) -> bytes:
     The 32 bytes of a key file: as they are, or as hexadecimal or base64 text.
 
     ConfigurationError unless it belongs to root or this user and nobody else may read it, but a
-    group that root gave it to (`paths.exposed`).
+    group that root gave it to (`files.exposed`).
     """
     try:
         # At once, although it were a pipe that nobody writes into.

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_regular, check_trusted
+from hsmtoll.files import check_regular, check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

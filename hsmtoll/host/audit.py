@@ -21,7 +21,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from hsmtoll import files
 from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
+from hsmtoll.files import check_own, check_secret
 from hsmtoll.host.audit_log import (
     EVENTS,
     MAX_UNSEALED,
@@ -36,7 +38,6 @@ from hsmtoll.host.audit_log import (
     verify,
 )
 from hsmtoll.host.quota import DAY, Usage
-from hsmtoll.paths import check_own, check_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,14 +204,14 @@ class Audit:
         flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC
         checkpoints = os.open(checkpoints_of(path), flags, 0o640)
         descriptor = os.open(path, flags, 0o640)
-        _sync_directory(self._directory)
+        files.sync_directory(self._directory)
         return descriptor, os.fstat(descriptor).st_size, checkpoints
 
     def _carry_over(self, segments: list[Path], fresh: Path) -> None:
         """A segment's checkpoints begin with the last one of the segment before."""
         if segments:
             last = checkpoints_of(segments[-1]).read_bytes().splitlines(keepends=True)[-1]
-            _replace(checkpoints_of(fresh), last, mode=0o640)
+            files.replace(checkpoints_of(fresh), last, mode=0o640)
 
     def write(self, event: str, **members: Any) -> tuple[int, str]:
         """One record, on disk when this returns. The seq and the head; AuditBroken otherwise."""
@@ -338,7 +339,7 @@ class Audit:
             try:
                 _write_all(self._checkpoints, line)
                 os.fsync(self._checkpoints)
-                _replace(self._noted, json.dumps({"seq": seq, "head": head}).encode(), mode=0o600)
+                files.replace(self._noted, json.dumps({"seq": seq, "head": head}).encode())
             except OSError as exc:
                 raise self._breaks(exc) from exc
             self._checkpoint_sha256 = sha256(line)
@@ -390,34 +391,12 @@ def _write_all(descriptor: int, line: bytes) -> None:
         written += os.write(descriptor, line[written:])
 
 
-def _replace(path: Path, raw: bytes, *, mode: int) -> None:
-    """*path* is *raw*, whole and on disk, or as it was. OSError for what cannot be written."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
-    try:
-        _write_all(descriptor, raw)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    draft.replace(path)
-    _sync_directory(path.parent)
-
-
 def _drop_half_line(file: Path) -> None:
     raw = file.read_bytes()
     if raw and not raw.endswith(b"\n"):
         with file.open("r+b") as whole:
             whole.truncate(raw.rfind(b"\n") + 1)
             os.fsync(whole.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _private(path: Path) -> Ed25519PrivateKey:

@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_trusted
+from hsmtoll.files import check_trusted, sync_directory
 from hsmtoll.settings import not_set, variable
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def stop(path: Path) -> bool:
     try:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
-            _sync(path.parent)
+            sync_directory(path.parent)
             return True
     except OSError as exc:
         raise _not_allowed(path, "stop", exc) from exc
@@ -113,20 +113,12 @@ def resume(path: Path) -> bool:
     """Remove the file; whether it was there."""
     try:
         path.unlink()
-        _sync(path.parent)
+        sync_directory(path.parent)
     except FileNotFoundError:
         return False
     except OSError as exc:
         raise _not_allowed(path, "resume", exc) from exc
     return True
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _not_allowed(path: Path, doing: str, exc: OSError) -> ConfigurationError:

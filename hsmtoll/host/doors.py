@@ -39,9 +39,9 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
+from hsmtoll.files import check_secret, check_trusted
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
-from hsmtoll.paths import check_secret, check_trusted
 from hsmtoll.tokens import details_text
 
 if TYPE_CHECKING:

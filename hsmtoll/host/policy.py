@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
+from hsmtoll.files import check_trusted
 from hsmtoll.host.peers import Peer
-from hsmtoll.paths import check_trusted
 from hsmtoll.tokens import TokenRequest, details_text
 
 if TYPE_CHECKING:

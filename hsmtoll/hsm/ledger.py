@@ -27,8 +27,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from hsmtoll import files
 from hsmtoll.errors import DeviceError, PinNotTried, foreign
-from hsmtoll.paths import reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -137,7 +137,7 @@ class Ledger:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         for each in (folder.parent, folder):
-            reclaim(each)
+            files.reclaim(each)
         facts, above = folder.stat(), folder.parent.stat()
         if facts.st_uid != os.geteuid():
             raise PermissionError(1, "it belongs to another account")
@@ -308,7 +308,7 @@ class Page:
         self.record = {}
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-            _sync(self.path.parent)
+            files.sync_directory(self.path.parent)
 
     def refuse(self, pin: Pin) -> None:
         """The device refused *pin*: its value is not tried again."""
@@ -367,14 +367,7 @@ class Page:
             return
         place = self.place
         words = {"schema": 1, "device": place.label, "serial": place.serial, "user": place.user}
-        fresh = self.path.with_suffix(".new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(fresh, flags, 0o600), "w") as file:
-            json.dump({**words, **record}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.path)
-        _sync(self.path.parent)
+        files.replace(self.path, json.dumps({**words, **record}).encode("ascii"))
 
 
 def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
@@ -457,11 +450,3 @@ def _wait_for(lock: int, place: Place) -> None:
             time.sleep(0.02)
         else:
             return
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,10 +19,10 @@ import pkcs11
 from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.files import loose
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.makers import maker_of
-from hsmtoll.paths import loose
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.paths import check_trusted, loose
+from hsmtoll.files import check_trusted, loose
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

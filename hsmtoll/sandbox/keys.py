@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
+
+from hsmtoll import files
 
 __all__ = ["signing_key"]
 
@@ -50,8 +51,5 @@ def _folder() -> Path:
 
 def _keep(path: Path, key: rsa.RSAPrivateKey) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Written beside and moved: several test runs may start at once.
-    descriptor, beside = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    Path(beside).replace(path)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    files.replace(path, pem, fsync=False)

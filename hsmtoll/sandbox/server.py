@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.sandbox import jose
 from hsmtoll.sandbox.faults import NAMES, Fault, Faults
@@ -717,15 +718,9 @@ def _lines(variables: Mapping[str, str]) -> str:
 
 def write_env(path: Path, variables: Mapping[str, str]) -> None:
     """``NAME=value`` lines, for this user alone (0600). Raises ConfigurationError (10)."""
-    # Written beside and moved: whoever waits for the file never reads half of it.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        beside.touch(mode=0o600)
-        beside.write_text(_lines(variables), "utf-8")
-        beside.replace(path)
+        files.replace(path, _lines(variables).encode(), fsync=False)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise ConfigurationError(
             f"--env-file {foreign(path)}: cannot be written ({error.strerror})",
             code="sandbox-env-file",

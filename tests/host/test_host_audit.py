@@ -425,7 +425,7 @@ def test_a_start_reads_the_last_day_alone(tmp_path: Path, monkeypatch: pytest.Mo
         audit_in(tmp_path, now=NOW + 6 * 86_400.0 + 60.0)
 
 
-@pytest.mark.parametrize("step", ["_replace", "_sync_directory"])
+@pytest.mark.parametrize("step", ["replace", "sync_directory"])
 def test_a_host_that_is_killed_between_two_segments_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -438,7 +438,7 @@ def test_a_host_that_is_killed_between_two_segments_goes_on(
         raise OSError(5, "gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"hsmtoll.host.audit.{step}", gone)
+        patch.setattr(f"hsmtoll.files.{step}", gone)
         with pytest.raises(AuditBroken):
             intents(audit, 1)
     killed(audit)

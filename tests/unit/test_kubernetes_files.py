@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import ConfigurationError, PinNotTried
+from hsmtoll.files import exposed, loose
 from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.paths import exposed, loose
 from hsmtoll.stores import FileStore, read_key
 from tests.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, is_root
 
@@ -135,7 +135,7 @@ def test_the_root_of_a_volume_is_refused_and_a_directory_below_it_is_ours(tmp_pa
 _LOOK = """
 import sys
 from pathlib import Path
-from hsmtoll.paths import loose
+from hsmtoll.files import loose
 print(loose(Path(sys.argv[1])))
 """
 

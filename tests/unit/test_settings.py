@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.paths import check_trusted
+from hsmtoll.files import check_trusted
 from hsmtoll.settings import Settings, load, variable
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
-from tests.accounts import OTHER
+from tests.accounts import OTHER, importable
 
 KEY = name_of("a key")
 
@@ -133,12 +132,20 @@ def test_a_place_that_cannot_be_a_directory_is_a_clear_error(tmp_path: Path) -> 
 
 def test_a_draft_left_by_a_killed_process_is_no_obstacle(store: FileStore, tmp_path: Path) -> None:
     store.put(KEY, b"old", ttl=1)
-    draft = tmp_path / "cache" / f".{KEY}.{os.getpid()}.{threading.get_ident()}"
-    draft.write_bytes(b"torn")
+    kill_while_writing = (
+        "import os, sys, signal; from pathlib import Path; from hsmtoll.stores import FileStore;"
+        "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "FileStore(Path(sys.argv[1])).put(sys.argv[2], b'torn', ttl=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", kill_while_writing, tmp_path / "cache", KEY],
+        check=False, env=os.environ | importable(),
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     assert store.get(KEY) == Kept(b"old")
     store.put(KEY, b"new", ttl=1)
     assert store.get(KEY) == Kept(b"new")
-    assert not draft.exists()
 
 
 def test_a_full_disk_keeps_the_old_value_and_fails_nobody(tmp_path: Path) -> None:

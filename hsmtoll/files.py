@@ -1,5 +1,5 @@
 """
-Who may change a file, in one rule with three roles.
+Who may change a file, in one rule with three roles; and the one way to replace a file.
 
 ``trust``: code, or what decides whom to trust: root or this account owns it and each directory and
 link on the way, and nobody else may write there. ``secret``: nobody else may read it either.
@@ -8,10 +8,12 @@ link on the way, and nobody else may write there. ``secret``: nobody else may re
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
 import pwd
+import secrets
 import stat
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,8 @@ __all__ = [
     "exposed",
     "loose",
     "reclaim",
+    "replace",
+    "sync_directory",
 ]
 
 #: Links that the kernel follows on one way (path_resolution(7)).
@@ -205,3 +209,41 @@ def check_regular(path: Path) -> None:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
+
+
+def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -> None:
+    """
+    Make *path* a file of *data* and *mode* (less the umask), in one step: a reader finds the old
+    file or the new one, whole. With *fsync*, the new one is on the disk when this returns.
+
+    A link is replaced, not what it leads to. OSError for what cannot be written, or is there and
+    is no regular file, such as /dev/null.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        check_regular(path)
+    # A name that nobody can guess: several processes may write at once, and /tmp is shared.
+    draft = path.with_name(f".{secrets.token_hex(8)}.new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(draft, flags, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if fsync:
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    if fsync:
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in the directory *path* to the disk: what is new, replaced or removed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.files import check_own, check_secret, check_trusted, replace
 from hsmtoll.followed import CertificateFile
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.doors import server_context
 from hsmtoll.hsm.pin import PinCommand, PinFile
-from hsmtoll.paths import check_own, check_secret, check_trusted
 from hsmtoll.settings import Settings, load
 from hsmtoll.stores import read_key
 from hsmtoll.tls import client_context, host_context
@@ -284,7 +286,7 @@ def test_a_group_of_this_account_alone_may() -> None:
     program = (
         "import os, sys; from pathlib import Path; from tests.accounts import become, import_all;"
         "import_all(); become(int(sys.argv[2]), int(sys.argv[3]));"
-        "from hsmtoll.paths import loose; print(loose(Path(sys.argv[1]), own=True))"
+        "from hsmtoll.files import loose; print(loose(Path(sys.argv[1]), own=True))"
     )
 
     def judged(folder: str, group: int) -> str:
@@ -300,3 +302,64 @@ def test_a_group_of_this_account_alone_may() -> None:
         os.chown(folder, OTHER, OTHER)
         assert judged(folder, OTHER) == "None"
         assert judged(folder, OTHER + 1) == folder
+
+
+# ------------------------------------------------------------------ replacing a file
+
+
+def test_a_reader_finds_the_old_file_or_the_new_one_and_never_half_of_one(place: Path) -> None:
+    path = place / "file"
+    contents = {bytes([letter]) * 300_000 for letter in b"ab"}
+    replace(path, b"a" * 300_000)
+
+    def write() -> None:
+        for number in range(40):
+            replace(path, b"ab"[number % 2 : number % 2 + 1] * 300_000, fsync=number % 3 == 0)
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for each in writers:
+        each.start()
+    seen = {path.read_bytes()}
+    while any(each.is_alive() for each in writers):
+        seen.add(path.read_bytes())
+    assert seen <= contents
+    assert [each.name for each in place.iterdir()] == ["file"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("fails_at", ["fsync", "replace"])
+def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    path = put(place, b"old")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os if fails_at == "fsync" else Path, fails_at, full)
+        with pytest.raises(OSError, match="No space left"):
+            replace(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in place.iterdir()] == ["file"]
+    replace(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(place: Path) -> None:
+    path, link = put(place, b"old"), place / "link"
+    link.symlink_to(path)
+    replace(link, b"new")
+    assert (path.read_bytes(), link.read_bytes(), link.is_symlink()) == (b"old", b"new", False)
+
+
+def test_what_is_no_regular_file_is_never_replaced(place: Path) -> None:
+    """As root, a marker of /dev/null would else leave the machine without one."""
+    pipe, folder, link = place / "pipe", place / "folder", place / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to("/dev/null")
+    for each in (pipe, folder, link):
+        with pytest.raises(OSError, match="not a regular file"):
+            replace(each, b"new")
+    assert sorted(each.name for each in place.iterdir()) == ["folder", "link", "pipe"]
