@@ -43,7 +43,6 @@ __all__ = [
     "FirstUp",
     "Lineage",
     "LocalSigner",
-    "Prepared",
     "SecondChoice",
     "Signer",
     "SpentOnce",
@@ -143,40 +142,6 @@ class _Proven:
     unwanted: frozenset[str]
     supplied: Bundle
     grants: dict[TokenRequest, Grant] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class Prepared:
-    """
-    An assertion of *signer* that lacks its signature, by the private half of *key*; *began*: when
-    its time began to run.
-    """
-
-    signer: LocalSigner
-    unsigned: jws.SigningInput
-    key: jws.RsaPublicKey
-    began: Moment
-
-    def proven(self, signature: bytes) -> str:
-        """The assertion. DeviceError (``signature-wrong``) if *signature* is not by the key."""
-        whole = self.key.padded(signature)
-        if not self.key.verify(self.signer.alg, self.unsigned, whole):
-            raise _wrong()
-        return self.compact(whole)
-
-    def compact(self, signature: bytes) -> str:
-        """
-        The assertion, with a *signature* that verifies. DeviceError (``device-slow``) where fewer
-        than 30 s are left of it (PROTOCOL C05).
-        """
-        took = self.signer.clock.now().boot - self.began.boot
-        if LIFETIME - took < MIN_LEFT:
-            raise DeviceError(
-                f"signing: the device took {took:.0f} s, which leaves a grant too little time",
-                hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
-                code="device-slow",
-            )
-        return jws.compact(self.unsigned, signature)
 
 
 class LocalSigner:
@@ -458,24 +423,21 @@ class LocalSigner:
         try:
             return self._signed(request)
         except HsmTollError as exc:
-            self.failed(exc)
+            # The device is looked at afresh the next time.
+            self._proven = self._bare = None
+            if exc.code == "signature-wrong":
+                self._learned = None
             raise
-
-    def failed(self, exc: HsmTollError) -> None:
-        """Told why there is no signature: the device is looked at afresh the next time."""
-        self._proven = self._bare = None
-        if exc.code == "signature-wrong":
-            self._learned = None
 
     def _signed(self, request: TokenRequest) -> str:
         grant, key = self._grant(request)
         self.device.login()
-        made = self._prepared(grant, key)
-        signature, by = self.device.signed(
-            self.alg, made.unsigned, candidates=(key, *self._guesses)
-        )
+        began = self.clock.now()
+        unsigned = grant.unsigned(now=began.wall + self._skew.seconds, jti=self._new_jti())
+        signature, by = self.device.signed(self.alg, unsigned, candidates=(key, *self._guesses))
         if by == key:
-            return made.compact(signature)
+            self._check_time_left(began)
+            return jws.compact(unsigned, signature)
         if by not in self._guesses:
             raise _wrong()
         self._learned = by
@@ -486,22 +448,14 @@ class LocalSigner:
             retryable=True,
         )
 
-    def prepared(self, request: TokenRequest) -> Prepared | None:
-        """
-        For one who has it signed without waiting: what `assertion` would sign now, where nothing
-        has to be asked of the device before, which is logged in; else ``None``.
-        """
-        now = self.clock.now()
-        bare, unwanted = self._kid is not None, self._lineage.unwanted(now.wall)
-        known = self._bare_key(now) if bare else self._known(now, unwanted)
-        if known is None or self._guesses:
-            return None
-        return self._prepared(*self._grant(request))
-
-    def _prepared(self, grant: Grant, key: jws.RsaPublicKey) -> Prepared:
-        now = self.clock.now()
-        unsigned = grant.unsigned(now=now.wall + self._skew.seconds, jti=self._new_jti())
-        return Prepared(self, unsigned, key, now)
+    def _check_time_left(self, began: Moment) -> None:
+        took = self.clock.now().boot - began.boot
+        if LIFETIME - took < MIN_LEFT:
+            raise DeviceError(
+                f"signing: the device took {took:.0f} s, which leaves a grant too little time",
+                hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
+                code="device-slow",
+            )
 
     def _grant(self, request: TokenRequest) -> tuple[Grant, jws.RsaPublicKey]:
         if self._kid is not None:

@@ -2,7 +2,7 @@
 One request from its door to the device: policy, stop and quota, the intent on disk, the signature,
 the result.
 
-    desk: look ──► a place at the device? ──► decide, intent ──► synced ──► ahead, or its thread
+    desk: look ──► a place at the device? ──► decide, intent ──► synced ──► the device's thread
             └─ no: refused     └─ no: wait                                      │ sign
                                           reply ◄── synced ◄── desk: result ◄───┘
 
@@ -41,16 +41,14 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.host.ahead import QUICK, Ahead, Turn
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.brake import check_stop_directory, needed, stop_file, stopped_by
 from hsmtoll.host.desk import Desk
 from hsmtoll.host.policy import Ask, Policy, Verdict, decide
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.hsm.device import SELF_TEST
-from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.settings import load
-from hsmtoll.signer import FirstUp, LocalSigner, SecondChoice, new_jti, readable
+from hsmtoll.signer import SecondChoice, new_jti, readable
 
 if TYPE_CHECKING:
     import asyncio
@@ -63,10 +61,8 @@ if TYPE_CHECKING:
     from hsmtoll.host.desk import Then
     from hsmtoll.host.peers import Peer
     from hsmtoll.host.policy import Mode
-    from hsmtoll.hsm.device import Device
     from hsmtoll.renewal import Engine
     from hsmtoll.settings import Settings
-    from hsmtoll.signer import Prepared
     from hsmtoll.tokens import AccessToken, TokenRequest
 
     Reply = dict[str, Any]
@@ -88,9 +84,6 @@ _TRIES: Final = 4
 #: Orders that have a place at a device for each of its workers: one is being signed, the others'
 #: records are on the way to the disk meanwhile. What is decided about them is not looked at again.
 _PLACES: Final = 4
-
-#: The same at a device that is quick: nobody waits long enough to be decided about twice.
-_QUICK_PLACES: Final = 32
 
 #: Threads that fetch tokens from Maskinporten and Customs: one for each caller that may wait.
 _FETCHING: Final = 144
@@ -163,7 +156,7 @@ class _Errand:
     until: float
     reply: Future[Reply]
     jti: str = ""
-    signing: Future[None] | Turn | None = None
+    signing: Future[None] | None = None
     again: bool = False
 
 
@@ -203,8 +196,7 @@ class _House:
     @property
     def places(self) -> int:
         """How many may be on their way to the device at once."""
-        quick = all(getattr(each, "pace", _SOON) <= QUICK for each in self.app.devices)
-        return (_QUICK_PLACES if quick else _PLACES) * self.workers
+        return _PLACES * self.workers
 
 
 class _Uncorrected(Skew):
@@ -273,18 +265,13 @@ class Service:
         self.audit.seal()
         self._underway: set[Future[Reply]] = set()
         self._desk = Desk(self.audit, company=lambda: len(self._underway))
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ahead: dict[Device, Ahead] = {}
 
     def on_loop(self, loop: asyncio.AbstractEventLoop | None) -> None:
         """
         From now on what follows is run by *loop*, whose thread calls this and asks for grants;
         ``None``: by threads again. Nothing else about it changes.
         """
-        self._loop = loop
         self._desk.follow = loop.call_soon_threadsafe if loop is not None else None
-        while loop is None and self._ahead:
-            self._ahead.popitem()[1].close()
 
     # ------------------------------------------------------------------ rules
 
@@ -643,10 +630,6 @@ class Service:
         return partial(self._sent, errand)
 
     def _sent(self, errand: _Errand) -> None:
-        if not self._sent_ahead(errand):
-            self._sent_by_thread(errand)
-
-    def _sent_by_thread(self, errand: _Errand) -> None:
         errand.signing = errand.house.hands.submit(self._sign, errand)
 
     def _resulted(self, errand: _Errand, outcome: str | Exception) -> Then:
@@ -705,8 +688,6 @@ class Service:
 
     def _close_if_idle(self, house: _House) -> None:
         if not house.at_device:
-            for device in house.app.devices:
-                self._ahead.pop(device, None)
             house.hands.submit(house.app.close)
 
     def _emptied(self, house: _House, why: Callable[[], HsmTollError]) -> None:
@@ -759,64 +740,6 @@ class Service:
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is written down and told
             outcome = exc
         self._desk.put(partial(self._resulted, errand, outcome), errand.reply.set_exception)
-
-    def _sent_ahead(self, errand: _Errand) -> bool:
-        """To a device that is quick and needs nothing else, from the loop and without a thread."""
-        signer = errand.house.app.signer
-        if isinstance(signer, FirstUp):
-            signer = signer.first or signer
-        if self._loop is None or not isinstance(signer, LocalSigner):
-            return False
-        device = signer.device
-        if not isinstance(device, IsolatedDevice):
-            return False
-        ahead = self._ahead.get(device)
-        if ahead is None:
-            ahead = self._ahead[device] = Ahead(device, self._loop)
-        prepare = partial(self._prepared, errand, signer)
-        errand.signing = ahead.ask(prepare, partial(self._came, errand))
-        return errand.signing is not None
-
-    def _prepared(self, errand: _Errand, signer: LocalSigner) -> Prepared | None:
-        """Its turn has come. What stands in the way is found, and told, by a thread."""
-        if self.stopped() is not None or errand.order.gone():
-            return None
-        self._here.jti = errand.jti
-        try:
-            made = signer.prepared(errand.request)
-        except HsmTollError:
-            return None
-        self.signatures += made is not None
-        return made
-
-    def _came(
-        self, errand: _Errand, made: Prepared | None, said: bytes | HsmTollError | None
-    ) -> None:
-        """What a device that was asked ahead said."""
-        try:
-            if made is None or said is None:
-                self._sent_by_thread(errand)
-                return
-            outcome: str | Exception = self._assertion_of(made, said)
-        except HsmTollError as exc:
-            outcome = exc
-            if len(errand.house.app.devices) > 1 and isinstance(exc, DeviceError):
-                # Another key of the list may do.
-                self._sent_by_thread(errand)
-                return
-        except Exception as exc:  # noqa: BLE001 - as in _sign
-            outcome = exc
-        self._desk.put(partial(self._resulted, errand, outcome), errand.reply.set_exception)
-
-    @staticmethod
-    def _assertion_of(made: Prepared, said: bytes | HsmTollError) -> str:
-        try:
-            if isinstance(said, HsmTollError):
-                raise said
-            return made.proven(said)
-        except HsmTollError as exc:
-            made.signer.failed(exc)
-            raise
 
     def _assertion(self, errand: _Errand) -> str:
         stopped = self.stopped()

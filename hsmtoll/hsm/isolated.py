@@ -37,7 +37,7 @@ from hsmtoll.errors import (
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.module import GATE
-from hsmtoll.hsm.recovery import SIGNING, Breaker
+from hsmtoll.hsm.recovery import Breaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.jws import RsaPublicKey, SigningInput
 
-__all__ = ["Child", "IsolatedDevice", "Silent", "to_sign"]
+__all__ = ["IsolatedDevice"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,10 +56,6 @@ _log = logging.getLogger(__name__)
 _AT_THE_PINPAD: Final = 120.0
 #: Seconds that a child may take to log out.
 _GOODBYE: Final = 1.0
-#: Seconds that its end may take where nobody is to wait.
-_MOMENT: Final = 0.25
-#: Bytes that may lie in the pipe.
-_ROOM: Final = 256 * 1024
 #: Seconds that a child waits for another one's start, before it starts all the same.
 _START: Final = 5.0
 #: Seconds that Python may take to start on a machine that is busy.
@@ -127,10 +123,6 @@ class IsolatedDevice(Device):
         # A single failure is the next caller's new child; a second one means more.
         self._outside = Breaker(uri, boot=boot, threshold=2)
         self._closings = 0
-        #: Seconds that the last signature took.
-        self.pace = deadline
-        #: Told, in any thread, that a child may be free.
-        self.freed: Callable[[], None] = lambda: None
         self._children: list[Child] = []
         self._start_afresh()
         _every.add(self)
@@ -199,7 +191,8 @@ class IsolatedDevice(Device):
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> bytes:
         """As Device.unproven."""
-        return bytes(self._ask("signing", **to_sign(alg, unsigned, tuple(candidates))))
+        offered = pipe.keys_to(tuple(candidates))
+        return bytes(self._ask("signing", do="sign", alg=alg, candidates=offered, data=unsigned))
 
     def self_test(self, alg: str, *, candidates: Iterable[RsaPublicKey] = ()) -> bytes:
         """As Device.self_test."""
@@ -220,47 +213,6 @@ class IsolatedDevice(Device):
             self._put(child)
         self._pins.clear()
 
-    # ------------------------------------------------------------------ for one who never waits
-
-    @property
-    def has_idle(self) -> bool:
-        """Whether there is a child, running or not, that nobody speaks to."""
-        return bool(self._free)
-
-    def lend(self) -> Child | None:
-        """
-        A child that has signed before, to speak to it without waiting; it comes back by
-        `take_back`. ``None`` where there is none, or others wait for one.
-        """
-        if self.wanted or self._outside.open:
-            return None
-        with self._turn:
-            if not self._free or not self._free[-1].steady:
-                return None
-            child = self._free.pop()
-        child.lent_in = self._closings
-        return child
-
-    def take_back(self, child: Child) -> None:
-        """The child is for everybody again."""
-        if child.lent_in != self._closings:
-            child.end()
-        self._put(child)
-
-    def heard(self, child: Child, said: dict[str, Any], *, took: float) -> bytes:
-        """The signature that *child* answered with; raises as `signed`."""
-        self._outside.worked()
-        self.pace = took
-        return bytes(self._understood(child, said))
-
-    def lost(self, child: Child, why: Silent, *, at: str = SIGNING) -> DeviceError:
-        """The error for a child that is ended because of *why*, when it was asked *at*."""
-        self._logged_in = None
-        child.kill()
-        error = DeviceError(str(why), hint=why.hint, code=why.code)
-        self._outside.failed(error, at)
-        return error
-
     # ------------------------------------------------------------------ children
 
     def _ask(self, doing: str, **question: Any) -> Any:
@@ -274,14 +226,14 @@ class IsolatedDevice(Device):
             raise
         # Tokens in files are rewritten at login: two that start at once may each miss it.
         starting = not child.running and self._starting.acquire(timeout=_START)
-        began = time.monotonic()
         try:
             answer = child.ask(question, doing=doing, pins=self._read)
-            if question["do"] == "sign":
-                self.pace = time.monotonic() - began
-                child.steady = True
-        except Silent as exc:
-            raise self.lost(child, exc, at=at) from None
+        except _Silent as exc:
+            self._logged_in = None
+            child.kill()
+            error = DeviceError(str(exc), hint=exc.hint, code=exc.code)
+            self._outside.failed(error, at)
+            raise error from None
         except BaseException as exc:
             # Half a conversation cannot be gone on with.
             self._logged_in = None
@@ -294,7 +246,6 @@ class IsolatedDevice(Device):
             if closings != self._closings:
                 child.end()
             self._put(child)
-            self.freed()
         # That a new child logs in says nothing about what the one before it died of.
         self._outside.worked(at)
         return self._understood(child, answer)
@@ -308,7 +259,6 @@ class IsolatedDevice(Device):
             self._logged_in = None
         if "error" in answer:
             self._logged_in = None
-            child.steady = False
             error = pipe.error_from(answer["error"])
             if isinstance(error, PinIncorrect | PinNotTried):
                 self._pins.clear()
@@ -374,16 +324,7 @@ def _after_fork() -> None:
 GATE.after_fork.append(_after_fork)
 
 
-def to_sign(
-    alg: str, unsigned: SigningInput, candidates: tuple[RsaPublicKey, ...]
-) -> dict[str, Any]:
-    """The question of a child for a signature."""
-    return {
-        "do": "sign", "alg": alg, "candidates": pipe.keys_to(candidates), "data": unsigned,
-    }  # fmt: skip
-
-
-class Silent(Exception):
+class _Silent(Exception):
     """No answer: *code* and *hint* of the error that the caller gets."""
 
     def __init__(self, message: str, *, code: str, hint: str) -> None:
@@ -406,10 +347,6 @@ class Child:
         self._met = False
         self._words: IO[bytes] | None = None
         self.generation = 0
-        #: Whether it has signed, and nothing went wrong since: it will sign without a PIN.
-        self.steady = False
-        #: How often its device had been closed when it was lent.
-        self.lent_in = 0
         weakref.finalize(self, _ended, self.__dict__)
 
     @property
@@ -420,7 +357,7 @@ class Child:
     def ask(
         self, question: dict[str, Any], *, doing: str, pins: Callable[[str, str], Pin]
     ) -> dict[str, Any]:
-        """The answer. Raises Silent where there is none, and what *pins* raises."""
+        """The answer. Raises _Silent where there is none, and what *pins* raises."""
         try:
             there = self._started()
             # The time that Python takes to start is not the module's.
@@ -443,11 +380,20 @@ class Child:
         except TimeoutError:
             if not self._met:
                 raise self._not_started(doing) from None
-            raise self.hung(doing) from None
+            raise _Silent(
+                f"{doing}: the module did not answer within {self._deadline:g} s, and its process"
+                " was ended",
+                code="device-hung",
+                hint="The next call starts a new one. Is the device reachable?",
+            ) from None
         except (EOFError, OSError, ValueError, TypeError, KeyError):
             if not self._met:
                 raise self._not_started(doing) from None
-            raise self.crashed(doing) from None
+            raise _Silent(
+                f"{doing}: the module's process {self._fate(_GOODBYE)}",
+                code="module-crashed",
+                hint="The next call starts a new one. Ask the module's maker, with its log.",
+            ) from None
 
     def _not_started(self, doing: str) -> HsmTollError:
         """The error for a process that ended, or was silent, before a module was loaded."""
@@ -471,51 +417,6 @@ class Child:
             self._words.close()
             self._words = None
 
-    def fileno(self) -> int:
-        """Of the way to it, for one who waits until something comes."""
-        return self._there.socket.fileno() if self._there is not None else -1
-
-    def post(self, question: dict[str, Any], doing: str) -> None:
-        """Ask without waiting. Raises Silent where that cannot be: half of it may be said then."""
-        try:
-            if self._there is not None:
-                self._there.socket.setblocking(False)
-                self._there.send(question)
-                return
-        except OSError:
-            pass
-        raise self.crashed(doing, patience=_MOMENT)
-
-    def answers(self, doing: str) -> list[dict[str, Any]]:
-        """
-        What came of the questions that were posted, in their order. Raises Silent where the process
-        is gone, or asks something itself: nobody would answer.
-        """
-        try:
-            said = self._there.ready() if self._there is not None else []
-            return [_answer(each, of_bytes=True) for each in said]
-        except BlockingIOError:
-            return []
-        except (EOFError, OSError, ValueError, TypeError, KeyError):
-            raise self.crashed(doing, patience=_MOMENT) from None
-
-    def hung(self, doing: str) -> Silent:
-        """That it did not answer in time."""
-        return Silent(
-            f"{doing}: the module did not answer within {self._deadline:g} s, and its process"
-            " was ended",
-            code="device-hung",
-            hint="The next call starts a new one. Is the device reachable?",
-        )
-
-    def crashed(self, doing: str, *, patience: float = _GOODBYE) -> Silent:
-        """That it ended, which may take *patience* seconds, or said nothing understandable."""
-        return Silent(
-            f"{doing}: the module's process {self._fate(patience)}",
-            code="module-crashed",
-            hint="The next call starts a new one. Ask the module's maker, with its log.",
-        )
-
     def _hand_over(
         self, there: pipe.Pipe, said: dict[str, Any], pins: Callable[[str, str], Pin]
     ) -> float:
@@ -536,8 +437,6 @@ class Child:
             return self._there
         python, path = _interpreter(), _import_path()
         ours, theirs = socket.socketpair()
-        # Two questions of the largest kind go ahead; some systems' own is a few kilobytes.
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
         # gevent's sockets are not blocking, and say so to nobody.
         os.set_blocking(theirs.fileno(), True)
         # What Python says before there is a worker is for the error; later it is the module's own.
@@ -584,7 +483,6 @@ class Child:
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        self.steady = False
         _ended(self.__dict__)
 
     def forget(self) -> None:
@@ -596,7 +494,6 @@ class Child:
 
     def end(self) -> None:
         """Let it log out and end, or end it."""
-        self.steady = False
         if self._there is not None and self._process is not None:
             with contextlib.suppress(OSError, EOFError, ValueError, subprocess.TimeoutExpired):
                 self._there.socket.settimeout(_GOODBYE)

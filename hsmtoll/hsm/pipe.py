@@ -75,22 +75,11 @@ class Pipe:
                 if left <= 0:
                     raise TimeoutError
                 self.socket.settimeout(left)
-            self._more()
+            part = self.socket.recv(65536)
+            if not part:
+                raise EOFError
+            self._got += part
         return message
-
-    def ready(self) -> list[dict[str, Any]]:
-        """
-        The messages that are whole by now, for one who was told that something came and does not
-        wait. EOFError, ValueError and TypeError as `receive`.
-        """
-        self._more()
-        return list(iter(self._whole, None))
-
-    def _more(self) -> None:
-        part = self.socket.recv(65536)
-        if not part:
-            raise EOFError
-        self._got += part
 
     def _whole(self) -> dict[str, Any] | None:
         """The next message, if all of it has come."""

@@ -158,7 +158,7 @@ def host(stage: Stage) -> list[Row]:
                         "/s",
                         mine,
                         bare,
-                        "≥ 0.70" if count == 1 else "reported",
+                        "reported",
                     )
                 )
                 if count == 1:
