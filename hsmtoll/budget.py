@@ -102,6 +102,7 @@ class Budget:
                     hint=f"the next is free in {wait:.0f} s; HSMTOLL_BUDGET__PER_HOUR sets it, but "
                     "look first at what spends them",
                     code="budget",
+                    signed=False,
                     retry_after=wait,
                 )
             self._own[key] = [*own, now]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.certificate import Certificate, Signature
+    from hsmtoll.errors import Who
     from hsmtoll.jws import RsaPublicKey
 
 __all__ = [
@@ -481,7 +482,7 @@ class Fault:
     code: str
     message: str
     hint: str
-    who: str = "you"
+    who: Who = "you"
 
     def error(self) -> CertificateError:
         """The error that says this."""

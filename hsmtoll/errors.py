@@ -22,12 +22,33 @@ What can go wrong, in one tree, and how foreign words are shown. This room impor
 
 The number is the exit code of the command line, one class each; the drawing is
 compared with the classes by a test.
+
+What the rest of the program decides by are the class and four attributes, which are set where
+the error is raised. ``code`` is for people, logs and programs outside; nothing here branches on it.
+
+signed      A signature may have been spent: the rate limit counts it. True unless the raising
+            code knows better; false for the classes that come before the device signs (usage,
+            settings, PIN, certificate, audit).
+retryable   A new attempt of the same request, from the grant on, may succeed.
+who         Who must act: you, issuer, digdir or customs; None where the message says it.
+scope       What the error says something about, and so what may be done instead:
+
+            request      what was asked for; asked again, it fails again (the default)
+            caller       who asked; others with the same request are not concerned
+            device       the device, its PIN or its key; another device may do
+            certificate  the certificate; another one may do
+            service      a server, the way to it, or a clock; another server may do
+            attempt      this attempt alone; nothing was learned about device, server or request
+
+`to_data` and `from_data` are the one form in which an error crosses to another process or lies in
+a store. What comes back from there is checked, and what is missing gets the safe value: signed,
+not retryable.
 """
 
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, get_args
 
 __all__ = [
     "ApiRefused",
@@ -51,6 +72,11 @@ __all__ = [
     "foreign",
 ]
 
+#: Who must act.
+Who = Literal["you", "issuer", "digdir", "customs"]
+#: What an error says something about; see the top of this module.
+Scope = Literal["request", "caller", "device", "certificate", "service", "attempt"]
+
 
 class HsmTollError(Exception):
     """
@@ -62,12 +88,14 @@ class HsmTollError(Exception):
 
     *code* is stable and made for machines: ``MP-012`` where Maskinporten gave
     one, otherwise a word of ours such as ``key-missing``; without one, the
-    class's own. *who* is the party that must act: ``you``, ``issuer``,
-    ``digdir`` or ``customs``. *retry_after* is in seconds.
+    class's own. *retry_after* is in seconds. *signed*, *retryable*, *who* and
+    *scope* are described at the top of this module; ``None`` is the class's own.
     """
 
     exit_code: ClassVar[int] = 1
     default_code: ClassVar[str] = "internal"
+    default_signed: ClassVar[bool] = True
+    default_scope: ClassVar[Scope] = "request"
 
     def __init__(
         self,
@@ -75,12 +103,14 @@ class HsmTollError(Exception):
         *,
         hint: str | None = None,
         code: str | None = None,
-        who: str | None = None,
+        who: Who | None = None,
         trace_id: str | None = None,
         jti: str | None = None,
         correlation_id: str | None = None,
         retryable: bool = False,
         retry_after: float | None = None,
+        signed: bool | None = None,
+        scope: Scope | None = None,
     ) -> None:
         super().__init__(message)
         self.hint = hint
@@ -91,6 +121,8 @@ class HsmTollError(Exception):
         self.correlation_id = correlation_id
         self.retryable = retryable
         self.retry_after = retry_after
+        self.signed = self.default_signed if signed is None else signed
+        self.scope: Scope = scope or self.default_scope
         for line in self.hints:
             self.add_note(f"hint: {line}")
 
@@ -107,6 +139,7 @@ class UsageError(HsmTollError):
 
     exit_code = 2
     default_code = "usage"
+    default_signed = False
 
 
 class ConfigurationError(HsmTollError):
@@ -114,6 +147,7 @@ class ConfigurationError(HsmTollError):
 
     exit_code = 10
     default_code = "setting-invalid"
+    default_signed = False
 
 
 class PinIncorrect(HsmTollError):
@@ -121,6 +155,8 @@ class PinIncorrect(HsmTollError):
 
     exit_code = 20
     default_code = "pin-incorrect"
+    default_signed = False
+    default_scope = "device"
 
 
 class PinNotTried(HsmTollError):
@@ -128,6 +164,8 @@ class PinNotTried(HsmTollError):
 
     exit_code = 21
     default_code = "pin-not-tried"
+    default_signed = False
+    default_scope = "device"
 
 
 class DeviceError(HsmTollError):
@@ -135,6 +173,7 @@ class DeviceError(HsmTollError):
 
     exit_code = 30
     default_code = "device-failed"
+    default_scope = "device"
 
 
 class CertificateError(HsmTollError):
@@ -142,6 +181,8 @@ class CertificateError(HsmTollError):
 
     exit_code = 40
     default_code = "certificate"
+    default_signed = False
+    default_scope = "certificate"
 
 
 class ClockError(HsmTollError):
@@ -149,6 +190,7 @@ class ClockError(HsmTollError):
 
     exit_code = 50
     default_code = "clock"
+    default_scope = "service"
 
 
 class GrantRefused(HsmTollError):
@@ -206,6 +248,7 @@ class NetworkError(HsmTollError):
 
     exit_code = 80
     default_code = "network"
+    default_scope = "service"
 
 
 class PolicyDenied(HsmTollError):
@@ -220,7 +263,71 @@ class AuditBroken(HsmTollError):
 
     exit_code = 91
     default_code = "audit-broken"
+    default_signed = False
+    default_scope = "service"
 
+
+# ---------------------------------------------------------------------- errors as data
+
+_TEXTS: Final = ("hint", "trace_id", "jti", "correlation_id")
+_CODE: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
+#: Characters. A hint that lists what was found is long; more is no hint.
+_LONGEST: Final = 8000
+_DAY: Final = 86_400.0
+
+
+def to_data(exc: HsmTollError) -> dict[str, Any]:
+    """*exc* as values of JSON; its cause and its traceback stay behind."""
+    names = (*_TEXTS, "code", "who", "retryable", "retry_after", "signed", "scope")
+    said = {name: getattr(exc, name) for name in names}
+    return {"class": type(exc).__name__, "message": str(exc), **said}
+
+
+def from_data(
+    data: object, *, unknown: type[HsmTollError] = HsmTollError, **instead: Any
+) -> HsmTollError:
+    """
+    The error that `to_data` wrote, whatever *data* is: *unknown* for a class that is none of
+    ours, the safe value for what is missing or of another type. *instead* are keyword arguments
+    of the error that win over what was sent.
+    """
+    said: dict[Any, Any] = data if isinstance(data, dict) else {}
+    name = said.get("class")
+    kind = next((each for each in _tree() if each.__name__ == name), unknown)
+    texts = {each: _text(said.get(each)) for each in _TEXTS}
+    code, who, scope = (said.get(each) for each in ("code", "who", "scope"))
+    wait: Any = said.get("retry_after")
+    known: dict[str, Any] = {
+        **texts,
+        "code": code if isinstance(code, str) and _CODE.fullmatch(code) else None,
+        "who": who if who in get_args(Who) else None,
+        "retryable": said.get("retryable") is True,
+        "retry_after": wait if type(wait) in (int, float) and 0 <= wait <= _DAY else None,
+        "signed": said.get("signed") is not False,
+        "scope": scope if scope in get_args(Scope) else None,
+    }
+    return kind(_text(said.get("message")) or "it gives no reason", **known | instead)
+
+
+def _tree() -> list[type[HsmTollError]]:
+    found = [HsmTollError]
+    for each in found:
+        found += [kind for kind in each.__subclasses__() if kind.__module__ == __name__]
+    return found
+
+
+def _text(value: object) -> str | None:
+    """Lines that are safe to show; ``None`` for what is no text."""
+    if not isinstance(value, str):
+        return None
+    return "\n".join(map(_printable, value[:_LONGEST].split("\n")))
+
+
+def _printable(line: str) -> str:
+    return "".join(char if char.isprintable() else _escaped(char) for char in line)
+
+
+# ---------------------------------------------------------------------- foreign words
 
 _CUT: Final = 300
 _RUN: Final = 12
@@ -252,7 +359,7 @@ def foreign(text: object, *secrets: str) -> str:
     for secret in known:
         words = _without(words, secret)
     words = " ".join(words.split())
-    words = "".join(char if char.isprintable() else _escaped(char) for char in words)
+    words = _printable(words)
     return words if len(words) <= _CUT else words[: _CUT - 1] + "…"
 
 

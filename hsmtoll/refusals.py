@@ -7,14 +7,15 @@ Source: Digdir's troubleshooting page and observed answers, PROTOCOL A.11.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from hsmtoll.errors import Who
 
 __all__ = ["REFUSALS", "VERSION", "Refusal", "refusal"]
 
 #: The state of the page that this table follows. It changes when a row does.
 VERSION: Final = "2024-10"
-
-Who = Literal["you", "issuer", "digdir", "customs"]
 
 
 @dataclass(frozen=True, slots=True)

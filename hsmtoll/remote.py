@@ -171,6 +171,7 @@ class SigningHost:
                 hint="one version older or newer is understood: update hsmtoll on the older side; "
                 "or this is no signing host",
                 code="host-version",
+                signed=answer.status == 200,
             )
         return version
 
@@ -200,6 +201,7 @@ class SigningHost:
                 hint="HSMTOLL_SIGNER__URL has the name that stands in the host's certificate "
                 "(subjectAltName)",
                 code="host-untrusted",
+                signed=False,
             )
         if exc.code == "tls-untrusted":
             why = _verify_message(exc)
@@ -207,12 +209,14 @@ class SigningHost:
                 f"{self.name}: its TLS certificate is not trusted{f' ({why})' if why else ''}",
                 hint="HSMTOLL_SIGNER__CA_FILE names the CA that the host's certificate is from",
                 code="host-untrusted",
+                signed=False,
             )
         if cause in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"):
             return PolicyDenied(
                 f"{self.name}: it does not speak TLS 1.3",
                 hint="nothing older is spoken to a signing host",
                 code="host-untrusted",
+                signed=False,
             )
         if "ALERT" in cause:
             return PolicyDenied(
@@ -220,6 +224,7 @@ class SigningHost:
                 hint="its custodian knows which CA it takes callers from: see "
                 "HSMTOLL_SIGNER__CLIENT_CERT, and whether that is valid and not revoked",
                 code="caller-untrusted",
+                signed=False,
             )
         if _is_denied(exc):
             return _no_access(self.name)
@@ -229,6 +234,7 @@ class SigningHost:
             hint=_HINTS.get(exc.code, "see that the host runs, and that this is its address"),
             code=exc.code,
             retryable=exc.retryable,
+            signed=exc.signed,
         )
 
 
@@ -338,6 +344,7 @@ def _no_access(name: str) -> NetworkError:
         f"{name}: this account may not open its socket",
         hint="the custodian puts callers into the group of the socket and its directory",
         code="socket-access",
+        signed=False,
     )
 
 
@@ -364,6 +371,7 @@ def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
             f"{name}: {(exc.strerror or 'cannot be found').lower()}",
             hint="see that the host runs, and that this is the path of its socket",
             code="unreachable",
+            signed=False,
             retryable=True,
         ) from exc
     if uid is not None:
@@ -386,6 +394,7 @@ def _check_way(path: Path, own: set[int], directory: int, name: str) -> None:
                 hint="the socket's directory belongs to the host's account (or root), those above "
                 "to root, and nobody else may write them; HSMTOLL_SIGNER__UID names the account",
                 code="socket-unsafe",
+                signed=False,
             )
 
 
@@ -404,6 +413,7 @@ def _meet(connection: socket.socket, *, trusted: frozenset[int], name: str) -> N
             f"{name}: this system does not tell who listens at a socket",
             hint="use https",
             code="host-peer",
+            signed=False,
         )
     raw = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))
     _, uid, _ = struct.unpack("iII", raw)
@@ -412,12 +422,14 @@ def _meet(connection: socket.socket, *, trusted: frozenset[int], name: str) -> N
             f"{name}: who listens there is not known here (another user namespace)",
             hint="through the border of such a container use https and client certificates",
             code="host-peer",
+            signed=False,
         )
     if uid not in trusted:
         raise PolicyDenied(
             f"{name}: uid {uid} listens there, not uid {' or '.join(map(str, sorted(trusted)))}",
             hint="if that is the account of the signing host, set HSMTOLL_SIGNER__UID to it",
             code="host-peer",
+            signed=False,
         )
 
 

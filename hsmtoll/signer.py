@@ -445,6 +445,7 @@ class LocalSigner:
             "signing: the signature belongs to another certificate than the one tried first",
             hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
             code="leaf-guessed",
+            scope="attempt",
             retryable=True,
         )
 

@@ -235,6 +235,7 @@ class Wire:
             hint=reason.hint,
             code=reason.code,
             retryable=reason.retryable,
+            signed=not isinstance(exc, _NOTHING_SENT),
         )
 
     def _options(self, url: str) -> dict[str, Any]:
@@ -454,6 +455,9 @@ def past_proxy(event: str, info: Mapping[str, Any]) -> bool:
     sending = event.endswith("send_request_headers.started")
     return bool(sending and info["request"].method != b"CONNECT")
 
+
+#: After these the request did not reach whoever it is for.
+_NOTHING_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 
 _UNUSED: Final = "{} is set and not used: HSMTOLL_PROXY=environment uses it"
 

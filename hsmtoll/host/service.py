@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.cache import Flight
     from hsmtoll.clock import Clock
+    from hsmtoll.errors import Scope
     from hsmtoll.host.desk import Then
     from hsmtoll.host.peers import Peer
     from hsmtoll.host.policy import Mode
@@ -539,12 +540,16 @@ class Service:
                 hint=f"the next is free in {wait:.0f} s",
                 code="quota",
                 retry_after=wait,
+                signed=False,
+                scope="caller",
             )
         if not verdict.allowed:
             return PolicyDenied(
                 verdict.why,
                 hint="ask who keeps the signing host's policy; `hsmtoll policy test` explains it",
                 code="policy",
+                signed=False,
+                scope="caller",
             )
         if self._ending:
             return _ending()
@@ -973,15 +978,19 @@ def _stopped(why: str) -> PolicyDenied:
         f"signing is stopped: {why}",
         hint="its custodian has to resume it: `hsmtoll resume`",
         code="stopped",
+        signed=False,
+        scope="caller",
     )
 
 
-def _busy(why: str) -> TryAgainLater:
-    return TryAgainLater(f"busy: {why}", hint="try again", code="busy", retry_after=1.0)
+def _busy(why: str, scope: Scope = "attempt") -> TryAgainLater:
+    return TryAgainLater(
+        f"busy: {why}", hint="try again", code="busy", retry_after=1.0, signed=False, scope=scope
+    )
 
 
 def _gone() -> TryAgainLater:
-    return _busy("the caller left")
+    return _busy("the caller left", "caller")
 
 
 def _changed() -> TryAgainLater:
@@ -1010,4 +1019,5 @@ def _clock_is_wrong() -> ClockError:
         hint="on the host: let NTP keep it; nothing is signed before",
         code="clock-unsynchronised",
         retry_after=_SOON,
+        signed=False,
     )

@@ -19,6 +19,8 @@ from hsmtoll.hsm.answers import ANSWERS, in_words
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from hsmtoll.errors import Scope
+
 __all__ = [
     "MEANING",
     "NOT_TRIED",
@@ -43,6 +45,7 @@ class Meaning(NamedTuple):
     code: str
     hint: str | None = None
     recoverable: bool = False
+    scope: Scope | None = None
 
 
 _GONE: Final = Meaning(
@@ -66,6 +69,7 @@ _BUSY: Final = Meaning(
     "device-busy",
     "end what else uses the device, or ask its administrator for more sessions",
     recoverable=True,
+    scope="attempt",
 )
 _LOGIN: Final = Meaning(
     DeviceError, "not-logged-in", "give the PIN: HSMTOLL_HSM__PIN_FILE or another source"
@@ -338,6 +342,7 @@ def translated(exc: Exception, doing: str, *, login: bool = False) -> HsmTollErr
         hint=meaning.hint,
         code=meaning.code,
         retryable=meaning.recoverable,
+        scope=meaning.scope,
     )
 
 

@@ -277,6 +277,8 @@ class IsolatedDevice(Device):
             f"{doing}: no process of the device was free within {self.deadline:g} s",
             hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
             code="device-busy",
+            signed=False,
+            scope="attempt",
         )
 
     def _put(self, child: Child) -> None:

@@ -275,6 +275,7 @@ class Page:
                 f"the device '{foreign(self.place.label)}' did not take the login a moment ago",
                 hint="It is tried again by itself: seconds after the first time, minutes later on.",
                 code="device-down",
+                signed=False,
                 retry_after=left,
             )
         error = self._spent(
@@ -445,6 +446,7 @@ def _wait_for(lock: int, place: Place) -> None:
                     f"another process has been logging in to '{foreign(place.label)}' for a minute",
                     hint="Its module may hang: end that process.",
                     code="login-busy",
+                    signed=False,
                     retryable=True,
                 ) from None
             time.sleep(0.02)

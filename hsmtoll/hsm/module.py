@@ -92,6 +92,8 @@ class _Turn:
                 " ended",
                 hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
                 code="device-busy",
+                signed=False,
+                scope="attempt",
                 retryable=True,
             )
 

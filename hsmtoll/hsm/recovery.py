@@ -110,6 +110,7 @@ class Breaker:
             f"{foreign(self._name)} is down: {self._why}",
             hint="It is asked again by itself; living tokens are served meanwhile.",
             code="device-down",
+            signed=False,
             retry_after=max(left, _FIRST_PAUSE),
         )
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import traceback
+from typing import Any, get_args
 
 import pytest
 
 from hsmtoll import errors
-from hsmtoll.errors import HsmTollError, foreign
+from hsmtoll.errors import HsmTollError, foreign, from_data, to_data
 
 
 def _classes() -> dict[str, type[HsmTollError]]:
-    found = {name: getattr(errors, name) for name in errors.__all__ if name != "foreign"}
-    return {name: kind for name, kind in found.items() if kind is not HsmTollError}
+    found = {name: getattr(errors, name) for name in errors.__all__}
+    kinds = {name: kind for name, kind in found.items() if isinstance(kind, type)}
+    return {name: kind for name, kind in kinds.items() if kind is not HsmTollError}
 
 
 def test_the_drawing_at_the_top_is_the_tree() -> None:
@@ -52,6 +55,80 @@ def test_hints_are_notes_so_that_a_traceback_shows_each_of_them_once() -> None:
     assert pickle.loads(pickle.dumps(exc)).__notes__ == exc.__notes__  # noqa: S301 - our own
     # The control.
     assert not hasattr(errors.GrantRefused("refused"), "__notes__")
+
+
+def test_each_scope_is_described_at_the_top() -> None:
+    described = re.findall(r"^            (\w+) {2,}\S", errors.__doc__ or "", re.MULTILINE)
+
+    assert tuple(described) == get_args(errors.Scope)
+    assert {kind.default_scope for kind in _classes().values()} <= set(described)
+
+
+def test_a_signature_counts_as_spent_unless_the_error_comes_before_the_device_signs() -> None:
+    before = {name for name, kind in _classes().items() if not kind("something").signed}
+
+    assert before == {
+        "AuditBroken", "CertificateError", "ConfigurationError", "PinIncorrect", "PinNotTried",
+        "UsageError",
+    }  # fmt: skip
+    assert not errors.DeviceError("busy", signed=False).signed
+    assert errors.PinNotTried("late", signed=True).signed
+
+
+@pytest.mark.parametrize("kind", [HsmTollError, *_classes().values()])
+def test_an_error_is_the_same_after_a_journey_as_data(kind: type[HsmTollError]) -> None:
+    sent = kind(
+        "signing: it failed",
+        hint="do this\nor that",
+        code="MP-012",
+        who="digdir",
+        trace_id="4711",
+        jti="0a",
+        correlation_id="c",
+        retryable=True,
+        retry_after=2.5,
+        signed=not kind.default_signed,
+        scope="attempt",
+    )
+    came = from_data(json.loads(json.dumps(to_data(sent))))
+
+    assert type(came) is kind
+    assert (str(came), vars(came)) == (str(sent), vars(sent))
+    # The control: nothing of it was the default.
+    plain = vars(kind("signing: it failed"))
+    assert not any(plain[name] == each for name, each in vars(sent).items() if name in plain)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None, [], "refused", {}, {"class": "UsageErrorr"}, {"class": ["DeviceError"]},
+        {"class": "foreign"}, {"class": "__init__"}, {"class": "Path"},
+        {
+            "class": 3, "message": 4, "hint": ["x"], "code": "a b", "who": "me", "retryable": 1,
+            "retry_after": True, "signed": 0, "scope": {}, "jti": {}, "trace_id": 1,
+            "correlation_id": False,
+        },
+        {"code": "x" * 65, "retry_after": float("nan")}, {"code": "-\n", "retry_after": -1},
+        {"retry_after": float("inf"), "who": []}, {"retry_after": 86_401},
+    ],
+)  # fmt: skip
+def test_data_that_is_no_error_becomes_one_with_the_safe_values(data: Any) -> None:
+    came = from_data(data, unknown=errors.DeviceError)
+
+    assert type(came) is errors.DeviceError
+    assert (came.signed, came.retryable) == (True, False)
+    assert (came.code, came.scope, came.who) == ("device-failed", "device", None)
+    assert (came.retry_after, came.hint, came.hints) == (None, None, ())
+    assert str(came) == "it gives no reason"
+
+
+def test_words_that_come_as_data_are_escaped_line_by_line_and_cut() -> None:
+    came = from_data({"class": "DeviceError", "message": "a\x1b[2J\u202e", "hint": "b\r\nc\x07"})
+    assert all(line.isprintable() for line in (str(came), *came.hints))
+    assert len(came.hints) == 2
+
+    assert len(str(from_data({"message": "x" * 1_000_000}))) < 10_000
 
 
 def test_terminal_escapes_are_shown_and_not_obeyed() -> None:
