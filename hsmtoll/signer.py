@@ -228,8 +228,8 @@ class LocalSigner:
         before = self._good if self._good is not supplied else None
         given = [*supplied.certificates, *(before.certificates if before is not None else ())]
         at = datetime.fromtimestamp(now.wall, UTC)
-        first: CertificateError | None = None
-        for stored, key in looks(self.device, given):
+        errors: list[CertificateError] = []
+        for stored, key in looks(self.device, given, near=True):
             # Where the device hides the public half, the grant's own signature proves the leaf.
             self._guesses = () if key.public else _keys([*readable(stored), *given])
             try:
@@ -238,9 +238,10 @@ class LocalSigner:
                 )
                 break
             except CertificateError as exc:
-                first = first or exc
+                errors.append(exc)
         else:
-            raise first or UsageError("no device was looked at")
+            # The first look may have left certificates out; the second has seen all.
+            raise errors[1]
         self._took(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
         self._proven = known = _Proven(
@@ -489,7 +490,8 @@ class LocalSigner:
         if known is not None:
             return known
         self._bare = None
-        facts = self.device.key(candidates=_keys(readable(self.device.certificates())))
+        beside = readable(self.device.certificates(near=True))
+        facts = self.device.key(candidates=_keys(beside))
         if facts.public is None:
             raise DeviceError(
                 "key: the device does not show its public half",
@@ -525,23 +527,26 @@ def _no_client_id() -> ConfigurationError:
 
 
 def looks(
-    device: Device, given: Sequence[Certificate]
+    device: Device, given: Sequence[Certificate], *, near: bool = False
 ) -> Iterator[tuple[tuple[StoredCertificate, ...], KeyFacts]]:
     """
-    What the *device* shows: its certificates and its key. For those whom that does not do: the
-    same after a login that its flags do not ask for; at last with the certificates of the
-    module's other devices. *given* is what a file has.
+    What the *device* shows: its certificates, with *near* first those that lie with the key alone
+    (`Device.certificates`), and its key. For those whom that does not do: the same after a login
+    that its flags do not ask for; at last with the certificates of the module's other devices.
+    *given* is what a file has.
     """
 
-    def seen() -> tuple[tuple[StoredCertificate, ...], KeyFacts]:
-        stored = device.certificates()
+    def seen(*, near: bool = False) -> tuple[tuple[StoredCertificate, ...], KeyFacts]:
+        stored = device.certificates(near=near)
         generation = device.generation
         key = device.key(candidates=_keys([*readable(stored), *given]))
         if device.generation != generation:
             # A login was made in between: there may be more to see.
-            stored = device.certificates()
+            stored = device.certificates(near=near)
         return stored, key
 
+    if near:
+        yield seen(near=True)
     stored, key = seen()
     yield stored, key
     generation = device.generation

@@ -4,6 +4,7 @@ What python-pkcs11 does not do by itself where a module answers oddly.
     found       a search that leaves no report of the interpreter on stderr behind
     with_value  a search by value that one damaged object does not stop
     read        one attribute, asked for twice where the answer says nothing about the device
+    at_once     several attributes by one question, where the module answers it
     slots       every slot, although one of them answers C_GetSlotInfo with an error
     closed      a session, although C_Logout is refused
     able        a private key that signs, although CKA_SIGN cannot be read
@@ -18,6 +19,7 @@ import ctypes
 import struct
 import sys
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,14 +29,14 @@ from pkcs11 import exceptions as p11
 from hsmtoll.hsm.codes import about_the_device, number, said
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pkcs11 import Object, ObjectClass, Session, Slot
 
 #: Its inner names have no types, and two of them are needed here.
 _inner: Any = _pkcs11
 
-__all__ = ["Unreadable", "able", "closed", "found", "read", "slots", "with_value"]
+__all__ = ["Unreadable", "able", "at_once", "closed", "found", "read", "slots", "with_value"]
 
 #: What the standard lets a module say to an attribute that it does not show.
 _NOT_SHOWN: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive)
@@ -50,15 +52,20 @@ class Unreadable(Exception):
 # ---------------------------------------------------------------------- objects
 
 
-def found(session: Session, wanted: dict[Attribute, Any]) -> list[Object]:
+def found(
+    session: Session, wanted: dict[Attribute, Any], *, most: int | None = None
+) -> list[Object]:
     """
-    The objects that match. One that answers every question with an error is among them.
+    The objects that match, *most* of them at the most. One that answers every question with an
+    error is among them.
 
     Raises PKCS11Error where the search itself is refused.
     """
     with _quiet(), _patient():
         try:
-            return list(session.get_objects(wanted))
+            search: Any = session.get_objects(wanted)
+            with contextlib.closing(search):
+                return list(islice(search, most))
         except PKCS11Error as exc:
             # C_FindObjectsFinal is called in any case, and its refusal hides the first one.
             first = exc.__context__
@@ -108,6 +115,33 @@ def read(thing: Object, name: Attribute) -> Any:
     except (ValueError, NotImplementedError, MemoryError, struct.error) as exc:
         # A maker's own value, or one of a length that its type does not have.
         raise Unreadable("a value that cannot be understood") from exc
+
+
+def at_once(thing: Object, names: Sequence[Attribute]) -> Any:
+    """
+    *thing*, with those of *names* that one question gets read already; the others are read when
+    they are asked for. Raises PKCS11Error as `read`.
+    """
+    try:
+        return _Known(thing, thing.get_attributes(list(names)))
+    except PKCS11Error as exc:
+        if about_the_device(exc):
+            raise
+    except (ValueError, NotImplementedError, MemoryError, struct.error):
+        pass
+    return thing
+
+
+class _Known:
+    """An object of which some attributes are read already."""
+
+    def __init__(self, thing: Object, values: dict[Attribute, Any]) -> None:
+        self.session = thing.session
+        self._thing = thing
+        self._values = values
+
+    def __getitem__(self, name: Attribute) -> Any:
+        return self._values[name] if name in self._values else self._thing[name]
 
 
 def able(key: Any) -> Any:

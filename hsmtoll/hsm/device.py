@@ -79,6 +79,9 @@ _OF_THE_SIGNATURE: Final = (
     p11.MechanismParamInvalid,
 )
 _KEY: Final = ObjectClass.PRIVATE_KEY
+_CERTIFICATE: Final = ObjectClass.CERTIFICATE
+#: With more certificates on a device than this, those of other keys are left unread.
+_MANY: Final = 32
 #: How many objects a message names.
 _SHOWN: Final = 10
 #: What the maker of a module, or of a device, begins with where the PIN's flags are kept.
@@ -284,22 +287,24 @@ class Device:
 
     # ------------------------------------------------------------------ the four questions
 
-    def certificates(self) -> tuple[StoredCertificate, ...]:
+    def certificates(self, *, near: bool = False) -> tuple[StoredCertificate, ...]:
         """
         The certificates that the device shows, in its order, after login where a PIN is given.
+        With *near*, a device that has many is asked only for those that lie with the key, by
+        CKA_ID or label, and for their issuers; for all where there are none.
 
         One that cannot be read, or is larger than 64 KiB, is there without its DER.
         """
 
         def look(here: _Open) -> tuple[StoredCertificate, ...]:
             self._log_in(here)
-            return self._stored(here)
+            return self._stored(here, near=near)
 
         return self._mended("reading certificates", look)
 
-    def _stored(self, here: _Open) -> tuple[StoredCertificate, ...]:
+    def _stored(self, here: _Open, *, near: bool) -> tuple[StoredCertificate, ...]:
         try:
-            return tuple(certificates_of(here.session))
+            return self._read_certificates(here.session, near=near)
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
@@ -309,11 +314,21 @@ class Device:
             _log.info("reading certificates once more after: %s", said(exc))
         self._new_session(here)
         try:
-            return tuple(certificates_of(here.session))
+            return self._read_certificates(here.session, near=near)
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
             return (StoredCertificate(b"", "", b"", f"the search was answered {said(exc)}"),)
+
+    def _read_certificates(self, session: Session, *, near: bool) -> tuple[StoredCertificate, ...]:
+        if near:
+            first = cryptoki.found(session, {Attribute.CLASS: _CERTIFICATE}, most=_MANY + 1)
+            if len(first) <= _MANY:
+                return tuple(map(_certificate, first))
+            keys = self._matching(session)[:_SHOWN]
+            if found := _near(session, keys, self.uri):
+                return tuple(found)
+        return tuple(certificates_of(session))
 
     def elsewhere(self) -> tuple[StoredCertificate, ...]:
         """
@@ -1145,19 +1160,47 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
 
 def certificates_of(session: Session) -> Iterator[StoredCertificate]:
     """The certificates that *session* shows; one that cannot be read has a *problem*."""
-    for thing in cryptoki.found(session, {Attribute.CLASS: ObjectClass.CERTIFICATE}):
-        label, key_id, der, problem = _label(thing), _id(thing), b"", None
-        try:
-            der = _first_value(cryptoki.read(thing, Attribute.VALUE) or b"")
-        except Unreadable as exc:
-            problem = f"its value was answered {exc}"
-        if len(der) > _LARGEST_CERTIFICATE:
-            der, problem = b"", f"it has {len(der)} bytes, and {_LARGEST_CERTIFICATE} are the most"
-        elif not der and problem is None:
-            problem = "it has no value on the device"
-        if problem is not None:
-            _log.warning("certificate %r cannot be read: %s", foreign(label), problem)
-        yield StoredCertificate(der, label, key_id, problem)
+    return map(_certificate, cryptoki.found(session, {Attribute.CLASS: _CERTIFICATE}))
+
+
+def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredCertificate]:
+    """
+    The certificates that have an id or a label of *keys*, or that *uri* names, and those that
+    issued them, as far as a search by CKA_SUBJECT finds them.
+    """
+    names = {(Attribute.LABEL, uri.object), (Attribute.ID, uri.id)}
+    for key in keys:
+        names |= {(Attribute.LABEL, _label(key)), (Attribute.ID, _id(key))}
+    wanted = [name for name in names if name[1]]
+    found: dict[int | None, StoredCertificate] = {}
+    asked = set(wanted)
+    while wanted:
+        for thing in cryptoki.with_value(session, _CERTIFICATE, *wanted.pop()):
+            if thing.handle in found:
+                continue
+            found[thing.handle] = one = _certificate(thing)
+            with contextlib.suppress(ValueError):
+                issuer = (Attribute.SUBJECT, ders.certificate_fields(one.der).issuer)
+                if issuer not in asked:
+                    asked.add(issuer)
+                    wanted.append(issuer)
+    return list(found.values())
+
+
+def _certificate(thing: Object) -> StoredCertificate:
+    thing = cryptoki.at_once(thing, (Attribute.LABEL, Attribute.ID, Attribute.VALUE))
+    label, key_id, der, problem = _label(thing), _id(thing), b"", None
+    try:
+        der = _first_value(cryptoki.read(thing, Attribute.VALUE) or b"")
+    except Unreadable as exc:
+        problem = f"its value was answered {exc}"
+    if len(der) > _LARGEST_CERTIFICATE:
+        der, problem = b"", f"it has {len(der)} bytes, and {_LARGEST_CERTIFICATE} are the most"
+    elif not der and problem is None:
+        problem = "it has no value on the device"
+    if problem is not None:
+        _log.warning("certificate %r cannot be read: %s", foreign(label), problem)
+    return StoredCertificate(der, label, key_id, problem)
 
 
 def _first_value(value: bytes) -> bytes:

@@ -145,9 +145,10 @@ class IsolatedDevice(Device):
     def __repr__(self) -> str:
         return f"IsolatedDevice({self._name})"
 
-    def certificates(self) -> tuple[StoredCertificate, ...]:
+    def certificates(self, *, near: bool = False) -> tuple[StoredCertificate, ...]:
         """As Device.certificates."""
-        return pipe.certificates_from(self._ask("reading certificates", do="certificates"))
+        answer = self._ask("reading certificates", do="certificates", near=near)
+        return pipe.certificates_from(answer)
 
     def elsewhere(self) -> tuple[StoredCertificate, ...]:
         """As Device.elsewhere."""

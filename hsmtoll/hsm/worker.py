@@ -154,7 +154,7 @@ def _answer(device: Device, question: dict[str, Any]) -> Any:
     candidates = [key for key in pipe.keys_from(question.get("candidates", [])) if key]
     match question["do"]:
         case "certificates":
-            return pipe.certificates_to(device.certificates())
+            return pipe.certificates_to(device.certificates(near=question["near"]))
         case "login":
             return device.login(whatever=question["whatever"])
         case "elsewhere":

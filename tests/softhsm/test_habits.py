@@ -73,6 +73,31 @@ with pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[2]).open(
 """
 
 
+_OTHERS = """
+import sys, pkcs11
+from pkcs11 import Attribute as A, CertificateType, ObjectClass
+module, token, pin, last = sys.argv[1:5]
+names = (A.LABEL, A.ID, A.SUBJECT, A.VALUE)
+with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin) as session:
+    there = list(session.get_objects({A.CLASS: ObjectClass.CERTIFICATE}))
+    values = [one[A.VALUE] for one in there]
+    for number in range(60):
+        session.create_object({
+            A.CLASS: ObjectClass.CERTIFICATE, A.CERTIFICATE_TYPE: CertificateType.X_509,
+            A.TOKEN: True, A.PRIVATE: False, A.LABEL: "other-%d" % number, A.ID: b"o%d" % number,
+            A.SUBJECT: bytes((0x30, 0)), A.VALUE: values[number % len(values)][:-1] + bytes(1),
+        })
+    if last == "renamed":
+        for one in there:
+            copy = {name: one[name] for name in names} | {A.LABEL: "renamed", A.ID: b"renamed"}
+            one.destroy()
+            session.create_object({
+                A.CLASS: ObjectClass.CERTIFICATE, A.CERTIFICATE_TYPE: CertificateType.X_509,
+                A.TOKEN: True, A.PRIVATE: False, **copy,
+            })
+"""
+
+
 @pytest.fixture(params=["none", "process"])
 def isolation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -659,28 +684,67 @@ def test_a_device_that_knows_no_pin_for_a_single_signature_signs_without(
 # ---------------------------------------------------------------------- big partitions
 
 
-@pytest.mark.usefixtures("toll_settings")
-def test_a_partition_full_of_keys_costs_a_token_no_more_calls(
-    toll_faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A device of its own: what other tests left on the common one costs calls as well.
+@pytest.fixture
+def partition(
+    toll_settings: Settings,
+    toll_faults: Faults,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> SoftHsm:
+    """A device of its own: what other tests left on the common one costs calls as well."""
+    del toll_settings
     own = SoftHsm.create(tmp_path / "own", label="many", pin="4711471147")
     for name, value in (eseal(own, label="acme").environ() | toll_faults.environ()).items():
         monkeypatch.setenv(name, value)
+    return own
 
-    def cost() -> int:
-        toll_faults.reset_counts()
-        with program("process") as app:
-            assert signed(app)
-        return sum(toll_faults.calls().values())
 
-    cost()
-    few = cost()
+def filled(device: SoftHsm, text: str, *more: str) -> None:
     subprocess.run(
-        [sys.executable, "-c", _MANY, str(own.module), own.label, own.pin],
-        env=os.environ | own.environ(), check=True, timeout=120,
+        [sys.executable, "-c", text, str(device.module), device.label, device.pin, *more],
+        env=os.environ | device.environ(), check=True, timeout=120,
     )  # fmt: skip
-    many = cost()
+
+
+def cost(faults: Faults) -> int:
+    """The calls of a token's assertion, in a program that has just started."""
+    faults.reset_counts()
+    with program("process") as app:
+        assert signed(app)
+    return sum(faults.calls().values())
+
+
+def test_a_partition_full_of_keys_costs_a_token_no_more_calls(
+    partition: SoftHsm, toll_faults: Faults
+) -> None:
+    cost(toll_faults)
+    few = cost(toll_faults)
+    filled(partition, _MANY)
+    many = cost(toll_faults)
     # At 5 ms a call two seconds are 400 calls.
     assert many == few
     assert many < 400
+
+
+def test_of_a_partition_full_of_certificates_those_of_other_keys_stay_unread(
+    partition: SoftHsm, toll_faults: Faults
+) -> None:
+    cost(toll_faults)
+    filled(partition, _OTHERS, "kept")
+    with program("process") as app:
+        (device,) = app.devices
+        # A chain of three, and a stranger's.
+        assert len(device.certificates()) == 60 + 4
+        assert len(device.certificates(near=True)) == 3
+    many = cost(toll_faults)
+    filled(partition, _OTHERS, "kept")
+    assert cost(toll_faults) == many
+    assert many < 400
+
+
+def test_a_certificate_with_neither_id_nor_label_of_its_key_is_found_in_a_full_partition(
+    partition: SoftHsm,
+) -> None:
+    filled(partition, _OTHERS, "renamed")
+    with program("none") as app:
+        assert signed(app)

@@ -38,9 +38,9 @@ class Counting(Device):
 
     reads = 0
 
-    def certificates(self) -> tuple[StoredCertificate, ...]:
+    def certificates(self, *, near: bool = False) -> tuple[StoredCertificate, ...]:
         self.reads += 1
-        return super().certificates()
+        return super().certificates(near=near)
 
 
 @pytest.fixture(scope="module")
