@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hsmtoll import cli
+from hsmtoll.cli.streams import say
 from tests.customs_messages import message
 
 ROAD = "/api/movement/road/v2"
@@ -186,6 +186,6 @@ def test_a_line_is_written_at_once_so_that_threads_do_not_mix_theirs(
             return len(text)
 
     monkeypatch.setattr(sys, "stderr", Writes())
-    cli._say("one line")
+    say("one line")
 
     assert Writes.seen == ["hsmtoll: one line\n"]

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 from hsmtoll.cli import main
@@ -42,7 +43,7 @@ def completed(line: str, shell: str = "bash", **variables: str) -> list[str]:
 
 
 def test_completion_knows_commands_apis_levels_types_and_profiles(tmp_path: Path) -> None:
-    assert set(completed("hsmtoll ")) == set(main.commands)
+    assert set(completed("hsmtoll ")) == set(main.list_commands(click.Context(main)))
     assert completed("hsmtoll key im") == ["import"]
     assert completed("hsmtoll help key im") == ["import"]
     assert completed("hsmtoll token road") == ["road", "road-query"]

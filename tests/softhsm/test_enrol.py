@@ -14,6 +14,7 @@ from joserfc.jwk import RSAKey
 
 from hsmtoll import doctor, enrol
 from hsmtoll.cli import main
+from hsmtoll.cli.device import key
 from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, stranger
 from tests.lab import PIN, Lab, make_lab
@@ -220,7 +221,7 @@ def test_a_subject_that_no_certificate_can_have_is_refused_by_the_name_of_its_op
     (parameter,) = wrong
     with pytest.raises(UsageError, match=f"^--{parameter.replace('_', '-')}[ :]"):
         enrol.csr(app.devices[0], **{**SUBJECT, **wrong})
-    command = main.commands["key"].commands["csr"]  # type: ignore[attr-defined]  # a group has them
+    command = key.commands["csr"]
     assert parameter in {each.name for each in command.params}
 
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from hsmtoll import apis
 from hsmtoll.cli import main, run
-from hsmtoll.commandline import Group
+from hsmtoll.cli.framework import Group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 def walk(command: click.Command, *names: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     yield names, command
     if isinstance(command, click.Group):
-        for name, each in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            each = command.get_command(context, name)
+            assert each is not None
             yield from walk(each, *names, name)
 
 
@@ -103,14 +106,20 @@ def parse(command: click.Command, context: click.Context, argv: list[str]) -> No
         parse(found, click.Context(found, info_name=name, parent=context), rest)
 
 
-def test_every_command_stands_in_one_section_and_no_summary_is_cut() -> None:
+def first_sentence(command: click.Command) -> str:
+    return " ".join((command.help or "").partition("\n\n")[0].split()).removesuffix(".")
+
+
+def test_every_command_stands_in_one_list_with_its_own_first_sentence_and_none_is_cut() -> None:
     assert isinstance(main, Group)
-    assert main.sections is not None
-    listed = [name for names in main.sections.values() for name in names]
-    assert sorted(listed) == sorted(main.commands)
-    rows = [line for line in shown("--help").splitlines() if re.match(r"  [a-z]", line)]
+    listed = [name for rows in main.summaries().values() for name in rows]
+    assert len(listed) == len(set(listed))
+    for rows in main.summaries().values():
+        for name, summary in rows.items():
+            assert summary == f"{first_sentence(EVERY[name,])}."
+    lines = [line for line in shown("--help").splitlines() if re.match(r"  [a-z]", line)]
     for name in listed:
-        (row,) = [row for row in rows if row.startswith(f"  {name} ")]
+        (row,) = [row for row in lines if row.startswith(f"  {name} ")]
         assert row.endswith(".")
         assert "..." not in row
     for names, group in EVERY.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import pytest
 
 from hsmtoll import apis
@@ -12,6 +13,7 @@ from hsmtoll.testing.faults import NAMES
 
 APIS = [api.name for api in apis.APIS]
 KEYS = [".".join(path) for path in _PATHS]
+COMMANDS = main.list_commands(click.Context(main))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,7 @@ KEYS = [".".join(path) for path in _PATHS]
         ("Road_Query", APIS, "road-query"),
         ("declaration", APIS, "declaration-feed"),
         ("pin-worng", NAMES, "pin-wrong"),
-        ("docter", main.commands, "doctor"),
+        ("docter", COMMANDS, "doctor"),
     ],
 )
 def test_what_is_near_is_suggested(word: str, known: list[str], near: str) -> None:
@@ -51,7 +53,7 @@ def test_what_is_near_is_suggested(word: str, known: list[str], near: str) -> No
         ("ferry", APIS),
         ("", APIS),
         ("---", APIS),
-        ("login", main.commands),
+        ("login", COMMANDS),
     ],
 )
 def test_what_is_far_is_not_suggested(word: str, known: list[str]) -> None:

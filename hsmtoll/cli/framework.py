@@ -1,21 +1,23 @@
 """
 What every command has in common: global options in any place, an example and its needs in the
-help, groups in the list of commands, and completion. Which commands there are is in `hsmtoll.cli`.
+help, groups in the list of commands, and completion. Which commands there are is in
+`hsmtoll.cli.commands`.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-from click.shell_completion import BashComplete, FishComplete, ZshComplete
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete
 
 from hsmtoll.errors import HsmTollError, UsageError, foreign
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = [
     "CONFIG",
@@ -23,7 +25,9 @@ __all__ = [
     "Command",
     "File",
     "Group",
+    "command",
     "completion_script",
+    "group",
     "help_of",
     "options_of",
     "starting_with",
@@ -57,7 +61,7 @@ def _verbose(ctx: click.Context, _: click.Parameter, value: int) -> None:
 
 
 def _profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    from hsmtoll.settings import profiles
+    from hsmtoll.settings import profiles  # noqa: PLC0415 - 0.2 s that help does not need
 
     # Nothing to say is no completion; a message would end up in the line that is typed.
     try:
@@ -153,29 +157,64 @@ class Command(_Shared):
 
 
 class Group(_Shared, click.Group):
-    """Commands under one name. *sections* are the lists in its help: title, then names in order."""
+    """
+    Commands under one name.
+
+    *listed* is what its help lists, by title: each command's name, the module of this package
+    that is imported when it is named, and its summary, the first sentence of its own help. In
+    that module a function has the command's name. Without *listed* all commands are here.
+    """
 
     command_class = Command
 
     def __init__(
-        self, *args: Any, sections: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        listed: Mapping[str, Sequence[tuple[str, str, str]]] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.sections = sections
+        self.listed = listed or {}
+        self._modules = {name: module for rows in self.listed.values() for name, module, _ in rows}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, those that were not imported as well."""
+        return list(self._modules) or super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported if it was not before."""
+        if cmd_name in self._modules and cmd_name not in self.commands:
+            module = importlib.import_module(f"hsmtoll.cli.{self._modules[cmd_name]}")
+            self.add_command(getattr(module, cmd_name.replace("-", "_")))
+        return super().get_command(ctx, cmd_name)
+
+    def summaries(self) -> dict[str, dict[str, str]]:
+        """Each command's summary, by the title of its list and by its name."""
+        if not self.listed:
+            return {"Commands": {name: _summary(each) for name, each in self.commands.items()}}
+        return {title: {row[0]: row[2] for row in rows} for title, rows in self.listed.items()}
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by what they are listed as, so that none is imported; then options."""
+        known = [
+            CompletionItem(name, help=summary)
+            for rows in self.summaries().values()
+            for name, summary in rows.items()
+            if name.startswith(incomplete)
+        ]
+        return [*known, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, then the commands."""
         super().format_options(ctx, formatter)
         self.format_commands(ctx, formatter)
 
-    def format_commands(self, _: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands by section, no summary cut."""
-        width = max(map(len, self.commands))
-        for title, names in (self.sections or {"Commands": list(self.commands)}).items():
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The commands by list, no summary cut."""
+        width = max(map(len, self.list_commands(ctx)))
+        for title, rows in self.summaries().items():
             with formatter.section(title):
-                formatter.write_dl(
-                    [(name.ljust(width), _summary(self.commands[name])) for name in names]
-                )
+                formatter.write_dl([(name.ljust(width), said) for name, said in rows.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -189,12 +228,26 @@ class Group(_Shared, click.Group):
         ):
             raise UsageError(
                 f"{ctx.command_path} {foreign(name)}: there is no such command",
-                hint=did_you_mean(name, self.commands, f"see `{ctx.command_path} --help`"),
+                hint=did_you_mean(
+                    name, self.list_commands(ctx), f"see `{ctx.command_path} --help`"
+                ),
             )
         return super().resolve_command(ctx, args)
 
 
 Group.group_class = Group
+
+
+def command(
+    name: str | None = None, **attributes: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """As `click.command`, for a module that is imported when its command is named."""
+    return click.command(name, cls=Command, **attributes)
+
+
+def group(name: str | None = None, **attributes: Any) -> Callable[[Callable[..., Any]], Group]:
+    """As `click.group`, in the same way."""
+    return click.group(name, cls=Group, **attributes)
 
 
 def _summary(command: click.Command) -> str:

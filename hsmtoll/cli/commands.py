@@ -1,0 +1,191 @@
+"""`hsmtoll` itself: the list of its commands, and how one is run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from hsmtoll.cli.framework import Group, completion_script, help_of, options_of, starting_with
+from hsmtoll.cli.options import GlobalOptions
+from hsmtoll.cli.signals import INTERRUPTED, Terminated, ended_by_signal
+from hsmtoll.cli.streams import ReaderLeft, StderrHandler, say, write_line
+from hsmtoll.errors import HsmTollError, UsageError, foreign
+from hsmtoll.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main", "run"]
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """
+    One command. Returns the exit code: 0, or that of the error's class.
+
+    An error is one line with its code, what was attempted and what happened, then what to do;
+    with --json, one line of JSON. Tracebacks are never printed: nothing that a user can do
+    follows from one.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    # Read here and not by the commands: their command line itself may be what is wrong.
+    as_json = "--json" in given[: given.index("--") if "--" in given else None]
+    try:
+        code = main.main(args=argv, prog_name="hsmtoll", standalone_mode=False)
+        sys.stdout.flush()
+    except HsmTollError as exc:
+        return ended_by_signal(exc) or _print_error(exc, as_json=as_json)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        write_line(exc.format_message())
+        return UsageError.exit_code
+    except click.UsageError as exc:
+        return _print_error(_misused(exc), as_json=as_json)
+    except (click.Abort, KeyboardInterrupt, Terminated) as exc:
+        return ended_by_signal(exc) or INTERRUPTED
+    except ReaderLeft:
+        # It has read what it wanted, as `head` does; there is nobody to tell.
+        return 0
+    except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
+        ended = ended_by_signal(exc)
+        if ended:
+            return ended
+        at = exc.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        where = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else "?"
+        bug = HsmTollError(
+            f"unexpected {type(exc).__name__} at {where}: a mistake in hsmtoll",
+            hint="please report this line with what was run",
+        )
+        return _print_error(bug, as_json=as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _misused(exc: click.UsageError) -> UsageError:
+    see = f"see `{exc.ctx.command_path if exc.ctx else 'hsmtoll'} --help`"
+    if isinstance(exc, click.NoSuchOption):
+        near = did_you_mean(exc.option_name, options_of(exc.ctx), see)
+        return UsageError(f"no such option: {foreign(exc.option_name)}", hint=near)
+    # click lists the values of a missing argument below each other.
+    return UsageError(_lower(" ".join(exc.format_message().split())), hint=see)
+
+
+#: The commands as the help lists them: name, module, summary.
+_LISTED: Final = {
+    "Set up": (
+        ("doctor", "doctor", "Check settings, device, certificates and services."),
+        ("objects", "device", "List devices, keys and certificates of the PKCS#11 module."),
+        ("key", "device", "Make a key on the device; request and store its certificate."),
+        ("chain", "device", "Show the verified certificate chain that is sent as x5c."),
+        ("pin", "device", "Manage the record of refused PINs."),
+    ),
+    "Call Customs": (
+        ("apis", "tokens", "List the APIs with their scopes and paths."),
+        ("token", "tokens", "Print one Customs token, from the cache or newly issued."),
+        ("test-auth", "customs", "Get a token, make the API's test call and print its status."),
+        ("call", "customs", "Make one API call and print the body of the answer."),
+        ("submit", "customs", "Submit a message and wait for its result: SUCCESS and the MRN."),
+        ("upload", "customs", "Upload a document to a declaration."),
+        ("routing", "customs", "Print the routing feed, one JSON line a signal."),
+        ("sign", "grants", "Print one signed assertion, to be exchanged on another machine."),
+        ("exchange", "grants", "Exchange an assertion, read from stdin, for a Customs token."),
+    ),
+    "Signing host": (
+        ("serve", "host", "Run the signing host for the callers in its policy."),
+        ("policy", "host", "Explain the signing host's policy."),
+        ("audit", "host", "Verify and list the log of what was signed for whom."),
+        ("stop", "host", "Stop the signing host before its next signature, until resume."),
+        ("resume", "host", "End a stop: the signing host signs again."),
+    ),
+    "Develop": (
+        ("sandbox", "sandbox", "Run a local Maskinporten and Customs, or a command against them."),
+        (
+            "completion",
+            "commands",
+            "Print the script that completes commands in bash, zsh or fish.",
+        ),
+        ("help", "commands", "Show the help of a command."),
+    ),
+}
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    listed=_LISTED,
+    examples=("hsmtoll doctor", "hsmtoll help token", "hsmtoll sandbox -- hsmtoll test-auth road"),
+)
+@click.version_option(version("hsmtoll"), prog_name="hsmtoll")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Customs tokens, signed with a key that never leaves its device."""
+    ctx.obj = GlobalOptions(ctx.meta)
+    logger = logging.getLogger("hsmtoll")
+    logger.handlers[:] = [StderrHandler()]
+    logger.propagate = False
+
+
+def _complete_commands(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    found: click.Command | None = main
+    for name in ctx.params.get("names") or ():
+        found = found.get_command(ctx, name) if isinstance(found, click.Group) else None
+    return (
+        starting_with(incomplete, found.list_commands(ctx))
+        if isinstance(found, click.Group)
+        else []
+    )
+
+
+@main.command(
+    needs="nothing",
+    examples=(
+        'eval "$(hsmtoll completion bash)"    # in ~/.bashrc',
+        "hsmtoll completion zsh > ~/.zfunc/_hsmtoll",
+        "hsmtoll completion fish > ~/.config/fish/completions/hsmtoll.fish",
+    ),
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(*, shell: str) -> None:
+    """
+    Print the script that completes commands in bash, zsh or fish.
+
+    It completes commands, options, APIs, levels, document types and profiles.
+    """
+    click.echo(completion_script(shell, main))
+
+
+@main.command("help", needs="nothing", examples=("hsmtoll help token", "hsmtoll help key import"))
+@click.argument("names", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_commands)
+@click.pass_context
+def show_help(ctx: click.Context, *, names: tuple[str, ...]) -> None:
+    """Show the help of a command."""
+    click.echo(help_of(ctx, names))
+
+
+def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
+    """*exc* on stderr, as lines for a person or as one JSON object. Returns its exit code."""
+    if as_json:
+        names = ("hint", "who", "retryable", "retry_after", "trace_id", "correlation_id", "jti")
+        told = {
+            "schema": 1,
+            "error": exc.code,
+            "message": str(exc),
+            "exit_code": exc.exit_code,
+            **{name: getattr(exc, name) for name in names},
+        }
+        # Escapes of JSON alone, whatever the locale: those of the stream are none.
+        write_line(json.dumps(told))
+    else:
+        say(f"{exc.code}: {exc}")
+        for line in exc.hints:
+            say(line, "hint")
+    return exc.exit_code
+
+
+def _lower(text: str) -> str:
+    return (text[:1].lower() + text[1:]).rstrip(".")

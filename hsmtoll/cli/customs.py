@@ -1,0 +1,425 @@
+"""Calls to the Customs APIs: `hsmtoll test-auth`, `call`, `submit`, `upload` and `routing`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from hsmtoll import apis as catalogue
+from hsmtoll.cli.framework import File, command, starting_with
+from hsmtoll.cli.input import NO_JSON, no_json, parse_json, place_of, read_body, read_content
+from hsmtoll.cli.options import (
+    NEEDS_ACCESS,
+    PATH,
+    GlobalOptions,
+    as_json_option,
+    final_try_option,
+    for_whom,
+    one_scope,
+    read_whom,
+    scope_argument,
+    scope_option,
+)
+from hsmtoll.cli.streams import after_sending, print_result, say, to_json
+from hsmtoll.customs import DOCUMENT_TYPES, LEVELS, SAFE, Marker, check, marker_of
+from hsmtoll.errors import ExchangeRefused, NetworkError, UsageError, foreign
+
+if TYPE_CHECKING:
+    from hsmtoll.app import App
+
+__all__ = ["call", "routing", "submit", "test_auth", "upload"]
+
+#: RFC 9110 section 5.6.2: what names of methods and headers are made of.
+_WORD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: Characters; RFC 9110 section 4.1 asks servers for no more than 8,000.
+_LONGEST_PATH: Final = 8_000
+
+
+def _complete_submittable(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete, LEVELS)
+
+
+def _complete_levels(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete, LEVELS.get(ctx.params.get("api") or "", ()))
+
+
+def _complete_document_types(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    # Shells differ in how they quote a completion with a blank in it.
+    return starting_with(incomplete, (kind for kind in DOCUMENT_TYPES if " " not in kind))
+
+
+def _complete_methods(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete.upper(), ("GET", "POST", "PUT", "PATCH", "DELETE"))
+
+
+def _complete_paths(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
+    return starting_with(incomplete, (api.base for api in catalogue.APIS if api.base))
+
+
+@command(
+    "test-auth",
+    needs=NEEDS_ACCESS,
+    examples=("hsmtoll test-auth road", "hsmtoll test-auth verksemd.eu"),
+)
+@scope_argument
+@as_json_option
+@final_try_option
+@click.pass_obj
+def test_auth(
+    options: GlobalOptions,
+    *,
+    what: str | None,
+    named: str | None,
+    as_json: bool,
+    use_final_try: bool,
+) -> None:
+    """
+    Get a token, make the API's test call and print its status.
+
+    Success is 200. API is one of `hsmtoll apis`; HSMTOLL_SCOPE where none is given.
+    """
+    app = options.app(use_final_try=use_final_try)
+    # As `token`: without a word the default, or an error.
+    word = one_scope(what, named) or app.settings.scope
+    api = _test_api(word or app.engine.request(None).scope)
+    with app.client() as client:
+        if api.name == "verksemd.eu":
+            try:
+                client.token(api.name)
+            except ExchangeRefused as exc:
+                if exc.code != "self-test":
+                    raise
+                print_result(
+                    {"api": api.name, "granted": catalogue.SELF_TEST_SCOPE},
+                    f"granted {catalogue.SELF_TEST_SCOPE}",
+                    as_json=as_json,
+                )
+                say(str(exc))
+            return
+        if api.test is None:
+            raise UsageError(
+                f"API {api.name}: no test call is documented for it",
+                hint="`hsmtoll test-auth road` proves key, certificate and both services",
+            )
+        if api.test_seen:
+            say(f"the test call of {api.name} is not documented; a public client names it")
+        response = client.call("GET", f"{api.base}{api.test}")
+        _checked(response, api, app)
+        if response.status_code != 200:
+            raise NetworkError(
+                f"API {api.name}: {response.status_code}, where its test call answers 200",
+                hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            )
+        print_result({"api": api.name, "status": 200}, "200 OK", as_json=as_json)
+
+
+def _test_api(word: str) -> catalogue.Api:
+    if ":" not in word:
+        return catalogue.named(word)
+    found = [api for api in catalogue.APIS if word in (api.norwegian, api.eseal)]
+    if not found:
+        raise UsageError(f"scope {foreign(word)}: no API of the Customs guide has it")
+    return found[0]
+
+
+def _checked(response: Any, api: catalogue.Api, app: App) -> None:
+    check(response, api, now=app.clock.now().wall)
+
+
+@command(
+    needs=NEEDS_ACCESS,
+    examples=(
+        "hsmtoll call GET /api/movement/road/v2/test-auth -i",
+        "hsmtoll call POST /api/movement/road/v2/transport --json-data @transport.json",
+    ),
+)
+@click.argument("method", shell_complete=_complete_methods)
+@click.argument("path", shell_complete=_complete_paths)
+@click.option("--data", metavar="@F", help="Body: text, or @FILE, or @- for stdin.")
+@click.option("--json-data", metavar="@F", help="The same, sent as application/json.")
+@click.option("-i", "--include", is_flag=True, help="Print status and headers before the body.")
+@click.option(
+    "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
+)
+@scope_option
+@for_whom
+@final_try_option
+@click.pass_obj
+def call(
+    options: GlobalOptions,
+    *,
+    method: str,
+    path: str,
+    data: str | None,
+    json_data: str | None,
+    include: bool,
+    headers: tuple[str, ...],
+    scope: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
+    use_final_try: bool,
+) -> None:
+    """
+    Make one API call and print the body of the answer.
+
+    PATH is below Customs' host and decides the scope; `hsmtoll apis` lists the base paths. With
+    --scope, PATH may be one that is not listed.
+    """
+    if data is not None and json_data is not None:
+        raise UsageError("--data and --json-data: one body at a time")
+    if not _WORD.fullmatch(method):
+        raise UsageError(f"method {foreign(method)}: a word such as GET is expected")
+    api = catalogue.at(path) if scope else catalogue.api_of_path(path)
+    if not path.isprintable() or len(path) > _LONGEST_PATH:
+        raise UsageError(
+            f"path {foreign(path)}: printable characters are expected, {_LONGEST_PATH} at most"
+        )
+    sent = [_header(line) for line in headers]
+    body = read_body(data if data is not None else json_data)
+    if json_data is not None:
+        try:
+            parse_json(body or b"")
+        except ValueError as exc:
+            raise UsageError(
+                f"--json-data: that is not JSON{place_of(exc)}", hint=no_json(json_data)
+            ) from None
+        sent.append(("Content-Type", "application/json"))
+    whom = read_whom(consumer_org, resource, details)
+    app = options.app(use_final_try=use_final_try)
+    with app.client() as client:
+        response = client.call(
+            method.upper(), path, scope=scope, **whom, content=body, headers=sent
+        )
+    asked = method.upper() in SAFE
+    with contextlib.nullcontext() if asked else after_sending(f"call to {api.name}"):
+        try:
+            if include:
+                click.echo(_head(response))
+                sys.stdout.flush()
+            sys.stdout.buffer.write(response.content)
+            sys.stdout.buffer.flush()
+        finally:
+            # What Customs refused is refused, whoever could read the reasons.
+            _checked(response, api, app)
+        if not response.content and not include:
+            say(f"{_status(response)}: the body of the answer is empty")
+
+
+def _status(response: Any) -> str:
+    return f"{response.status_code} {foreign(response.reason_phrase)}".rstrip()
+
+
+def _head(response: Any) -> str:
+    lines = [f"{foreign(response.http_version)} {_status(response)}"]
+    lines += [
+        f"{foreign(name)}: {foreign(value)}" for name, value in response.headers.multi_items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+#: Who calls whom, and where a request ends.
+_OUR_HEADERS: Final = ("authorization", "host", "cookie", "content-length", "transfer-encoding")
+
+
+def _header(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    name = name.strip()
+    if not colon or not _WORD.fullmatch(name) or not line.isprintable() or not line.isascii():
+        raise UsageError("--header: NAME: VALUE is expected, in ASCII")
+    if name.lower() in _OUR_HEADERS:
+        raise UsageError(f"--header {name}: hsmtoll sets it itself, or never")
+    return name, value.strip()
+
+
+@command(
+    needs=NEEDS_ACCESS,
+    examples=(
+        "hsmtoll submit road POST transport transport.json",
+        "hsmtoll submit road PUT transport t.json --mrn 26NO4TU2HUD59UCBT8 --json",
+    ),
+)
+@click.argument("api", shell_complete=_complete_submittable)
+@click.argument("method", shell_complete=_complete_methods)
+@click.argument("level", shell_complete=_complete_levels)
+@click.argument("message", metavar="[FILE]", required=False, type=File())
+@click.option("--mrn", metavar="M", help="What is changed or deleted, for PUT and DELETE.")
+@click.option("--timeout", type=click.FloatRange(min=0, max=86_400), default=120.0, metavar="S",
+              show_default=True, help="Seconds to wait for the result.")  # fmt: skip
+@as_json_option
+@scope_option
+@for_whom
+@final_try_option
+@click.pass_obj
+def submit(
+    options: GlobalOptions,
+    *,
+    api: str,
+    method: str,
+    level: str,
+    message: str | None,
+    mrn: str | None,
+    timeout: float,
+    as_json: bool,
+    scope: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
+    use_final_try: bool,
+) -> None:
+    """
+    Submit a message and wait for its result: SUCCESS and the MRN.
+
+    The message (JSON) is in FILE, also written @FILE, or on stdin; text that begins with { is the
+    message itself. METHOD is POST, PUT or DELETE; LEVEL is transport, master-consignment,
+    house-consignment, relation or another that the API has.
+    """
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout}: seconds are expected")
+    is_text = message is not None and message.lstrip().startswith("{")
+    neither = "submit: neither a JSON object nor a file:"
+    raw = os.fsencode(message or "") if is_text else read_content(message or "-", neither)
+    try:
+        parsed = parse_json(raw)
+    except ValueError as exc:
+        raise UsageError(f"submit: the message is not JSON{place_of(exc)}", hint=NO_JSON) from None
+    if not isinstance(parsed, dict):
+        raise UsageError("submit: the message is not a JSON object", hint="{…} is expected")
+    try:
+        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        # JSON can say both, by escapes and by digits, and they cannot be sent on.
+        raise UsageError(
+            "submit: the message has half of a surrogate pair or too large a number in it"
+        ) from None
+    whom = read_whom(consumer_org, resource, details)
+    app = options.app(use_final_try=use_final_try)
+    with app.client() as client:
+        receipt = client.submit(
+            api,
+            method.upper(),
+            level,
+            json=parsed,
+            mrn=mrn,
+            patience=timeout,
+            scope=scope,
+            **whom,
+            # At once and before the first question, so that it can be asked for later.
+            accepted=lambda request_id: say(f"accepted, requestId {request_id}"),
+            waiting=_waiting,
+        )
+    with after_sending(f"submission {receipt.request_id}"):
+        print_result(
+            {"result": "SUCCESS", "request_id": receipt.request_id, "mrn": receipt.mrn},
+            f"SUCCESS {foreign(receipt.mrn)}" if receipt.mrn else "SUCCESS",
+            as_json=as_json,
+        )
+
+
+def _waiting(seconds: float) -> None:
+    """One line that is written over, for a person; a log gets none of it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\rhsmtoll: waiting for the result, {seconds:.0f} s ")
+        sys.stderr.flush()
+
+
+@command(
+    needs=NEEDS_ACCESS,
+    examples=("hsmtoll upload 123456789-01092026-1 invoice.pdf --type invoice",),
+)
+@click.argument("declaration_id")
+@click.argument("file", type=File())
+@click.option("--type", "kind", required=True, metavar="T", shell_complete=_complete_document_types,
+              help="invoice, permits, waybill, …")  # fmt: skip
+@as_json_option
+@final_try_option
+@click.pass_obj
+def upload(
+    options: GlobalOptions,
+    *,
+    declaration_id: str,
+    file: str,
+    kind: str,
+    as_json: bool,
+    use_final_try: bool,
+) -> None:
+    """
+    Upload a document to a declaration.
+
+    FILE may be written @FILE as well. Type, ending and size are checked before anything is sent.
+    """
+    file = file.removeprefix("@")
+    _check_file(file)
+    app = options.app(use_final_try=use_final_try)
+    with app.client() as client:
+        receipt = client.upload(declaration_id, file, document_type=kind)
+    say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
+    if as_json or receipt.body:
+        with after_sending(f"upload of {foreign(Path(file).name)}"):
+            print_result(
+                {"declaration_id": declaration_id, "type": kind, "answer": receipt.body},
+                to_json(receipt.body, indent=None),
+                as_json=as_json,
+            )
+
+
+@command(
+    needs=NEEDS_ACCESS,
+    examples=("hsmtoll routing --marker routing.marker", "hsmtoll routing --limit 10"),
+)
+@click.option("--marker", type=PATH, metavar="FILE", help="How far the feed was taken; written.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Signals at most.")
+@click.option("--level", type=click.Choice(["house-consignment", "transport"]),
+              default="house-consignment", help="Default: house-consignment.")  # fmt: skip
+@final_try_option
+@click.pass_obj
+def routing(
+    options: GlobalOptions,
+    *,
+    marker: Path | None,
+    limit: int | None,
+    level: str,
+    use_final_try: bool,
+) -> None:
+    """
+    Print the routing feed, one JSON line a signal.
+
+    With --marker, FILE holds how far the feed was read. It is written after the signals were
+    printed: after a kill, the next run prints some of them again and leaves none out.
+    """
+    app = options.app(use_final_try=use_final_try)
+    left = limit
+    with app.client() as client:
+        for batch in client.routing(marker, level=level):
+            taken = batch if left is None else batch[:left]
+            for each in taken:
+                sys.stdout.write(f"{to_json(each, indent=None)}\n")
+            # The batch counts as taken when the next one is asked for.
+            sys.stdout.flush()
+            if left is not None:
+                left -= len(taken)
+                if left == 0:
+                    last = marker_of(taken[-1])
+                    if last is not None:
+                        Marker(marker).write(last)
+                    return
+
+
+def _check_file(file: str) -> None:
+    """UsageError for a name that cannot be sent, and for what would be waited for without end."""
+    if not Path(file).name.isprintable():
+        raise UsageError(f"upload of {foreign(file)}: the name has characters that are no text")
+    # What cannot be looked at cannot be read either, and is told then.
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise UsageError(f"upload of {foreign(file)}: not a regular file")

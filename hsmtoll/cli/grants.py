@@ -1,0 +1,103 @@
+"""`hsmtoll sign` and `hsmtoll exchange`: the two halves of a token, on two machines."""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+import click
+
+from hsmtoll import apis as catalogue
+from hsmtoll.cli.framework import command
+from hsmtoll.cli.input import read_stdin
+from hsmtoll.cli.options import (
+    GlobalOptions,
+    final_try_option,
+    for_whom,
+    one_scope,
+    read_whom,
+    scope_argument,
+)
+from hsmtoll.cli.streams import print_json
+from hsmtoll.errors import HsmTollError, UsageError
+from hsmtoll.signer import SpentOnce
+
+__all__ = ["exchange", "sign"]
+
+#: Bytes. An assertion with a chain of certificates is some ten kilobytes.
+_LARGEST_ASSERTION: Final = 64 * 1024
+
+
+@command(
+    needs="a device, HSMTOLL_ENVIRONMENT, HSMTOLL_IDENTITY; no network",
+    examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange",),
+)
+@scope_argument
+@for_whom
+@final_try_option
+@click.pass_obj
+def sign(
+    options: GlobalOptions,
+    *,
+    what: str | None,
+    named: str | None,
+    consumer_org: str | None,
+    resource: tuple[str, ...],
+    details: str | None,
+    use_final_try: bool,
+) -> None:
+    """
+    Print one signed assertion, to be exchanged on another machine.
+
+    Nothing is sent. The assertion can be used once, within two minutes.
+    """
+    whom = read_whom(consumer_org, resource, details)
+    app = options.app(use_final_try=use_final_try)
+    request = app.engine.request(one_scope(what, named), **whom)
+    try:
+        signer = app.signer
+        try:
+            assertion = app.budget.assertion(signer, request, identity=signer.identity())
+        except HsmTollError as exc:
+            if exc.code != "leaf-guessed":
+                raise
+            # The signature showed which certificate it is; the next one is for that.
+            assertion = app.budget.assertion(signer, request, identity=signer.identity())
+        click.echo(assertion)
+    finally:
+        app.close()
+
+
+@command(
+    needs="network, HSMTOLL_ENVIRONMENT; no device",
+    examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange --json",),
+)
+@click.option("--json", "as_json", is_flag=True, help="Token, type, remaining seconds, scope.")
+@click.pass_obj
+def exchange(options: GlobalOptions, *, as_json: bool) -> None:
+    """Exchange an assertion, read from stdin, for a Customs token."""
+    app = options.app()
+    audience = app.endpoints.issuer
+    if sys.stdin.isatty():
+        raise UsageError(
+            "exchange: an assertion is expected on stdin",
+            hint="hsmtoll sign road | hsmtoll exchange",
+        )
+    raw = read_stdin("exchange", _LARGEST_ASSERTION + 1)
+    handed = SpentOnce(raw.decode("ascii", "replace").strip(), audience=audience)
+    engine = app.engine_with(lambda: handed)
+    subject = engine.granted(handed.spend())
+    if handed.scope == catalogue.SELF_TEST_SCOPE:
+        raise engine.self_test()
+    issued = engine.exchanged(subject)
+    if as_json:
+        print_json(
+            {
+                "access_token": issued.value,
+                "token_type": "Bearer",
+                "expires_in": min(issued.expires_in, subject.expires_in),
+                "scope": handed.scope,
+            }
+        )
+    else:
+        click.echo(issued.value)
