@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import platformdirs
 
-from hsmtoll import exchange
+from hsmtoll import exchange, files
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.files import check_regular, check_trusted, loose
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.tokens import TokenRequest
 
@@ -318,7 +317,7 @@ class App:
 
         try:
             return RsaPublicKey.from_pem(
-                _read(path, "HSMTOLL_HSM__PUBLIC_KEY").decode("utf-8", "replace")
+                files.read(path, "HSMTOLL_HSM__PUBLIC_KEY").decode("utf-8", "replace")
             )
         except ValueError as exc:
             raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {foreign(path)}: {exc}") from exc
@@ -561,9 +560,9 @@ def keep_temporary_files_private() -> None:
     Temporary files of this process lie below the user's cache directory where others may change
     the usual place: a PIN file or a CA file there would be refused.
     """
-    if loose(Path(tempfile.gettempdir())) is not None:
+    if files.loose(Path(tempfile.gettempdir())) is not None:
         place = _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.make_directory(place)
         tempfile.tempdir = str(place)
 
 
@@ -585,14 +584,3 @@ def _at_home(of: Callable[[str], str], name: str) -> Path:
             code="setting-missing",
         )
     return path
-
-
-def _read(path: Path, name: str) -> bytes:
-    try:
-        check_regular(path)
-        check_trusted(path, name)
-        return path.read_bytes()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{name} {foreign(path)}: cannot be read ({exc.strerror})"
-        ) from exc

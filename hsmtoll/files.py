@@ -1,5 +1,5 @@
 """
-Who may change a file, in one rule with three roles; and the one way to replace a file.
+Who may change a file, in one rule with three roles; how files are read, and how they are replaced.
 
 ``trust``: code, or what decides whom to trust: root or this account owns it and each directory and
 link on the way, and nobody else may write there. ``secret``: nobody else may read it either.
@@ -22,11 +22,11 @@ from hsmtoll.errors import ConfigurationError, foreign
 
 __all__ = [
     "check_own",
-    "check_regular",
-    "check_secret",
     "check_trusted",
     "exposed",
     "loose",
+    "make_directory",
+    "read",
     "reclaim",
     "replace",
     "sync_directory",
@@ -34,6 +34,8 @@ __all__ = [
 
 #: Links that the kernel follows on one way (path_resolution(7)).
 _LINKS: Final = 40
+#: A file that is read whole is no larger.
+_LARGEST: Final = 16 * 1024 * 1024
 
 
 def loose(path: Path, *, own: bool = False) -> Path | None:
@@ -44,7 +46,8 @@ def loose(path: Path, *, own: bool = False) -> Path | None:
     account, and nobody else may write it; excepted are a sticky directory such as /tmp, and what is
     mounted read-only, whatever its mode (a ConfigMap's volume has 0777). With *own*, a group that
     has no other member may write directories, as accounts with a group of their own and a umask of
-    002 make them. OSError for what cannot be looked at.
+    002 make them; and everybody, where root gave such a group a directory with the mode 2777, as
+    the kubelet does with an emptyDir and fsGroup. OSError for what cannot be looked at.
     """
     *left, start = reversed(path.absolute().parts)
     here, links = Path(start), 0
@@ -55,7 +58,8 @@ def loose(path: Path, *, own: bool = False) -> Path | None:
         sticky = is_directory and seen.st_mode & stat.S_ISVTX
         others = stat.S_IWGRP | stat.S_IWOTH
         if own and is_directory and seen.st_mode & stat.S_IWGRP and _is_private(seen.st_gid):
-            others = stat.S_IWOTH
+            is_volume = seen.st_mode & stat.S_ISGID and seen.st_uid == 0 != seen.st_gid
+            others = 0 if is_volume else stat.S_IWOTH
         # The bits of a link say nothing: who may change it is its directory's to say.
         writable = seen.st_mode & others and not (is_link or sticky)
         if seen.st_uid not in {0, os.geteuid()} or (writable and not _is_read_only(here)):
@@ -109,24 +113,52 @@ def check_trusted(path: Path, what: str) -> None:
         raise _unsafe(path, what, place)
 
 
-def check_secret(path: Path, what: str) -> None:
+def read(
+    path: Path,
+    what: str,
+    *,
+    secret: bool = False,
+    code: str | None = None,
+    hint: str | None = None,
+) -> bytes:
     """
-    As `check_trusted`, and nobody else may read the file, as `exposed` judges it.
+    The bytes of a file in the role trust or *secret*.
+
+    ConfigurationError, which begins with *what* it is: ``unsafe-file`` where others may change it,
+    or read a secret; *code* and *hint* for what is no regular file of 16 MiB at most, or cannot be
+    read.
     """
     try:
-        seen = path.stat()
+        seen = _regular(path)
+        if secret and (why := exposed(seen)):
+            raise ConfigurationError(
+                f"{what} {foreign(path)}: {why}",
+                hint=f"chmod 600 {foreign(path)}, and make a new one if it was open for long;"
+                " a Secret of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
+                code="unsafe-file",
+            )
+        check_trusted(path, what)
+        return _content(path)
     except OSError as exc:
         raise ConfigurationError(
-            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
+            f"{what} {foreign(path)}: cannot be read ({exc.strerror})", hint=hint, code=code
         ) from exc
-    if why := exposed(seen):
-        raise ConfigurationError(
-            f"{what} {foreign(path)}: {why}",
-            hint=f"chmod 600 {foreign(path)}, and make a new one if it was open for long;"
-            " a Secret of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
-            code="unsafe-file",
-        )
-    check_trusted(path, what)
+
+
+def _regular(path: Path) -> os.stat_result:
+    # A pipe would be waited for without end, and be empty when it is read once more.
+    seen = path.stat()
+    if not stat.S_ISREG(seen.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return seen
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise OSError(errno.EFBIG, f"more than {_LARGEST // 1024 // 1024} MiB")
+    return data
 
 
 def exposed(seen: os.stat_result) -> str | None:
@@ -202,13 +234,15 @@ def _unsafe(path: Path, what: str, place: Path) -> ConfigurationError:
     )
 
 
-def check_regular(path: Path) -> None:
-    """
-    OSError for what is no regular file, or is not there. A pipe would be waited for without end,
-    and be empty when it is read once more.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
+def make_directory(path: Path) -> None:
+    """Make *path*, and what is missing above it, for this account alone (0700). OSError."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for each in reversed(missing):
+        # One after the other: a mode given to makedirs is for the last directory alone.
+        each.mkdir(mode=0o700, exist_ok=True)
 
 
 def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -> None:
@@ -220,7 +254,7 @@ def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -
     is no regular file, such as /dev/null.
     """
     with contextlib.suppress(FileNotFoundError):
-        check_regular(path)
+        _regular(path)
     # A name that nobody can guess: several processes may write at once, and /tmp is shared.
     draft = path.with_name(f".{secrets.token_hex(8)}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

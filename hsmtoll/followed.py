@@ -8,9 +8,9 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
+from hsmtoll import files
 from hsmtoll.certificate_files import Bundle, bundle_in
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.files import check_regular, check_trusted
 
 if TYPE_CHECKING:
     import os
@@ -48,9 +48,8 @@ class CertificateFile:
                 there = _identity(self._path.stat())
                 if self._bundle is not None and there == self._seen and not afresh:
                     return self._bundle
-                check_regular(self._path)
-                check_trusted(self._path, self._setting)
-                return self._taken(bundle_in(self._path.read_bytes(), self._name), there)
+                raw = files.read(self._path, self._setting)
+                return self._taken(bundle_in(raw, self._name), there)
             except OSError as exc:
                 error = ConfigurationError(f"{self._name}: cannot be read ({exc.strerror})")
                 there = ()

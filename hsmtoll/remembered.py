@@ -40,5 +40,5 @@ class Remembered:
         if self.path is None:
             return
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.make_directory(self.path.parent)
             files.replace(self.path, text.encode("ascii"), fsync=False)

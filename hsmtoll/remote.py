@@ -40,7 +40,6 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
-from hsmtoll.files import check_secret, check_trusted
 from hsmtoll.proof import Expected, Proof, not_believed, prove
 from hsmtoll.wire import Door, Wire
 
@@ -145,11 +144,6 @@ class SigningHost:
         if ours.client_cert is None:
             # Refused by settings; a caller of this class alone comes here.
             raise ConfigurationError("HSMTOLL_SIGNER__CLIENT_CERT: required with https")
-        if ours.client_key is not None:
-            check_secret(ours.client_key, "HSMTOLL_SIGNER__CLIENT_KEY")
-            check_trusted(ours.client_cert, "HSMTOLL_SIGNER__CLIENT_CERT")
-        else:
-            check_secret(ours.client_cert, "HSMTOLL_SIGNER__CLIENT_CERT")
         return tls.host_context(
             ca_file=ours.ca_file,
             more=self._ca_file,

@@ -29,8 +29,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.files import check_trusted
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -398,13 +398,15 @@ def _config_path(given: str | os.PathLike[str] | None) -> Path | None:
             # No file at all, not even the machine's own: nobody can write anything into it.
             return None
         try:
-            there = path.is_file()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigurationError(
+                f"configuration file {foreign(path)}: there is no such file"
+            ) from None
         except OSError as exc:
             raise ConfigurationError(
                 f"configuration file {foreign(path)}: cannot be read ({exc.strerror})"
             ) from exc
-        if not there:
-            raise ConfigurationError(f"configuration file {foreign(path)}: there is no such file")
         return path
     places = [Path("/etc/hsmtoll")]
     # An account may have no home at all.
@@ -430,10 +432,10 @@ def profiles(config: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
 
 def _tables(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The top level of the configuration file, and its profiles."""
-    check_trusted(path, "configuration file")
+    raw = files.read(path, "configuration file")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as exc:
+        values = tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as exc:
         raise ConfigurationError(f"configuration file {path}: cannot be read") from exc
     except tomllib.TOMLDecodeError as exc:
         # `from None`, and the place alone: the parser's own words may quote a line with a PIN.

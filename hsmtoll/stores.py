@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, Typ
 
 from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
-from hsmtoll.files import check_secret, reclaim
 
 if TYPE_CHECKING:
     import socket
@@ -180,9 +179,10 @@ class FileStore:
 
     def _checked_directory(self) -> None:
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            reclaim(self._directory)
+            files.make_directory(self._directory)
+            files.reclaim(self._directory)
             seen = self._directory.lstat()
+            place = files.loose(self._directory, own=True)
         except OSError as exc:
             raise ConfigurationError(
                 f"cache directory {self._directory}: cannot be used ({exc.strerror})",
@@ -190,6 +190,13 @@ class FileStore:
                 code="cache-unusable",
             ) from exc
         _check(self._directory, seen, stat.S_IFDIR)
+        if place is not None:
+            raise _unsafe(
+                self._directory,
+                f"others may change {foreign(place)}",
+                "set HSMTOLL_CACHE=file:///DIR where root or you own each directory on the way,"
+                " and nobody else may write it; or memory:",
+            )
 
 
 #: Bytes before a sealed value: until when it is good, in milliseconds of the server's clock.
@@ -456,24 +463,9 @@ def read_key(path: Path) -> bytes:
     """
     The 32 bytes of a key file: as they are, or as hexadecimal or base64 text.
 
-    ConfigurationError unless it belongs to root or this user and nobody else may read it, but a
-    group that root gave it to (`files.exposed`).
+    ConfigurationError for another content, and as `files.read` for a secret.
     """
-    try:
-        # At once, although it were a pipe that nobody writes into.
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            seen = os.fstat(file)
-            raw = os.read(file, 1024)
-        finally:
-            os.close(file)
-    except OSError as exc:
-        raise ConfigurationError(
-            f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: cannot be read ({exc.strerror})"
-        ) from exc
-    if not stat.S_ISREG(seen.st_mode):
-        raise ConfigurationError(f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: not a regular file")
-    check_secret(path, "HSMTOLL_CACHE_KEY_FILE")
+    raw = files.read(path, "HSMTOLL_CACHE_KEY_FILE", secret=True)
     for key in (raw, *_as_text(raw)):
         if len(key) == _KEY_BYTES:
             return key

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.files import check_regular, check_trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -84,9 +84,11 @@ def host_context(
         context = _empty()
         _trust(context, ca_file, "HSMTOLL_SIGNER__CA_FILE")
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    code = "client-certificate"
+    files.read(certificate, "HSMTOLL_SIGNER__CLIENT_CERT", secret=key is None, code=code)
+    if key is not None:
+        files.read(key, "HSMTOLL_SIGNER__CLIENT_KEY", secret=True, code=code)
     try:
-        for file in filter(None, (certificate, key)):
-            check_regular(file)
         # A password of ours, so that OpenSSL asks for none on a terminal.
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as exc:
@@ -109,15 +111,7 @@ def _empty() -> ssl.SSLContext:
 
 
 def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
-    check_trusted(ca_file, name)
-    try:
-        check_regular(ca_file)
-        with ca_file.open("rb"):
-            pass
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{name} {foreign(ca_file)}: cannot be read ({exc.strerror})", code="ca-file"
-        ) from exc
+    files.read(ca_file, name, code="ca-file")
     try:
         context.load_verify_locations(cafile=ca_file)
         # A company may give its issuing CA alone: what a person names is trusted, root or not.

@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll import files
 from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
-from hsmtoll.files import check_own, check_secret
 from hsmtoll.host.audit_log import (
     EVENTS,
     MAX_UNSEALED,
@@ -62,6 +61,9 @@ _MOST_SECONDS: Final = 60.0
 
 _SEGMENT: Final = 8 * 1024 * 1024
 _CLOSED: Final = "it is closed"
+_MAKE_KEY: Final = (
+    "openssl genpkey -algorithm ed25519 -out audit.key; it is for the host's account alone"
+)
 
 
 class Audit:
@@ -93,7 +95,7 @@ class Audit:
         self._fsync = fsync
         self._lock = threading.RLock()
         self._key = _private(key)
-        check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
+        files.check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
         # Whoever has it may use a descriptor outside the critical section, and closes old ones.
@@ -102,7 +104,7 @@ class Audit:
         # Taken last, after either of the two: checkpoints follow each other.
         self._checkpointing = threading.Lock()
         try:
-            noted.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files.make_directory(noted.parent)
         except OSError as exc:
             raise ConfigurationError(
                 f"HSMTOLL_STATE {foreign(noted.parent)}: cannot be made ({exc.strerror})",
@@ -111,7 +113,7 @@ class Audit:
             ) from exc
         with contextlib.ExitStack() as opening:
             try:
-                directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                files.make_directory(directory)
                 lock = directory / "lock"
                 self._owner = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 opening.callback(os.close, self._owner)
@@ -400,15 +402,7 @@ def _drop_half_line(file: Path) -> None:
 
 
 def _private(path: Path) -> Ed25519PrivateKey:
-    check_secret(path, "HSMTOLL_HOST__AUDIT_KEY")
-    try:
-        raw = path.read_bytes()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"HSMTOLL_HOST__AUDIT_KEY {foreign(path)}: cannot be read ({exc.strerror})",
-            hint="openssl genpkey -algorithm ed25519 -out audit.key; it is for the host's account",
-            code="audit-key",
-        ) from exc
+    raw = files.read(path, "HSMTOLL_HOST__AUDIT_KEY", secret=True, code="audit-key", hint=_MAKE_KEY)
     try:
         key = serialization.load_pem_private_key(raw, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -417,7 +411,7 @@ def _private(path: Path) -> Ed25519PrivateKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError(
             f"HSMTOLL_HOST__AUDIT_KEY {foreign(path)}: not an Ed25519 private key in PEM",
-            hint="openssl genpkey -algorithm ed25519 -out audit.key",
+            hint=_MAKE_KEY,
             code="audit-key",
         ) from None
     return key

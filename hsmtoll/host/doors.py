@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
+from hsmtoll import files
 from hsmtoll.errors import (
     AuditBroken,
     ClockError,
@@ -39,7 +40,7 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.files import check_secret, check_trusted
+from hsmtoll.files import check_trusted
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
 from hsmtoll.tokens import details_text
@@ -723,11 +724,11 @@ def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> 
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
     doing = "CERT and HSMTOLL_HOST__KEY"
-    check_trusted(cert, "HSMTOLL_HOST__CERT")
-    check_secret(key, "HSMTOLL_HOST__KEY")
-    check_trusted(client_ca, "HSMTOLL_HOST__CLIENT_CA")
+    files.read(cert, "HSMTOLL_HOST__CERT")
+    files.read(key, "HSMTOLL_HOST__KEY", secret=True)
+    files.read(client_ca, "HSMTOLL_HOST__CLIENT_CA")
     if crl is not None:
-        check_trusted(crl, "HSMTOLL_HOST__CLIENT_CRL")
+        files.read(crl, "HSMTOLL_HOST__CLIENT_CRL")
     try:
         # Asked for at a terminal otherwise.
         context.load_cert_chain(cert, key, password=lambda: b"")

@@ -13,9 +13,8 @@ import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from hsmtoll import apis
+from hsmtoll import apis, files
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
-from hsmtoll.files import check_trusted
 from hsmtoll.host.peers import Peer
 from hsmtoll.tokens import TokenRequest, details_text
 
@@ -117,12 +116,7 @@ class Policy:
     @classmethod
     def load(cls, path: Path) -> Policy:
         """ConfigurationError for a file that others may change, or that says anything unknown."""
-        check_trusted(path, "HSMTOLL_HOST__POLICY")
-        try:
-            raw = path.read_bytes()
-        except OSError as exc:
-            raise ConfigurationError(f"policy {path}: cannot be read") from exc
-        return cls.parse(raw, str(path))
+        return cls.parse(files.read(path, "HSMTOLL_HOST__POLICY"), str(path))
 
     @classmethod
     def parse(cls, raw: bytes, name: str = "policy") -> Policy:

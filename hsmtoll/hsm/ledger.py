@@ -133,25 +133,20 @@ class Ledger:
     @contextlib.contextmanager
     def _locked(self, place: Place) -> Iterator[Path]:
         folder = self._folder()
-        # One after the other: a mode is for the last directory of a path alone.
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        files.make_directory(folder)
         for each in (folder.parent, folder):
             files.reclaim(each)
-        facts, above = folder.stat(), folder.parent.stat()
+        facts = folder.stat()
         if facts.st_uid != os.geteuid():
             raise PermissionError(1, "it belongs to another account")
-        for place_of, mode in ((folder, facts.st_mode), (folder.parent, above.st_mode)):
-            # Whoever can delete a record can make us burn a PIN.
-            sticky = place_of != folder and mode & stat.S_ISVTX
-            if mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-                raise PermissionError(
-                    1, f"others can change this directory, mode {stat.S_IMODE(mode):04o}"
-                )
         if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            may = "change" if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else "read"
             raise PermissionError(
-                1, f"others can read this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
+                1, f"others can {may} this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
             )
+        # Whoever can move a record away can have a refused PIN tried again.
+        if (place_of := files.loose(folder, own=True)) is not None:
+            raise PermissionError(1, f"others can change {foreign(place_of)}")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(folder / f"{replace(place, user='user').name}.lock", flags, 0o600)
         _locks.add(lock)
@@ -375,8 +370,9 @@ def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     shown = foreign(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
     hint = (
-        "set HSMTOLL_STATE to a directory of this user that outlives restarts; in a volume, to one "
-        "below its root, which is made with mode 0700"
+        "set HSMTOLL_STATE to a directory of this user that outlives restarts, where nobody else"
+        " may write above it; in a volume, to one below its root, which is made with mode 0700"
+        " (Kubernetes: the pod has a fsGroup)"
     )
     with contextlib.suppress(OSError):
         owner = where.stat().st_uid if where else 0

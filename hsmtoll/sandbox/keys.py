@@ -50,6 +50,6 @@ def _folder() -> Path:
 
 
 def _keep(path: Path, key: rsa.RSAPrivateKey) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_directory(path.parent)
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     files.replace(path, pem, fsync=False)

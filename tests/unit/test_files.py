@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.files import check_own, check_secret, check_trusted, replace
+from hsmtoll.files import check_own, check_trusted, read, replace
 from hsmtoll.followed import CertificateFile
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.doors import server_context
@@ -93,14 +94,14 @@ def refused(check: Callable[[], object]) -> str:
 @pytest.mark.parametrize("mode", [0o604, 0o602, 0o606, 0o644, 0o666, 0o620])
 def test_a_secret_that_others_may_read_or_write_is_refused(place: Path, mode: int) -> None:
     path = put(place, mode=mode)
-    assert "others may" in refused(lambda: check_secret(path, "key"))
+    assert "others may" in refused(lambda: read(path, "key", secret=True))
     path.chmod(0o400)
-    check_secret(path, "key")
+    assert read(path, "key", secret=True) == b""
 
 
 def test_a_directory_on_the_way_that_others_may_write_makes_any_file_theirs(place: Path) -> None:
     path = put(place)
-    for check in (check_trusted, check_secret, check_own):
+    for check in (check_trusted, partial(read, secret=True), check_own):
         place.chmod(0o777)
         assert str(place) in refused(lambda check=check: check(path, "it"))  # type: ignore[misc] # bound
         place.chmod(0o755)

@@ -6,6 +6,8 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,11 +16,10 @@ from hsmtoll.errors import ConfigurationError, PinNotTried
 from hsmtoll.files import exposed, loose
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.stores import FileStore, read_key
-from tests.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, is_root
+from tests.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 needs_root = pytest.mark.skipif(not is_root(), reason=NEEDS_ROOT)
 PLACE = Place("maker", "model", "1", "label", "user")
@@ -118,18 +119,74 @@ def test_what_was_opened_otherwise_is_refused_by_what_others_can_do(
     assert "below its root" in (refused.value.hint or "")
 
 
+_KEEP = """
+import os, sys
+from pathlib import Path
+from tests.accounts import become, import_all
+import_all()
+become(int(sys.argv[2]), int(sys.argv[3]))
+from hsmtoll.errors import ConfigurationError, PinNotTried
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.stores import FileStore
+at = Path(sys.argv[1])
+try:
+    FileStore(at / "cache").put("ab", b"token", ttl=60)
+    print("kept" if FileStore(at / "cache").get("ab") else "lost")
+except ConfigurationError as exc:
+    print(exc.code)
+try:
+    with Ledger(at / "state").held(Place("maker", "model", "1", "label", "user")):
+        print("held")
+except PinNotTried as exc:
+    print(exc.code)
+"""
+
+
 @needs_root
-def test_the_root_of_a_volume_is_refused_and_a_directory_below_it_is_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("owner", "group", "bits", "kept"),
+    [
+        pytest.param(0, OTHER, 0o2777, True, id="emptyDir with fsGroup"),
+        pytest.param(0, OTHER, 0o2775, True, id="disk with fsGroup"),
+        pytest.param(0, OTHER, 0o3775, True, id="disk with fsGroup, sticky"),
+        pytest.param(0, 0, 0o1777, True, id="tmpfs of Docker, /tmp"),
+        pytest.param(OTHER, OTHER, 0o755, True, id="StateDirectory"),
+        pytest.param(0, OTHER + 1, 0o777, False, id="emptyDir without fsGroup"),
+        pytest.param(0, OTHER + 1, 0o2777, False, id="group of others"),
+        pytest.param(OTHER + 1, OTHER, 0o2777, False, id="directory of another account"),
+        pytest.param(OTHER + 1, OTHER, 0o1777, False, id="sticky one of another account"),
+        pytest.param(OTHER, OTHER, 0o777, False, id="ours, open to everybody"),
+    ],
+)
+def test_state_and_cache_lie_where_nobody_else_can_move_them_away(
+    tmp_path: Path, owner: int, group: int, bits: int, kept: bool
+) -> None:
+    tmp_path.chmod(0o755)
+    with tempfile.TemporaryDirectory(dir="/tmp") as outer:
+        Path(outer).chmod(0o755)
+        volume = Path(outer) / "volume"
+        volume.mkdir()
+        os.chown(volume, owner, group)
+        volume.chmod(bits)
+        for name in ("cache", "state"):
+            (volume / name).mkdir(mode=0o700)
+            os.chown(volume / name, OTHER, OTHER)
+        done = subprocess.run(
+            [sys.executable, "-c", _KEEP, volume, str(OTHER), str(OTHER)],
+            check=False, capture_output=True, text=True, env=os.environ | importable(),
+        )  # fmt: skip
+    assert done.stdout.split() == (["kept", "held"] if kept else ["cache-unsafe", "ledger"]), (
+        done.stderr
+    )
+
+
+@needs_root
+def test_the_root_of_a_volume_of_another_account_is_no_cache(tmp_path: Path) -> None:
     os.chown(tmp_path, OTHER, OTHER)
     tmp_path.chmod(0o2777)
     with pytest.raises(ConfigurationError, match="another user") as caught:
         FileStore(tmp_path).get("ab")
-    below = tmp_path / "hsmtoll"
-    assert str(below) in (caught.value.hint or "")
-    FileStore(below).put("ab", b"token", ttl=60)
-    assert FileStore(below).get("ab") is not None
-    with Ledger(tmp_path / "state").held(PLACE):
-        pass
+    assert str(tmp_path / "hsmtoll") in (caught.value.hint or "")
 
 
 _LOOK = """
