@@ -20,22 +20,12 @@ if TYPE_CHECKING:
     from hsmtoll.stores import Store
     from hsmtoll.tokens import TokenRequest
 
-__all__ = ["UNSPENT", "Budget"]
+__all__ = ["Budget"]
 
 _HOUR: Final = 3600.0
 
 #: Seconds that another machine's clock may be ahead and its signatures still count.
 _AHEAD: Final = 300.0
-
-#: Codes of errors that say that nothing was signed: who was refused, or met nobody, spent nothing.
-UNSPENT: Final = frozenset(
-    {
-        "audit-broken", "bad-request", "budget", "busy", "caller-untrusted", "clock-unsynchronised",
-        "device-down", "host-peer", "host-untrusted", "host-version", "policy", "policy-denied",
-        "quota", "quota-exceeded", "refused", "socket-access", "socket-unsafe", "stopped",
-        "unknown-host", "unreachable",
-    }
-)  # fmt: skip
 
 
 class Budget:
@@ -63,7 +53,7 @@ class Budget:
         try:
             return signer.assertion(request)
         except HsmTollError as exc:
-            if exc.code in UNSPENT:
+            if not exc.signed:
                 self._give_back(identity)
             raise
 

@@ -27,17 +27,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from hsmtoll import errors, exchange, tls
+from hsmtoll import exchange, replies, tls
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
-    AuditBroken,
-    ClockError,
     ConfigurationError,
-    DeviceError,
     HsmTollError,
     NetworkError,
     PolicyDenied,
-    TryAgainLater,
     foreign,
 )
 from hsmtoll.proof import Expected, Proof, not_believed, prove
@@ -172,18 +168,18 @@ class SigningHost:
     def _refused(self, answer: Answer) -> HsmTollError:
         """What the host said instead of what was asked for, as an error of ours."""
         body = read_object(answer.body) or {}
-        word = body.get("error")
-        known = _WORDS.get(word) if isinstance(word, str) else None
-        kind, code, retry = known or _by_status(answer.status)
+        reply = replies.read(answer.status, body.get("error"))
         what = foreign(body.get("error_description") or "it gives no reason")
         hint = body.get("hint")
         wait = retry_after(answer.headers, now=self._clock.now().wall)
-        return kind(
+        return reply.error(
             f"{self.name}: {answer.status}, {what}",
             hint=f"it says: {foreign(hint)}" if isinstance(hint, str) and hint else None,
-            code=code,
-            retryable=retry,
-            retry_after=wait if kind in _LATER else None,
+            code=reply.code,
+            retryable=reply.retryable,
+            retry_after=wait if reply.waits else None,
+            signed=reply.signed,
+            scope=reply.scope,
         )
 
     def _unreached(self, exc: NetworkError) -> HsmTollError:
@@ -241,44 +237,9 @@ _HINTS: Final = {
     "answer-compressed": "something between answers: a signing host is spoken to directly",
 }
 
-#: The host's words → the error they become, its code, and whether to ask again.
-_WORDS: Final[dict[str, tuple[type[HsmTollError], str, bool]]] = {
-    "policy_denied": (PolicyDenied, "policy-denied", False),
-    "stopped": (PolicyDenied, "stopped", False),
-    "bad_request": (PolicyDenied, "bad-request", False),
-    "too_large": (PolicyDenied, "bad-request", False),
-    "unsupported_media_type": (PolicyDenied, "bad-request", False),
-    "not_found": (NetworkError, "host-version", False),
-    "quota_exceeded": (TryAgainLater, "quota-exceeded", False),
-    "busy": (TryAgainLater, "busy", True),
-    "device_down": (DeviceError, "device-down", True),
-    "audit_broken": (AuditBroken, "audit-broken", False),
-    "clock": (ClockError, "host-clock", False),
-    "grant_refused": (errors.GrantRefused, "grant-refused", False),
-    "exchange_refused": (errors.ExchangeRefused, "exchange-refused", False),
-    "network": (NetworkError, "host-network", True),
-}
-
-#: Those that a Retry-After means something for.
-_LATER: Final = (TryAgainLater, DeviceError, AuditBroken, ClockError, NetworkError)
-
 #: What another host may be asked instead of. A no of policy, stop or quota is a no, and a host
 #: that is not believed is an alarm: neither is gone around.
-_ELSEWHERE: Final = (NetworkError, DeviceError, AuditBroken, ClockError)
-
-
-def _by_status(status: int) -> tuple[type[HsmTollError], str, bool]:
-    """What a status means without a word that is known: a newer host may have new ones."""
-    match status:
-        case 429:
-            return TryAgainLater, "quota-exceeded", False
-        case 503:
-            return TryAgainLater, "busy", True
-        case _ if 400 <= status < 500:
-            return PolicyDenied, "policy-denied", False
-        case _ if status >= 500:
-            return NetworkError, "host-error", True
-    return NetworkError, "redirect", False
+_ELSEWHERE: Final = ("device", "service", "attempt")
 
 
 def read_object(body: bytes) -> dict[str, Any] | None:
@@ -460,7 +421,7 @@ class Hosts:
             try:
                 answer = ask(self.all[number])
             except HsmTollError as exc:
-                if not isinstance(exc, _ELSEWHERE) and exc.code != "busy":
+                if exc.scope not in _ELSEWHERE:
                     self._works(number, failed)
                     raise
                 failed[number] = exc

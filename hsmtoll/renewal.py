@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from hsmtoll import apis, exchange
-from hsmtoll.budget import UNSPENT
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
     ClockError,
@@ -227,7 +226,7 @@ class Engine:
         try:
             assertion = self._budget.assertion(signer, request, identity=identity)
         except HsmTollError as exc:
-            self._count(0 if exc.code in UNSPENT else 1)
+            self._count(1 if exc.signed else 0)
             raise
         self._count(1)
         self._shown()

@@ -26,17 +26,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from hsmtoll import files
+from hsmtoll import files, replies
 from hsmtoll.errors import (
-    AuditBroken,
-    ClockError,
     ConfigurationError,
-    ExchangeRefused,
-    GrantRefused,
     HsmTollError,
-    NetworkError,
     PolicyDenied,
-    TryAgainLater,
     UsageError,
     foreign,
 )
@@ -216,32 +210,11 @@ def reply_to(exc: Exception) -> web.Response:
     if not isinstance(exc, HsmTollError):
         said = "the host made a mistake; its log says where"
         return _error(500, "internal", said, "report it to who runs the host", None)
-    status, word = _word_of(exc)
+    reply = replies.reply_to(exc)
     wait = exc.retry_after
-    if status in (429, 503) and wait is None:
+    if reply.status in (429, 503) and wait is None:
         wait = _PATIENCE
-    return _error(status, word, foreign(exc), foreign(exc.hint or ""), wait)
-
-
-def _word_of(exc: HsmTollError) -> tuple[int, str]:
-    match exc:
-        case PolicyDenied():
-            return 403, "stopped" if exc.code == "stopped" else "policy_denied"
-        case TryAgainLater():
-            return (429, "quota_exceeded") if exc.code == "quota" else (503, "busy")
-        case AuditBroken():
-            return 503, "audit_broken"
-        case ClockError():
-            return 503, "clock"
-        case GrantRefused():
-            return 502, "grant_refused"
-        case ExchangeRefused():
-            return 502, "exchange_refused"
-        case NetworkError():
-            return 503, "network"
-        case _:
-            # The device, its PIN, its certificates, or settings that do not fit them.
-            return 503, "device_down"
+    return _error(reply.status, reply.word, foreign(exc), foreign(exc.hint or ""), wait)
 
 
 def _error(status: int, word: str, said: str, hint: str, wait: float | None) -> web.Response:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
-from hsmtoll import GrantRefused, HsmTollError, NetworkError
+from hsmtoll import DeviceError, GrantRefused, HsmTollError, NetworkError, TryAgainLater
 from hsmtoll.app import App
+from hsmtoll.hsm.module import GATE
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import introduce
+from hsmtoll.tokens import TokenRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,6 +116,34 @@ def test_a_crowd_of_calls_that_an_api_refuses_ask_the_device_once(
 
     assert asyncio.run(crowd()) == {401}
     assert toll_faults.count("C_SignInit") == 1
+
+
+def test_a_device_that_is_busy_spends_no_signature_and_one_that_fails_to_sign_does(
+    toll_settings: Settings, toll_faults: Faults
+) -> None:
+    request = TokenRequest("toll:eu/movement/road/v2")
+    hourly = toll_settings.budget.model_copy(update={"per_hour": 1})
+    settings = toll_settings.model_copy(update={"budget": hourly})
+    with contextlib.closing(App(settings.model_copy(update={"deadline": 0.05}))) as hurried:
+        with ThreadPoolExecutor(1) as another, GATE.held(60):
+            for _ in range(3):
+                asked = another.submit(
+                    hurried.budget.assertion, hurried.signer, request, identity="me"
+                )
+                with pytest.raises(DeviceError) as caught:
+                    asked.result()
+                assert (caught.value.code, caught.value.signed) == ("device-busy", False)
+        hurried.budget.spend("me")
+        with pytest.raises(TryAgainLater):
+            hurried.budget.spend("me")
+    # The control: a signature that was asked for and not given counts.
+    with contextlib.closing(App(settings)) as app:
+        toll_faults.set("wrong-signature")
+        with pytest.raises(DeviceError) as failed:
+            app.budget.assertion(app.signer, request, identity="another")
+        assert (failed.value.code, failed.value.signed) == ("signature-wrong", True)
+        with pytest.raises(TryAgainLater):
+            app.budget.spend("another")
 
 
 def _token() -> subprocess.Popen[str]:

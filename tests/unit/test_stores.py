@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from hsmtoll.budget import Budget
-from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
+from hsmtoll.errors import (
+    CertificateError,
+    ConfigurationError,
+    DeviceError,
+    HsmTollError,
+    PinIncorrect,
+    TryAgainLater,
+    from_data,
+    install_extra,
+)
 from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import TokenRequest
@@ -236,33 +245,34 @@ def test_a_budget_is_counted_by_identity_and_by_hour(any_store: Store) -> None:
 class _Refusing:
     """A signer that says why it does not sign."""
 
-    def __init__(self, code: str) -> None:
-        self._code = code
+    def __init__(self, why: HsmTollError) -> None:
+        self._why = why
 
     def identity(self) -> str:
         return "me"
 
     def assertion(self, request: TokenRequest) -> str:
-        raise TryAgainLater(f"{request.scope}: no", code=self._code)
+        del request
+        raise self._why
 
 
 @pytest.mark.parametrize(
-    ("code", "spent"),
+    ("why", "spent"),
     [
-        ("quota", False),
-        ("policy", False),
-        ("clock-unsynchronised", False),
-        ("stopped", False),
-        ("device-hung", True),
-        ("signature-wrong", True),
+        (TryAgainLater("no", code="quota", signed=False), False),
+        (PinIncorrect("no"), False),
+        (CertificateError("no"), False),
+        (DeviceError("no", code="device-busy", signed=False), False),
+        (DeviceError("no", code="a-code-of-tomorrow"), True),
+        (from_data({"class": "DeviceError", "code": "device-busy"}), True),
     ],
 )
-def test_who_was_refused_before_the_device_was_asked_has_spent_nothing(
-    any_store: Store, code: str, *, spent: bool
+def test_an_error_that_says_that_nothing_was_signed_spends_nothing(
+    any_store: Store, why: HsmTollError, *, spent: bool
 ) -> None:
     budget = Budget(any_store, SettableClock(1_800_000_000.0), per_hour=1)
-    with pytest.raises(TryAgainLater, match="no"):
-        budget.assertion(_Refusing(code), TokenRequest("road"), identity="me")
+    with pytest.raises(type(why)):
+        budget.assertion(_Refusing(why), TokenRequest("road"), identity="me")
     if spent:
         with pytest.raises(TryAgainLater, match="the budget"):
             budget.spend("me")
