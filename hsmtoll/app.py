@@ -31,11 +31,8 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.budget import Budget
-    from hsmtoll.certificate_files import Bundle
-    from hsmtoll.chain import Chain
     from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.exchange import Endpoints
-    from hsmtoll.followed import CertificateFile
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.inspect import ModuleFacts
     from hsmtoll.hsm.ledger import Ledger
@@ -47,6 +44,9 @@ if TYPE_CHECKING:
     from hsmtoll.signer import Lineage, LocalSigner, Signer
     from hsmtoll.stores import Store
     from hsmtoll.wire import Wire
+    from hsmtoll.x509.certificate_files import Bundle
+    from hsmtoll.x509.followed import CertificateFile
+    from hsmtoll.x509.path_building import Chain
 
 __all__ = ["App", "aconnect", "connect"]
 
@@ -328,13 +328,13 @@ class App:
         path = self.settings.hsm.certificates
         if path is None:
             return None
-        from hsmtoll.followed import CertificateFile
+        from hsmtoll.x509.followed import CertificateFile
 
         return CertificateFile(path, "HSMTOLL_HSM__CERTIFICATES")
 
     def supplied(self) -> Bundle:
         """The certificates of HSMTOLL_HSM__CERTIFICATES as they are now."""
-        from hsmtoll.certificate_files import Bundle
+        from hsmtoll.x509.certificate_files import Bundle
 
         return self.certificate_file() if self.certificate_file is not None else Bundle()
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Final
 from asn1crypto import algos, core, keys, x509
 from asn1crypto import csr as pkcs10
 
-from hsmtoll import chain as chains
-from hsmtoll.certificate import Certificate
-from hsmtoll.certificate_files import bundle_in
 from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, foreign
 from hsmtoll.jws import SigningInput
+from hsmtoll.x509 import certificate_checks, path_building
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.certificate_files import bundle_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.apis import Identity
-    from hsmtoll.certificate_files import Unreadable
     from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.x509.certificate_files import Unreadable
 
 __all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk", "uri_to_set"]
 
@@ -82,7 +82,7 @@ class Imported:
     the device had no room; the last ones belong into a file (HSMTOLL_HSM__CERTIFICATES).
     """
 
-    chain: chains.Chain
+    chain: path_building.Chain
     written: tuple[Certificate, ...]
     present: tuple[Certificate, ...]
     left: tuple[Certificate, ...]
@@ -208,7 +208,7 @@ def import_chain(
     file: Path | None = None,
     now: datetime,
     identity: Identity = "eseal",
-    mode: chains.X5cMode = "full",
+    mode: path_building.X5cMode = "full",
     root_sha256: str | None = None,
 ) -> Imported:
     """
@@ -231,18 +231,18 @@ def import_chain(
     there = [each for stored in device.certificates() if (each := _read(stored.der))]
     faults = [
         fault
-        for fault in chains.leaf_faults(leaf, identity=identity, now=now)
+        for fault in certificate_checks.leaf_faults(leaf, identity=identity, now=now)
         if fault.code != "certificate-not-yet-valid"
     ]
     preferred = frozenset(each.sha256 for each in given)
-    chain = chains.build(
+    chain = path_building.build(
         leaf,
         [*given, *there],
         now=max(now, leaf.not_before),
         root_sha256=root_sha256,
         preferred=preferred,
     )
-    faults += chains.chain_faults(chain, identity=identity, now=now, mode=mode)
+    faults += certificate_checks.chain_faults(chain, identity=identity, now=now, mode=mode)
     if faults:
         first = faults[0]
         if first.code in ("chain-incomplete", "chain-broken"):
@@ -410,7 +410,7 @@ def _ca_id(certificate: Certificate) -> bytes:
     return certificate.subject_key_id or bytes.fromhex(certificate.sha256)[:20]
 
 
-def _of(chain: chains.Chain, ders: Iterable[bytes]) -> tuple[Certificate, ...]:
+def _of(chain: path_building.Chain, ders: Iterable[bytes]) -> tuple[Certificate, ...]:
     wanted = frozenset(ders)
     return tuple(each for each in chain.certificates if each.der in wanted)
 

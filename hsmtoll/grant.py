@@ -13,9 +13,9 @@ from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from hsmtoll import jws
-from hsmtoll.certificate import Certificate
 from hsmtoll.errors import ConfigurationError, HsmTollError
 from hsmtoll.tokens import TokenRequest, details_text
+from hsmtoll.x509.certificate import Certificate
 
 __all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "read_grant"]
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from hsmtoll import chain as chains
-from hsmtoll.certificate import Certificate
 from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
 from hsmtoll.grant import LIFETIME, MIN_LEFT
 from hsmtoll.jws import ALGS
+from hsmtoll.x509 import path_building
+from hsmtoll.x509.certificate import Certificate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -241,7 +241,7 @@ def _proven(certificates: tuple[Certificate, ...], expected: Expected, now: date
     if not leaf.valid_at(now):
         raise _Unfit(f"its certificate '{leaf.subject}' is not valid now", "grant-certificate")
     try:
-        chain = chains.build(leaf, certificates, now=now, root_sha256=expected.root_sha256)
+        chain = path_building.build(leaf, certificates, now=now, root_sha256=expected.root_sha256)
     except CertificateError as exc:
         raise _Unfit(str(exc), "grant-certificate") from None
     if chain.certificates != certificates:

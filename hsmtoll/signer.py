@@ -14,10 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
-from hsmtoll import chain as chains
 from hsmtoll import jws
-from hsmtoll.certificate import Certificate
-from hsmtoll.certificate_files import Bundle
 from hsmtoll.errors import (
     CertificateError,
     ConfigurationError,
@@ -28,6 +25,9 @@ from hsmtoll.errors import (
     foreign,
 )
 from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant
+from hsmtoll.x509 import leaf_choice, path_building
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.certificate_files import Bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -134,7 +134,7 @@ class _Proven:
     handles live, and as long as the same is *supplied*.
     """
 
-    chain: chains.Chain
+    chain: path_building.Chain
     x5c: tuple[str, ...]
     boot: float
     wall: float
@@ -167,7 +167,7 @@ class LocalSigner:
         alg: str = "RS256",
         issuer: str | None = None,
         kid: str | None = None,
-        x5c: chains.X5cMode = "full",
+        x5c: path_building.X5cMode = "full",
         supplied: Callable[[], Bundle] = Bundle,
         root_sha256: str | None = None,
         certificate_sha256: str | None = None,
@@ -208,7 +208,7 @@ class LocalSigner:
             return hashlib.sha256(self._public_key().spki()).hexdigest()
         return self.chain().leaf.sha256
 
-    def chain(self) -> chains.Chain:
+    def chain(self) -> path_building.Chain:
         """
         The proven chain of the device's key; CertificateError without one.
 
@@ -264,7 +264,7 @@ class LocalSigner:
         *,
         supplied: Bundle,
         before: Bundle | None,
-    ) -> tuple[chains.Chain, list[Certificate]]:
+    ) -> tuple[path_building.Chain, list[Certificate]]:
         """`_of` what was *supplied*; where that does not do, of what was supplied *before*."""
         try:
             found = self._of(supplied, stored, key, at, unwanted)
@@ -289,11 +289,13 @@ class LocalSigner:
         key: KeyFacts,
         at: datetime,
         unwanted: frozenset[str],
-    ) -> tuple[chains.Chain, list[Certificate]]:
+    ) -> tuple[path_building.Chain, list[Certificate]]:
         """The chain of *key* with what was *supplied*, and all certificates that were looked at."""
         pool = [*readable(stored), *supplied.certificates]
         public = key.public or self._learned
-        leaves = chains.for_key(pool, public) if public else self._likely(stored, supplied, key)
+        leaves = (
+            leaf_choice.for_key(pool, public) if public else self._likely(stored, supplied, key)
+        )
         unread = unread_of(stored, supplied, key)
         chain = self._checked(leaves, pool, supplied, at, unwanted=unwanted, unread=unread)
         return chain, pool
@@ -371,7 +373,7 @@ class LocalSigner:
         unwanted = self._lineage.unwanted(self.clock.now().wall)
         return self._leaf is not None and self._leaf.sha256 in unwanted
 
-    def chain_without_pin(self) -> chains.Chain:
+    def chain_without_pin(self) -> path_building.Chain:
         """
         The chain as far as it shows to nobody in particular: the leaf is taken by the label or
         id of the key named, else by its looks, and not proven to be that key's.
@@ -398,9 +400,9 @@ class LocalSigner:
         now: datetime,
         *,
         unwanted: frozenset[str] = frozenset(),
-        unread: Sequence[chains.Unread],
-    ) -> chains.Chain:
-        return chains.checked(
+        unread: Sequence[leaf_choice.Unread],
+    ) -> path_building.Chain:
+        return leaf_choice.checked(
             leaves,
             pool,
             identity=self._family,
@@ -588,7 +590,7 @@ def unread_of(
     supplied: Bundle,
     key: KeyFacts | None = None,
     named: Sequence[StoredCertificate] = (),
-) -> tuple[chains.Unread, ...]:
+) -> tuple[leaf_choice.Unread, ...]:
     """
     The certificates that do not parse. One is taken for the *key*'s own by CKA_ID, label or
     modulus, or where it is *named*.
@@ -609,8 +611,8 @@ def unread_of(
             own |= bool(key.id and each.id == key.id)
             own |= bool(key.label and each.label == key.label)
         where = f"certificate '{foreign(each.label)}' on the device"
-        found.append(chains.Unread(where, why, own))
-    found += [chains.Unread(u.where, u.why, of_key(u.der)) for u in supplied.unreadable]
+        found.append(leaf_choice.Unread(where, why, own))
+    found += [leaf_choice.Unread(u.where, u.why, of_key(u.der)) for u in supplied.unreadable]
     return tuple(found)
 
 

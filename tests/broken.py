@@ -17,16 +17,16 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll.certificate import Certificate
 from hsmtoll.doctor.facts import Answers, Facts, Revocation, Seen
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import KeyFacts
 from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
-from hsmtoll.revocation import by_crl
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority
 from hsmtoll.settings import Settings
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.revocation import by_crl
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

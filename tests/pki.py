@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID
 
-from hsmtoll.certificate import Certificate
 from hsmtoll.sandbox.pki import eseal_authority, pem
+from hsmtoll.x509.certificate import Certificate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from hsmtoll import enrol
-from hsmtoll.certificate import Certificate
 from hsmtoll.cli.framework import command, group
 from hsmtoll.cli.input import read_content
 from hsmtoll.cli.options import NEEDS_DEVICE, PATH, GlobalOptions, as_json_option, final_try_option
@@ -27,6 +26,7 @@ from hsmtoll.errors import (
 )
 from hsmtoll.hsm.inspect import places
 from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.x509.certificate import Certificate
 
 if TYPE_CHECKING:
     from hsmtoll.hsm.device import KeyFacts, StoredCertificate

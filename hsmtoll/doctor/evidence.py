@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll import apis, refusals
 
 if TYPE_CHECKING:
-    from hsmtoll.chain import Chain
     from hsmtoll.doctor.facts import Facts, Seen
     from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.x509.path_building import Chain
 
 __all__ = ["evidence"]
 

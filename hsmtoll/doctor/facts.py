@@ -16,27 +16,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, exchange, jws
-from hsmtoll import chain as chains
 from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.signer import TokenSource, looks, readable, unread_of
 from hsmtoll.tokens import TokenRequest
+from hsmtoll.x509 import leaf_choice, path_building
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hsmtoll.app import App
-    from hsmtoll.certificate import Certificate
-    from hsmtoll.chain import Unread
     from hsmtoll.hsm.device import Device, KeyFacts
     from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.remote import Look
-    from hsmtoll.revocation import Status
     from hsmtoll.settings import Settings
     from hsmtoll.wire import Wire
+    from hsmtoll.x509.certificate import Certificate
+    from hsmtoll.x509.leaf_choice import Unread
+    from hsmtoll.x509.revocation import Status
 
 __all__ = [
     "Answers",
@@ -184,7 +184,7 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
             found |= {"key": key, "certificates": certificates, "unread": unread}
             if key.public is None or app.settings.kid is not None:
                 break
-            if chains.for_key((*certificates, *supplied.certificates), key.public):
+            if leaf_choice.for_key((*certificates, *supplied.certificates), key.public):
                 break
     except HsmTollError as exc:
         found["error"] = exc
@@ -326,7 +326,7 @@ def _consumer(token: str) -> tuple[str | None, str | None]:
 
 
 def revocation_of(
-    app: App, chain: chains.Chain, *, crl: Path | None, online: bool
+    app: App, chain: path_building.Chain, *, crl: Path | None, online: bool
 ) -> tuple[Revocation, ...]:
     """What the issuers say of the certificates below the root."""
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
@@ -340,7 +340,7 @@ def revocation_of(
 def _by_file(
     path: Path, pairs: list[tuple[Certificate, Certificate]], now: datetime
 ) -> Iterator[Revocation]:
-    from hsmtoll import revocation  # noqa: PLC0415 - 35 ms, and seldom needed
+    from hsmtoll.x509 import revocation  # noqa: PLC0415 - 35 ms, and seldom needed
 
     try:
         with path.open("rb") as file:
@@ -366,7 +366,7 @@ def _by_file(
 def _by_asking(
     app: App, wire: Wire, certificate: Certificate, issuer: Certificate, now: datetime
 ) -> Revocation:
-    from hsmtoll import revocation  # noqa: PLC0415 - see above
+    from hsmtoll.x509 import revocation  # noqa: PLC0415 - see above
 
     public = app.settings.environment != "sandbox"
     problem = "it names no OCSP responder and no revocation list"
@@ -400,7 +400,7 @@ def candidates_of(facts: Facts, seen: Seen) -> tuple[Certificate, ...]:
     pool = pool_of(facts, seen)
     public: RsaPublicKey | None = seen.key.public if seen.key else None
     if public is not None:
-        return chains.for_key(pool, public)
+        return leaf_choice.for_key(pool, public)
     return tuple(each for each in pool if each.public_key is not None)
 
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from hsmtoll import chain as chains
 from hsmtoll.doctor.facts import candidates_of, pool_of
 from hsmtoll.errors import CertificateError, HsmTollError
+from hsmtoll.x509 import leaf_choice, path_building
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from hsmtoll.apis import Identity
-    from hsmtoll.certificate import Certificate
     from hsmtoll.doctor.facts import Facts, Seen
     from hsmtoll.hsm.device import KeyFacts
     from hsmtoll.settings import Settings
+    from hsmtoll.x509.certificate import Certificate
 
 __all__ = [
     "NO_DEVICE",
@@ -60,7 +60,7 @@ class Way:
 
     facts: Facts
     seen: Seen | None
-    chain: chains.Chain | None = None
+    chain: path_building.Chain | None = None
     trouble: CertificateError | None = None
 
     @property
@@ -90,7 +90,7 @@ def way_of(facts: Facts, seen: Seen | None) -> Way:
         return Way(facts=facts, seen=seen)
     hsm = facts.settings.hsm
     try:
-        chain = chains.checked(
+        chain = leaf_choice.checked(
             candidates_of(facts, seen),
             pool_of(facts, seen),
             identity=facts.settings.identity or "eseal",

@@ -7,15 +7,15 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll import chain as chains
 from hsmtoll.doctor.facts import candidates_of, pool_of
 from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
 from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.x509 import leaf_choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
 __all__ = ["CHECKS", "WARN_DAYS"]
 
@@ -51,7 +51,7 @@ def _nearest(way: Way) -> Certificate | None:
     """The leaf meant where its chain does not hold."""
     hsm = way.settings.hsm
     try:
-        return chains.choose(
+        return leaf_choice.choose(
             way.candidates,
             identity=way.identity,
             now=way.facts.now,
@@ -169,7 +169,7 @@ def _will_do(way: Way, pool: Iterable[Certificate], leaf: Certificate) -> bool:
     """Whether *leaf* and its chain hold from its first day on, as the signer will judge them."""
     settings = way.settings
     try:
-        chains.checked(
+        leaf_choice.checked(
             [leaf],
             pool,
             identity=way.identity,
@@ -190,7 +190,7 @@ def check_roll_over(way: Way, leaf: Certificate) -> Check:
     if following is None:
         end = f"{leaf.not_after:%Y-%m-%d}"
         return ok("roll-over", f"no certificate is waiting; this one ends on {end}")
-    # An older one waits until this one ends (`chains.ranked`: the newest is best).
+    # An older one waits until this one ends (`leaf_choice.ranked`: the newest is best).
     newer = following.not_before > leaf.not_before
     when = max(following.not_before, way.facts.now) if newer else leaf.not_after
     return ok(
@@ -231,8 +231,8 @@ def check_chain(way: Way) -> Check:
     chain = way.chain
     if chain is None:
         return skip("chain", "no certificate to look at")
-    if way.settings.x5c == "leaf" or chains.ALONE in chain.notes:
-        why = "HSMTOLL_X5C=leaf" if way.settings.x5c == "leaf" else chains.ALONE
+    if way.settings.x5c == "leaf" or leaf_choice.ALONE in chain.notes:
+        why = "HSMTOLL_X5C=leaf" if way.settings.x5c == "leaf" else leaf_choice.ALONE
         return ok("chain", f"{why}; Customs' guide has the certificate, Digdir's page the chain")
     if chain.cut_short:
         return warn(

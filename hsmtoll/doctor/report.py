@@ -15,8 +15,8 @@ from hsmtoll.errors import CertificateError, foreign
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from hsmtoll import chain as chains
     from hsmtoll.doctor.facts import Facts
+    from hsmtoll.x509 import path_building
 
 __all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain", "signing_key"]
 
@@ -137,7 +137,7 @@ def examine(facts: Facts) -> tuple[Check, ...]:
     return (*results[chosen], *(each for each in others if each is not None))
 
 
-def signing_chain(facts: Facts) -> chains.Chain | None:
+def signing_chain(facts: Facts) -> path_building.Chain | None:
     """The chain of the key that signs; None with a kid, or where no key is usable."""
     ways = [way_of(facts, seen) for seen in facts.seen]
     return ways[_signing(ways)].chain if ways else None

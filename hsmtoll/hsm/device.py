@@ -22,7 +22,6 @@ from weakref import WeakSet
 from pkcs11 import PROTECTED_AUTH, Attribute, KeyType, Mechanism, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
 
-from hsmtoll import der as ders
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import (
@@ -42,6 +41,7 @@ from hsmtoll.hsm.module import GATE, Module, current, loaded, opened, restart, r
 from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, Breaker, mended
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput, digest_info
+from hsmtoll.x509 import der as ders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

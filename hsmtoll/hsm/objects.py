@@ -16,13 +16,13 @@ from pkcs11 import Attribute, CertificateType, KeyType, ObjectClass
 from pkcs11 import exceptions as p11
 from pkcs11.constants import DEFAULT
 
-from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import number, said, translated
 from hsmtoll.hsm.device import certificates_of, key_facts, object_uri
 from hsmtoll.hsm.makers import maker_of
+from hsmtoll.x509.der import certificate_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -2,7 +2,7 @@
 PKIs as data; the chain compared with an enumeration of every path.
 
 The oracle is written from the rules with `cryptography.x509` and shares no code with
-`hsmtoll.chain`. Then openssl and pyhanko-certvalidator get our path, and nothing else.
+`hsmtoll.x509.path_building`. Then openssl and pyhanko-certvalidator get our path, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pyhanko_certvalidator.authority import CertTrustAnchor
 from pyhanko_certvalidator.path import ValidationPath
 from pyhanko_certvalidator.validate import async_validate_path
 
-from hsmtoll.chain import MAX_DEPTH, build
 from hsmtoll.errors import CertificateError
+from hsmtoll.x509.path_building import MAX_DEPTH, build
 from tests import pki
 from tests.pki import DAY, NOW, ec_key, name, rsa_key
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from datetime import datetime
 
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
 # ----- PKIs as data -----------------------------------------------------------------------
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsmtoll.chain import build
+from hsmtoll.x509.path_building import build
 from tests import pki
 from tests.pki import NOW, authority, ec_key, leaf
 
 if TYPE_CHECKING:
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
 
 @lru_cache

@@ -12,7 +12,6 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll.certificate_files import Bundle
 from hsmtoll.clock import Skew
 from hsmtoll.errors import CertificateError, GrantRefused
 from hsmtoll.hsm.device import Device, StoredCertificate
@@ -20,12 +19,13 @@ from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.signer import FirstUp, Lineage, LocalSigner
 from hsmtoll.tokens import TokenRequest
+from hsmtoll.x509.certificate_files import Bundle
 from tests.lab import Lab, MovedClock, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
     from tests.softhsm.conftest import DeviceSoftHsm
 
 DAY = timedelta(days=1)
@@ -104,7 +104,7 @@ def bench(lab: Lab, tmp_path: Path, clock: MovedClock, authority: Authority) -> 
 
 
 def _ours(certificate: x509.Certificate) -> Certificate:
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
     return Certificate.load(certificate.public_bytes(Encoding.DER))
 

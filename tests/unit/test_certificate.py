@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from hsmtoll.certificate import MAX_DER, Certificate
-from hsmtoll.certificate_files import certificates_in
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.x509.certificate import MAX_DER, Certificate
+from hsmtoll.x509.certificate_files import certificates_in
 from tests import pki
 
 

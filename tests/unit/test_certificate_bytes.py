@@ -23,9 +23,10 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from hsmtoll import chain, der
-from hsmtoll.certificate import MAX_NAME, Certificate
-from hsmtoll.certificate_files import certificates_in
+from hsmtoll.x509 import der
+from hsmtoll.x509.certificate import MAX_NAME, Certificate
+from hsmtoll.x509.certificate_files import certificates_in
+from hsmtoll.x509.path_building import build
 from tests import pki
 from tests.pki import NOW
 
@@ -76,7 +77,7 @@ def test_certificates_of_every_length_are_proven_as_openssl_proves_them(tmp_path
         leaf = _of_length(size)
         judge = x509.load_der_x509_certificate(leaf.der)
         assert leaf.tbs == judge.tbs_certificate_bytes
-        assert chain.build(leaf, [root, inter], now=NOW).certificates == (leaf, inter, root)
+        assert build(leaf, [root, inter], now=NOW).certificates == (leaf, inter, root)
         seen[len(der.content(leaf.tbs, der.SEQUENCE)) & 0xFF] = leaf
     # An extension's own length may skip one: all endings but a few were made, 0x80 among them.
     assert len(seen) >= 248
@@ -111,7 +112,7 @@ def test_one_changed_byte_of_a_certificate_of_such_a_length_is_seen() -> None:
     raw = bytearray(leaf.der)
     raw[leaf.der.index(b"tillit.example") + 2] ^= 1
     forged = Certificate.load(bytes(raw))
-    assert chain.build(forged, [root, inter], now=NOW).certificates == (forged,)
+    assert build(forged, [root, inter], now=NOW).certificates == (forged,)
 
 
 def test_names_and_keys_of_128_bytes_are_the_slices_that_stand_there() -> None:
@@ -142,7 +143,7 @@ def test_a_modulus_without_its_leading_zero_is_positive_and_proves(tmp_path: Pat
     short = _resigned(root, b"\x00" + modulus, modulus, key)
     assert short.public_key == root.public_key
     leaf = pki.issue(pki.name("A"), pki.rsa_key(), pki.name("Root"), key)
-    assert chain.build(leaf, [short], now=NOW).certificates == (leaf, short)
+    assert build(leaf, [short], now=NOW).certificates == (leaf, short)
     for name, each in (("root", short), ("above", short), ("leaf", leaf)):
         (tmp_path / f"{name}.pem").write_text(each.pem())
     assert ": OK" in _verify(tmp_path, tmp_path / "leaf.pem")
@@ -228,7 +229,7 @@ def test_a_malformed_extension_that_informs_leaves_the_certificate_readable(
     assert leaf.unreadable == {oid}
     assert leaf.unknown_critical == ()
     _, inter, root = pki.good()
-    assert chain.build(leaf, [inter, root], now=NOW).complete
+    assert build(leaf, [inter, root], now=NOW).complete
     # Critical, and not understood: whoever must obey it cannot.
     assert pki.leaf(extensions=[(bad, True)], key_ids=False).unknown_critical == (oid,)
     assert pki.leaf().unreadable == frozenset()
@@ -312,14 +313,14 @@ def test_a_root_of_version_1_ends_a_chain_that_its_own_signature_proves() -> Non
     root = _version_1(pki.authority("Root", key, key_ids=False), key)
     assert (root.version, root.is_ca) == (1, False)
     leaf = pki.issue(pki.name("A"), pki.rsa_key(), pki.name("Root"), key)
-    found = chain.build(leaf, [root], now=NOW)
+    found = build(leaf, [root], now=NOW)
     assert (found.certificates, found.complete) == ((leaf, root), True)
     # Of version 1, but issued by another, or not signed by itself: nobody says that it is a CA.
     for wrong in (
         _version_1(pki.authority("Root", key, "Above", pki.rsa_key(2), key_ids=False), key),
         _version_1(pki.authority("Root", key, key_ids=False), pki.rsa_key(2)),
     ):
-        assert chain.build(leaf, [wrong], now=NOW).certificates == (leaf,)
+        assert build(leaf, [wrong], now=NOW).certificates == (leaf,)
 
 
 def _version_1(of: Certificate, key: rsa.RSAPrivateKey) -> Certificate:
@@ -360,12 +361,12 @@ def test_directory_names_in_the_alternative_name_are_held_to_the_constraints() -
         leaf = pki.issue(
             subject, pki.rsa_key(), pki.name("CA"), key, extensions=[(alternative, False)]
         )
-        assert chain.build(leaf, [ca], now=NOW).complete is fine
+        assert build(leaf, [ca], now=NOW).complete is fine
     # One that cannot be read may hold anything.
     bad = x509.UnrecognizedExtension(ObjectIdentifier("2.5.29.17"), b"\x0c\x00")
     leaf = pki.issue(subject, pki.rsa_key(), pki.name("CA"), key, extensions=[(bad, False)])
-    assert not chain.build(leaf, [ca], now=NOW).complete
-    assert chain.build(leaf, [pki.authority("CA", key)], now=NOW).complete
+    assert not build(leaf, [ca], now=NOW).complete
+    assert build(leaf, [pki.authority("CA", key)], now=NOW).complete
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,7 @@ def test_parameters_of_an_issuers_pss_key_are_obeyed_as_openssl_obeys_them(
     signing = load_pem_private_key((tmp_path / "free.pem").read_bytes(), None)
     assert isinstance(signing, rsa.RSAPrivateKey)
     leaf = pki.issue(pki.name("A"), pki.rsa_key(), pki.name("Root"), signing, pss=True)
-    found = chain.build(leaf, [root], now=NOW).certificates
+    found = build(leaf, [root], now=NOW).certificates
     assert found == ((leaf, root) if fine else (leaf,))
     for name, each in (("root", root), ("above", root), ("leaf", leaf)):
         (tmp_path / f"{name}.pem").write_text(each.pem())

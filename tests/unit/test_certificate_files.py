@@ -17,12 +17,12 @@ from cryptography.hazmat.primitives.serialization import (
     pkcs12,
 )
 
-from hsmtoll.certificate_files import certificates_in
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.x509.certificate_files import certificates_in
 from tests import pki
 
 if TYPE_CHECKING:
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
 LEAF, INTER, ROOT = pki.good()
 ALL = (LEAF, INTER, ROOT)

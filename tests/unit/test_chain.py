@@ -14,20 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 from cryptography.x509.name import _ASN1Type
 from cryptography.x509.oid import ObjectIdentifier
 
-from hsmtoll.certificate import Certificate
-from hsmtoll.chain import (
-    MAX_DEPTH,
-    MAX_VERIFICATIONS,
-    Chain,
-    build,
-    chain_faults,
-    checked,
-    choose,
-    for_key,
-    leaf_faults,
-    ranked,
-)
 from hsmtoll.errors import CertificateError
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.certificate_checks import chain_faults, leaf_faults
+from hsmtoll.x509.leaf_choice import checked, choose, for_key, ranked
+from hsmtoll.x509.path_building import MAX_DEPTH, MAX_VERIFICATIONS, Chain, build
 from tests import pki
 from tests.pki import DAY, NOW, authority, ec_key, leaf, name, rsa_key, usage
 

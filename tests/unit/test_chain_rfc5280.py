@@ -8,10 +8,10 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ObjectIdentifier
 
-from hsmtoll.certificate import Certificate
-from hsmtoll.certificate_files import bundle_in
-from hsmtoll.chain import build
 from hsmtoll.errors import CertificateError, ConfigurationError
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.certificate_files import bundle_in
+from hsmtoll.x509.path_building import build
 from tests import pki
 from tests.pki import DAY, NOW, authority, ec_key, leaf, name
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
-from hsmtoll import errors, revocation
+from hsmtoll import errors
 from hsmtoll.doctor import Check, Facts, Report, examine
 from hsmtoll.doctor.facts import Answers, Revocation, Seen
 from hsmtoll.doctor.findings import failed
@@ -21,6 +21,7 @@ from hsmtoll.doctor.report import CHECKS
 from hsmtoll.errors import CertificateError, ScopeNotGranted
 from hsmtoll.exchange import Answer, Post, read_subject
 from hsmtoll.settings import Settings
+from hsmtoll.x509 import revocation
 from tests import broken
 from tests.broken import (
     BROKEN,
@@ -103,7 +104,7 @@ def test_the_exit_code_is_that_of_the_first_failures_class(name: str, exit_code:
 
 def test_the_doctor_raises_what_the_signer_would_raise() -> None:
     """Both judge by `chain.checked`: the code and the words are the same."""
-    from hsmtoll import chain as chains
+    from hsmtoll.x509 import leaf_choice
 
     for name, build in BROKEN.items():
         made = build()
@@ -112,8 +113,8 @@ def test_the_doctor_raises_what_the_signer_would_raise() -> None:
             continue
         raised = None
         try:
-            chains.checked(
-                chains.for_key(seen.certificates, seen.key.public),
+            leaf_choice.checked(
+                leaf_choice.for_key(seen.certificates, seen.key.public),
                 seen.certificates,
                 identity=made.facts.settings.identity or "eseal",
                 now=made.facts.now,

@@ -21,13 +21,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.files import check_own, check_trusted, read, replace
-from hsmtoll.followed import CertificateFile
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.doors import server_context
 from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.settings import Settings, load
 from hsmtoll.stores import read_key
 from hsmtoll.tls import client_context, host_context
+from hsmtoll.x509.followed import CertificateFile
 from tests.accounts import OTHER, importable
 from tests.hosting import Authority
 

@@ -21,11 +21,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from hsmtoll.certificate import Certificate
+    from hsmtoll.x509.certificate import Certificate
 
 __all__ = ["MAX_BYTES", "Status", "by_crl", "by_ocsp", "ocsp_url"]
 
-#: Bytes of a list or an answer that is read (DESIGN 4.14).
+#: Bytes of a list or an answer that is read.
 MAX_BYTES = 1024 * 1024
 
 

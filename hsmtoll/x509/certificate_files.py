@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from asn1crypto import parser
 
-from hsmtoll.certificate import Certificate
-from hsmtoll.der import value_at
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.x509.certificate import Certificate
+from hsmtoll.x509.der import value_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import files
-from hsmtoll.certificate_files import Bundle, bundle_in
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.x509.certificate_files import Bundle, bundle_in
 
 if TYPE_CHECKING:
     import os

@@ -2,7 +2,7 @@
 What one certificate says. It is read here, whole, and not judged.
 
 DER in, a frozen value out: no file, no clock, no device and no trust enters this room.
-Which certificates belong together is said in `hsmtoll.chain`.
+Which certificates belong together is said in `hsmtoll.x509.path_building`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
-from hsmtoll import der
 from hsmtoll.errors import foreign
 from hsmtoll.jws import RsaPublicKey
+from hsmtoll.x509 import der
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -280,7 +280,7 @@ class Certificate:
 
     @property
     def self_issued(self) -> bool:
-        """Whether subject and issuer are the same name. *Not verified*: see `hsmtoll.chain`."""
+        """Whether subject and issuer are the same name; `path_building` verifies signatures."""
         return self.subject_key == self.issuer_key
 
     @property
@@ -330,7 +330,7 @@ class Certificate:
         """
         The Norwegian organisation number: 9 digits, or None.
 
-        In Digdir's order (PROTOCOL B.2): SEID 1.0 ``serialNumber``, an organisation name
+        In Digdir's order: SEID 1.0 ``serialNumber``, an organisation name
         that ends in `` - 123456789``, then SEID 2.0 ``organizationIdentifier``.
         """
         if re.fullmatch(r"[0-9]{9}", self.subject_serial_number or ""):

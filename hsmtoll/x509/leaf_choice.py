@@ -1,0 +1,296 @@
+"""
+Which certificate of a key signs: the best one that Maskinporten takes and whose chain holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.x509.certificate_checks import Fault, chain_faults, leaf_faults
+from hsmtoll.x509.path_building import build, normal_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.x509.certificate import Certificate
+    from hsmtoll.x509.path_building import Chain, X5cMode
+
+__all__ = ["ALONE", "Unread", "checked", "choose", "for_key", "ranked"]
+
+
+def for_key(pool: Iterable[Certificate], key: RsaPublicKey) -> tuple[Certificate, ...]:
+    """The certificates in *pool* for this public key, each once, in a fixed order."""
+    found = {certificate.der: certificate for certificate in pool if certificate.public_key == key}
+    return tuple(sorted(found.values(), key=lambda certificate: certificate.sha256))
+
+
+def ranked(
+    candidates: Iterable[Certificate],
+    *,
+    identity: Identity,
+    now: datetime,
+    pinned_sha256: str | None = None,
+    organization: str | None = None,
+    refused: frozenset[str] = frozenset(),
+) -> tuple[Certificate, ...]:
+    """
+    The usable ones of several certificates for one key, best first; never empty.
+
+    Usable is what has no `leaf_faults`, is the pinned one if there is a pin, and has
+    *organization* as its `Certificate.consumer_id` if that is given. The newest
+    ``notBefore`` is best, then digitalSignature before nonRepudiation alone, then the
+    later end. *refused* are SHA-256s that Maskinporten refused lately: they come last.
+
+    Raises CertificateError: ``certificate-missing``, ``certificate-pin``, the fault of the
+    certificate that comes closest, or ``certificate-orgid`` when usable ones name
+    different organisations and nothing says which is meant.
+    """
+    pin = normal_sha256(pinned_sha256)
+    given = {certificate.der: certificate for certificate in candidates}
+    wanted = [c for c in given.values() if pin is None or c.sha256 == pin]
+    if not wanted:
+        raise (_no_pinned(pin) if pin is not None and given else _missing()).error()
+    judged = [(leaf_faults(c, identity=identity, now=now), c) for c in wanted]
+    usable = [c for faults, c in judged if not faults]
+    if not usable:
+        # What is wrong with the certificate meant, not with an attestation beside it: fewest
+        # faults that time does not heal, then the newest.
+        faults, _ = min(judged, key=lambda pair: _distance(pair[0], pair[1], now))
+        raise faults[0].error()
+    names = {c.consumer_id(identity) for c in usable}
+    if organization is not None:
+        usable = [c for c in usable if c.consumer_id(identity) == organization]
+    if not usable or (organization is None and len(names) > 1):
+        raise _other_organization(names, organization).error()
+    return tuple(sorted(usable, key=lambda c: _preference(c, refused)))
+
+
+def choose(
+    candidates: Iterable[Certificate],
+    *,
+    identity: Identity,
+    now: datetime,
+    pinned_sha256: str | None = None,
+    organization: str | None = None,
+    refused: frozenset[str] = frozenset(),
+) -> Certificate:
+    """The first of `ranked`, with its errors."""
+    return ranked(
+        candidates,
+        identity=identity,
+        now=now,
+        pinned_sha256=pinned_sha256,
+        organization=organization,
+        refused=refused,
+    )[0]
+
+
+#: Of a Norwegian client. Customs' guide documents the certificate alone, Digdir's page the chain.
+ALONE: Final = "the certificate is sent alone: its issuer's certificates are not here"
+
+
+def checked(
+    candidates: Iterable[Certificate],
+    pool: Iterable[Certificate],
+    *,
+    identity: Identity,
+    now: datetime,
+    mode: X5cMode = "full",
+    root_sha256: str | None = None,
+    preferred: frozenset[str] = frozenset(),
+    pinned_sha256: str | None = None,
+    organization: str | None = None,
+    refused: frozenset[str] = frozenset(),
+    unread: Sequence[Unread] = (),
+) -> Chain:
+    """
+    The chain to sign with: the best of *candidates* whose chain holds, all checks passed.
+
+    *candidates* are the certificates of the key (`for_key`), *pool* is everything there is that
+    can be read; *unread* is what cannot, and is named where that may be why something is missing.
+    A new certificate whose issuers are not there yet does not displace a living old one.
+
+    With *mode* ``available`` a complete chain is taken before a newer leaf without one.
+
+    Raises CertificateError: those of `ranked`, `build` and `chain_faults`, for the best one.
+    """
+    given, everything = tuple(candidates), tuple(pool)
+    if mode == "available":
+        again = partial(
+            checked, given, everything, identity=identity, now=now, root_sha256=root_sha256,
+            preferred=preferred, pinned_sha256=pinned_sha256, organization=organization,
+            refused=refused, unread=unread,
+        )  # fmt: skip
+        try:
+            return again(mode="full")
+        except CertificateError as exc:
+            if exc.code not in ("chain-incomplete", "chain-broken") or identity != "norwegian":
+                raise
+        chain = again(mode="leaf")
+        return replace(chain, notes=(*chain.notes, ALONE))
+    if not given:
+        raise _missing(unread, everything, preferred).error()
+    leaves = ranked(
+        given,
+        identity=identity,
+        now=now,
+        pinned_sha256=pinned_sha256,
+        organization=organization,
+        refused=refused,
+    )
+    first: CertificateError | None = None
+    for leaf in leaves:
+        try:
+            chain = build(leaf, everything, now=now, root_sha256=root_sha256, preferred=preferred)
+        except CertificateError as exc:
+            first = first or exc
+            continue
+        faults = chain_faults(chain, identity=identity, now=now, mode=mode)
+        if not faults:
+            notes = _why(leaf, given, leaves, identity=identity, now=now)
+            return replace(chain, notes=notes)
+        first = first or _beside(faults[0], unread).error()
+    raise first or _missing().error()
+
+
+def _why(
+    leaf: Certificate,
+    given: Sequence[Certificate],
+    leaves: Sequence[Certificate],
+    *,
+    identity: Identity,
+    now: datetime,
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    better = leaves[: leaves.index(leaf)]
+    for other in sorted({c.der: c for c in given}.values(), key=lambda c: c.sha256):
+        if other == leaf:
+            continue
+        faults = leaf_faults(other, identity=identity, now=now)
+        if faults:
+            reason = faults[0].message.rpartition(": ")[2]
+        elif other in better:
+            reason = "its chain does not hold"
+        elif other in leaves:
+            reason = (
+                "it was refused lately" if other.not_before > leaf.not_before else "it is older"
+            )
+        else:
+            reason = "it is not the one pinned or of another organisation"
+        notes.append(f"not taken: {other.subject} (sha256 {other.sha256[:16]}): {reason}")
+    return tuple(notes)
+
+
+def _preference(certificate: Certificate, refused: frozenset[str]) -> tuple[Any, ...]:
+    signs = certificate.key_usage is None or "digitalSignature" in certificate.key_usage
+    return (
+        certificate.sha256 in refused,
+        -certificate.not_before.timestamp(),
+        not signs,
+        -certificate.not_after.timestamp(),
+        certificate.sha256,
+    )
+
+
+_TIMES: Final = ("certificate-expired", "certificate-not-yet-valid")
+
+
+def _distance(
+    faults: tuple[Fault, ...], certificate: Certificate, now: datetime
+) -> tuple[Any, ...]:
+    lasting = [fault for fault in faults if fault.code not in _TIMES]
+    gone = now - certificate.not_after
+    ahead = certificate.not_before - now
+    return (len(lasting), max(gone, ahead), certificate.sha256)
+
+
+class Unread(NamedTuple):
+    """A certificate that cannot be read: where it is, why, and whether it seems the key's own."""
+
+    where: str
+    why: str
+    of_key: bool = False
+
+
+def _missing(
+    unread: Sequence[Unread] = (),
+    pool: Sequence[Certificate] = (),
+    supplied: frozenset[str] = frozenset(),
+) -> Fault:
+    """*pool* is what there is instead, *supplied* are the SHA-256s of those from a file."""
+    looking = "looking for the certificate of the key"
+    own = next((each for each in unread if each.of_key), None)
+    if own is not None:
+        return Fault(
+            "certificate-missing",
+            f"{looking}: {foreign(own.where)} cannot be read: {foreign(own.why)}",
+            "give the file that the issuer sent: hsmtoll key import, or name it in "
+            "HSMTOLL_HSM__CERTIFICATES",
+        )
+    fault = Fault(
+        "certificate-missing",
+        f"{looking}: {_none_of(pool, supplied)}",
+        "import it to the device (hsmtoll key import), or name a PEM file in "
+        "HSMTOLL_HSM__CERTIFICATES; a key registered with a kid needs HSMTOLL_KID instead",
+    )
+    return _beside(fault, unread)
+
+
+def _none_of(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
+    if not pool:
+        return "there is none, on the device or in a file"
+    filed = sum(each.sha256 in supplied for each in pool)
+    places = {"on the device": len(pool) - filed, "in HSMTOLL_HSM__CERTIFICATES": filed}
+    there = [
+        f"{number} certificate{'' if number == 1 else 's'} {place}"
+        for place, number in places.items()
+        if number
+    ]
+    return f"{' and '.join(there)}, none of this key"
+
+
+def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
+    """*fault*, with a word about certificates that cannot be read where they may be the cause."""
+    if not unread or fault.code not in _FOR_WANT_OF_ONE:
+        return fault
+    first = unread[0]
+    number = "1 certificate" if len(unread) == 1 else f"{len(unread)} certificates"
+    return replace(
+        fault,
+        message=f"{fault.message}; {number} cannot be read: {foreign(first.where)}: "
+        f"{foreign(first.why)}",
+    )
+
+
+#: What is said where a certificate is not there, or is not the one that is needed.
+_FOR_WANT_OF_ONE: Final = frozenset({"certificate-missing", "chain-broken", "chain-incomplete"})
+
+
+def _no_pinned(pin: str) -> Fault:
+    return Fault(
+        "certificate-pin",
+        f"looking for the certificate {pin[:16]}…: the key has others, but not the pinned one",
+        "check HSMTOLL_HSM__CERTIFICATE_SHA256 (hsmtoll objects lists what is there)",
+    )
+
+
+def _other_organization(names: set[str | None], wanted: str | None) -> Fault:
+    listed = foreign(", ".join(sorted(name for name in names if name)))
+    if wanted is None:
+        return Fault(
+            "certificate-orgid",
+            f"choosing a certificate: the key has some of different organisations: {listed}",
+            "pin the one that is meant with HSMTOLL_HSM__CERTIFICATE_SHA256",
+        )
+    return Fault(
+        "certificate-orgid",
+        f"choosing a certificate of {foreign(wanted)}: the key has one of {listed}",
+        "the certificates of one service carry the same organizationIdentifier: "
+        "use a profile of its own for another organisation",
+    )

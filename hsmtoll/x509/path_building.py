@@ -1,0 +1,423 @@
+"""
+Certificates in any order, with strangers → the one proven chain of a leaf.
+
+Values only: no file, no clock and no device. Nothing is trusted here, trust is
+Maskinporten's part; every link is proven by a signature.
+
+The rules of a path, from the leaf upwards. Each next certificate
+
+* bears the name that the one before it calls its issuer (RFC 5280 section 7.1),
+* is a CA (``cA`` true, ``keyCertSign`` where keyUsage is there, no critical extension that
+  RFC 5280 does not know), or a root of version 1, which cannot say so; its
+  ``pathLenConstraint`` leaves room (section 4.2.1.9) and its name constraints leave the names
+  below (section 4.2.1.10, directory names, in the subjectAltName too), and it is no CA, by name
+  and key, that is on the path already,
+* made the signature of the one before it, without MD5 or SHA-1, and as the parameters of an
+  RSASSA-PSS key allow (RFC 4055 section 3.3).
+
+A path ends at a root, which is self-issued and signed by its own key, or at the
+certificate pinned as root, or where nothing can follow; it has at most 10 certificates.
+Of all such paths one is taken, by these criteria in this order: it ends at the pinned
+root; all of it is valid now; it ends at a root; it has more certificates from the
+preferred set; its first expiry is latest; it is shortest; its SHA-256s, read from the
+leaf upwards, are lowest.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+
+from hsmtoll.errors import CertificateError
+from hsmtoll.x509.signatures import is_signed_by
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hsmtoll.x509.certificate import Certificate
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_STEPS",
+    "MAX_VERIFICATIONS",
+    "Chain",
+    "X5cMode",
+    "build",
+    "gap",
+    "normal_sha256",
+]
+
+#: Certificates on a path; Norwegian chains have 3, eSeal chains 3 or 4.
+MAX_DEPTH: Final = 10
+#: Signatures of certificates looked at in one search.
+MAX_VERIFICATIONS: Final = 2_000
+#: Links followed in one search. Without it, cross-signed CAs cost a factorial of their number.
+MAX_STEPS: Final = 5_000
+
+_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+
+#: What the header carries; ``available`` is the chain if it is complete, else the leaf alone.
+X5cMode = Literal["full", "without-root", "leaf", "available"]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """
+    Leaf first, each proven to be signed by the next.
+
+    *complete* says that the last one is a root. *unproven* counts the certificates that
+    bear the name looked for where an incomplete chain ends, and did not sign it.
+    *verifications* is what the search cost, *unused* how many others it was given;
+    *cut_short* that a bound ended it, so that a better proven path may exist.
+    *notes* say why this leaf was taken.
+    """
+
+    certificates: tuple[Certificate, ...]
+    complete: bool
+    unproven: int = 0
+    unused: int = 0
+    verifications: int = 0
+    cut_short: bool = False
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def leaf(self) -> Certificate:
+        """The certificate of the key that signs."""
+        return self.certificates[0]
+
+    @property
+    def root(self) -> Certificate | None:
+        """The last certificate, if it is a root."""
+        return self.certificates[-1] if self.complete else None
+
+    @property
+    def weakest_not_after(self) -> datetime:
+        """When the first of them expires."""
+        return min(certificate.not_after for certificate in self.certificates)
+
+    def x5c(self, mode: X5cMode = "full") -> tuple[str, ...]:
+        """The entries of the ``x5c`` header: standard base64 of DER (RFC 7515 section 4.1.6)."""
+        sent = self.sent(mode)
+        return tuple(base64.b64encode(certificate.der).decode("ascii") for certificate in sent)
+
+    def sent(self, mode: X5cMode = "full") -> tuple[Certificate, ...]:
+        """The certificates that `x5c` carries."""
+        if mode == "leaf" or (mode == "available" and not self.complete):
+            return self.certificates[:1]
+        if mode == "without-root" and self.complete and len(self.certificates) > 1:
+            return self.certificates[:-1]
+        return self.certificates
+
+    def explain(self) -> tuple[str, ...]:
+        """Lines for a person: the way up, where it ends, and why this leaf."""
+        lines = [
+            f"{place + 1}. {certificate.subject} (until {certificate.not_after:%Y-%m-%d}, "
+            f"sha256 {certificate.sha256[:16]})"
+            for place, certificate in enumerate(self.certificates)
+        ]
+        lines.append("it ends at a root" if self.complete else gap(self))
+        if self.unused:
+            lines.append(f"{self.unused} other certificates do not belong to it")
+        if self.cut_short:
+            lines.append("the search was cut short: name the chain in HSMTOLL_HSM__CERTIFICATES")
+        return (*lines, *self.notes)
+
+
+def build(
+    leaf: Certificate,
+    pool: Iterable[Certificate],
+    *,
+    now: datetime,
+    root_sha256: str | None = None,
+    preferred: frozenset[str] = frozenset(),
+) -> Chain:
+    """
+    The one proven chain of *leaf*, whatever the order of *pool* and whoever else is in it.
+
+    *root_sha256* pins the certificate where it must end, *preferred* are the SHA-256s of the
+    certificates a user gave by name (the PEM file). Without a root in *pool* the chain is
+    not complete, which is for the caller to judge, as is its validity.
+
+    Raises CertificateError (``chain-pin``) if the pinned root is not reached.
+    """
+    return _Search(
+        leaf, pool, now, normal_sha256(root_sha256), frozenset(map(normal_sha256, preferred))
+    ).run()
+
+
+class _Merit(NamedTuple):
+    """The criteria of a path in their order; more is better."""
+
+    pinned: bool
+    valid: bool
+    rooted: bool
+    preferred: int
+    weakest: datetime
+    nearness: int
+
+    def after(self, other: _Merit) -> _Merit:
+        """What *other* is worth when these certificates stand before it."""
+        return _Merit(
+            other.pinned,
+            self.valid and other.valid,
+            other.rooted,
+            self.preferred + other.preferred,
+            min(self.weakest, other.weakest),
+            self.nearness + other.nearness,
+        )
+
+
+class _Search:
+    """
+    One search: the proven links first, then the best path over them.
+
+    The second half is a depth-first walk that leaves a branch when the best it could
+    still come to (`_outlook`, which ignores loops and pathLenConstraint and so is never
+    too low) is not better than what was found.
+    """
+
+    def __init__(
+        self,
+        leaf: Certificate,
+        pool: Iterable[Certificate],
+        now: datetime,
+        pin: str | None,
+        preferred: frozenset[str | None],
+    ) -> None:
+        others = {certificate.der: certificate for certificate in pool}
+        others.pop(leaf.der, None)
+        # From here on nothing depends on the order in which they came.
+        self._others = sorted(others.values(), key=lambda certificate: certificate.sha256)
+        self._leaf = leaf
+        self._now = now
+        self._pin = pin
+        self._preferred = preferred
+        self._keys: dict[bytes, Any] = {}
+        self._proofs: dict[tuple[bytes, str], bool] = {}
+        self._issuers: dict[str, list[Certificate]] = {}
+        self._ends: dict[str, bool] = {}
+        self._outlooks: dict[str, dict[tuple[bool, bool, bool], _Merit]] = {}
+        self._best: tuple[Certificate, ...] = ()
+        self._best_merit: _Merit | None = None
+        self._steps = 0
+        self._coarse = False
+        self._cut_short = False
+
+    def run(self) -> Chain:
+        self._link()
+        # First by pin, validity, root and length alone: the outlook is then exact but for
+        # loops, and what is found keeps the real search short, or stands if that is cut off.
+        for self._coarse in (True, False):
+            self._outlooks, self._steps = {}, 0
+            self._look_ahead()
+            self._best_merit = self._merit(self._best) if self._best else None
+            self._walk((self._leaf,), self._worth(self._leaf))
+        last = self._best[-1]
+        if self._pin is not None and (last.sha256 != self._pin or not self._ends[last.sha256]):
+            raise CertificateError(
+                f"building the chain of '{self._leaf.subject}': "
+                f"it does not lead to the pinned root {self._pin[:16]}…",
+                code="chain-pin",
+                hint="check HSMTOLL_HSM__ROOT_SHA256, and that this root and the intermediates "
+                "are on the device or in the file of HSMTOLL_HSM__CERTIFICATES",
+                who="you",
+            )
+        complete = self._ends[last.sha256]
+        named = [other for other in self._others if other.subject_key == last.issuer_key]
+        return Chain(
+            self._best,
+            complete,
+            unproven=0 if complete else len([other for other in named if other != last]),
+            unused=len(self._others) - len(self._best) + 1,
+            verifications=len(self._proofs),
+            cut_short=self._cut_short,
+        )
+
+    def _link(self) -> None:
+        # Only certificates that are proven to stand above the leaf are asked for issuers of
+        # their own, so strangers cost nothing, however many sign each other.
+        by_name: dict[tuple[Any, ...], list[Certificate]] = {}
+        for other in self._others:
+            if _is_ca(other) or _is_old_root(other):
+                by_name.setdefault(other.subject_key, []).append(other)
+        level = [self._leaf]
+        self._ends[self._leaf.sha256] = self._is_end(self._leaf)
+        for _ in range(MAX_DEPTH):
+            self._issuers |= {subject.sha256: [] for subject in level}
+            found: dict[str, Certificate] = {}
+            pairs = [
+                (issuer, subject)
+                for subject in level
+                if not self._ends[subject.sha256]
+                for issuer in by_name.get(subject.issuer_key, ())
+            ]
+            for issuer, subject in sorted(pairs, key=self._order):
+                # A root of version 1 cannot say that it is a CA: its own signature has to.
+                trusted = _is_ca(issuer) or self._is_end(issuer)
+                if trusted and self._proven(issuer, subject):
+                    self._issuers[subject.sha256].append(issuer)
+                    found[issuer.sha256] = issuer
+                    # At once: behind many others there may be nothing left to spend.
+                    self._ends.setdefault(issuer.sha256, self._is_end(issuer))
+            level = [found[sha256] for sha256 in sorted(found) if sha256 not in self._issuers]
+
+    def _order(self, pair: tuple[Certificate, Certificate]) -> tuple[Any, ...]:
+        # Which is looked at first, for there is a bound: what a user named, then what key
+        # identifiers hint at (RFC 5280 section 4.2.1.1). A signature decides.
+        issuer, subject = pair
+        return (
+            -sum(each.sha256 in self._preferred for each in pair),
+            issuer.subject_key_id != subject.authority_key_id,
+            subject.sha256,
+            issuer.sha256,
+        )
+
+    def _is_end(self, certificate: Certificate) -> bool:
+        if certificate.sha256 == self._pin and certificate != self._leaf:
+            return True
+        return certificate.self_issued and self._proven(certificate, certificate)
+
+    def _proven(self, issuer: Certificate, subject: Certificate) -> bool:
+        # By key, not by certificate: cross-signed CAs share one key and cost one proof.
+        asked = (issuer.spki_der, subject.sha256)
+        if asked not in self._proofs:
+            if len(self._proofs) >= MAX_VERIFICATIONS:
+                self._cut_short = True
+                return False
+            self._proofs[asked] = is_signed_by(subject, issuer, self._keys)
+        return self._proofs[asked]
+
+    def _worth(self, certificate: Certificate) -> _Merit:
+        return _Merit(
+            pinned=False,
+            valid=certificate.valid_at(self._now),
+            rooted=False,
+            preferred=int(not self._coarse and certificate.sha256 in self._preferred),
+            weakest=_NEVER if self._coarse else certificate.not_after,
+            nearness=-1,
+        )
+
+    def _end(self, certificate: Certificate) -> _Merit:
+        return self._worth(certificate)._replace(
+            pinned=certificate.sha256 == self._pin, rooted=self._ends.get(certificate.sha256, False)
+        )
+
+    def _merit(self, path: Sequence[Certificate]) -> _Merit:
+        merit = self._end(path[-1])
+        for certificate in reversed(path[:-1]):
+            merit = self._worth(certificate).after(merit)
+        return merit
+
+    def _look_ahead(self) -> None:
+        nodes = {other.sha256: other for other in (self._leaf, *self._others)}
+        known = {sha256: nodes[sha256] for sha256 in self._issuers}
+        for sha256, certificate in known.items():
+            end = self._end(certificate)
+            self._outlooks[sha256] = {end[:3]: end}
+        for _ in range(MAX_DEPTH):
+            changed = False
+            for sha256, certificate in known.items():
+                mine = self._outlooks[sha256]
+                for issuer in self._issuers[sha256]:
+                    for other in tuple(self._outlooks.get(issuer.sha256, {}).values()):
+                        changed |= _widen(mine, self._worth(certificate).after(other))
+            if not changed:
+                break
+
+    def _outlook(self, so_far: _Merit, certificate: Certificate) -> _Merit:
+        outlooks = self._outlooks.get(certificate.sha256)
+        ahead = outlooks.values() if outlooks else (self._end(certificate),)
+        return max(so_far.after(other) for other in ahead)
+
+    def _walk(self, path: tuple[Certificate, ...], so_far: _Merit) -> None:
+        following = self._following(path)
+        if not following:
+            merit = self._merit(path)
+            if self._better(merit, path):
+                self._best, self._best_merit = path, merit
+            return
+        hopes = [(self._outlook(so_far, issuer), issuer) for issuer in following]
+        # Best hope first, lowest SHA-256 among equals: the sort is stable.
+        for hope, issuer in sorted(hopes, key=lambda pair: pair[0], reverse=True):
+            self._steps += 1
+            if self._best and not self._better(hope, (*path, issuer)):
+                continue
+            if self._best and self._steps > MAX_STEPS:
+                self._cut_short = True
+                return
+            self._walk((*path, issuer), so_far.after(self._worth(issuer)))
+
+    def _better(self, merit: _Merit, path: Sequence[Certificate]) -> bool:
+        if self._best_merit is None or merit != self._best_merit:
+            return self._best_merit is None or merit > self._best_merit
+        # A beginning that is equal so far may still become the lower one.
+        mine = [certificate.sha256 for certificate in path]
+        return mine <= [certificate.sha256 for certificate in self._best[: len(mine)]]
+
+    def _following(self, path: tuple[Certificate, ...]) -> list[Certificate]:
+        last = path[-1]
+        if len(path) >= MAX_DEPTH or self._ends.get(last.sha256, False):
+            return []
+        seen = {(passed.subject_key, passed.spki_der) for passed in path}
+        # RFC 5280 section 4.2.1.9: self-issued certificates and the leaf do not count.
+        counted = [passed for passed in path[1:] if not passed.self_issued]
+        return sorted(
+            (
+                issuer
+                for issuer in self._issuers.get(last.sha256, ())
+                if (issuer.subject_key, issuer.spki_der) not in seen
+                and (issuer.path_length is None or len(counted) <= issuer.path_length)
+                and all(issuer.allows(each) for each in (path[0], *counted))
+            ),
+            key=lambda issuer: issuer.sha256,
+        )
+
+
+def _widen(mine: dict[tuple[bool, bool, bool], _Merit], other: _Merit) -> bool:
+    """Let *mine* promise at least what *other* does; whether that changed it."""
+    kind = other[:3]
+    old = mine.get(kind)
+    new = other
+    if old is not None:
+        new = _Merit(
+            *kind,
+            max(old.preferred, other.preferred),
+            max(old.weakest, other.weakest),
+            max(old.nearness, other.nearness),
+        )
+    mine[kind] = new
+    return new != old
+
+
+def _is_ca(certificate: Certificate) -> bool:
+    # RFC 5280 section 4.2: what is critical and not understood makes a certificate unusable.
+    return (
+        certificate.is_ca
+        and not certificate.unknown_critical
+        and (certificate.key_usage is None or "keyCertSign" in certificate.key_usage)
+    )
+
+
+def _is_old_root(certificate: Certificate) -> bool:
+    # Version 1 has no extensions; of a trust anchor RFC 5280 section 6.1.1 (d) asks for none.
+    return certificate.version == 1 and certificate.self_issued
+
+
+def gap(chain: Chain) -> str:
+    """Why an incomplete chain ends where it does."""
+    last = chain.certificates[-1]
+    if not chain.unproven:
+        return f"no certificate of '{last.issuer}', which issued '{last.subject}', was found"
+    return (
+        f"'{last.subject}' names '{last.issuer}' as its issuer, "
+        f"but none of the {chain.unproven} certificates of that name can have issued it "
+        "(another key, a signature by MD5 or SHA-1, not a CA, a critical extension that is not "
+        "known, names it may not issue for, or no room for it)"
+    )
+
+
+def normal_sha256(sha256: str | None) -> str | None:
+    """A fingerprint as we write it; tools print it in capitals and with colons as well."""
+    return None if sha256 is None else sha256.replace(":", "").strip().lower()
