@@ -27,7 +27,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign
@@ -248,13 +248,13 @@ def load(
         )
     arguments = _nested(given)
     _refuse_unknown_keys(arguments, "argument")
-    layers = (filed, _nested(_variables(os.environ)), arguments)
+    layers = (filed, EnvSettingsSource(Settings)(), arguments)
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _laid_over(merged, layer)
     try:
-        # The environment is one of the layers already: read here once, so that the file can
-        # lie below it, and every value keeps the name that it was given under.
+        # The layers are laid over each other here: an error then names the one that a value is
+        # from, and the file lies below the environment.
         settings = Settings.model_validate(merged)
     except ValidationError as exc:
         # `from None`: the original carries the raw values of the whole group, the PIN among them.
@@ -292,15 +292,6 @@ _VARIABLES: Final = {variable(*path): path for path in _PATHS}
 #: Where the settings are read from; neither is a setting itself.
 _CONFIG: Final = f"{_PREFIX}CONFIG"
 _PROFILE: Final = f"{_PREFIX}PROFILE"
-
-
-def _variables(environ: Mapping[str, str]) -> dict[str, Any]:
-    """The variables that are set and not empty, by the path of their setting."""
-    return {
-        "__".join(_VARIABLES[name.upper()]): value
-        for name, value in environ.items()
-        if value and name.upper() in _VARIABLES
-    }
 
 
 def _is_quoted(value: str) -> bool:
