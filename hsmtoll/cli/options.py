@@ -88,6 +88,9 @@ class GlobalOptions:
                 "HSMTOLL_HSM__PIN: every child process and crash report sees the environment; "
                 "HSMTOLL_HSM__PIN_FILE is safer"
             )
+        for handler in logging.getLogger("hsmtoll").handlers:
+            # The command ends with the error itself, and asks the device no more.
+            handler.addFilter(lambda record: not record.getMessage().startswith("device-down: "))
         keep_for_results()
         return App(settings, one_shot=True, use_final_try=use_final_try)
 

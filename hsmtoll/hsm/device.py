@@ -78,6 +78,13 @@ _OF_THE_SIGNATURE: Final = (
     p11.MechanismInvalid,
     p11.MechanismParamInvalid,
 )
+#: There are devices that have one session, or let nobody read while somebody writes.
+_NO_ROOM: Final = (
+    p11.SessionCount,
+    p11.SessionExists,
+    p11.SessionReadOnlyExists,
+    p11.SessionReadWriteSOExists,
+)
 _KEY: Final = ObjectClass.PRIVATE_KEY
 _CERTIFICATE: Final = ObjectClass.CERTIFICATE
 #: With more certificates on a device than this, those of other keys are left unread.
@@ -187,6 +194,20 @@ class Login:
         """Log out: every session of the process on this p11_token loses its private keys."""
         self.module.close(self.anchor)
         self.anchor, self.by_others = None, False
+
+    def session(self, token: Token) -> Session:
+        """A session for one's own use, or the login's where the device has room for no other."""
+        try:
+            return token.open()
+        except _NO_ROOM:
+            if self.anchor is None:
+                raise
+            return self.anchor
+
+    def give_back(self, session: Session) -> None:
+        """Close what `session` returned, unless it is the login's."""
+        if session is not self.anchor:
+            self.module.close(session)
 
     def alive(self) -> bool:
         """Whether a restart of the module would take a login away that serves somebody."""
@@ -504,20 +525,34 @@ class Device:
     @contextlib.contextmanager
     def writing(self, doing: str, *, rw: bool = True) -> Iterator[tuple[Module, Token, Session]]:
         """
-        A session of its own after login, read-write unless not *rw*, for `hsmtoll.hsm.objects`. It
-        is closed at the end, and what this Device knows about its key is forgotten: it may be
-        another one now.
+        A session after login, read-write unless not *rw*, for `hsmtoll.hsm.objects`, until the
+        end. What this Device knows about its key is forgotten: it may be another one now.
         """
         # What a start anew cures is cured before anything is written: no write is made again.
         self._mended(doing, self._log_in)
         with self._using(doing) as here:
             self._log_in(here)
-            session = here.token.open(rw=rw)
+            session = self._read_write(here) if rw else here.session
             try:
                 yield here.module, here.token, session
             finally:
                 here.key = here.facts = None
-                here.module.close(session)
+                if session is not here.session:
+                    here.module.close(session)
+                elif rw:
+                    self._drop()
+                    here.login.end()
+
+    def _read_write(self, here: _Open) -> Session:
+        """A session that writes; it is the only one, the login's, where the device wants that."""
+        try:
+            return here.token.open(rw=True)
+        except _NO_ROOM:
+            here.login.give_back(here.session)
+            here.login.end()
+        self._log_in(here, rw=True)
+        here.session = here.login.anchor or here.token.open(rw=True)
+        return here.session
 
     def start_module_anew(self) -> None:
         """
@@ -539,7 +574,7 @@ class Device:
             here, self._open = self._open, None
             login, self._shared = self._shared, None
             if here is not None:
-                here.module.close(here.session)
+                here.login.give_back(here.session)
             if login is not None:
                 login.users.discard(self)
                 if not login.users:
@@ -657,7 +692,8 @@ class Device:
         if before is not None and before is not login and self._known is not None:
             # The module was started again: the PIN that this device took is still good.
             login.pin, login.source = login.pin or before.pin, login.source or before.source
-        self._open = _Open(module=module, token=token, login=login, session=token.open())
+        session = login.session(token)
+        self._open = _Open(module=module, token=token, login=login, session=session)
         self._shared = login
         login.users.add(self)
         self.generation += 1
@@ -682,14 +718,14 @@ class Device:
         here, self._open = self._open, None
         if here is None or not current(here.module):
             return
-        here.module.close(here.session)
+        here.login.give_back(here.session)
         here.login.users.discard(self)
 
     def _new_session(self, here: _Open) -> None:
         """Another session in the place of one that a module may have left in pieces."""
-        here.module.close(here.session)
+        here.login.give_back(here.session)
         here.key = here.facts = None
-        here.session = here.token.open()
+        here.session = here.login.session(here.token)
 
     def _choose(self, module: Module) -> tuple[Slot, Token]:
         seen: list[tuple[Slot, Token]] = []
@@ -720,7 +756,7 @@ class Device:
 
     # ------------------------------------------------------------------ login
 
-    def _log_in(self, here: _Open) -> None:
+    def _log_in(self, here: _Open, *, rw: bool = False) -> None:
         # python-pkcs11 opens the session and logs in with one call: where the PIN is refused,
         # that session stays open. The ledger makes it one for each wrong value.
         login = here.login
@@ -747,7 +783,7 @@ class Device:
             try:
                 # A maker's own role is a bare number, which its type hints leave out.
                 user: Any = self.user_type
-                login.anchor = here.token.open(user_pin=value, user_type=user)
+                login.anchor = self._login_session(here, rw=rw, user_pin=value, user_type=user)
             except p11.UserAlreadyLoggedIn:
                 page.withdraw()
                 login.by_others = True
@@ -784,6 +820,17 @@ class Device:
                 page.accept(pin)
                 # What was read before may not have been all.
                 self.generation += 1
+
+    def _login_session(self, here: _Open, *, rw: bool, **login: Any) -> Session:
+        try:
+            return here.token.open(rw=rw, **login)
+        except _NO_ROOM:
+            if _has_room(here.token):
+                raise  # the login was answered so, and not the session
+            here.module.close(here.session)
+        here.key = here.facts = None
+        here.session = anchor = here.token.open(rw=rw, **login)
+        return anchor
 
     def _log_in_anyway(self, here: _Open) -> bool:
         """
@@ -1067,6 +1114,14 @@ def _others(here: _Open, ask: Callable[[Session], _T]) -> Iterator[_T]:
             _log.info("%s is passed over: %s", _called(token), said(exc))
         finally:
             here.module.close(session)
+
+
+def _has_room(token: Token) -> bool:
+    try:
+        token.open().close()
+    except _NO_ROOM:
+        return False
+    return True
 
 
 def login_key(token: Token) -> tuple[object, ...]:

@@ -20,6 +20,7 @@ from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.device import (
     Device,
     KeyFacts,
+    Login,
     StoredCertificate,
     certificates_of,
     device_facts,
@@ -181,17 +182,17 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
 
 
 def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
-    session = token.open()
+    login = module.logins.get(login_key(token)) or Login(module)
+    session = login.session(token)
     try:
         found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
         keys = tuple(key_facts(module, session, found))
         stored = tuple(certificates_of(session))
     finally:
-        module.close(session)
+        login.give_back(session)
     place = device_uri(token)
     named = tuple((replace(place, object=one.label, id=one.id, type="cert"), one) for one in stored)
-    login = module.logins.get(login_key(token))
-    there = not seen.login_required or (login is not None and login.there)
+    there = not seen.login_required or login.there
     return replace(seen, keys=keys, certificates=named, logged_in=there)
 
 

@@ -80,6 +80,8 @@ _FINAL: Final = (
 )
 #: The codes of errors that say that the device is away or occupied, not that it refuses.
 _AWAY: Final = frozenset({"device-gone", "session-lost", "device-busy", "device-missing"})
+#: What a key is whose CKA_EXTRACTABLE the device does not show.
+_UNKNOWN: Final = "of unknown extractability"
 #: Bytes of a CKA_ID that every card takes.
 _SHORT_ID: Final = 2
 
@@ -128,9 +130,16 @@ def generate(
         wrong = _wrong(made[1], always_authenticate=always_authenticate)
         if wrong:
             uri = object_uri(token, made[1], "private")
+            hint = tool
+            if wrong == _UNKNOWN:
+                hint += (
+                    ". This device does not say whether keys can be taken out of it: where its"
+                    " documentation says that they cannot, HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true"
+                    " lets such a key sign"
+                )
             raise DeviceError(
                 f"{doing}: the device made one that is {wrong}; {_destroyed(made, uri)}",
-                hint=tool,
+                hint=hint,
                 code="key-too-able",
             )
         return object_uri(token, made[1], "private")
@@ -315,7 +324,7 @@ def _wrong(key: Object, *, always_authenticate: bool) -> str:
     told = {name: _told(key, name) for name in (*_KEPT, *_DENIED)}
     wrong = [f"not {n.name.lower()}" for n in (Attribute.SENSITIVE, Attribute.SIGN) if not told[n]]
     if told[Attribute.EXTRACTABLE] is None:
-        wrong.append("of unknown extractability")
+        wrong.append(_UNKNOWN)
     elif told[Attribute.EXTRACTABLE]:
         wrong.append("extractable")
     wrong += [f"able to {name.name.lower()}" for name in _DENIED if told[name]]

@@ -85,6 +85,8 @@ NAMES: Final[Mapping[str, str]] = {
     " CKR_USER_TYPE_INVALID to CKU_CONTEXT_SPECIFIC",
     "template-refused": "templates for new objects that have attribute=0x202 are answered rv=0x30",
     "attribute-told": "attribute=0x202 of private keys reads true, or false with n=0",
+    "session-exclusive": "C_OpenSession for writing is answered rv=0x30 while others are open, and"
+    " for others while such a session is open",
     "session-read-only": "C_OpenSession for reading and writing is answered rv=0x30",
     "object-replaced": "a certificate that is written takes the place of another one",
 }
@@ -100,7 +102,7 @@ _MEMBERS: Final = (
     "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "user_type",
     "context_login",
     "template_attribute", "template_answer", "told_attribute", "told_value", "read_write_answer",
-    "replaces",
+    "replaces", "exclusive_answer",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
 _EPOCHS: Final = frozenset(("sessions", "handles", "device"))
@@ -255,6 +257,7 @@ class Faults:
             "template-refused": {"template_attribute": attribute, "template_answer": rv},
             "attribute-told": {"told_attribute": attribute, "told_value": 2 if n else 1},
             "session-read-only": {"read_write_answer": rv},
+            "session-exclusive": {"exclusive_answer": rv},
             "object-replaced": {"replaces": 1},
         }
         for member, value in orders[name].items():
@@ -359,5 +362,6 @@ _CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
     "template-refused": ("template_attribute", "template_answer"),
     "attribute-told": ("told_attribute", "told_value"),
     "session-read-only": ("read_write_answer",),
+    "session-exclusive": ("exclusive_answer",),
     "object-replaced": ("replaces",),
 }

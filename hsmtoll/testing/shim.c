@@ -75,6 +75,7 @@ struct control {
     int64_t told_attribute, told_value;     /* 1 false, 2 true */
     int64_t read_write_answer;
     int64_t replaces;
+    int64_t exclusive_answer;
 };
 
 #define FAKE_SLOT 0x7fff0000UL
@@ -86,6 +87,7 @@ static int64_t seen_sessions, seen_device;
 static word slots[16];
 static int slot_count;
 static int64_t logged_in, signatures_left;
+static word writer;    /* the read-write session that was opened last, until it is closed */
 
 #define READ(member) __atomic_load_n(&control->member, __ATOMIC_SEQ_CST)
 
@@ -319,6 +321,8 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
         case OPEN_SESSION:
             if ((b & 2) && READ(read_write_answer)) return (word) READ(read_write_answer);    /* CKF_RW_SESSION */
             if (READ(most_sessions) && READ(open_sessions) >= READ(most_sessions)) return SESSION_COUNT;
+            if (READ(exclusive_answer) && (b & 2 ? READ(open_sessions) > 0 : writer != 0))
+                return (word) READ(exclusive_answer);
             break;
         case SIGN:
             if (READ(most_data) && (int64_t) c > READ(most_data)) return (word) READ(most_data_answer);
@@ -353,9 +357,19 @@ static word forward(int n, word a, word b, word c, word d, word e, word f, word 
                     if (i == 0 || info->text[i - 1] != ' ') info->text[i] = 0;
             break;
         }
-        case OPEN_SESSION: remember_slot(a); __atomic_add_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
-        case CLOSE_SESSION: __atomic_sub_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST); break;
-        case FINALIZE: case CLOSE_ALL: __atomic_store_n(&control->open_sessions, 0, __ATOMIC_SEQ_CST); break;
+        case OPEN_SESSION:
+            if (b & 2) writer = *(word *) e;
+            remember_slot(a);
+            __atomic_add_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST);
+            break;
+        case CLOSE_SESSION:
+            if (a == writer) writer = 0;
+            __atomic_sub_fetch(&control->open_sessions, 1, __ATOMIC_SEQ_CST);
+            break;
+        case FINALIZE: case CLOSE_ALL:
+            writer = 0;
+            __atomic_store_n(&control->open_sessions, 0, __ATOMIC_SEQ_CST);
+            break;
         case COPY_OBJECT: case GENERATE_KEY: tag((word *) e); break;
         case GENERATE_PAIR: tag((word *) g); tag((word *) h); break;
         case UNWRAP_KEY: tag((word *) h); break;

@@ -118,7 +118,9 @@ class Chain:
             for place, certificate in enumerate(self.certificates)
         ]
         lines.append("it ends at a root" if self.complete else gap(self))
-        if self.unused:
+        if self.unused == 1:
+            lines.append("1 other certificate does not belong to it")
+        elif self.unused:
             lines.append(f"{self.unused} other certificates do not belong to it")
         if self.cut_short:
             lines.append("the search was cut short: name the chain in HSMTOLL_HSM__CERTIFICATES")

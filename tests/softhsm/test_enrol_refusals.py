@@ -100,6 +100,22 @@ def test_a_key_that_stays_able_to_decrypt_is_destroyed_and_the_own_tool_named(
     assert enrol.generate(device, bits=2048).object
 
 
+def test_where_a_device_does_not_say_whether_keys_leave_it_the_setting_for_them_is_named(
+    device: Device, toll_faults: Faults
+) -> None:
+    toll_faults.set("attribute-fails", attribute=EXTRACTABLE, rv=TYPE_INVALID)
+    with pytest.raises(DeviceError, match="unknown extractability; it was destroyed") as caught:
+        enrol.generate(device, bits=2048)
+    the_way_on(caught.value)
+    assert "HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true" in (caught.value.hint or "")
+    # Of a key that is known to leave it, nothing lets a person believe that it is allowed.
+    toll_faults.clear()
+    toll_faults.set("attribute-told", attribute=EXTRACTABLE)
+    with pytest.raises(DeviceError, match="is extractable; it was destroyed") as caught:
+        enrol.generate(device, bits=2048)
+    assert "ALLOW_EXPORTABLE" not in (caught.value.hint or "")
+
+
 def test_a_wrong_key_that_cannot_be_destroyed_is_said_and_named(
     device: Device, toll_faults: Faults
 ) -> None:

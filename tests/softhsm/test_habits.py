@@ -18,6 +18,7 @@ import pytest
 
 from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, doctor
 from hsmtoll.app import App
+from hsmtoll.hsm import objects
 from hsmtoll.hsm.codes import NOT_TRIED
 from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.hsm.inspect import inspect
@@ -679,6 +680,99 @@ def test_a_device_that_knows_no_pin_for_a_single_signature_signs_without(
             assert device.sign("RS256", DATA)
         # Asked for once.
         assert toll_faults.count("C_Login") == 2
+
+
+# ---------------------------------------------------------------------- few sessions
+
+_OPENS_TWO = """
+import sys, pkcs11
+token = pkcs11.lib(sys.argv[1]).get_token(token_label=sys.argv[2])
+first = token.open()
+try:
+    token.open(rw=True)
+except pkcs11.PKCS11Error as exc:
+    print(type(exc).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "options", "answer"),
+    [
+        ("session-limit", {"n": 1}, "SessionCount"),
+        ("session-limit", {"n": 2}, "None"),
+        ("session-exclusive", {"rv": 0xB1}, "SessionCount"),
+        ("session-exclusive", {"rv": 0xB7}, "SessionReadOnlyExists"),
+    ],
+)
+def test_a_device_with_few_sessions_signs_and_lists_and_makes_keys(
+    partition: SoftHsm,
+    toll_faults: Faults,
+    isolation: str,
+    fault: str,
+    options: dict[str, Any],
+    answer: str,
+) -> None:
+    toll_faults.set(fault, **options)
+    told = subprocess.run(
+        [sys.executable, "-c", _OPENS_TWO, str(toll_faults.module), partition.label],
+        env=os.environ | partition.environ(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == answer.replace("None", "")
+    with program(isolation) as app:
+        (device,) = app.devices
+        for _ in range(2):
+            assert signed(app)
+        made = objects.generate(
+            device, bits=2048, label="made", key_id=None, always_authenticate=False
+        )
+        assert made.object == "made"
+        # It goes on with as few as before.
+        assert signed(app)
+        assert {key.label for key in objects.keys(device)} == {"acme", "made"}
+    if isolation == "none":
+        assert toll_faults.sessions() == 0
+    seen = command("objects", HSMTOLL_HSM__ISOLATION=isolation)
+    assert (seen.returncode, "object=made" in seen.stdout) == (0, True), seen.stderr
+    assert "do not show" not in seen.stdout
+    looked = command("doctor", HSMTOLL_HSM__ISOLATION=isolation)
+    assert looked.returncode == 0, looked.stdout
+
+
+def test_a_login_that_is_answered_with_the_number_of_sessions_is_not_made_twice(
+    toll_settings: Settings, toll_faults: Faults
+) -> None:
+    del toll_settings
+
+    def logins(answer: int) -> int:
+        toll_faults.reset_counts()
+        toll_faults.set("call-fails", function="C_Login", rv=answer)
+        # Each time in a process that has not loaded the module before.
+        with program("process") as app, pytest.raises(DeviceError):
+            app.devices[0].sign("RS256", DATA)
+        return toll_faults.count("C_Login")
+
+    # CKR_SESSION_COUNT, and CKR_SESSION_HANDLE_INVALID, which is about no number of them.
+    assert logins(0xB1) == logins(0xB3)
+
+
+def test_a_command_says_once_that_the_device_is_away(
+    toll_settings: Settings,
+    toll_faults: Faults,
+    isolation: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    del toll_settings
+    toll_faults.set("call-fails", function="C_OpenSession", rv=DEVICE_ERROR)
+    said = command("chain", HSMTOLL_HSM__ISOLATION=isolation)
+    assert said.returncode == 30
+    assert "device-gone" in said.stderr
+    assert "device-down" not in said.stderr
+    # A program that lives on is told in its log.
+    with program(isolation) as app:
+        for _ in range(2):
+            with pytest.raises(DeviceError):
+                app.devices[0].certificates()
+    assert "device-down" in caplog.text
 
 
 # ---------------------------------------------------------------------- big partitions
