@@ -23,7 +23,7 @@ import termios
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.files import check_trusted, loose
@@ -46,6 +46,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 #: Longer than any PIN or passphrase of a device; a larger file is not a PIN file.
 _LONGEST: Final = 1024
+#: Bytes: enough to see that it is longer, a line break included.
+_MOST_READ: Final = _LONGEST + 2
 
 #: Words of a command line that mean something to a shell alone, and how such words begin.
 _OPERATORS: Final = frozenset({"|", "||", "&&", "<", ">", ">>"})
@@ -157,7 +159,7 @@ class PinFile:
                         f" nobody else may write there: chmod go-w {foreign(place)}",
                         code="pin-file-writable",
                     )
-                data = self._whole(file)
+                data = _whole(file, self.timeout)
         except OSError as exc:
             raise ConfigurationError(
                 f"the PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
@@ -166,18 +168,20 @@ class PinFile:
         version = f"inode {facts.st_ino} mtime {facts.st_mtime_ns}"
         return _pin(_line(data, name=self.name), source=self.name, version=version)
 
-    def _whole(self, file: FileIO) -> bytes:
-        data, until = b"", time.monotonic() + self.timeout
-        ready = select.poll()
-        ready.register(file, select.POLLIN)
-        while len(data) < _LONGEST + 2:
-            if not ready.poll(1000 * max(until - time.monotonic(), 0)):
-                raise TimeoutError(errno.ETIMEDOUT, f"not all of it came within {self.timeout:g} s")
-            part = file.read(_LONGEST + 2 - len(data))
-            if not part:
-                break
-            data += part
-        return data
+
+def _whole(file: FileIO, timeout: float) -> bytes:
+    """What is in *file*, up to more than a PIN may have; TimeoutError after *timeout* seconds."""
+    data, until = b"", time.monotonic() + timeout
+    ready = select.poll()
+    ready.register(file, select.POLLIN)
+    while len(data) < _MOST_READ:
+        if not ready.poll(1000 * max(until - time.monotonic(), 0)):
+            raise TimeoutError(errno.ETIMEDOUT, f"not all of it came within {timeout:g} s")
+        part = file.read(_MOST_READ - len(data))
+        if not part:
+            break
+        data += part
+    return data
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -214,6 +218,7 @@ class PinCommand:
             # A session of its own: the time limit then ends whatever the command started.
             process = subprocess.Popen(
                 argv,
+                bufsize=0,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 env=environment,
@@ -229,19 +234,29 @@ class PinCommand:
         if failed:
             raise self._failed(failed, hint=hint)
         with process:
-            try:
-                out, _ = process.communicate(timeout=self.timeout)
-            except subprocess.TimeoutExpired:
-                failed = f"did not answer within {self.timeout:g} s"
-            finally:
-                if failed or process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
+            out, failed = self._printed(process)
         if failed:
             raise self._failed(failed)
         if process.returncode:
             raise self._failed(f"ended with exit code {process.returncode}", hint=hint)
         return _pin(_line(out, name=self.name), source=self.name)
+
+    def _printed(self, process: subprocess.Popen[bytes]) -> tuple[bytes, str | None]:
+        """What *process* printed before it ended, and why it was ended instead, if it was."""
+        out, failed, until = b"", None, time.monotonic() + self.timeout
+        try:
+            out = _whole(cast("FileIO", process.stdout), self.timeout)
+            if len(out) == _MOST_READ:
+                failed = f"prints more than {_LONGEST} bytes"
+            else:
+                process.wait(max(until - time.monotonic(), 0))
+        except (TimeoutError, subprocess.TimeoutExpired):
+            failed = f"did not answer within {self.timeout:g} s"
+        finally:
+            if failed or process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return out, failed
 
     def _failed(self, what: str, *, hint: str | None = None) -> ConfigurationError:
         return ConfigurationError(

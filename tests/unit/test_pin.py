@@ -179,6 +179,8 @@ def test_a_command_gets_no_variable_of_ours(monkeypatch: pytest.MonkeyPatch) -> 
         ("/nowhere/at/all 4711-canary", "cannot be started"),
         (f"{sys.executable} -c 'import sys; sys.exit(3)' 4711-canary", "exit code 3"),
         (f"{sys.executable} -c 'print()'", "is empty"),
+        # Without an end: nothing of it is kept, and it is not waited for.
+        ("yes 4711-canary", "prints more than 1024 bytes"),
     ],
 )
 def test_a_command_that_fails_is_said_without_its_argv(command: str, said: str) -> None:
@@ -189,7 +191,8 @@ def test_a_command_that_fails_is_said_without_its_argv(command: str, said: str) 
 
 
 @pytest.mark.parametrize(
-    "command", ["/nowhere 4711-canary", "sleep 60 4711-canary", "'4711-canary"]
+    "command",
+    ["/nowhere 4711-canary", "sleep 60 4711-canary", "'4711-canary", "yes 4711-canary"],
 )
 def test_no_exception_behind_the_one_raised_carries_the_command(command: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
