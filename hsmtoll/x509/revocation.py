@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
     from hsmtoll.x509.certificate import Certificate
 
-__all__ = ["MAX_BYTES", "Status", "by_crl", "by_ocsp", "ocsp_url"]
+__all__ = ["MAX_ANSWER", "MAX_BYTES", "Status", "by_crl", "by_ocsp", "ocsp_url"]
 
-#: Bytes of a list or an answer that is read.
+#: Bytes of a list that is read.
 MAX_BYTES = 1024 * 1024
+
+#: Bytes of an OCSP answer that is read. It is about one certificate; reading those that it carries
+#: takes time in proportion to the square of their number.
+MAX_ANSWER = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,8 @@ def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: 
     Signed by *issuer*, or by a responder with its certificate for that purpose (RFC 6960
     section 4.2.2.2). Raises ValueError for everything else, an unknown certificate included.
     """
+    if len(data) > MAX_ANSWER:
+        raise ValueError(f"more than {MAX_ANSWER // 1024} KiB")
     try:
         answer = ocsp.load_der_ocsp_response(data)
         if answer.response_status is not ocsp.OCSPResponseStatus.SUCCESSFUL:

@@ -454,8 +454,8 @@ def test_an_ocsp_answer_is_taken_from_the_issuer_alone() -> None:
     forged = _ocsp(raw, ocsp.OCSPCertStatus.GOOD, by=broken.twin_seals())
     elsewhere = _ocsp(seals().issue(key().public_key()), ocsp.OCSPCertStatus.GOOD)
     unknown = _ocsp(raw, ocsp.OCSPCertStatus.UNKNOWN)
-    for data in (forged, elsewhere, unknown, b"", b"<html>"):
-        with pytest.raises(ValueError, match=r"signed|another|know|not|parsing"):
+    for data in (forged, elsewhere, unknown, b"", b"<html>", good + bytes(64 * 1024)):
+        with pytest.raises(ValueError, match=r"signed|another|know|not|parsing|more than 64 KiB"):
             revocation.by_ocsp(data, leaf, issuer, now=NOW)
 
 
