@@ -25,6 +25,7 @@ from hsmtoll import files
 from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
 from hsmtoll.host.audit_log import (
     EVENTS,
+    LONGEST_LINE,
     MAX_UNSEALED,
     MEMBERS,
     Checkpoint,
@@ -247,6 +248,8 @@ class Audit:
                     "seq": self.seq + 1, "time": stamp(now), "prev": self.head, "event": event,
                 }  # fmt: skip
                 line = _JSON.encode(record).encode("ascii") + b"\n"
+                if len(line) > LONGEST_LINE:
+                    raise ValueError("longer than a record is read back")
                 self._append(line)
             except OSError as exc:
                 raise self._breaks(exc) from exc

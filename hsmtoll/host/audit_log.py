@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __all__ = [
-    "EVENTS", "FIRST", "MAX_UNSEALED", "MAX_UNSEALED_SECONDS", "MEMBERS", "Checkpoint", "Report",
-    "checkpoints_of", "list_records", "segments_of", "segments_since", "sha256", "stamp", "verify",
+    "EVENTS", "FIRST", "LONGEST_LINE", "MAX_UNSEALED", "MAX_UNSEALED_SECONDS", "MEMBERS", "Checkpoint",
+    "Report", "checkpoints_of", "list_records", "segments_of", "segments_since", "sha256", "stamp", "verify",
 ]  # fmt: skip
 
 # fmt: off
@@ -54,6 +54,11 @@ FIRST: Final = "0" * 64
 #: more records, or older ones. A longer tail was not left by a host.
 MAX_UNSEALED: Final = 100
 MAX_UNSEALED_SECONDS: Final = 120.0
+
+#: Bytes of a record. Its options come from a request of 16 KiB, and JSON escapes triple them.
+LONGEST_LINE: Final = 128 * 1024
+#: Bytes of a checkpoint; they have some 400.
+_LONGEST_CHECKPOINT: Final = 1024
 
 
 def sha256(line: bytes) -> str:
@@ -98,7 +103,7 @@ def segments_since(segments: Sequence[Path], since: datetime | None) -> list[Pat
     while at > 0:
         at -= 1
         with segments[at].open("rb") as file:
-            record = _record(file.readline())
+            record = _record(file.readline(LONGEST_LINE))
         if record is not None and datetime.fromisoformat(record["time"]) < since:
             break
     return list(segments[at:])
@@ -130,6 +135,8 @@ class Checkpoint:
     def read(line: bytes, key: Ed25519PublicKey) -> Checkpoint:
         """ValueError for what *key* did not sign."""
         try:
+            if len(line) > _LONGEST_CHECKPOINT:
+                raise ValueError("longer than a checkpoint")  # noqa: TRY301 - one reason for all
             members = json.loads(line)
             signature = bytes.fromhex(members.pop("signature"))
             span = members.pop("unverified")
@@ -407,7 +414,7 @@ def _lines(segment: Path) -> Iterator[bytes]:
     # As long as it is now: a host that writes on must not keep its reader for ever.
     left = segment.stat().st_size
     with segment.open("rb") as file:
-        while left > 0 and (line := file.readline()):
+        while left > 0 and (line := file.readline(LONGEST_LINE)):
             left -= len(line)
             yield line
 

@@ -130,6 +130,20 @@ def test_a_line_that_no_host_wrote_is_named_by_those_who_read_it(
         list(list_records(tmp_path / "log", since=datetime.fromtimestamp(0, UTC)))
 
 
+def test_a_record_is_as_long_as_a_request_makes_it_and_no_longer(tmp_path: Path) -> None:
+    audit = audit_in(tmp_path)
+    audit.write("intent", options={"resource": ["\u00e9" * 16_000]})
+    with pytest.raises(ValueError, match="longer than a record"):
+        audit.write("intent", options={"resource": ["\u00e9" * 32_000]})
+    audit.write("result")
+    audit.close()
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed) == (None, 2, 2)
+    segment = next((tmp_path / "log").glob("audit-*"))
+    segment.write_bytes(segment.read_bytes().replace(b"\\u00e9", b"\\u00e9" * 2))
+    assert str(verify(tmp_path / "log", KEY.public_key()).bad).startswith("record 1: changed")
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
