@@ -29,6 +29,7 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
+from hsmtoll.exchange import read_json
 from hsmtoll.suggestions import did_you_mean
 from hsmtoll.wire import past_proxy
 
@@ -539,18 +540,12 @@ def _bearer(answer: object) -> str:
 
 
 def _json(response: httpx.Response) -> dict[str, Any] | None:
-    try:
-        value = response.json()
-    except (ValueError, RecursionError):
-        return None
+    value = read_json(response.content)
     return value if isinstance(value, dict) else None
 
 
 def _list(response: httpx.Response) -> list[Any]:
-    try:
-        value = response.json()
-    except (ValueError, RecursionError):
-        return []
+    value = read_json(response.content)
     return value if isinstance(value, list) else []
 
 
@@ -849,10 +844,7 @@ def _batch(
     error = refused(response, api, now=now)
     if error is not None:
         raise error
-    try:
-        signals = response.json()
-    except (ValueError, RecursionError):
-        signals = None
+    signals = read_json(response.content)
     if response.status_code != http.HTTPStatus.OK or not isinstance(signals, list):
         raise _no_feed(api, f"{response.status_code}, and no list of signals")
     if not signals:

@@ -36,6 +36,7 @@ __all__ = [
     "exchange_post",
     "grant_post",
     "read_issued",
+    "read_json",
     "read_subject",
 ]
 
@@ -44,12 +45,18 @@ JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 #: RFC 6750 section 2.1, b64token: what may stand behind "Bearer ".
 _BEARER = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+#: Characters of one; servers take some 8 kB of a header.
+_LONGEST_BEARER: Final = 16 * 1024
 
 _TRACE = re.compile(r"\((?:trace_id|correlation id): {0,8}([0-9A-Za-z-]{8,64})\)$")
 #: Characters of what an answer says that are looked at: an expression over more could take hours.
 _MOST_SAID: Final = 2000
 _MP = re.compile(r"MP-\d{3}")
 _LONGEST: Final = 86_400
+#: Lists and objects that an answer may have, and bytes for each one beyond: what they cost in time
+#: and memory is a hundred times what their two bytes show.
+_MOST_VALUES: Final = 20_000
+_BYTES_EACH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ def read_issued(answer: Answer, post: Post) -> Issued:
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
     _raise_for_trouble(answer, post, None)
-    said = _error_text(answer)
+    said = _error_text(answer, read_json(answer.body))
     text = foreign(said, post.secret) or "no reason given"
     scope = "not authorized to request scope" in said.lower()
     raise ExchangeRefused(
@@ -168,23 +175,28 @@ def read_issued(answer: Answer, post: Post) -> Issued:
 
 
 def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = "") -> Issued:
-    read = _json(answer.body)
-    body = read or {}
+    read = read_json(answer.body)
+    body = read if isinstance(read, dict) else {}
     value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
 
     def unusable(why: str) -> HsmTollError:
+        said = str(value or "")
         return error(
             f"{post.leg} answered 200, but {why}",
             hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
             code="answer-unusable",
             # The token of this very answer may be good, whatever else is wrong with it.
-            correlation_id=_correlation(answer, post.secret, str(value or "")),
+            correlation_id=_correlation(answer, post.secret, said)
+            if len(said) <= _LONGEST_BEARER
+            else None,
         )
 
-    if read is None:
+    if not isinstance(read, dict):
         raise unusable("not with a JSON object")
     if not isinstance(value, str) or not _BEARER.fullmatch(value):
         raise unusable("access_token is not a bearer token (RFC 6750)")
+    if len(value) > _LONGEST_BEARER:
+        raise unusable(f"access_token has more than {_LONGEST_BEARER} characters")
     if type(seconds) is not int or not 1 <= seconds <= _LONGEST:
         raise unusable(f"expires_in is not a whole number of seconds in 1…{_LONGEST}")
     if not isinstance(kind, str) or kind.lower() != "bearer":
@@ -234,9 +246,9 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
 
 
 def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
-    body = _json(answer.body) or {}
-    said = _error_text(answer)
-    uri = body.get("error_uri")
+    read = read_json(answer.body)
+    said = _error_text(answer, read)
+    uri = read.get("error_uri") if isinstance(read, dict) else None
     code_match = _MP.search(uri[-_MOST_SAID:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None
     code = code_match[0] if code_match else None
     trace = _TRACE.search(said)
@@ -271,17 +283,18 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
     )
 
 
-def _json(body: bytes) -> dict[str, Any] | None:
+def read_json(body: bytes) -> Any:
+    """The value in an answer; ``None`` for what is no JSON, or has more values than an answer."""
+    if body.count(b"[") + body.count(b"{") > _MOST_VALUES + len(body) // _BYTES_EACH:
+        return None
     try:
-        value = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
 
 
-def _error_text(answer: Answer) -> str:
-    body = _json(answer.body)
-    if body is None:
+def _error_text(answer: Answer, body: Any) -> str:
+    if not isinstance(body, dict):
         # An HTML page says nothing that its status does not.
         text = answer.body[:_MOST_SAID].decode("utf-8", "replace").strip()
         return "" if text.startswith("<") else text

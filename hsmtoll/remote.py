@@ -167,7 +167,7 @@ class SigningHost:
 
     def _refused(self, answer: Answer) -> HsmTollError:
         """What the host said instead of what was asked for, as an error of ours."""
-        body = read_object(answer.body) or {}
+        body = _object(answer)
         reply = replies.read(answer.status, body.get("error"))
         what = foreign(body.get("error_description") or "it gives no reason")
         hint = body.get("hint")
@@ -242,13 +242,9 @@ _HINTS: Final = {
 _ELSEWHERE: Final = ("device", "service", "attempt")
 
 
-def read_object(body: bytes) -> dict[str, Any] | None:
-    """A JSON object, or None for anything else."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def _object(answer: Answer) -> dict[str, Any]:
+    value = exchange.read_json(answer.body)
+    return value if isinstance(value, dict) else {}
 
 
 def _tls_reason(exc: BaseException) -> str:
@@ -520,7 +516,7 @@ class RemoteSigner:
         sent = self._clock.now()
         answer = host.ask("grant", _body(self._profile, request))
         received = self._clock.now()
-        body = read_object(answer.body) or {}
+        body = _object(answer)
         assertion = body.get("assertion")
         skew = self._skew.seconds
         proof = prove(
@@ -595,7 +591,7 @@ class RemoteTokens:
 
     def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
         answer = host.ask("token", _body(self._profile, request))
-        body = read_object(answer.body) or {}
+        body = _object(answer)
         post = exchange.Post(host.name, "", {}, "")
         try:
             issued = exchange.read_issued(answer, post)

@@ -8,7 +8,6 @@ No PIN is spent beyond the one login that signing needs; the network is used by 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -274,10 +273,7 @@ def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
 
 
 def _object(answer: exchange.Answer) -> dict[str, Any]:
-    try:
-        read = json.loads(answer.body)
-    except (ValueError, RecursionError):
-        read = None
+    read = exchange.read_json(answer.body)
     if answer.status != 200 or not isinstance(read, dict):
         raise NetworkError(
             f"Maskinporten's metadata: {answer.status}, and not a JSON object",

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 __all__ = [
-    "EVENTS", "FIRST", "LONGEST_LINE", "MAX_UNSEALED", "MAX_UNSEALED_SECONDS", "MEMBERS", "Checkpoint",
-    "Report", "checkpoints_of", "list_records", "segments_of", "segments_since", "sha256", "stamp", "verify",
+    "EVENTS", "FIRST", "LONGEST_LINE", "MAX_UNSEALED", "MAX_UNSEALED_SECONDS", "MEMBERS",
+    "Checkpoint", "Report", "checkpoints_of", "list_records", "segments_of", "segments_since",
+    "sha256", "stamp", "verify",
 ]  # fmt: skip
 
 # fmt: off

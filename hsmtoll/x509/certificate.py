@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_DER",
     "MAX_EXPONENT",
+    "MAX_MODULUS",
     "MAX_NAME",
     "Certificate",
     "Pss",
@@ -46,7 +47,9 @@ MAX_DER: Final = 64 * 1024
 #: overstep that, but not by so much, and comparing names costs the square of their length.
 MAX_NAME: Final = 256
 
-#: Bits of an RSA key's exponent; verifying takes time in proportion to them.
+#: Bits of an RSA key's modulus and exponent; verifying takes time in proportion to the exponent's
+#: and to the square of the modulus'.
+MAX_MODULUS: Final = 8192
 MAX_EXPONENT: Final = 64
 
 # RFC 4514 section 3 and what stands beside it in enterprise certificates.
@@ -268,7 +271,7 @@ class Certificate:
 
         Raises ValueError for what is not exactly one certificate: other bytes, more bytes
         after it, an extension twice, more than 64 KiB, and for what costs more than any
-        certificate: `MAX_NAME`, `MAX_EXPONENT`.
+        certificate: `MAX_NAME`, `MAX_MODULUS`, `MAX_EXPONENT`.
         """
         if len(raw) > MAX_DER:
             raise ValueError(f"not read: {len(raw)} bytes are more than {MAX_DER}")
@@ -310,9 +313,10 @@ class Certificate:
             return True
         if _ALTERNATIVE_NAMES in below.unreadable:
             return False
+        permitted = None if self.permitted is None else _Trees(self.permitted)
+        excluded = _Trees(self.excluded)
         return all(
-            (self.permitted is None or any(name[: len(base)] == base for base in self.permitted))
-            and not any(name[: len(base)] == base for base in self.excluded)
+            (permitted is None or permitted.hold(name)) and not excluded.hold(name)
             for name in (below.subject_key, *below.alternative_names)
             # An empty subject is none; an empty base holds every name.
             if name
@@ -378,6 +382,19 @@ class Certificate:
     def __repr__(self) -> str:
         """Show whose it is, and which."""
         return f"<Certificate {self.subject!r} sha256={self.sha256[:16]}…>"
+
+
+class _Trees:
+    """Subtrees of directory names. Thousands of names are looked for among thousands of them."""
+
+    def __init__(self, bases: Iterable[tuple[Any, ...]]) -> None:
+        self._bases = frozenset(bases)
+        # Few of them are different, because all bases together have 64 KiB.
+        self._lengths = {len(base) for base in self._bases}
+
+    def hold(self, name: tuple[Any, ...]) -> bool:
+        """Whether *name* begins with one of the bases."""
+        return any(name[:length] in self._bases for length in self._lengths)
 
 
 @lru_cache(maxsize=512)
@@ -589,11 +606,12 @@ def _public_key(spki: bytes) -> tuple[str, int, RsaPublicKey | None, Pss | None]
         )
         if not (modulus and exponent):
             raise ValueError("its RSA key is not made of positive numbers")
-        if exponent.bit_length() > MAX_EXPONENT:
-            raise ValueError(
-                f"the exponent of its RSA key has {exponent.bit_length()} bits, "
-                f"more than {MAX_EXPONENT}"
-            )
+        for what, value, most in (
+            ("its RSA key", modulus, MAX_MODULUS),
+            ("the exponent of its RSA key", exponent, MAX_EXPONENT),
+        ):
+            if value.bit_length() > most:
+                raise ValueError(f"{what} has {value.bit_length()} bits, more than {most}")
         restricted = _RSA[oid] == "rsa-pss" and parameters
         pss = _pss(parameters[0]) if restricted else None
         return _RSA[oid], modulus.bit_length(), RsaPublicKey(modulus, exponent), pss

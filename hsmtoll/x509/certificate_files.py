@@ -9,21 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-from asn1crypto import parser
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.x509.certificate import Certificate
-from hsmtoll.x509.der import value_at
+from hsmtoll.x509.der import ber_values, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Bundle", "Unreadable", "bundle_in", "certificates_in"]
-
-# asn1crypto carries no types.
-_parse: Any = parser.parse
+__all__ = ["MAX_CERTIFICATES", "Bundle", "Unreadable", "bundle_in", "certificates_in"]
 
 #: OpenSSL appends its own trust settings to the certificate in the third one.
 _CERTIFICATE: Final = ("CERTIFICATE", "X509 CERTIFICATE", "TRUSTED CERTIFICATE")
@@ -31,9 +27,14 @@ _PKCS7: Final = ("PKCS7", "CMS", "PKCS #7 SIGNED DATA")
 
 #: RFC 5652 section 5.1: 1.2.840.113549.1.7.2, and where SignedData has its certificates.
 _SIGNED_DATA: Final = bytes.fromhex("2a864886f70d010702")
+_FIELDS: Final = 6
 _SEQUENCE, _INTEGER, _OID, _CERTIFICATES = 0x30, 0x02, 0x06, 0xA0
 #: RFC 7292 section 4: the version of every PKCS#12 file.
 _PKCS12_VERSION: Final = b"\x03"
+
+#: Certificates of one file. The set of all roots that an operating system trusts has some 150.
+MAX_CERTIFICATES: Final = 2_000
+_ENDS_OF_LINES: Final = re.compile(rb"[\r\n]*")
 
 
 class Unreadable(NamedTuple):
@@ -57,8 +58,8 @@ def bundle_in(data: bytes, name: str) -> Bundle:
 
     PEM (RFC 7468) with any text between, certificates in DER one after another, or PKCS#7 in PEM
     or DER; other PEM blocks are passed over. Raises ConfigurationError (``certificate-file``),
-    naming *name*, when there is none that can be read, for PKCS#12, and for a private key: such a
-    file is readable to more people than a key should be.
+    naming *name*, when there is none that can be read or more than `MAX_CERTIFICATES`, for PKCS#12,
+    and for a private key: such a file is readable to more people than a key should be.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         data = data.decode("utf-16", "replace").encode()
@@ -69,6 +70,12 @@ def bundle_in(data: bytes, name: str) -> Bundle:
     found: list[Certificate] = []
     unreadable: list[Unreadable] = []
     for number, der in enumerate(ders, 1):
+        if number > MAX_CERTIFICATES:
+            raise _unusable(
+                name,
+                f"it holds more than {MAX_CERTIFICATES} certificates",
+                hint="give a file with the certificates of your chain alone",
+            )
         where = f"certificate {number} in {name}"
         if isinstance(der, str):
             unreadable.append(Unreadable(where, b"", der))
@@ -100,9 +107,6 @@ def _one_by_one(data: bytes, name: str) -> Iterator[bytes]:
     """The values that stand one after another in a file in DER, an end of line allowed between."""
     at = 0
     while data[:1] == bytes([_SEQUENCE]) and at < len(data):
-        if data[at] in b"\r\n":
-            at += 1
-            continue
         try:
             value = value_at(data, at)
         except ValueError:
@@ -112,7 +116,8 @@ def _one_by_one(data: bytes, name: str) -> Iterator[bytes]:
             # Perhaps BER, as PKCS#7 may be.
             value = data
         yield value
-        at += len(value)
+        between = _ENDS_OF_LINES.match(data, at + len(value))
+        at = between.end() if between else len(data)
 
 
 def _armoured(data: bytes, name: str) -> Iterator[bytes | str]:
@@ -144,14 +149,16 @@ def _armoured(data: bytes, name: str) -> Iterator[bytes | str]:
 def _unwrapped(der: bytes, name: str, *, trusted: bool = False) -> Iterator[bytes]:
     """The certificates of one value: itself, or those of a PKCS#7 file."""
     try:
-        [(tag, contents, whole), *_] = _values(der)
-        [(first, value, _), *others] = _values(contents) if tag == _SEQUENCE else [(0, b"", b"")]
+        # One by one: a file is of any size, and what is wanted stands first.
+        [(tag, contents, whole)] = islice(ber_values(der), 1)
+        inner = ber_values(contents if tag == _SEQUENCE else b"")
+        first, value, _ = next(inner, (0, b"", b""))
         if first == _OID and value == _SIGNED_DATA:
-            [(_, wrapped, _), *_] = others
-            [(_, signed, _), *_] = _values(wrapped)
-            for kind, held, _ in _values(signed):
+            [(_, wrapped, _)] = islice(inner, 1)
+            [(_, signed, _)] = islice(ber_values(wrapped), 1)
+            for kind, held, _ in islice(ber_values(signed), _FIELDS):
                 if kind == _CERTIFICATES:
-                    yield from (each for form, _, each in _values(held) if form == _SEQUENCE)
+                    yield from (each for form, _, each in ber_values(held) if form == _SEQUENCE)
             return
     except ValueError:
         # Cut off, or no ASN.1 at all: the reader of certificates says so.
@@ -168,16 +175,6 @@ def _unwrapped(der: bytes, name: str, *, trusted: bool = False) -> Iterator[byte
     if first == _INTEGER:
         raise _private_key(name)
     yield whole if trusted else der
-
-
-def _values(contents: bytes) -> list[tuple[int, bytes, bytes]]:
-    """(first byte of the tag, contents, whole) of each value, BER included."""
-    found = []
-    while contents:
-        _, _, _, head, inner, tail = _parse(contents)
-        found.append((head[0], inner, contents[: len(head) + len(inner) + len(tail)]))
-        contents = contents[len(found[-1][2]) :]
-    return found
 
 
 def _private_key(name: str) -> ConfigurationError:

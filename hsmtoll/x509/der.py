@@ -8,7 +8,10 @@ Everything here raises ValueError for bytes that are not what is asked for.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "BIT_STRING",
@@ -19,6 +22,7 @@ __all__ = [
     "SEQUENCE",
     "SET",
     "CertificateFields",
+    "ber_values",
     "certificate_fields",
     "check_lengths",
     "content",
@@ -71,6 +75,42 @@ def values(data: bytes, *, strict: bool = False) -> list[bytes]:
         found.append(data[at : at + head + size])
         at += head + size
     return found
+
+
+def ber_values(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """
+    The values that stand one after another in *data*: tag, content and the whole of each.
+
+    As BER allows it, a length may be left open (X.690 section 8.1.3.6).
+    """
+    at = 0
+    while at < len(data):
+        end = _ber_end(data, at)
+        if _is_open(data, at):
+            yield data[at], data[at + 2 : end - 2], data[at:end]
+        else:
+            yield data[at], data[at + _measured(data, at)[0] : end], data[at:end]
+        at = end
+
+
+def _is_open(data: bytes, at: int) -> bool:
+    return data[at + 1 : at + 2] == b"\x80" and bool(data[at] & 0x20)
+
+
+def _ber_end(data: bytes, at: int) -> int:
+    """Where the value at *at* ends. No byte is looked at twice."""
+    depth = 0
+    while True:
+        if depth and data[at : at + 2] == b"\0\0":
+            depth, at = depth - 1, at + 2
+        elif _is_open(data, at):
+            depth, at = depth + 1, at + 2
+            if depth > _DEEPEST:
+                raise ValueError("it is nested deeper than any certificate")
+        else:
+            at += sum(_measured(data, at))
+        if not depth:
+            return at
 
 
 def value_at(data: bytes, at: int) -> bytes:

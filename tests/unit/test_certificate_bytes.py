@@ -28,6 +28,7 @@ from hsmtoll.x509.certificate import MAX_NAME, Certificate
 from hsmtoll.x509.certificate_files import certificates_in
 from hsmtoll.x509.path_building import build
 from tests import pki
+from tests.hostile import certificate_of, rsa_spki
 from tests.pki import NOW
 
 if TYPE_CHECKING:
@@ -295,6 +296,15 @@ def test_an_exponent_of_more_than_64_bits_is_refused() -> None:
                 _resigned(leaf, numbers, changed, pki.rsa_key(1))
             continue
         assert _resigned(leaf, numbers, changed, pki.rsa_key(1)).public_key is not None
+
+
+def test_a_modulus_of_more_than_8192_bits_is_refused() -> None:
+    def with_modulus(size: int) -> bytes:
+        return certificate_of(spki=rsa_spki(b"\0" + b"\xff" * size, b"\x01\0\x01"))
+
+    assert Certificate.load(with_modulus(1024)).key_bits == 8192
+    with pytest.raises(ValueError, match="its RSA key has 8200 bits, more than 8192"):
+        Certificate.load(with_modulus(1025))
 
 
 def test_a_certificate_nested_without_end_is_refused() -> None:

@@ -151,3 +151,10 @@ def test_no_cut_and_no_changed_byte_is_anything_but_refused_or_read(form: str) -
             # Whatever else was raised would fail the test.
             with contextlib.suppress(ConfigurationError):
                 assert certificates_in(other, "F")
+
+
+def test_a_file_of_more_certificates_than_any_is_refused_and_2000_are_read() -> None:
+    leaf = pki.good()[0]
+    assert len(certificates_in(leaf.der * 2000, "F")) == 2000
+    with pytest.raises(ConfigurationError, match="F: it holds more than 2000 certificates"):
+        certificates_in(leaf.der * 2001, "F")

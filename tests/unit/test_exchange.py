@@ -242,3 +242,23 @@ def test_what_follows_the_first_two_thousand_characters_changes_nothing() -> Non
     assert subject_error(answer(400, body)).trace_id is None
     body = {"error": "e", "error_description": "a" * 1900 + f" (trace_id: {TRACE})  "}
     assert subject_error(answer(400, body)).trace_id == TRACE
+
+
+def test_a_token_is_no_longer_than_a_header_can_carry() -> None:
+    longest = "a" * 16 * 1024
+    assert exchange.read_subject(answer(body=GOOD | {"access_token": longest}), post()).value
+    longer = GOOD | {"access_token": longest + "a"}
+    error = subject_error(answer(body=longer, x_correlationid=longest))
+    assert "more than 16384 characters" in str(error)
+    # What is as long is not looked for in what is shown: then nothing is shown.
+    assert error.correlation_id is None
+
+
+def test_an_answer_of_more_values_than_any_has_is_not_read() -> None:
+    for values, read in ((19_000, True), (1_000_000, False)):
+        given = answer(400, {"error": "invalid_grant", "values": [[]] * values})
+        assert (exchange.read_json(given.body) is not None) == read
+        assert isinstance(subject_error(given), GrantRefused)
+    # A batch of the feed has many, and each of them says something.
+    batch = json.dumps([{"routingResult": {"id": "x" * 36}}] * 100_000).encode()
+    assert len(exchange.read_json(batch)) == 100_000
