@@ -1,6 +1,6 @@
 """
-Six PKCS#11 stacks, each made in seconds and gone afterwards; what can be in a namespace of its
-own is. Two have daemons that need root; without it their tests skip.
+PKCS#11 stacks, each made in seconds and gone afterwards; what can be in a namespace of its
+own is. Those of NEEDING_ROOT have daemons that need root; without it their tests skip.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import secrets
 import signal
 import subprocess
@@ -20,7 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 
+from hsmtoll.sandbox import pki
 from hsmtoll.testing.softhsm import SoftHsm
 from tests.accounts import NEEDS_ROOT, is_root
 from tests.lab import free_port, listens
@@ -29,7 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 LIBRARIES: Final = Path(f"/usr/lib/{platform.machine()}-linux-gnu/pkcs11")
+PROXY: Final = LIBRARIES.parent / "p11-kit-proxy.so"
 HERE: Final = Path(__file__).parent
+TOP: Final = HERE.parents[1]
 CARD: Final = ("smartcard==0.3", "smartcard-app-openpgp==0.4.0")
 
 
@@ -55,6 +64,8 @@ class Stack(ABC):
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     #: Whether a forked child may use the module again by itself.
     fork_safe: bool = True
+    #: Who issues the certificates of its keys.
+    authority: pki.Authority = field(default_factory=pki.eseal_authority)
     #: Whether who has it open goes on when it is lost, and only newcomers notice.
     open_goes_on: bool = False
 
@@ -337,10 +348,14 @@ def tpm(folder: Path) -> Stack:
 
 
 class Smartcard(Stack):
-    """A virtual OpenPGP card in a reader of pcscd, behind OpenSC; the card is pulled."""
+    """A virtual card in a reader of pcscd, behind a module; the card is pulled."""
 
     card: Any = None
     daemon: Any = None
+    #: What OpenSC calls a card of this kind.
+    kind: str = ""
+    #: What unblocks the PIN, as its holder does it: commands in hexadecimal.
+    unblocking: tuple[str, ...] = ()
 
     def start_daemon(self) -> None:
         """pcscd, after whatever an earlier one left; the reader finds it by itself."""
@@ -351,6 +366,13 @@ class Smartcard(Stack):
         polkit = ("--disable-polkit",) if "--disable-polkit" in told else ()
         self.daemon = self.start("pcscd", "--foreground", "--error", *polkit, "--config", readers)
         wait_for(lambda: ":35963" in self.run("ss", "-ltn"))
+
+    def insert(self, python: Path, kind: str, card: str) -> None:
+        """A new card, a program of this folder."""
+        self.kind = kind
+        run = ("env", f"PYTHONPATH={TOP}", str(python), "-m", f"tests.modules.{card}")
+        self.card = self.start(*run, "35963")
+        wait_for(self.seen)
 
     def kill_daemon(self) -> None:
         """pcscd ends without a word."""
@@ -365,42 +387,93 @@ class Smartcard(Stack):
         wait_for(self.seen)
 
     def seen(self) -> bool:
-        return "OpenPGP" in self.run("opensc-tool", "-n", check=False)
+        return self.kind in self.run("opensc-tool", "-n", check=False)
 
     def unblock(self) -> None:
-        """With the admin PIN, as its holder does."""
-        verify, reset = "0020008308" + b"12345678".hex(), "002C028106" + b"123456".hex()
-        apdus = [
-            ":".join(each[n : n + 2] for n in range(0, len(each), 2)) for each in (verify, reset)
-        ]
-        self.run("opensc-tool", "-s", apdus[0], "-s", apdus[1])
+        """Give back all tries, as the card's holder does."""
+        sent = [":".join(re.findall("..", each)) for each in self.unblocking]
+        self.run("opensc-tool", *(part for each in sent for part in ("-s", each)))
 
 
-def smartcard(folder: Path) -> Stack:
-    python = card_environment()
-    readers = folder / "readers"
+def with_reader(stack: Smartcard, name: str) -> None:
+    """pcscd with a reader of that *name*, alone in a network: its port is fixed, open to all."""
+    readers = stack.folder / "readers"
     readers.mkdir()
     (readers / "vpcd").write_text(
-        'FRIENDLYNAME "Virtual PCD"\nDEVICENAME /dev/null:0x8C7B\n'
+        f'FRIENDLYNAME "{name}"\nDEVICENAME /dev/null:0x8C7B\n'
         "LIBPATH /usr/lib/pcsc/drivers/serial/libifdvpcd.so\nCHANNELID 0x8C7B\n"
     )
-    uri = "pkcs11:token=OpenPGP%20card%20%28User%20PIN%20%28sig%29%29;id=%01"
-    stack = Smartcard(
-        folder, LIBRARIES / "opensc-pkcs11.so", uri, "123456", "654321", fork_safe=False
-    )
-    # Its port is fixed and open to all: nobody else is in its network.
     in_namespace(
         stack,
         ("mount", "net"),
         "ip link set lo up\nmount -t tmpfs tmpfs /run\nmkdir -p /run/pcscd",
     )
     stack.start_daemon()
-    stack.card = stack.start(str(python), str(HERE / "card_bridge.py"), "35963")
-    wait_for(stack.seen)
+
+
+def smartcard(folder: Path) -> Stack:
+    uri = "pkcs11:token=OpenPGP%20card%20%28User%20PIN%20%28sig%29%29;id=%01"
+    stack = Smartcard(
+        folder, LIBRARIES / "opensc-pkcs11.so", uri, "123456", "654321", fork_safe=False
+    )
+    # With the admin PIN.
+    stack.unblocking = ("0020008308" + b"12345678".hex(), "002C028106" + b"123456".hex())
+    with_reader(stack, "Virtual PCD")
+    stack.insert(card_environment(), "OpenPGP", "openpgp_card")
     stack.run(
         *("openpgp-tool", "--verify", "CHV3", "--pin", "12345678"),
         *("--gen-key", "1", "--key-type", "rsa2048"),
     )
+    return stack
+
+
+def piv_card(stack: Smartcard) -> Stack:
+    """A PIV card with a key and its certificate, made by the tool of YubiKeys."""
+    select = "00A4040005A000000308"
+    stack.unblocking = (select, "002C008010" + b"12345678".hex() + b"123456".hex() + "ffff")
+    with_reader(stack, "Yubico YubiKey CCID")
+    stack.insert(Path(sys.executable), "Personal Identity", "piv_card")
+    public, certificate = stack.folder / "public.pem", stack.folder / "certificate.pem"
+    tool = ("yubico-piv-tool", "-r", "Yubico", "-s")
+    for slot in ("9a", "9c"):
+        stack.run(*tool, slot, "-a", "generate", "-A", "RSA2048", "-o", str(public))
+        key = load_pem_public_key(public.read_bytes())
+        spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        certificate.write_bytes(pki.pem(stack.authority.issue(spki)))
+        stack.run(*tool, slot, "-a", "import-certificate", "-i", str(certificate))
+    return stack
+
+
+def piv(folder: Path) -> Stack:
+    module = LIBRARIES / "opensc-pkcs11.so"
+    return piv_card(Smartcard(folder, module, "pkcs11:id=%01", "123456", "654321", fork_safe=False))
+
+
+def ykcs11(folder: Path) -> Stack:
+    module = LIBRARIES.parent / "libykcs11.so.2"
+    return piv_card(Smartcard(folder, module, "pkcs11:id=%01", "123456", "654321", fork_safe=False))
+
+
+def behind_proxy(stack: Stack, name: str, configuration: str) -> None:
+    """Make *configuration* the only module that p11-kit's proxy leads to."""
+    folder = stack.folder / "config" / "pkcs11"
+    (folder / "modules").mkdir(parents=True)
+    (folder / "pkcs11.conf").write_text("user-config: only\n")
+    (folder / "modules" / f"{name}.module").write_text(configuration)
+    stack.environment["XDG_CONFIG_HOME"] = str(stack.folder / "config")
+    if os.geteuid() == 0:
+        # Of root p11-kit does not read the configuration of a user: be somebody else.
+        stack.prefix = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
+
+
+def proxy(folder: Path) -> Stack:
+    """SoftHSM behind p11-kit's proxy, in the process itself."""
+    made = SoftHsm.create(folder / "softhsm")
+    made.generate_key("k", b"\x01")
+    # Behind the proxy may be anything: it is not started again after a fork.
+    stack = Direct(folder, PROXY, made.uri("k"), made.pin, fork_safe=False)
+    stack.environment = {"SOFTHSM2_CONF": str(made.conf)}
+    behind_proxy(stack, "softhsm", f"module: {made.module}\n")
     return stack
 
 
@@ -415,23 +488,17 @@ class Nss(Stack):
 
 
 def nss(folder: Path) -> Stack:
-    database, configuration = folder / "db", folder / "config" / "pkcs11"
+    database = folder / "db"
     database.mkdir()
-    (configuration / "modules").mkdir(parents=True)
-    (configuration / "pkcs11.conf").write_text("user-config: only\n")
-    (configuration / "modules" / "nss.module").write_text(
+    uri = "pkcs11:token=NSS%20Certificate%20DB;object=k"
+    stack = Nss(folder, PROXY, uri, "31415926", fork_safe=False, open_goes_on=True)
+    behind_proxy(
+        stack,
+        "nss",
         f"module: {LIBRARIES.parent / 'libsoftokn3.so'}\n"
         f"x-init-reserved: configdir='sql:{database}' certPrefix='' keyPrefix=''"
-        " secmod='secmod.db' flags=\n"
+        " secmod='secmod.db' flags=\n",
     )
-    uri = "pkcs11:token=NSS%20Certificate%20DB;object=k"
-    module = LIBRARIES.parent / "p11-kit-proxy.so"
-    # Behind the proxy may be anything: it is not started again after a fork.
-    stack = Nss(folder, module, uri, "31415926", fork_safe=False, open_goes_on=True)
-    stack.environment = {"XDG_CONFIG_HOME": str(folder / "config")}
-    if os.geteuid() == 0:
-        # Of root p11-kit does not read the configuration of a user: be somebody else.
-        stack.prefix = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
     (folder / "pin").write_text(f"{stack.pin}\n")
     stack.run("certutil", "-N", "-d", f"sql:{database}", "-f", str(folder / "pin"))
     generate(stack, "NSS Certificate DB")
@@ -476,14 +543,19 @@ def card_environment() -> Path:
 STACKS: Final[dict[str, Callable[[Path], Stack]]] = {
     "softhsm": direct,
     "p11-kit": remote,
+    "p11-kit-proxy": proxy,
     "opencryptoki": opencryptoki,
     "tpm": tpm,
     "smartcard": smartcard,
+    "piv": piv,
+    "ykcs11": ykcs11,
     "nss": nss,
 }
 
+#: Cards in a reader of pcscd.
+CARDS: Final = ("smartcard", "piv", "ykcs11")
 #: Whose daemons belong to the system.
-NEEDING_ROOT: Final = ("opencryptoki", "smartcard")
+NEEDING_ROOT: Final = ("opencryptoki", *CARDS)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.modules.conftest import wait_for
+from tests.modules.conftest import CARDS, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.timeout(300)
 SIGN = {"alg": "RS256", "text": "header.payload"}
 
 
-@pytest.fixture
-def card(stacks: Callable[[str], Stack]) -> Iterator[Smartcard]:
-    made: Smartcard = stacks("smartcard")  # type: ignore[assignment]  # as it is named
+@pytest.fixture(params=CARDS)
+def card(stacks: Callable[[str], Stack], request: pytest.FixtureRequest) -> Iterator[Smartcard]:
+    made: Smartcard = stacks(request.param)  # type: ignore[assignment]  # as it is named
     yield made
     if made.daemon.poll() is not None:
         made.start_daemon()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.modules.conftest import CARDS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -89,9 +91,9 @@ def test_a_tpm_locks_after_three_different_wrong_pins_and_one_repeated_costs_one
         assert driver.does("sign", **SIGN)
 
 
-@pytest.fixture
-def card(stacks: Callable[[str], Stack]) -> Iterator[Smartcard]:
-    made: Smartcard = stacks("smartcard")  # type: ignore[assignment]  # as it is named
+@pytest.fixture(params=CARDS)
+def card(stacks: Callable[[str], Stack], request: pytest.FixtureRequest) -> Iterator[Smartcard]:
+    made: Smartcard = stacks(request.param)  # type: ignore[assignment]  # as it is named
     yield made
     made.unblock()
 

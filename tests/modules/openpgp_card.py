@@ -1,9 +1,6 @@
 """
-An OpenPGP card for vpcd: python card_bridge.py PORT. Run in a virtual environment of its own,
-which has the card (PyPI: smartcard-app-openpgp, GPL); hsmtoll never sees it.
-
-SIGUSR1 takes the card out, and puts it in again. vpcd's wire: two bytes of length, then either
-a control byte (0 off, 1 on, 2 reset, 4 ATR) or an APDU, whose answer goes back the same way.
+An OpenPGP card for vpcd: python -m tests.modules.openpgp_card PORT. Run in a virtual environment
+of its own, which has the card (PyPI: smartcard-app-openpgp, GPL); hsmtoll never sees it.
 """
 
 # mypy: ignore-errors
@@ -13,10 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import socket
 import sys
-import time
 
 import ZODB
 import ZODB.DB
@@ -31,12 +25,12 @@ from smartcard.app.openpgp.tag import (
 from smartcard.asn1 import CodecBER
 from smartcard.utils import transaction_manager
 
+from tests.modules.vpcd import Reader
+
 # 7816-4: what a real card answers, and the package leaves out.
 VERIFY, SELECT_DATA, GET_DATA, GET_RESPONSE = 0x20, 0xA5, 0xCA, 0xC0
 OK, NOT_FOUND, BLOCKED = b"\x90\x00", b"\x6a\x88", b"\x69\x83"
 REFUSED = b"\x69\x82"
-# Without it every APDU waits 40 ms for a delayed acknowledgement.
-QUICKACK = 12
 
 
 def made() -> Card:
@@ -66,56 +60,13 @@ def made() -> Card:
     return card
 
 
-class Reader:
-    """The card in its slot, or out of it."""
+class OpenPgpCard:
+    """The package's card, which answers as a real one does."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
+    def __init__(self) -> None:
         self.card = made()
         with transaction_manager:
             self.atr = bytes(self.card.getATR())
-        self.out = False
-        self.line: socket.socket | None = None
-        signal.signal(signal.SIGUSR1, self.toggle)
-
-    def toggle(self, *_: object) -> None:
-        self.out = not self.out
-        if self.out and self.line is not None:
-            self.line.shutdown(socket.SHUT_RDWR)
-
-    def run(self) -> None:
-        while True:
-            try:
-                if not self.out:
-                    with socket.create_connection(("127.0.0.1", self.port)) as self.line:
-                        self.line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                        self.reset()
-                        while True:
-                            self.one()
-            except OSError:
-                self.line = None
-            time.sleep(0.02)
-
-    def one(self) -> None:
-        message = self.read(int.from_bytes(self.read(2), "big"))
-        if len(message) > 1:
-            answer = self.apdu(message)
-        elif message == b"\x04":
-            answer = self.atr
-        else:
-            self.reset()
-            return
-        self.line.sendall(len(answer).to_bytes(2, "big") + answer)
-
-    def read(self, size: int) -> bytes:
-        got = b""
-        while len(got) < size:
-            self.line.setsockopt(socket.IPPROTO_TCP, QUICKACK, 1)
-            part = self.line.recv(size - len(got))
-            if not part:
-                raise ConnectionResetError
-            got += part
-        return got
 
     def reset(self) -> None:
         with transaction_manager:
@@ -139,4 +90,4 @@ class Reader:
 
 if __name__ == "__main__":
     logging.basicConfig(level=os.environ.get("LOG", "ERROR"))
-    Reader(int(sys.argv[1])).run()
+    Reader(int(sys.argv[1]), OpenPgpCard()).run()
