@@ -7,6 +7,7 @@ limits, and one line for each breach.
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: What a reader would want to be told of: printed, and failing nothing.
-LONG_FILE: Final = 500
+LONG: Final = {"files": (500, "lines"), "classes": (25, "methods"), "functions": (60, "lines")}
+
+_FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # The brackets keep this file from finding itself.
 _WORDS: Final = {
@@ -41,21 +44,33 @@ _WORDS: Final = {
 _SUPPRESSED: Final = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)$")
 
 
-def lines_of(path: Path) -> int:
+def lines_of(text: str) -> int:
     """Non-blank lines."""
-    return sum(1 for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return sum(1 for line in text.splitlines() if line.strip())
 
 
 def sizes(package: Path) -> Iterator[str]:
-    """Lines of each folder, and the files that are unusually long. Information, no limit."""
-    lines = {path: lines_of(path) for path in sorted(package.rglob("*.py"))}
+    """Lines of each folder, and what is unusually long. Information, no limit."""
     folders: Counter[str] = Counter()
-    for path, count in lines.items():
-        folders[path.relative_to(package.parent).parent.as_posix()] += count
-    yield "lines: " + ", ".join(f"{name} {count}" for name, count in sorted(folders.items()))
-    long = {path.relative_to(package).as_posix(): n for path, n in lines.items() if n > LONG_FILE}
-    if long:
-        yield f"more than {LONG_FILE}: " + ", ".join(f"{name} {n}" for name, n in long.items())
+    long: dict[str, dict[str, int]] = {"files": {}, "classes": {}, "functions": {}}
+    for path in sorted(package.rglob("*.py")):
+        name, text = path.relative_to(package).as_posix(), path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        folders[path.relative_to(package.parent).parent.as_posix()] += lines_of(text)
+        long["files"][name] = lines_of(text)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                methods = sum(isinstance(each, _FUNCTIONS) for each in node.body)
+                long["classes"][f"{name}:{node.name}"] = methods
+            elif isinstance(node, _FUNCTIONS):
+                size = lines_of("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+                long["functions"][f"{name}:{node.name}"] = size
+    total = sum(folders.values())
+    yield f"lines: {total}: " + ", ".join(f"{name} {n}" for name, n in sorted(folders.items()))
+    for kind, (limit, unit) in LONG.items():
+        found = [f"{name} {n}" for name, n in long[kind].items() if n > limit]
+        if found:
+            yield f"{kind} of more than {limit} {unit}: {', '.join(found)}"
 
 
 def lock(top: Path) -> Iterator[str]:

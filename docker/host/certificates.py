@@ -1,4 +1,4 @@
-# ruff: noqa: INP001, TID251 -- a program of an image, not part of the package
+# ruff: noqa: INP001 -- a program of an image, not part of the package
 """
 Throw-away certificates for a signing host and one caller, and the key of its audit; made once.
 

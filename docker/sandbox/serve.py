@@ -1,4 +1,4 @@
-# ruff: noqa: INP001, TID251 -- a program of an image, not part of the package
+# ruff: noqa: INP001 -- a program of an image, not part of the package
 """
 The sandbox in a container, and the issuer of its test certificates, until SIGTERM.
 
