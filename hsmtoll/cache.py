@@ -362,7 +362,7 @@ class Cache:
 
 def _remembered_for(exc: HsmTollError) -> float:
     """Seconds that an answer stands: who refused will refuse again, and it costs a signature."""
-    if exc.code == "throttled":
+    if isinstance(exc, errors.TryAgainLater) and exc.scope == "service":
         return min(exc.retry_after or REFUSED_FOR, _LONGEST_WAIT)
     final = errors.GrantRefused | errors.ExchangeRefused | errors.ClockError
     return REFUSED_FOR if isinstance(exc, final) and not exc.retryable else 0.0

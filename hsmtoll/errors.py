@@ -283,13 +283,10 @@ def to_data(exc: HsmTollError) -> dict[str, Any]:
     return {"class": type(exc).__name__, "message": str(exc), **said}
 
 
-def from_data(
-    data: object, *, unknown: type[HsmTollError] = HsmTollError, **instead: Any
-) -> HsmTollError:
+def from_data(data: object, *, unknown: type[HsmTollError] = HsmTollError) -> HsmTollError:
     """
     The error that `to_data` wrote, whatever *data* is: *unknown* for a class that is none of
-    ours, the safe value for what is missing or of another type. *instead* are keyword arguments
-    of the error that win over what was sent.
+    ours, the safe value for what is missing or of another type.
     """
     said: dict[Any, Any] = data if isinstance(data, dict) else {}
     name = said.get("class")
@@ -306,7 +303,7 @@ def from_data(
         "signed": said.get("signed") is not False,
         "scope": scope if scope in get_args(Scope) else None,
     }
-    return kind(_text(said.get("message")) or "it gives no reason", **known | instead)
+    return kind(_text(said.get("message")) or "it gives no reason", **known)
 
 
 def _tree() -> list[type[HsmTollError]]:

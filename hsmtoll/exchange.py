@@ -24,7 +24,7 @@ from hsmtoll.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = [
     "PROD",
@@ -131,9 +131,22 @@ def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
     return Post("Customs", url, form, subject.value)
 
 
-def read_subject(answer: Answer, post: Post, *, jti: str | None = None, scope: str = "") -> Issued:
+def read_subject(
+    answer: Answer,
+    post: Post,
+    *,
+    jti: str | None = None,
+    scope: str = "",
+    retried: bool = False,
+    corrected: bool = False,
+    rejected: Callable[[str], bool] = lambda _: False,
+) -> Issued:
     """
     The subject token of leg one. *scope*: the names that were asked for, with spaces between.
+
+    Whether a refusal is retryable is decided here: never where the grant was *retried* already;
+    one about time if the clock was *corrected* by this very answer; one of the certificate if
+    *rejected*, given the code, says that there is another to try.
 
     An answer that says its scope must name them all; one that says none grants them (RFC 6749
     section 5.1). Raises GrantRefused or ScopeNotGranted with the MP code, what it means, who must
@@ -143,7 +156,7 @@ def read_subject(answer: Answer, post: Post, *, jti: str | None = None, scope: s
     if answer.status == 200:
         return _issued(answer, post, GrantRefused, scope)
     _raise_for_trouble(answer, post, jti)
-    raise _refused(answer, post, jti)
+    raise _refused(answer, post, jti, again=not retried, corrected=corrected, rejected=rejected)
 
 
 def read_issued(answer: Answer, post: Post) -> Issued:
@@ -222,6 +235,7 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
             f"{where}: too many requests",
             hint="wait, and see that all programs share one cache (HSMTOLL_CACHE)",
             code="throttled",
+            scope="service",
             jti=jti,
             correlation_id=correlation,
             retryable=True,
@@ -245,7 +259,15 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
         )
 
 
-def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
+def _refused(
+    answer: Answer,
+    post: Post,
+    jti: str | None,
+    *,
+    again: bool,
+    corrected: bool,
+    rejected: Callable[[str], bool],
+) -> HsmTollError:
     read = read_json(answer.body)
     said = _error_text(answer, read)
     uri = read.get("error_uri") if isinstance(read, dict) else None
@@ -265,7 +287,10 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
             who="you",
             trace_id=trace_id,
             jti=jti,
+            retryable=again and corrected,
         )
+    certificate = row is not None and row.certificate
+    another = certificate and rejected(code or "")
     meaning = f"Meaning: {row.meaning}. " if row else ""
     lines = [f"{meaning}To do: {row.do}"] if row else []
     who = row.who if row else "you"
@@ -279,7 +304,8 @@ def _refused(answer: Answer, post: Post, jti: str | None) -> HsmTollError:
         who=who,
         trace_id=trace_id,
         jti=jti,
-        retryable=bool(row and row.retry),
+        retryable=another or (again and row is not None and row.retry),
+        scope="certificate" if certificate else None,
     )
 
 

@@ -31,8 +31,6 @@ _LONGEST: Final = 86_400
 #: Seconds. No clock of ours is as far from its epoch.
 _FAR: Final = 1e11
 
-_SAID: Final = ("hint", "code", "who", "trace_id", "jti", "correlation_id")
-
 _NUMBER: Final = (int, float)
 _TOKEN: Final[dict[str, Any]] = {
     "access_token": str,
@@ -43,6 +41,9 @@ _TOKEN: Final[dict[str, Any]] = {
     "lifetime": int,
 }
 _REFUSAL: Final[dict[str, Any]] = {"class": str, "message": str, "until": _NUMBER}
+_REMEMBERED: Final = (
+    "GrantRefused", "ScopeNotGranted", "ExchangeRefused", "ClockError", "TryAgainLater",
+)  # fmt: skip
 
 
 def token(key: str, held: AccessToken) -> bytes:
@@ -84,8 +85,7 @@ def read_token(key: str, raw: bytes, *, now: Moment, left: float | None) -> Acce
 
 def refusal(key: str, exc: HsmTollError, *, until: float) -> bytes:
     """*exc* as it lies under *key*, good *until* (seconds since the epoch)."""
-    said = {name: getattr(exc, name) for name in _SAID}
-    return _written(key, **{"class": type(exc).__name__, "message": str(exc)}, **said, until=until)
+    return _written(key, **errors.to_data(exc), until=until)
 
 
 def read_refusal(key: str, raw: bytes, *, now: Moment, longest: float) -> HsmTollError | None:
@@ -93,42 +93,25 @@ def read_refusal(key: str, raw: bytes, *, now: Moment, longest: float) -> HsmTol
     value = _read(key, raw, _REFUSAL)
     if value is None or not 0 < value["until"] - now.wall <= longest:
         return None
-    kinds: dict[str, type[HsmTollError]] = {
-        kind.__name__: kind
-        for kind in (
-            errors.GrantRefused,
-            errors.ScopeNotGranted,
-            errors.ExchangeRefused,
-            errors.ClockError,
-            errors.TryAgainLater,
-        )
-    }
-    kind = kinds.get(value["class"])
-    if kind is None:
+    if value["class"] not in _REMEMBERED:
         return None
-    said: dict[str, Any] = {name: value.get(name) for name in _SAID}
     wait = value["until"] - now.wall
-    said["hint"] = "\n".join(
-        line
-        for line in (
-            str(said["hint"] or ""),
-            f"this answer is remembered: Maskinporten will be asked again in {wait:.0f} s",
-        )
-        if line
-    )
-    return kind(value["message"], **said, retry_after=wait)
+    hint = f"this answer is remembered: Maskinporten will be asked again in {wait:.0f} s"
+    if isinstance(value.get("hint"), str):
+        hint = f"{value['hint']}\n{hint}"
+    said = value | {"hint": hint, "signed": False, "retryable": False, "retry_after": wait}
+    return errors.from_data(said)
 
 
 def again(exc: BaseException) -> BaseException:
     """The same error for another caller: a traceback belongs to one raise."""
-    if isinstance(exc, errors.HsmTollError):
-        said: dict[str, Any] = {name: getattr(exc, name) for name in _SAID}
-        return type(exc)(str(exc), **said, retryable=exc.retryable, retry_after=exc.retry_after)
     try:
         same = copy.copy(exc)
     except Exception:  # noqa: BLE001 - somebody's own, and not every one can be copied
         return exc
-    return same.with_traceback(exc.__traceback__)
+    # What one caller adds is not the others'.
+    same.__dict__.update({"__notes__": [*exc.__notes__]} if hasattr(exc, "__notes__") else {})
+    return same if isinstance(exc, errors.HsmTollError) else same.with_traceback(exc.__traceback__)
 
 
 def _written(key: str, **values: Any) -> bytes:
@@ -148,8 +131,6 @@ def _read(key: str, raw: bytes, shape: dict[str, Any]) -> dict[str, Any] | None:
             return None
         if isinstance(value[name], int | float) and not abs(value[name]) < _FAR:
             return None
-    if not all(isinstance(value.get(name), str | None) for name in _SAID):
-        return None
     return value
 
 

@@ -23,7 +23,9 @@ class Refusal:
     """
     One code: *meaning* for a person, what to *do*, *who* must act, and whether a new grant may help.
 
-    *doctor*: the cause may be one that ``hsmtoll doctor`` finds.
+    *retry*: once more, and no oftener. *scope*: it is about the scope alone. *certificate*: the
+    certificate is not taken, and another one may be. *doctor*: the cause may be one that
+    ``hsmtoll doctor`` finds.
     """
 
     code: str
@@ -32,6 +34,7 @@ class Refusal:
     who: Who = "you"
     retry: bool = False
     scope: bool = False
+    certificate: bool = False
     doctor: bool = False
 
 
@@ -66,6 +69,7 @@ REFUSALS: Final = {
             "eSeals: an EU trusted list must have the very CA that issued it, and the production certificate "
             "is used in test as well; Norwegian clients: a certificate of this environment",
             doctor=True,
+            certificate=True,
         ),
         Refusal(
             "MP-121",
@@ -76,17 +80,20 @@ REFUSALS: Final = {
             "MP-122",
             "the certificate belongs to another organisation than the client",
             "use the certificate of the organisation that owns HSMTOLL_ISS",
+            certificate=True,
         ),
         Refusal(
             "MP-123",
             "the x5c header cannot be read",
             "run `hsmtoll chain` and look for a certificate that does not belong there",
+            certificate=True,
         ),
         Refusal(
             "MP-124",
             "the signature was not accepted, or the certificate is expired or of the wrong environment",
             "see that key and certificate belong together, and that the certificate is valid here",
             doctor=True,
+            certificate=True,
         ),
         Refusal(
             "MP-130",

@@ -99,8 +99,6 @@ _LONGEST_REST: Final = 60.0
 
 #: What says that the device, its PIN or its certificate is not as it was when it proved itself.
 _OF_DEVICE: Final = (CertificateError, DeviceError, PinIncorrect, PinNotTried)
-#: Those that do not: it was not asked, or has just shown which certificate is its own.
-_NOTHING_WRONG: Final = frozenset({"device-busy", "leaf-guessed"})
 
 #: Why a profile of the real services waits; /ready and the log say it to the custodian.
 _CLOCK: Final = (
@@ -645,7 +643,7 @@ class Service:
             if isinstance(outcome, HsmTollError):
                 code = outcome.code or type(outcome).__name__
             self.audit.append("result", **told, outcome=code)
-            if isinstance(outcome, _OF_DEVICE) and code not in _NOTHING_WRONG:
+            if isinstance(outcome, _OF_DEVICE) and outcome.scope != "attempt":
                 errand.house.ill = str(outcome)
             if code == "leaf-guessed" and not errand.again:
                 errand.again = True

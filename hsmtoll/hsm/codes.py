@@ -28,6 +28,7 @@ __all__ = [
     "Meaning",
     "about_the_device",
     "about_the_key_or_pin",
+    "away",
     "knows_no_context_login",
     "number",
     "recoverable",
@@ -39,17 +40,25 @@ __all__ = [
 
 
 class Meaning(NamedTuple):
-    """Our class and code for one of theirs, what to do, and whether starting afresh may help."""
+    """
+    Our class and code for one of theirs, what to do, and whether starting afresh may help. *away*:
+    the device cannot be asked for anything, be it what it may.
+    """
 
     error: type[HsmTollError]
     code: str
     hint: str | None = None
     recoverable: bool = False
     scope: Scope | None = None
+    away: bool = False
 
 
 _GONE: Final = Meaning(
-    DeviceError, "device-gone", "is the device plugged in, powered and reachable?", recoverable=True
+    DeviceError,
+    "device-gone",
+    "is the device plugged in, powered and reachable?",
+    recoverable=True,
+    away=True,
 )
 _FAILED: Final = Meaning(
     DeviceError,
@@ -63,6 +72,7 @@ _STALE: Final = Meaning(
     "session-lost",
     "a new session is opened by itself; if it stays, the device's own log says why it ends them",
     recoverable=True,
+    away=True,
 )
 _BUSY: Final = Meaning(
     DeviceError,
@@ -70,6 +80,7 @@ _BUSY: Final = Meaning(
     "end what else uses the device, or ask its administrator for more sessions",
     recoverable=True,
     scope="attempt",
+    away=True,
 )
 _LOGIN: Final = Meaning(
     DeviceError, "not-logged-in", "give the PIN: HSMTOLL_HSM__PIN_FILE or another source"
@@ -280,6 +291,11 @@ def about_the_key_or_pin(exc: Exception) -> bool:
     """
     of_the_pin = _meaning(exc).error in (PinIncorrect, PinNotTried)
     return of_the_pin or about_the_device(exc) or isinstance(exc, _ABOUT_THE_KEY)
+
+
+def away(exc: Exception) -> bool:
+    """Whether *exc* is about the session or the presence of the device, and no single request."""
+    return _meaning(exc).away
 
 
 def knows_no_context_login(exc: Exception, *, told: bool) -> bool:

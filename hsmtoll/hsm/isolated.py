@@ -33,6 +33,8 @@ from hsmtoll.errors import (
     PinIncorrect,
     PinNotTried,
     foreign,
+    from_data,
+    to_data,
 )
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
@@ -260,7 +262,7 @@ class IsolatedDevice(Device):
             self._logged_in = None
         if "error" in answer:
             self._logged_in = None
-            error = pipe.error_from(answer["error"])
+            error = from_data(answer["error"], unknown=DeviceError)
             if isinstance(error, PinIncorrect | PinNotTried):
                 self._pins.clear()
             raise error
@@ -427,7 +429,7 @@ class Child:
             pin = pins(str(said["pin"]), str(said["device"]))
         except HsmTollError as exc:
             there.socket.settimeout(self._deadline)
-            there.send({"error": pipe.error_to(exc)})
+            there.send({"error": to_data(exc)})
             return 0.0
         there.socket.settimeout(self._deadline)
         version = pin.origin.removeprefix(pin.source).strip()

@@ -19,7 +19,7 @@ from pkcs11.constants import DEFAULT
 from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
-from hsmtoll.hsm.codes import number, said, translated
+from hsmtoll.hsm.codes import away, number, said
 from hsmtoll.hsm.device import certificates_of, key_facts, object_uri
 from hsmtoll.hsm.makers import maker_of
 from hsmtoll.x509.der import certificate_fields
@@ -78,8 +78,6 @@ _FINAL: Final = (
     p11.TokenWriteProtected,
     p11.UserNotLoggedIn,
 )
-#: The codes of errors that say that the device is away or occupied, not that it refuses.
-_AWAY: Final = frozenset({"device-gone", "session-lost", "device-busy", "device-missing"})
 #: What a key is whose CKA_EXTRACTABLE the device does not show.
 _UNKNOWN: Final = "of unknown extractability"
 #: Bytes of a CKA_ID that every card takes.
@@ -204,7 +202,7 @@ def _writing(
         with device.writing(doing) as opened:
             yield opened
     except DeviceError as exc:
-        if not isinstance(exc.__cause__, p11.PKCS11Error) or exc.code in _AWAY:
+        if not isinstance(exc.__cause__, p11.PKCS11Error) or away(exc.__cause__):
             raise
         raise DeviceError(str(exc), hint=hint, code=code) from exc.__cause__
 
@@ -216,7 +214,7 @@ def _refused(
     The error for what the device refused to write. Raises *exc* where the device is not there, or
     has lost the session.
     """
-    if translated(exc, doing).code in _AWAY:
+    if away(exc):
         with contextlib.suppress(p11.PKCS11Error):
             # Some say "device error" to what they do not like.
             session.token.slot.get_token()

@@ -14,8 +14,7 @@ from base64 import b64decode, b64encode
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll import errors
-from hsmtoll.errors import HsmTollError
+from hsmtoll.errors import DeviceError, from_data, to_data
 from hsmtoll.hsm.device import KeyFacts, StoredCertificate
 from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
 from hsmtoll.hsm.uri import KeyUri
@@ -29,8 +28,6 @@ __all__ = [
     "Pipe",
     "certificates_from",
     "certificates_to",
-    "error_from",
-    "error_to",
     "facts_from",
     "facts_to",
     "keys_from",
@@ -103,34 +100,6 @@ class Pipe:
 # ---------------------------------------------------------------------- values
 
 
-def error_to(exc: HsmTollError) -> dict[str, Any]:
-    """An error as a value; it never holds a secret, and its cause stays behind."""
-    return {
-        "type": type(exc).__name__,
-        "message": str(exc),
-        "hint": exc.hint,
-        "code": exc.code,
-        "who": exc.who,
-        "retryable": exc.retryable,
-        "retry_after": exc.retry_after,
-    }
-
-
-def error_from(said: dict[str, Any]) -> HsmTollError:
-    """The error that was sent, of one of our classes whatever was sent."""
-    kind = getattr(errors, str(said.get("type")), None)
-    if not (isinstance(kind, type) and issubclass(kind, HsmTollError)):
-        kind = errors.DeviceError
-    return kind(
-        str(said.get("message")),
-        hint=said.get("hint"),
-        code=said.get("code"),
-        who=said.get("who"),
-        retryable=bool(said.get("retryable")),
-        retry_after=said.get("retry_after"),
-    )
-
-
 def certificates_to(certificates: Sequence[StoredCertificate]) -> list[Any]:
     """Certificates as values."""
     return [
@@ -187,7 +156,7 @@ def module_to(facts: ModuleFacts) -> dict[str, Any]:
     """ModuleFacts as a value."""
     return _members(facts) | {
         "tokens": [_token_to(each) for each in facts.tokens],
-        "login": error_to(facts.login) if facts.login else None,
+        "login": to_data(facts.login) if facts.login else None,
     }
 
 
@@ -199,7 +168,7 @@ def module_from(said: dict[str, Any]) -> ModuleFacts:
             "version": tuple(said["version"]),
             "cryptoki": tuple(said["cryptoki"]),
             "tokens": tuple(_token_from(each) for each in said["tokens"]),
-            "login": error_from(said["login"]) if said["login"] else None,
+            "login": from_data(said["login"], unknown=DeviceError) if said["login"] else None,
         }
     )
 

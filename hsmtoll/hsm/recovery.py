@@ -33,8 +33,6 @@ SIGNING: Final = "signing"
 RESTART_PAUSE: Final = 30.0
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 10.0
-# What was decided before the device was asked; as Ctrl-C, it says nothing about it.
-_NOTHING_SAID: Final = frozenset({"device-busy", "device-down"})
 
 
 def mended(call: Callable[[], _T], steps: Iterable[Callable[[HsmTollError], bool]]) -> _T:
@@ -149,8 +147,11 @@ class Breaker:
             _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)
 
     def judge(self, exc: BaseException, doing: str = SIGNING) -> None:
-        """Count *exc* if it says that the device is down. Only a success says that it is back."""
-        if not isinstance(exc, HsmTollError) or exc.code in _NOTHING_SAID:
+        """
+        Count *exc* if it says that the device is down; one about the attempt alone, such as Ctrl-C,
+        says nothing. Only a success says that it is back.
+        """
+        if not isinstance(exc, HsmTollError) or exc.scope == "attempt":
             self.undecided()
         elif exc.exit_code == DeviceError.exit_code and recoverable(exc):
             self.failed(exc, doing)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import DeviceError, HsmTollError
+from hsmtoll.errors import DeviceError, HsmTollError, from_data, to_data
 from hsmtoll.hsm import pipe
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.inspect import inspect
@@ -53,7 +53,7 @@ class _Asked:
         self._there.send({"pin": self._user, "device": device})
         said = self._there.receive()
         if "error" in said:
-            raise pipe.error_from(said["error"])
+            raise from_data(said["error"], unknown=DeviceError)
         return Pin(
             said["value"], source=said["source"], version=said["version"], typed=said["typed"]
         )
@@ -144,10 +144,10 @@ def _answered(device: Device, question: dict[str, Any], check: Check | None) -> 
         answer = _answer(device, question)
         return {"data" if isinstance(answer, bytes) else "answer": answer}
     except HsmTollError as exc:
-        return {"error": pipe.error_to(exc)}
+        return {"error": to_data(exc)}
     except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
         kind = type(exc).__name__
-        return {"error": pipe.error_to(DeviceError(f"the device's process: {kind}", code="worker"))}
+        return {"error": to_data(DeviceError(f"the device's process: {kind}", code="worker"))}
 
 
 def _answer(device: Device, question: dict[str, Any]) -> Any:

@@ -295,7 +295,7 @@ def test_a_server_that_asks_for_patience_gets_it_from_every_process(
     clock: HandClock, well: Well, tmp_path: Path
 ) -> None:
     store = FileStore(tmp_path / "cache")
-    well.error = TryAgainLater("slow down", code="throttled", retryable=True, retry_after=90)
+    well.error = TryAgainLater("slow down", scope="service", retryable=True, retry_after=90)
     for _ in range(5):
         with pytest.raises(TryAgainLater):
             cache_of(clock, store).get(REQUEST, well)

@@ -153,6 +153,43 @@ def test_every_code_tells_its_meaning_who_must_act_and_the_trace_id(code: str) -
     assert error.retryable == (code in ("MP-012", "MP-130"))
 
 
+@pytest.mark.parametrize("code", ["MP-012", "MP-130"])
+def test_a_refusal_that_a_new_grant_may_cure_is_retryable_once(code: str) -> None:
+    given = refused("Invalid assertion.", code=code)
+    for retried in (False, True):
+        with pytest.raises(GrantRefused) as caught:
+            exchange.read_subject(given, post(), retried=retried)
+        assert caught.value.retryable is not retried
+
+
+@pytest.mark.parametrize("code", sorted(REFUSALS))
+def test_a_refused_certificate_is_retryable_where_there_is_another(code: str) -> None:
+    asked: list[str] = []
+
+    def rejected(said: str) -> bool:
+        asked.append(said)
+        return True
+
+    with pytest.raises(GrantRefused) as caught:
+        exchange.read_subject(refused("No.", code=code), post(), retried=True, rejected=rejected)
+    about = code in ("MP-120", "MP-122", "MP-123", "MP-124")
+    assert (caught.value.scope == "certificate", caught.value.retryable) == (about, about)
+    assert asked == ([code] if about else [])
+    # The control: nobody has another one.
+    assert not subject_error(refused("No.", code="MP-120")).retryable
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_an_issue_time_in_the_future_is_retryable_once_the_clock_was_corrected(
+    *, corrected: bool
+) -> None:
+    given = refused("Issue time is in the future.")
+    for retried in (False, True):
+        with pytest.raises(ClockError) as caught:
+            exchange.read_subject(given, post(), retried=retried, corrected=corrected)
+        assert caught.value.retryable is (corrected and not retried)
+
+
 def test_an_unknown_code_is_still_readable() -> None:
     error = subject_error(refused("Something new.", code="MP-999"))
 
