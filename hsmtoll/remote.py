@@ -314,7 +314,7 @@ def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
         _check_way(path, own, directory, name)
         # The path as written is where a link could be changed, the path it leads to is where a
         # socket could.
-        _check_way(path.resolve(strict=True), own, directory, name)
+        _check_way(Path(os.path.realpath(path, strict=True)), own, directory, name)
     except PermissionError as exc:
         raise _no_access(name) from exc
     except OSError as exc:

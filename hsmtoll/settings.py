@@ -87,6 +87,8 @@ def _path(value: Path) -> Path:
         raise ValueError("begins or ends with white space; remove it")
     if text[0] in "\"'":
         raise ValueError("is in quotation marks; write the path without them")
+    if "\0" in text:
+        raise ValueError("has a NUL character in it")
     return value
 
 
@@ -759,6 +761,8 @@ def _check_cache(url: str, key_file: Path | None) -> None:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
+        parts = None
+    if parts is None or "\0" in url:
         raise ConfigurationError("HSMTOLL_CACHE: not a URL") from None
     match parts.scheme:
         case "memory" if url == "memory:":

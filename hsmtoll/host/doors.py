@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import ssl
 import stat
@@ -658,7 +659,7 @@ def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket
     """A TCP socket on ``HOST:PORT``; *local*: on this machine's loopback alone."""
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
-    if not colon or not host or not port.isdigit():
+    if not (colon and host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
         raise ConfigurationError(f"{name}: HOST:PORT is expected")
     try:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
@@ -672,7 +673,8 @@ def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         one.bind(where)
         one.listen(_BACKLOG)
-    except (OSError, OverflowError) as exc:
+    except (OSError, UnicodeError) as exc:
+        # A name that cannot be one: an empty label, or one of more than 63 characters.
         said = getattr(exc, "strerror", None) or "no such address"
         raise ConfigurationError(
             f"{name}: {foreign(address)} cannot be listened on ({said})"

@@ -84,10 +84,14 @@ def reloading() -> None:
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def watchdog_seconds() -> float | None:
     """How often WATCHDOG=1 is to be said: half of what the manager waits (sd_watchdog_enabled)."""
     given, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-    if not given.isdigit() or int(given) == 0 or (pid and pid != str(os.getpid())):
+    if not _is_number(given) or int(given) == 0 or (pid and pid != str(os.getpid())):
         return None
     return int(given) / 2_000_000
 
@@ -109,7 +113,7 @@ def given_sockets(environ: MutableMapping[str, str] | None = None) -> list[Given
     environ = os.environ if environ is None else environ
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
     names = environ.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()) or not _is_number(count):
         return []
     given = []
     for at in range(int(count)):

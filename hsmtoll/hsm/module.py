@@ -181,7 +181,7 @@ def _name(path: Path) -> str:
     # Two paths of one file are one library, which can be initialised only once.
     known = _real.get(path)
     if known is None or known not in _opened:
-        known = _real[path] = str(path.resolve()) if path.is_absolute() else str(path)
+        known = _real[path] = os.path.realpath(path) if path.is_absolute() else str(path)
     return known
 
 
@@ -272,7 +272,7 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
 
 
 def _how_it_starts(path: Path) -> str:
-    maker = maker_of(path) or maker_of(path.resolve())
+    maker = maker_of(path) or maker_of(Path(os.path.realpath(path)))
     if maker is None:
         return (
             "its own configuration may be missing or unreadable for this account, or what it"

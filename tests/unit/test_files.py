@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import stat
 import subprocess
@@ -11,25 +10,17 @@ import sys
 import tempfile
 import threading
 from functools import partial
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.files import check_own, check_trusted, read, replace
-from hsmtoll.host.audit import Audit
-from hsmtoll.host.doors import server_context
 from hsmtoll.hsm.pin import PinCommand, PinFile
-from hsmtoll.settings import Settings, load
-from hsmtoll.stores import read_key
-from hsmtoll.tls import client_context, host_context
-from hsmtoll.x509.followed import CertificateFile
+from hsmtoll.settings import Settings
 from tests.accounts import OTHER, importable
-from tests.hosting import Authority
+from tests.path_settings import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,17 +28,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 ROLES: Final = ("trust", "secret", "own")
-
-
-def table() -> dict[str, str]:
-    """The role of each setting, as `security.md` says."""
-    text = resources.files("hsmtoll").joinpath("docs/security.md").read_text(encoding="utf-8")
-    found = {}
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        for name in re.findall(r"`(HSMTOLL_[A-Z_]+)`", cells[0]):
-            found[name] = cells[1]
-    return found
 
 
 def paths_of(group: type[BaseModel], prefix: str = "HSMTOLL_") -> set[str]:
@@ -126,98 +106,8 @@ def test_a_shells_open_pipe_is_taken_for_a_pin_file() -> None:
         os.close(reader)
 
 
-# ------------------------------------------------------------------ what is read, where it is read
-
-
-@pytest.fixture
-def readers(tmp_path: Path) -> dict[str, tuple[bytes, Callable[[Path], object]]]:
-    """By setting: a content that will do, and what reads the file that it names."""
-    authority = Authority(tmp_path / "ca")
-    app, ca, crl = authority.issue("app"), authority.ca, authority.crl()
-    pem, secret = app.cert.read_bytes(), app.key.read_bytes()
-    audit_key = Ed25519PrivateKey.generate().private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-    )
-
-    def server(name: str) -> Callable[[Path], object]:
-        fine: dict[str, Any] = {"cert": app.cert, "key": app.key, "client_ca": ca, "crl": None}
-        return lambda path: server_context(**fine | {name: path})
-
-    def audit(path: Path) -> None:
-        log, noted = tmp_path / "log", tmp_path / "state" / "noted"
-        Audit(log, path, now=lambda: 0.0, noted=noted).close()
-
-    def caller(name: str) -> Callable[[Path], object]:
-        fine: dict[str, Any] = {
-            "certificate": app.cert,
-            "key": app.key,
-            "ca_file": ca,
-            "more": None,
-        }
-        return lambda path: host_context(**fine | {name: path})
-
-    return {
-        "HSMTOLL_CONFIG": (b"timeout = 5", lambda path: load(config=path)),
-        "HSMTOLL_HSM__PIN_FILE": (b"1234", lambda path: PinFile(path).read(device="lab")),
-        "HSMTOLL_HSM__CERTIFICATES": (pem, lambda path: CertificateFile(path, "it")()),
-        "HSMTOLL_CA_FILE": (ca.read_bytes(), client_context),
-        "HSMTOLL_CACHE_KEY_FILE": (b"k" * 32, read_key),
-        "HSMTOLL_SIGNER__CA_FILE": (ca.read_bytes(), caller("ca_file")),
-        "HSMTOLL_HOST__CERT": (pem, server("cert")),
-        "HSMTOLL_HOST__KEY": (secret, server("key")),
-        "HSMTOLL_HOST__CLIENT_CA": (ca.read_bytes(), server("client_ca")),
-        "HSMTOLL_HOST__CLIENT_CRL": (crl.read_bytes(), server("crl")),
-        "HSMTOLL_HOST__AUDIT_KEY": (audit_key, audit),
-    }
-
-
-READ: Final = (
-    "HSMTOLL_CONFIG", "HSMTOLL_HSM__PIN_FILE", "HSMTOLL_HSM__CERTIFICATES", "HSMTOLL_CA_FILE",
-    "HSMTOLL_CACHE_KEY_FILE", "HSMTOLL_SIGNER__CA_FILE", "HSMTOLL_HOST__CERT", "HSMTOLL_HOST__KEY",
-    "HSMTOLL_HOST__CLIENT_CA", "HSMTOLL_HOST__CLIENT_CRL", "HSMTOLL_HOST__AUDIT_KEY",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", READ)
-def test_a_file_that_others_may_change_is_not_read(
-    place: Path, readers: dict[str, tuple[bytes, Callable[[Path], object]]], name: str
-) -> None:
-    content, read = readers[name]
-    path = put(place, content)
-    read(path)
-    path.chmod(0o666)
-    refused(lambda: read(path))
-    path.chmod(0o600)
-    place.chmod(0o777)
-    refused(lambda: read(path))
-    # A link in a directory of others, to a file that is right.
-    place.chmod(0o755)
-    shared = place / "shared"
-    shared.mkdir()
-    (shared / "link").symlink_to(path)
-    read(shared / "link")
-    shared.chmod(0o777)
-    refused(lambda: read(shared / "link"))
-    read(path)
-
-
 @pytest.mark.needs_root
-@pytest.mark.parametrize("name", READ)
-def test_nor_is_one_of_another_account(
-    place: Path, readers: dict[str, tuple[bytes, Callable[[Path], object]]], name: str
-) -> None:
-    content, read = readers[name]
-    path = put(place, content)
-    os.chown(path, OTHER, OTHER)
-    refused(lambda: read(path))
-    os.chown(path, 0, 0)
-    read(path)
-    os.chown(place, OTHER, OTHER)
-    refused(lambda: read(path))
-
-
-@pytest.mark.needs_root
-def test_nor_a_pipe_of_another_account(place: Path) -> None:
+def test_a_pipe_of_another_account_is_no_pin_file(place: Path) -> None:
     path = place / "pipe"
     os.mkfifo(path, 0o600)
     os.chown(path, OTHER, OTHER)
