@@ -16,6 +16,7 @@ from hsmtoll.cli.framework import command, group
 from hsmtoll.cli.input import read_content
 from hsmtoll.cli.options import NEEDS_DEVICE, PATH, GlobalOptions, as_json_option, final_try_option
 from hsmtoll.cli.streams import print_json, print_result, say, to_json
+from hsmtoll.doctor.evidence import KEY_FLAGS, TIME_FORMAT, certificate_members
 from hsmtoll.errors import (
     ConfigurationError,
     DeviceError,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
 
 __all__ = ["chain", "key", "objects", "pin"]
-
-#: RFC 3339, UTC.
-TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 @command(
@@ -60,18 +58,7 @@ def chain(options: GlobalOptions, *, as_json: bool, pem: bool, use_final_try: bo
     if pem:
         click.echo("".join(each.pem() for each in sent), nl=False)
     elif as_json:
-        listed = [
-            {
-                "schema": 1,
-                "subject": each.subject,
-                "issuer": each.issuer,
-                "serial": each.serial_hex,
-                "not_before": each.not_before.strftime(TIME_FORMAT),
-                "not_after": each.not_after.strftime(TIME_FORMAT),
-                "sha256": each.sha256,
-            }
-            for each in sent
-        ]
+        listed = [{"schema": 1, **certificate_members(each)} for each in sent]
         click.echo(to_json(listed))
     else:
         for line in found.explain():
@@ -136,12 +123,8 @@ def _inventory(seen: ModuleFacts, now: float) -> dict[str, Any]:
     }
 
 
-_FLAGS: Final = ("sensitive", "always_sensitive", "extractable", "never_extractable", "local",
-                 "sign", "always_authenticate")  # fmt: skip
-
-
 def _key_row(key: KeyFacts) -> dict[str, Any]:
-    flags = {name: getattr(key, name) for name in _FLAGS}
+    flags = {name: getattr(key, name) for name in KEY_FLAGS}
     return {"uri": str(key.uri), "type": key.key_type, "bits": key.bits, **flags}
 
 
@@ -186,7 +169,7 @@ def _print_device(device: dict[str, Any]) -> None:
     for key in device["keys"]:
         told = [
             name if value else f"not {name}" if value is False else f"{name}?"
-            for name, value in ((name, key[name]) for name in _FLAGS)
+            for name, value in ((name, key[name]) for name in KEY_FLAGS)
         ]
         click.echo(f"  key  {key['uri']}")
         click.echo(f"       {key['type']} {key['bits'] or ''} {', '.join(told)}".replace("_", " "))

@@ -15,13 +15,16 @@ from hsmtoll import apis, refusals
 if TYPE_CHECKING:
     from hsmtoll.doctor.facts import Facts, Seen
     from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.x509.certificate import Certificate
     from hsmtoll.x509.path_building import Chain
 
-__all__ = ["evidence"]
+__all__ = ["KEY_FLAGS", "TIME_FORMAT", "certificate_members", "evidence"]
 
-_TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
+#: RFC 3339, UTC.
+TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 _PACKAGES: Final = ("hsmtoll", "python-pkcs11", "cryptography", "asn1crypto", "httpx")
-_FLAGS: Final = (
+#: What a module reports of a key's protection, by the names of `hsm.device.KeyFacts`.
+KEY_FLAGS: Final = (
     "sensitive",
     "always_sensitive",
     "extractable",
@@ -35,7 +38,7 @@ _FLAGS: Final = (
 def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
     """The report's members beside its checks; None where something is not known."""
     return {
-        "made_at": facts.now.strftime(_TIME),
+        "made_at": facts.now.strftime(TIME_FORMAT),
         "versions": {
             **{name: _version(name) for name in _PACKAGES},
             "python": platform.python_version(),
@@ -45,18 +48,22 @@ def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
         "settings": _settings(facts.settings),
         "keys": [_key(seen) for seen in facts.seen],
         "chain": [
-            {
-                "subject": each.subject,
-                "issuer": each.issuer,
-                "serial": each.serial_hex,
-                "not_before": each.not_before.strftime(_TIME),
-                "not_after": each.not_after.strftime(_TIME),
-                "sha256": each.sha256,
-                "pem": each.pem(),
-            }
+            {**certificate_members(each), "pem": each.pem()}
             for each in (chain.certificates if chain else ())
         ],
         "chain_is_complete": chain.complete if chain else None,
+    }
+
+
+def certificate_members(certificate: Certificate) -> dict[str, str]:
+    """A certificate of the chain, as JSON has it everywhere."""
+    return {
+        "subject": certificate.subject,
+        "issuer": certificate.issuer,
+        "serial": certificate.serial_hex,
+        "not_before": certificate.not_before.strftime(TIME_FORMAT),
+        "not_after": certificate.not_after.strftime(TIME_FORMAT),
+        "sha256": certificate.sha256,
     }
 
 
@@ -114,7 +121,7 @@ def _attributes(key: KeyFacts) -> dict[str, Any]:
         "uri": str(key.uri),
         "type": key.key_type,
         "bits": key.bits,
-        **{name: getattr(key, name) for name in _FLAGS},
+        **{name: getattr(key, name) for name in KEY_FLAGS},
         "public_key_thumbprint": key.public and key.public.thumbprint(),
         "mechanisms": sorted(key.mechanisms),
         "warnings": list(key.warnings),
