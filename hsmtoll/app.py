@@ -23,6 +23,7 @@ import platformdirs
 from hsmtoll import exchange, files
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.remembered import Remembered
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.tokens import TokenRequest
 
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.apis import Identity
-    from hsmtoll.budget import Budget
+    from hsmtoll.budget import RateLimit
+    from hsmtoll.cache import Renewer
     from hsmtoll.client import AsyncTollClient, TollClient
+    from hsmtoll.engine import Counts, Engine
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.inspect import ModuleFacts
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.remote import Hosts
-    from hsmtoll.renewal import Engine
+    from hsmtoll.renewal import Renewal
     from hsmtoll.signer import Lineage, LocalSigner, Signer
     from hsmtoll.stores import Store
     from hsmtoll.wire import Wire
@@ -125,14 +128,13 @@ class App:
     The parts of one set of settings, each made when it is first asked for.
 
     *one_shot* is a command that ends: it waits for a renewal instead of leaving it to the
-    background, and keeps its tokens in files by default. *clock* and *new_jti* are for tests.
+    background, and keeps its tokens in files by default. *clock* is for tests.
     """
 
     settings: Settings
     one_shot: bool = False
     use_final_try: bool = False
     clock: Clock = field(default_factory=SystemClock)
-    new_jti: Callable[[], str] | None = None
     #: Of a signing host: the program of the device's processes, and its rules.
     isolated_in: dict[str, Any] = field(default_factory=dict)
 
@@ -343,10 +345,10 @@ class App:
         """The signing host of HSMTOLL_SIGNER__URL, or the first usable key of HSMTOLL_HSM__KEY."""
         if self.settings.signer.url:
             return self._remote()
-        from hsmtoll.signer import FirstUp
+        from hsmtoll.signer import FailoverSigner
 
         signers = [self.local_signer(device) for device in self.devices]
-        return signers[0] if len(signers) == 1 else FirstUp(signers)
+        return signers[0] if len(signers) == 1 else FailoverSigner(signers)
 
     def hosts(self) -> Hosts:
         """The signing hosts of HSMTOLL_SIGNER__URL, in order."""
@@ -372,12 +374,15 @@ class App:
 
     def _remote(self) -> Signer:
         from hsmtoll.proof import Expected
-        from hsmtoll.remote import RemoteSigner, RemoteTokens
+        from hsmtoll.remote import RemoteSigner
 
         settings = self.settings
-        profile = settings.signer.profile or ""
-        if settings.signer.mode == "token":
-            return RemoteTokens(self.hosts(), profile=profile)
+        if self.gives_tokens:
+            raise ConfigurationError(
+                "grant: HSMTOLL_SIGNER__MODE=token gives tokens alone",
+                hint="set HSMTOLL_SIGNER__MODE=grant, if the host's policy allows it",
+                code="mode-token",
+            )
         expected = Expected(
             audience=self.endpoints.issuer,
             family=self.family,
@@ -389,7 +394,11 @@ class App:
             certificate_sha256=settings.hsm.certificate_sha256,
         )
         return RemoteSigner(
-            self.hosts(), profile=profile, expected=expected, clock=self.clock, skew=self.skew
+            self.hosts(),
+            profile=settings.signer.profile or "",
+            expected=expected,
+            clock=self.clock,
+            skew=self.skew,
         )
 
     def local_signer(self, device: Device) -> LocalSigner:
@@ -406,7 +415,7 @@ class App:
         return signer.chain()
 
     def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
-        from hsmtoll.signer import LocalSigner, new_jti
+        from hsmtoll.signer import LocalSigner
 
         settings = self.settings
         # Read now, so that a file that cannot be used is told before anything is asked.
@@ -417,7 +426,6 @@ class App:
             identity=family,
             clock=self.clock,
             skew=skew,
-            new_jti=self.new_jti or new_jti,
             alg=settings.alg,
             issuer=settings.iss,
             kid=settings.kid,
@@ -436,46 +444,95 @@ class App:
 
     @cached_property
     def engine(self) -> Engine:
-        """The renewal, with the signer of these settings."""
+        """The tokens of these settings."""
+        from hsmtoll.cache import Cache
+        from hsmtoll.engine import Engine
+
         if wrong := missing(self.settings):
             raise wrong
-        # What a command finds in the cache needs no signer, nor the libraries behind one.
-        made = None if self.one_shot else self.signer
-        return self.engine_with(lambda: made or self.signer)
-
-    def engine_with(self, signer: Callable[[], Signer]) -> Engine:
-        """The renewal, with what *signer* makes."""
-        from hsmtoll.cache import Cache
-        from hsmtoll.renewal import Engine
-
         settings = self.settings
-        default = TokenRequest(settings.scope or "", settings.resource, settings.consumer_org)
-        selector = self._selector()
+        if not self.one_shot and not self.gives_tokens:
+            # What a command finds in the cache needs no signer, nor the libraries behind one.
+            _ = self.signer
         return Engine(
-            signer,
+            lambda: self.renewal,
             endpoints=self.endpoints,
-            wire=self.wire,
+            wire=lambda: self.wire,
             cache=Cache(
-                self.store, self.clock, patience=settings.deadline, background=not self.one_shot
+                self.store,
+                self.clock,
+                selector=self.selector,
+                remembered=self.remembered,
+                patience=settings.deadline,
+                background=not self.one_shot,
             ),
-            budget=self.budget,
             clock=self.clock,
             skew=self.skew,
-            selector=selector,
-            # An assertion that was handed in brings its scope; nobody asks for the family then.
-            family=self.settings.identity or "eseal",
-            per_request=settings.budget.per_request,
-            default=default,
-            identity_file=self.state / f"identity-{selector[:32]}",
+            counts=self.counts,
+            family=self.family,
+            default=TokenRequest(settings.scope or "", settings.resource, settings.consumer_org),
+            pin_state=self.pin_state,
         )
 
     @cached_property
-    def budget(self) -> Budget:
+    def renewal(self) -> Renewer:
+        """How a token is renewed: here, or by a signing host that gives tokens."""
+        if not self.gives_tokens:
+            return self.renewal_by(self.signer)
+        from hsmtoll.remote import RemoteTokens
+
+        settings = self.settings
+        return RemoteTokens(
+            self.hosts(),
+            profile=settings.signer.profile or "",
+            clock=self.clock,
+            attempts=settings.budget.per_request,
+        )
+
+    def renewal_by(self, signer: Signer) -> Renewal:
+        """A renewal with grants of *signer*."""
+        from hsmtoll.renewal import Renewal
+
+        settings = self.settings
+        return Renewal(
+            signer=signer,
+            endpoints=self.endpoints,
+            wire=self.wire,
+            rate_limit=self.rate_limit,
+            clock=self.clock,
+            skew=self.skew,
+            selector=self.selector,
+            remembered=self.remembered,
+            counts=self.counts,
+            per_request=settings.budget.per_request,
+            signing="the signing host" if settings.signer.url else "signing",
+        )
+
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether HSMTOLL_SIGNER__URL gives Customs tokens, and no grants."""
+        return bool(self.settings.signer.url) and self.settings.signer.mode == "token"
+
+    @cached_property
+    def counts(self) -> Counts:
+        """What was spent."""
+        from hsmtoll.engine import Counts
+
+        return Counts()
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """Who signs with these settings, as this machine learned it."""
+        return Remembered(self.state / f"identity-{self.selector[:32]}")
+
+    @cached_property
+    def rate_limit(self) -> RateLimit:
         """Signatures left, for every command alike."""
-        from hsmtoll.budget import Budget
+        from hsmtoll.budget import RateLimit
 
-        return Budget(self.store, self.clock, per_hour=self.settings.budget.per_hour)
+        return RateLimit(self.store, self.clock, per_hour=self.settings.budget.per_hour)
 
+    @cached_property
     def wire(self) -> Wire:
         """Our own way to the token endpoints, with the proxy and the CA that were set."""
         from hsmtoll.wire import Wire
@@ -488,7 +545,8 @@ class App:
             deadline=settings.deadline,
         )
 
-    def _selector(self) -> str:
+    @cached_property
+    def selector(self) -> str:
         """A hash of every setting that selects key, identity, endpoints or host profile."""
         dumped = self.settings.model_dump(mode="json")
         unlock = ("pin", "signing_pin")
@@ -516,6 +574,11 @@ class App:
         from hsmtoll.client import AsyncTollClient
 
         return AsyncTollClient(self.engine, close=self.close)
+
+    def pin_state(self) -> str | None:
+        """The PIN as the first device that was logged in to reported it; None before a login."""
+        states = (device.pin_state for device in self.__dict__.get("devices", ()))
+        return next((state for state in states if state is not None), None)
 
     def close(self) -> None:
         """Let go of the devices that were opened."""

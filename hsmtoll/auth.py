@@ -18,7 +18,7 @@ from hsmtoll.tokens import Wish
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
-    from hsmtoll.renewal import Engine
+    from hsmtoll.engine import Engine
     from hsmtoll.tokens import AccessToken, TokenRequest
 
 __all__ = ["AsyncTollAuth", "TollAuth"]

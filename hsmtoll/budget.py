@@ -11,16 +11,14 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.errors import HsmTollError, TryAgainLater
+from hsmtoll.errors import TryAgainLater
 from hsmtoll.stores import name_of
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
-    from hsmtoll.signer import Signer
     from hsmtoll.stores import Store
-    from hsmtoll.tokens import TokenRequest
 
-__all__ = ["Budget"]
+__all__ = ["RateLimit"]
 
 _HOUR: Final = 3600.0
 
@@ -28,7 +26,7 @@ _HOUR: Final = 3600.0
 _AHEAD: Final = 300.0
 
 
-class Budget:
+class RateLimit:
     """*per_hour* signatures for one identity, over all programs that share the *store*."""
 
     def __init__(self, store: Store, clock: Clock, *, per_hour: int) -> None:
@@ -44,42 +42,12 @@ class Budget:
             self._guard, self._pid = threading.Lock(), os.getpid()
         return self._guard
 
-    def assertion(self, signer: Signer, request: TokenRequest, *, identity: str) -> str:
-        """
-        One assertion of *signer*, counted for *identity* before it is asked for, and given back
-        where it says that it signed nothing. Raises as `spend` and the signer do.
-        """
-        self.spend(identity)
-        try:
-            return signer.assertion(request)
-        except HsmTollError as exc:
-            if not exc.signed:
-                self._give_back(identity)
-            raise
-
-    def _give_back(self, identity: str) -> None:
-        key = name_of("budget", identity)
-        with self._alone(), self._store.lock(key, patience=2.0):
-            kept = self._store.get(key)
-            shared = _times(kept.value) if kept else []
-            own = self._own.get(key, [])
-            # The one taken last here; another process may have counted its own meanwhile.
-            last = own[-1] if own else None
-            if last is None:
-                return
-            self._own[key] = own[:-1]
-            if last in shared:
-                shared.remove(last)
-                self._store.put(key, json.dumps(shared).encode(), ttl=_HOUR)
-
-    def spend(self, identity: str) -> None:
-        """Count one signature of *identity*; TryAgainLater if the hour's are spent."""
+    def acquire(self, identity: str) -> None:
+        """Count one signature of *identity*; TryAgainLater if those of the hour are spent."""
         key = name_of("budget", identity)
         with self._alone(), self._store.lock(key, patience=2.0):
             now = self._clock.now().wall
-            kept = self._store.get(key)
-            shared = _counted(_times(kept.value), now) if kept else []
-            own = _counted(self._own.get(key, []), now)
+            shared, own = self._counts(key, now)
             # Without the store (it is down, its file was removed) this process still counts.
             spent = max(shared, own, key=len)
             if len(spent) >= self._per_hour:
@@ -97,6 +65,37 @@ class Budget:
                 )
             self._own[key] = [*own, now]
             self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
+
+    def record(self, identity: str) -> None:
+        """Count one signature that *identity* turned out to have made, whatever the limit."""
+        key = name_of("budget", identity)
+        with self._alone(), self._store.lock(key, patience=2.0):
+            now = self._clock.now().wall
+            shared, own = self._counts(key, now)
+            self._own[key] = [*own, now]
+            self._store.put(key, json.dumps([*max(shared, own, key=len), now]).encode(), ttl=_HOUR)
+
+    def give_back(self, identity: str) -> None:
+        """Take back what was acquired last: nothing was signed."""
+        key = name_of("budget", identity)
+        with self._alone(), self._store.lock(key, patience=2.0):
+            kept = self._store.get(key)
+            shared = _times(kept.value) if kept else []
+            own = self._own.get(key, [])
+            # The one taken last here; another process may have counted its own meanwhile.
+            last = own[-1] if own else None
+            if last is None:
+                return
+            self._own[key] = own[:-1]
+            if last in shared:
+                shared.remove(last)
+                self._store.put(key, json.dumps(shared).encode(), ttl=_HOUR)
+
+    def _counts(self, key: str, now: float) -> tuple[list[float], list[float]]:
+        """The times of the last hour's signatures: those in the store, and this process's."""
+        kept = self._store.get(key)
+        shared = _counted(_times(kept.value), now) if kept else []
+        return shared, _counted(self._own.get(key, []), now)
 
 
 def _counted(times: list[float], now: float) -> list[float]:

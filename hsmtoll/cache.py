@@ -23,12 +23,14 @@ from hsmtoll.tokens import ANY, AccessToken, Freshness
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from hsmtoll.clock import Clock
+    from hsmtoll.remembered import Remembered
     from hsmtoll.stores import Store
     from hsmtoll.tokens import TokenRequest, Wish
 
-__all__ = ["Cache", "Flight", "Source"]
+__all__ = ["Cache", "Flight", "Renewer"]
 
 _log = logging.getLogger("hsmtoll.cache")
 
@@ -48,14 +50,17 @@ _LONGEST_REST_OF_DEVICE: Final = 10.0
 _SLICE: Final = 0.25
 
 
-class Source(Protocol):
-    """Where a token comes from when nobody has one. Both may take long; one thread calls them."""
+class Renewer(Protocol):
+    """Where a token comes from when nobody has one."""
 
-    def key(self) -> str:
-        """Of the store, as far as is known now who signs."""
+    def known_identity(self) -> str | None:
+        """Whose the next token will be, as far as it is known without any I/O."""
 
-    def fetch(self, flight: Flight) -> AccessToken:
-        """A new one; *flight* is told what is being done."""
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """
+        A new token. *flight* is told what is being done, and the identity as soon as it is
+        certain. May take long; one thread at a time calls it for a request.
+        """
 
 
 @dataclass(slots=True)
@@ -72,13 +77,26 @@ class Cache:
     *patience* is the longest wait for a flight, in seconds; after half of it a process that
     holds the lock of the store is waited for no longer. With *background*, a stale token is
     handed out while one renews; without, the caller waits and falls back to it.
+
+    *selector* is the hash of all settings that select key, identity and endpoints. With the
+    identity of who signed and the request it is the key of the store: *remembered* is what this
+    machine knows of that identity. As long as it is not known, nothing is looked for.
     """
 
     def __init__(
-        self, store: Store, clock: Clock, *, patience: float, background: bool = True
+        self,
+        store: Store,
+        clock: Clock,
+        *,
+        selector: str,
+        remembered: Remembered,
+        patience: float,
+        background: bool = True,
     ) -> None:
         self._store = store
         self._clock = clock
+        self._selector = selector
+        self._remembered = remembered
         self._patience = patience
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
@@ -117,15 +135,19 @@ class Cache:
         now = self._clock.now()
         return max((max(0.0, t.remaining(now)) for t in list(self._tokens.values())), default=None)
 
-    def get(self, request: TokenRequest, source: Source, wish: Wish = ANY) -> AccessToken:
+    def get(
+        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish = ANY
+    ) -> AccessToken:
         """
-        A token that is not expired: held, stored, or fetched by one caller for all.
+        A token that is not expired: held, stored, or renewed by one caller for all. *renewer* is
+        asked for when neither memory nor store has one.
 
         Raises what the renewal raised, unless a token that still meets *wish* can be given
-        instead; UsageError for a wish that no token can meet.
+        instead; an error whose scope is the caller goes to the one who led alone. UsageError for
+        a wish that no token can meet.
         """
         while True:
-            flight, token, led = self._join(request, source, wish)
+            flight, token, led = self._join(request, renewer, wish)
             if flight is not None:
                 try:
                     flight.landed.wait(self._patience_left(flight))
@@ -135,12 +157,14 @@ class Cache:
             if token is not None:
                 return token
 
-    async def aget(self, request: TokenRequest, source: Source, wish: Wish = ANY) -> AccessToken:
+    async def aget(
+        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish = ANY
+    ) -> AccessToken:
         """As get; a task that waits holds no thread, and cancelling it cancels nobody else."""
         import asyncio  # noqa: PLC0415 - threads need none of it
 
         while True:
-            flight, token, led = self._join(request, source, wish)
+            flight, token, led = self._join(request, renewer, wish)
             if flight is not None:
                 try:
                     await self._landing(flight, asyncio.get_running_loop())
@@ -151,7 +175,7 @@ class Cache:
                 return token
 
     def _join(
-        self, request: TokenRequest, source: Source, wish: Wish
+        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish
     ) -> tuple[Flight | None, AccessToken | None, bool]:
         """A token to be had at once, or the flight to wait for and whether it is our own."""
         if self._pid != os.getpid():
@@ -178,7 +202,7 @@ class Cache:
                 # A daemon, and not of a pool: a device that hangs must not keep the process.
                 thread = threading.Thread(
                     target=self._fly,
-                    args=(request, source, flight),
+                    args=(request, renewer, flight),
                     name=THREAD,
                     daemon=True,
                 )
@@ -216,6 +240,11 @@ class Cache:
                 raise too_much(wish, outcome.remaining(now))
             # The newest there is, even where it has the value of one that was refused.
             return outcome if served else None
+        if isinstance(outcome, HsmTollError) and outcome.scope == "caller":
+            if led:
+                raise records.again(outcome)
+            # The others renew for themselves.
+            return None
         token = self.living(request, wish)
         if token is not None:
             self.hits["stale"] += 1
@@ -224,10 +253,10 @@ class Cache:
             raise late(flight, self._patience)
         raise records.again(outcome)
 
-    def _fly(self, request: TokenRequest, source: Source, flight: Flight) -> None:
+    def _fly(self, request: TokenRequest, renewer: Callable[[], Renewer], flight: Flight) -> None:
         outcome: AccessToken | BaseException
         try:
-            outcome = self._renewed(request, source, flight)
+            outcome = self._renewed(request, renewer, flight)
             if outcome.remaining(self._clock.now()) <= 0:
                 outcome = over(outcome)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, those who wait must hear of it
@@ -250,60 +279,100 @@ class Cache:
         if isinstance(outcome, HsmTollError) and self.living(request, flight.wish) is not None:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
-    def _renewed(self, request: TokenRequest, source: Source, flight: Flight) -> AccessToken:
-        # This may ask the device who signs: time at one's own device is no waiting for others.
-        source.key()
+    def key(self, request: TokenRequest, identity: str) -> str:
+        """The key of the store for what *identity* (`SignedGrant.identity`) signs."""
+        consumer, details = f"for {request.consumer_org}", request.authorization_details
+        return name_of(
+            self._selector,
+            identity,
+            request.scope,
+            *request.resource,
+            consumer,
+            f"details {details}",
+        )
+
+    def _known_key(self, request: TokenRequest, renewer: Callable[[], Renewer]) -> str | None:
+        """The key of the store as far as it is known who signs; no device is asked."""
+        identity = self._remembered.read() or renewer().known_identity()
+        return None if identity is None else self.key(request, identity)
+
+    def _renewed(
+        self, request: TokenRequest, renewer: Callable[[], Renewer], flight: Flight
+    ) -> AccessToken:
+        """From the store, or renewed under its lock: of one identity, or of these settings."""
         began = self._clock.now().boot
         while True:
-            token = self._stored(source.key(), request, flight.wish)
+            key = self._known_key(request, renewer)
+            token = self._stored(key, request, flight.wish)
             if token is not None:
                 return token
             waited = self._clock.now().boot - began
             if waited >= self._patience:
                 raise late(flight, self._patience)
-            key = source.key()
+            name = key or self.key(request, "not known yet")
             # A holder that is too slow is replaced by one, and not by everybody who waits.
             slow = waited >= self._patience / 2
-            name = name_of("instead", key) if slow else key
+            if slow:
+                name = name_of("instead", name)
             with self._store.lock(name, patience=_SLICE) as free:
-                if not free:
+                # Who signs may have become known while the lock was another's.
+                if not free or self._known_key(request, renewer) != key:
                     continue
                 if slow:
                     _log.warning("cache: another process is too slow; renewing alone")
-                token = self._stored(source.key(), request, flight.wish)
+                token = self._stored(key, request, flight.wish)
                 if token is None:
-                    token = self._fetched(source, flight)
+                    token = self._fetched(request, renewer(), flight)
                     left, life = token.remaining(self._clock.now()), flight.wish.min_life
                     # One that was slow for another's wish says nothing of the next.
                     self._most[request] = left if 0 < left < life else float("inf")
                 return token
 
-    def _fetched(self, source: Source, flight: Flight) -> AccessToken:
+    def _fetched(self, request: TokenRequest, renewer: Renewer, flight: Flight) -> AccessToken:
+        """A new token. It, or a refusal, is kept for the others under the identity that signed."""
         try:
-            token = source.fetch(flight)
+            token = renewer.renew(request, flight)
         except HsmTollError as exc:
             seconds = _remembered_for(exc)
             if seconds > 0:
-                key = name_of("refused", source.key())
                 until = self._clock.now().wall + seconds
-                self._store.put(key, records.refusal(key, exc, until=until), ttl=seconds)
+                self._keep(request, flight, refusal=records.Refusal(exc, until))
             raise
         self.hits["fetched"] += 1
-        # Who signs may have changed since the store was asked.
-        key = source.key()
-        left = token.remaining(self._clock.now())
         try:
-            self._store.put(key, records.token(key, token), ttl=left)
+            self._keep(request, flight, token=token)
         except errors.ConfigurationError as exc:
             # The store was good before the signature was spent: the caller has the token.
             _log.warning("%s; the token is kept in memory alone", exc)
         return token
 
-    def _stored(self, key: str, request: TokenRequest, wish: Wish) -> AccessToken | None:
+    def _keep(
+        self,
+        request: TokenRequest,
+        flight: Flight,
+        *,
+        token: AccessToken | None = None,
+        refusal: records.Refusal | None = None,
+    ) -> None:
+        identity = flight.identity
+        if identity is None:
+            return
+        key, now = self.key(request, identity), self._clock.now()
+        if refusal is not None:
+            # It takes no living token from the others.
+            token = records.read(key, self._store.get(key), now=now, longest=_LONGEST_WAIT).token
+        value, ttl = records.written(key, token, refusal, now=now)
+        self._store.put(key, value, ttl=ttl)
+        # After the token: whoever finds out who signs finds it as well.
+        self._remembered.write(identity)
+
+    def _stored(self, key: str | None, request: TokenRequest, wish: Wish) -> AccessToken | None:
         """A token of another process that ends the flight; raises a refusal that still stands."""
+        if key is None:
+            return None
         now = self._clock.now()
-        kept = self._store.get(key)
-        token = records.read_token(key, kept.value, now=now, left=kept.left) if kept else None
+        kept = records.read(key, self._store.get(key), now=now, longest=_LONGEST_WAIT)
+        token = kept.token
         if token is not None and token.remaining(now) > 0:
             if token.freshness(now) is Freshness.FRESH and wish.met_by(token, now):
                 self.hits["stored"] += 1
@@ -314,12 +383,8 @@ class Cache:
             known = self._tokens.get(request)
             if known is None or known.remaining(now) < token.remaining(now):
                 self._tokens[request] = token
-        key = name_of("refused", key)
-        kept = self._store.get(key)
-        if kept is not None:
-            refusal = records.read_refusal(key, kept.value, now=now, longest=_LONGEST_WAIT)
-            if refusal is not None:
-                raise refusal
+        if kept.refusal is not None:
+            raise kept.refusal.error
         return None
 
     def _rest(self, request: TokenRequest, exc: Exception) -> None:
@@ -328,7 +393,7 @@ class Cache:
         of_device = isinstance(exc, errors.DeviceError)
         longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
         seconds = min(longest, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
-        if isinstance(exc, UsageError):
+        if isinstance(exc, UsageError) or (isinstance(exc, HsmTollError) and exc.scope == "caller"):
             return
         if isinstance(exc, HsmTollError):
             seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))

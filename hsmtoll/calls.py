@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Api
     from hsmtoll.customs import Receipt, Talk
-    from hsmtoll.renewal import Engine
+    from hsmtoll.engine import Engine
     from hsmtoll.tokens import Details, TokenRequest
 
 __all__ = ["AsyncCalls", "Calls"]

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import httpx
 
     from hsmtoll.auth import AsyncTollAuth, TollAuth
+    from hsmtoll.engine import Engine
     from hsmtoll.keeper import Keeper
     from hsmtoll.metrics import Status
-    from hsmtoll.renewal import Engine
     from hsmtoll.tokens import Details
 
 __all__ = ["AsyncTollClient", "TollClient"]

@@ -140,9 +140,11 @@ def read_subject(
     retried: bool = False,
     corrected: bool = False,
     rejected: Callable[[str], bool] = lambda _: False,
+    wait: float | None = None,
 ) -> Issued:
     """
     The subject token of leg one. *scope*: the names that were asked for, with spaces between.
+    *wait*: seconds of the answer's Retry-After.
 
     Whether a refusal is retryable is decided here: never where the grant was *retried* already;
     one about time if the clock was *corrected* by this very answer; one of the certificate if
@@ -155,20 +157,28 @@ def read_subject(
     """
     if answer.status == 200:
         return _issued(answer, post, GrantRefused, scope)
-    _raise_for_trouble(answer, post, jti)
-    raise _refused(answer, post, jti, again=not retried, corrected=corrected, rejected=rejected)
+    _raise_for_trouble(answer, post, jti, wait)
+    raise _refused(
+        answer,
+        post,
+        jti,
+        again=not retried,
+        corrected=corrected,
+        rejected=rejected,
+        wait=wait,
+    )
 
 
-def read_issued(answer: Answer, post: Post) -> Issued:
+def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Issued:
     """
-    The Customs token of leg two.
+    The Customs token of leg two; *wait* as for `read_subject`.
 
     ``issued_token_type`` is not compared with anything (PROTOCOL C15). Raises ExchangeRefused,
     TryAgainLater for 429, NetworkError for 5xx.
     """
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
-    _raise_for_trouble(answer, post, None)
+    _raise_for_trouble(answer, post, None, wait)
     said = _error_text(answer, read_json(answer.body))
     text = foreign(said, post.secret) or "no reason given"
     scope = "not authorized to request scope" in said.lower()
@@ -227,7 +237,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
     return Issued(value, seconds)
 
 
-def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
+def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float | None) -> None:
     where = f"{post.leg} answered {answer.status}"
     correlation = _correlation(answer, post.secret)
     if answer.status == 429:
@@ -239,6 +249,7 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
             jti=jti,
             correlation_id=correlation,
             retryable=True,
+            retry_after=wait,
         )
     if answer.status >= 500:
         raise NetworkError(
@@ -248,6 +259,7 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None) -> None:
             jti=jti,
             correlation_id=correlation,
             retryable=True,
+            retry_after=wait,
         )
     if 300 <= answer.status < 400 or answer.status < 200:
         raise NetworkError(
@@ -267,6 +279,7 @@ def _refused(
     again: bool,
     corrected: bool,
     rejected: Callable[[str], bool],
+    wait: float | None,
 ) -> HsmTollError:
     read = read_json(answer.body)
     said = _error_text(answer, read)
@@ -288,9 +301,11 @@ def _refused(
             trace_id=trace_id,
             jti=jti,
             retryable=again and corrected,
+            retry_after=wait if again and corrected else None,
         )
     certificate = row is not None and row.certificate
     another = certificate and rejected(code or "")
+    retryable = another or (again and row is not None and row.retry)
     meaning = f"Meaning: {row.meaning}. " if row else ""
     lines = [f"{meaning}To do: {row.do}"] if row else []
     who = row.who if row else "you"
@@ -304,7 +319,8 @@ def _refused(
         who=who,
         trace_id=trace_id,
         jti=jti,
-        retryable=another or (again and row is not None and row.retry),
+        retryable=retryable,
+        retry_after=wait if retryable else None,
         scope="certificate" if certificate else None,
     )
 

@@ -32,6 +32,8 @@ class Flight:
     started: float
     wish: Wish
     doing: str = "waiting for another process"
+    #: Who signed for it (`SignedGrant.identity`), once that is certain.
+    identity: str | None = None
     waiting: int = 0
     outcome: AccessToken | BaseException | None = None
     landed: threading.Event = field(default_factory=threading.Event)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import jws
 from hsmtoll.errors import ConfigurationError, HsmTollError
 from hsmtoll.tokens import TokenRequest, details_text
 from hsmtoll.x509.certificate import Certificate
 
-__all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "read_grant"]
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "SignedGrant", "read_grant"]
 
 #: Seconds from iat to exp: the documented maximum (M54), so that a slow device has it all.
 LIFETIME: Final = 120
@@ -93,6 +96,25 @@ class Grant:
         if self.request.authorization_details:
             claims["authorization_details"] = self.request.details
         return claims
+
+
+@dataclass(frozen=True, slots=True)
+class SignedGrant:
+    """
+    What signing returns: the *assertion* (compact JWS), and what there is to know of it.
+
+    *issued_at* (iat) and *expires_at* (exp) are in epoch seconds, Maskinporten's time. *identity*
+    names who signed: the SHA-256 (hex) of the leaf, or with a kid of the public key. *not_after*
+    is the end of the leaf's validity; ``None`` with a kid.
+    """
+
+    assertion: str = field(repr=False)
+    jti: str
+    scope: str
+    issued_at: int
+    expires_at: int
+    identity: str
+    not_after: datetime | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from hsmtoll.tokens import Wish
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hsmtoll.renewal import Engine
+    from hsmtoll.engine import Engine
     from hsmtoll.tokens import TokenRequest
 
 __all__ = ["Keeper"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
-    from hsmtoll.renewal import Engine
+    from hsmtoll.engine import Engine
 
 __all__ = ["Status", "register", "status_of"]
 
@@ -44,18 +44,17 @@ class Status:
 
 def status_of(engine: Engine) -> Status:
     """How it stands now."""
-    # A signer that has seen a certificate or a PIN says so; one that has neither need not.
-    ends = getattr(engine.signer, "certificate_ends", None)
+    ends = engine.counts.not_after
     now = engine.clock.now().wall
     return Status(
         waiting=engine.cache.waiting(),
-        signatures=engine.signatures,
-        legs=dict(engine.legs),
+        signatures=engine.counts.signatures,
+        legs=dict(engine.counts.legs),
         hits=dict(engine.cache.hits),
         dark_in=engine.cache.left(),
         certificate_days=(ends.timestamp() - now) / 86_400 if ends is not None else None,
         skew=engine.skew.seconds,
-        pin=getattr(engine.signer, "pin_state", None),
+        pin=engine.pin_state(),
     )
 
 

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
-from hsmtoll.grant import LIFETIME, MIN_LEFT
+from hsmtoll.grant import LIFETIME, MIN_LEFT, SignedGrant
 from hsmtoll.jws import ALGS
 from hsmtoll.x509 import path_building
 from hsmtoll.x509.certificate import Certificate
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.tokens import TokenRequest
 
-__all__ = ["APART", "Expected", "Proof", "not_believed", "prove", "wrong_clock"]
+__all__ = ["APART", "Expected", "not_believed", "prove", "wrong_clock"]
 
 #: Seconds that a host's clock may be apart from Maskinporten's, as far as it is known here:
 #: Maskinporten itself takes no more (M53).
@@ -62,19 +62,6 @@ class Expected:
     certificate_sha256: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """
-    What a grant proved: *identity* is the SHA-256 (hex) of the leaf, or stands for the kid;
-    *organization* and *ends* (of the leaf's validity) are None with a kid.
-    """
-
-    identity: str
-    jti: str
-    organization: str | None = None
-    ends: datetime | None = None
-
-
 class _Unfit(Exception):
     """Why a grant is not the one that was asked for; *code* is stable."""
 
@@ -91,22 +78,32 @@ def prove(
     sent: float,
     received: float,
     name: str = "the signing host",
-) -> Proof:
+) -> tuple[SignedGrant, str | None]:
     """
-    What *assertion* proves, or PolicyDenied: it is not the grant that was asked for.
+    *assertion* as a grant, and the organisation that it is signed for (``None`` with a kid);
+    PolicyDenied if it is not the grant that was asked for.
 
     *sent* and *received* are Maskinporten's time as far as it is known, in epoch seconds,
     around the request. ClockError for a grant that is right but for its time.
     """
     try:
         header, claims, unsigned, signature = _parts(assertion)
-        proof = _signed_by(header, unsigned, signature, expected, received)
-        jti = _as_asked(claims, request, expected)
+        identity, leaf = _signed_by(header, unsigned, signature, expected, received)
+        _check_asked(claims, request, expected)
     except _Unfit as exc:
         # `from None`: what was refused stays out of every traceback.
         raise not_believed(name, str(exc), exc.code) from None
     _in_time(claims, sent=sent, received=received, name=name)
-    return Proof(identity=proof[0], jti=jti, organization=proof[1], ends=proof[2])
+    grant = SignedGrant(
+        str(assertion),
+        jti=claims["jti"],
+        scope=claims["scope"],
+        issued_at=claims["iat"],
+        expires_at=claims["exp"],
+        identity=identity,
+        not_after=leaf.not_after if leaf is not None else None,
+    )
+    return grant, leaf.consumer_id(expected.family) if leaf is not None else None
 
 
 def not_believed(name: str, what: str, code: str) -> PolicyDenied:
@@ -163,8 +160,8 @@ def _unb64url(part: str) -> bytes:
 
 def _signed_by(
     header: Mapping[str, Any], unsigned: bytes, signature: bytes, expected: Expected, now: float
-) -> tuple[str, str | None, datetime | None]:
-    """Identity, organisation and end of the leaf that made *signature*."""
+) -> tuple[str, Certificate | None]:
+    """Who made *signature*: `SignedGrant.identity`, and the leaf; ``None`` with a kid."""
     alg = header.get("alg")
     if alg not in ALGS:
         raise _Unfit(f"alg is {foreign(alg)}", "grant-header")
@@ -173,7 +170,7 @@ def _signed_by(
     if ("kid" in header) == ("x5c" in header):
         raise _Unfit("its header has either both of kid and x5c, or neither", "grant-header")
     if "kid" in header:
-        return _known_by_kid(header["kid"], str(alg), unsigned, signature, expected), None, None
+        return _known_by_kid(header["kid"], str(alg), unsigned, signature, expected), None
     if expected.kid is not None:
         raise _Unfit("it is signed by a certificate, and HSMTOLL_KID is set", "grant-header")
     certificates = _certificates(header["x5c"])
@@ -191,7 +188,7 @@ def _signed_by(
             f"it is signed for {foreign(organization)}, not for {foreign(wanted)}",
             "grant-organization",
         )
-    return leaf.sha256, organization, leaf.not_after
+    return leaf.sha256, leaf
 
 
 def _known_by_kid(
@@ -248,8 +245,8 @@ def _proven(certificates: tuple[Certificate, ...], expected: Expected, now: date
         raise _Unfit("its x5c is not a chain, each issued by the next", "grant-certificate")
 
 
-def _as_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> str:
-    """The jti, if the claims are those that were asked for and no others (DESIGN 4.8)."""
+def _check_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> None:
+    """The claims are those that were asked for, and no others."""
     asked: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
     if expected.issuer is not None:
         asked["iss"] = expected.issuer
@@ -276,7 +273,6 @@ def _as_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expect
         raise _Unfit(
             f"iat and exp are not whole seconds, {MIN_LEFT} to {LIFETIME} apart", "grant-lifetime"
         )
-    return str(jti)
 
 
 def _in_time(claims: Mapping[str, Any], *, sent: float, received: float, name: str) -> None:

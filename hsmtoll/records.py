@@ -1,5 +1,5 @@
 """
-What lies in a store, as bytes: an issued token, or a refusal that is remembered.
+What lies in a store under one key, as bytes: a token, a refusal that is remembered, or both.
 
 Every record names its version and its key. What is torn, foreign, of another version or of
 another key reads as nothing, so that an older program never misreads a newer one.
@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hsmtoll import errors
 from hsmtoll.tokens import AccessToken, Moment
 
 if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError
+    from hsmtoll.stores import Kept
 
-__all__ = ["VERSION", "again", "read_refusal", "read_token", "refusal", "token"]
+__all__ = ["VERSION", "Record", "Refusal", "again", "read", "written"]
 
 #: The form of a record. A reader that does not know it treats it as a miss.
-VERSION: Final = 1
+VERSION: Final = 2
 
 #: Seconds that the wall clocks of two machines may differ, where the store counts the time.
 _APART: Final = 300.0
@@ -39,68 +40,116 @@ _TOKEN: Final[dict[str, Any]] = {
     "boot": _NUMBER,
     "boot_id": str,
     "lifetime": int,
+    "left": _NUMBER,
 }
-_REFUSAL: Final[dict[str, Any]] = {"class": str, "message": str, "until": _NUMBER}
-_REMEMBERED: Final = (
-    "GrantRefused", "ScopeNotGranted", "ExchangeRefused", "ClockError", "TryAgainLater",
-)  # fmt: skip
+
+#: What is remembered for others: who refused will refuse again.
+_REFUSALS: Final = (
+    errors.GrantRefused,
+    errors.ExchangeRefused,
+    errors.ClockError,
+    errors.TryAgainLater,
+)
 
 
-def token(key: str, held: AccessToken) -> bytes:
-    """*held* as it lies under *key*."""
-    return _written(
-        key,
-        access_token=held.value,
-        scope=held.scope,
-        wall=held.asked.wall,
-        boot=held.asked.boot,
-        boot_id=held.asked.boot_id,
-        lifetime=held.lifetime,
-    )
+class Refusal(NamedTuple):
+    """*error* stands until *until* (epoch seconds)."""
+
+    error: HsmTollError
+    until: float
 
 
-def read_token(key: str, raw: bytes, *, now: Moment, left: float | None) -> AccessToken | None:
+class Record(NamedTuple):
+    """What lies under a key."""
+
+    token: AccessToken | None = None
+    refusal: Refusal | None = None
+
+
+def written(
+    key: str, token: AccessToken | None, refusal: Refusal | None, *, now: Moment
+) -> tuple[bytes, float]:
+    """A record as it lies under *key*, and the seconds for which a store has to keep it."""
+    record: dict[str, Any] = {"version": VERSION, "key": key}
+    left = 0.0
+    if token is not None:
+        left = token.remaining(now)
+        record["token"] = {
+            "access_token": token.value,
+            "scope": token.scope,
+            "wall": token.asked.wall,
+            "boot": token.asked.boot,
+            "boot_id": token.asked.boot_id,
+            "lifetime": token.lifetime,
+            "left": left,
+        }
+    stands = 0.0
+    if refusal is not None:
+        stands = refusal.until - now.wall
+        record["refusal"] = {"until": refusal.until, **errors.to_data(refusal.error)}
+    record["ttl"] = ttl = max(left, stands)
+    return json.dumps(record).encode(), ttl
+
+
+def read(key: str, kept: Kept | None, *, now: Moment, longest: float) -> Record:
+    """What lies under *key*. *longest*: seconds that a refusal may stand, whatever a clock did."""
+    try:
+        # NaN is younger than every age: no number of ours.
+        record = json.loads(kept.value, parse_constant=_no_number) if kept else None
+    except (ValueError, RecursionError):
+        return Record()
+    if not isinstance(record, dict) or kept is None:
+        return Record()
+    if (record.get("version"), record.get("key")) != (VERSION, key):
+        return Record()
+    # Seconds that it has lain there, by the store's clock, where that counts.
+    ttl: Any = record.get("ttl")
+    lain = ttl - kept.left if kept.left is not None and _is_number(ttl) else None
+    token = _token(record.get("token"), now=now, lain=lain)
+    return Record(token, _refusal(record.get("refusal"), now=now, longest=longest))
+
+
+def _token(value: object, *, now: Moment, lain: float | None) -> AccessToken | None:
     """
-    The token under *key*, or ``None`` if there is none to be read.
+    The token, or ``None`` if there is none to be read.
 
-    *left*: seconds that the store itself still gives it, where the store counts time. The
-    token may be another machine's then, whose clocks mean nothing here: its age is what the
-    store says, as far as the two wall clocks do not contradict it outright.
+    *lain*: seconds that the store itself has counted. The token may be another machine's then,
+    whose clocks mean nothing here: its age is what the store says, as far as the two wall clocks
+    do not contradict it outright.
     """
-    value = _read(key, raw, _TOKEN)
-    if value is None:
+    if not isinstance(value, dict):
         return None
+    for name, kind in _TOKEN.items():
+        found = value.get(name)
+        if not isinstance(found, kind) or (kind is not str and not _is_number(found)):
+            return None
     lifetime = value["lifetime"]
     if not 0 < lifetime <= _LONGEST:
         return None
     asked = Moment(value["wall"], value["boot"], value["boot_id"])
-    if left is not None and asked.boot_id != now.boot_id:
+    if lain is not None and asked.boot_id != now.boot_id:
         if not -_APART <= now.wall - asked.wall <= lifetime + _APART:
             return None
         # Whoever can write to the store can prolong what it says; the wall clocks bound it.
-        age = max(0.0, lifetime - left, now.wall - asked.wall - _APART)
+        age = max(0.0, lifetime - value["left"] + lain, now.wall - asked.wall - _APART)
         asked = Moment(now.wall - age, now.boot - age, now.boot_id)
     return AccessToken(value["access_token"], value["scope"], asked, lifetime)
 
 
-def refusal(key: str, exc: HsmTollError, *, until: float) -> bytes:
-    """*exc* as it lies under *key*, good *until* (seconds since the epoch)."""
-    return _written(key, **errors.to_data(exc), until=until)
-
-
-def read_refusal(key: str, raw: bytes, *, now: Moment, longest: float) -> HsmTollError | None:
-    """The refusal under *key* if it still stands; *longest* seconds bound what a clock did."""
-    value = _read(key, raw, _REFUSAL)
-    if value is None or not 0 < value["until"] - now.wall <= longest:
+def _refusal(value: object, *, now: Moment, longest: float) -> Refusal | None:
+    """The refusal if it still stands; its hint says how long."""
+    if not isinstance(value, dict):
         return None
-    if value["class"] not in _REMEMBERED:
+    until: Any = value.get("until")
+    if not _is_number(until) or not 0 < until - now.wall <= longest:
         return None
-    wait = value["until"] - now.wall
+    wait = until - now.wall
     hint = f"this answer is remembered: Maskinporten will be asked again in {wait:.0f} s"
     if isinstance(value.get("hint"), str):
         hint = f"{value['hint']}\n{hint}"
-    said = value | {"hint": hint, "signed": False, "retryable": False, "retry_after": wait}
-    return errors.from_data(said)
+    said = {**value, "hint": hint, "signed": False, "retryable": False, "retry_after": wait}
+    error = errors.from_data(said)
+    return Refusal(error, until) if isinstance(error, _REFUSALS) else None
 
 
 def again(exc: BaseException) -> BaseException:
@@ -114,24 +163,8 @@ def again(exc: BaseException) -> BaseException:
     return same if isinstance(exc, errors.HsmTollError) else same.with_traceback(exc.__traceback__)
 
 
-def _written(key: str, **values: Any) -> bytes:
-    return json.dumps({"version": VERSION, "key": key, **values}).encode()
-
-
-def _read(key: str, raw: bytes, shape: dict[str, Any]) -> dict[str, Any] | None:
-    try:
-        # NaN is younger than every age: no number of ours.
-        value = json.loads(raw, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or (value.get("version"), value.get("key")) != (VERSION, key):
-        return None
-    for name, kind in shape.items():
-        if not isinstance(value.get(name), kind) or isinstance(value[name], bool):
-            return None
-        if isinstance(value[name], int | float) and not abs(value[name]) < _FAR:
-            return None
-    return value
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FAR
 
 
 def _no_number(name: str) -> float:

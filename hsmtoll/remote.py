@@ -24,7 +24,7 @@ from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from hsmtoll import exchange, replies, tls
@@ -36,15 +36,18 @@ from hsmtoll.errors import (
     PolicyDenied,
     foreign,
 )
-from hsmtoll.proof import Expected, Proof, not_believed, prove
+from hsmtoll.proof import Expected, not_believed, prove
+from hsmtoll.renewal import pause_after
+from hsmtoll.tokens import AccessToken
 from hsmtoll.wire import Door, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from datetime import datetime
 
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.exchange import Answer, Issued
+    from hsmtoll.flights import Flight
+    from hsmtoll.grant import SignedGrant
     from hsmtoll.settings import SignerHost
     from hsmtoll.tokens import TokenRequest
 
@@ -492,35 +495,35 @@ class RemoteSigner:
         self._clock = clock
         self._skew = skew
         self._guard = threading.Lock()
-        self._proof: Proof | None = None
+        self._identity: str | None = None
+        self._organization: str | None = None
         self._used: deque[str] = deque(maxlen=1000)
 
-    def identity(self) -> str:
-        """The leaf's SHA-256 as the last grant proved it; before that, a stand-in."""
-        return self.shown() or self.hosts.stand_in()
+    def known_identity(self) -> str | None:
+        """As the last grant proved it; ``None`` before there was one."""
+        return self._identity
 
-    def shown(self) -> str | None:
-        """What the last grant proved; ``None`` before there was one."""
-        return self._proof.identity if self._proof is not None else None
-
-    @property
-    def certificate_ends(self) -> datetime | None:
-        """When the leaf of the last grant expires."""
-        return self._proof.ends if self._proof is not None else None
-
-    def assertion(self, request: TokenRequest) -> str:
-        """One grant, made there, proven here. Raises as `SigningHost.ask` and `prove`."""
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
+        """
+        One grant, made there, proven here. Its jti is the host's: *jti* is not sent.
+        Raises as `SigningHost.ask` and `prove`.
+        """
+        del jti
         return self.hosts.first(partial(self._asked, request))
 
-    def _asked(self, request: TokenRequest, host: SigningHost) -> str:
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        """False: which certificate signs is the host's to choose."""
+        del grant, code
+        return False
+
+    def _asked(self, request: TokenRequest, host: SigningHost) -> SignedGrant:
         sent = self._clock.now()
         answer = host.ask("grant", _body(self._profile, request))
         received = self._clock.now()
         body = _object(answer)
-        assertion = body.get("assertion")
         skew = self._skew.seconds
-        proof = prove(
-            assertion,
+        grant, organization = prove(
+            body.get("assertion"),
             request,
             self._expected,
             # The boot clock measures the way: the wall clock may be set meanwhile.
@@ -528,26 +531,32 @@ class RemoteSigner:
             received=received.wall + skew,
             name=host.name,
         )
-        self._accept(host, proof, body)
-        _log.info("%s signed jti=%s audit=%s", host.name, foreign(proof.jti), _anchor(body))
-        return str(assertion)
+        self._accept(host, grant, organization, body)
+        _log.info("%s signed jti=%s audit=%s", host.name, foreign(grant.jti), _anchor(body))
+        return grant
 
-    def _accept(self, host: SigningHost, proof: Proof, body: Mapping[str, Any]) -> None:
+    def _accept(
+        self,
+        host: SigningHost,
+        grant: SignedGrant,
+        organization: str | None,
+        body: Mapping[str, Any],
+    ) -> None:
         with self._guard:
-            known = self._proof.organization if self._proof is not None else None
-            if known is not None and proof.organization not in (None, known):
+            known = self._organization
+            if known is not None and organization not in (None, known):
                 raise not_believed(
                     host.name,
-                    f"it is signed for {foreign(proof.organization)}, grants before it for "
+                    f"it is signed for {foreign(organization)}, grants before it for "
                     f"{foreign(known)}; HSMTOLL_SIGNER__ORGANIZATION says for whom they shall be",
                     "grant-organization",
                 )
-            if proof.jti in self._used or body.get("jti", proof.jti) != proof.jti:
+            if grant.jti in self._used or body.get("jti", grant.jti) != grant.jti:
                 raise not_believed(
                     host.name, "its jti was used before, or is not the one it names", "grant-jti"
                 )
-            self._used.append(proof.jti)
-            self._proof = proof
+            self._used.append(grant.jti)
+            self._identity, self._organization = grant.identity, organization
 
 
 def _anchor(body: Mapping[str, Any]) -> str:
@@ -560,34 +569,37 @@ def _anchor(body: Mapping[str, Any]) -> str:
 
 class RemoteTokens:
     """
-    Customs tokens of a signing host, which makes both legs itself.
+    Customs tokens of a signing host, which does the whole renewal itself, in *attempts* at most.
 
     A token is opaque: whose it is does not show, so the door is all that proves it.
     """
 
-    def __init__(self, hosts: Hosts, *, profile: str) -> None:
+    def __init__(self, hosts: Hosts, *, profile: str, clock: Clock, attempts: int = 2) -> None:
         self.hosts = hosts
         self._profile = profile
+        self._clock = clock
+        self._attempts = attempts
 
-    def identity(self) -> str:
-        """A stand-in: tokens show nobody's."""
-        return self.hosts.stand_in()
+    def known_identity(self) -> str | None:
+        """None: it is known once a token was given."""
+        return None
 
-    def shown(self) -> str | None:
-        """The same, good as long as the socket and this machine's start are."""
-        return self.identity()
-
-    def assertion(self, request: TokenRequest) -> NoReturn:
-        """ConfigurationError: no grant is asked for in this mode."""
-        raise ConfigurationError(
-            f"grant for {foreign(request.scope)}: HSMTOLL_SIGNER__MODE=token gives tokens alone",
-            hint="set HSMTOLL_SIGNER__MODE=grant, if the host's policy allows it",
-            code="mode-token",
-        )
-
-    def issued(self, request: TokenRequest) -> Issued:
-        """A token for *request* and the seconds it has left. Raises as `SigningHost.ask`."""
-        return self.hosts.first(partial(self._asked, request))
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """A token that a host gives. Raises as `SigningHost.ask`."""
+        flight.doing = "the signing host"
+        for attempt in range(1, self._attempts + 1):
+            asked = self._clock.now()
+            try:
+                issued = self.hosts.first(partial(self._asked, request))
+            except HsmTollError as exc:
+                pause = pause_after(exc, attempt)
+                if pause is None or attempt == self._attempts:
+                    raise
+            else:
+                flight.identity = self.hosts.stand_in()
+                return AccessToken(issued.value, request.scope, asked, issued.expires_in)
+            self._clock.sleep(pause)
+        raise AssertionError  # the loop returns or raises
 
     def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
         answer = host.ask("token", _body(self._profile, request))

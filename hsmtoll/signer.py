@@ -12,7 +12,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import jws
 from hsmtoll.errors import (
@@ -24,7 +24,7 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant
+from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant, SignedGrant
 from hsmtoll.x509 import leaf_choice, path_building
 from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import Bundle
@@ -34,19 +34,15 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.exchange import Issued
     from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
     from hsmtoll.tokens import Moment, TokenRequest
 
 __all__ = [
-    "Elsewhere",
-    "FirstUp",
+    "FailoverSigner",
     "Lineage",
     "LocalSigner",
-    "SecondChoice",
+    "OneTimeAssertion",
     "Signer",
-    "SpentOnce",
-    "TokenSource",
     "looks",
     "new_jti",
     "readable",
@@ -71,43 +67,16 @@ def new_jti() -> str:
 
 
 class Signer(Protocol):
-    """Something that makes assertions; where its key lies is its own affair."""
+    """Makes signed grants, with a key here or elsewhere."""
 
-    def identity(self) -> str:
-        """SHA-256 (hex) of the leaf, or of the public key with a kid: who signs."""
+    def known_identity(self) -> str | None:
+        """`SignedGrant.identity` of the next grant, as far as it is known without any I/O."""
 
-    def assertion(self, request: TokenRequest) -> str:
-        """One assertion for *request*, new jti and new signature each time."""
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
+        """One grant for *request*: a new signature each time."""
 
-
-@runtime_checkable
-class Elsewhere(Protocol):
-    """
-    A signer out of sight: who it is shows in what it made, and before that ``identity`` is a
-    stand-in, which is good for a look into the store and never remembered.
-    """
-
-    def shown(self) -> str | None:
-        """The identity that was shown last; ``None`` before there was one."""
-
-
-@runtime_checkable
-class TokenSource(Protocol):
-    """A signer that goes on alone to the Customs token, and gives no assertions."""
-
-    def issued(self, request: TokenRequest) -> Issued:
-        """A token for *request*, and the seconds that it has left."""
-
-
-@runtime_checkable
-class SecondChoice(Protocol):
-    """A signer that may have another certificate to try where the first one was refused."""
-
-    def refused(self, code: str) -> bool:
-        """Told what Maskinporten said to the last assertion: whether another one is worth it."""
-
-    def refused_lately(self) -> bool:
-        """Whether the certificate in use was refused; the device is not asked."""
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        """Told that Maskinporten rejected *grant*, with *code*: whether another grant may do."""
 
 
 @dataclass(slots=True)
@@ -163,7 +132,6 @@ class LocalSigner:
         identity: Identity,
         clock: Clock,
         skew: Skew,
-        new_jti: Callable[[], str],
         alg: str = "RS256",
         issuer: str | None = None,
         kid: str | None = None,
@@ -178,7 +146,6 @@ class LocalSigner:
         self._family = identity
         self.clock = clock
         self._skew = skew
-        self._new_jti = new_jti
         self.alg = alg
         self._issuer = issuer
         self._kid = kid
@@ -197,16 +164,15 @@ class LocalSigner:
         self._guesses: tuple[jws.RsaPublicKey, ...] = ()
         # The one of them that a signature showed to be it.
         self._learned: jws.RsaPublicKey | None = None
+        # Who signs, once the key or the certificate was looked at.
+        self._identity: str | None = None
         # The leaf in use, and since when each one seen took over from an older one here.
         self._leaf: Certificate | None = None
         self._since: dict[str, float] = {}
 
-    def identity(self) -> str:
-        """SHA-256 (hex) of the leaf, or of the public key where a kid names it."""
-
-        if self._kid is not None:
-            return hashlib.sha256(self._public_key().spki()).hexdigest()
-        return self.chain().leaf.sha256
+    def known_identity(self) -> str | None:
+        """As `Signer.known_identity`: of the key or certificate that was last looked at."""
+        return self._identity
 
     def chain(self) -> path_building.Chain:
         """
@@ -326,18 +292,9 @@ class LocalSigner:
                 return found
         return []
 
-    @property
-    def certificate_ends(self) -> datetime | None:
-        """When the leaf in use expires, for those who watch; ``None`` before it was needed."""
-        return self._leaf.not_after if self._leaf is not None else None
-
-    @property
-    def pin_state(self) -> str | None:
-        """The PIN as the device reported it at the last login; ``None`` before there was one."""
-        return self.device.pin_state
-
     def _took(self, leaf: Certificate, now: float) -> None:
         before, self._leaf = self._leaf, leaf
+        self._identity = leaf.sha256
         if before is not None and before != leaf:
             _log.info("certificate %s takes over from %s", leaf.sha256[:16], before.sha256[:16])
         newer = before is not None and before.not_before < leaf.not_before
@@ -345,16 +302,16 @@ class LocalSigner:
         if self._lineage.organization is None:
             self._lineage.organization = leaf.consumer_id(self._family)
 
-    def refused(self, code: str) -> bool:
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
         """
-        Told what Maskinporten said: a leaf in its first day steps back behind the older ones,
-        with a warning. Whether this device has another leaf that lives.
+        As `Signer.rejected`. A leaf in its first day steps back behind the older ones, with a
+        warning; another grant may do where this device has another leaf that lives.
         """
         leaf, now = self._leaf, self.clock.now().wall
-        if self._kid is not None or leaf is None or code not in _NOT_TAKEN:
+        if leaf is None or leaf.sha256 != grant.identity or code not in _NOT_TAKEN:
             return False
         began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
-        if now >= began + _NEW or self.refused_lately():
+        if now >= began + _NEW or self.rejected_lately():
             return False
         self._lineage.refused[leaf.sha256] = began + _NEW
         _log.warning(
@@ -368,8 +325,8 @@ class LocalSigner:
         except HsmTollError:
             return False
 
-    def refused_lately(self) -> bool:
-        """Whether the leaf in use was refused; the device is not asked."""
+    def rejected_lately(self) -> bool:
+        """Whether the leaf in use was rejected in its first day; the device is not asked."""
         unwanted = self._lineage.unwanted(self.clock.now().wall)
         return self._leaf is not None and self._leaf.sha256 in unwanted
 
@@ -416,15 +373,15 @@ class LocalSigner:
             unread=unread,
         )
 
-    def assertion(self, request: TokenRequest) -> str:
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         """
-        One assertion: claims built here, signed there, and proven to be of the key it names.
+        One grant: claims built here, signed by the device, and proven to be of the key it names.
 
         ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
-        signing is not given out (PROTOCOL C05).
+        signing is not given out (RFC 7523 section 3).
         """
         try:
-            return self._signed(request)
+            return self._signed(request, jti)
         except HsmTollError as exc:
             # The device is looked at afresh the next time.
             self._proven = self._bare = None
@@ -432,27 +389,35 @@ class LocalSigner:
                 self._learned = None
             raise
 
-    def _signed(self, request: TokenRequest) -> str:
-        grant, key = self._grant(request)
+    def _signed(self, request: TokenRequest, jti: str) -> SignedGrant:
+        if self._kid is not None:
+            leaf, key = None, self._public_key()
+            grant = self._grant_by_kid(request, key, self._kid)
+        else:
+            known = self._looked()
+            leaf, grant = known.chain.leaf, self._grant_by_leaf(request, known)
+            key = _key_of(leaf)
         self.device.login()
         began = self.clock.now()
-        unsigned = grant.unsigned(now=began.wall + self._skew.seconds, jti=self._new_jti())
+        issued_at = int(began.wall + self._skew.seconds)
+        unsigned = grant.unsigned(now=issued_at, jti=jti)
         signature, by = self.device.signed(self.alg, unsigned, candidates=(key, *self._guesses))
-        if by == key:
-            self._check_time_left(began)
-            return jws.compact(unsigned, signature)
-        if by not in self._guesses:
-            raise _wrong()
-        self._learned = by
-        raise DeviceError(
-            "signing: the signature belongs to another certificate than the one tried first",
-            hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
-            code="leaf-guessed",
-            scope="attempt",
-            retryable=True,
-        )
-
-    def _check_time_left(self, began: Moment) -> None:
+        if by in self._guesses and by != key:
+            self._learned = by
+            raise DeviceError(
+                "signing: the signature belongs to another certificate than the one tried first",
+                hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
+                code="leaf-guessed",
+                scope="attempt",
+                retryable=True,
+            )
+        if by != key:
+            raise DeviceError(
+                "signing: the device's signature does not verify with the public key",
+                hint="key and certificate may not belong together, or the device is faulty\n"
+                "run `hsmtoll doctor`: it looks for the cause",
+                code="signature-wrong",
+            )
         took = self.clock.now().boot - began.boot
         if LIFETIME - took < MIN_LEFT:
             raise DeviceError(
@@ -460,30 +425,35 @@ class LocalSigner:
                 hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
                 code="device-slow",
             )
+        return SignedGrant(
+            jws.compact(unsigned, signature),
+            jti=jti,
+            scope=request.scope,
+            issued_at=issued_at,
+            expires_at=issued_at + LIFETIME,
+            identity=leaf.sha256 if leaf is not None else _sha256(key),
+            not_after=leaf.not_after if leaf is not None else None,
+        )
 
-    def _grant(self, request: TokenRequest) -> tuple[Grant, jws.RsaPublicKey]:
-        if self._kid is not None:
-            key = self._public_key()
-            kid = key.thumbprint() if self._kid == "thumbprint" else self._kid
-            issuer = self._issuer
-            if issuer is None:
-                raise _no_client_id()
-            return Grant(self.alg, issuer, self._audience, request, kid=kid), key
-        known = self._looked()
-        leaf, issuer = known.chain.leaf, self._issuer
-        if leaf.public_key is None:
-            raise CertificateError("the leaf's key is not RSA", code="certificate-key")
+    def _grant_by_kid(self, request: TokenRequest, key: jws.RsaPublicKey, kid: str) -> Grant:
+        if self._issuer is None:
+            raise _no_client_id()
+        named = key.thumbprint() if kid == "thumbprint" else kid
+        return Grant(self.alg, self._issuer, self._audience, request, kid=named)
+
+    def _grant_by_leaf(self, request: TokenRequest, known: _Proven) -> Grant:
         made = known.grants.get(request)
         if made is not None:
-            return made, leaf.public_key
+            return made
+        leaf, issuer = known.chain.leaf, self._issuer
         if issuer is None:
             if self._family == "norwegian":
                 raise _no_client_id()
-            # For an eSeal any name will do, and its own is the one to be found in a log (A.5).
+            # For an eSeal any name will do, and its own is the one to be found in a log.
             issuer = leaf.organization_name or leaf.common_name or "hsmtoll"
         made = Grant(self.alg, issuer, self._audience, request, x5c=known.x5c)
         known.grants[request] = made
-        return made, leaf.public_key
+        return made
 
     def _public_key(self) -> jws.RsaPublicKey:
         """With a kid: read anew as often as a chain is."""
@@ -501,6 +471,7 @@ class LocalSigner:
                 code="public-key-hidden",
             )
         self._bare = (facts.public, now.boot + _REREAD, self.device.generation)
+        self._identity = _sha256(facts.public)
         return facts.public
 
     def _bare_key(self, now: Moment) -> jws.RsaPublicKey | None:
@@ -511,13 +482,14 @@ class LocalSigner:
         return key if now.boot < until and generation == self.device.generation else None
 
 
-def _wrong() -> DeviceError:
-    return DeviceError(
-        "signing: the device's signature does not verify with the public key",
-        hint="key and certificate may not belong together, or the device is faulty\n"
-        "run `hsmtoll doctor`: it looks for the cause",
-        code="signature-wrong",
-    )
+def _sha256(key: jws.RsaPublicKey) -> str:
+    return hashlib.sha256(key.spki()).hexdigest()
+
+
+def _key_of(leaf: Certificate) -> jws.RsaPublicKey:
+    if leaf.public_key is None:
+        raise CertificateError("the leaf's key is not RSA", code="certificate-key")
+    return leaf.public_key
 
 
 def _no_client_id() -> ConfigurationError:
@@ -625,75 +597,45 @@ def _keys(certificates: Iterable[Certificate]) -> tuple[jws.RsaPublicKey, ...]:
 _DOWN: Final = (DeviceError, CertificateError)
 
 
-class FirstUp:
+class FailoverSigner:
     """
-    Several signers in order: the first usable one signs (device up, certificate valid now).
-    One whose new certificate was refused lately comes after the others. How often a device that
-    is down is asked is the device's own affair: it says ``device-down`` at once meanwhile.
+    Several keys in order: the first usable one signs (device up, certificate valid now). One
+    whose new certificate was rejected lately comes after the others. A device that is down is
+    asked again after a back-off of its own: until then it answers ``device-down`` at once.
     """
 
-    def __init__(self, signers: Sequence[Signer]) -> None:
+    def __init__(self, signers: Sequence[LocalSigner]) -> None:
         self._signers = tuple(signers)
-        self._last: SecondChoice | None = None
         self._in_use = self._signers[0] if self._signers else None
 
-    def identity(self) -> str:
-        """The identity of the first usable one."""
-        return self._first(lambda signer: signer.identity())
+    def known_identity(self) -> str | None:
+        """As `Signer.known_identity`, of the key that signed last."""
+        return self._in_use.known_identity() if self._in_use is not None else None
 
-    def assertion(self, request: TokenRequest) -> str:
-        """An assertion of the first usable one; the first one's error if none is."""
-        return self._first(lambda signer: signer.assertion(request))
-
-    @property
-    def first(self) -> Signer | None:
-        """The one that is asked first, as long as it is the one that signs."""
-        first = min(self._signers, key=_lately, default=None)
-        return first if first is self._in_use else None
-
-    @property
-    def certificate_ends(self) -> datetime | None:
-        """The first end among the leaves that were used."""
-        seen = (getattr(signer, "certificate_ends", None) for signer in self._signers)
-        return min((end for end in seen if end is not None), default=None)
-
-    @property
-    def pin_state(self) -> str | None:
-        """That of the first device that was logged in to."""
-        seen = (getattr(signer, "pin_state", None) for signer in self._signers)
-        return next((state for state in seen if state is not None), None)
-
-    def refused(self, code: str) -> bool:
-        """As `LocalSigner.refused`; another key of the list will do as well."""
-        last = self._last
-        if last is None:
-            return False
-        before = last.refused_lately()
-        if last.refused(code):
-            return True
-        if before or not last.refused_lately():
-            return False
-        self._first(lambda signer: signer.identity())
-        return self._last is not last
-
-    def refused_lately(self) -> bool:
-        """Whether that holds for the one used last."""
-        return self._last is not None and self._last.refused_lately()
-
-    def _first(self, ask: Callable[[Signer], str]) -> str:
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
+        """A grant of the first usable key; the first one's error if none is."""
         first: HsmTollError | None = None
-        for signer in sorted(self._signers, key=_lately):
+        for signer in sorted(self._signers, key=LocalSigner.rejected_lately):
             try:
-                answer = ask(signer)
+                grant = signer.sign(request, jti=jti)
             except _DOWN as exc:
                 first = first or exc
             else:
-                self._last = signer if isinstance(signer, SecondChoice) else None
-                self._tell(signer, first)
-                return answer
+                self._log_change(signer, first)
+                return grant
         raise first or ConfigurationError("HSMTOLL_HSM__KEY: no key is named")
 
-    def _tell(self, signer: Signer, why: HsmTollError | None) -> None:
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        """As `LocalSigner.rejected`; another key of the list will do as well."""
+        for signer in self._signers:
+            if signer.known_identity() == grant.identity:
+                before = signer.rejected_lately()
+                if signer.rejected(grant, code):
+                    return True
+                return not before and signer.rejected_lately() and len(self._signers) > 1
+        return False
+
+    def _log_change(self, signer: LocalSigner, why: HsmTollError | None) -> None:
         """One line where another key takes over, and one when the first is back."""
         if signer is self._in_use:
             return
@@ -702,16 +644,12 @@ class FirstUp:
         _log.warning("key %d of %d signs now%s", number, of, f": {why}" if why else "")
 
 
-def _lately(signer: Signer) -> bool:
-    return isinstance(signer, SecondChoice) and signer.refused_lately()
-
-
-class SpentOnce:
+class OneTimeAssertion:
     """
-    An assertion that was signed elsewhere and handed in, good for one grant.
+    A grant that was signed elsewhere and handed in: it is given out once.
 
-    UsageError for what is not an assertion, GrantRefused (code ``audience``) for one that was
-    made for another environment: it would be refused there, and told to a stranger on the way.
+    UsageError for what is not an assertion, ConfigurationError (code ``audience``) for one that
+    was made for another environment: it would be refused there, and told to a stranger on the way.
     """
 
     def __init__(self, assertion: str, *, audience: str) -> None:
@@ -727,23 +665,27 @@ class SpentOnce:
                 hint="sign and exchange with the same HSMTOLL_ENVIRONMENT",
                 code="audience",
             )
+        jti, iat, exp = (claims.get(name) for name in ("jti", "iat", "exp"))
         self.scope = str(claims.get("scope", ""))
-        self._assertion: str | None = assertion
         self._lock = threading.Lock()
+        self._grant: SignedGrant | None = SignedGrant(
+            assertion,
+            jti=jti if isinstance(jti, str) else "",
+            scope=self.scope,
+            issued_at=iat if isinstance(iat, int) else 0,
+            expires_at=exp if isinstance(exp, int) else 0,
+            identity="",
+            not_after=None,
+        )
 
-    def identity(self) -> str:
-        """None is known: what is handed in is never cached."""
-        return "handed-in"
+    def known_identity(self) -> None:
+        """None: what is handed in is never cached."""
 
-    def assertion(self, request: TokenRequest) -> str:
-        """The assertion, the first time."""
-        del request
-        return self.spend()
-
-    def spend(self) -> str:
-        """The assertion, the first time; GrantRefused (MP-012) after that."""
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
+        """The grant, the first time; GrantRefused (MP-012) after that."""
+        del request, jti
         with self._lock:
-            handed, self._assertion = self._assertion, None
+            handed, self._grant = self._grant, None
         if handed is None:
             raise GrantRefused(
                 "assertion on stdin: it was used, and a grant works once (MP-012)",
@@ -751,3 +693,8 @@ class SpentOnce:
                 code="MP-012",
             )
         return handed
+
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        """False: there is no other one."""
+        del grant, code
+        return False

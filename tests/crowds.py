@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -62,12 +64,14 @@ class Member:
 
 @dataclass
 class Crowd:
-    """Members with one identity and one store, ended with the ``with``."""
+    """Members with one identity and one store, on one machine, ended with the ``with``."""
 
     sandbox: Sandbox
     cache: str
     cache_key_file: Path | None = None
     key: rsa.RSAPrivateKey | None = None
+    #: What the machine that they run on remembers.
+    _state: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))
     _members: list[Member] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -80,6 +84,7 @@ class Crowd:
             for pipe in (member.process.stdin, member.process.stdout):
                 if pipe is not None:
                     pipe.close()
+        shutil.rmtree(self._state)
 
     def member(self, **order: Any) -> Member:
         """A process that has started; with ``wait=True`` it stands at the starting line."""
@@ -96,6 +101,7 @@ class Crowd:
             "key": pem,
             "x5c": x5c,
             "identity": identity,
+            "state": str(self._state / "identity"),
             **order,
         }
         process = subprocess.Popen(

@@ -31,6 +31,7 @@ from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.proof import Expected, prove
+from hsmtoll.stores import Kept
 from hsmtoll.tokens import Moment, TokenRequest
 from hsmtoll.x509 import certificate, certificate_checks, der, path_building, revocation
 from hsmtoll.x509.certificate import MAX_DER, Certificate
@@ -533,8 +534,8 @@ def _header(raw: bytes) -> None:
 
 
 def _stored(raw: bytes) -> None:
-    records.read_token("key", raw, now=_NOW, left=10.0)
-    records.read_refusal("key", raw, now=_NOW, longest=100.0)
+    for left in (None, 10.0):
+        records.read("key", Kept(raw, left), now=_NOW, longest=100.0)
 
 
 def _revocation(read: Callable[..., object]) -> Callable[[bytes], object]:

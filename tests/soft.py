@@ -8,7 +8,6 @@ tests alone: a signer in software is what the package exists to replace.
 from __future__ import annotations
 
 import base64
-import uuid
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,12 +16,14 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import jws
-from hsmtoll.budget import Budget
+from hsmtoll.budget import RateLimit
 from hsmtoll.cache import Cache
 from hsmtoll.clock import Skew, SystemClock
+from hsmtoll.engine import Counts, Engine
 from hsmtoll.exchange import Endpoints
-from hsmtoll.grant import Grant
-from hsmtoll.renewal import Engine
+from hsmtoll.grant import LIFETIME, Grant, SignedGrant
+from hsmtoll.remembered import Remembered
+from hsmtoll.renewal import Renewal
 from hsmtoll.sandbox.pki import Authority, eseal_authority
 from hsmtoll.stores import MemoryStore, Store
 from hsmtoll.wire import Wire
@@ -53,21 +54,24 @@ class SoftSigner:
         self._skew = skew
         self._hold = hold
         self.signed: list[str] = []
-        self.asked = 0
 
-    def identity(self) -> str:
-        self.asked += 1
-        return self._who
+    def known_identity(self) -> str | None:
+        return self._who if self.signed else None
 
-    def assertion(self, request: TokenRequest) -> str:
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        del grant, code
+        return False
+
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         if self._hold is not None:
             assert self._hold.wait(30)
-        now = self._clock.now().wall + self._skew.seconds
+        now = int(self._clock.now().wall + self._skew.seconds)
         grant = Grant("RS256", "acme", self._audience, request, x5c=self._x5c)
-        jti = str(uuid.uuid4())
         unsigned = grant.unsigned(now=now, jti=jti)
         self.signed.append(jti)
-        return jws.compact(unsigned, self._key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256()))
+        signature = self._key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256())
+        assertion = jws.compact(unsigned, signature)
+        return SignedGrant(assertion, jti, request.scope, now, now + LIFETIME, self._who, None)
 
 
 @lru_cache
@@ -124,17 +128,35 @@ def engine_of(
     store = store if store is not None else MemoryStore()
     skew = Skew(skew_file)
     signer = SoftSigner(sandbox.issuer, clock=clock, skew=skew, hold=hold)
-    engine = Engine(
-        lambda: signer,
+    made = Wire(ca_file=sandbox.ca_file, **wire)
+    counts, remembered = Counts(), Remembered(identity_file)
+    renewal = Renewal(
+        signer=signer,
         endpoints=endpoints_of(sandbox),
-        wire=lambda: Wire(ca_file=sandbox.ca_file, **wire),
-        cache=Cache(store, clock, patience=patience, background=background),
-        budget=Budget(store, clock, per_hour=per_hour),
+        wire=made,
+        rate_limit=RateLimit(store, clock, per_hour=per_hour),
         clock=clock,
         skew=skew,
         selector=selector,
-        family="eseal",
+        remembered=remembered,
+        counts=counts,
         per_request=per_request,
-        identity_file=identity_file,
+    )
+    engine = Engine(
+        lambda: renewal,
+        endpoints=endpoints_of(sandbox),
+        wire=lambda: made,
+        cache=Cache(
+            store,
+            clock,
+            selector=selector,
+            remembered=remembered,
+            patience=patience,
+            background=background,
+        ),
+        clock=clock,
+        skew=skew,
+        counts=counts,
+        family="eseal",
     )
     return engine, signer

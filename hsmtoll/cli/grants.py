@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Final
 
 import click
 
-from hsmtoll import apis as catalogue
+from hsmtoll.budget import RateLimit
 from hsmtoll.cli.framework import command
 from hsmtoll.cli.input import read_stdin
 from hsmtoll.cli.options import (
@@ -20,7 +21,10 @@ from hsmtoll.cli.options import (
 )
 from hsmtoll.cli.streams import print_json
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.signer import SpentOnce
+from hsmtoll.flights import Flight
+from hsmtoll.signer import OneTimeAssertion
+from hsmtoll.stores import MemoryStore
+from hsmtoll.tokens import ANY, TokenRequest
 
 __all__ = ["exchange", "sign"]
 
@@ -55,15 +59,15 @@ def sign(
     app = options.app(use_final_try=use_final_try)
     request = app.engine.request(one_scope(what, named), **whom)
     try:
-        signer = app.signer
+        renewal = app.renewal_by(app.signer)
         try:
-            assertion = app.budget.assertion(signer, request, identity=signer.identity())
+            grant = renewal.sign(request)
         except HsmTollError as exc:
             if exc.code != "leaf-guessed":
                 raise
             # The signature showed which certificate it is; the next one is for that.
-            assertion = app.budget.assertion(signer, request, identity=signer.identity())
-        click.echo(assertion)
+            grant = renewal.sign(request)
+        click.echo(grant.assertion)
     finally:
         app.close()
 
@@ -84,20 +88,19 @@ def exchange(options: GlobalOptions, *, as_json: bool) -> None:
             hint="hsmtoll sign road | hsmtoll exchange",
         )
     raw = read_stdin("exchange", _LARGEST_ASSERTION + 1)
-    handed = SpentOnce(raw.decode("ascii", "replace").strip(), audience=audience)
-    engine = app.engine_with(lambda: handed)
-    subject = engine.granted(handed.spend())
-    if handed.scope == catalogue.SELF_TEST_SCOPE:
-        raise engine.self_test()
-    issued = engine.exchanged(subject)
+    handed = OneTimeAssertion(raw.decode("ascii", "replace").strip(), audience=audience)
+    # It was counted where it was signed, and there is no other one.
+    limit = RateLimit(MemoryStore(), app.clock, per_hour=1)
+    renewal = replace(app.renewal_by(handed), rate_limit=limit, per_request=1)
+    token = renewal.renew(TokenRequest(handed.scope), Flight(app.clock.now().boot, ANY))
     if as_json:
         print_json(
             {
-                "access_token": issued.value,
-                "token_type": "Bearer",
-                "expires_in": min(issued.expires_in, subject.expires_in),
-                "scope": handed.scope,
+                "access_token": token.value,
+                "token_type": token.token_type,
+                "expires_in": token.lifetime,
+                "scope": token.scope,
             }
         )
     else:
-        click.echo(issued.value)
+        click.echo(token.value)

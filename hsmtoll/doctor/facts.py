@@ -18,8 +18,9 @@ from hsmtoll import apis, exchange, jws
 from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.signer import TokenSource, looks, readable, unread_of
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.flights import Flight
+from hsmtoll.signer import looks, readable, unread_of
+from hsmtoll.tokens import ANY, TokenRequest
 from hsmtoll.x509 import leaf_choice, path_building
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
     found = _gathered(app, scopes=scopes)
     if missing(app.settings):
         return found
-    return replace(found, unused_proxy=app.wire().unused_proxy(app.endpoints.token))
+    return replace(found, unused_proxy=app.wire.unused_proxy(app.endpoints.token))
 
 
 def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
@@ -226,7 +227,7 @@ def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
 
 def ask(app: App, facts: Facts) -> Answers:
     """Ask the services what they say; nothing that they answer is obeyed."""
-    wire, issuer = app.wire(), app.endpoints.issuer
+    wire, issuer = app.wire, app.endpoints.issuer
     base = issuer if issuer.endswith("/") else f"{issuer}/"
     found: dict[str, Any] = {}
     sent = app.clock.now()
@@ -285,9 +286,8 @@ def _object(answer: exchange.Answer) -> dict[str, Any]:
 
 def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
     """One real grant: a signature of the budget, and leg one."""
-    signer, request = app.signer, _request(app, scope)
-    assertion = app.budget.assertion(signer, request, identity=signer.identity())
-    post = exchange.grant_post(app.endpoints, assertion)
+    grant = app.renewal_by(app.signer).sign(_request(app, scope))
+    post = exchange.grant_post(app.endpoints, grant.assertion)
     return exchange.read_subject(wire.post(post), post, scope=scope)
 
 
@@ -297,8 +297,8 @@ def _request(app: App, scope: str) -> TokenRequest:
 
 def _tried(app: App, wire: Wire, scope: str) -> HsmTollError | None:
     try:
-        if isinstance(app.signer, TokenSource):
-            app.signer.issued(_request(app, scope))
+        if app.gives_tokens:
+            app.renewal.renew(_request(app, scope), Flight(app.clock.now().boot, ANY))
             return None
         subject = _granted(app, wire, scope)
         if scope != apis.SELF_TEST_SCOPE:
@@ -329,7 +329,7 @@ def revocation_of(
     pairs = list(itertools.pairwise(chain.certificates))
     if crl is not None:
         return tuple(_by_file(crl, pairs, now))
-    wire = app.wire() if online else None
+    wire = app.wire if online else None
     return tuple(_by_asking(app, wire, *pair, now) for pair in pairs) if wire else ()
 
 

@@ -155,7 +155,7 @@ def signing_key(facts: Facts) -> int | None:
 
 
 def _signing(ways: Sequence[Way]) -> int:
-    """The place of the first key whose device and certificate are there, as `FirstUp` takes it."""
+    """The place of the first key that has a device and a certificate: it signs."""
     usable = (n for n, way in enumerate(ways) if way.key and (way.kid or way.chain))
     return next(usable, 0)
 

@@ -17,14 +17,12 @@ import hashlib
 import logging
 import os
 import threading
-from base64 import b64decode
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll import jws
 from hsmtoll.app import App
 from hsmtoll.clock import Skew, SystemClock
 from hsmtoll.errors import (
@@ -48,21 +46,21 @@ from hsmtoll.host.policy import Ask, Policy, Verdict, decide
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.settings import load
-from hsmtoll.signer import SecondChoice, new_jti, readable
+from hsmtoll.signer import new_jti, readable
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Mapping
-    from datetime import datetime
     from pathlib import Path
 
     from hsmtoll.cache import Flight
     from hsmtoll.clock import Clock
+    from hsmtoll.engine import Engine
     from hsmtoll.errors import Scope
+    from hsmtoll.grant import SignedGrant
     from hsmtoll.host.desk import Then
     from hsmtoll.host.peers import Peer
     from hsmtoll.host.policy import Mode
-    from hsmtoll.renewal import Engine
     from hsmtoll.settings import Settings
     from hsmtoll.tokens import AccessToken, TokenRequest
 
@@ -155,6 +153,7 @@ class _Errand:
     until: float
     reply: Future[Reply]
     jti: str = ""
+    grant: SignedGrant | None = None
     signing: Future[None] | None = None
     again: bool = False
 
@@ -244,7 +243,6 @@ class Service:
         self._synchronised = synchronised if host.clock == "synchronised" else lambda: True
         self._deadline = settings.deadline
         self._ending = False
-        self._here = threading.local()
         self._lock = threading.Lock()
         self._refusals: dict[str, tuple[float, int]] = {}
         self._was_stopped: str | None = None
@@ -306,7 +304,7 @@ class Service:
             if "isolation" not in settings.hsm.model_fields_set:
                 hsm = settings.hsm.model_copy(update={"isolation": "process"})
                 settings = settings.model_copy(update={"hsm": hsm})
-            app = App(settings, clock=self.clock, new_jti=lambda: str(self._here.jti))
+            app = App(settings, clock=self.clock)
             app.skew = _Uncorrected()
             if app.family == "norwegian" and settings.iss is None:
                 raise ConfigurationError("iss is required with identity = norwegian")
@@ -327,7 +325,7 @@ class Service:
                 name,
                 table,
                 app,
-                engine=app.engine_with(lambda: _Audited(self, house)),
+                engine=app.engine,
                 hands=ThreadPoolExecutor(settings.host.workers, "hsmtoll-device"),
                 workers=settings.host.workers,
             )
@@ -455,7 +453,7 @@ class Service:
         """A token, and whose it is: who starts again may find another house by that name."""
         for _ in range(_TRIES):
             try:
-                return house, house.engine.cache.get(request, _Source(self, house, order, request))
+                return house, house.engine.cache.get(request, partial(_Audited, self, house, order))
             except _Withdrawn:
                 if order.denied is not None:
                     raise order.denied from None
@@ -635,7 +633,7 @@ class Service:
     def _sent(self, errand: _Errand) -> None:
         errand.signing = errand.house.hands.submit(self._sign, errand)
 
-    def _resulted(self, errand: _Errand, outcome: str | Exception) -> Then:
+    def _resulted(self, errand: _Errand, outcome: SignedGrant | Exception) -> Then:
         """What came of it, on disk before anybody has it."""
         told = errand.order.members() | {"jti": errand.jti}
         if isinstance(outcome, Exception):
@@ -651,25 +649,25 @@ class Service:
                     self._desk.put, partial(self._decided, errand), errand.reply.set_exception
                 )
             return partial(errand.reply.set_exception, outcome)
-        header, claims, _ = outcome.split(".")
-        told["cert_sha256"] = leaf = _leaf_sha256(header)
+        errand.grant = outcome
+        # With a kid there is no certificate to name.
+        told["cert_sha256"] = leaf = outcome.identity if outcome.not_after else None
         house = errand.house
         house.ill, house.rest = None, _REST
         if leaf is not None and leaf != house.leaf:
             house.leaf = leaf
             self.audit.append("certificate", profile=house.name, cert_sha256=leaf, outcome="used")
-        said = jws.read_segment(claims)
         seq, head = self.audit.append(
             "result",
             **told,
-            iat=said["iat"],
-            exp=said["exp"],
-            assertion_sha256=_sha256(outcome),
+            iat=outcome.issued_at,
+            exp=outcome.expires_at,
+            assertion_sha256=_sha256(outcome.assertion),
             outcome="signed" if self.stopped() is None else "signed, and withheld: stopped",
         )
         reply = {
-            "assertion": outcome,
-            "expires_in": max(0, said["exp"] - int(self.clock.now().wall)),
+            "assertion": outcome.assertion,
+            "expires_in": max(0, outcome.expires_at - int(self.clock.now().wall)),
             "jti": errand.jti,
             "audit": {"seq": seq, "head": head},
         }
@@ -739,12 +737,12 @@ class Service:
     def _sign(self, errand: _Errand) -> None:
         """In a thread of the device. A stop is obeyed by those too who have their place already."""
         try:
-            outcome: str | Exception = self._assertion(errand)
+            outcome: SignedGrant | Exception = self._signed(errand)
         except Exception as exc:  # noqa: BLE001 - whatever it is, it is written down and told
             outcome = exc
         self._desk.put(partial(self._resulted, errand, outcome), errand.reply.set_exception)
 
-    def _assertion(self, errand: _Errand) -> str:
+    def _signed(self, errand: _Errand) -> SignedGrant:
         stopped = self.stopped()
         if stopped is not None:
             raise _stopped(stopped)
@@ -752,27 +750,17 @@ class Service:
             # Denied, as by the policy: who waits for the same renewal has not left.
             errand.order.denied = _gone()
             raise errand.order.denied
-        self._here.jti = errand.jti
         self.signatures += 1
-        return errand.house.app.signer.assertion(errand.request)
+        return errand.house.app.signer.sign(errand.request, jti=errand.jti)
 
-    def assertion_for(self, house: _House, request: TokenRequest) -> str:
-        """For a renewal: the order is that of the thread."""
-        errand = self._errand(house, request, self._here.order, _promised())
+    def grant_for(self, house: _House, order: _Order, request: TokenRequest) -> SignedGrant:
+        """For a renewal on behalf of *order*."""
+        errand = self._errand(house, request, order, _promised())
         self._desk.put(partial(self._entered, errand), errand.reply.set_exception)
-        return str(errand.reply.result()["assertion"])
-
-    def renew(self, house: _House, order: _Order, request: TokenRequest, flight: Flight) -> Any:
-        """A new token, on behalf of *order*."""
-        self._here.order = order
-        try:
-            return house.engine.renewed(request, flight)
-        except HsmTollError as exc:
-            if exc is order.denied:
-                raise _Withdrawn("another caller's renewal was denied") from None
-            raise
-        finally:
-            self._here.order = None
+        errand.reply.result()
+        if errand.grant is None:
+            raise AssertionError  # a reply is given to none without it
+        return errand.grant
 
     # ------------------------------------------------------------------ state
 
@@ -898,58 +886,35 @@ class Service:
         self.audit.close()
 
 
-class _Audited:
-    """The signer of a profile's renewals: no assertion without its records."""
-
-    def __init__(self, service: Service, house: _House) -> None:
-        self._service = service
-        self._house = house
-
-    def identity(self) -> str:
-        """As Signer.identity; no signature is spent."""
-        return self._house.app.signer.identity()
-
-    def assertion(self, request: TokenRequest) -> str:
-        """As Signer.assertion."""
-        return self._service.assertion_for(self._house, request)
-
-    @property
-    def certificate_ends(self) -> datetime | None:
-        """As of the signer behind."""
-        return getattr(self._house.app.signer, "certificate_ends", None)
-
-    @property
-    def pin_state(self) -> str | None:
-        """As of the signer behind."""
-        return getattr(self._house.app.signer, "pin_state", None)
-
-    def refused(self, code: str) -> bool:
-        """As SecondChoice.refused."""
-        signer = self._house.app.signer
-        return isinstance(signer, SecondChoice) and signer.refused(code)
-
-    def refused_lately(self) -> bool:
-        """As SecondChoice.refused_lately."""
-        signer = self._house.app.signer
-        return isinstance(signer, SecondChoice) and signer.refused_lately()
-
-
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """Where the cache gets a token from, on behalf of one caller."""
+class _Audited:
+    """The signer of a renewal on behalf of one caller: no grant without its records."""
 
     service: Service
     house: _House
     order: _Order
-    request: TokenRequest
 
-    def key(self) -> str:
-        """Of the store."""
-        return self.house.engine.key(self.request)
+    def known_identity(self) -> str | None:
+        """As of the signer behind."""
+        return self.house.app.signer.known_identity()
 
-    def fetch(self, flight: Flight) -> Any:
-        """A new one."""
-        return self.service.renew(self.house, self.order, self.request, flight)
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
+        """As Signer.sign; the jti is the one that the audit's intent names."""
+        del jti
+        return self.service.grant_for(self.house, self.order, request)
+
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        """As of the signer behind."""
+        return self.house.app.signer.rejected(grant, code)
+
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """A new token, on behalf of *order*."""
+        try:
+            return self.house.app.renewal_by(self).renew(request, flight)
+        except HsmTollError as exc:
+            if exc is self.order.denied:
+                raise _Withdrawn("another caller's renewal was denied") from None
+            raise
 
 
 def noted_checkpoint(settings: Settings) -> Path:
@@ -962,13 +927,6 @@ def noted_checkpoint(settings: Settings) -> Path:
 def _sha256(value: str | bytes) -> str:
     raw = value.encode("ascii") if isinstance(value, str) else value
     return hashlib.sha256(raw).hexdigest()
-
-
-@lru_cache(maxsize=32)
-def _leaf_sha256(header: str) -> str | None:
-    # The same kilobytes from grant to grant.
-    x5c = jws.read_segment(header).get("x5c")
-    return _sha256(b64decode(x5c[0])) if x5c else None
 
 
 def _stopped(why: str) -> PolicyDenied:

@@ -282,6 +282,8 @@ class Device:
         self._breaker = Breaker(uri, boot=boot)
         #: Goes up when the handles are new: what was read before may be out of date then.
         self.generation = 0
+        #: The PIN's state as the device reported it at the last login; None before one.
+        self.pin_state: str | None = None
         self._open: _Open | None = None
         self._shared: Login | None = None
         self._proven: RsaPublicKey | None = None

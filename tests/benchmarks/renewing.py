@@ -17,8 +17,9 @@ from dataclasses import replace
 
 import httpx
 
-import hsmtoll
 from hsmtoll import records
+from hsmtoll.app import App
+from hsmtoll.settings import load
 
 _RENEWALS = 20
 _DEVICE = 0.3
@@ -44,8 +45,9 @@ def _by_hand(assertion: str, context: ssl.SSLContext) -> None:
 def main() -> None:
     calls: list[tuple[float, float, str]] = []
     context = ssl.create_default_context(cafile=os.environ["HSMTOLL_CA_FILE"])
-    with hsmtoll.connect(cache="memory:") as toll, toll.api("road") as road:
-        engine = toll._engine
+    app = App(load(cache="memory:"))
+    with app.client() as toll, toll.api("road") as road:
+        engine = app.engine
         request = engine.request("road")
         for _ in range(20):
             road.get("test-auth")
@@ -61,8 +63,11 @@ def main() -> None:
             ago = token.lifetime - 30.0
             then = now._replace(wall=now.wall - ago, boot=now.boot - ago)
             stale = replace(token, asked=then)
-            key = engine.key(request)
-            engine.cache._store.put(key, records.token(key, stale), ttl=30.0)
+            identity = app.remembered.read()
+            assert identity is not None
+            key = engine.cache.key(request, identity)
+            value, ttl = records.written(key, stale, None, now=now)
+            engine.cache._store.put(key, value, ttl=ttl)
             engine.cache._tokens[request] = stale
             count = 0
             while engine.cache.held(request) is None:
@@ -71,7 +76,7 @@ def main() -> None:
             for _ in range(count):
                 call("nothing")
             work = threading.Thread(
-                target=_by_hand, args=(engine.signer.assertion(request), context)
+                target=_by_hand, args=(app.signer.sign(request, jti="1").assertion, context)
             )
             work.start()
             while work.is_alive():

@@ -20,6 +20,7 @@ from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
 from hsmtoll.host.service import Service
+from hsmtoll.renewal import Renewal
 from hsmtoll.sandbox.pki import eseal_authority, pem
 from hsmtoll.settings import load
 from tests.hosting import ME, PROFILE, entry, eventually
@@ -48,15 +49,14 @@ def asked(service: Service, mode: str = "grant") -> Future[dict[str, Any]]:
 def test_a_token_of_a_profile_that_was_changed_meanwhile_is_not_released(
     service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch, *, changed: bool
 ) -> None:
-    engine = service._rules[1]["acme"].engine
-    real, reached, may = engine.exchanged, threading.Event(), threading.Event()
+    real, reached, may = Renewal._exchanged, threading.Event(), threading.Event()
 
-    def held(subject: Any) -> Any:
+    def held(renewal: Renewal, subject: Any) -> Any:
         reached.set()
         assert may.wait(PATIENCE)
-        return real(subject)
+        return real(renewal, subject)
 
-    monkeypatch.setattr(engine, "exchanged", held)
+    monkeypatch.setattr(Renewal, "_exchanged", held)
     waiting = asked(service, "token")
     assert reached.wait(PATIENCE)
     host.write_policy(entry(ME, per_day=9), before=CHANGED if changed else PROFILE)

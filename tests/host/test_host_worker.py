@@ -30,11 +30,11 @@ class Taken:
     def __init__(self, service: Service) -> None:
         house = service._rules[1]["acme"]
         signer = house.app.local_signer(house.app.devices[0])
-        service._here.jti = "first"
         (device,) = house.app.devices
         assert isinstance(device, IsolatedDevice)
         self.device = device
-        header, claims = jws.read_unverified(signer.assertion(house.app.engine.request(ROAD_SCOPE)))
+        grant = signer.sign(house.app.engine.request(ROAD_SCOPE), jti="first")
+        header, claims = jws.read_unverified(grant.assertion)
         self.header, self.claims = header, claims
 
     def ask(self, unsigned: bytes, alg: str = "RS256") -> bytes:

@@ -246,7 +246,7 @@ def test_the_second_host_takes_over_and_the_first_comes_back(
     app = app_of(caller(toll_sandbox, tmp_path, first.url, second.url), monkeypatch)
 
     def asked() -> tuple[int, int]:
-        assert app.signer.assertion(ROAD)
+        assert app.signer.sign(ROAD, jti="1").assertion
         return len(first.records("intent")), len(second.records("intent"))
 
     assert asked() == (1, 0)
@@ -266,7 +266,7 @@ def test_the_second_host_takes_over_and_the_first_comes_back(
     assert first.command("stop").returncode == 0
     before = len(second.records("intent"))
     with pytest.raises(PolicyDenied):
-        app.signer.assertion(ROAD)
+        app.signer.sign(ROAD, jti="1")
     assert len(second.records("intent")) == before
 
 
@@ -277,9 +277,9 @@ def test_a_quota_is_told_with_the_time_until_the_next(
     running_host.say(POLICY.replace('"token"] }', '"token"], per_day = 1 }', 1))
     running_host.reload()
     app = app_of(caller(toll_sandbox, tmp_path, running_host.url), monkeypatch)
-    assert app.signer.assertion(ROAD)
+    assert app.signer.sign(ROAD, jti="1").assertion
     with pytest.raises(HsmTollError) as caught:
-        app.signer.assertion(ROAD)
+        app.signer.sign(ROAD, jti="1")
     assert (caught.value.exit_code, caught.value.code) == (75, "quota-exceeded")
     assert caught.value.retry_after is not None
 

@@ -76,8 +76,13 @@ def host(tmp_path: Path) -> Iterator[LyingHost]:
 def refusal(app: App, request: TokenRequest = ROAD) -> HsmTollError:
     """What asking for an assertion raises."""
     with pytest.raises(HsmTollError) as caught:
-        app.signer.assertion(request)
+        app.signer.sign(request, jti="1")
     return caught.value
+
+
+def asked_of(app: App, request: TokenRequest = ROAD) -> str:
+    """The assertion that the host gives, and that is believed."""
+    return app.signer.sign(request, jti="not sent").assertion
 
 
 # ------------------------------------------------------------------ what a grant must show
@@ -123,12 +128,12 @@ def test_a_grant_that_is_not_as_asked_is_refused_and_its_honest_twin_taken(
 ) -> None:
     changes, code = _LIES[lie]
     app = app_of(host.url, state=tmp_path)
-    assert app.signer.assertion(ROAD).count(".") == 2
+    assert asked_of(app).count(".") == 2
     host.answer = honest(Notary(**changes))
     refused = refusal(app)
     assert (refused.exit_code, refused.code) == (90, code)
     host.answer = honest(Notary())
-    assert app.signer.assertion(ROAD).count(".") == 2
+    assert asked_of(app).count(".") == 2
 
 
 def _sealed(notary: Notary, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Any:
@@ -154,7 +159,7 @@ def test_a_claim_that_is_there_twice_is_refused_whatever_it_says(
     host.answer = _sealed(notary, twice)
     assert refusal(app).code == "grant-form"
     host.answer = _sealed(notary, notary.sealed)
-    assert app.signer.assertion(ROAD)
+    assert asked_of(app)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_a_chain_with_a_stranger_or_out_of_order_is_refused(
     ):
         host.answer = honest(Notary(header={"x5c": shown}))
         if taken:
-            assert app.signer.assertion(ROAD)
+            assert asked_of(app)
         else:
             assert refusal(app).code == "grant-certificate"
 
@@ -203,10 +208,10 @@ def test_a_certificate_of_another_organisation_is_refused_where_one_is_named(
 ) -> None:
     named = {"organization": pki.ESEAL_ORG_ID}
     app = app_of(host.url, state=tmp_path, signer=named)
-    assert app.signer.assertion(ROAD)
+    assert asked_of(app)
     host.answer = honest(Notary(leaf={"organization_id": "NTRSE-5500000000"}))
     assert refusal(app_of(host.url, state=tmp_path, signer=named)).code == "grant-organization"
-    assert app_of(host.url, state=tmp_path).signer.assertion(ROAD)
+    assert asked_of(app_of(host.url, state=tmp_path))
     # Where none is named, the first grant of a process names it.
     assert refusal(app).code == "grant-organization"
 
@@ -220,7 +225,11 @@ def test_pins_of_leaf_and_root_are_kept_to(host: LyingHost, tmp_path: Path) -> N
     pins = {"certificate_sha256": leaf, "root_sha256": root}
     for name, pinned in pins.items():
         digest = _sha256(pinned)
-        assert app_of(host.url, state=tmp_path, hsm={name: digest}).signer.assertion(ROAD)
+        assert (
+            app_of(host.url, state=tmp_path, hsm={name: digest})
+            .signer.sign(ROAD, jti="1")
+            .assertion
+        )
         other = app_of(host.url, state=tmp_path, hsm={name: "00" * 32})
         assert refusal(other).code == "grant-certificate"
 
@@ -238,7 +247,7 @@ def test_a_certificate_that_has_ended_is_refused(host: LyingHost, tmp_path: Path
 def test_options_that_were_asked_for_must_be_in_the_grant(host: LyingHost, tmp_path: Path) -> None:
     app = app_of(host.url, state=tmp_path, iss="acme")
     asked = TokenRequest(ROAD.scope, ("https://a/", "https://b/"), "987654325")
-    assert app.signer.assertion(asked)
+    assert asked_of(app, asked)
     assert host.asked[-1] == {
         "profile": "acme", "scope": ROAD.scope, "consumer_org": "987654325",
         "resource": ["https://a/", "https://b/"],
@@ -256,7 +265,7 @@ def test_options_that_were_asked_for_must_be_in_the_grant(host: LyingHost, tmp_p
 
 def test_a_grant_is_taken_once(host: LyingHost, tmp_path: Path) -> None:
     app = app_of(host.url, state=tmp_path)
-    kept = app.signer.assertion(ROAD)
+    kept = asked_of(app)
     host.answer = lambda _path, _ask: granted(kept)
     assert refusal(app).code == "grant-jti"
     fresh = Notary().grant(host.asked[-1])
@@ -277,7 +286,7 @@ def test_a_host_with_a_wrong_clock_is_named_in_error_50(
     # What this machine knows of Maskinporten's clock counts, not what its own says.
     app.skew.learn(float(ahead))
     if abs(ahead) <= 300:
-        assert app.signer.assertion(ROAD)
+        assert asked_of(app)
 
 
 def test_a_kid_is_taken_if_the_settings_name_it(host: LyingHost, tmp_path: Path) -> None:
@@ -287,9 +296,11 @@ def test_a_kid_is_taken_if_the_settings_name_it(host: LyingHost, tmp_path: Path)
     host.answer = honest(Notary(header=shown))
     norwegian: dict[str, Any] = {"identity": "norwegian", "iss": "acme", "state": tmp_path}
     hsm = {"public_key": tmp_path / "public.pem"}
-    assert app_of(host.url, **norwegian, kid="our-kid").signer.assertion(ROAD)
-    assert app_of(host.url, **norwegian, kid="our-kid", hsm=hsm).signer.assertion(ROAD)
-    assert app_of(host.url, **norwegian, hsm=hsm).signer.assertion(ROAD)
+    assert asked_of(app_of(host.url, **norwegian, kid="our-kid"))
+    assert (
+        app_of(host.url, **norwegian, kid="our-kid", hsm=hsm).signer.sign(ROAD, jti="1").assertion
+    )
+    assert asked_of(app_of(host.url, **norwegian, hsm=hsm))
     others: tuple[dict[str, Any], ...] = (
         {},
         {"kid": "another"},
@@ -309,7 +320,7 @@ def test_a_grant_that_came_too_late_is_not_given_out() -> None:
     assertion = notary.grant(ask)
     iat = json.loads(base64.urlsafe_b64decode(assertion.split(".")[1] + "=="))["iat"]
     expected = Expected(audience=ISSUER, family="eseal")
-    assert prove(assertion, ROAD, expected, sent=iat, received=iat + 89.0).jti
+    assert prove(assertion, ROAD, expected, sent=iat, received=iat + 89.0)
     with pytest.raises(errors.DeviceError, match="too late"):
         prove(assertion, ROAD, expected, sent=iat, received=iat + 91.0)
 
@@ -371,7 +382,7 @@ def test_a_host_one_version_away_is_understood(
     host.answer = answer
     app = app_of(host.url, state=tmp_path)
     if taken:
-        assert app.signer.assertion(ROAD)
+        assert asked_of(app)
     else:
         refused = refusal(app)
         assert (refused.exit_code, refused.code) == (80, "host-version")
@@ -401,7 +412,7 @@ def test_an_answer_that_is_cut_off_too_large_or_never_ends_is_a_network_error(
     assert (refused.exit_code, refused.code) == (80, "deadline")
     assert "HSMTOLL_DEADLINE" in str(refused.hint)
     host.answer = honest(Notary())
-    assert app.signer.assertion(ROAD)
+    assert asked_of(app)
 
 
 # ------------------------------------------------------------------ mode=token
@@ -450,7 +461,7 @@ def test_a_token_that_cannot_be_right_is_refused(
 
 def test_only_the_account_that_is_expected_is_asked(host: LyingHost, tmp_path: Path) -> None:
     me = os.geteuid()
-    assert app_of(host.url, state=tmp_path, signer={"uid": me}).signer.assertion(ROAD)
+    assert asked_of(app_of(host.url, state=tmp_path, signer={"uid": me}))
     before = len(host.asked)
     refused = refusal(app_of(host.url, state=tmp_path, signer={"uid": me + 4711}))
     assert (refused.exit_code, refused.code) == (90, "host-peer")
@@ -463,12 +474,12 @@ def test_a_socket_that_others_could_replace_is_not_asked(tmp_path: Path, mode: i
     inner.mkdir(0o700)
     with LyingHost(inner / "s") as other:
         app = app_of(other.url, state=tmp_path)
-        assert app.signer.assertion(ROAD)
+        assert asked_of(app)
         inner.chmod(mode)
         refused = refusal(app)
         assert (refused.exit_code, refused.code) == (90, "socket-unsafe")
         inner.chmod(0o750)
-        assert app.signer.assertion(ROAD)
+        assert asked_of(app)
         assert len(other.asked) == 2
 
 
@@ -480,7 +491,7 @@ def test_a_link_in_a_place_that_others_may_write_is_not_followed(
     assert host.place is not None
     (shared / "link").symlink_to(host.place)
     app = app_of(f"unix://{shared}/link", state=tmp_path)
-    assert app.signer.assertion(ROAD)
+    assert asked_of(app)
     shared.chmod(0o777)
     assert refusal(app).code == "socket-unsafe"
 
@@ -528,12 +539,20 @@ def test_a_host_of_another_account_is_known_by_the_directory_that_root_gave_it(
             os.chown(place, 4711, 4711)
         taken.chmod(0o755)
         with host_of(4711, given / "s") as url:
-            assert app_of(url, state=tmp_path).signer.assertion(ROAD)
-            assert app_of(url, state=tmp_path, signer={"uid": 4711}).signer.assertion(ROAD)
+            assert asked_of(app_of(url, state=tmp_path))
+            assert (
+                app_of(url, state=tmp_path, signer={"uid": 4711})
+                .signer.sign(ROAD, jti="1")
+                .assertion
+            )
             assert refusal(app_of(url, state=tmp_path, signer={"uid": 0})).exit_code == 90
         with host_of(4711, taken / "s") as url:
             assert refusal(app_of(url, state=tmp_path)).code == "socket-unsafe"
-            assert app_of(url, state=tmp_path, signer={"uid": 4711}).signer.assertion(ROAD)
+            assert (
+                app_of(url, state=tmp_path, signer={"uid": 4711})
+                .signer.sign(ROAD, jti="1")
+                .assertion
+            )
 
 
 @pytest.mark.needs_root
@@ -588,7 +607,9 @@ def tls_of(ca: Ca, **more: Any) -> dict[str, Any]:
 
 def test_over_tls_both_sides_show_certificates(ca: Ca, tmp_path: Path) -> None:
     with LyingHost(tls=ca.server("localhost")) as host:
-        assert app_of(host.url, state=tmp_path, signer=tls_of(ca)).signer.assertion(ROAD)
+        assert (
+            app_of(host.url, state=tmp_path, signer=tls_of(ca)).signer.sign(ROAD, jti="1").assertion
+        )
         stranger = Ca(tmp_path / "stranger")
         unknown = tls_of(ca, ca_file=stranger.file)
         refused = refusal(app_of(host.url, state=tmp_path, signer=unknown))
@@ -627,8 +648,8 @@ def test_neither_proxies_nor_the_environment_lead_astray(
     monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
     proxied: dict[str, Any] = {"proxy": "environment", "state": tmp_path}
     with LyingHost(tls=ca.server("localhost")) as other:
-        assert app_of(other.url, signer=tls_of(ca), **proxied).signer.assertion(ROAD)
-        assert app_of(host.url, **proxied).signer.assertion(ROAD)
+        assert asked_of(app_of(other.url, signer=tls_of(ca), **proxied))
+        assert asked_of(app_of(host.url, **proxied))
     assert not (tmp_path / "keys").exists()
 
 
@@ -638,7 +659,7 @@ def test_a_key_file_that_others_may_write_is_refused(ca: Ca, tmp_path: Path) -> 
         caller["client_key"].chmod(0o620)
         assert refusal(app_of(host.url, state=tmp_path, signer=caller)).exit_code == 10
         caller["client_key"].chmod(0o600)
-        assert app_of(host.url, state=tmp_path, signer=caller).signer.assertion(ROAD)
+        assert asked_of(app_of(host.url, state=tmp_path, signer=caller))
         caller["client_key"].write_text("no key")
         refused = refusal(app_of(host.url, state=tmp_path, signer=caller))
         assert refused.exit_code == 10
@@ -659,7 +680,7 @@ def test_the_second_host_signs_while_the_first_is_down_and_the_first_when_it_is_
         first.answer = second.answer = honest(Notary(now=lambda: clock.now().wall))
 
         def who() -> tuple[int, int]:
-            assert app.signer.assertion(ROAD)
+            assert asked_of(app)
             return len(first.asked), len(second.asked)
 
         assert who() == (1, 0)
@@ -702,7 +723,7 @@ def test_a_no_is_not_gone_around_and_trouble_is(
         first.answer = lambda _path, _ask: said(status, word)
         app = app_of(first.url, second.url, state=tmp_path)
         if goes_on:
-            assert app.signer.assertion(ROAD)
+            assert asked_of(app)
         else:
             refusal(app)
         assert len(second.asked) == goes_on
@@ -729,16 +750,17 @@ def test_a_refusal_gives_its_signature_back_and_a_lost_answer_does_not(
     host: LyingHost, tmp_path: Path
 ) -> None:
     app = app_of(host.url, state=tmp_path, budget={"per_hour": 2, "per_request": 1})
-    ask = app.budget.assertion
+    ask = app.renewal_by(app.signer).sign
     for word in ("policy_denied", "quota_exceeded", "device_down"):
         host.answer = _always(said(403 if "policy" in word else 503, word))
         for _ in range(3):
             with pytest.raises(HsmTollError):
-                ask(app.signer, ROAD, identity="x")
+                ask(ROAD)
     host.answer = lambda _path, _ask: b""
     with pytest.raises(errors.NetworkError):
-        ask(app.signer, ROAD, identity="x")
+        ask(ROAD)
     host.answer = honest(Notary())
-    assert ask(app.signer, ROAD, identity="x")
+    ask(ROAD)
+    # As long as it was not known who signs, the settings were counted.
     with pytest.raises(errors.TryAgainLater):
-        ask(app.signer, ROAD, identity="x")
+        app.rate_limit.acquire(app.selector)

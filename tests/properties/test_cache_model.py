@@ -20,12 +20,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hsmtoll.cache import Cache, Flight
 from hsmtoll.errors import GrantRefused, HsmTollError, NetworkError, UsageError
+from hsmtoll.remembered import Remembered
 from hsmtoll.stores import FileStore
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish
 
 REQUEST = TokenRequest("toll:eu/movement/road/v2")
-KEY = "a" * 64
+WHO = "a" * 64
 
 
 class Issuer:
@@ -40,11 +41,12 @@ class Issuer:
         self.flying = 0
         self.most = 0
 
-    def key(self) -> str:
-        return KEY
+    def known_identity(self) -> str:
+        return WHO
 
-    def fetch(self, flight: Flight) -> AccessToken:
-        flight.doing = "signing"
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        del request
+        flight.doing, flight.identity = "signing", WHO
         self.flying += 1
         self.most = max(self.most, self.flying)
         try:
@@ -72,7 +74,14 @@ class Programs(RuleBasedStateMachine):
 
     def _cache(self, *, background: bool = True) -> Cache:
         store = FileStore(self.directory / "cache")
-        return Cache(store, self.clock, patience=10, background=background)
+        return Cache(
+            store,
+            self.clock,
+            selector="settings",
+            remembered=Remembered(),
+            patience=10,
+            background=background,
+        )
 
     def teardown(self) -> None:
         if hasattr(self, "directory"):
@@ -80,7 +89,7 @@ class Programs(RuleBasedStateMachine):
 
     def _get(self, cache: Cache, wish: Wish) -> None:
         try:
-            token = cache.get(REQUEST, self.issuer, wish)
+            token = cache.get(REQUEST, lambda: self.issuer, wish)
         except UsageError:
             # Told by what new tokens live, or by what the one that lives now was given: no
             # signature is spent to find out whether the issuer has changed its mind.
@@ -162,7 +171,8 @@ class Programs(RuleBasedStateMachine):
 
     @rule(cut=st.integers(0, 400))
     def tear_a_file(self, cut: int) -> None:
-        path = self.directory / "cache" / f"{KEY}.json"
+        key = self.caches[0].key(REQUEST, WHO)
+        path = self.directory / "cache" / f"{key}.json"
         with contextlib.suppress(FileNotFoundError):
             path.write_bytes(path.read_bytes()[:cut])
 
@@ -191,7 +201,7 @@ def test_the_model_would_see_an_expired_token() -> None:
 
     clock = Believer(1_800_000_000.0)
     issuer = Issuer(clock)
-    token = issuer.fetch(Flight(0.0, ANY))
+    token = issuer.renew(REQUEST, Flight(0.0, ANY))
     clock.advance(200)
     issuer.true += 200
     clock.set_wall(1_800_000_000.0 + 10)

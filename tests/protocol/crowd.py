@@ -22,14 +22,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll import jws
-from hsmtoll.budget import Budget
+from hsmtoll.budget import RateLimit
 from hsmtoll.cache import Cache
 from hsmtoll.client import TollClient
 from hsmtoll.clock import Skew, SystemClock
+from hsmtoll.engine import Counts, Engine
 from hsmtoll.errors import HsmTollError
 from hsmtoll.exchange import Answer, Endpoints, Post
-from hsmtoll.grant import Grant
-from hsmtoll.renewal import Engine
+from hsmtoll.grant import LIFETIME, Grant, SignedGrant
+from hsmtoll.remembered import Remembered
+from hsmtoll.renewal import Renewal
 from hsmtoll.stores import FileStore, RedisStore, Store
 from hsmtoll.wire import Wire
 
@@ -65,20 +67,25 @@ class Signer:
         self._skew = skew
         self._clock = clock
 
-    def identity(self) -> str:
-        return str(ORDER["identity"])
+    def known_identity(self) -> str | None:
+        return None
 
-    def assertion(self, request: TokenRequest) -> str:
+    def rejected(self, grant: SignedGrant, code: str) -> bool:
+        del grant, code
+        return False
+
+    def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         reached("locked")
         key = serialization.load_pem_private_key(ORDER["key"].encode(), None)
         assert isinstance(key, rsa.RSAPrivateKey)
         say("signed")
         grant = Grant("RS256", "acme", ORDER["issuer"], request, x5c=tuple(ORDER["x5c"]))
-        now = self._clock.now().wall + self._skew.seconds
-        unsigned = grant.unsigned(now=now, jti=os.urandom(16).hex())
+        now = int(self._clock.now().wall + self._skew.seconds)
+        unsigned = grant.unsigned(now=now, jti=jti)
         signature = key.sign(unsigned, padding.PKCS1v15(), hashes.SHA256())
         reached("signed")
-        return jws.compact(unsigned, signature)
+        assertion, who = jws.compact(unsigned, signature), str(ORDER["identity"])
+        return SignedGrant(assertion, jti, request.scope, now, now + LIFETIME, who, None)
 
 
 class Stopping(Wire):
@@ -100,17 +107,37 @@ def store(clock: SystemClock) -> Store:
 def main() -> int:
     clock, skew = SystemClock(), Skew()
     kept = store(clock)
-    engine = Engine(
-        lambda: Signer(skew, clock),
-        endpoints=Endpoints(ORDER["issuer"], ORDER["token"], ORDER["customs"]),
-        wire=lambda: Stopping(ca_file=Path(ORDER["ca_file"])),
-        cache=Cache(kept, clock, patience=ORDER.get("patience", 60), background=False),
-        budget=Budget(kept, clock, per_hour=1000),
+    wire = Stopping(ca_file=Path(ORDER["ca_file"]))
+    endpoints = Endpoints(ORDER["issuer"], ORDER["token"], ORDER["customs"])
+    selector, counts = ORDER.get("selector", "selector"), Counts()
+    remembered = Remembered(Path(ORDER["state"]))
+    renewal = Renewal(
+        signer=Signer(skew, clock),
+        endpoints=endpoints,
+        wire=wire,
+        rate_limit=RateLimit(kept, clock, per_hour=1000),
         clock=clock,
         skew=skew,
-        selector=ORDER.get("selector", "selector"),
+        selector=selector,
+        remembered=remembered,
+        counts=counts,
+    )
+    engine = Engine(
+        lambda: renewal,
+        endpoints=endpoints,
+        wire=lambda: wire,
+        cache=Cache(
+            kept,
+            clock,
+            selector=selector,
+            remembered=remembered,
+            patience=ORDER.get("patience", 60),
+            background=False,
+        ),
+        clock=clock,
+        skew=skew,
+        counts=counts,
         family="eseal",
-        per_request=2,
     )
     say("ready")
     if ORDER.get("wait"):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from hsmtoll.renewal import Engine
+    from hsmtoll.engine import Engine
 
 SUBMIT = "/api/movement/road/v2/transport"
 

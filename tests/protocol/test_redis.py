@@ -259,7 +259,7 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
 ) -> None:
     store = store_at(server, key_file)
     store.REST = 0.0  # asked again at once, so that the test need not wait
-    engine, signer = engine_of(toll_sandbox, store=store)
+    engine, signer = engine_of(toll_sandbox, store=store, identity_file=key_file.with_name("who"))
     client = TollClient(engine)
     first = client.token("road")
     server.kill()
@@ -272,7 +272,9 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
     assert len(down) == 1, "one warning for one outage"
     server.start()
     client.token("air")
-    other, unused = engine_of(toll_sandbox, store=store_at(server, key_file))
+    other, unused = engine_of(
+        toll_sandbox, store=store_at(server, key_file), identity_file=key_file.with_name("who")
+    )
     TollClient(other).token("air")
     assert unused.signed == []
 

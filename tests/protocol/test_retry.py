@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -104,7 +104,11 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
     def run() -> str | None:
         nonlocal signed
         engine, signer = engine_of(
-            toll_sandbox, clock=toll_clock, store=FileStore(tmp_path / "cache"), background=False
+            toll_sandbox,
+            clock=toll_clock,
+            store=FileStore(tmp_path / "cache"),
+            identity_file=tmp_path / "identity",
+            background=False,
         )
         with pytest.raises(GrantRefused) as caught:
             TollClient(engine).token("road")
@@ -143,9 +147,10 @@ def test_the_hours_budget_is_one_for_all_programs(
     toll_sandbox: Sandbox, toll_clock: SettableClock, tmp_path: Path
 ) -> None:
     store = FileStore(tmp_path / "cache")
+    machine: dict[str, Any] = {"clock": toll_clock, "identity_file": tmp_path / "identity"}
     spent = 0
     for _ in range(3):
-        engine, signer = engine_of(toll_sandbox, clock=toll_clock, store=store, per_hour=5)
+        engine, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
         client = TollClient(engine)
         for _ in range(3):
             toll_clock.advance(1)
@@ -154,7 +159,7 @@ def test_the_hours_budget_is_one_for_all_programs(
         spent += len(signer.signed)
     assert spent == 5
     toll_clock.advance(3600)
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock, store=store, per_hour=5)
+    engine, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
     TollClient(engine).token("road", renew=True)
     assert len(signer.signed) == 1
 

@@ -113,15 +113,3 @@ def test_a_failed_flight_is_one_failure_for_everybody(toll_sandbox: Sandbox) -> 
     got = asyncio.run(crowd())
     assert {type(each) for each in got} == {NetworkError}
     assert len(signer.signed) == 1
-
-
-def test_the_device_is_asked_who_it_is_once_for_all(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
-    client = AsyncTollClient(engine)
-
-    async def crowd() -> None:
-        await asyncio.gather(*(client.token("road") for _ in range(1000)))
-
-    asyncio.run(crowd())
-    # Once for the key of the store, once for the grant.
-    assert signer.asked == 2

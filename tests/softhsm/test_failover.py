@@ -45,12 +45,12 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     app: App, toll_faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     signer = app.signer
-    assert signer.assertion(ROAD)
+    assert signer.sign(ROAD, jti="1").assertion
     assert toll_faults.count("C_SignInit") == 1
     toll_faults.set("token-removed")
     with caplog.at_level(logging.WARNING, "hsmtoll.signer"):
         for _ in range(3):
-            assert signer.assertion(ROAD)
+            assert signer.sign(ROAD, jti="1").assertion
     assert [each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signer"] == [
         "key 2 of 2 signs now: "
     ]
@@ -58,21 +58,23 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
 
     toll_faults.clear("token-removed")
     caplog.clear()
-    eventually(lambda: signer.assertion(ROAD) and toll_faults.count("C_SignInit") > before)
+    eventually(
+        lambda: signer.sign(ROAD, jti="1").assertion and toll_faults.count("C_SignInit") > before
+    )
     said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signer"]
     assert said == ["key 1 of 2 signs now"]
 
 
 def test_a_device_that_is_down_is_not_asked_by_every_call(app: App, toll_faults: Faults) -> None:
     signer = app.signer
-    signer.assertion(ROAD)
+    signer.sign(ROAD, jti="1")
     toll_faults.set("token-removed")
-    signer.assertion(ROAD)
+    signer.sign(ROAD, jti="1")
 
     def asks() -> bool:
         """Whether another call asks the device that is down."""
         before = toll_faults.count("C_GetSlotList")
-        assert signer.assertion(ROAD)
+        assert signer.sign(ROAD, jti="1").assertion
         return toll_faults.count("C_GetSlotList") > before
 
     # It is left alone for a second, then for two, …, ten: longer than a call takes.
@@ -84,4 +86,4 @@ def test_a_device_that_is_down_is_not_asked_by_every_call(app: App, toll_faults:
 def test_a_wrong_pin_does_not_move_on_to_the_next_device(app: App, toll_faults: Faults) -> None:
     toll_faults.set("pin-wrong")
     with pytest.raises(PinIncorrect):
-        app.signer.assertion(ROAD)
+        app.signer.sign(ROAD, jti="1")

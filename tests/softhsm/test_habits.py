@@ -115,7 +115,7 @@ def program(isolation: str, **settings: Any) -> Iterator[App]:
 
 
 def signed(app: App) -> str:
-    return app.local_signer(app.devices[0]).assertion(ROAD)
+    return app.local_signer(app.devices[0]).sign(ROAD, jti="1").assertion
 
 
 def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -127,23 +127,22 @@ def test_a_device_that_is_busy_spends_no_signature_and_one_that_fails_to_sign_do
     with contextlib.closing(App(settings.model_copy(update={"deadline": 0.05}))) as hurried:
         with ThreadPoolExecutor(1) as another, GATE.held(60):
             for _ in range(3):
-                asked = another.submit(
-                    hurried.budget.assertion, hurried.signer, request, identity="me"
-                )
+                asked = another.submit(hurried.renewal_by(hurried.signer).sign, request)
                 with pytest.raises(DeviceError) as caught:
                     asked.result()
                 assert (caught.value.code, caught.value.signed) == ("device-busy", False)
-        hurried.budget.spend("me")
+        # Counted by the settings as long as it is not known who signs.
+        hurried.rate_limit.acquire(hurried.selector)
         with pytest.raises(TryAgainLater):
-            hurried.budget.spend("me")
+            hurried.rate_limit.acquire(hurried.selector)
     # The control: a signature that was asked for and not given counts.
     with contextlib.closing(App(settings)) as app:
         toll_faults.set("wrong-signature")
         with pytest.raises(DeviceError) as failed:
-            app.budget.assertion(app.signer, request, identity="another")
+            app.renewal_by(app.signer).sign(request)
         assert (failed.value.code, failed.value.signed) == ("signature-wrong", True)
         with pytest.raises(TryAgainLater):
-            app.budget.spend("another")
+            app.rate_limit.acquire(app.selector)
 
 
 def _token() -> subprocess.Popen[str]:
@@ -199,9 +198,13 @@ def generous(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 
 def test_a_replay_that_maskinporten_names_is_tried_once_more_and_no_oftener(
-    generous: Callable[..., App], toll_faults: Faults, toll_sandbox: Sandbox
+    generous: Callable[..., App],
+    toll_faults: Faults,
+    toll_sandbox: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with generous(new_jti=lambda: "always-the-same").client() as client:
+    monkeypatch.setattr("hsmtoll.renewal.new_jti", lambda: "always-the-same")
+    with generous().client() as client:
         assert client.token("road").value
         before = grants(toll_sandbox)
         toll_faults.reset_counts()

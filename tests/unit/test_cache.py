@@ -22,7 +22,8 @@ from hsmtoll.errors import (
     UsageError,
 )
 from hsmtoll.flights import THREAD
-from hsmtoll.stores import FileStore, MemoryStore, Store
+from hsmtoll.remembered import Remembered
+from hsmtoll.stores import FileStore, Kept, MemoryStore, Store, name_of
 from hsmtoll.tokens import ANY, AccessToken, Moment, TokenRequest, Wish
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REQUEST = TokenRequest("toll:eu/movement/road/v2")
+#: The key of the store for *REQUEST* and the first name of a `Well`.
+KEY = name_of("settings", "a" * 64, REQUEST.scope, "for None", "details ").encode()
 
 
 @dataclass
@@ -53,7 +56,10 @@ class HandClock:
 
 @dataclass
 class Well:
-    """A source that counts: tokens numbered, or the error it was told to raise."""
+    """
+    A renewer that counts: tokens numbered, or the error it was told to raise. *known*: whether it
+    is known before the first one who signs.
+    """
 
     clock: HandClock
     lifetime: int = 120
@@ -62,10 +68,18 @@ class Well:
     error: BaseException | None = None
     hold: threading.Event | None = None
     entered: threading.Event = field(default_factory=threading.Event)
-    before: Callable[[], None] | None = None
+    known: bool = True
 
-    def key(self) -> str:
-        return self.name
+    def __call__(self) -> Well:
+        return self
+
+    def known_identity(self) -> str | None:
+        return self.name if self.known else None
+
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        assert request == REQUEST
+        flight.identity = self.name
+        return self.fetch(flight)
 
     def fetch(self, flight: Flight) -> AccessToken:
         flight.doing = "signing"
@@ -90,11 +104,33 @@ def well(clock: HandClock) -> Well:
 
 
 def cache_of(
-    clock: HandClock, store: Store | None = None, *, patience: float = 20, background: bool = True
+    clock: HandClock,
+    store: Store | None = None,
+    *,
+    patience: float = 20,
+    background: bool = True,
+    remembered: Path | None = None,
 ) -> Cache:
     return Cache(
-        MemoryStore() if store is None else store, clock, patience=patience, background=background
+        MemoryStore() if store is None else store,
+        clock,
+        selector="settings",
+        remembered=Remembered(remembered),
+        patience=patience,
+        background=background,
     )
+
+
+class Counting(MemoryStore):
+    """A store that notes what is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets: list[str] = []
+
+    def get(self, key: str) -> Kept | None:
+        self.gets.append(key)
+        return super().get(key)
 
 
 def landed(cache: Cache) -> None:
@@ -122,24 +158,117 @@ async def crowded(cache: Cache, callers: int) -> None:
         await asyncio.sleep(0)
 
 
-@dataclass
-class SlowToKnow(Well):
-    """A source whose device takes its time, once, to say who signs."""
-
-    takes: float = 0.0
-
-    def key(self) -> str:
-        self.clock.pass_(self.takes)
-        self.takes = 0.0
-        return self.name
-
-
-def test_time_at_ones_own_device_is_no_waiting_for_others(
-    clock: HandClock, caplog: pytest.LogCaptureFixture
+def test_as_long_as_nobody_knows_who_signs_nothing_is_looked_for_in_the_store(
+    clock: HandClock, tmp_path: Path
 ) -> None:
-    # More than the whole patience, which is for the lock of another process.
-    assert cache_of(clock, patience=20).get(REQUEST, SlowToKnow(clock, takes=30)).value == "token-1"
-    assert "too slow" not in caplog.text
+    store, memory = Counting(), tmp_path / "identity"
+    first = Well(clock, known=False)
+    assert cache_of(clock, store, remembered=memory).get(REQUEST, first).value == "token-1"
+    assert store.gets == []
+    # What was learned is known to the next program of this machine …
+    again = Well(clock, known=False)
+    assert cache_of(clock, store, remembered=memory).get(REQUEST, again).value == "token-1"
+    assert again.fetched == 0
+    # … and to no other machine, which has another device by the same name.
+    other = Well(clock, known=False, name="b" * 64)
+    theirs = tmp_path / "theirs"
+    cache_of(clock, store, remembered=theirs).get(REQUEST, other)
+    assert other.fetched == 1
+    cache_of(clock, store, remembered=theirs).get(REQUEST, other)
+    assert other.fetched == 1
+
+
+def test_a_new_identity_is_known_once_its_token_can_be_found(
+    clock: HandClock, tmp_path: Path
+) -> None:
+    """A program that starts in between waits for the one that renews, and signs nothing."""
+    store, memory = FileStore(tmp_path / "cache"), tmp_path / "identity"
+    leader, hold = Well(clock, known=False), threading.Event()
+    leader.hold = hold
+    cache = cache_of(clock, store, remembered=memory)
+    one = threading.Thread(target=cache.get, args=(REQUEST, leader))
+    one.start()
+    assert leader.entered.wait(10)
+    assert not memory.exists()
+    follower, got = Well(clock, known=False), list[str]()
+    behind = cache_of(clock, store, remembered=memory)
+    two = threading.Thread(target=lambda: got.append(behind.get(REQUEST, follower).value))
+    two.start()
+    wait_for(lambda: behind.waiting() == 1)
+    hold.set()
+    one.join(20)
+    two.join(20)
+    assert (got, follower.fetched) == (["token-1"], 0)
+
+
+def test_a_certificate_that_takes_over_makes_a_new_identity(
+    clock: HandClock, well: Well, tmp_path: Path
+) -> None:
+    store = FileStore(tmp_path / "cache")
+    cache = cache_of(clock, store)
+    cache.get(REQUEST, well)
+    well.name = "b" * 64
+    clock.pass_(130)
+    cache.get(REQUEST, well)
+    # Whoever knows only the old one finds nothing that lives, and whoever knows the new one does.
+    for name, fetched in (("a" * 64, 1), ("b" * 64, 0)):
+        other = Well(clock, name=name)
+        cache_of(clock, store).get(REQUEST, other)
+        assert other.fetched == fetched
+
+
+def test_a_token_costs_the_store_two_reads_when_it_is_cold_and_one_when_it_is_warm(
+    clock: HandClock, well: Well
+) -> None:
+    store = Counting()
+    cache = cache_of(clock, store)
+    key = cache.key(REQUEST, well.name)
+    cache.get(REQUEST, well)
+    # Before the lock and under it.
+    assert store.gets == [key, key]
+    store.gets.clear()
+    cache_of(clock, store).get(REQUEST, well)
+    assert (store.gets, well.fetched) == ([key], 1)
+
+
+def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
+    clock: HandClock, well: Well
+) -> None:
+    cache, hold, told = cache_of(clock), threading.Event(), list[str]()
+    well.hold, well.error = hold, TryAgainLater("not you", scope="caller")
+
+    def ask() -> None:
+        try:
+            told.append(cache.get(REQUEST, well).value)
+        except TryAgainLater as exc:
+            told.append(str(exc))
+            # Who comes next is allowed.
+            well.error = None
+
+    crowd = [threading.Thread(target=ask) for _ in range(20)]
+    for each in crowd:
+        each.start()
+    wait_for(lambda: cache.waiting() == 20)
+    hold.set()
+    for each in crowd:
+        each.join(20)
+    assert told.count("not you") == 1
+    assert set(told) == {"not you", f"token-{well.fetched}"}
+    # Nothing is remembered of it: the control is a failure of the device, which rests.
+    clock.pass_(1)
+    well.error = TryAgainLater("not you", scope="caller")
+    before = well.fetched
+    for _ in range(3):
+        with pytest.raises(TryAgainLater):
+            cache.get(REQUEST, well, Wish(since=clock.now()))
+        clock.pass_(0.1)
+    assert well.fetched == before + 3
+    well.error = DeviceError("down")
+    for _ in range(3):
+        with pytest.raises(DeviceError):
+            cache.get(REQUEST, well, Wish(since=clock.now()))
+        clock.pass_(0.1)
+    assert well.fetched == before + 4
 
 
 def test_a_fresh_token_is_given_again_and_costs_nothing(clock: HandClock, well: Well) -> None:
@@ -372,10 +501,15 @@ def test_a_minimum_life_renews_a_token_that_has_less(clock: HandClock, well: Wel
         b"[]",
         b"null",
         b"\xff\xfe",
-        b'{"version": 2, "key": "%s", "access_token": "new"}' % (b"a" * 64),
-        b'{"version": 1, "key": "%s"}' % (b"a" * 64),
-        b'{"version": 1, "key": "%s", "access_token": "x", "scope": "s", "wall": NaN, "boot": 1,'
-        b' "boot_id": "one", "lifetime": 120}' % (b"a" * 64),
+        b'{"version": 1, "key": "%s", "token": {"access_token": "old"}}' % KEY,
+        b'{"version": 2, "key": "%s"}' % KEY,
+        b'{"version": 2, "key": "%s", "ttl": 120, "token": [], "refusal": 7}' % KEY,
+        b'{"version": 2, "key": "%s", "ttl": 120, "token": {"access_token": "x", "scope": "s",'
+        b' "wall": NaN, "boot": 1, "boot_id": "one", "lifetime": 120, "left": 120}}' % KEY,
+        b'{"version": 2, "key": "%s", "ttl": 9, "refusal": {"class": "GrantRefused",'
+        b' "message": "no", "until": 1e999}}' % KEY,
+        b'{"version": 2, "key": "%s", "ttl": 9, "refusal": {"class": "PinIncorrect",'
+        b' "message": "no", "until": 1800000020}}' % KEY,
         b"[" * 100_000,
     ],
 )
@@ -383,18 +517,20 @@ def test_what_is_torn_or_foreign_or_newer_is_a_miss(
     clock: HandClock, well: Well, tmp_path: Path, raw: bytes
 ) -> None:
     store = FileStore(tmp_path / "cache")
-    store.put(well.name, raw, ttl=100)
-    store.put("refused", raw, ttl=100)
-    assert cache_of(clock, store).get(REQUEST, well).value == "token-1"
+    cache = cache_of(clock, store)
+    assert cache.key(REQUEST, well.name).encode() == KEY
+    store.put(KEY.decode(), raw, ttl=100)
+    assert cache.get(REQUEST, well).value == "token-1"
 
 
 def test_a_value_of_another_key_is_a_miss(clock: HandClock, well: Well, tmp_path: Path) -> None:
     store = FileStore(tmp_path / "cache")
     other = Well(clock, name="b" * 64)
-    cache_of(clock, store).get(REQUEST, other)
-    kept = store.get(other.name)
+    cache = cache_of(clock, store)
+    cache.get(REQUEST, other)
+    kept = store.get(cache.key(REQUEST, other.name))
     assert kept is not None
-    store.put(well.name, kept.value, ttl=100)
+    store.put(cache.key(REQUEST, well.name), kept.value, ttl=100)
     cache_of(clock, store).get(REQUEST, well)
     assert well.fetched == 1
     # The control: under its own key it is read.
@@ -404,15 +540,28 @@ def test_a_value_of_another_key_is_a_miss(clock: HandClock, well: Well, tmp_path
 
 def test_another_machines_token_lives_as_long_as_the_store_says(clock: HandClock) -> None:
     token = AccessToken("t", "s", Moment(clock.wall + 200, 5.0, "other"), 120)
-    raw = records.token("k", token)
+    then = Moment(clock.wall + 200, 5.0, "other")
+    raw, ttl = records.written("k", token, None, now=then)
+    assert ttl == 120
+
+    def read(left: float | None, now: Moment) -> AccessToken | None:
+        return records.read("k", Kept(raw, left), now=now, longest=300).token
+
     # Its clock is ahead of ours: by our wall clock alone it would prove nothing.
-    ours = records.read_token("k", raw, now=clock.now(), left=None)
+    ours = read(None, clock.now())
     assert ours is not None
     assert ours.remaining(clock.now()) <= 0
-    read = records.read_token("k", raw, now=clock.now(), left=100.0)
-    assert read is not None
-    assert read.remaining(clock.now()) == pytest.approx(100)
-    assert records.read_token("k", raw, now=Moment(clock.wall - 200, 1, "one"), left=100) is None
+    theirs = read(100.0, clock.now())
+    assert theirs is not None
+    assert theirs.remaining(clock.now()) == pytest.approx(100)
+    assert read(100.0, Moment(clock.wall - 200, 1, "one")) is None
+    # A refusal that stands longer than the token lives prolongs it by nothing.
+    refusal = records.Refusal(GrantRefused("no"), then.wall + 300)
+    raw, ttl = records.written("k", token, refusal, now=then)
+    assert ttl == 300
+    both = read(ttl - 20, clock.now())
+    assert both is not None
+    assert both.remaining(clock.now()) == pytest.approx(100)
 
 
 def test_400_threads_on_a_cold_cache_cost_one_signature(clock: HandClock, well: Well) -> None:

@@ -11,20 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hsmtoll.budget import Budget
-from hsmtoll.errors import (
-    CertificateError,
-    ConfigurationError,
-    DeviceError,
-    HsmTollError,
-    PinIncorrect,
-    TryAgainLater,
-    from_data,
-    install_extra,
-)
+from hsmtoll.budget import RateLimit
+from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens import TokenRequest
 from tests.accounts import OTHER, importable
 
 KEY = name_of("a key")
@@ -228,104 +218,66 @@ def test_names_are_unambiguous_and_tell_nothing() -> None:
 
 def test_a_budget_is_counted_by_identity_and_by_hour(any_store: Store) -> None:
     clock = SettableClock(1_800_000_000.0)
-    budget = Budget(any_store, clock, per_hour=3)
+    limit = RateLimit(any_store, clock, per_hour=3)
     for _ in range(3):
-        budget.spend("me")
+        limit.acquire("me")
         clock.advance(600)
     with pytest.raises(TryAgainLater, match="3 signatures were spent") as caught:
-        budget.spend("me")
+        limit.acquire("me")
     assert caught.value.retry_after == pytest.approx(1800)
-    budget.spend("another")
+    limit.acquire("another")
     clock.advance(1801)
-    budget.spend("me")
+    limit.acquire("me")
     with pytest.raises(TryAgainLater):
-        budget.spend("me")
-
-
-class _Refusing:
-    """A signer that says why it does not sign."""
-
-    def __init__(self, why: HsmTollError) -> None:
-        self._why = why
-
-    def identity(self) -> str:
-        return "me"
-
-    def assertion(self, request: TokenRequest) -> str:
-        del request
-        raise self._why
-
-
-@pytest.mark.parametrize(
-    ("why", "spent"),
-    [
-        (TryAgainLater("no", code="quota", signed=False), False),
-        (PinIncorrect("no"), False),
-        (CertificateError("no"), False),
-        (DeviceError("no", code="device-busy", signed=False), False),
-        (DeviceError("no", code="a-code-of-tomorrow"), True),
-        (from_data({"class": "DeviceError", "code": "device-busy"}), True),
-    ],
-)
-def test_an_error_that_says_that_nothing_was_signed_spends_nothing(
-    any_store: Store, why: HsmTollError, *, spent: bool
-) -> None:
-    budget = Budget(any_store, SettableClock(1_800_000_000.0), per_hour=1)
-    with pytest.raises(type(why)):
-        budget.assertion(_Refusing(why), TokenRequest("road"), identity="me")
-    if spent:
-        with pytest.raises(TryAgainLater, match="the budget"):
-            budget.spend("me")
-    else:
-        budget.spend("me")
+        limit.acquire("me")
 
 
 def test_a_budget_is_shared_by_all_who_share_the_store(any_store: Store) -> None:
     clock = SettableClock(1_800_000_000.0)
     for _ in range(3):
-        Budget(any_store, clock, per_hour=3).spend("me")
+        RateLimit(any_store, clock, per_hour=3).acquire("me")
     with pytest.raises(TryAgainLater):
-        Budget(any_store, clock, per_hour=3).spend("me")
+        RateLimit(any_store, clock, per_hour=3).acquire("me")
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[null, 1e999]", b"torn", b"[" * 9999])
 def test_a_count_that_was_lost_is_kept_by_this_process(any_store: Store, raw: bytes) -> None:
-    budget = Budget(any_store, SettableClock(1_800_000_000.0), per_hour=2)
+    limit = RateLimit(any_store, SettableClock(1_800_000_000.0), per_hour=2)
     for _ in range(2):
-        budget.spend("me")
+        limit.acquire("me")
         any_store.put(name_of("budget", "me"), raw, ttl=3600)
     with pytest.raises(TryAgainLater):
-        budget.spend("me")
+        limit.acquire("me")
 
 
 @pytest.mark.parametrize("back", [200, 7200])
 def test_a_clock_set_back_frees_no_signature(any_store: Store, back: int) -> None:
     clock = SettableClock(1_800_000_000.0)
-    budget = Budget(any_store, clock, per_hour=2)
-    budget.spend("me")
-    budget.spend("me")
+    limit = RateLimit(any_store, clock, per_hour=2)
+    limit.acquire("me")
+    limit.acquire("me")
     clock.set_wall(1_800_000_000.0 - back)
     with pytest.raises(TryAgainLater):
-        budget.spend("me")
+        limit.acquire("me")
 
 
 def test_signatures_of_a_clock_that_was_ahead_are_free_an_hour_after_it_was_put_right(
     any_store: Store,
 ) -> None:
     clock = SettableClock(1_800_000_000.0)
-    budget = Budget(any_store, clock, per_hour=2)
-    budget.spend("me")
-    budget.spend("me")
+    limit = RateLimit(any_store, clock, per_hour=2)
+    limit.acquire("me")
+    limit.acquire("me")
     clock.set_wall(1_800_000_000.0 - 7 * 86_400)
     for _ in range(3):
         # Asked again and again, it says each time what is left, and not an hour.
         with pytest.raises(TryAgainLater) as caught:
-            budget.spend("me")
+            limit.acquire("me")
         wait = caught.value.retry_after or 0.0
         clock.advance(1199)
     assert wait == pytest.approx(3600 - 2 * 1199)
     clock.advance(4)
-    budget.spend("me")
+    limit.acquire("me")
 
 
 def test_a_directory_in_its_place_is_refused_and_leaks_nothing(
@@ -343,12 +295,12 @@ def test_a_directory_in_its_place_is_refused_and_leaks_nothing(
 
 
 def test_a_fork_in_the_middle_of_a_count_stops_no_child() -> None:
-    budget = Budget(MemoryStore(), SettableClock(1_800_000_000.0), per_hour=2)
-    with budget._guard:
+    limit = RateLimit(MemoryStore(), SettableClock(1_800_000_000.0), per_hour=2)
+    with limit._guard:
         pid = os.fork()
         if pid == 0:
             signal.alarm(5)
-            budget.spend("me")
+            limit.acquire("me")
             os._exit(0)
     assert os.waitpid(pid, 0)[1] == 0
 

@@ -1,0 +1,159 @@
+"""
+A request in, a living Customs token out: from memory, from the store, or renewed.
+
+Both clients, the bearer of calls and the keeper ask here. What is kept, and who waits for what,
+is decided in cache; how a token is renewed, in renewal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll import apis
+from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish, details_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+
+    from hsmtoll.apis import Identity
+    from hsmtoll.cache import Cache, Renewer
+    from hsmtoll.clock import Clock, Skew
+    from hsmtoll.exchange import Endpoints
+    from hsmtoll.wire import Wire
+
+__all__ = ["Counts", "Engine"]
+
+#: Seconds. A 401 on a younger token is not about its age, and a new one would change nothing.
+_YOUNG: Final = 30.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """
+    What was spent: *signatures*, and requests to the token endpoints, *legs*, by name and outcome:
+    a status, or the code of what went wrong before one. *not_after*: the end of the certificate
+    that signed last.
+    """
+
+    signatures: int = 0
+    legs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    not_after: datetime | None = None
+    guard: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Engine:
+    """
+    The tokens of one set of settings. *renewal* and *wire* are made when the first one is needed:
+    what is found in the store takes neither a signer nor the libraries behind one.
+    """
+
+    def __init__(
+        self,
+        renewal: Callable[[], Renewer],
+        *,
+        endpoints: Endpoints,
+        wire: Callable[[], Wire],
+        cache: Cache,
+        clock: Clock,
+        skew: Skew,
+        counts: Counts,
+        family: Identity,
+        default: TokenRequest | None = None,
+        pin_state: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.endpoints = endpoints
+        self.cache = cache
+        self.clock = clock
+        self.skew = skew
+        self.counts = counts
+        self.family = family
+        self.pin_state = pin_state
+        self._renewal = renewal
+        self._wire = wire
+        self._default = default
+        self._requests: dict[str | None, TokenRequest] = {}
+
+    @property
+    def wire(self) -> Wire:
+        """How calls travel."""
+        return self._wire()
+
+    def request(
+        self,
+        scope: str | None,
+        *,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: object = None,
+    ) -> TokenRequest:
+        """
+        What is asked for: an API or a scope, or the default; ConfigurationError without one.
+
+        *consumer_org* and *resource* win over the settings; ``""`` and ``()`` are none.
+        *authorization_details* as `tokens.details_text` takes it. UsageError for bad values.
+        """
+        plain = consumer_org is None and resource is None and authorization_details is None
+        if plain and (known := self._requests.get(scope)) is not None:
+            return known
+        default = self._default or TokenRequest("")
+        word = scope if scope is not None else default.scope
+        if not word:
+            raise ConfigurationError(
+                "HSMTOLL_SCOPE: required where no API or scope is named",
+                hint="set it to an API of `hsmtoll apis`, such as road",
+                code="setting-missing",
+            )
+        request = default._replace(scope=apis.scope_of(word, self.family))
+        if plain:
+            self._requests[scope] = request
+            return request
+        if consumer_org is not None:
+            request = request._replace(consumer_org=_organisation(consumer_org))
+        if resource is not None:
+            request = request._replace(resource=_resources(resource))
+        return request._replace(authorization_details=details_text(authorization_details))
+
+    def token(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+        """From memory, the store, or a renewal. Raises what the renewal raises."""
+        held = self.cache.held(request) if wish is ANY else None
+        return held or self.cache.get(request, self._renewal, wish)
+
+    async def atoken(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+        """As token; what is held is given at once, and waiting holds no thread."""
+        held = self.cache.held(request) if wish is ANY else None
+        return held or await self.cache.aget(request, self._renewal, wish)
+
+    def worth_renewing(self, value: str, request: TokenRequest) -> bool:
+        """
+        Whether a 401 on the token *value* calls for a new one.
+
+        Not if it is younger than 30 s: then the API says no to something else. If another caller
+        has renewed it already, the new one is used, and costs nothing.
+        """
+        held = self.cache.living(request)
+        if held is None or held.value != value:
+            return True
+        return held.lifetime - held.remaining(self.clock.now()) >= _YOUNG
+
+
+def _organisation(given: str) -> str | None:
+    """*given* as the claim; ``None`` for an empty one."""
+    if given and not (len(given) == 9 and given.isascii() and given.isdigit()):
+        raise UsageError(
+            f"consumer_org {foreign(given)}: nine digits are expected",
+            hint="the Norwegian organisation number of whom it is for; another country's has none",
+        )
+    return given or None
+
+
+def _resources(given: Sequence[str] | str) -> tuple[str, ...]:
+    listed = (given,) if isinstance(given, str) else tuple(given)
+    wrong = next((each for each in listed if not each.isprintable() or " " in each), None)
+    if wrong is not None:
+        raise UsageError(f"resource {foreign(wrong)}: a URI without white space is expected")
+    return tuple(each for each in listed if each)
