@@ -427,6 +427,8 @@ class Cache:
 
 def _remembered_for(exc: HsmTollError) -> float:
     """Seconds that an answer stands: who refused will refuse again, and it costs a signature."""
+    if exc.scope == "caller":
+        return 0.0
     if isinstance(exc, errors.TryAgainLater) and exc.scope == "service":
         return min(exc.retry_after or REFUSED_FOR, _LONGEST_WAIT)
     final = errors.GrantRefused | errors.ExchangeRefused | errors.ClockError

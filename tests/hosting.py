@@ -7,6 +7,7 @@ gives are others' (joserfc, openssl), in the tests.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import os
@@ -17,12 +18,13 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlencode
 
 from cryptography import x509
@@ -33,15 +35,24 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hsmtoll.host.audit_log import list_records
+from hsmtoll.host.authorize import RequestContext
+from hsmtoll.host.service import Service
 from tests.accounts import importable
 from tests.lab import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from concurrent.futures import Future
     from types import TracebackType
     from typing import Self
 
+    from hsmtoll.host.peers import Peer
+    from hsmtoll.host.policy import Ask
+    from hsmtoll.host.profiles import Profile
+    from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
+
+_T = TypeVar("_T")
 
 #: Seconds. Generous: what is waited for comes, or the test is wrong.
 PATIENCE: Final = 60.0
@@ -295,6 +306,66 @@ class Identity:
         context = ssl.create_default_context(cafile=str(ca))
         context.load_cert_chain(self.cert, self.key)
         return context
+
+
+# ---------------------------------------------------------------------- the service alone
+
+
+class RunningService:
+    """A Service without sockets, on an event loop in a thread of its own."""
+
+    def __init__(self, settings: Settings, **more: Any) -> None:
+        self.parts = Service(settings, **more)
+        self.audit = self.parts.audit
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def grant(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[dict[str, Any]]:
+        """The reply to /v1/grant."""
+        return self._asked(RequestContext(peer, ask, "grant", gone))
+
+    def token(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[dict[str, Any]]:
+        """The reply to /v1/token."""
+        return self._asked(RequestContext(peer, ask, "token", gone))
+
+    def _asked(self, context: RequestContext) -> Future[dict[str, Any]]:
+        async def reply() -> dict[str, Any]:
+            return await self.parts.requests.begin(context)
+
+        return asyncio.run_coroutine_threadsafe(reply(), self.loop)
+
+    def prove(self) -> None:
+        """Self-tests, to their end."""
+        self._run(self.parts.profiles.self_test(PATIENCE))
+
+    def reload(self) -> str | None:
+        return self._run(self.parts.reload())
+
+    def not_ready(self) -> list[str]:
+        return self.parts.health.not_ready()
+
+    def profile(self, name: str = "acme") -> Profile:
+        found = self.parts.profiles.get(name)
+        assert found is not None
+        return found
+
+    def finish(self) -> None:
+        """As the daemon's end: who is on the way is answered."""
+        self._run(self.parts.requests.finish())
+
+    def close(self) -> None:
+        """A second time changes nothing."""
+        if self.loop.is_closed():
+            return
+        self.finish()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(PATIENCE)
+        self.loop.close()
+        self.parts.close()
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE)
 
 
 # ---------------------------------------------------------------------- the host

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.app import App
 from hsmtoll.host.audit import Audit
-from hsmtoll.host.brake import check_stop_directory, stopped_by
 from hsmtoll.host.doors import server_context
+from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
 from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.module import GATE, opened

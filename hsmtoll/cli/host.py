@@ -26,10 +26,11 @@ from hsmtoll.errors import (
     foreign,
     install_extra,
 )
-from hsmtoll.host import brake
+from hsmtoll.host import emergency_stop
 from hsmtoll.host.audit_log import list_records, verify
-from hsmtoll.host.brake import needed, stop_file, stopped_by
+from hsmtoll.host.emergency_stop import stop_file, stopped_by
 from hsmtoll.host.policy import explain
+from hsmtoll.host.required import needed
 
 __all__ = ["audit", "policy", "resume", "serve", "stop"]
 
@@ -251,7 +252,7 @@ def stop(options: GlobalOptions) -> None:
     A file says so, beside the policy; a host that is started later is stopped as well.
     """
     path = stop_file(options.settings())
-    click.echo(f"stopped: {path}" if brake.stop(path) else f"stopped already: {path}")
+    click.echo(f"stopped: {path}" if emergency_stop.stop(path) else f"stopped already: {path}")
 
 
 @command(needs=NEEDS_POLICY, examples=("hsmtoll resume",))
@@ -259,7 +260,7 @@ def stop(options: GlobalOptions) -> None:
 def resume(options: GlobalOptions) -> None:
     """End a stop: the signing host signs again."""
     path = stop_file(options.settings())
-    was = brake.resume(path)
+    was = emergency_stop.resume(path)
     why = stopped_by(path)
     if why is not None:
         raise ConfigurationError(f"resume: still stopped: {why}", hint=f"look at {path.parent}")

@@ -1,9 +1,8 @@
 """
 The writer of the audit: what was signed for whom, a chain of lines sealed by a key of its own.
 
-A record is decided about and appended in one critical section, and on disk before anything follows
-from it. No assertion, token or PIN enters: only their hashes do. How the log lies on disk, and how
-it is verified, is in `audit_log`.
+A record is on disk before anything follows from it. No assertion, token or PIN enters: only their
+hashes do. How the log lies on disk, and how it is verified, is in `audit_log`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _log = logging.getLogger("hsmtoll.audit")
 _NAMES: Final = frozenset(MEMBERS)
 _JSON: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
-#: A checkpoint is due after so many records or seconds: outside the critical section, by who has
+#: A checkpoint is due after so many records or seconds: outside the lock, by who has
 #: synced or by the timer. At the larger bounds it is made inside, before the next record: nothing
 #: that this host leaves behind is more than `audit_log.verify` believes.
 _DUE_RECORDS: Final = 50
@@ -76,8 +75,8 @@ class Audit:
     of *directory*), is not continued. AuditBroken from then on for whatever cannot be written:
     nothing may be signed after that. *progress* is called while records are read, often.
 
-    A record is decided about and appended inside `held`, and on disk after `sync`: one fsync
-    serves all who wait for it, so that a crowd costs no more than a few. *fsync* is for tests.
+    What was appended is on disk after `sync`: one fsync serves all records before it, so that a
+    crowd costs no more than a few. *fsync* is for tests.
     """
 
     def __init__(
@@ -94,12 +93,12 @@ class Audit:
         self._noted = noted
         self._now = now
         self._fsync = fsync
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._key = _private(key)
         files.check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
-        # Whoever has it may use a descriptor outside the critical section, and closes old ones.
+        # Whoever has it may use a descriptor outside of the lock, and closes old ones.
         self._syncing = threading.Lock()
         self._retired: list[int] = []
         # Taken last, after either of the two: checkpoints follow each other.
@@ -269,7 +268,7 @@ class Audit:
     def _flushed(self) -> tuple[int, str]:
         """
         The seq and the head that are on disk now. Whoever has `_syncing` calls it, outside of the
-        critical section: nobody who decides waits for the disk.
+        lock: nobody who appends waits for the disk.
         """
         with self._lock:
             if self._broken:
@@ -355,13 +354,6 @@ class Audit:
     def broken(self) -> str | None:
         """Why nothing can be written, if so."""
         return self._broken
-
-    def held(self) -> threading.RLock:
-        """
-        The critical section: what is decided and appended in it is one step. Never wait for the
-        disk inside (`sync`, `write`): who syncs needs the section in turn.
-        """
-        return self._lock
 
     def counts(
         self, caller: str, profile: str, *, of: Literal["signed", "given", "either"] = "either"

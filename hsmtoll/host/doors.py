@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from hsmtoll.host.peers import Peer
+    from hsmtoll.host.policy import Mode
 
 __all__ = [
     "Door",
@@ -89,7 +90,7 @@ _LARGEST_BODY: Final = 16 * 1024
 _LARGEST_LINE: Final = 4096
 _LONGEST_WORD: Final = 256
 _MOST_RESOURCES: Final = 16
-_PATHS: Final = frozenset({"/v1/grant", "/v1/token"})
+_PATHS: Final[dict[str, Mode]] = {"/v1/grant": "grant", "/v1/token": "token"}
 _MEMBERS: Final = frozenset(
     {"profile", "scope", "consumer_org", "resource", "authorization_details"}
 )
@@ -108,7 +109,7 @@ class Refused(Exception):
 # ---------------------------------------------------------------------- requests and replies
 
 
-async def read_ask(request: web.BaseRequest) -> tuple[str, Ask]:
+async def read_ask(request: web.BaseRequest) -> tuple[Mode, Ask]:
     """The mode and what is asked for. Refused for everything that is not exactly a request."""
     if request.raw_path not in _PATHS or request.method != "POST":
         raise Refused(404, "not_found", "no such request", "POST /v1/grant or /v1/token")
@@ -128,7 +129,7 @@ async def read_ask(request: web.BaseRequest) -> tuple[str, Ask]:
     except (ConnectionError, web.RequestPayloadError) as exc:
         # Who hung up, or sent what is no chunk: nobody's mistake here.
         raise _bad("the body did not come whole") from exc
-    return request.raw_path.removeprefix("/v1/"), parsed(bytes(raw))
+    return _PATHS[request.raw_path], parsed(bytes(raw))
 
 
 def parsed(raw: bytes) -> Ask:

@@ -1,13 +1,12 @@
 """
 The daemon: opens the doors, lets the service answer, listens to signals and to the service manager.
 
-What may be signed is decided in service, how a request must look in doors.
+What may be signed is decided in authorize, how a request must look in doors.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import os
@@ -20,7 +19,9 @@ from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
 from hsmtoll.host import doors, system
-from hsmtoll.host.brake import check_complete, needed
+from hsmtoll.host.authorize import RequestContext
+from hsmtoll.host.health import exposed
+from hsmtoll.host.required import check_complete, needed
 from hsmtoll.host.service import Service
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 
@@ -37,7 +38,7 @@ _log = logging.getLogger("hsmtoll.host")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-#: Seconds between two looks at what a timer looks after.
+#: Seconds between two rounds of housekeeping, and of self-tests.
 _LOOK: Final = 1.0
 #: Seconds that a caller waits for the first self-test.
 _FIRST: Final = 15.0
@@ -192,7 +193,7 @@ class _Doors:
 
 
 class _Host:
-    """The event loop's side: it decides and writes, and waits for neither disk nor device."""
+    """What runs on the event loop: sockets, signals, timers, and the service behind them."""
 
     def __init__(
         self, service: Service, opened: _Doors, ready: Callable[[], None], *, patience: float
@@ -206,12 +207,10 @@ class _Host:
         self._why: list[str] = []
         self._reloads = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._looked = asyncio.Event()
-        self._own = concurrent.futures.ThreadPoolExecutor(4, "hsmtoll-timer")
+        self._tested = asyncio.Event()
 
     async def run(self) -> None:
         """Until a signal ends it."""
-        loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             _on_signal(number, ended.set)
@@ -223,13 +222,12 @@ class _Host:
         self._signing = tuple(signing)
         for door in (*own, *signing):
             door.open()
-        self._service.on_loop(loop)
-        self._start(self._tend())
-        self._start(self._prove())
+        self._start(self._housekeeping())
+        self._start(self._self_test())
         self._start(self._watchdog())
         await ended.wait()
         system.notify("STOPPING=1")
-        self._service.end()
+        self._service.authorizer.ending = True
         opened.withdraw(opened.signing)
         await asyncio.gather(*(door.close(patience=self._patience) for door in signing))
         opened.withdraw(opened.metrics)
@@ -237,8 +235,7 @@ class _Host:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._service.on_loop(None)
-        self._own.shutdown(wait=True, cancel_futures=True)
+        await self._service.requests.finish()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -254,59 +251,57 @@ class _Host:
         doors.complete(request)
         if peer is None or isinstance(peer, PolicyDenied):
             denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
-            self._service.refuse(denied, "unknown")
+            self._service.authorizer.refuse(denied, "unknown")
             raise denied
         transport = request.transport
 
         def gone() -> bool:
             return transport is None or transport.is_closing()
 
-        if not self._looked.is_set():
+        if not self._tested.is_set():
             # Who comes to a socket that the manager holds is there before the first self-test.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FIRST):
-                    await self._looked.wait()
-        have = self._service.grant if mode == "grant" else self._service.token
-        return doors.answer(await asyncio.wrap_future(have(peer, ask, gone=gone)))
+                    await self._tested.wait()
+        context = RequestContext(peer, ask, mode, gone)
+        # A request that has begun goes on when its connection is closed.
+        return doors.answer(await asyncio.shield(self._service.requests.begin(context)))
 
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
         doors.complete(request)
-        loop = asyncio.get_running_loop()
         if request.method == "GET":
             match request.raw_path:
                 case "/live":
                     return doors.answer({"live": True})
                 case "/ready":
-                    why = await loop.run_in_executor(self._own, self._service.not_ready)
+                    why = self._service.health.not_ready()
                     return doors.answer({"ready": not why, "why": why}, status=503 if why else 200)
                 case "/metrics":
-                    numbers = await loop.run_in_executor(self._own, self._service.numbers)
+                    numbers = self._service.health.numbers()
                     dropped = sum(each.dropped for each in self._signing)
                     numbers["connections_dropped_total"] = float(dropped)
-                    return web.Response(text=_exposed(numbers), content_type="text/plain")
+                    return web.Response(text=exposed(numbers), content_type="text/plain")
         raise doors.Refused(404, "not_found", "no such page", "GET /live, /ready or /metrics")
 
     # ------------------------------------------------------------------ by itself
 
-    async def _tend(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _housekeeping(self) -> None:
         while True:
             try:
-                await loop.run_in_executor(self._own, self._service.look_after)
+                await self._service.housekeeping()
             except HsmTollError as exc:
                 _log.error("%s", exc)
                 await asyncio.sleep(10 * _LOOK)
             await asyncio.sleep(_LOOK)
 
-    async def _prove(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _self_test(self) -> None:
+        patience = _FIRST
         while True:
-            try:
-                await loop.run_in_executor(self._own, self._service.prove)
-            finally:
-                self._looked.set()
-            why = await loop.run_in_executor(self._own, self._service.not_ready)
+            await self._service.profiles.self_test(patience)
+            self._tested.set()
+            patience = _LOOK
+            why = self._service.health.not_ready()
             self._log_changes(why)
             if not self._told_ready:
                 if why:
@@ -331,8 +326,8 @@ class _Host:
     async def _watchdog(self) -> None:
         every = system.watchdog_seconds()
         while every is not None:
-            # It proves the loop, a thread and the critical section, not only that time passes.
-            await asyncio.get_running_loop().run_in_executor(self._own, self._service.alive)
+            # It proves the loop and the audit's thread, not only that time passes.
+            await self._service.alive()
             system.notify("WATCHDOG=1")
             await asyncio.sleep(every)
 
@@ -340,18 +335,8 @@ class _Host:
         async with self._reloads:
             system.reloading()
             self._opened.reload()
-            loop = asyncio.get_running_loop()
-            wrong = await loop.run_in_executor(self._own, self._service.reload)
-            await loop.run_in_executor(self._own, self._service.prove)
+            wrong = await self._service.reload()
+            await self._service.profiles.self_test(_FIRST)
             system.notify(
                 "READY=1", f"STATUS={'old policy kept: ' + wrong if wrong else 'signing'}"
             )
-
-
-def _exposed(numbers: dict[str, float]) -> str:
-    """Prometheus' text format."""
-    lines = []
-    for name, value in numbers.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:.16g}"]
-    return "\n".join([*lines, ""])

@@ -29,8 +29,7 @@ _AHEAD: Final = 10
 class Rules:
     """
     What this process signs. *told*: ``policy`` (a path), ``profile``, ``audience``, and what the
-    profile's settings fix, else ``None``: ``issuer``, ``kid``, ``certificate_sha256``. ``timed``:
-    whether grants are made by this machine's clock.
+    profile's settings fix, else ``None``: ``issuer``, ``kid``, ``certificate_sha256``.
     """
 
     def __init__(self, told: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ class Rules:
         if (told["kid"] is None) != (grant.kid is None):
             raise _refused("the profile's grants have either a kid or certificates")
         age = time.time() - read.iat
-        if told["timed"] and not -_AHEAD <= age <= LIFETIME - MIN_LEFT:
+        if not -_AHEAD <= age <= LIFETIME - MIN_LEFT:
             raise _refused(f"iat is {age:.0f} s away from this machine's clock")
 
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll.host.service import Service
 from hsmtoll.settings import load
 from tests import hosting
 
 # For the tests of this room.
 from tests.accounts import OTHER
-from tests.hosting import ME, RunningHost, entry, eventually, raw_request
+from tests.hosting import ME, RunningHost, RunningService, entry, eventually, raw_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,9 +57,9 @@ def host(make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def service(host: RunningHost) -> Iterator[Service]:
+def service(host: RunningHost) -> Iterator[RunningService]:
     """What stands behind the doors of *host*, proven and without a door."""
-    one = Service(load(), synchronised=lambda: True)
+    one = RunningService(load(), synchronised=lambda: True)
     one.prove()
     yield one
     host.faults.clear()

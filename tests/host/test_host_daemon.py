@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +29,24 @@ from hsmtoll.errors import (
 )
 from hsmtoll.host import doors, system
 from hsmtoll.host.audit_log import verify
-from hsmtoll.host.brake import resume, stop, stopped_by
+from hsmtoll.host.emergency_stop import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
 from hsmtoll.host.server import _Doors
-from hsmtoll.host.service import SELF_TEST, Service
+from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
 from tests.accounts import importable
-from tests.hosting import ME, PATIENCE, PROFILE, ROAD_SCOPE, entry, errors_in, eventually
+from tests.hosting import (
+    ME,
+    PATIENCE,
+    PROFILE,
+    ROAD_SCOPE,
+    RunningService,
+    entry,
+    errors_in,
+    eventually,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,17 +59,17 @@ if TYPE_CHECKING:
 @pytest.fixture
 def service(
     make_host: Callable[..., RunningHost], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., tuple[Service, RunningHost]]]:
+) -> Iterator[Callable[..., tuple[RunningService, RunningHost]]]:
     """Services in this process, with a clock that is said to be right or wrong."""
     with contextlib.ExitStack() as stack:
 
         def made(
             *entries: str, synchronised: bool = True, clock: Clock | None = None
-        ) -> tuple[Service, RunningHost]:
+        ) -> tuple[RunningService, RunningHost]:
             host = make_host(*entries)
             for name, value in host.environ.items():
                 monkeypatch.setenv(name, value)
-            one = Service(load(), synchronised=lambda: synchronised, clock=clock)
+            one = RunningService(load(), synchronised=lambda: synchronised, clock=clock)
             stack.callback(one.close)
             return one, host
 
@@ -230,7 +240,7 @@ def test_a_second_host_on_one_audit_or_socket_does_not_start(running_host: Runni
 
 
 def test_the_self_test_signs_what_can_be_no_grant(
-    service: Callable[..., tuple[Service, RunningHost]],
+    service: Callable[..., tuple[RunningService, RunningHost]],
 ) -> None:
     one, host = service()
     before = host.signatures()
@@ -262,8 +272,14 @@ def test_a_device_that_failed_is_told_until_it_signs_again(running_host: Running
     assert "signed" not in {each["outcome"] for each in running_host.records("result")}
 
 
+def second_passes(clock: SettableClock) -> None:
+    """By the boot clock alone: the device's process compares iat with the time that it is."""
+    clock.advance(1.0)
+    clock.set_wall(time.time())
+
+
 def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
-    service: Callable[..., tuple[Service, RunningHost]],
+    service: Callable[..., tuple[RunningService, RunningHost]],
 ) -> None:
     clock = SettableClock.at_real_time()
     one, host = service(entry(ME), clock=clock)
@@ -277,7 +293,7 @@ def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
         before = host.signatures()
         for _ in range(seconds):
             one.prove()
-            clock.advance(1.0)
+            second_passes(clock)
         return host.signatures() - before
 
     one.prove()
@@ -304,7 +320,7 @@ def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
 
 
 def test_a_device_that_never_signed_well_is_tested_ever_more_seldom_as_well(
-    service: Callable[..., tuple[Service, RunningHost]],
+    service: Callable[..., tuple[RunningService, RunningHost]],
 ) -> None:
     clock = SettableClock.at_real_time()
     one, host = service(entry(ME), clock=clock)
@@ -316,7 +332,7 @@ def test_a_device_that_never_signed_well_is_tested_ever_more_seldom_as_well(
             for _ in range(seconds):
                 for each in [pool.submit(one.prove) for _ in range(2)]:
                     each.result(60)
-                clock.advance(1.0)
+                second_passes(clock)
         return host.signatures() - before
 
     # What signs may be paid for by the signature: after 0, 5, 15, 35 and 75 s.
@@ -329,7 +345,7 @@ def test_a_device_that_never_signed_well_is_tested_ever_more_seldom_as_well(
 
 
 def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
-    service: Callable[..., tuple[Service, RunningHost]], monkeypatch: pytest.MonkeyPatch
+    service: Callable[..., tuple[RunningService, RunningHost]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, host = service(entry(ME))
     one.close()
@@ -339,7 +355,7 @@ def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
     host.write_policy(entry(ME), before=PROFILE.replace('"sandbox"', '"test"'))
     me = Peer.local(os.geteuid(), os.getegid())
     kept: list[str] = []
-    second = Service(load(), synchronised=lambda: bool(kept))
+    second = RunningService(load(), synchronised=lambda: bool(kept))
     try:
         before = host.signatures()
         second.prove()
@@ -359,7 +375,7 @@ def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
 
 
 def test_who_left_while_waiting_costs_no_signature(
-    service: Callable[..., tuple[Service, RunningHost]],
+    service: Callable[..., tuple[RunningService, RunningHost]],
 ) -> None:
     one, host = service()
     one.prove()
@@ -373,7 +389,7 @@ def test_who_left_while_waiting_costs_no_signature(
 
 
 def test_a_storm_of_refusals_does_not_fill_the_disk(
-    service: Callable[..., tuple[Service, RunningHost]],
+    service: Callable[..., tuple[RunningService, RunningHost]],
 ) -> None:
     one, host = service(entry("uid:1"))
     for _ in range(200):
@@ -441,7 +457,7 @@ _UNPRIVILEGED = """
 import os, sys
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
-from hsmtoll.host.brake import check_stop_directory, resume, stop, stopped_by
+from hsmtoll.host.emergency_stop import check_stop_directory, resume, stop, stopped_by
 from hsmtoll.host.policy import Policy
 from tests.accounts import OTHER, become, import_all
 policy, file = map(Path, sys.argv[1:])

@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
-from hsmtoll.host.service import Service
+from hsmtoll.host.self_test import sign_self_test
 from hsmtoll.renewal import Renewal
 from hsmtoll.sandbox.pki import eseal_authority, pem
 from hsmtoll.settings import load
-from tests.hosting import ME, PROFILE, entry, eventually
+from tests.hosting import ME, PROFILE, RunningService, entry, eventually
 from tests.lab import workers
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PATIENCE = 60.0
 CHANGED = PROFILE + 'alg = "RS512"\n'
 
 
-def asked(service: Service, mode: str = "grant") -> Future[dict[str, Any]]:
+def asked(service: RunningService, mode: str = "grant") -> Future[dict[str, Any]]:
     """The road, for this account."""
     have = service.grant if mode == "grant" else service.token
     return have(Peer.local(os.geteuid(), os.getegid()), Ask("acme", "road"), gone=lambda: False)
@@ -47,7 +47,7 @@ def asked(service: Service, mode: str = "grant") -> Future[dict[str, Any]]:
 
 @pytest.mark.parametrize("changed", [True, False])
 def test_a_token_of_a_profile_that_was_changed_meanwhile_is_not_released(
-    service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch, *, changed: bool
+    service: RunningService, host: RunningHost, monkeypatch: pytest.MonkeyPatch, *, changed: bool
 ) -> None:
     real, reached, may = Renewal._exchanged, threading.Event(), threading.Event()
 
@@ -88,14 +88,14 @@ def test_a_certificate_in_a_file_takes_over_and_a_bad_file_is_told_by_a_reload(
         file.write_bytes(pem(made, *authority.chain))
         return made
 
-    def leaf(service: Service) -> bytes:
+    def leaf(service: RunningService) -> bytes:
         header = asked(service).result(PATIENCE)["assertion"].split(".")[0]
         x5c = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["x5c"]
         return base64.b64decode(x5c[0])
 
     first = issued(1)
     host.write_policy(entry(ME), before=f'{PROFILE}[profile.acme.hsm]\ncertificates = "{file}"\n')
-    service = Service(load(), synchronised=lambda: True)
+    service = RunningService(load(), synchronised=lambda: True)
     with contextlib.closing(service):
         service.prove()
         assert leaf(service) == first.public_bytes(Encoding.DER)
@@ -117,21 +117,20 @@ def test_a_certificate_in_a_file_takes_over_and_a_bad_file_is_told_by_a_reload(
 class Proofs:
     """Self-tests that wait until they may."""
 
-    def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.may = threading.Event(), threading.Event()
-        self._real = service._prove
-        monkeypatch.setattr(service, "_prove", self._held)
+        monkeypatch.setattr("hsmtoll.host.profiles.sign_self_test", self._held)
 
-    def _held(self, *told: Any) -> None:
+    def _held(self, app: Any) -> Any:
         self.begun.set()
         assert self.may.wait(PATIENCE)
-        self._real(*told)
+        return sign_self_test(app)
 
 
 def test_a_profile_goes_on_with_the_old_key_until_the_new_one_has_proven_itself(
-    service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+    service: RunningService, host: RunningHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proofs = Proofs(service, monkeypatch)
+    proofs = Proofs(monkeypatch)
     before = host.signatures()
     host.write_policy(entry(ME), before=CHANGED)
     with ThreadPoolExecutor(1) as pool:
@@ -150,10 +149,10 @@ def test_a_profile_goes_on_with_the_old_key_until_the_new_one_has_proven_itself(
 
 
 def test_a_device_that_is_busy_keeps_no_policy_from_counting(
-    service: Service, host: RunningHost, monkeypatch: pytest.MonkeyPatch
+    service: RunningService, host: RunningHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hsmtoll.host.service._TAKING_OVER", 0.0)
-    proofs = Proofs(service, monkeypatch)
+    monkeypatch.setattr("hsmtoll.host.profiles._TAKING_OVER", 0.0)
+    proofs = Proofs(monkeypatch)
     before = host.signatures()
     host.write_policy(entry(ME, mode=["token"]), before=CHANGED)
     assert service.reload() is None
@@ -173,7 +172,7 @@ def test_a_device_that_is_busy_keeps_no_policy_from_counting(
 
 
 def test_a_profile_that_cannot_prove_itself_counts_all_the_same_and_says_why(
-    service: Service, host: RunningHost
+    service: RunningService, host: RunningHost
 ) -> None:
     nowhere = PROFILE + '[profile.acme.hsm]\nkey = "pkcs11:token=nowhere;object=nothing"\n'
     host.write_policy(entry(ME), before=nowhere)

@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from joserfc import jws as judge
 from joserfc.jwk import RSAKey
 
-from hsmtoll.host.server import _exposed
+from hsmtoll.host.health import exposed
 from tests.host.conftest import ME, OTHER, RunningHost, entry, eventually, raw_request
+from tests.hosting import PROFILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.identity import ThrowAway
 
 JSON = {"content-type": "application/json"}
 
@@ -235,6 +237,48 @@ def test_stop_while_twenty_wait_hands_out_nothing_more_not_even_what_is_being_si
     assert results.count("signed, and withheld: stopped") == 1
 
 
+def test_who_leaves_while_it_is_signed_for_leaves_a_result_in_the_audit(
+    running_host: RunningHost,
+) -> None:
+    running_host.faults.set("hang")
+    before = running_host.faults.count("C_SignInit")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(str(running_host.socket))
+        one.sendall(raw_request())
+        eventually(lambda: running_host.faults.count("C_SignInit") > before)
+    # The host sees that the connection is closed, and only then the device answers.
+    eventually(lambda: running_host.ask(scope="air").status == 403)
+    assert running_host.records("result") == []
+    running_host.faults.clear()
+    eventually(lambda: running_host.records("result"))
+    (intent,), (result,) = running_host.records("intent"), running_host.records("result")
+    assert (result["jti"], result["outcome"]) == (intent["jti"], "signed")
+
+
+def test_a_device_that_hangs_keeps_no_other_profile_waiting(
+    make_host: Callable[..., RunningHost], toll_eseal: ThrowAway
+) -> None:
+    host = make_host()
+    module = toll_eseal.environ()["HSMTOLL_HSM__MODULE"]
+    second = f'{PROFILE.replace("acme", "second")}[profile.second.hsm]\nmodule = "{module}"\n'
+    allowed = 'scopes = ["road"], mode = ["grant"]'
+    host.write_policy(
+        f'[caller."{ME}"]',
+        f"profile.acme = {{ {allowed} }}\nprofile.second = {{ {allowed} }}",
+        before=PROFILE + second,
+    )
+    host.start()
+    host.faults.set("hang")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(host.ask) for _ in range(4)]
+        eventually(lambda: host.records("intent"))
+        assert [host.ask(profile="second").status for _ in range(3)] == [200] * 3
+        assert host.health("/ready").status == 200
+        assert not any(each.done() for each in asked)
+        host.faults.clear()
+        assert [each.result().status for each in asked] == [200] * 4
+
+
 def test_a_directory_of_the_stop_file_that_is_gone_means_stopped(
     make_host: Callable[..., RunningHost],
 ) -> None:
@@ -382,7 +426,7 @@ def test_the_pages_for_those_who_watch(running_host: RunningHost) -> None:
 
 
 def test_a_metric_is_told_to_its_last_digit() -> None:
-    told = _exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
+    told = exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
     values = [line.split()[1] for line in told.splitlines() if not line.startswith("#")]
     assert values == ["10412345", "1", "3"]
 

@@ -19,7 +19,7 @@ from hsmtoll.jws import SigningInput
 from tests.hosting import ME, ROAD_SCOPE, RunningHost, entry
 
 if TYPE_CHECKING:
-    from hsmtoll.host.service import Service
+    from tests.hosting import RunningService
 
 AIR_SCOPE: Final = apis.scope_of("air", "eseal")
 
@@ -27,14 +27,13 @@ AIR_SCOPE: Final = apis.scope_of("air", "eseal")
 class Taken:
     """The daemon's end of the pipe, and a grant that the policy allows."""
 
-    def __init__(self, service: Service) -> None:
-        house = service._rules[1]["acme"]
-        signer = house.app.local_signer(house.app.devices[0])
-        (device,) = house.app.devices
+    def __init__(self, service: RunningService) -> None:
+        profile = service.profile()
+        (device,) = profile.app.devices
         assert isinstance(device, IsolatedDevice)
         self.device = device
-        grant = signer.sign(house.app.engine.request(ROAD_SCOPE), jti="first")
-        header, claims = jws.read_unverified(grant.assertion)
+        signed = profile.app.signer.sign(profile.app.engine.request(ROAD_SCOPE), jti="first")
+        header, claims = jws.read_unverified(signed.assertion)
         self.header, self.claims = header, claims
 
     def ask(self, unsigned: bytes, alg: str = "RS256") -> bytes:
@@ -54,7 +53,7 @@ class Taken:
 
 
 @pytest.fixture
-def taken(service: Service) -> Taken:
+def taken(service: RunningService) -> Taken:
     return Taken(service)
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll.errors import AuditBroken
 from hsmtoll.host.audit import Audit
-from hsmtoll.host.server import _exposed
+from hsmtoll.host.health import exposed
 from tests.accounts import importable
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def test_a_grant_takes_as_many_bytes_as_the_text_says(machine: Machine) -> None:
 def test_what_is_to_be_watched_is_there() -> None:
     named = set(re.findall(r"`hsmtoll_host_(\w+)`", TEXT))
     assert len(named) > 4
-    shown = _exposed(dict.fromkeys(named, 1.0))
+    shown = exposed(dict.fromkeys(named, 1.0))
     assert all(f"hsmtoll_host_{name} " in shown for name in named)
     source = resources.files("hsmtoll.host")
-    code = "".join(source.joinpath(f).read_text() for f in ("service.py", "server.py"))
+    code = "".join(source.joinpath(f).read_text() for f in ("health.py", "server.py"))
     assert [name for name in named if f'"{name}"' not in code] == []

@@ -22,7 +22,7 @@ import platformdirs
 from tests.accounts import become, import_all
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
-from hsmtoll.host.brake import check_stop_directory, stopped_by
+from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.hsm.module import check_path
 from hsmtoll.settings import load
 platformdirs.user_state_dir("hsmtoll")

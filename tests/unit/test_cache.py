@@ -13,6 +13,7 @@ import pytest
 from hsmtoll import records
 from hsmtoll.cache import Cache, Flight
 from hsmtoll.errors import (
+    ClockError,
     ConfigurationError,
     DeviceError,
     GrantRefused,
@@ -413,11 +414,22 @@ def test_trouble_that_passes_is_not_remembered_for_others(
     clock: HandClock, well: Well, tmp_path: Path
 ) -> None:
     store = FileStore(tmp_path / "cache")
-    well.error = NetworkError("nobody there", retryable=True)
+    errors = (
+        NetworkError("nobody there", retryable=True),
+        # A signing host refuses each of its callers by himself, also for what will pass.
+        ClockError("not synchronised yet", scope="caller"),
+    )
+    for fetched, well.error in enumerate(errors):
+        for _ in range(2):
+            with pytest.raises(type(well.error)):
+                cache_of(clock, store).get(REQUEST, well)
+        assert well.fetched == 2 * (fetched + 1)
+    # The control: a clock that Maskinporten refuses.
+    well.error = ClockError("iat is ahead")
     for _ in range(2):
-        with pytest.raises(NetworkError):
+        with pytest.raises(ClockError):
             cache_of(clock, store).get(REQUEST, well)
-    assert well.fetched == 2
+    assert well.fetched == 5
 
 
 def test_a_server_that_asks_for_patience_gets_it_from_every_process(

@@ -13,54 +13,20 @@ from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.files import check_trusted, sync_directory
-from hsmtoll.settings import not_set, variable
+from hsmtoll.host.required import needed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hsmtoll.settings import Host, Settings
+    from hsmtoll.settings import Settings
 
 __all__ = [
-    "check_complete",
     "check_stop_directory",
-    "needed",
     "resume",
     "stop",
     "stop_file",
     "stopped_by",
 ]
-
-_WHY = {
-    "socket": "a path such as /run/hsmtoll/host.sock; or HSMTOLL_HOST__LISTEN, for TLS",
-    "policy": "the host's settings are those of --config FILE, or of /etc/hsmtoll/hsmtoll.toml",
-    "audit_dir": "a directory of the host's own account, 0700",
-    "audit_key": "make one: openssl genpkey -algorithm ed25519 -out FILE",
-    "cert": "there is no TCP without TLS and certificates of the callers",
-    "key": "the key of HSMTOLL_HOST__CERT, in PEM",
-    "client_ca": "there is no TCP without certificates of the callers: PEM of who issues them",
-}
-
-
-def check_complete(host: Host, *, sockets: bool) -> None:
-    """
-    ConfigurationError that names all settings of the host that are missing, a line of the hint
-    each. *sockets*: the service manager gave the sockets.
-    """
-    names = ["policy", "audit_dir", "audit_key"]
-    if not (sockets or host.socket or host.listen):
-        names.insert(0, "socket")
-    if host.listen and not sockets:
-        names += ["cert", "key", "client_ca"]
-    lacking = {variable("host", each): _WHY[each] for each in names if getattr(host, each) is None}
-    if lacking:
-        raise not_set(lacking)
-
-
-def needed(value: Path | None, name: str) -> Path:
-    """*value* of the HOST setting *name*; ConfigurationError without one."""
-    if value is None:
-        raise not_set({variable("host", name): _WHY[name]})
-    return value
 
 
 def stop_file(settings: Settings) -> Path:

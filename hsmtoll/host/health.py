@@ -1,0 +1,70 @@
+"""What a signing host says about itself: why it is not ready, and the numbers of its metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.errors import foreign
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.host.audit import Audit
+    from hsmtoll.host.authorize import Authorizer
+    from hsmtoll.host.profiles import Profiles
+
+__all__ = ["HostHealth", "exposed"]
+
+#: Why a profile of the real services waits; /ready and the log say it to the custodian.
+_CLOCK: Final = (
+    "the clock is not synchronised: let NTP keep it, or set HSMTOLL_HOST__CLOCK=unchecked where "
+    "the kernel does not know that something does"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HostHealth:
+    """Read from the parts of one host, on its event loop."""
+
+    authorizer: Authorizer
+    profiles: Profiles
+    audit: Audit
+    synchronised: Callable[[], bool]
+
+    def not_ready(self) -> list[str]:
+        """Why grants cannot be had now, a line each; none if they can."""
+        why = []
+        stopped = self.authorizer.stopped()
+        if stopped is not None:
+            why.append(f"stopped: {stopped}")
+        if self.audit.broken is not None:
+            why.append(f"audit: {self.audit.broken}")
+        if self.authorizer.ending:
+            why.append("ending")
+        for profile in self.profiles:
+            if not self.profiles.clock_is_right(profile):
+                why.append(f"profile {foreign(profile.name)}: {_CLOCK}")
+            elif profile.health.failure is not None:
+                why.append(f"profile {foreign(profile.name)}: {foreign(profile.health.failure)}")
+        return why
+
+    def numbers(self) -> dict[str, float]:
+        """For the metrics: name and value."""
+        return {
+            "ready": float(not self.not_ready()),
+            "stopped": float(self.authorizer.stopped() is not None),
+            "audit_seq": float(self.audit.seq),
+            "audit_writable": float(self.audit.broken is None),
+            "clock_synchronised": float(self.synchronised()),
+            "signatures_total": float(self.profiles.signatures),
+        }
+
+
+def exposed(numbers: dict[str, float]) -> str:
+    """*numbers* in Prometheus' text format."""
+    lines = []
+    for name, value in numbers.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:.16g}"]
+    return "\n".join([*lines, ""])

@@ -1,0 +1,326 @@
+"""
+The profiles of the policy: what each signs with, whether its device works, and how a new policy
+takes over.
+
+Everything but reading files and asking devices runs on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.app import App
+from hsmtoll.clock import Skew
+from hsmtoll.errors import AuditBroken, ConfigurationError, DeviceError, HsmTollError, foreign
+from hsmtoll.host.authorize import busy
+from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
+from hsmtoll.host.policy import Policy
+from hsmtoll.host.self_test import Health, sign_self_test
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from hsmtoll.cache import Cache
+    from hsmtoll.clock import Clock
+    from hsmtoll.host.audit import Audit
+    from hsmtoll.host.group_commit import GroupCommit
+    from hsmtoll.settings import Settings
+
+__all__ = ["Profile", "Profiles"]
+
+_log = logging.getLogger("hsmtoll.host")
+
+#: Requests that are signed for at once, for each worker of the device: one is at the device, the
+#: records of the others are on their way to the disk meanwhile.
+_SLOTS: Final = 4
+
+#: Seconds that a reload waits for the self-test of what takes over: longer, and whoever the new
+#: policy takes something away from would keep it.
+_TAKING_OVER: Final = 10.0
+
+#: Seconds after which it is worth asking again for a profile that is not ready.
+_SOON: Final = 5.0
+
+
+class _Uncorrected(Skew):
+    """The host never corrects its clock: one that is wrong is the custodian's to mend."""
+
+    def learn(self, offset: float) -> bool:
+        """Nothing is learned."""
+        del offset
+        return False
+
+
+@dataclass(slots=True, eq=False)
+class Profile:
+    """
+    What one profile, *table* in the policy, signs with. *executor* has a thread for each worker of
+    the device, of which there are *workers*. *leaf* is the SHA-256 of the certificate that signed
+    last. Once *retired*, nobody is signed for any more, and the last one who leaves closes it.
+    """
+
+    name: str
+    table: Mapping[str, Any]
+    app: App
+    cache: Cache
+    workers: int
+    executor: ThreadPoolExecutor
+    health: Health = field(default_factory=Health)
+    leaf: str | None = None
+    self_test: asyncio.Task[None] | None = None
+    retired: bool = False
+    _slots: asyncio.Semaphore = field(init=False)
+    _waiting: int = 0
+    _inside: int = 0
+    _closed: bool = False
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(_SLOTS * self.workers)
+
+    def check_ready(self) -> None:
+        """DeviceError (``not-ready``) for one whose device never signed yet."""
+        if not self.health.proven:
+            raise DeviceError(
+                f"profile {foreign(self.name)}: not ready, {self.health.failure}",
+                hint="it is tried again by itself",
+                code="not-ready",
+                retry_after=_SOON,
+                signed=False,
+            )
+
+    @contextlib.asynccontextmanager
+    async def signing_slot(self, seconds: float) -> AsyncIterator[None]:
+        """
+        One of the requests that are signed for at once, in the order of asking. TryAgainLater
+        where there is no room within *seconds*.
+        """
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(seconds):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise busy(f"no device was free within {seconds:g} s") from None
+        finally:
+            self._waiting -= 1
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            self._slots.release()
+            self._close_if_idle()
+
+    def wake_waiters(self) -> None:
+        """Let all who wait have a slot: they are decided about again, and all refused."""
+        for _ in range(self._waiting):
+            self._slots.release()
+
+    def retire(self) -> None:
+        """The policy has no such profile any more, or another one by its name."""
+        self.retired = True
+        self.wake_waiters()
+        self._close_if_idle()
+
+    def close(self) -> None:
+        """Let go of the device. What it is asked for now ends by itself."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
+        self.app.close()
+
+    def _close_if_idle(self) -> None:
+        if self.retired and not self._closed and not self._inside and not self._waiting:
+            self._closed = True
+            self.executor.submit(self.app.close)
+            self.executor.shutdown(wait=False)
+
+
+class Profiles:
+    """
+    The policy in use and its profiles. *load* gives the host's settings with those of a profile
+    above them. Raises ConfigurationError for a policy that cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        stop_file: Path,
+        load: Callable[..., Settings],
+        clock: Clock,
+        synchronised: Callable[[], bool],
+        deadline: float,
+    ) -> None:
+        self._path = path
+        self._stop_file = stop_file
+        self._load = load
+        self._clock = clock
+        self._synchronised = synchronised
+        self._deadline = deadline
+        #: Signatures that devices were asked for.
+        self.signatures = 0
+        self.policy, self._profiles = self._read({})
+
+    def get(self, name: str) -> Profile | None:
+        """The profile that *name* means now."""
+        return self._profiles.get(name)
+
+    def __iter__(self) -> Iterator[Profile]:
+        return iter(tuple(self._profiles.values()))
+
+    def clock_is_right(self, profile: Profile | None) -> bool:
+        """Whether grants of *profile* may be dated by the clock; in the sandbox they always may."""
+        sandbox = profile is not None and profile.app.settings.environment == "sandbox"
+        return sandbox or self._synchronised()
+
+    # ------------------------------------------------------------------ reading
+
+    def _read(self, known: Mapping[str, Profile]) -> tuple[Policy, dict[str, Profile]]:
+        """The policy as it is now. A profile of *known* whose table is the same goes on."""
+        policy = Policy.load(self._path)
+        if os.geteuid() != 0 and os.access(self._path, os.W_OK):
+            _log.warning(
+                "policy %s: this daemon's own account may change it; let another one own it",
+                foreign(self._path),
+            )
+        check_stop_directory(self._stop_file)
+        profiles = {}
+        for name, table in policy.profiles.items():
+            profile = known.get(name)
+            if profile is not None and profile.table == table:
+                if profile.app.certificate_file is not None:
+                    profile.app.certificate_file(afresh=True)
+                profiles[name] = profile
+            else:
+                profiles[name] = self._made(name, table)
+        return policy, profiles
+
+    def _made(self, name: str, table: Mapping[str, Any]) -> Profile:
+        try:
+            for each in ("scope", "consumer_org", "resource"):
+                if each in table:
+                    raise ConfigurationError(
+                        f"{each} is a caller's to name, and its entry's to allow"
+                    )
+            app = self._app(name, self._load(**table))
+            workers = app.settings.host.workers
+            executor = ThreadPoolExecutor(workers, "hsmtoll-device")
+            return Profile(name, table, app, app.engine.cache, workers, executor)
+        except HsmTollError as exc:
+            raise ConfigurationError(
+                f"policy {self._path}: profile {foreign(name)}: {exc}", hint=exc.hint, code=exc.code
+            ) from exc
+
+    def _app(self, name: str, settings: Settings) -> App:
+        if settings.signer.url:
+            raise ConfigurationError("HSMTOLL_SIGNER__URL is for callers: this is the host")
+        if "isolation" not in settings.hsm.model_fields_set:
+            hsm = settings.hsm.model_copy(update={"isolation": "process"})
+            settings = settings.model_copy(update={"hsm": hsm})
+        app = App(settings, clock=self._clock)
+        app.skew = _Uncorrected()
+        if app.family == "norwegian" and settings.iss is None:
+            raise ConfigurationError("iss is required with identity = norwegian")
+        app.module(app.uris()[0])
+        app.isolated_in = {
+            "program": "hsmtoll.host.worker",
+            "rules": {
+                "policy": str(self._path.absolute()),
+                "profile": name,
+                "audience": app.endpoints.issuer,
+                "issuer": settings.iss,
+                "kid": settings.kid,
+                "certificate_sha256": settings.hsm.certificate_sha256,
+            },
+        }
+        return app
+
+    async def reload(self, audit: Audit, commit: GroupCommit) -> str | None:
+        """
+        Read the policy again; why the old one goes on, if it does: something is wrong with the
+        new one, or the audit cannot be written. What takes over from a profile that works signs
+        the self-test before, if it can soon.
+        """
+        before = self._profiles
+        try:
+            policy, profiles = await asyncio.to_thread(self._read, before)
+        except HsmTollError as exc:
+            return await self._kept(exc, commit)
+        fresh = [profile for profile in profiles.values() if profile not in before.values()]
+        await self._test_before_taking_over(fresh)
+        try:
+            audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
+            self.policy, self._profiles = policy, profiles
+            await commit.synced()
+        except AuditBroken as exc:
+            # Nothing is signed any more, whichever of the two it would be with.
+            return await self._kept(exc, commit)
+        finally:
+            for profile in (*before.values(), *fresh):
+                if self._profiles.get(profile.name) is not profile:
+                    profile.retire()
+        _log.info("policy reloaded: %s", policy.sha256)
+        return None
+
+    async def _kept(self, exc: HsmTollError, commit: GroupCommit) -> str:
+        _log.error("policy not reloaded, the old one goes on: %s", exc)
+        with contextlib.suppress(HsmTollError):
+            sha256 = self.policy.sha256
+            await commit.write("policy", policy_sha256=sha256, outcome=f"kept: {exc}")
+        return str(exc)
+
+    # ------------------------------------------------------------------ self-test
+
+    async def self_test(self, patience: float) -> None:
+        """
+        Sign the self-test with every profile that has not yet, or whose device failed since: with
+        any key of its list. A profile's `Health` says what stands in the way; after a failure that
+        may have cost a signature the next test waits ever longer, until a grant is signed.
+
+        Returns when all are done, or after *patience* seconds: what takes longer goes on by itself.
+        """
+        if stopped_by(self._stop_file) is None:
+            tests = [self._test_of(profile) for profile in self]
+            await _wait([test for test in tests if test is not None], patience)
+
+    async def _test_before_taking_over(self, fresh: list[Profile]) -> None:
+        """
+        Requests that arrive meanwhile are served with the old profiles: nobody fails because the
+        new one is not tested yet.
+        """
+        if stopped_by(self._stop_file) is not None:
+            return
+        tests = []
+        for profile in fresh:
+            old = self._profiles.get(profile.name)
+            if old is not None and old.health.failure is None:
+                tests.append(self._test_of(profile))
+        await _wait([test for test in tests if test is not None], min(self._deadline, _TAKING_OVER))
+
+    def _test_of(self, profile: Profile) -> asyncio.Task[None] | None:
+        """The self-test that is under way, or a new one if it is due."""
+        if profile.self_test is None or profile.self_test.done():
+            health = profile.health
+            due = health.failure is not None and self._clock.now().boot >= health.next_test
+            if not due or not self.clock_is_right(profile):
+                return None
+            profile.self_test = asyncio.create_task(self._test(profile))
+        return profile.self_test
+
+    async def _test(self, profile: Profile) -> None:
+        if profile.health.proven:
+            profile.health.back_off(self._clock.now().boot)
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(profile.executor, sign_self_test, profile.app)
+        self.signatures += result.signatures
+        profile.health.tested(result, self._clock.now().boot)
+
+
+async def _wait(tasks: list[asyncio.Task[None]], seconds: float) -> None:
+    if tasks:
+        await asyncio.wait(tasks, timeout=seconds)
