@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import ssl
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -17,9 +22,11 @@ from hsmtoll.errors import AuditBroken
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.health import exposed
 from tests.accounts import importable
+from tests.hosting import PATIENCE, Authority, RunningHost
+from tests.readers import Terminal
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
 TEXT = resources.files("hsmtoll").joinpath("docs/operations.md").read_text(encoding="utf-8")
 
@@ -32,12 +39,10 @@ GRANT = {
 }
 
 
-def commands(heading: str) -> str:
-    """The commands below *heading*."""
-    section = TEXT[TEXT.index(f"## {heading}\n") :]
-    found = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    return found[1]
+def commands(heading: str, number: int = 0) -> str:
+    """The commands below *heading*, of its block *number*."""
+    section = TEXT[TEXT.index(f"## {heading}\n") :].partition("\n## ")[0]
+    return str(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[number])
 
 
 class Machine:
@@ -129,6 +134,124 @@ def test_a_grant_takes_as_many_bytes_as_the_text_says(machine: Machine) -> None:
     audit.close()
     size = sum(each.stat().st_size for each in machine.log.iterdir())
     assert 0.5 < size / 100 / int(said[1]) < 1.5
+
+
+# ------------------------------------------------------------------ with a host that runs
+
+
+class Site:
+    """A signing host with the places of the text, below its home; a custodian's terminal on it."""
+
+    def __init__(self, host: RunningHost, terminal: Terminal) -> None:
+        self.host, self.terminal = host, terminal
+        self.etc, self.lib, self.backup = host.home / "etc", host.home / "lib", host.home / "backup"
+        for folder, mode in ((self.etc / "secret", 0o750), (self.lib, 0o700), (self.backup, 0o700)):
+            folder.mkdir(mode=mode)
+        for old, new in (
+            (host.home / "audit.key", self.etc / "secret/audit.key"),
+            (host.home / "audit.pub", self.etc / "audit.pub"),
+            (Path(host.environ["HSMTOLL_HOST__KEY"]), self.etc / "secret/signer.key"),
+            (Path(host.environ["HSMTOLL_HOST__CERT"]), self.etc / "signer.pem"),
+        ):
+            old.rename(new)
+        (self.etc / "hsmtoll.toml").write_text("")
+        host.environ |= {
+            "HSMTOLL_STATE": str(self.lib),
+            "HSMTOLL_HOST__AUDIT_DIR": str(self.lib / "audit"),
+            "HSMTOLL_HOST__AUDIT_KEY": str(self.etc / "secret/audit.key"),
+            "HSMTOLL_HOST__CERT": str(self.etc / "signer.pem"),
+            "HSMTOLL_HOST__KEY": str(self.etc / "secret/signer.key"),
+        }
+        host.start()
+
+    def follow(self, text: str) -> None:
+        """Type *text*; what it asks of systemd is done with the host."""
+        for written, place in (
+            ("/etc/hsmtoll", self.etc), ("/var/lib/hsmtoll", self.lib), ("/backup", self.backup),
+        ):  # fmt: skip
+            text = text.replace(written, str(place))
+        if os.geteuid():
+            # A file of our own is for nobody's group.
+            text = text.replace("0440", "0400")
+        for line in text.splitlines():
+            match line.split()[:2]:
+                case ["systemctl", "stop"]:
+                    assert self.host.process is None or self.host.process.poll() or (
+                        self.host.end() == 0
+                    )  # fmt: skip
+                case ["systemctl", "start"]:
+                    self.host.start()
+                case ["systemctl", "reload"]:
+                    self.host.reload()
+                case _:
+                    code, said = self.terminal.run(line)
+                    assert code == 0, f"{line}\n{said}"
+
+
+@pytest.fixture
+def site(make_host: Callable[..., RunningHost], tmp_path: Path) -> Iterator[Site]:
+    with Terminal(tmp_path) as terminal:
+        yield Site(make_host(), terminal)
+
+
+def test_a_new_audit_key_begins_a_new_log_and_both_logs_verify(site: Site) -> None:
+    assert site.host.ask().status == 200
+    old = (site.etc / "audit.pub").read_bytes()
+    site.follow(commands("Rotation"))
+    assert site.host.ask().status == 200
+    assert (site.etc / "audit-1.pub").read_bytes() == old != (site.etc / "audit.pub").read_bytes()
+    # The control: neither log verifies with the other's key.
+    for key, log in (("audit.pub", "audit-1"), ("audit-1.pub", "audit")):
+        code, said = site.terminal.run(
+            f"hsmtoll audit verify --public-key {site.etc}/{key} {site.lib}/{log}"
+        )
+        assert code == AuditBroken.exit_code, said
+
+
+def test_a_new_certificate_of_the_host_is_shown_after_a_reload(site: Site, tmp_path: Path) -> None:
+    def shown() -> str:
+        asked = ssl.get_server_certificate(("localhost", site.host.tls_port))
+        return x509.load_pem_x509_certificate(asked.encode()).fingerprint(hashes.SHA256()).hex()
+
+    made = Authority(tmp_path / "ca").issue("localhost", server=True)
+    shutil.copy(made.cert, tmp_path / "signer.pem")
+    shutil.copy(made.key, tmp_path / "signer.key")
+    before = shown()
+    site.follow(commands("Rotation", 1))
+    assert shown() == made.sha256 != before
+    # The control: a key of another certificate changes nothing, and the log says so.
+    shutil.copy(Authority(tmp_path / "other").issue("localhost").key, tmp_path / "signer.key")
+    site.follow(commands("Rotation", 1))
+    assert shown() == made.sha256
+    assert "HSMTOLL_HOST__CERT and HSMTOLL_HOST__KEY: cannot be used" in site.host.log()
+
+
+def test_a_copy_of_the_log_verifies_and_a_damaged_log_is_put_away_for_a_new_one(
+    site: Site,
+) -> None:
+    for _ in range(3):
+        assert site.host.ask().status == 200
+    site.follow(commands("Backup"))
+    for _ in range(60):
+        site.host.ask()
+    assert site.host.end() == 0
+    # What is left is older than the host's note.
+    for each in (site.lib / "audit").glob("*.jsonl"):
+        shutil.copy(site.backup / "audit" / each.name, each)
+    site.host.start(ready=False)
+    assert site.host.process is not None
+    assert site.host.process.wait(PATIENCE) != 0
+    assert "cut off" in site.host.log()
+    site.follow(commands("Backup", 1))
+    assert site.host.ask().status == 200
+    assert [each.name for each in (site.lib / "damaged").glob("audit-*.json")] != []
+
+
+def test_every_block_of_commands_is_run_by_a_test() -> None:
+    run = [commands("Retention"), *(commands("Rotation", n) for n in (0, 1))]
+    run += [commands("Backup", n) for n in (0, 1)]
+    assert re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) == run
+    assert TEXT.count("```") == 2 * len(run)
 
 
 def test_what_is_to_be_watched_is_there() -> None:
