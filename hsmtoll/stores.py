@@ -16,6 +16,9 @@ import logging
 import os
 import stat
 import threading
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
@@ -42,6 +45,9 @@ _log = logging.getLogger("hsmtoll.cache")
 
 #: AES-256.
 _KEY_BYTES: Final = 32
+
+#: Seconds of one wait for Redis.
+_WAIT: Final = 5.0
 
 #: A stored value is a token of some kilobytes; more is not ours.
 _LARGEST: Final = 256 * 1024
@@ -219,6 +225,9 @@ class RedisStore:
     #: Seconds for which a server that did not answer is not asked again.
     REST = 5.0
 
+    #: Seconds that one question may take, however many waits it is made of.
+    PATIENCE = 5.0
+
     def __init__(self, connect: Callable[[], redis.Redis], *, secret: bytes, clock: Clock) -> None:
         self._connect = connect
         self._secret = secret
@@ -241,7 +250,8 @@ class RedisStore:
 
         def read(client: redis.Redis) -> Kept | None:
             pipe = client.pipeline(transaction=True)
-            pipe.get(_name(key))
+            # Whoever can write there puts what it likes: no more is asked for than a value has.
+            pipe.getrange(_name(key), 0, _LARGEST)
             pipe.pttl(_name(key))
             pipe.time()
             sealed, left, now = answers = pipe.execute(raise_on_error=False)
@@ -250,6 +260,9 @@ class RedisStore:
                 if isinstance(each, Exception) and not str(each).startswith("WRONGTYPE"):
                     raise each
             if not isinstance(sealed, bytes) or left <= 0:
+                return None
+            if len(sealed) > _LARGEST:
+                _log.warning("cache: a value in Redis is larger than any token: not read")
                 return None
             value = self._opened(key, sealed)
             if value is None or len(value) < _STAMP:
@@ -288,7 +301,7 @@ class RedisStore:
             )
             return lock if lock.acquire(blocking_timeout=patience) else False
 
-        lock = self._asked(acquired, None)
+        lock = self._asked(acquired, None, patience=patience)
         if not lock:
             yield lock is None
             return
@@ -306,8 +319,13 @@ class RedisStore:
         while not done.wait(self.LEASE / 3):
             self._asked(lambda _: None if done.is_set() else lock.reacquire(), None)
 
-    def _asked(self, question: Callable[[redis.Redis], _T], otherwise: _T) -> _T:
-        """What Redis says, or *otherwise* while it is down."""
+    def _asked(
+        self, question: Callable[[redis.Redis], _T], otherwise: _T, *, patience: float = 0.0
+    ) -> _T:
+        """
+        What Redis says, or *otherwise* while it is down or its answers do not end. *patience*: for
+        questions that wait for another process.
+        """
         try:
             import redis  # noqa: PLC0415 - an extra, and only for those who use it
         except ImportError as exc:
@@ -323,7 +341,8 @@ class RedisStore:
             with self._guard:
                 if self._client is None:
                     self._client = self._connect()
-            answer = question(self._client)
+            with _bounded(self.PATIENCE + patience):
+                answer = question(self._client)
         except redis.exceptions.LockError:
             # The lease ran out under its holder: two may have renewed, and both tokens live.
             return otherwise
@@ -377,7 +396,7 @@ def _name(key: str) -> str:
 
 
 #: What is asked of Redis, for those who allow single commands (ACL SETUSER).
-COMMANDS: Final = "GET SET DEL PTTL PEXPIRE TIME WATCH UNWATCH MULTI EXEC"
+COMMANDS: Final = "GET GETRANGE SET DEL PTTL PEXPIRE TIME WATCH UNWATCH MULTI EXEC"
 
 
 def _trouble(exc: Exception) -> str:
@@ -391,6 +410,78 @@ def _trouble(exc: Exception) -> str:
         )
     does = "refuses" if isinstance(exc, ResponseError) else "does not answer"
     return f"{does} ({type(exc).__name__}); this process goes on alone"
+
+
+@dataclass(slots=True)
+class _Bounds:
+    """Until when the answers to a question must be here, and how many bytes they may have still."""
+
+    end: float
+    size: int = 4 * _LARGEST
+
+    def left(self, most: float | None) -> float:
+        """Seconds of a wait of *most*. TimeoutError when there are none."""
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer takes too long")
+        return left if most is None else min(left, most)
+
+
+_bounds: ContextVar[_Bounds | None] = ContextVar("hsmtoll-redis", default=None)
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float) -> Iterator[None]:
+    """Bound all that this thread reads from Redis meanwhile."""
+    before = _bounds.set(_Bounds(time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _bounds.reset(before)
+
+
+class _Socket:
+    """
+    A socket for redis-py, which bounds each wait and neither all of them nor what comes: a server
+    that sends a byte now and then, or without end, would be read for ever.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def recv(self, size: int) -> bytes:
+        """As of a socket; TimeoutError and OSError where a bound is reached."""
+        with self._bounded() as bounds:
+            data = self._sock.recv(size)
+            self._count(bounds, len(data))
+        return data
+
+    def recv_into(self, buffer: bytearray) -> int:
+        """As recv, for hiredis."""
+        with self._bounded() as bounds:
+            read = self._sock.recv_into(buffer)
+            self._count(bounds, read)
+        return read
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[_Bounds | None]:
+        bounds, usual = _bounds.get(), self._sock.gettimeout()
+        if bounds is not None:
+            self._sock.settimeout(bounds.left(usual))
+        try:
+            yield bounds
+        finally:
+            self._sock.settimeout(usual)
+
+    @staticmethod
+    def _count(bounds: _Bounds | None, read: int) -> None:
+        if bounds is not None:
+            bounds.size -= read
+            if bounds.size < 0:
+                raise OSError(errno.EMSGSIZE, "the answer is larger than any of Redis")
 
 
 @lru_cache(maxsize=1)
@@ -441,19 +532,35 @@ def _redis(url: str, ca_file: Path | None) -> redis.Redis:
         """With our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""
 
         def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-            return tls.client_context(ca_file).wrap_socket(sock, server_hostname=self.host)
+            bounds = _bounds.get()
+            if bounds is not None:
+                # The handshake ends as a whole when this has passed.
+                sock.settimeout(bounds.left(_WAIT))
+            made = tls.client_context(ca_file).wrap_socket(sock, server_hostname=self.host)
+            made.settimeout(_WAIT)
+            return made
 
     try:
         options: dict[str, Any] = dict(parse_url(url))  # type: ignore[no-untyped-call] # redis-py's own
     except ValueError:
         # `from None`: the original quotes the URL.
         raise ConfigurationError("HSMTOLL_CACHE: not a URL of a Redis server") from None
+    kind: Any = options.get("connection_class", redis.Connection)
     if url.startswith("rediss:"):
-        options["connection_class"] = OurTls
+        kind = OurTls
+
+    class Bounded(kind):  # type: ignore[misc] # of a class that the URL decides
+        """Of TCP, TLS or a Unix socket."""
+
+        def _connect(self) -> Any:
+            bounds = _bounds.get()
+            self.socket_connect_timeout = _WAIT if bounds is None else bounds.left(_WAIT)
+            return _Socket(super()._connect())
+
     # One more try at once: a connection that idled may have been closed by a restart.
     options |= {
-        "socket_connect_timeout": 5.0,
-        "socket_timeout": 5.0,
+        "connection_class": Bounded,
+        "socket_timeout": _WAIT,
         "retry": Retry(NoBackoff(), 1),
     }
     return redis.Redis(connection_pool=redis.ConnectionPool(**options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import signal
+import socket
 import socketserver
 import subprocess
 import threading
@@ -374,6 +375,108 @@ def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(
     assert kept.value == b"value"
 
 
+class Slow(socketserver.StreamRequestHandler):
+    """Between a client and a real Redis: passes answers on, at some time a byte now and then."""
+
+    dripping = threading.Event()
+    real = ""
+
+    def handle(self) -> None:
+        with socket.socket(socket.AF_UNIX) as there, contextlib.suppress(OSError):
+            there.connect(self.real)
+            answers = threading.Thread(target=self._back, args=(there,), daemon=True)
+            answers.start()
+            while asked := self.request.recv(65536):
+                there.sendall(asked)
+
+    def _back(self, there: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while answer := there.recv(65536):
+                # Minutes for a value of some kilobytes, and no wait of a second in them.
+                while answer and self.dripping.is_set():
+                    self.request.sendall(answer[:1])
+                    answer = answer[1:]
+                    time.sleep(0.05)
+                self.request.sendall(answer)
+
+
+@contextmanager
+def serving(handler: type[socketserver.BaseRequestHandler]) -> Iterator[str]:
+    """The URL of a server that is no Redis."""
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"redis://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_redis_that_drips_is_read_until_its_time_is_over_and_used_again_when_it_is_not(
+    server: Server, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Through(Slow):
+        dripping, real = threading.Event(), str(server.socket)
+
+    clock = SettableClock.at_real_time()
+    with serving(Through) as url:
+        store = RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock)
+        store.put(KEY, b"x" * 50_000, ttl=1000)
+        store.PATIENCE = 1.0
+        Through.dripping.set()
+        assert store.get(KEY) is None
+        assert "Redis does not answer (TimeoutError)" in caplog.text
+        # One that drips from the first word on, and while it is asked for a lock.
+        fresh = RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock)
+        fresh.PATIENCE = 1.0
+        with fresh.lock(KEY, patience=0.1) as held:
+            assert held
+        Through.dripping.clear()
+        store.PATIENCE = 60.0
+        clock.advance(RedisStore.REST + 1)
+        kept = store.get(KEY)
+        assert kept is not None
+        assert len(kept.value) == 50_000
+
+
+@pytest.mark.parametrize("begin", [b"$9999999999\r\n", b"*9999999999\r\n", b"+", b""])
+def test_a_redis_that_answers_without_end_is_left_alone(
+    key_file: Path, caplog: pytest.LogCaptureFixture, begin: bytes
+) -> None:
+    sent: list[int] = []
+
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(begin)
+                while True:
+                    self.request.sendall(b":1\r\n" * 10_000)
+                    sent.append(40_000)
+
+    with serving(Endless) as url:
+        store = RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
+        store.PATIENCE = 60.0
+        assert store.get(KEY) is None
+    assert "this process goes on alone" in caplog.text
+    # What lies in the buffers of the sockets, and not what would have come in a minute.
+    assert sum(sent) < 64 * 1024 * 1024
+
+
+def test_a_value_larger_than_a_token_is_not_read_and_is_replaced(
+    server: Server, store: RedisStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put(OTHER, b"value", ttl=100)
+    with raw(server) as client:
+        client.set(f"hsmtoll:2:{KEY}", b"x" * (50 << 20), px=100_000)
+        client.config_resetstat()
+        assert store.get(KEY) is None
+        assert client.info("stats")["total_net_output_bytes"] < 1 << 20
+    assert "larger than any token" in caplog.text
+    # Redis itself is well.
+    assert store.get(OTHER) is not None
+    store.put(KEY, b"x" * 200_000, ttl=100)
+    assert store.get(KEY) is not None
+
+
 def test_a_lifetime_that_somebody_prolonged_ends_when_it_was_to_end(
     server: Server, store: RedisStore
 ) -> None:
@@ -393,7 +496,7 @@ def test_what_is_no_value_is_replaced_at_once(server: Server, store: RedisStore)
 
 
 #: What README names, and nothing else.
-ALLOWED = "+@connection +get +set +del +pttl +pexpire +time +watch +unwatch +multi +exec"
+ALLOWED = "+@connection +get +getrange +set +del +pttl +pexpire +time +watch +unwatch +multi +exec"
 
 
 def restricted(server: Server, key_file: Path, rules: str) -> RedisStore:
@@ -474,14 +577,10 @@ def test_what_answers_as_no_redis_does_is_left_alone(
                 while self.rfile.readline():
                     self.wfile.write(answer)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Odd) as odd:
-        odd.daemon_threads = True
-        threading.Thread(target=odd.serve_forever, daemon=True).start()
-        url = f"redis://127.0.0.1:{odd.server_address[1]}"
+    with serving(Odd) as url:
         one = RedisStore.at(url, key_file=key_file, ca_file=None, clock=SystemClock())
         one.put("a" * 64, b"token", ttl=60)
         assert one.get("a" * 64) is None
         with one.lock("a" * 64, patience=0.1):
             pass
-        odd.shutdown()
     assert "Traceback" not in caplog.text
