@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.benchmarks import growth, hosted, plots
+from tests.benchmarks import bounds, growth, hosted, plots
 from tests.benchmarks.stage import (
     HERE,
     ROUNDS,
@@ -323,6 +323,8 @@ def main() -> int:
         "renewal": growth.renewal,
         "signatures": growth.signatures,
         "processes": growth.processes,
+        "audit": bounds.audit,
+        "costs": bounds.costs,
     }
     # Ten minutes: only where it is named.
     long: dict[str, Callable[[Stage], Any]] = {"slow-device": growth.slow_device}
