@@ -6,6 +6,7 @@ What python-pkcs11 does not do by itself where a module answers oddly.
     read        one attribute, asked for twice where the answer says nothing about the device
     at_once     several attributes by one question, where the module answers it
     slots       every slot, although one of them answers C_GetSlotInfo with an error
+    logged_in   a session with a login, and none where the login is refused
     closed      a session, although C_Logout is refused
     able        a private key that signs, although CKA_SIGN cannot be read
 
@@ -18,6 +19,7 @@ import contextlib
 import ctypes
 import struct
 import sys
+import threading
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -29,14 +31,27 @@ from pkcs11 import exceptions as p11
 from hsmtoll.hsm.codes import about_the_device, number, said
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from pkcs11 import Object, ObjectClass, Session, Slot
+    from pkcs11 import Object, ObjectClass, Session, Slot, Token
 
-#: Its inner names have no types, and two of them are needed here.
+#: Two names that python-pkcs11 does not document, and that nothing public takes the place of:
+#: SignMixin, because it gives ``sign`` to keys alone that show CKA_SIGN, and FunctionFailed, which
+#: is all that it passes over when it asks an object for its class (`able`, `_patient`).
+#: Its version is bounded in pyproject.toml; a test of each says what a new one lacks.
 _inner: Any = _pkcs11
 
-__all__ = ["Unreadable", "able", "at_once", "closed", "found", "read", "slots", "with_value"]
+__all__ = [
+    "Unreadable",
+    "able",
+    "at_once",
+    "closed",
+    "found",
+    "logged_in",
+    "read",
+    "slots",
+    "with_value",
+]
 
 #: What the standard lets a module say to an attribute that it does not show.
 _NOT_SHOWN: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive)
@@ -187,8 +202,9 @@ def _quiet() -> Iterator[None]:
 
 # ---------------------------------------------------------------------- slots and sessions
 
-_GET_SLOT_INFO, _CLOSE_SESSION, _FUNCTIONS = 5, 13, 68
+_GET_SLOT_INFO, _OPEN_SESSION, _CLOSE_SESSION, _FUNCTIONS = 5, 12, 13, 68
 _Call = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
+_Open = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, *[ctypes.c_void_p] * 3)
 _Close = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
 #: The text of a CK_SLOT_INFO, and all of it: flags and two versions follow.
 _SLOT_TEXT, _SLOT_INFO = 64 + 32, 64 + 32 + 8 + 4
@@ -213,13 +229,9 @@ def _slots_one_by_one(
 ) -> list[tuple[Slot, PKCS11Error | None]]:
     # python-pkcs11 gives no slot at all where one of them cannot be described. So, for one
     # question, an empty description takes the place of the error.
-    table = _table(path)
-    if table is None or not _writable(ctypes.addressof(table)):
-        raise first
     broken: dict[int, int] = {}
-    real = _Call(table[_GET_SLOT_INFO])
 
-    def described(slot: int, info: int) -> int:
+    def described(real: Any, slot: int, info: int) -> int:
         answer = int(real(slot, info))
         if answer:
             broken[slot] = answer
@@ -227,13 +239,10 @@ def _slots_one_by_one(
             ctypes.memset(info + _SLOT_TEXT, 0, _SLOT_INFO - _SLOT_TEXT)
         return 0
 
-    ours = _Call(described)
-    before = table[_GET_SLOT_INFO]
-    table[_GET_SLOT_INFO] = ctypes.cast(ours, ctypes.c_void_p).value
-    try:
+    with _instead_of(_GET_SLOT_INFO, path, _Call, described) as replaced:
+        if not replaced:
+            raise first
         seen: list[Slot] = lib.get_slots(token_present=True)
-    finally:
-        table[_GET_SLOT_INFO] = before
     if not broken:
         raise first  # it was about something else
     return [(slot, _unmapped(broken.get(slot.slot_id))) for slot in seen]
@@ -241,6 +250,54 @@ def _slots_one_by_one(
 
 def _unmapped(answer: int | None) -> PKCS11Error | None:
     return None if answer is None else PKCS11Error(f"Unmapped error code {answer:#x}")
+
+
+def logged_in(token: Token, path: str, **login: Any) -> Session:
+    """
+    A session of the module at *path*, with a login.
+
+    python-pkcs11 opens the session first, and leaves it open where the login is refused, so that
+    each refusal would take one of those that the device has. It is closed here, unless the module
+    has a list of functions of its own for everybody, as p11-kit does.
+    """
+    left: list[int] = []
+    me = threading.get_ident()
+
+    def opened(real: Any, slot: int, flags: int, *rest: Any) -> int:
+        answer = int(real(slot, flags, *rest))
+        # Others in the process may use the module, too.
+        if not answer and threading.get_ident() == me:
+            left.append(ctypes.c_ulong.from_address(rest[-1]).value)
+        return answer
+
+    with _instead_of(_OPEN_SESSION, path, _Open, opened):
+        try:
+            return token.open(**login)
+        except BaseException:
+            for handle in left:
+                _close(path, handle)
+            raise
+
+
+@contextlib.contextmanager
+def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> Iterator[bool]:
+    """
+    In the list of functions of the module at *path*, *ours* in the place of one of the type *kind*,
+    which it gets as its first argument. Yields whether the list lets that be done.
+    """
+    table = _table(path)
+    if table is None or not _writable(ctypes.addressof(table)):
+        yield False
+        return
+    before = table[place]
+    real = kind(before)
+    # Held by its name: ctypes frees what nobody holds.
+    entry = kind(lambda *given: ours(real, *given))
+    table[place] = ctypes.cast(entry, ctypes.c_void_p).value
+    try:
+        yield True
+    finally:
+        table[place] = before
 
 
 def closed(session: Any, path: str) -> None:
@@ -253,9 +310,13 @@ def closed(session: Any, path: str) -> None:
     with contextlib.suppress(PKCS11Error):
         session.close()
         return
+    _close(path, session.handle)
+
+
+def _close(path: str, handle: int) -> None:
     table = _table(path)
     if table is not None and table[_CLOSE_SESSION]:
-        _Close(table[_CLOSE_SESSION])(session.handle)
+        _Close(table[_CLOSE_SESSION])(handle)
 
 
 @lru_cache

@@ -759,8 +759,6 @@ class Device:
     # ------------------------------------------------------------------ login
 
     def _log_in(self, here: _Open, *, rw: bool = False) -> None:
-        # python-pkcs11 opens the session and logs in with one call: where the PIN is refused,
-        # that session stays open. The ledger makes it one for each wrong value.
         login = here.login
         if login.there or self._pin is None:
             return
@@ -825,14 +823,14 @@ class Device:
 
     def _login_session(self, here: _Open, *, rw: bool, **login: Any) -> Session:
         try:
-            return here.token.open(rw=rw, **login)
+            return cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
         except _NO_ROOM:
             if _has_room(here.token):
                 raise  # the login was answered so, and not the session
             here.module.close(here.session)
         here.key = here.facts = None
-        here.session = anchor = here.token.open(rw=rw, **login)
-        return anchor
+        here.session = cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
+        return here.session
 
     def _log_in_anyway(self, here: _Open) -> bool:
         """

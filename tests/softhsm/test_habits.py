@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pkcs11.exceptions import PinLocked
 
 from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, doctor
 from hsmtoll.app import App
@@ -23,6 +24,7 @@ from hsmtoll.hsm.codes import NOT_TRIED
 from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.module import opened
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
@@ -753,6 +755,24 @@ def test_a_login_that_is_answered_with_the_number_of_sessions_is_not_made_twice(
 
     # CKR_SESSION_COUNT, and CKR_SESSION_HANDLE_INVALID, which is about no number of them.
     assert logins(0xB1) == logins(0xB3)
+
+
+def test_a_login_that_is_refused_leaves_no_session_open(
+    toll_settings: Settings, toll_faults: Faults, toll_softhsm: SoftHsm
+) -> None:
+    del toll_settings
+    # CKR_PIN_LOCKED without the flag for it, as a TPM in its pause: every call tries again.
+    toll_faults.set("call-fails", function="C_Login", rv=0xA4)
+    with program("none") as app:
+        for _ in range(4):
+            with pytest.raises(PinNotTried):
+                app.devices[0].sign("RS256", DATA)
+        assert (toll_faults.count("C_Login"), toll_faults.sessions()) == (4, 0)
+        # The library by itself leaves one.
+        (token,) = opened(toll_faults.module).lib.get_tokens(token_label=toll_softhsm.label)
+        with pytest.raises(PinLocked):
+            token.open(user_pin=toll_softhsm.pin)
+        assert toll_faults.sessions() == 1
 
 
 def test_a_command_says_once_that_the_device_is_away(
