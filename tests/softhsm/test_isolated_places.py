@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import hsmtoll
 from hsmtoll.errors import ConfigurationError
@@ -19,17 +24,21 @@ from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import SigningInput
+from tests.lab import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from hsmtoll.settings import Settings
+    from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
 
 SOURCE = Path(hsmtoll.__file__).parents[1]
+UWSGI = Path(sys.executable).with_name("pyuwsgi")
 PACKAGES = [each for each in sys.path if each.endswith(("site-packages", "dist-packages"))]
 
-#: Signs once, and says with how many bytes, or what went wrong.
-PROGRAM = """
+#: `signed` signs once, and returns with how many bytes, or what went wrong.
+SIGNED = """
 import os, sys
 sys.path[1:1] = os.environ["PLACES"].split(os.pathsep)
 from hsmtoll.app import App
@@ -37,13 +46,18 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 app = App(load())
-try:
-    print(len(app.devices[0].sign("RS256", SigningInput(b"a.b"))))
-except HsmTollError as exc:
-    print(exc.code, exc.exit_code, exc)
-finally:
-    app.close()
+
+def signed():
+    try:
+        return str(len(app.devices[0].sign("RS256", SigningInput(b"a.b"))))
+    except HsmTollError as exc:
+        return f"{exc.code} {exc.exit_code} {exc}"
+
+def loaded():
+    with open("/proc/self/maps") as maps:
+        return "loaded" if "softhsm" in maps.read() else "isolated"
 """
+PROGRAM = f"{SIGNED}\nprint(signed())\napp.close()\n"
 
 
 def python() -> str:
@@ -95,6 +109,164 @@ def test_a_program_in_an_archive_that_was_named_by_a_relative_path_is_followed(
                 archive.write(each, each.relative_to(SOURCE))
     argv = (python(), "-I", "app.pyz")
     assert run(toll_eseal, tmp_path, *argv, where=tmp_path, places=PACKAGES) == "256"
+
+
+@pytest.mark.parametrize(("isolation", "where"), [("process", "isolated"), ("none", "loaded")])
+def test_a_program_that_gevent_has_patched_signs_in_several_greenlets(
+    toll_eseal: ThrowAway, tmp_path: Path, isolation: str, where: str
+) -> None:
+    program = (
+        "from gevent import joinall, monkey, socket, spawn\n"
+        f"monkey.patch_all()\n{SIGNED}\n"
+        "import socket as patched\n"
+        "assert patched.socket is socket.socket\n"
+        "jobs = [spawn(signed) for _ in range(4)]\n"
+        "joinall(jobs, timeout=100)\n"
+        "print(*(job.value for job in jobs), loaded())\n"
+        "app.close()\n"
+    )
+    argv = (sys.executable, "-c", program)
+    places = [str(SOURCE)]
+    set_to = {"HSMTOLL_HSM__ISOLATION": isolation}
+    said = run(toll_eseal, tmp_path, *argv, where=tmp_path, places=places, **set_to)
+    assert said == f"256 256 256 256 {where}"
+
+
+def uwsgi_answers(
+    who: ThrowAway, folder: Path, *options: str, where: Path, isolation: str
+) -> tuple[str, str]:
+    """What a program in uWSGI answers, and the name of its sys.executable."""
+    (where / "program.py").write_text(
+        f"{SIGNED}\n"
+        "def application(environ, start_response):\n"
+        "    start_response('200 OK', [('Content-Type', 'text/plain')])\n"
+        "    return [f'{signed()} {loaded()}\\n{sys.executable}'.encode()]\n"
+    )
+    port = free_port()
+    given = {
+        **os.environ,
+        "PLACES": str(SOURCE),
+        "HSMTOLL_ENVIRONMENT": "sandbox",
+        "HSMTOLL_HSM__ISOLATION": isolation,
+        "HSMTOLL_STATE": str(folder),
+        **who.environ(),
+    }
+    server = subprocess.Popen(
+        [
+            *(UWSGI, "--need-app", "--master", "--die-on-term", "--wsgi-file", "program.py"),
+            *("--http-socket", f"127.0.0.1:{port}", *options),
+        ],
+        cwd=where, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(retries=20), timeout=60) as client:
+            answer, _, executable = client.get(f"http://127.0.0.1:{port}/").text.partition("\n")
+    finally:
+        server.terminate()
+        _, words = server.communicate(timeout=60)
+    assert answer, words
+    return answer, Path(executable).name
+
+
+@pytest.mark.parametrize(("isolation", "where"), [("process", "isolated"), ("none", "loaded")])
+def test_a_program_in_uwsgi_signs(
+    toll_eseal: ThrowAway, tmp_path: Path, isolation: str, where: str
+) -> None:
+    state = tmp_path / "state"
+    answer, executable = uwsgi_answers(toll_eseal, state, where=tmp_path, isolation=isolation)
+    assert (answer, executable[:6]) == (f"256 {where}", "python")
+    # A uWSGI that is a program of its own gives its own name for Python's.
+    options = ("--py-sys-executable", str(UWSGI))
+    answer, executable = uwsgi_answers(
+        toll_eseal, state, *options, where=tmp_path, isolation=isolation
+    )
+    assert (answer, executable) == (f"256 {where}", "pyuwsgi")
+
+
+def distributions(name: str) -> set[str]:
+    """*name* and what it needs, by its metadata."""
+    needed: set[str] = set()
+    open_ = [name]
+    while open_:
+        one = canonicalize_name(open_.pop())
+        if one in needed:
+            continue
+        needed.add(one)
+        required = map(Requirement, metadata.requires(one) or ())
+        open_ += [
+            each.name
+            for each in required
+            if each.marker is None or each.marker.evaluate({"extra": ""})
+        ]
+    return needed
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this tree and what it needs, and nothing else, as ``pip --target`` makes it."""
+    folder = tmp_path_factory.mktemp("installed") / "site-packages"
+    for name in distributions("hsmtoll"):
+        for each in metadata.files(name) or ():
+            if ".." not in each.parts and each.suffix not in {".pyc", ".pth"}:
+                target = folder / each
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(str(each.locate()), target)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(SOURCE / "hsmtoll", folder / "hsmtoll", ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+def shiv(folder: Path, archive: Path) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "-m", "shiv", "--site-packages", str(folder)),
+        *("--entry-point", "hsmtoll.__main__:main", "--output-file", str(archive)),
+    )
+
+
+def pex(folder: Path, archive: Path) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "-m", "pex", "--sources-directory", str(folder)),
+        *("--entry-point", "hsmtoll.__main__:main", "--output-file", str(archive)),
+        *("--pex-root", str(archive.parent / "build")),
+    )
+
+
+@pytest.mark.parametrize("made_by", [shiv, pex])
+def test_a_command_of_an_archive_with_everything_in_it_signs(
+    installed: Path,
+    toll_settings: Settings,
+    toll_faults: Faults,
+    tmp_path: Path,
+    made_by: Callable[[Path, Path], tuple[str, ...]],
+) -> None:
+    del toll_settings
+    archive = tmp_path / "hsmtoll.pyz"
+    told = subprocess.run(
+        made_by(installed, archive), capture_output=True, text=True, check=False, timeout=300
+    )
+    assert told.returncode == 0, told.stderr
+    variables = {
+        **os.environ,
+        "SHIV_ROOT": str(tmp_path / "shiv"),
+        "PEX_ROOT": str(tmp_path / "pex"),
+        "HSMTOLL_HSM__ISOLATION": "process",
+    }
+
+    def signs() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [python(), "-I", str(archive), "sign", "road"],
+            cwd=tmp_path, env=variables, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+
+    done = signs()
+    assert (done.returncode, done.stdout.count(".")) == (0, 2), done.stderr
+    # The module is in a process of its own: the command outlives its crash.
+    toll_faults.set("crash", function="C_Sign")
+    done = signs()
+    assert (done.returncode, "module-crashed" in done.stderr) == (30, True), done.stderr
+    # What is there comes from the archive alone.
+    alone = (python(), "-I", "-c", "import hsmtoll")
+    assert subprocess.run(alone, capture_output=True, cwd="/", check=False).returncode != 0
 
 
 @pytest.fixture
