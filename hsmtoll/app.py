@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from hsmtoll.engine import Counts, Engine
     from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
-    from hsmtoll.hsm.inspect import ModuleFacts
-    from hsmtoll.hsm.ledger import Ledger
+    from hsmtoll.hsm.facts import ModuleFacts
+    from hsmtoll.hsm.ledger import Ledger, Place
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
@@ -238,48 +238,58 @@ class App:
 
     def device(self, uri: KeyUri) -> Device:
         """The device of one key; with HSMTOLL_HSM__ISOLATION=process in processes of its own."""
-        from hsmtoll.hsm.device import Device
+        hsm = self.settings.hsm
+        return self._device(
+            uri,
+            signing_pin=self._pin("signing_pin", None),
+            public_key=self._public_key(),
+            use_final_try=self.use_final_try,
+            allow_exportable_key=hsm.allow_exportable_key,
+            audience=self._audience,
+            boot=lambda: self.clock.now().boot,
+        )
 
-        settings = self.settings
-        pin = self._pin("pin", uri)
-        told: dict[str, Any] = {
-            "pin": pin,
-            "signing_pin": self._pin("signing_pin", None) or pin,
+    def _device(self, uri: KeyUri, **told: Any) -> Device:
+        settings, path = self.settings, Path(self.module(uri))
+        told |= {
+            "pin": self.pin(uri),
             "ledger": self.ledger,
-            "public_key": self._public_key(),
-            "use_final_try": self.use_final_try,
-            "allow_exportable_key": settings.hsm.allow_exportable_key,
             "user_type": settings.hsm.user_type,
-            "boot": lambda: self.clock.now().boot,
         }
-        path = Path(self.module(uri))
         if settings.hsm.isolation == "none":
-            return Device(path, uri, lock_timeout=settings.deadline, **told)
-        from hsmtoll.hsm.isolated import IsolatedDevice
+            from hsmtoll.hsm.in_process import InProcessDevice
 
-        workers = settings.host.workers
-        told |= self.isolated_in
-        return IsolatedDevice(path, uri, deadline=settings.deadline, workers=workers, **told)
+            return InProcessDevice(path, uri, lock_timeout=settings.deadline, **told)
+        from hsmtoll.hsm.pool import WorkerDevice
+
+        told |= {"workers": settings.host.workers, **self.isolated_in}
+        return WorkerDevice(path, uri, deadline=settings.deadline, **told)
+
+    @property
+    def _audience(self) -> str | None:
+        """That of the grants to be signed, where the settings say so."""
+        try:
+            return self.endpoints.issuer
+        except ConfigurationError:
+            return None
 
     def inspect(self) -> ModuleFacts:
         """What is behind the module, seen from where `device` would put it."""
-        from hsmtoll.hsm.inspect import inspect
+        with self._device(self._named_uris()[0]) as device:
+            return device.inspect()
+
+    def places(self) -> tuple[Place, ...]:
+        """The PIN ledger's places of the devices that are named, or of all."""
+        found: list[Place] = []
+        for uri in self._named_uris():
+            with self._device(uri) as device:
+                found += device.places()
+        return tuple(found)
+
+    def _named_uris(self) -> tuple[KeyUri, ...]:
         from hsmtoll.hsm.uri import KeyUri
 
-        uri = self.uris()[0] if self.names_a_key else None
-        path, pin, patience = Path(self.module(uri)), self.pin(uri), self.settings.deadline
-        user = self.settings.hsm.user_type
-        if self.settings.hsm.isolation == "none":
-            return inspect(
-                path, ledger=self.ledger, uri=uri, pin=pin, user_type=user, lock_timeout=patience
-            )
-        from hsmtoll.hsm.isolated import IsolatedDevice
-
-        wanted = uri or KeyUri()
-        with IsolatedDevice(
-            path, wanted, pin=pin, ledger=self.ledger, user_type=user, deadline=patience
-        ) as device:
-            return device.inspect()
+        return self.uris() if self.names_a_key else (KeyUri(),)
 
     def pin(self, uri: KeyUri | None) -> PinSource | None:
         """The source of the user PIN, or ``None`` where none is set."""

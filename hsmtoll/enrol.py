@@ -20,7 +20,6 @@ from asn1crypto import algos, core, keys, x509
 from asn1crypto import csr as pkcs10
 
 from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, foreign
-from hsmtoll.jws import SigningInput
 from hsmtoll.x509 import certificate_checks, path_building
 from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import bundle_in
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.apis import Identity
-    from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.x509.certificate_files import Unreadable
@@ -62,9 +62,6 @@ _PRINTABLE: Final = re.compile(r"[A-Za-z0-9 '()+,\-./:=?]+")
 
 # EN 319 412-1 section 5.1.4: type of the register, country, number.
 _LEGAL_PERSON: Final = re.compile(r"(?:[A-Z]{3}|[A-Z]{2}:)[A-Z]{2}-.+")
-
-#: What is signed to find out which public key a private key has; it is no grant and no request.
-_PROOF: Final = SigningInput(b"hsmtoll: the public key of this key")
 
 _SIGNED_WITH: Final = {"RS256": "sha256_rsa", "RS384": "sha384_rsa", "RS512": "sha512_rsa"}
 
@@ -104,8 +101,6 @@ def generate(
     printable characters too, DeviceError ``key-exists`` (nothing is overwritten),
     ``key-refused`` or ``key-too-able``, and the errors of the login.
     """
-    from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
-
     if bits not in BITS:
         listed = ", ".join(map(str, sorted(BITS)))
         raise UsageError(f"key generate: {bits} bits; a key has one of {listed}")
@@ -118,8 +113,7 @@ def generate(
     if not named.isprintable():
         # Bytes that are no UTF-8 among them, of which python-pkcs11 dies.
         raise UsageError("key generate: a label is one line of printable characters, in UTF-8")
-    return objects.generate(
-        device,
+    return device.generate(
         bits=bits,
         label=named,
         key_id=id or device.uri.id,
@@ -186,8 +180,7 @@ def csr(
             "attributes": _Attributes([]),
         }
     )
-    # The one thing besides a grant that the key signs: built here, from names alone.
-    signature = device.sign(alg, SigningInput(info.dump()), candidates=(public,))
+    signature = device.sign_request(alg, info.dump(), public=public)
     request = _Request(
         {
             "certification_request_info": info,
@@ -222,11 +215,9 @@ def import_chain(
     is none), and DeviceError: ``certificate-refused`` where not even the leaf is taken,
     ``certificate-lost`` where the device did not keep all that it took, or had before.
     """
-    from hsmtoll.hsm import objects  # noqa: PLC0415 - python-pkcs11, seldom needed
-
     bundle = bundle_in(data, name)
     given = tuple(dict.fromkeys(bundle.certificates))
-    found = _matching(given, objects.keys(device)) or _hidden_match(device, given)
+    found = _matching(given, device.private_keys()) or _hidden_match(device, given)
     leaf, key = _leaf(given, bundle.unreadable, found)
     there = [each for stored in device.certificates() if (each := _read(stored.der))]
     faults = [
@@ -251,7 +242,7 @@ def import_chain(
     named = [(leaf.der, key.label, key.id)]
     named += [(each.der, _label(each), _ca_id(each)) for each in chain.certificates[1:]]
     instead = _in_a_file(file)
-    stored = objects.store(device, named, hint=instead)
+    stored = device.store(tuple(named), hint=instead)
     if stored.lost:
         raise _not_kept(stored.lost, [*chain.certificates, *there], instead)
     return Imported(
@@ -320,7 +311,7 @@ def _proven(device: Device, candidates: tuple[RsaPublicKey, ...]) -> RsaPublicKe
     if not candidates:
         return None
     try:
-        return device.signed("RS256", _PROOF, candidates=candidates)[1]
+        return device.self_test("RS256", candidates=candidates)
     except DeviceError as exc:
         if exc.code != "signature-wrong":
             raise

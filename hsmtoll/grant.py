@@ -76,7 +76,8 @@ class Grant:
         *now* is Maskinporten's time as far as known, in seconds since the epoch, taken
         after the device was unlocked. *jti* is used once: a second use is a replay (MP-012).
         """
-        return jws.signing_input(self._header_segment, self.claims(now=now, jti=jti))
+        unsigned = jws.signing_input(self._header_segment, self.claims(now=now, jti=jti))
+        return jws.SigningInput(unsigned)
 
     def claims(self, *, now: float, jti: str) -> dict[str, Any]:
         """The claims of `unsigned`."""

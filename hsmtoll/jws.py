@@ -34,8 +34,8 @@ __all__ = [
     "signing_input",
 ]
 
-#: RFC 7515 section 5.1: ``BASE64URL(header) . BASE64URL(payload)``, ASCII. A type of its
-#: own, so that nothing else can be handed to a signing device without a visible cast.
+#: RFC 7515 section 5.1: ``BASE64URL(header) . BASE64URL(payload)``, ASCII, of a grant: only
+#: `hsmtoll.grant` makes it. A device reads it back before it signs, and refuses anything else.
 SigningInput = NewType("SigningInput", bytes)
 
 #: The algorithms that Maskinporten takes (PROTOCOL M20): RSASSA-PKCS1-v1_5 with SHA-2.
@@ -65,13 +65,13 @@ def segment(part: Mapping[str, Any]) -> bytes:
     return _b64url(_JSON.encode(part).encode())
 
 
-def signing_input(header: Mapping[str, Any] | bytes, claims: Mapping[str, Any]) -> SigningInput:
+def signing_input(header: Mapping[str, Any] | bytes, claims: Mapping[str, Any]) -> bytes:
     """The bytes to be signed (RFC 7515 section 5.1); *header* may be a `segment` already."""
     first = header if isinstance(header, bytes) else segment(header)
-    return SigningInput(b".".join((first, segment(claims))))
+    return b".".join((first, segment(claims)))
 
 
-def compact(unsigned: SigningInput, signature: bytes) -> str:
+def compact(unsigned: bytes, signature: bytes) -> str:
     """The compact serialisation (RFC 7515 section 7.1)."""
     return b".".join((unsigned, _b64url(signature))).decode("ascii")
 

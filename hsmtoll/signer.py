@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.hsm.device import Device, KeyFacts, StoredCertificate
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
     from hsmtoll.tokens import Moment, TokenRequest
 
 __all__ = [
@@ -397,13 +398,12 @@ class LocalSigner:
             known = self._looked()
             leaf, grant = known.chain.leaf, self._grant_by_leaf(request, known)
             key = _key_of(leaf)
-        self.device.login()
         began = self.clock.now()
         issued_at = int(began.wall + self._skew.seconds)
         unsigned = grant.unsigned(now=issued_at, jti=jti)
-        signature, by = self.device.signed(self.alg, unsigned, candidates=(key, *self._guesses))
-        if by in self._guesses and by != key:
-            self._learned = by
+        made = self.device.sign(self.alg, unsigned, candidates=(key, *self._guesses))
+        if made.by in self._guesses and made.by != key:
+            self._learned = made.by
             raise DeviceError(
                 "signing: the signature belongs to another certificate than the one tried first",
                 hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
@@ -411,7 +411,7 @@ class LocalSigner:
                 scope="attempt",
                 retryable=True,
             )
-        if by != key:
+        if made.by != key:
             raise DeviceError(
                 "signing: the device's signature does not verify with the public key",
                 hint="key and certificate may not belong together, or the device is faulty\n"
@@ -426,7 +426,7 @@ class LocalSigner:
                 code="device-slow",
             )
         return SignedGrant(
-            jws.compact(unsigned, signature),
+            jws.compact(unsigned, made.value),
             jti=jti,
             scope=request.scope,
             issued_at=issued_at,
@@ -524,7 +524,7 @@ def looks(
     stored, key = seen()
     yield stored, key
     generation = device.generation
-    device.login(whatever=True)
+    device.certificates(force_login=True)
     if device.generation != generation:
         stored, key = seen()
         yield stored, key

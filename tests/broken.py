@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.doctor.facts import Answers, Facts, Revocation, Seen
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
-from hsmtoll.hsm.device import KeyFacts
-from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
+from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority

@@ -10,13 +10,16 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hsmtoll.app import App
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.settings import Settings
 from hsmtoll.tokens import Moment
 from tests.soak.measure import children
+
+if TYPE_CHECKING:
+    from hsmtoll.hsm.device import Device
 
 PIN = "24681012"
 
@@ -103,6 +106,12 @@ class Lab:
             "hsm": {"key": uris, **hsm},
         }
         return App(Settings.model_validate(chosen))
+
+
+def accepted(device: Device) -> bool:
+    """Whether the device took the PIN, after a first question."""
+    device.certificates()
+    return device.pin_accepted
 
 
 def free_port(*, together: int = 1) -> int:

@@ -6,7 +6,6 @@ import json
 import shlex
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -25,13 +24,13 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.hsm.inspect import places
-from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.x509.certificate import Certificate
 
 if TYPE_CHECKING:
-    from hsmtoll.hsm.device import KeyFacts, StoredCertificate
-    from hsmtoll.hsm.inspect import ModuleFacts
+    from pathlib import Path
+
+    from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, StoredCertificate
+    from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.settings import Settings
 
 __all__ = ["chain", "key", "objects", "pin"]
@@ -341,9 +340,7 @@ def pin_clear(options: GlobalOptions, *, as_json: bool) -> None:
     For after the device was unblocked to the same PIN, which would not be tried again otherwise.
     """
     app = options.app()
-    uris = app.uris() if app.names_a_key else (KeyUri(),)
-    user = app.settings.hsm.user_type
-    found = [each for uri in uris for each in places(Path(app.module(uri)), uri, user_type=user)]
+    found = app.places()
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
     forgotten = app.ledger.clear(*found)

@@ -14,7 +14,7 @@ from hsmtoll import apis, refusals
 
 if TYPE_CHECKING:
     from hsmtoll.doctor.facts import Facts, Seen
-    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.facts import KeyFacts
     from hsmtoll.x509.certificate import Certificate
     from hsmtoll.x509.path_building import Chain
 
@@ -23,7 +23,7 @@ __all__ = ["KEY_FLAGS", "TIME_FORMAT", "certificate_members", "evidence"]
 #: RFC 3339, UTC.
 TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 _PACKAGES: Final = ("hsmtoll", "python-pkcs11", "cryptography", "asn1crypto", "httpx")
-#: What a module reports of a key's protection, by the names of `hsm.device.KeyFacts`.
+#: What a module reports of a key's protection, by the names of `hsm.facts.KeyFacts`.
 KEY_FLAGS: Final = (
     "sensitive",
     "always_sensitive",

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from hsmtoll.app import App
-    from hsmtoll.hsm.device import Device, KeyFacts
-    from hsmtoll.hsm.inspect import ModuleFacts, TokenFacts
+    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.remote import Look
@@ -162,8 +162,7 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     try:
         path = Path(app.module(uri))
         found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
-        from hsmtoll.hsm.inspect import inspect  # noqa: PLC0415 - only here is a module loaded
-        from hsmtoll.hsm.pin import PinPad  # noqa: PLC0415 - as above
+        from hsmtoll.hsm.pin import PinPad  # noqa: PLC0415 - only here is a device used
 
         source = app.signing_pin(uri)
         # A pinpad has nobody at it for every signature.
@@ -173,10 +172,10 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
         certificates = tuple(readable(stored))
         found["certificates"] = certificates
         found["unread"] = unread_of(stored, app.supplied())
-        module = inspect(path, ledger=app.ledger, lock_timeout=app.settings.deadline)
+        module = device.inspect(log_in=False)
         found["module"] = module
         found["token"] = _token(module, uri)
-        found["logged_in"] = device.login()
+        found["logged_in"] = device.pin_accepted
         supplied = app.supplied()
         for stored, key in looks(device, supplied.certificates):
             certificates = tuple(readable(stored))
@@ -193,16 +192,14 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
 
 def sign(app: App, facts: Facts, place: int) -> Facts:
     """*facts* with one signature of the key at *place*, over what is no grant."""
-    from hsmtoll.hsm.device import SELF_TEST  # noqa: PLC0415 - only here is a module loaded
-
     seen = facts.seen[place]
     publics = [seen.key.public] if seen.key else []
     publics += [each.public_key for each in candidates_of(facts, seen)]
     candidates = tuple(dict.fromkeys(each for each in publics if each is not None))
     signed: bool | HsmTollError
     try:
-        verified = app.devices[place].signed(app.settings.alg, SELF_TEST, candidates=candidates)[1]
-        signed = verified is not None
+        by = app.devices[place].self_test(app.settings.alg, candidates=candidates)
+        signed = by is not None
     except HsmTollError as exc:
         signed = exc
     done = replace(seen, signed=signed)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.doctor.facts import Facts, Seen
-    from hsmtoll.hsm.device import KeyFacts
+    from hsmtoll.hsm.facts import KeyFacts
     from hsmtoll.settings import Settings
     from hsmtoll.x509.certificate import Certificate
 

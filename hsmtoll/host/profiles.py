@@ -232,7 +232,6 @@ class Profiles:
             "rules": {
                 "policy": str(self._path.absolute()),
                 "profile": name,
-                "audience": app.endpoints.issuer,
                 "issuer": settings.iss,
                 "kid": settings.kid,
                 "certificate_sha256": settings.hsm.certificate_sha256,

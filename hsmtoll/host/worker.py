@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
-from hsmtoll.grant import LIFETIME, MIN_LEFT, Read, read_grant
+from hsmtoll.grant import LIFETIME, MIN_LEFT, Read
 from hsmtoll.host.policy import Ask, Policy, allows
 from hsmtoll.hsm import worker
 
@@ -28,8 +28,8 @@ _AHEAD: Final = 10
 
 class Rules:
     """
-    What this process signs. *told*: ``policy`` (a path), ``profile``, ``audience``, and what the
-    profile's settings fix, else ``None``: ``issuer``, ``kid``, ``certificate_sha256``.
+    What this process signs. *told*: ``policy`` (a path), ``profile``, and what the profile's
+    settings fix, else ``None``: ``issuer``, ``kid``, ``certificate_sha256``.
     """
 
     def __init__(self, told: dict[str, Any]) -> None:
@@ -49,12 +49,8 @@ class Rules:
         except HsmTollError as exc:
             _log.warning("the device's process keeps the policy that it has: %s", exc)
 
-    def __call__(self, alg: str, unsigned: bytes) -> None:
-        """PolicyDenied (``not-allowed``) for what is no grant that some caller may have."""
-        try:
-            read = read_grant(alg, unsigned)
-        except ValueError as exc:
-            raise _refused(str(exc)) from None
+    def __call__(self, read: Read) -> None:
+        """PolicyDenied (``not-allowed``) for a grant that no caller may have."""
         self._check_profile(read)
         request = read.grant.request
         ask = Ask(
@@ -72,7 +68,6 @@ class Rules:
         told, grant = self._told, read.grant
         leaf = read.leaf.sha256 if read.leaf is not None else None
         for name, found, expected in (
-            ("aud", grant.audience, told["audience"]),
             ("iss", grant.issuer, told["issuer"] or grant.issuer),
             ("kid", grant.kid, told["kid"] if told["kid"] != "thumbprint" else grant.kid),
             ("x5c", leaf, told["certificate_sha256"] or leaf),

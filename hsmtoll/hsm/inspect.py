@@ -8,7 +8,7 @@ Works without a PIN, and then shows what can be seen without one. Nothing is sig
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pkcs11 import Attribute, ObjectClass, TokenFlag
@@ -17,11 +17,12 @@ from pkcs11.exceptions import PKCS11Error
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, speaking
-from hsmtoll.hsm.device import (
-    Device,
-    KeyFacts,
-    Login,
-    StoredCertificate,
+from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
+from hsmtoll.hsm.in_process import InProcessDevice
+from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.login import Login
+from hsmtoll.hsm.module import GATE, Module, opened
+from hsmtoll.hsm.reading import (
     certificates_of,
     device_facts,
     device_uri,
@@ -30,8 +31,6 @@ from hsmtoll.hsm.device import (
     pin_state,
     user_name,
 )
-from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.hsm.module import GATE, Module, opened
 from hsmtoll.hsm.uri import KeyUri
 
 if TYPE_CHECKING:
@@ -41,47 +40,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.hsm.pin import PinSource
 
-__all__ = ["ModuleFacts", "TokenFacts", "inspect", "places"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenFacts:
-    """
-    One p11_token. *pin_state* is the worst of ``ok count-low to-be-changed final-try locked
-    unset``; *refused* and *unresolved* count what the ledger remembers. *logged_in* says
-    whether private keys could be seen; *problem* is why not, or why nothing could be read.
-    """
-
-    uri: KeyUri
-    slot_id: int
-    slot_description: str
-    initialized: bool = False
-    login_required: bool = False
-    pinpad: bool = False
-    pin_state: str = "unset"
-    refused: int = 0
-    unresolved: int = 0
-    firmware: tuple[int, int] = (0, 0)
-    logged_in: bool = False
-    keys: tuple[KeyFacts, ...] = ()
-    certificates: tuple[tuple[KeyUri, StoredCertificate], ...] = ()
-    problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModuleFacts:
-    """
-    One module and its p11_tokens, slots that answer with an error included. *login* is why nobody
-    could log in, where that was tried.
-    """
-
-    path: str
-    manufacturer: str
-    description: str
-    version: tuple[int, int]
-    cryptoki: tuple[int, int]
-    tokens: tuple[TokenFacts, ...]
-    login: HsmTollError | None = None
+__all__ = ["inspect", "places"]
 
 
 def inspect(
@@ -95,7 +54,7 @@ def inspect(
 ) -> ModuleFacts:
     """
     What is behind *module_path*. With *pin*, the one p11_token that *uri* names is logged in to,
-    under the rules of Device; a PIN that is refused becomes its *problem*, and is not raised.
+    under the rules of PinLogin; a PIN that is refused becomes its *problem*, and is not raised.
 
     Raises ConfigurationError and DeviceError for the module itself.
     """
@@ -104,14 +63,14 @@ def inspect(
         with contextlib.ExitStack() as stack:
             problem: HsmTollError | None = None
             if pin is not None:
-                device = Device(
+                device = InProcessDevice(
                     module_path, wanted.device_only(), pin=pin, ledger=ledger,
                     user_type=user_type, lock_timeout=lock_timeout,
                 )  # fmt: skip
                 stack.callback(device.close)
                 try:
                     # Some keep private keys back, and do not say that they want a login.
-                    device.login(whatever=True)
+                    device.log_in(force=True)
                 except HsmTollError as exc:
                     problem = exc
             # After the login, which starts a module again that read half of its device.

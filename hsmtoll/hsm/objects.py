@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import Attribute, CertificateType, KeyType, ObjectClass
@@ -20,8 +19,9 @@ from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import away, number, said
-from hsmtoll.hsm.device import certificates_of, key_facts, object_uri
+from hsmtoll.hsm.facts import Stored
 from hsmtoll.hsm.makers import maker_of
+from hsmtoll.hsm.reading import certificates_of, key_facts, object_uri
 from hsmtoll.x509.der import certificate_fields
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
     from pkcs11 import Object, Session, Token
 
-    from hsmtoll.hsm.device import Device, KeyFacts
+    from hsmtoll.hsm.facts import KeyFacts
+    from hsmtoll.hsm.in_process import InProcessDevice
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.uri import KeyUri
 
-__all__ = ["Stored", "generate", "keys", "store"]
+__all__ = ["generate", "keys", "store"]
 
 #: What the private key shall be.
 _KEPT: Final = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.SIGN: True}
@@ -84,21 +85,13 @@ _UNKNOWN: Final = "of unknown extractability"
 _SHORT_ID: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """
-    DERs that were *written*, were there before (*present*), and found no room (*left*). *lost*
-    are those that cannot be read back: the device did not keep them, or no longer.
-    """
-
-    written: tuple[bytes, ...]
-    present: tuple[bytes, ...]
-    left: tuple[bytes, ...]
-    lost: tuple[bytes, ...]
-
-
 def generate(
-    device: Device, *, bits: int, label: str, key_id: bytes | None, always_authenticate: bool
+    device: InProcessDevice,
+    *,
+    bits: int,
+    label: str,
+    key_id: bytes | None,
+    always_authenticate: bool,
 ) -> KeyUri:
     """
     A new RSA key pair on *device*: sensitive, not extractable, for signing and nothing else.
@@ -143,7 +136,7 @@ def generate(
         return object_uri(token, made[1], "private")
 
 
-def keys(device: Device) -> tuple[KeyFacts, ...]:
+def keys(device: InProcessDevice) -> tuple[KeyFacts, ...]:
     """What the device says about each of its private keys, after login."""
     with device.writing("reading the keys", rw=False) as (module, _, session):
         found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
@@ -151,10 +144,10 @@ def keys(device: Device) -> tuple[KeyFacts, ...]:
 
 
 def store(
-    device: Device,
+    device: InProcessDevice,
     certificates: Iterable[tuple[bytes, str, bytes]],
     *,
-    hint: str = "set HSMTOLL_HSM__CERTIFICATES to a file with the whole chain",
+    hint: str,
 ) -> Stored:
     """
     Write certificates, given as (DER, label, CKA_ID), the leaf first, and read them back.
@@ -195,9 +188,9 @@ def store(
 
 @contextlib.contextmanager
 def _writing(
-    device: Device, doing: str, hint: str, code: str
+    device: InProcessDevice, doing: str, hint: str, code: str
 ) -> Iterator[tuple[Module, Token, Session]]:
-    """`Device.writing`, where a refusal to write at all gets *hint* and *code*."""
+    """`InProcessDevice.writing`, where a refusal to write at all gets *hint* and *code*."""
     try:
         with device.writing(doing) as opened:
             yield opened

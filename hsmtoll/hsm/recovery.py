@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from hsmtoll.errors import DeviceError, HsmTollError, foreign
 from hsmtoll.hsm.codes import recoverable
@@ -22,53 +22,51 @@ from hsmtoll.hsm.codes import recoverable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["RESTART_PAUSE", "SIGNING", "Breaker", "mended"]
+__all__ = ["RESTART_PAUSE", "SIGNING", "Breaker", "cured"]
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 #: What a signature is called here: a device that makes one is up.
 SIGNING: Final = "signing"
 #: Seconds. A module is not started again more often.
 RESTART_PAUSE: Final = 30.0
+#: Failures with which a device counts as down.
+_OPEN: Final = 2
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 10.0
+# What the next caller's new process may do better, once.
+_OF_THE_PROCESS: Final = frozenset({"device-hung", "module-crashed"})
 
 
-def mended(call: Callable[[], _T], steps: Iterable[Callable[[HsmTollError], bool]]) -> _T:
+def cured(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], bool]]) -> bool:
     """
-    What *call* returns. After an error it is made again as soon as one of *steps*, in their
-    order and each at most once, says that it changed something.
+    Whether the call that ended in *exc* is worth making again: as soon as one of the *steps* that
+    are left, in their order and each at most once, says that it changed something.
 
     A step is given the error and decides for itself whether it can help. Errors about a PIN
     never reach one, unless nobody looked at it and they say that another try is worth it.
     """
-    left = iter(steps)
-    while True:
-        try:
-            return call()
-        except HsmTollError as exc:
-            if exc.exit_code != DeviceError.exit_code and not exc.retryable:
-                raise
-            taken = next((step.__name__.strip("_") for step in left if step(exc)), None)
-            if taken is None:
-                raise
-            _log.info("%s after: %s", taken.replace("_", " "), exc)
+    if exc.exit_code != DeviceError.exit_code and not exc.retryable:
+        return False
+    taken = next((step.__name__.strip("_") for step in steps if step(exc)), None)
+    if taken is not None:
+        _log.info("%s after: %s", taken.replace("_", " "), exc)
+    return taken is not None
 
 
 class Breaker:
     """
     Says ``device-down`` at once instead of letting callers queue at a device that is.
 
-    It opens after *threshold* failures in a row, lets one caller try after 1 s, then 2, 4, …
-    10 s, and closes when what failed worked, or a signature was made. *boot* is a clock in
-    seconds that never goes back. `trying` admits, and judges what the call inside came to.
+    It opens when nothing helped, or the second process in a row died or hung; lets one caller
+    try after 1 s, then 2, 4, … 10 s, and closes when what failed worked, or a signature was made.
+    *boot* is a clock in seconds that never goes back. `trying` admits, and judges what the call
+    inside came to.
     """
 
-    def __init__(self, name: object, *, boot: Callable[[], float], threshold: int = 1) -> None:
+    def __init__(self, name: object, *, boot: Callable[[], float]) -> None:
         self._name = name
         self._boot = boot
-        self._threshold = threshold
         self._lock = threading.Lock()
         self._failures = 0
         self._until = 0.0
@@ -90,7 +88,7 @@ class Breaker:
     @property
     def open(self) -> bool:
         """Whether the device counts as down."""
-        return self._failures >= self._threshold
+        return self._failures >= _OPEN
 
     def admit(self) -> None:
         """Raises DeviceError (``device-down``) while the device is left in peace."""
@@ -135,9 +133,10 @@ class Breaker:
         """The device did not answer, and nothing helped."""
         with self._lock:
             was_open, self._trying = self.open, None
-            self._failures += 1
+            again = self._failures > 0 or exc.code not in _OF_THE_PROCESS
+            self._failures = max(self._failures + 1, _OPEN if again else 0)
             self._failed_at = doing
-            over = min(self._failures - self._threshold, 8)
+            over = min(self._failures - _OPEN, 8)
             self._until = self._boot() + min(_FIRST_PAUSE * 2**over, _LONGEST_PAUSE)
             self._why = str(exc)
             tell = self.open and not was_open
@@ -153,7 +152,9 @@ class Breaker:
         """
         if not isinstance(exc, HsmTollError) or exc.scope == "attempt":
             self.undecided()
-        elif exc.exit_code == DeviceError.exit_code and recoverable(exc):
+        elif exc.code in _OF_THE_PROCESS or (
+            exc.exit_code == DeviceError.exit_code and recoverable(exc)
+        ):
             self.failed(exc, doing)
         elif self.open:
             self.undecided()

@@ -1,7 +1,7 @@
 """
-The process that a Device is isolated in.
+The process that a device is isolated in.
 
-It is started by `hsmtoll.hsm.isolated`, speaks over one socket alone, and ends with it. It says
+It is started by `hsmtoll.hsm.child`, speaks over one socket alone, and ends with it. It says
 hello before any module is loaded: what fails before that is no module's fault.
 Settings come as the first message and a PIN when a login needs it; neither environment nor
 argv has them.
@@ -17,35 +17,42 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import DeviceError, HsmTollError, from_data, to_data
-from hsmtoll.hsm import pipe
+from hsmtoll.errors import DeviceError, HsmTollError
+from hsmtoll.hsm.codec import decode, encode, hints
 from hsmtoll.hsm.device import Device
-from hsmtoll.hsm.inspect import inspect
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.pipe import Opening, Pipe, Reply
 from hsmtoll.hsm.protect import keep_secrets_in_memory
-from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hsmtoll.grant import Read
     from hsmtoll.hsm.pin import PinSource
-
-    #: Given the algorithm and what is to be signed.
-    Check = Callable[[str, bytes], None]
 
 #: Seconds that a call may still take once nobody waits for it any more.
 _GRACE: Final = 2.0
+#: What is answered, by the names of Device's methods. What a program with rules answers is enough
+#: to sign grants, and to see that the device works.
+_FOR_GRANTS: Final = frozenset({"certificates", "elsewhere", "key", "sign", "self_test", "close"})
+_QUESTIONS: Final = _FOR_GRANTS | {
+    "sign_request",
+    "generate",
+    "private_keys",
+    "store",
+    "inspect",
+    "places",
+}
 
 
 class _Asked:
     """The PIN source of the other side."""
 
-    def __init__(self, there: pipe.Pipe, user: str) -> None:
+    def __init__(self, there: Pipe, user: str) -> None:
         self._there = there
         self._user = user
 
@@ -53,59 +60,69 @@ class _Asked:
         self._there.send({"pin": self._user, "device": device})
         said = self._there.receive()
         if "error" in said:
-            raise from_data(said["error"], unknown=DeviceError)
+            raise decode(HsmTollError, said["error"])
         return Pin(
             said["value"], source=said["source"], version=said["version"], typed=said["typed"]
         )
 
 
-class _Told(logging.Handler):
+class _Records(logging.Handler):
     """What would be logged here, for the other side to log."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.records: list[list[Any]] = []
+        self._records: list[tuple[str, int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.records.append([record.name, record.levelno, record.getMessage()])
+        self._records.append((record.name, record.levelno, record.getMessage()))
+
+    def taken(self) -> tuple[tuple[str, int, str], ...]:
+        """All of them; the next time those that came since."""
+        taken, self._records = self._records, []
+        return tuple(taken)
 
 
 def main(
     descriptor: int,
     stderr: int | None = None,
     *,
-    rules: Callable[[dict[str, Any]], Check] | None = None,
+    rules: Callable[[dict[str, Any]], Callable[[Read], None]] | None = None,
 ) -> None:
     """
-    Serve one Device over the socket *descriptor* until the other side ends. *stderr*, where it is
-    given, becomes the standard error from here on. *rules* makes of what it is told a check that
-    is asked before each signature, and raises for what is not to be signed.
+    Serve one device over the socket *descriptor* until the other side ends. *stderr*, where it is
+    given, becomes the standard error from here on. *rules* makes of what it is told a check of
+    each grant before it is signed, which raises for what is not to be.
     """
     # It has the PIN and the login. A core file of a module that crashed would show them as well.
     keep_secrets_in_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    told = _Told()
+    records = _Records()
     logger = logging.getLogger("hsmtoll")
-    logger.addHandler(told)
+    logger.addHandler(records)
     logger.setLevel(logging.INFO)
     if stderr is not None:
         os.dup2(stderr, 2)
         os.close(stderr)
     with socket.socket(fileno=descriptor) as connection:
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-        there = pipe.Pipe(connection)
+        there = Pipe(connection)
         with contextlib.suppress(EOFError, OSError):
             there.send({"hello": os.getpid()})
-            settings = there.receive()
-            device = _device(there, settings)
-            check = rules(settings["rules"]) if rules is not None else None
-            with contextlib.closing(device):
+            opening: Opening = decode(Opening, there.receive())
+            check = rules(opening.rules or {}) if rules is not None else None
+            questions = _QUESTIONS if rules is None else _FOR_GRANTS
+            with _device(there, opening, check) as device:
                 while True:
                     question = there.receive()
-                    answer = _answered(device, question, check)
-                    answer |= {"generation": device.generation, "log": told.records}
-                    told.records = []
-                    there.send(answer)
+                    answer, error = _answered(device, question, questions)
+                    reply = Reply(
+                        generation=device.generation,
+                        pin_state=device.pin_state,
+                        pin_accepted=device.pin_accepted,
+                        log=records.taken(),
+                        error=error,
+                    )
+                    there.send({"answer": encode(answer), **encode(reply)})
                     if question["do"] == "close":
                         return
 
@@ -119,65 +136,41 @@ def _end_with(connection: socket.socket) -> None:
     os._exit(1)
 
 
-def _device(there: pipe.Pipe, told: dict[str, Any]) -> Device:
-    def source(user: str) -> PinSource | None:
-        return _Asked(there, user) if told[user] else None
+def _device(there: Pipe, opening: Opening, check: Callable[[Read], None] | None) -> InProcessDevice:
+    def source(user: str, given: bool) -> PinSource | None:
+        return _Asked(there, user) if given else None
 
-    return Device(
-        Path(told["module"]),
-        KeyUri.parse(told["uri"]),
-        pin=source("user"),
-        signing_pin=source("signing"),
-        ledger=Ledger(told["ledger"] and Path(told["ledger"]), optional=told["optional"]),
-        public_key=pipe.keys_from([told["public_key"]])[0],
-        use_final_try=told["use_final_try"],
-        allow_exportable_key=told["allow_exportable_key"],
-        user_type=told["user_type"],
-        lock_timeout=told["lock_timeout"],
+    return InProcessDevice(
+        opening.module_path,
+        opening.uri,
+        pin=source("user", opening.pin),
+        signing_pin=source("signing", opening.signing_pin),
+        ledger=Ledger(opening.ledger, optional=opening.ledger_optional),
+        public_key=opening.public_key,
+        use_final_try=opening.use_final_try,
+        allow_exportable_key=opening.allow_exportable_key,
+        user_type=opening.user_type,
+        audience=opening.audience,
+        rules=check,
+        lock_timeout=opening.lock_timeout,
+        back_off=False,
     )
 
 
-def _answered(device: Device, question: dict[str, Any], check: Check | None) -> dict[str, Any]:
+def _answered(
+    device: InProcessDevice, question: dict[str, Any], questions: frozenset[str]
+) -> tuple[Any, HsmTollError | None]:
+    """The answer, or why there is none."""
     try:
-        if question["do"] == "sign" and check is not None:
-            check(question["alg"], question["data"])
-        answer = _answer(device, question)
-        return {"data" if isinstance(answer, bytes) else "answer": answer}
+        do = question["do"]
+        if do not in questions:
+            return None, DeviceError("the device's process does not answer this", code="worker")
+        kinds = hints(getattr(Device, do))
+        told = {name: decode(kinds[name], question[name]) for name in question.keys() - {"do"}}
+        # Who asks for a signature verifies it, on the other side.
+        return getattr(device, "unverified" if do == "sign" else do)(**told), None
     except HsmTollError as exc:
-        return {"error": to_data(exc)}
+        return None, exc
     except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
         kind = type(exc).__name__
-        return {"error": to_data(DeviceError(f"the device's process: {kind}", code="worker"))}
-
-
-def _answer(device: Device, question: dict[str, Any]) -> Any:
-    candidates = [key for key in pipe.keys_from(question.get("candidates", [])) if key]
-    match question["do"]:
-        case "certificates":
-            return pipe.certificates_to(device.certificates(near=question["near"]))
-        case "login":
-            return device.login(whatever=question["whatever"])
-        case "elsewhere":
-            return pipe.certificates_to(device.elsewhere())
-        case "key":
-            return pipe.facts_to(device.key(candidates=candidates))
-        case "inspect":
-            return pipe.module_to(
-                inspect(
-                    device.module_path,
-                    ledger=device._ledger,  # noqa: SLF001 - what it was told, once more
-                    uri=device.uri,
-                    pin=device._pin,  # noqa: SLF001
-                    user_type=device.user_type,
-                )
-            )
-        case "sign":
-            unsigned = SigningInput(question["data"])
-            # Who can check it does, on the other side.
-            sign = device.unproven if candidates else device.sign
-            return sign(question["alg"], unsigned, candidates=candidates)
-        case "self-test":
-            return device.self_test(question["alg"], candidates=candidates).hex()
-        case _:
-            device.close()
-            return None
+        return None, DeviceError(f"the device's process: {kind}", code="worker")

@@ -16,6 +16,7 @@ from joserfc.errors import BadSignatureError
 from joserfc.jwk import RSAKey
 
 from tests.docker.containers import docker, run_docker, wait_for
+from tests.grants import DEFINED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,21 +27,24 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(600)
 
 #: A program in the middle of its work: one signature for each line that it is given.
-WORKER = """
+WORKER = (
+    DEFINED
+    + """
 import sys
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
-from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 
-device = App(load()).devices[0]
+app = App(load())
+device = app.devices[0]
 for _ in sys.stdin:
     try:
-        device.sign("RS256", SigningInput(b"work"))
+        device.sign("RS256", a_grant(audience=app.endpoints.issuer))
         print("signed", flush=True)
     except HsmTollError as exc:
         print(f"{exc.exit_code}", flush=True)
 """
+)
 
 
 def hsmtoll(*arguments: str, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:

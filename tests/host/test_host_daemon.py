@@ -33,7 +33,7 @@ from hsmtoll.host.emergency_stop import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
 from hsmtoll.host.server import _Doors
-from hsmtoll.hsm.device import SELF_TEST
+from hsmtoll.hsm.signatures import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
 from tests.accounts import importable

@@ -14,7 +14,7 @@ import pytest
 from hsmtoll import apis, jws
 from hsmtoll.errors import PolicyDenied
 from hsmtoll.grant import Grant, read_grant
-from hsmtoll.hsm.isolated import IsolatedDevice
+from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.jws import SigningInput
 from tests.hosting import ME, ROAD_SCOPE, RunningHost, entry
 
@@ -30,14 +30,14 @@ class Taken:
     def __init__(self, service: RunningService) -> None:
         profile = service.profile()
         (device,) = profile.app.devices
-        assert isinstance(device, IsolatedDevice)
+        assert isinstance(device, WorkerDevice)
         self.device = device
         signed = profile.app.signer.sign(profile.app.engine.request(ROAD_SCOPE), jti="first")
         header, claims = jws.read_unverified(signed.assertion)
         self.header, self.claims = header, claims
 
     def ask(self, unsigned: bytes, alg: str = "RS256") -> bytes:
-        return self.device.unproven(alg, SigningInput(unsigned))
+        return self.device.sign(alg, SigningInput(unsigned)).value
 
     def refused(self, unsigned: bytes, alg: str = "RS256") -> str:
         with pytest.raises(PolicyDenied) as caught:

@@ -1,7 +1,7 @@
 """
-One Device in a process of its own, driven by lines of JSON: where it runs is the stack's affair.
+One device in a process of its own, driven by lines of JSON: where it runs is the stack's affair.
 
-    stdin   {"do": "sign", "alg": "RS256", "text": "header.payload"}
+    stdin   {"do": "sign", "alg": "RS256", "jti": "one"}
     stdout  {"answer": …} or {"error": {"type", "code", "exit", "message"}}
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 
 from hsmtoll import enrol
 from hsmtoll.errors import HsmTollError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
 from hsmtoll.testing.clock import SettableClock
+from tests.grants import a_grant
 
 
 class Driver:
@@ -33,7 +33,7 @@ class Driver:
         self.module = Path(told["module"])
         self.ledger = Ledger(Path(told["state"]))
         self.pin = PinValue.of(told["pin"])
-        self.device = Device(
+        self.device = InProcessDevice(
             self.module,
             KeyUri.parse(told["uri"]),
             pin=self.pin,
@@ -43,7 +43,8 @@ class Driver:
         )
 
     def sign(self, order: dict[str, Any]) -> str:
-        return self.device.sign(order["alg"], SigningInput(order["text"].encode())).hex()
+        unsigned = a_grant(order["alg"], jti=order["jti"], size=order.get("size", 0))
+        return self.device.sign(order["alg"], unsigned).value.hex()
 
     def threads(self, order: dict[str, Any]) -> list[str]:
         with ThreadPoolExecutor(order["threads"]) as pool:

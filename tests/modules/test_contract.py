@@ -11,6 +11,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from tests.grants import a_grant
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(300)
 
-TEXT = "header.payload"
 HASHES: dict[str, Any] = {
     "RS256": hashes.SHA256(),
     "RS384": hashes.SHA384(),
@@ -41,14 +42,14 @@ def test_the_key_is_found_by_its_uri_and_stays_inside(stack: Stack, tmp_path: Pa
 @pytest.mark.parametrize("alg", sorted(HASHES))
 def test_its_signatures_verify_elsewhere(stack: Stack, tmp_path: Path, alg: str) -> None:
     with stack.driver(tmp_path) as driver:
-        signature = bytes.fromhex(driver.does("sign", alg=alg, text=TEXT))
+        signature = bytes.fromhex(driver.does("sign", alg=alg, jti="one"))
         key = public(driver)
-    key.verify(signature, TEXT.encode(), padding.PKCS1v15(), HASHES[alg])
+    key.verify(signature, a_grant(alg), padding.PKCS1v15(), HASHES[alg])
     paths = [tmp_path / name for name in ("key", "signature", "text")]
     parts = (
         key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
         signature,
-        TEXT.encode(),
+        a_grant(alg),
     )
     for path, data in zip(paths, parts, strict=True):
         path.write_bytes(data)
@@ -61,61 +62,60 @@ def test_its_signatures_verify_elsewhere(stack: Stack, tmp_path: Path, alg: str)
 
 
 def test_it_signs_as_much_as_a_grant_with_certificates_holds(stack: Stack, tmp_path: Path) -> None:
-    text = "x" * 9216
+    text = a_grant(size=7000)
+    assert len(text) > 9216
     with stack.driver(tmp_path) as driver:
-        signature = bytes.fromhex(driver.does("sign", alg="RS256", text=text))
+        signature = bytes.fromhex(driver.does("sign", alg="RS256", jti="one", size=7000))
         key = public(driver)
-    key.verify(signature, text.encode(), padding.PKCS1v15(), hashes.SHA256())
+    key.verify(signature, text, padding.PKCS1v15(), hashes.SHA256())
     with pytest.raises(InvalidSignature):
-        key.verify(signature, text[1:].encode(), padding.PKCS1v15(), hashes.SHA256())
+        key.verify(signature, text[1:], padding.PKCS1v15(), hashes.SHA256())
 
 
 def test_a_wrong_pin_is_tried_once_and_the_right_one_still_works(
     stack: Stack, tmp_path: Path
 ) -> None:
     with stack.driver(tmp_path, pin=stack.wrong_pin) as driver:
-        first = driver.error("sign", alg="RS256", text=TEXT)
+        first = driver.error("sign", alg="RS256", jti="one")
         assert (first["type"], first["exit"]) == ("PinIncorrect", 20)
-        assert [driver.error("sign", alg="RS256", text=TEXT)["exit"] for _ in range(5)] == [21] * 5
+        assert [driver.error("sign", alg="RS256", jti="one")["exit"] for _ in range(5)] == [21] * 5
     # With six tries every one of these devices that locks would have locked.
     with stack.driver(tmp_path) as driver:
-        assert driver.does("sign", alg="RS256", text=TEXT)
+        assert driver.does("sign", alg="RS256", jti="one")
 
 
 def test_it_works_again_by_itself_after_it_was_lost(stack: Stack, tmp_path: Path) -> None:
     with stack.driver(tmp_path) as driver:
-        first = driver.does("sign", alg="RS256", text=TEXT)
+        first = driver.does("sign", alg="RS256", jti="one")
         with stack.driver(tmp_path) as newcomer:
             stack.lose()
             try:
                 if stack.open_goes_on:
-                    assert driver.does("sign", alg="RS256", text=TEXT) == first
+                    assert driver.does("sign", alg="RS256", jti="one") == first
                 else:
-                    assert driver.error("sign", alg="RS256", text=TEXT)["exit"] == 30
-                    assert driver.error("sign", alg="RS256", text=TEXT)["code"] == "device-down"
-                assert newcomer.error("sign", alg="RS256", text=TEXT)["exit"] == 30
+                    assert driver.error("sign", alg="RS256", jti="one")["exit"] == 30
+                    assert driver.error("sign", alg="RS256", jti="one")["code"] == "device-down"
+                assert newcomer.error("sign", alg="RS256", jti="one")["exit"] == 30
             finally:
                 stack.back()
             for each in (driver, newcomer):
                 each.does("advance", seconds=31)
-                assert each.does("sign", alg="RS256", text=TEXT) == first
+                assert each.does("sign", alg="RS256", jti="one") == first
 
 
 def test_threads_share_it(stack: Stack, tmp_path: Path) -> None:
     with stack.driver(tmp_path) as driver:
-        signatures = driver.does("threads", alg="RS256", text=TEXT, threads=4, times=20)
+        signatures = driver.does("threads", alg="RS256", jti="one", threads=4, times=20)
         (only,) = set(signatures)
-        public(driver).verify(
-            bytes.fromhex(only), TEXT.encode(), padding.PKCS1v15(), HASHES["RS256"]
-        )
+        public(driver).verify(bytes.fromhex(only), a_grant(), padding.PKCS1v15(), HASHES["RS256"])
 
 
 def test_a_fork_signs_or_is_told_why_not_and_the_parent_goes_on(
     stack: Stack, tmp_path: Path
 ) -> None:
     with stack.driver(tmp_path) as driver:
-        first = driver.does("sign", alg="RS256", text=TEXT)
-        said = driver.does("fork", alg="RS256", text=TEXT)
+        first = driver.does("sign", alg="RS256", jti="one")
+        said = driver.does("fork", alg="RS256", jti="one")
     assert said["parent"] == first
     if stack.fork_safe:
         assert said["child"] == {"answer": first}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(300)
 
-SIGN = {"alg": "RS256", "text": "header.payload"}
+SIGN = {"alg": "RS256", "jti": "one"}
 
 
 def wrong(stack: Stack, state: Path, pin: str, **more: object) -> tuple[int, str]:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.grants import DEFINED
+
 _PROGRAM = r"""
 import json
 import sys
@@ -49,24 +51,27 @@ with token.open(rw=True, user_pin="1234") as session:
 print(json.dumps(found))
 """
 
-_OURS = """
+_OURS = (
+    DEFINED
+    + """
 import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 for label in ("ours", "control"):
-    with Device(Path(sys.argv[1]), KeyUri.parse("pkcs11:token=lab;object=" + label),
+    with InProcessDevice(Path(sys.argv[1]), KeyUri.parse("pkcs11:token=lab;object=" + label),
                 pin=PinValue.of("1234"), ledger=Ledger(Path(sys.argv[2]))) as device:
         try:
             facts = device.key()
-            device.sign("RS256", b"e30.e30")
+            device.sign("RS256", a_grant())
             print(label, facts.protected, facts.never_extractable)
         except DeviceError as error:
             print(label, error.code)
 """
+)
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
 

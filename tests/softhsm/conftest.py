@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import Pin, PinSource, PinValue
@@ -111,9 +111,9 @@ class DeviceSoftHsm:
         signing_pin: PinSource | None = None,
         public_key: RsaPublicKey | None = None,
         allow_exportable_key: bool = False,
-    ) -> Device:
-        """A Device for one key (path attributes without the device's) of this one."""
-        return Device(
+    ) -> InProcessDevice:
+        """A device for one key (path attributes without the device's) of this one."""
+        return InProcessDevice(
             module or self.module,
             KeyUri.parse(f"pkcs11:token=lab;{key}"),
             # As typed: other tests of the room give wrong ones, and the device counts them.

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import doctor
 from hsmtoll.errors import CertificateError, ConfigurationError
-from hsmtoll.hsm import objects
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.tokens import TokenRequest
 from tests.lab import Lab, make_lab
@@ -208,7 +207,7 @@ def test_one_beside_the_key_on_the_device_is_named_by_its_label(
         facts = device.key()
         # Fields as they should be, but for a time that is none.
         odd = re.sub(rb"(\x17\x0d[0-9]{12})Z", rb"\1z", leaf, count=1)
-        objects.store(device, [(odd, "its own", facts.id)])
+        device.store(((odd, "its own", facts.id),), hint="")
         with pytest.raises(CertificateError, match="'its own' on the device cannot be read"):
             sent(app)
 

@@ -15,7 +15,7 @@ from pkcs11.constants import CertificateType
 
 from hsmtoll import doctor, enrol
 from hsmtoll.errors import CertificateError, ConfigurationError
-from hsmtoll.hsm import objects
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem
 from tests.lab import Lab, make_lab
 
@@ -142,7 +142,7 @@ def test_without_a_pin_a_renewed_leaf_in_the_file_is_seen(
         public = device.key().public
         assert public is not None
         old = authority.issue(public.spki(), not_before=NOW - 9 * DAY, not_after=NOW - DAY)
-        objects.store(device, [(old.public_bytes(Encoding.DER), "renewed", b"\x41")])
+        device.store(((old.public_bytes(Encoding.DER), "renewed", b"\x41"),), hint="")
     new = authority.issue(public.spki())
     (tmp_path / "c.pem").write_bytes(pem(new, *authority.chain))
     app = lab.app("renewed", tmp_path, hsm={"pin": None, "certificates": tmp_path / "c.pem"})
@@ -164,6 +164,7 @@ def test_certificates_are_found_where_a_card_filled_its_file_up(
         filled = [der + more for der, more in zip(chain, filling, strict=True)]
         # The control: a field within it has another length, and no certificate is left.
         odd = chain[0].replace(b"\x17\x0d", b"\x17\x0e", 1)
+        assert isinstance(device, InProcessDevice)
         with device.writing("Writing as a card does") as (_, _, session):
             for value in (*filled, odd):
                 session.create_object(

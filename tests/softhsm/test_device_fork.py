@@ -8,30 +8,36 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.grants import DEFINED
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.softhsm.conftest import DeviceSoftHsm
 
-_HEAD = """
+_HEAD = (
+    DEFINED
+    + """
 import os, sys, threading, time
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state = Path(sys.argv[1]), Path(sys.argv[2])
 def make():
-    return Device(module, KeyUri.parse("pkcs11:token=lab;object=acme"), pin=PinValue.of("1234"),
-                  ledger=Ledger(state))
+    uri = KeyUri.parse("pkcs11:token=lab;object=acme")
+    return InProcessDevice(module, uri, pin=PinValue.of("1234"), ledger=Ledger(state))
 def check(device):
     for n in range(20):
-        assert device.key().public.verify("RS256", b"%d" % n, device.sign("RS256", b"%d" % n))
+        data = a_grant(str(n))
+        assert device.key().public.verify("RS256", data, device.sign("RS256", data).value)
 def child(device):
     check(device)
     device.close()
 """
+)
 
 # As gunicorn does with preload: the application is used once, then the workers are forked.
 _PRELOAD = """
@@ -66,7 +72,7 @@ for _ in range(20):
             try:
                 os.close(go)
                 os.read(ready, 1)
-                device.sign("RS256", b"at once")
+                device.sign("RS256", a_grant())
                 os._exit(0)
             except BaseException as error:
                 print(repr(error), file=sys.stderr, flush=True)
@@ -135,7 +141,7 @@ opened.lib = Tpm(opened.lib)
 pid = os.fork()
 if not pid:
     try:
-        device.sign("RS256", b"x")
+        device.sign("RS256", a_grant())
         os._exit(1)
     except HsmTollError as error:
         print(error.exit_code, error.code, "spawn" in error.hint, flush=True)

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import places
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin, PinPad, PinValue
 from hsmtoll.hsm.uri import KeyUri
+from tests.grants import DEFINED, a_grant
+from tests.lab import accepted
 from tests.softhsm.conftest import SOFTHSM, SPY, DeviceSoftHsm, make_softhsm
 
 if TYPE_CHECKING:
@@ -37,26 +39,29 @@ with pkcs11.lib(sys.argv[1]).get_token(token_label="lab").open(rw=True, user_pin
         )
 """
 
-_SIGN = """
+_SIGN = (
+    DEFINED
+    + """
 import os, sys
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinFile, PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, key, pin, signing = sys.argv[1:]
 source = PinFile(Path(pin)) if pin.startswith("/") else PinValue.of(pin)
-device = Device(
+device = InProcessDevice(
     Path(module), KeyUri.parse("pkcs11:token=lab;object=" + key), pin=source,
     signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
     ledger=Ledger(Path(state)),
 )
 try:
-    print(len(device.sign("RS256", b"e30.e30")))
+    print(len(device.sign("RS256", a_grant()).value))
 except HsmTollError as error:
     print(error.exit_code, error.code)
 """
+)
 
 
 @dataclass(frozen=True)
@@ -195,16 +200,16 @@ def test_another_device_of_the_process_does_not_log_in_again(
 ) -> None:
     one = device_softhsm.device("object=acme", tmp_path)
     two = device_softhsm.device("object=nopublic", tmp_path, pin="never read")
-    assert one.login()
+    assert accepted(one)
     assert two.key().label == "nopublic"
     one.close()
-    assert two.sign("RS256", b"e30.e30")  # type: ignore[arg-type]  # plain bytes will do here
+    assert two.sign("RS256", a_grant()).value
     two.close()
     # the last one logged out: the next login asks the device again
     with pytest.raises(PinIncorrect), device_softhsm.device("", tmp_path, pin="9999") as three:
-        three.login()
+        accepted(three)
     with device_softhsm.device("", tmp_path) as four:
-        assert four.login()
+        assert accepted(four)
 
 
 def test_a_login_by_other_code_of_the_process_proves_nothing_about_the_pin(
@@ -217,7 +222,7 @@ def test_a_login_by_other_code_of_the_process_proves_nothing_about_the_pin(
         lib.get_token(token_label="lab").open(user_pin="1234"),
         device_softhsm.device("object=acme", tmp_path, pin="9999") as device,
     ):
-        assert device.login() is False
+        assert accepted(device) is False
         assert device.key().label == "acme"
     assert "the PIN was not proven" in caplog.text
     assert Ledger(tmp_path).refusals(places(device_softhsm.module, KeyUri(token="lab"))[0]) == (
@@ -230,7 +235,7 @@ def test_no_pin_and_a_device_that_wants_one_is_not_a_crash(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
     with device_softhsm.device("object=acme", tmp_path, pin=None) as device:
-        assert device.login() is False
+        assert accepted(device) is False
         with pytest.raises(DeviceError):
             device.key()
 
@@ -243,19 +248,19 @@ def test_no_pin_shows_itself_when_it_is_refused(
     caplog.set_level(0)
     said = []
     for _ in range(2):
-        device = Device(
+        device = InProcessDevice(
             device_softhsm.module,
             KeyUri.parse("pkcs11:token=lab;object=acme"),
             pin=PinValue.of("4711-canary"),
             ledger=Ledger(tmp_path),
         )
         with pytest.raises((PinIncorrect, PinNotTried)) as caught:
-            device.login()
+            accepted(device)
         said += traceback.format_exception(caught.value)
         said.append(f"{device!r} {caught.value.hint}")
     assert "4711-canary" not in "".join(said) + caplog.text
     with device_softhsm.device("", tmp_path) as device:
-        assert device.login()
+        assert accepted(device)
 
 
 def test_a_pinpad_that_is_not_there_is_said_and_nothing_is_tried(
@@ -263,7 +268,7 @@ def test_a_pinpad_that_is_not_there_is_said_and_nothing_is_tried(
 ) -> None:
     with device_softhsm.device("object=acme", tmp_path, pin=PinPad()) as device:
         with pytest.raises(DeviceError) as caught:
-            device.login()
+            accepted(device)
         assert caught.value.code == "no-pinpad"
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
@@ -272,22 +277,22 @@ def test_a_wrong_pin_that_somebody_else_gave_is_for_a_person_to_judge(
     device_softhsm: DeviceSoftHsm, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with device_softhsm.device("", tmp_path, pin="9999") as device, pytest.raises(PinIncorrect):
-        device.login()
+        accepted(device)
     assert "pin-count-low" not in caplog.text
     # Another state directory: nothing is known there of the try above.
     given = PinValue.of("1234")
     with device_softhsm.device("", tmp_path / "other", pin=given) as device:
         with pytest.raises(PinNotTried) as caught:
-            device.login()
+            accepted(device)
         assert caught.value.code == "pin-count-low"
     assert not (tmp_path / "other" / "pin").is_dir() or "1234" not in "".join(
         each.read_text() for each in (tmp_path / "other" / "pin").iterdir()
     )
     typed = PinValue(Pin("1234", source="PROMPT", typed=True))
     with device_softhsm.device("", tmp_path / "other", pin=typed) as device:
-        assert device.login()
+        assert accepted(device)
     assert "pin-count-low: a wrong PIN was given" in caplog.text
     caplog.clear()
     with device_softhsm.device("", tmp_path, pin=given) as device:
-        assert device.login()
+        assert accepted(device)
     assert "pin-count-low" not in caplog.text

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import ConfigurationError, DeviceError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect, places
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.objects import keys
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.jws import RsaPublicKey
+from tests.grants import a_grant
+from tests.lab import accepted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
     from hsmtoll.testing.softhsm import SoftHsm
     from tests.softhsm.conftest import DeviceSoftHsm
 
-UNSIGNED = SigningInput(b"e30.e30")
+UNSIGNED = a_grant()
 
 
-def refused(device: Device) -> DeviceError:
+def refused(device: InProcessDevice) -> DeviceError:
     with device, pytest.raises(DeviceError) as caught:
         device.key()
     assert "\n" not in str(caught.value)
@@ -62,7 +64,7 @@ def test_no_key_says_which_keys_there_are_ready_to_paste(
     assert error.code == "key-missing"
     listed = [line for line in (error.hint or "").split() if line.startswith("pkcs11:")]
     wanted = next(KeyUri.parse(line) for line in listed if "object=acme" in line)
-    with Device(
+    with InProcessDevice(
         device_softhsm.module, wanted, pin=PinValue.of("1234"), ledger=Ledger(tmp_path)
     ) as device:
         assert device.key().label == "acme"
@@ -92,9 +94,9 @@ def test_the_uri_of_every_key_names_it_alone_whatever_it_lacks(
     argv = (str(toll_softhsm.module), toll_softhsm.label, toll_softhsm.pin)
     subprocess.run([sys.executable, "-c", _NAMELESS, *argv], check=True)
 
-    def device(uri: KeyUri) -> Device:
+    def device(uri: KeyUri) -> InProcessDevice:
         pin = PinValue.of(toll_softhsm.pin)
-        return Device(toll_softhsm.module, uri, pin=pin, ledger=Ledger(tmp_path))
+        return InProcessDevice(toll_softhsm.module, uri, pin=pin, ledger=Ledger(tmp_path))
 
     with device(KeyUri(token=toll_softhsm.label)) as one:
         found = keys(one)
@@ -127,7 +129,7 @@ def test_a_public_key_chooses_between_two(device_softhsm: DeviceSoftHsm, tmp_pat
         assert device.key().id == b"\x03"
     with device_softhsm.device("object=twin", tmp_path) as device:
         assert device.key(candidates=[RsaPublicKey(3, 3), public]).id == b"\x03"
-        signature = device.sign("RS256", UNSIGNED, candidates=[public])
+        signature = device.sign("RS256", UNSIGNED, candidates=[public]).value
     assert public.verify("RS256", UNSIGNED, signature)
 
 
@@ -152,7 +154,7 @@ def test_a_key_without_a_public_object_is_proven_by_its_modulus(
 ) -> None:
     with device_softhsm.device("object=nopublic", tmp_path) as device:
         public = device.key().public
-        signature = device.sign("RS256", UNSIGNED)
+        signature = device.sign("RS256", UNSIGNED).value
     assert public is not None
     assert public.verify("RS256", UNSIGNED, signature)
 
@@ -213,7 +215,7 @@ def test_a_uri_of_a_certificate_is_not_taken_for_a_key(
 def test_no_device_says_which_devices_there_are(
     device_softhsm: DeviceSoftHsm, tmp_path: Path, wrong: str
 ) -> None:
-    device = Device(
+    device = InProcessDevice(
         device_softhsm.module,
         KeyUri.parse(f"pkcs11:{wrong};object=acme"),
         pin=PinValue.of("1234"),
@@ -249,7 +251,7 @@ def test_inspection_shows_more_with_a_pin_and_every_uri_finds_its_object(
     assert after.logged_in
     assert {key.label for key in after.keys} >= {"acme", "curve", "loose", "imported"}
     acme = next(key for key in after.keys if key.label == "acme")
-    with Device(module, acme.uri, pin=PinValue.of("1234"), ledger=ledger) as device:
+    with InProcessDevice(module, acme.uri, pin=PinValue.of("1234"), ledger=ledger) as device:
         assert device.key().id == b"\x01"
 
 
@@ -265,4 +267,4 @@ def test_inspection_with_a_wrong_pin_still_shows_what_can_be_seen(
     assert lab.certificates
     assert ledger.clear(*places(device_softhsm.module, uri)) == 1
     with device_softhsm.device("object=acme", tmp_path) as device:  # clears the device's flag
-        assert device.login()
+        assert accepted(device)

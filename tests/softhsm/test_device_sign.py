@@ -12,11 +12,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
-from hsmtoll.hsm.device import Device, _mechanisms
+from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import ALGS, RsaPublicKey, SigningInput
+from hsmtoll.jws import ALGS, RsaPublicKey
+from tests.grants import a_grant
+from tests.lab import accepted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from hsmtoll.testing.softhsm import SoftHsm
     from tests.softhsm.conftest import DeviceSoftHsm
 
-UNSIGNED = SigningInput(b"eyJhbGciOiJSUzI1NiJ9.e30")
+UNSIGNED = a_grant()
 DIGESTS = {"RS256": "sha256", "RS384": "sha384", "RS512": "sha512"}
 
 
@@ -35,11 +37,12 @@ def test_openssl_verifies_what_the_device_signed(
 ) -> None:
     with device_softhsm.device("object=acme", tmp_path / "state") as device:
         public = device.key().public
-        signature = device.sign(alg, UNSIGNED)
+        unsigned = a_grant(alg)
+        signature = device.sign(alg, unsigned).value
     assert public is not None
     (tmp_path / "key.der").write_bytes(public.spki())
     (tmp_path / "signature").write_bytes(signature)
-    for data, verdict in ((UNSIGNED, 0), (UNSIGNED + b"x", 1)):
+    for data, verdict in ((unsigned, 0), (unsigned + b"x", 1)):
         (tmp_path / "data").write_bytes(data)
         done = subprocess.run(
             ["openssl", "dgst", f"-{DIGESTS[alg]}", "-verify", "key.der", "-keyform", "DER",
@@ -90,9 +93,9 @@ def allowed(softhsm: SoftHsm, key: str, mechanism: str) -> None:
     )  # fmt: skip
 
 
-def of_faults(softhsm: SoftHsm, faults: Faults, key: str, state: Path) -> Device:
+def of_faults(softhsm: SoftHsm, faults: Faults, key: str, state: Path) -> InProcessDevice:
     uri, pin = KeyUri.parse(softhsm.uri(key)), PinValue.of(softhsm.pin)
-    return Device(faults.module, uri, pin=pin, ledger=Ledger(state))
+    return InProcessDevice(faults.module, uri, pin=pin, ledger=Ledger(state))
 
 
 def test_a_key_that_may_be_used_by_the_raw_mechanism_alone_signs(
@@ -104,7 +107,8 @@ def test_a_key_that_may_be_used_by_the_raw_mechanism_alone_signs(
         assert public is not None
         assert "SHA256_RSA_PKCS" in device.key().mechanisms
         for alg in ALGS:
-            assert public.verify(alg, UNSIGNED, device.sign(alg, UNSIGNED))
+            data = a_grant(alg)
+            assert public.verify(alg, data, device.sign(alg, data).value)
         # Asked for once, and remembered as long as the session lives.
         assert toll_faults.count("C_SignInit") == len(ALGS) + 1
         assert "RSA_PKCS" in device.key().mechanisms
@@ -128,10 +132,10 @@ def test_a_key_that_wants_its_pin_each_time_may_have_the_raw_mechanism_alone(
 ) -> None:
     toll_softhsm.generate_key("raw-each", b"\x5f", always_authenticate=True)
     with of_faults(toll_softhsm, toll_faults, "raw-each", tmp_path) as device:
-        assert device.login()
+        assert accepted(device)
         toll_faults.set("nth-call-fails", function="C_SignInit", rv=0x70)
         before = toll_faults.count("C_Login")
-        assert device.sign("RS256", UNSIGNED)
+        assert device.sign("RS256", UNSIGNED).value
         # No PIN was spent on the mechanism that was not taken.
         assert toll_faults.count("C_Login") == before + 1
 
@@ -151,7 +155,7 @@ def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(
         facts = device.key()
         # the control: a candidate that is right where the device hides its half
         assert facts.public is not None
-        device._proven = strange
+        device._verifier._learned = strange
         device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
         with pytest.raises(DeviceError) as caught:
             device.sign("RS256", UNSIGNED)
@@ -167,8 +171,8 @@ def test_where_the_public_half_is_hidden_the_signature_chooses_the_candidate(
         assert right is not None
         wrong = RsaPublicKey((1 << 2047) | 1, 65537)
         device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
-        signature = device.sign("RS256", UNSIGNED, candidates=[wrong, right])
-        device._proven = None
+        signature = device.sign("RS256", UNSIGNED, candidates=[wrong, right]).value
+        device._verifier._learned = None
         with pytest.raises(DeviceError):
             device.sign("RS256", UNSIGNED, candidates=[wrong])
     key = rsa.RSAPublicNumbers(right.exponent, right.modulus).public_key()
@@ -200,7 +204,7 @@ def test_a_deleted_key_is_an_error_once_and_a_new_one_is_found_afterwards(
         assert caught.value.code == "key-missing"
         device_softhsm.python(making, "make")
         second = device.key().public
-        signature = device.sign("RS256", UNSIGNED)
+        signature = device.sign("RS256", UNSIGNED).value
         assert first != second
         assert second is not None
         assert second.verify("RS256", UNSIGNED, signature)

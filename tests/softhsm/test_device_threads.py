@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.grants import DEFINED
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -17,17 +19,19 @@ if TYPE_CHECKING:
 # scripts/soak lets them run a minute each.
 SECONDS = os.environ.get("TOLL_SOAK_SECONDS", "3")
 
-_THREADS = """
+_THREADS = (
+    DEFINED
+    + """
 import sys, threading, time
 from pathlib import Path
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, threads, seconds = sys.argv[1:]
 keys = ["object=acme", "object=nopublic", "id=%02", "id=%03"]
 devices = [
-    Device(Path(module), KeyUri.parse("pkcs11:token=lab;" + key), pin=PinValue.of("1234"),
+    InProcessDevice(Path(module), KeyUri.parse("pkcs11:token=lab;" + key), pin=PinValue.of("1234"),
            ledger=Ledger(Path(state)))
     for key in keys
 ]
@@ -38,8 +42,8 @@ def work(n):
     try:
         public, count = device.key().public, 0
         while time.monotonic() < until:
-            unsigned = b"%d.%d" % (n, count)
-            assert public.verify("RS256", unsigned, device.sign("RS256", unsigned))
+            unsigned = a_grant(f"{n}.{count}")
+            assert public.verify("RS256", unsigned, device.sign("RS256", unsigned).value)
             count += 1
             if count % 50 == 0:
                 device.certificates()
@@ -56,6 +60,7 @@ assert not bad, bad[:3]
 assert len(good) == int(threads) and min(good) > 0, good
 print(sum(good))
 """
+)
 
 _UNLOCKED = """
 import sys, threading, time, pkcs11
@@ -112,12 +117,12 @@ def test_a_thread_that_waits_too_long_is_told_so_and_the_other_goes_on(
     import threading
 
     from hsmtoll.errors import DeviceError
-    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.in_process import InProcessDevice
     from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.module import GATE
     from hsmtoll.hsm.uri import KeyUri
 
-    device = Device(
+    device = InProcessDevice(
         device_softhsm.module,
         KeyUri.parse("pkcs11:token=lab"),
         pin=None,

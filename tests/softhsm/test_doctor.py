@@ -12,12 +12,12 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import doctor
 from hsmtoll.errors import DeviceError, NetworkError
-from hsmtoll.jws import SigningInput
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.wire import Wire
 from tests.broken import revocation_list
-from tests.lab import PIN, Lab, make_lab
+from tests.grants import a_grant
+from tests.lab import PIN, Lab, accepted, make_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,7 +126,7 @@ def test_a_pinpad_is_no_pin_for_every_signature(lab: Lab, tmp_path: Path) -> Non
         app.close()
         app = lab.app("each", tmp_path, hsm=pin)
         with contextlib.suppress(DeviceError):
-            assert app.devices[0].sign("RS256", SigningInput(b"a.b"))
+            assert app.devices[0].sign("RS256", a_grant()).value
             # The doctor foretold it.
             assert not codes[str(pin)]
         app.close()
@@ -153,7 +153,7 @@ def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
     lab: Lab, tmp_path: Path, chain: Path
 ) -> None:
     app = lab.app("acme", tmp_path, hsm={"certificates": chain})
-    app.devices[0].login()
+    accepted(app.devices[0])
     said = {}
     for pin in (PIN, "99999999"):
         rider = lab.app("acme", tmp_path, hsm={"pin": pin, "certificates": chain})

@@ -9,8 +9,8 @@ import pytest
 
 from hsmtoll import DeviceError, UsageError, enrol
 from hsmtoll.app import App
-from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
+from tests.grants import a_grant
 from tests.pki import chain_for
 
 if TYPE_CHECKING:
@@ -64,15 +64,16 @@ def test_where_not_even_the_leaf_finds_room_it_is_an_error(
 
 
 def test_a_key_that_wants_its_pin_each_time_is_made_and_signs(
-    device: Device, toll_faults: Faults
+    device: Device, toll_faults: Faults, toll_settings: Settings
 ) -> None:
+    grant = a_grant(audience=str(toll_settings.endpoints.issuer))
     enrol.generate(device, bits=2048, always_authenticate=True)
     facts = device.key()
     before = toll_faults.count("C_Login")
 
     assert facts.always_authenticate is True
-    assert device.sign("RS256", SigningInput(b"a.b"))
-    assert device.sign("RS256", SigningInput(b"a.b"))
+    assert device.sign("RS256", grant).value
+    assert device.sign("RS256", grant).value
     # The context login, once a signature.
     assert toll_faults.count("C_Login") == before + 2
 

@@ -15,13 +15,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient, connect
 from hsmtoll.app import App
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
+from tests.grants import a_grant
+from tests.lab import accepted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,18 +36,19 @@ if TYPE_CHECKING:
     from hsmtoll.testing.softhsm import SoftHsm
 
 _T = TypeVar("_T")
-DATA = SigningInput(b"header.payload")
+DATA = a_grant()
 
 
 @pytest.fixture
 def device(toll_settings: Settings, toll_faults: Faults) -> Any:
     del toll_faults
     app = App(toll_settings)
-    yield app.devices[0]
-    app.close()
+    # One that is told no audience.
+    with app._device(app.uris()[0]) as made:
+        yield made
 
 
-def fails(device: Device) -> HsmTollError:
+def fails(device: InProcessDevice) -> HsmTollError:
     with pytest.raises(HsmTollError) as caught:
         device.sign("RS256", DATA)
     return caught.value
@@ -62,7 +65,12 @@ def fails(device: Device) -> HsmTollError:
     ],
 )
 def test_a_fault_has_its_class_and_the_pin_is_not_wasted(
-    device: Device, toll_faults: Faults, name: str, error: type, code: str | None, logins: int
+    device: InProcessDevice,
+    toll_faults: Faults,
+    name: str,
+    error: type,
+    code: str | None,
+    logins: int,
 ) -> None:
     toll_faults.set(name)
     told = fails(device)
@@ -73,17 +81,17 @@ def test_a_fault_has_its_class_and_the_pin_is_not_wasted(
 
 
 def test_a_low_count_is_a_warning_where_the_pin_was_accepted_before_and_else_a_refusal(
-    device: Device, toll_faults: Faults, caplog: pytest.LogCaptureFixture
+    device: InProcessDevice, toll_faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     toll_faults.set("pin-count-low")
     assert fails(device).code == "pin-count-low"
     assert toll_faults.count("C_Login") == 0
 
     toll_faults.clear()
-    assert device.login()
+    assert accepted(device)
     device.close()
     toll_faults.set("pin-count-low")
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     assert "pin-count-low: a wrong PIN was given" in caplog.text
 
 
@@ -106,7 +114,7 @@ def test_the_final_try_is_taken_where_a_person_says_so(
     toll_faults.set("pin-final-try")
     app = App(toll_settings, use_final_try=True)
 
-    assert app.devices[0].sign("RS256", DATA)
+    assert app.devices[0].sign("RS256", a_grant(audience=app.endpoints.issuer)).value
     assert toll_faults.count("C_Login") == 1
     app.close()
 
@@ -126,8 +134,8 @@ def _sign(**variables: str) -> subprocess.CompletedProcess[str]:
 
 def with_pins(
     softhsm: SoftHsm, faults: Faults, state: Path, pin: str, signing: str | None = None
-) -> Device:
-    return Device(
+) -> InProcessDevice:
+    return InProcessDevice(
         faults.module,
         KeyUri.parse(softhsm.uri("each" if signing else "toll")),
         pin=PinValue.of(pin),
@@ -154,7 +162,7 @@ def test_the_wrong_pin_that_locked_a_device_is_not_tried_again_when_it_is_unbloc
         assert toll_faults.count("C_Login") == before + bool(signing)
     right = toll_softhsm.pin
     with with_pins(toll_softhsm, toll_faults, tmp_path, right, signing and right) as device:
-        assert device.login()
+        assert accepted(device)
 
 
 def test_an_answer_of_locked_without_the_flag_says_nothing_about_the_pin(
@@ -164,8 +172,8 @@ def test_an_answer_of_locked_without_the_flag_says_nothing_about_the_pin(
     toll_faults.set("nth-call-fails", function="C_Login", rv=0xA4)
     with with_pins(toll_softhsm, toll_faults, tmp_path, toll_softhsm.pin) as device:
         with pytest.raises(PinNotTried):
-            device.login()
-        assert device.login()
+            accepted(device)
+        assert accepted(device)
 
 
 @pytest.mark.usefixtures("toll_settings")
@@ -223,9 +231,9 @@ def test_processes_that_keep_dying_in_the_login_stop_trying(toll_faults: Faults)
 
 
 def test_without_the_hashing_mechanism_the_digest_is_made_here(
-    device: Device, toll_faults: Faults, toll_eseal: ThrowAway
+    device: InProcessDevice, toll_faults: Faults, toll_eseal: ThrowAway
 ) -> None:
-    plain = device.sign("RS256", DATA)
+    plain = device.sign("RS256", DATA).value
     device.close()
     toll_faults.set("mechanism-missing")
     toll_faults.reset_counts()
@@ -240,12 +248,12 @@ def test_without_the_hashing_mechanism_the_digest_is_made_here(
     assert fails(device).code == "mechanism"
 
 
-def _after_one_error(device: Device) -> bytes:
+def _after_one_error(device: InProcessDevice) -> bytes:
     """What was cached of the device may cost one error; then it is asked anew."""
     try:
-        return device.sign("RS256", DATA)
+        return device.sign("RS256", DATA).value
     except DeviceError:
-        return device.sign("RS256", DATA)
+        return device.sign("RS256", DATA).value
 
 
 def test_where_the_public_half_is_hidden_the_first_grant_proves_the_leaf(
@@ -313,30 +321,32 @@ def _when_back(ask: Callable[[], _T]) -> _T:
 
 @pytest.mark.parametrize("name", ["session-lost", "handles-stale", "device-error"])
 def test_what_the_device_forgot_is_found_again_within_the_call(
-    device: Device, toll_faults: Faults, name: str
+    device: InProcessDevice, toll_faults: Faults, name: str
 ) -> None:
-    first = device.sign("RS256", DATA)
+    first = device.sign("RS256", DATA).value
     toll_faults.set(name)
 
-    assert device.sign("RS256", DATA) == first
+    assert device.sign("RS256", DATA).value == first
 
 
 def test_a_card_that_was_pulled_works_again_when_it_is_back(
-    device: Device, toll_faults: Faults
+    device: InProcessDevice, toll_faults: Faults
 ) -> None:
-    first = device.sign("RS256", DATA)
+    first = device.sign("RS256", DATA).value
     toll_faults.set("token-removed")
     assert isinstance(fails(device), DeviceError)
     assert fails(device).code == "device-down"
     toll_faults.clear("token-removed")
 
-    assert _when_back(lambda: device.sign("RS256", DATA)) == first
+    assert _when_back(lambda: device.sign("RS256", DATA).value) == first
 
 
-def test_a_slot_that_fails_does_not_hide_the_others(device: Device, toll_faults: Faults) -> None:
+def test_a_slot_that_fails_does_not_hide_the_others(
+    device: InProcessDevice, toll_faults: Faults
+) -> None:
     toll_faults.set("slot-error")
 
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
 
 
 def test_a_thousand_cached_tokens_ask_the_device_nothing(

@@ -19,33 +19,30 @@ from pkcs11.exceptions import PinLocked
 
 from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, doctor
 from hsmtoll.app import App
-from hsmtoll.hsm import objects
 from hsmtoll.hsm.codes import NOT_TRIED
-from hsmtoll.hsm.device import SELF_TEST
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import opened
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
 from hsmtoll.testing.softhsm import SoftHsm
 from hsmtoll.tokens import TokenRequest
+from tests.grants import a_grant
+from tests.lab import accepted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from hsmtoll.doctor import Check
+    from hsmtoll.jws import SigningInput
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
 
-DATA = SigningInput(b"header.payload")
-#: As long as an assertion with a whole chain.
-LONG = SigningInput(b"x" * 9000)
 ROAD = TokenRequest(scope="toll:eu/movement/road/v2")
 NOT_LOGGED_IN, DEVICE_ERROR, GENERAL_ERROR = 0x101, 0x30, 0x5
 
@@ -104,6 +101,15 @@ with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin)
 @pytest.fixture(params=["none", "process"])
 def isolation(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+def data(app: App, jti: str = "one") -> SigningInput:
+    return a_grant(audience=app.endpoints.issuer, jti=jti)
+
+
+def long(app: App) -> SigningInput:
+    """As long as an assertion with a whole chain."""
+    return a_grant(audience=app.endpoints.issuer, size=6500)
 
 
 @contextmanager
@@ -558,9 +564,9 @@ def test_a_hashing_mechanism_that_cannot_take_an_assertion_is_replaced_once_for_
     toll_faults.set("data-limit", n=1000, rv=code)
     with program(isolation) as app:
         (device,) = app.devices
-        assert device.sign("RS256", DATA)
+        assert device.sign("RS256", data(app)).value
         for _ in range(3):
-            assert device.sign("RS256", LONG)
+            assert device.sign("RS256", long(app)).value
         # One for the short one, one in vain, and then one for each.
         assert toll_faults.count("C_SignInit") == 1 + 1 + 3
         assert signed(app)
@@ -576,7 +582,7 @@ def test_the_self_test_of_a_signing_host_shows_what_cannot_take_a_grant(
         public = device.key().public
         assert public
         # By the mechanism that hashes, in vain, and by the other.
-        assert public.verify("RS256", SELF_TEST, device.self_test("RS256", candidates=[public]))
+        assert device.self_test("RS256", candidates=[public]) == public
         assert toll_faults.count("C_SignInit") == 2
 
 
@@ -615,15 +621,15 @@ def test_a_word_about_pin_person_or_presence_is_no_reason_for_another_mechanism(
     del toll_settings
     with program("none") as app:
         (device,) = app.devices
-        assert device.login()
+        assert accepted(device)
         toll_faults.set("call-fails", function="C_SignInit", rv=code)
         toll_faults.reset_counts()
         with pytest.raises(HsmTollError):
-            device.sign("RS256", LONG)
+            device.sign("RS256", long(app))
         toll_faults.clear()
         toll_faults.reset_counts()
         with program("none") as fresh:
-            assert fresh.devices[0].sign("RS256", LONG)
+            assert fresh.devices[0].sign("RS256", long(fresh)).value
     assert toll_faults.count("C_SignInit") == 1
 
 
@@ -636,13 +642,13 @@ def test_a_signature_without_the_zeros_that_it_begins_with_is_whole_again(
         public = device.key().public
         assert public is not None
         begins_with_zero = next(
-            data
-            for data in (SigningInput(b"%d.payload" % n) for n in range(20_000))
-            if device.sign("RS256", data)[0] == 0
+            each
+            for each in (data(app, str(n)) for n in range(20_000))
+            if device.sign("RS256", each).value[0] == 0
         )
     toll_faults.set("signature-short")
     with program(isolation) as app:
-        signature = app.devices[0].sign("RS256", begins_with_zero, candidates=[public])
+        signature = app.devices[0].sign("RS256", begins_with_zero, candidates=[public]).value
     assert len(signature) == 256
     assert public.verify("RS256", begins_with_zero, signature)
 
@@ -661,11 +667,11 @@ def test_a_signing_pin_that_is_set_is_given_although_the_device_asks_for_none(
     pin = toll_settings.hsm.pin_file
     assert pin is not None
     with program(isolation, hsm__key=own_pin, hsm__signing_pin_file=pin) as app:
-        assert app.devices[0].sign("RS256", DATA)
+        assert app.devices[0].sign("RS256", data(app)).value
     # Without one the setting is named, and the user's PIN is not tried in its place.
     toll_faults.reset_counts()
     with program(isolation, hsm__key=own_pin) as app, pytest.raises(DeviceError) as caught:
-        app.devices[0].sign("RS256", DATA)
+        app.devices[0].sign("RS256", data(app))
     assert caught.value.code == "signing-pin"
     assert "HSMTOLL_HSM__SIGNING_PIN_FILE" in (caught.value.hint or "")
     assert toll_faults.count("C_Login") == 2
@@ -679,7 +685,7 @@ def test_a_device_that_knows_no_pin_for_a_single_signature_signs_without(
     with program(isolation) as app:
         (device,) = app.devices
         for _ in range(3):
-            assert device.sign("RS256", DATA)
+            assert device.sign("RS256", data(app)).value
         # Asked for once.
         assert toll_faults.count("C_Login") == 2
 
@@ -724,13 +730,11 @@ def test_a_device_with_few_sessions_signs_and_lists_and_makes_keys(
         (device,) = app.devices
         for _ in range(2):
             assert signed(app)
-        made = objects.generate(
-            device, bits=2048, label="made", key_id=None, always_authenticate=False
-        )
+        made = device.generate(bits=2048, label="made", key_id=None, always_authenticate=False)
         assert made.object == "made"
         # It goes on with as few as before.
         assert signed(app)
-        assert {key.label for key in objects.keys(device)} == {"acme", "made"}
+        assert {key.label for key in device.private_keys()} == {"acme", "made"}
     if isolation == "none":
         assert toll_faults.sessions() == 0
     seen = command("objects", HSMTOLL_HSM__ISOLATION=isolation)
@@ -750,7 +754,7 @@ def test_a_login_that_is_answered_with_the_number_of_sessions_is_not_made_twice(
         toll_faults.set("call-fails", function="C_Login", rv=answer)
         # Each time in a process that has not loaded the module before.
         with program("process") as app, pytest.raises(DeviceError):
-            app.devices[0].sign("RS256", DATA)
+            app.devices[0].sign("RS256", data(app))
         return toll_faults.count("C_Login")
 
     # CKR_SESSION_COUNT, and CKR_SESSION_HANDLE_INVALID, which is about no number of them.
@@ -766,7 +770,7 @@ def test_a_login_that_is_refused_leaves_no_session_open(
     with program("none") as app:
         for _ in range(4):
             with pytest.raises(PinNotTried):
-                app.devices[0].sign("RS256", DATA)
+                app.devices[0].sign("RS256", data(app))
         assert (toll_faults.count("C_Login"), toll_faults.sessions()) == (4, 0)
         # The library by itself leaves one.
         (token,) = opened(toll_faults.module).lib.get_tokens(token_label=toll_softhsm.label)

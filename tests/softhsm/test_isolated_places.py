@@ -19,11 +19,11 @@ from packaging.utils import canonicalize_name
 
 import hsmtoll
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.hsm.isolated import IsolatedDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
+from tests.grants import DEFINED, a_grant
 from tests.lab import free_port
 
 if TYPE_CHECKING:
@@ -41,22 +41,24 @@ PACKAGES = [each for each in sys.path if each.endswith(("site-packages", "dist-p
 SIGNED = """
 import os, sys
 sys.path[1:1] = os.environ["PLACES"].split(os.pathsep)
+{DEFINED}
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
-from hsmtoll.jws import SigningInput
 from hsmtoll.settings import load
 app = App(load())
+# Some settings name no Maskinporten.
+grant = a_grant(audience=app._audience) if app._audience else a_grant()
 
 def signed():
     try:
-        return str(len(app.devices[0].sign("RS256", SigningInput(b"a.b"))))
+        return str(len(app.devices[0].sign("RS256", grant).value))
     except HsmTollError as exc:
         return f"{exc.code} {exc.exit_code} {exc}"
 
 def loaded():
     with open("/proc/self/maps") as maps:
         return "loaded" if "softhsm" in maps.read() else "isolated"
-"""
+""".replace("{DEFINED}", DEFINED)
 PROGRAM = f"{SIGNED}\nprint(signed())\napp.close()\n"
 
 
@@ -272,9 +274,9 @@ def test_a_command_of_an_archive_with_everything_in_it_signs(
 @pytest.fixture
 def device(
     toll_eseal: ThrowAway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[IsolatedDevice]:
+) -> Iterator[WorkerDevice]:
     monkeypatch.setenv("SOFTHSM2_CONF", str(toll_eseal.device.conf))
-    made = IsolatedDevice(
+    made = WorkerDevice(
         toll_eseal.device.module,
         KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label)),
         pin=PinValue.of(toll_eseal.device.pin, name="a test"),
@@ -293,11 +295,11 @@ def script(where: Path, name: str, text: str) -> str:
 
 
 def test_a_program_that_is_no_python_finds_one(
-    device: IsolatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: WorkerDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In uWSGI, sys.executable is uwsgi."""
     monkeypatch.setattr(sys, "executable", script(tmp_path, "uwsgi", "exit 1"))
-    assert len(device.sign("RS256", SigningInput(b"a.b"))) == 256
+    assert len(device.sign("RS256", a_grant()).value) == 256
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_a_program_that_is_no_python_finds_one(
     ],
 )
 def test_what_fails_before_a_module_is_loaded_is_not_the_modules_fault(
-    device: IsolatedDevice,
+    device: WorkerDevice,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     text: str,
@@ -317,20 +319,20 @@ def test_what_fails_before_a_module_is_loaded_is_not_the_modules_fault(
 ) -> None:
     monkeypatch.setattr(sys, "executable", script(tmp_path, "python3", text))
     with pytest.raises(ConfigurationError, match="could not be started") as caught:
-        device.sign("RS256", SigningInput(b"a.b"))
+        device.sign("RS256", a_grant())
     assert words in str(caught.value)
     assert (caught.value.code, caught.value.exit_code) == ("worker-start", 10)
     assert "maker" not in f"{caught.value} {caught.value.hint}"
     monkeypatch.undo()
-    monkeypatch.setenv("SOFTHSM2_CONF", str(device._ledger.directory))
+    monkeypatch.setenv("SOFTHSM2_CONF", str(tmp_path / "state"))
     # The next call starts another one, which gets as far as the module.
     with pytest.raises(hsmtoll.HsmTollError) as later:
-        device.sign("RS256", SigningInput(b"a.b"))
+        device.sign("RS256", a_grant())
     assert later.value.code != "worker-start"
 
 
 def test_sockets_that_do_not_block_are_made_to(
-    device: IsolatedDevice, monkeypatch: pytest.MonkeyPatch
+    device: WorkerDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of a gevent that has patched the program are."""
     real = socket.socketpair
@@ -341,4 +343,4 @@ def test_sockets_that_do_not_block_are_made_to(
         return ours, theirs
 
     monkeypatch.setattr(socket, "socketpair", pair)
-    assert len(device.sign("RS256", SigningInput(b"a.b"))) == 256
+    assert len(device.sign("RS256", a_grant()).value) == 256

@@ -13,21 +13,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
-from hsmtoll.hsm.isolated import IsolatedDevice
+from hsmtoll.hsm.child import Child
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
+from hsmtoll.signer import new_jti
+from hsmtoll.tokens import TokenRequest
 from tests.accounts import OTHER, importable
+from tests.grants import a_grant
 from tests.hosting import eventually
-from tests.lab import ended, workers
+from tests.lab import accepted, ended, workers
 from tests.soak.measure import children
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from hsmtoll.testing.identity import ThrowAway
     from hsmtoll.testing.softhsm import SoftHsm
 
-DATA = SigningInput(b"header.payload")
+DATA = a_grant()
 
 
 class Asked:
@@ -70,14 +74,14 @@ def make(
     pin: Asked,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[..., IsolatedDevice]]:
+) -> Iterator[Callable[..., WorkerDevice]]:
     monkeypatch.setenv("SOFTHSM2_CONF", str(toll_eseal.device.conf))
-    made: list[IsolatedDevice] = []
+    made: list[WorkerDevice] = []
 
-    def device(*, deadline: float = 30.0, workers: int = 1) -> IsolatedDevice:
+    def device(*, deadline: float = 30.0, workers: int = 1) -> WorkerDevice:
         uri = KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label))
         ledger = Ledger(tmp_path / "state")
-        one = IsolatedDevice(
+        one = WorkerDevice(
             toll_faults.module, uri, pin=pin, ledger=ledger, deadline=deadline, workers=workers
         )
         made.append(one)
@@ -95,25 +99,30 @@ def refused(device: Device) -> HsmTollError:
     return caught.value
 
 
+def signed(device: Device) -> bytes:
+    return device.sign("RS256", DATA).value
+
+
 def _read(process: int, name: str) -> bytes:
     return (Path("/proc") / str(process) / name).read_bytes()
 
 
 def test_the_answers_are_those_of_the_device_in_this_process(
-    make: Callable[..., IsolatedDevice], toll_settings: Settings
+    make: Callable[..., WorkerDevice], toll_settings: Settings
 ) -> None:
     isolated, app = make(), App(toll_settings)
     (plain,) = app.devices
     facts = isolated.key()
     assert facts.public is not None
     for alg in ("RS256", "RS384", "RS512"):
-        signature = isolated.sign(alg, DATA, candidates=[facts.public])
-        assert facts.public.verify(alg, DATA, signature)
-        assert signature == plain.sign(alg, DATA)
+        data = a_grant(alg, audience=app.endpoints.issuer)
+        signature = isolated.sign(alg, data, candidates=[facts.public]).value
+        assert facts.public.verify(alg, data, signature)
+        assert signature == plain.sign(alg, data).value
     assert facts == plain.key()
     # SoftHSM lists them in another order in each process.
     assert set(isolated.certificates()) == set(plain.certificates())
-    assert isolated.login()
+    assert accepted(isolated)
     app.close()
 
 
@@ -125,7 +134,7 @@ def test_the_setting_alone_isolates_and_a_token_is_fetched_that_way(
     with app.client() as client:
         assert client.token("road").value
         (device,) = app.devices
-        assert isinstance(device, IsolatedDevice)
+        assert isinstance(device, WorkerDevice)
         assert len(workers()) == 1
     assert workers() == []
 
@@ -239,10 +248,10 @@ def test_without_the_setting_no_process_is_started(toll_settings: Settings) -> N
 
 
 def test_a_hung_module_is_ended_at_the_deadline_and_the_next_call_works(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+    make: Callable[..., WorkerDevice], toll_faults: Faults, pin: Asked
 ) -> None:
     device = make(deadline=6.0)
-    first = device.sign("RS256", DATA)
+    first = device.sign("RS256", DATA).value
     (before,) = workers()
     toll_faults.set("hang")
     error = refused(device)
@@ -250,12 +259,12 @@ def test_a_hung_module_is_ended_at_the_deadline_and_the_next_call_works(
     assert "within 6 s" in str(error)
     assert not Path(f"/proc/{before}").exists()
     toll_faults.clear("hang")
-    assert device.sign("RS256", DATA) == first
+    assert device.sign("RS256", DATA).value == first
     assert pin.asked == 1
 
 
 def test_a_device_that_hangs_again_is_down_at_once_for_those_who_come_after(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make(deadline=1.5)
     toll_faults.set("hang", function="C_Initialize")
@@ -267,7 +276,7 @@ def test_a_device_that_hangs_again_is_down_at_once_for_those_who_come_after(
 
 @pytest.mark.parametrize("function", ["C_Initialize", "C_FindObjectsInit", "C_Sign"])
 def test_a_module_that_crashes_is_an_error_with_its_signal_and_the_next_call_works(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults, function: str
+    make: Callable[..., WorkerDevice], toll_faults: Faults, function: str
 ) -> None:
     device = make()
     toll_faults.set("crash", function=function)
@@ -275,18 +284,18 @@ def test_a_module_that_crashes_is_an_error_with_its_signal_and_the_next_call_wor
     assert (error.code, error.exit_code) == ("module-crashed", 30)
     assert "SIGABRT" in str(error)
     toll_faults.clear("crash")
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
 
 
 def test_a_child_that_was_killed_is_replaced(
-    make: Callable[..., IsolatedDevice],
+    make: Callable[..., WorkerDevice],
 ) -> None:
     device = make()
-    first = device.sign("RS256", DATA)
+    first = device.sign("RS256", DATA).value
     (child,) = workers()
     os.kill(child, 9)
     assert refused(device).code == "module-crashed"
-    assert device.sign("RS256", DATA) == first
+    assert device.sign("RS256", DATA).value == first
     assert workers() != [child]
 
 
@@ -299,7 +308,7 @@ def test_a_child_that_was_killed_is_replaced(
     ],
 )
 def test_the_child_has_no_secret_in_its_environment_or_on_its_command_line(
-    make: Callable[..., IsolatedDevice],
+    make: Callable[..., WorkerDevice],
     pin: Asked,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -317,7 +326,7 @@ def test_the_child_has_no_secret_in_its_environment_or_on_its_command_line(
 
 
 def test_a_wrong_pin_is_tried_once_whatever_the_number_of_children(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+    make: Callable[..., WorkerDevice], toll_faults: Faults, pin: Asked
 ) -> None:
     pin.value = "00000000"
     device = make(workers=3)
@@ -331,14 +340,14 @@ def test_a_wrong_pin_is_tried_once_whatever_the_number_of_children(
 
 
 def test_children_sign_in_parallel_and_ask_for_the_pin_once(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults, pin: Asked
+    make: Callable[..., WorkerDevice], toll_faults: Faults, pin: Asked
 ) -> None:
     device = make(workers=3)
     together = threading.Barrier(3)
 
     def sign(_: int) -> bytes:
         together.wait(60)
-        return device.sign("RS256", DATA)
+        return device.sign("RS256", DATA).value
 
     # Each call holds its child long enough for the others to need one of their own.
     toll_faults.set("slow", ms=300)
@@ -349,42 +358,66 @@ def test_children_sign_in_parallel_and_ask_for_the_pin_once(
     assert toll_faults.count("C_Login") == 3
 
 
-def test_a_child_is_asked_to_log_in_once_and_its_successor_again(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+def test_a_child_logs_in_once_and_its_successor_again(
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make()
-    assert device.login()
-    before = toll_faults.calls()
-    assert device.login()
-    # The control: what it remembers is its child's, and ends with it.
-    assert toll_faults.calls() == before
+    assert not device.pin_accepted
+    assert accepted(device)
+    assert accepted(device)
+    assert toll_faults.count("C_Login") == 1
+    # The control: what it has is its own, and ends with it.
     os.kill(workers()[0], signal.SIGKILL)
     assert refused(device).code == "module-crashed"
-    assert device.login()
+    assert accepted(device)
     assert toll_faults.count("C_Login") == 2
 
 
+def test_a_cold_assertion_asks_the_child_three_questions_and_a_warm_one_a_single_one(
+    toll_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del toll_settings
+    asked: list[str] = []
+    ask = Child.ask
+
+    def counted(child: Child, question: dict[str, Any], *rest: Any, **more: Any) -> Any:
+        asked.append(question["do"])
+        return ask(child, question, *rest, **more)
+
+    monkeypatch.setattr(Child, "ask", counted)
+    app = App(load(hsm__isolation="process"))
+    request = TokenRequest("toll:eu/movement/road/v2")
+    try:
+        assert app.signer.sign(request, jti=new_jti()).assertion
+        assert asked == ["certificates", "key", "sign"]
+        del asked[:]
+        assert app.signer.sign(request, jti=new_jti()).assertion
+        assert asked == ["sign"]
+    finally:
+        app.close()
+
+
 def test_what_a_child_signs_is_checked_on_this_side(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make()
     public = device.key().public
     assert public is not None
     stranger = RsaPublicKey(public.modulus + 2, public.exponent)
-    signature, by = device.signed("RS256", DATA, candidates=[public])
-    assert by == public
-    assert public.verify("RS256", DATA, signature)
+    made = device.sign("RS256", DATA, candidates=[public])
+    assert made.by == public
+    assert public.verify("RS256", DATA, made.value)
     # None of those offered: then it is whose the device says it is.
-    assert device.signed("RS256", DATA, candidates=[stranger])[1] == public
+    assert device.sign("RS256", DATA, candidates=[stranger]).by == public
     toll_faults.set("wrong-signature")
     for candidates in ([public], [stranger], []):
         with pytest.raises(DeviceError) as caught:
-            device.signed("RS256", DATA, candidates=candidates)
+            device.sign("RS256", DATA, candidates=candidates)
         assert caught.value.code == "signature-wrong"
 
 
 def test_who_finds_no_child_free_in_time_is_told_so(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make(deadline=6.0)
     device.sign("RS256", DATA)
@@ -408,29 +441,29 @@ def in_a_fork(work: Callable[[], bool]) -> bool:
 
 
 def test_a_forked_process_starts_children_of_its_own(
-    make: Callable[..., IsolatedDevice],
+    make: Callable[..., WorkerDevice],
 ) -> None:
     device = make()
-    first = device.sign("RS256", DATA)
-    assert in_a_fork(lambda: device.sign("RS256", DATA) == first)
-    assert device.sign("RS256", DATA) == first
+    first = device.sign("RS256", DATA).value
+    assert in_a_fork(lambda: device.sign("RS256", DATA).value == first)
+    assert device.sign("RS256", DATA).value == first
 
 
 def test_those_who_waited_at_the_fork_are_not_waited_for_in_the_forked_process(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make(deadline=20.0)
-    expected = device.sign("RS256", DATA)
+    expected = device.sign("RS256", DATA).value
     toll_faults.set("slow", ms=500, function="C_SignInit")
 
     def three_at_once() -> bool:
         with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+            asked = [pool.submit(signed, device) for _ in range(3)]
             return [each.result() for each in asked] == [expected] * 3
 
     with ThreadPoolExecutor(3) as pool:
         before = toll_faults.count("C_SignInit")
-        asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+        asked = [pool.submit(signed, device) for _ in range(3)]
         while toll_faults.count("C_SignInit") == before or device.wanted < 2:
             time.sleep(0.01)
         assert in_a_fork(three_at_once)
@@ -438,7 +471,7 @@ def test_those_who_waited_at_the_fork_are_not_waited_for_in_the_forked_process(
 
 
 def test_a_fork_while_somebody_types_the_pin_leaves_the_child_free_to_ask_for_it(
-    make: Callable[..., IsolatedDevice], pin: Asked
+    make: Callable[..., WorkerDevice], pin: Asked
 ) -> None:
     parent, typing, typed = os.getpid(), threading.Event(), threading.Event()
 
@@ -450,16 +483,16 @@ def test_a_fork_while_somebody_types_the_pin_leaves_the_child_free_to_ask_for_it
     pin.wait = wait
     device = make()
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(device.sign, "RS256", DATA)
+        asked = pool.submit(signed, device)
         assert typing.wait(30)
         try:
-            assert in_a_fork(lambda: bool(device.sign("RS256", DATA)))
+            assert in_a_fork(lambda: bool(device.sign("RS256", DATA).value))
         finally:
             typed.set()
         assert asked.result()
 
 
-def test_a_child_ends_with_those_who_started_it(make: Callable[..., IsolatedDevice]) -> None:
+def test_a_child_ends_with_those_who_started_it(make: Callable[..., WorkerDevice]) -> None:
     device = make()
     device.sign("RS256", DATA)
     (child,) = workers()
@@ -468,24 +501,24 @@ def test_a_child_ends_with_those_who_started_it(make: Callable[..., IsolatedDevi
 
 
 def test_who_asks_while_the_device_is_closed_is_answered_and_leaves_no_child(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make(deadline=60.0)
-    expected = device.sign("RS256", DATA)
+    expected = device.sign("RS256", DATA).value
     toll_faults.set("slow", ms=500, function="C_SignInit")
     before = toll_faults.count("C_SignInit")
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(device.sign, "RS256", DATA) for _ in range(3)]
+        asked = [pool.submit(signed, device) for _ in range(3)]
         while toll_faults.count("C_SignInit") == before:
             time.sleep(0.01)
         # One is being signed, two wait for its child.
         device.close()
-        signed = [each.result() for each in asked]
+        made = [each.result() for each in asked]
     # Nobody waited in vain for a child that was ended meanwhile: that ends in an error.
-    assert signed == [expected] * 3
+    assert made == [expected] * 3
     assert workers() == []
     # And it opens again, as a device does.
-    assert device.sign("RS256", DATA) == expected
+    assert device.sign("RS256", DATA).value == expected
 
 
 _LIAR = """#!{python}
@@ -493,33 +526,45 @@ import json, socket, struct, sys
 there = socket.socket(fileno=int(sys.argv[-1]))
 there.recv(65536)
 body = json.dumps({said}).encode()
-there.sendall(struct.pack(">II", len(body), {size}) + body + bytes({size}))
+there.sendall(struct.pack(">I", len(body)) + body)
 there.recv(65536)
 """
+_REPLY: dict[str, Any] = {
+    "generation": 0,
+    "pin_state": None,
+    "pin_accepted": True,
+    "log": [],
+    "error": None,
+}
+_SIGNATURE = {"value": "eight...", "by": None}
 
 
 @pytest.mark.parametrize(
-    ("said", "size"),
+    "said",
     [
-        ({"generation": 0, "log": []}, 0),
-        ({"log": [], "answer": 1}, 8),
-        ({"generation": "0", "log": []}, 8),
-        ({"generation": 0, "log": [1]}, 8),
-        ({"generation": 0, "log": [["hsmtoll", "loud", "x"]]}, 8),
-        ({"generation": 0, "log": 7}, 8),
-        ({"generation": 0, "log": [], "error": "words"}, 0),
-        ({"generation": 0, "log": [], "answer": "bytes are wanted"}, 0),
+        _REPLY,
+        {"log": [], "answer": _SIGNATURE},
+        _REPLY | {"answer": _SIGNATURE, "generation": "0x0g"},
+        _REPLY | {"answer": _SIGNATURE, "pin_accepted": 1},
+        _REPLY | {"answer": _SIGNATURE, "log": [1]},
+        _REPLY | {"answer": _SIGNATURE, "log": [["hsmtoll", "loud", "x"]]},
+        _REPLY | {"answer": _SIGNATURE, "log": 7},
+        _REPLY | {"answer": _SIGNATURE, "another": 1},
+        _REPLY | {"error": "words"},
+        _REPLY | {"answer": "a signature is wanted"},
+        _REPLY | {"answer": _SIGNATURE | {"value": "\u0100 is no byte"}},
+        _REPLY | {"answer": _SIGNATURE | {"by": {"modulus": 1}}},
+        _REPLY | {"answer": [*_SIGNATURE.values()]},
     ],
 )
 def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
-    make: Callable[..., IsolatedDevice],
+    make: Callable[..., WorkerDevice],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     said: dict[str, object],
-    size: int,
 ) -> None:
     liar = tmp_path / "python-liar"
-    liar.write_text(_LIAR.format(python=sys.executable, said=said, size=size), encoding="ascii")
+    liar.write_text(_LIAR.format(python=sys.executable, said=said), encoding="utf-8")
     liar.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(liar))
     error = refused(make())
@@ -528,7 +573,7 @@ def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
 
 
 def test_what_the_child_would_log_is_logged_here(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults, caplog: pytest.LogCaptureFixture
+    make: Callable[..., WorkerDevice], toll_faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     toll_faults.set("pin-count-low")
     make().sign("RS256", DATA)
@@ -536,7 +581,7 @@ def test_what_the_child_would_log_is_logged_here(
 
 
 def test_an_error_of_the_device_crosses_as_a_value(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     toll_faults.set("wrong-signature")
     error = refused(make())
@@ -546,7 +591,7 @@ def test_an_error_of_the_device_crosses_as_a_value(
 
 
 def test_a_hung_module_does_not_outlive_its_caller(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make(deadline=60.0)
     device.sign("RS256", DATA)
@@ -569,15 +614,15 @@ def test_a_hung_module_does_not_outlive_its_caller(
 
 
 def test_one_that_dies_of_each_signature_is_left_in_peace_though_its_successors_log_in(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make()
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     toll_faults.set("crash", function="C_SignInit")
     codes = []
     for _ in range(10):
         with contextlib.suppress(HsmTollError):
-            device.login()
+            accepted(device)
         codes.append(refused(device).code)
     assert codes == ["module-crashed"] * 2 + ["device-down"] * 8
     # The control: one that signs again is not down any more.
@@ -585,15 +630,15 @@ def test_one_that_dies_of_each_signature_is_left_in_peace_though_its_successors_
 
     def is_back() -> bool:
         with contextlib.suppress(DeviceError):
-            return bool(device.login())
+            return bool(accepted(device))
         return False
 
     eventually(is_back)
-    assert device.sign("RS256", DATA) == device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value == device.sign("RS256", DATA).value
 
 
 def test_a_device_that_answers_what_it_failed_at_is_not_down(
-    make: Callable[..., IsolatedDevice], toll_faults: Faults
+    make: Callable[..., WorkerDevice], toll_faults: Faults
 ) -> None:
     device = make()
     for _ in range(3):
@@ -602,4 +647,4 @@ def test_a_device_that_answers_what_it_failed_at_is_not_down(
             device.certificates()
         toll_faults.clear()
         assert device.certificates()
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.jws import RsaPublicKey
+from tests.grants import DEFINED
 from tests.softhsm.conftest import stand_between
 
 if TYPE_CHECKING:
@@ -39,26 +40,29 @@ static word attributes(word session, word object, attribute *asked, word count) 
 }
 """
 
-_ASK = """
+_ASK = (
+    DEFINED
+    + """
 import sys
 from pathlib import Path
 from hsmtoll import HsmTollError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
 told = {"pin": PinValue.of(pin), "ledger": Ledger(Path(state))}
-with Device(Path(module), KeyUri.parse(uri), **told) as device:
+with InProcessDevice(Path(module), KeyUri.parse(uri), **told) as device:
     try:
-        device.sign("RS256", b"e30.e30")
+        device.sign("RS256", a_grant())
         print("public" if device.key().public else "hidden")
     except HsmTollError as error:
         print(error.exit_code, error.code)
 seen = inspect(Path(module), uri=KeyUri.parse(uri), **told)
 print(*[len(each.keys) for each in seen.tokens if each.problem is None and each.keys] or ["none"])
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import Pin, PinFile, PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.jws import RsaPublicKey
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.grants import DEFINED, a_grant
 from tests.lab import listens
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.testing.faults import Faults
 
-DATA = SigningInput(b"header.payload")
+DATA = a_grant()
 CLIENT = Path("/usr/lib/x86_64-linux-gnu/pkcs11/p11-kit-client.so")
 BOOTS = itertools.count(1_000.0, 10_000.0)
 #: CKR_GENERAL_ERROR, which a module answers when it does not know what to say.
@@ -77,14 +78,14 @@ def make(
     pin: Counted,
     clock: SettableClock,
     tmp_path: Path,
-) -> Iterator[Callable[..., Device]]:
+) -> Iterator[Callable[..., InProcessDevice]]:
     del key
-    made: list[Device] = []
+    made: list[InProcessDevice] = []
 
-    def device(label: str = "mended", source: PinSource = pin) -> Device:
-        one = Device(
+    def device(label: str = "mended", source: PinSource = pin, uri: str = "") -> InProcessDevice:
+        one = InProcessDevice(
             toll_faults.module,
-            KeyUri.parse(toll_softhsm.uri(label)),
+            KeyUri.parse(uri or toll_softhsm.uri(label)),
             pin=source,
             ledger=Ledger(tmp_path / "state"),
             boot=lambda: clock.now().boot,
@@ -98,7 +99,7 @@ def make(
 
 
 @pytest.fixture
-def device(make: Callable[..., Device], toll_faults: Faults) -> Device:
+def device(make: Callable[..., InProcessDevice], toll_faults: Faults) -> InProcessDevice:
     made = make()
     made.sign("RS256", DATA)
     toll_faults.reset_counts()
@@ -110,7 +111,7 @@ def public(spki: bytes) -> RsaPublicKey:
     return RsaPublicKey.from_pem(f"-----BEGIN PUBLIC KEY-----\n{body}-----END PUBLIC KEY-----\n")
 
 
-def refused(device: Device) -> HsmTollError:
+def refused(device: InProcessDevice) -> HsmTollError:
     with pytest.raises(HsmTollError) as caught:
         device.sign("RS256", DATA)
     return caught.value
@@ -120,38 +121,38 @@ def refused(device: Device) -> HsmTollError:
 
 
 def test_a_session_that_broke_costs_a_new_session_and_no_login(
-    device: Device, toll_faults: Faults, key: RsaPublicKey
+    device: InProcessDevice, toll_faults: Faults, key: RsaPublicKey
 ) -> None:
     # After CKR_SESSION_HANDLE_INVALID no other mechanism is tried in the same session.
     toll_faults.set("nth-call-fails", function="C_SignInit", rv=0xB3)
-    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA).value)
     assert toll_faults.count("C_OpenSession") == 1
     assert toll_faults.count("C_Login") == 0
     assert toll_faults.count("C_Initialize") == 0
 
 
 def test_a_login_that_was_lost_costs_one_login_with_the_pin_that_was_accepted(
-    device: Device, toll_faults: Faults, key: RsaPublicKey, pin: Counted
+    device: InProcessDevice, toll_faults: Faults, key: RsaPublicKey, pin: Counted
 ) -> None:
     toll_faults.set("session-lost")
-    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA).value)
     assert toll_faults.count("C_Login") == 1
     assert toll_faults.count("C_Initialize") == 0
     assert pin.asked == 1
 
 
 def test_a_module_that_says_nothing_else_is_started_again_and_the_pin_is_remembered(
-    device: Device, toll_faults: Faults, key: RsaPublicKey, pin: Counted
+    device: InProcessDevice, toll_faults: Faults, key: RsaPublicKey, pin: Counted
 ) -> None:
     toll_faults.set("device-error")
-    assert key.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert key.verify("RS256", DATA, device.sign("RS256", DATA).value)
     assert toll_faults.count("C_Initialize") == 1
     assert toll_faults.count("C_Login") == 1
     assert pin.asked == 1
 
 
 def test_a_module_is_not_started_again_before_thirty_seconds_have_passed(
-    device: Device, toll_faults: Faults, clock: SettableClock
+    device: InProcessDevice, toll_faults: Faults, clock: SettableClock
 ) -> None:
     toll_faults.set("device-error")
     device.sign("RS256", DATA)
@@ -161,12 +162,12 @@ def test_a_module_is_not_started_again_before_thirty_seconds_have_passed(
         clock.advance(1)
     assert toll_faults.count("C_Initialize") == 1
     clock.advance(10)
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     assert toll_faults.count("C_Initialize") == 2
 
 
 def test_a_device_that_stays_away_is_asked_rarely_and_comes_back_by_itself(
-    device: Device, toll_faults: Faults, clock: SettableClock
+    device: InProcessDevice, toll_faults: Faults, clock: SettableClock
 ) -> None:
     toll_faults.set("token-removed")
     assert refused(device).code == "device-missing"
@@ -176,15 +177,17 @@ def test_a_device_that_stays_away_is_asked_rarely_and_comes_back_by_itself(
     assert toll_faults.calls() == {}
     toll_faults.clear("token-removed")
     clock.advance(1)
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
 
 
-_UNENDED = """
+_UNENDED = (
+    DEFINED
+    + """
 import sys
 from pathlib import Path
 import pkcs11
 from hsmtoll import HsmTollError
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
@@ -192,19 +195,19 @@ from hsmtoll.testing.faults import Faults
 real, folder, uri, pin, fails = sys.argv[1:]
 boot = [1000.0]
 with Faults(Path(real), Path(folder) / "faults") as faults:
-    device = Device(faults.module, KeyUri.parse(uri), pin=PinValue.of(pin),
+    device = InProcessDevice(faults.module, KeyUri.parse(uri), pin=PinValue.of(pin),
                     ledger=Ledger(Path(folder) / "state"), boot=lambda: boot[0])
-    device.sign("RS256", b"e30.e30")
+    device.sign("RS256", a_grant())
     faults.set("token-removed")
     if fails == "fails":
         faults.set("nth-call-fails", function="C_Finalize", rv=5)
     try:
-        device.sign("RS256", b"e30.e30")
+        device.sign("RS256", a_grant())
     except HsmTollError as error:
         print(error.code)
     faults.clear()
     boot[0] += 60
-    print(len(device.sign("RS256", b"e30.e30")), faults.count("C_Finalize"))
+    print(len(device.sign("RS256", a_grant()).value), faults.count("C_Finalize"))
     device.close()
     try:
         # What stands between us and the module takes one that would not end for ended.
@@ -213,6 +216,7 @@ with Faults(Path(real), Path(folder) / "faults") as faults:
     except pkcs11.PKCS11Error as error:
         print(error)
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -232,16 +236,15 @@ def test_a_module_that_would_not_end_is_gone_on_with(
 
 
 def test_a_device_that_serves_another_is_not_started_again(
-    device: Device, make: Callable[..., Device], toll_faults: Faults
+    device: InProcessDevice, make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     other = make()
     other.sign("RS256", DATA)
-    missing = make()
-    missing.uri = KeyUri.parse("pkcs11:token=elsewhere")
+    missing = make(uri="pkcs11:token=elsewhere")
     toll_faults.reset_counts()
     assert refused(missing).code == "device-missing"
     assert toll_faults.count("C_Finalize") == 0
-    assert device.sign("RS256", DATA) == other.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value == other.sign("RS256", DATA).value
     assert toll_faults.count("C_Login") == 0
 
 
@@ -249,7 +252,7 @@ def test_a_device_that_serves_another_is_not_started_again(
 
 
 def test_a_wrong_pin_is_tried_once_and_nothing_is_mended(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     device = make(source=Counted("00000000"))
     toll_faults.reset_counts()
@@ -260,7 +263,7 @@ def test_a_wrong_pin_is_tried_once_and_nothing_is_mended(
 
 
 def test_a_pin_that_is_refused_while_mending_ends_it(
-    device: Device, toll_faults: Faults, pin: Counted
+    device: InProcessDevice, toll_faults: Faults, pin: Counted
 ) -> None:
     toll_faults.set("session-lost")
     toll_faults.set("pin-wrong")
@@ -274,7 +277,7 @@ def test_a_pin_that_is_refused_while_mending_ends_it(
 
 
 def test_a_login_whose_fate_is_unknown_is_not_repeated_for_the_same_call(
-    device: Device, toll_faults: Faults
+    device: InProcessDevice, toll_faults: Faults
 ) -> None:
     toll_faults.set("session-lost")
     toll_faults.set("nth-call-fails", function="C_Login", rv=GENERAL)
@@ -302,8 +305,10 @@ def _let_go(module: Path) -> None:
         restart(module)
 
 
-def plain(own: SoftHsm, state: Path, clock: SettableClock, pin: PinSource | None = None) -> Device:
-    return Device(
+def plain(
+    own: SoftHsm, state: Path, clock: SettableClock, pin: PinSource | None = None
+) -> InProcessDevice:
+    return InProcessDevice(
         own.module,
         KeyUri.parse(own.uri("k")),
         pin=pin or PinValue.of(own.pin),
@@ -325,7 +330,7 @@ def test_a_key_that_was_deleted_is_missed_by_name_and_found_when_it_is_back(
     assert refused(device).code == "key-missing"
     assert refused(device).code == "key-missing"
     fresh = public(own.generate_key("k", b"\x02"))
-    assert fresh.verify("RS256", DATA, device.sign("RS256", DATA, candidates=[fresh]))
+    assert fresh.verify("RS256", DATA, device.sign("RS256", DATA, candidates=[fresh]).value)
     device.close()
 
 
@@ -346,7 +351,7 @@ def test_a_device_that_was_initialised_anew_is_refused_and_not_silently_used(
     assert "initialised anew" in str(refused(device).hint)
     device.close()
     # Who starts again takes it as it is.
-    assert plain(own, tmp_path, clock).sign("RS256", DATA)
+    assert plain(own, tmp_path, clock).sign("RS256", DATA).value
 
 
 def test_a_pin_that_another_process_changed_costs_one_try_and_the_new_one_works(
@@ -359,7 +364,7 @@ def test_a_pin_that_another_process_changed_costs_one_try_and_the_new_one_works(
     assert isinstance(refused(device), PinIncorrect)
     assert isinstance(refused(device), PinNotTried)
     own.pin_file.write_text("87651234\n")
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     device.close()
 
 
@@ -396,7 +401,7 @@ def test_a_server_that_was_killed_and_started_again_is_used_again(
     socket = tmp_path / "p11.sock"
     monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={socket}")
     asked = Counted(own.pin)
-    device = Device(
+    device = InProcessDevice(
         CLIENT,
         KeyUri.parse(own.uri("k")),
         pin=asked,
@@ -404,16 +409,16 @@ def test_a_server_that_was_killed_and_started_again_is_used_again(
         boot=lambda: clock.now().boot,
     )
     with served(own, socket):
-        first = device.sign("RS256", DATA)
+        first = device.sign("RS256", DATA).value
     assert refused(device).exit_code == 30
     assert refused(device).code == "device-down"
     with served(own, socket):
         clock.advance(31)
-        assert device.sign("RS256", DATA) == first
+        assert device.sign("RS256", DATA).value == first
     # Back before anybody noticed: nobody sees an error at all.
     clock.advance(31)
     with served(own, socket):
-        assert device.sign("RS256", DATA) == first
+        assert device.sign("RS256", DATA).value == first
         assert asked.asked == 1
         device.close()
     _let_go(CLIENT)

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.clock import Skew
 from hsmtoll.errors import CertificateError, GrantRefused
-from hsmtoll.hsm.device import Device, StoredCertificate
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.signer import FailoverSigner, Lineage, LocalSigner
@@ -25,6 +25,7 @@ from tests.lab import Lab, MovedClock, make_lab
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hsmtoll.hsm.facts import StoredCertificate
     from hsmtoll.x509.certificate import Certificate
     from tests.softhsm.conftest import DeviceSoftHsm
 
@@ -33,14 +34,16 @@ START = datetime.now(UTC).replace(microsecond=0)
 ROAD = TokenRequest("toll:eu/movement/road/v2")
 
 
-class Counting(Device):
+class Counting(InProcessDevice):
     """A device that counts how often its certificates are read."""
 
     reads = 0
 
-    def certificates(self, *, near: bool = False) -> tuple[StoredCertificate, ...]:
+    def certificates(
+        self, *, near: bool = False, force_login: bool = False
+    ) -> tuple[StoredCertificate, ...]:
         self.reads += 1
-        return super().certificates(near=near)
+        return super().certificates(near=near, force_login=force_login)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ class Bench:
         made = self.lab.app(key, self.state)
         (plain,) = made.devices
         return Counting(
-            plain.module_path,
+            self.lab.module,
             plain.uri,
             pin=made.pin(plain.uri),
             ledger=made.ledger,

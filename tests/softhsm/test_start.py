@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
-from hsmtoll.hsm import objects
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey, SigningInput
+from hsmtoll.jws import RsaPublicKey
+from tests.grants import DEFINED, a_grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.softhsm import SoftHsm
 
-DATA = SigningInput(b"header.payload")
+DATA = a_grant()
 #: CKR_GENERAL_ERROR: SoftHSM's word for a file that another process is writing.
 DEVICE_MEMORY = 0x31
 GENERAL = 0x5
@@ -43,12 +43,12 @@ def key(toll_softhsm: SoftHsm) -> str:
 @pytest.fixture
 def make(
     toll_softhsm: SoftHsm, toll_faults: Faults, key: str, tmp_path: Path
-) -> Iterator[Callable[..., Device]]:
-    """A Device whose module no process of ours has loaded yet; *sleep* is all its waiting."""
-    made: list[Device] = []
+) -> Iterator[Callable[..., InProcessDevice]]:
+    """A device whose module no process of ours has loaded yet; *sleep* is all its waiting."""
+    made: list[InProcessDevice] = []
 
-    def device(sleep: Callable[[float], None], pin: PinSource | None = None) -> Device:
-        one = Device(
+    def device(sleep: Callable[[float], None], pin: PinSource | None = None) -> InProcessDevice:
+        one = InProcessDevice(
             toll_faults.module,
             KeyUri.parse(toll_softhsm.uri(key)),
             pin=pin or PinValue.of(toll_softhsm.pin),
@@ -63,14 +63,14 @@ def make(
         each.close()
 
 
-def error(device: Device) -> HsmTollError:
+def error(device: InProcessDevice) -> HsmTollError:
     with pytest.raises(HsmTollError) as caught:
         device.sign("RS256", DATA)
     return caught.value
 
 
 def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
 
@@ -82,7 +82,7 @@ def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call
     device = make(come)
     public = device.key().public
     assert isinstance(public, RsaPublicKey)
-    assert public.verify("RS256", DATA, device.sign("RS256", DATA))
+    assert public.verify("RS256", DATA, device.sign("RS256", DATA).value)
     assert len(slept) == 1
     assert slept[0] < 1
     assert toll_faults.count("C_Initialize") == 2
@@ -90,7 +90,7 @@ def test_a_device_that_comes_a_moment_after_its_module_is_found_by_the_same_call
 
 
 def test_one_that_does_not_come_is_looked_for_three_times_more_and_then_missed(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     toll_faults.set("token-removed")
@@ -107,7 +107,7 @@ def test_one_that_does_not_come_is_looked_for_three_times_more_and_then_missed(
 
 
 def test_one_that_comes_late_is_found_at_the_third_look(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
 
@@ -117,7 +117,7 @@ def test_one_that_comes_late_is_found_at_the_third_look(
             toll_faults.clear("token-removed")
 
     toll_faults.set("token-removed")
-    assert make(come).sign("RS256", DATA)
+    assert make(come).sign("RS256", DATA).value
     assert len(slept) == 2
     assert toll_faults.count("C_Initialize") == 3
     assert toll_faults.count("C_Login") == 1
@@ -147,19 +147,19 @@ def stumbling(
 @pytest.mark.parametrize("function", ["C_GetSlotList", "C_GetTokenInfo", "C_OpenSession"])
 @pytest.mark.parametrize("first", ["certificates", "sign"])
 def test_a_module_that_stumbles_over_half_a_file_is_started_once_more(
-    make: Callable[..., Device], toll_faults: Faults, function: str, first: str
+    make: Callable[..., InProcessDevice], toll_faults: Faults, function: str, first: str
 ) -> None:
     slept: list[float] = []
     device = make(stumbling(toll_faults, function, GENERAL, slept))
     if first == "certificates":
         device.certificates()
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     assert toll_faults.count("C_Login") == 1
     assert len(slept) == 1
 
 
 def test_a_login_whose_fate_is_unknown_is_not_made_again(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     device = make(slept.append)
@@ -170,24 +170,26 @@ def test_a_login_whose_fate_is_unknown_is_not_made_again(
 
 
 def test_a_device_that_denies_the_pin_it_says_it_has_is_read_again(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     device = make(slept.append)
     toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 2
     assert len(slept) == 1
 
 
-def test_so_is_one_that_worked_before(make: Callable[..., Device], toll_faults: Faults) -> None:
+def test_so_is_one_that_worked_before(
+    make: Callable[..., InProcessDevice], toll_faults: Faults
+) -> None:
     slept: list[float] = []
     device = make(slept.append)
     device.sign("RS256", DATA)
     toll_faults.reset_counts()
     toll_faults.set("session-lost")
     toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
     assert toll_faults.count("C_Initialize") == 1
     assert toll_faults.count("C_Login") == 2
     assert slept == []
@@ -198,31 +200,31 @@ def test_so_is_one_that_worked_before(make: Callable[..., Device], toll_faults: 
     [("C_GetTokenInfo", GENERAL), ("C_OpenSession", GENERAL), ("C_Login", NO_PIN)],
 )
 def test_a_command_that_writes_starts_its_module_once_more_before_it_does(
-    make: Callable[..., Device], toll_faults: Faults, key: str, function: str, rv: int
+    make: Callable[..., InProcessDevice], toll_faults: Faults, key: str, function: str, rv: int
 ) -> None:
     slept: list[float] = []
     device = make(stumbling(toll_faults, function, rv, slept))
-    assert key in {each.label for each in objects.keys(device)}
+    assert key in {each.label for each in device.private_keys()}
     assert toll_faults.count("C_Initialize") == 2
     assert len(slept) == 1
 
 
 def test_a_write_that_fails_is_not_made_again(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     # Most other answers may be about the template, of which there are plainer ones.
     toll_faults.set("nth-call-fails", function="C_GenerateKeyPair", rv=DEVICE_MEMORY)
     with pytest.raises(DeviceError):
-        objects.generate(
-            make(slept.append), bits=2048, label="twice", key_id=None, always_authenticate=False
+        make(slept.append).generate(
+            bits=2048, label="twice", key_id=None, always_authenticate=False
         )
     assert toll_faults.count("C_GenerateKeyPair") == 1
     assert slept == []
 
 
 def test_one_that_goes_on_denying_it_is_believed_and_its_pin_counts_as_never_tried(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
 
@@ -236,7 +238,7 @@ def test_one_that_goes_on_denying_it_is_believed_and_its_pin_counts_as_never_tri
     assert isinstance(said, PinNotTried)
     assert said.code == "pin-state"
     assert toll_faults.count("C_Login") == len(slept) == 2
-    assert device.sign("RS256", DATA)
+    assert device.sign("RS256", DATA).value
 
 
 def test_an_inspection_that_began_at_such_a_moment_shows_the_keys(
@@ -273,7 +275,7 @@ def test_a_device_that_has_no_pin_yet_is_asked_once(
 ) -> None:
     slept: list[float] = []
     ledger = Ledger(tmp_path / "state")
-    device = Device(
+    device = InProcessDevice(
         toll_faults.module, KeyUri.parse(pinless), pin=PinValue.of("1234"), ledger=ledger,
         sleep=slept.append,
     )  # fmt: skip
@@ -284,7 +286,7 @@ def test_a_device_that_has_no_pin_yet_is_asked_once(
 
 
 def test_a_pin_that_is_wrong_starts_nothing_again(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     assert isinstance(error(make(slept.append, PinValue.of("00000000"))), PinIncorrect)
@@ -293,7 +295,7 @@ def test_a_pin_that_is_wrong_starts_nothing_again(
 
 
 def test_a_module_that_worked_before_waits_for_nothing(
-    make: Callable[..., Device], toll_faults: Faults
+    make: Callable[..., InProcessDevice], toll_faults: Faults
 ) -> None:
     slept: list[float] = []
     device = make(slept.append)
@@ -303,26 +305,28 @@ def test_a_module_that_worked_before_waits_for_nothing(
     assert slept == []
 
 
-_CHILD = """
+_CHILD = (
+    DEFINED
+    + """
 import json, sys
 from pathlib import Path
-from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import SigningInput
 
 told = json.loads(sys.stdin.readline())
-device = Device(
+device = InProcessDevice(
     Path(told["module"]), KeyUri.parse(told["uri"]),
     pin=PinFile(Path(told["pin_file"]), name="PIN"), ledger=Ledger(Path(told["state"])),
 )
 print("here", flush=True)
 sys.stdin.readline()
-print(device.sign("RS256", SigningInput(b"header.payload")).hex())
+print(device.sign("RS256", a_grant()).value.hex())
 device.close()
 """
+)
 
 
 def test_four_processes_that_start_at_once_on_bare_softhsm_all_sign(

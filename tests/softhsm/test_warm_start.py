@@ -20,7 +20,14 @@ code = run(["token", "road"])
 print(*sorted(sys.modules), file=sys.stderr, flush=True)
 leave(code)
 """
-HEAVY = {"asn1crypto", "cryptography", "httpx", "hsmtoll.hsm.device", "hsmtoll.signer", "pkcs11"}
+HEAVY = {
+    "asn1crypto",
+    "cryptography",
+    "httpx",
+    "hsmtoll.hsm.in_process",
+    "hsmtoll.signer",
+    "pkcs11",
+}
 
 
 def modules() -> set[str]:

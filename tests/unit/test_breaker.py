@@ -11,7 +11,7 @@ from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.codes import recoverable, translated
-from hsmtoll.hsm.recovery import Breaker, mended
+from hsmtoll.hsm.recovery import Breaker, cured
 from hsmtoll.testing.clock import SettableClock
 
 GONE = DeviceError("Signing: the module answered DeviceRemoved", code="device-gone", retryable=True)
@@ -156,22 +156,22 @@ def test_a_trial_that_was_interrupted_is_left_to_the_next_caller(
     assert told == [False]
 
 
-def test_a_threshold_lets_single_failures_pass(clock: SettableClock) -> None:
-    breaker = Breaker("x", boot=lambda: clock.now().boot, threshold=2)
-    breaker.judge(GONE)
+@pytest.mark.parametrize("code", ["module-crashed", "device-hung"])
+def test_a_process_that_died_or_hung_once_is_the_next_callers_new_process(
+    breaker: Breaker, code: str
+) -> None:
+    died = DeviceError("signing: the process died", code=code)
+    breaker.failed(died)
     assert not down(breaker)
-    breaker.judge(GONE)
+    breaker.worked()
+    breaker.failed(died)
+    assert not down(breaker)
+    breaker.failed(died)
     assert down(breaker)
 
 
-def test_each_step_is_taken_once_in_order_and_the_last_error_is_the_one_that_is_told() -> None:
+def test_each_step_is_taken_once_in_order() -> None:
     taken: list[str] = []
-    asked = 0
-
-    def call() -> str:
-        nonlocal asked
-        asked += 1
-        raise DeviceError(f"number {asked}", code="device-gone", retryable=True)
 
     def first(exc: HsmTollError) -> bool:
         taken.append(f"first after {exc}")
@@ -184,8 +184,9 @@ def test_each_step_is_taken_once_in_order_and_the_last_error_is_the_one_that_is_
         taken.append(f"last after {exc}")
         return True
 
-    with pytest.raises(DeviceError, match="number 3"):
-        mended(call, (first, helpless, last))
+    steps = iter((first, helpless, last))
+    errors = [DeviceError(f"number {n}", code="device-gone", retryable=True) for n in range(1, 4)]
+    assert [cured(each, steps) for each in errors] == [True, True, False]
     assert taken == ["first after number 1", "last after number 2"]
 
 
@@ -193,13 +194,11 @@ def test_each_step_is_taken_once_in_order_and_the_last_error_is_the_one_that_is_
 def test_no_step_is_taken_after_an_error_about_a_pin(kind: type[HsmTollError]) -> None:
     taken: list[HsmTollError] = []
 
-    def call() -> None:
-        raise kind("the PIN", code="pin")
-
     def step(exc: HsmTollError) -> bool:
         taken.append(exc)
         return True
 
-    with pytest.raises(kind):
-        mended(call, (step,))
+    assert not cured(kind("the PIN", code="pin"), iter((step,)))
     assert not taken
+    # The control: nobody looked at it, and it says that another try is worth it.
+    assert cured(kind("the PIN", code="pin", retryable=True), iter((step,)))

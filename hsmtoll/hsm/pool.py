@@ -1,0 +1,321 @@
+"""
+The device whose module runs in worker processes: one that hangs is ended, one that crashes takes
+nobody with it.
+
+    caller ── free child? ── question ──► worker: InProcessDevice ── module
+                 │              │  ◄── PIN, when it is asked for
+                 │              └─ deadline over, or silence: killed, DeviceError
+                 └─ none in time: device-busy
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, Any, Final
+
+from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.hsm.child import Child
+from hsmtoll.hsm.codec import encode, hints
+from hsmtoll.hsm.device import Device
+from hsmtoll.hsm.module import GATE
+from hsmtoll.hsm.pipe import Opening
+from hsmtoll.hsm.recovery import SIGNING, Breaker
+from hsmtoll.hsm.signatures import Verifier
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+    from typing import Self
+
+    from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
+    from hsmtoll.hsm.ledger import Ledger, Place
+    from hsmtoll.hsm.pin import Pin, PinSource
+    from hsmtoll.hsm.pipe import Reply
+    from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.jws import RsaPublicKey, SigningInput
+
+__all__ = ["WorkerDevice"]
+
+#: Seconds that a child waits for another one's start, before it starts all the same.
+_START: Final = 5.0
+#: Seconds that making a key may take on top of the deadline: small devices take minutes.
+_KEY_GENERATION: Final = 600.0
+
+
+class WorkerDevice:
+    """
+    As `hsmtoll.hsm.device.Device`, answered by *workers* child processes, each call within
+    *deadline* seconds; reading a PIN is not counted.
+
+    Raises, on top of a device's errors, DeviceError: ``device-hung`` where the deadline was over,
+    ``module-crashed`` where the child died; the next call gets a new child. PINs are read here
+    and handed over when the device wants one; what was accepted is handed over again. What is
+    written is written in the child, and what it would log is logged here. *program* is the module
+    that a child runs, and *rules* what it is told about what it may sign.
+    """
+
+    def __init__(
+        self,
+        module_path: Path,
+        uri: KeyUri,
+        *,
+        pin: PinSource | None,
+        signing_pin: PinSource | None = None,
+        ledger: Ledger,
+        public_key: RsaPublicKey | None = None,
+        use_final_try: bool = False,
+        allow_exportable_key: bool = False,
+        user_type: int | None = None,
+        audience: str | None = None,
+        deadline: float = 60.0,
+        workers: int = 1,
+        program: str = "hsmtoll.hsm.worker",
+        rules: dict[str, Any] | None = None,
+        boot: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.uri = uri
+        self._name = foreign(uri)
+        signing_pin = signing_pin if signing_pin is not pin else None
+        self._sources = {"user": pin, "signing": signing_pin}
+        self._pins: dict[str, Pin] = {}
+        self._opening = Opening(
+            module_path=module_path,
+            uri=uri,
+            pin=pin is not None,
+            signing_pin=signing_pin is not None,
+            ledger=ledger.directory and ledger.directory.absolute(),
+            ledger_optional=ledger.optional,
+            public_key=public_key,
+            use_final_try=use_final_try,
+            allow_exportable_key=allow_exportable_key,
+            user_type=user_type,
+            audience=audience,
+            lock_timeout=deadline,
+            rules=rules,
+        )
+        self._program = program
+        self._deadline = deadline
+        self._workers = workers
+        self._breaker = Breaker(uri, boot=boot)
+        self._verifier = Verifier(self._name)
+        self._closings = 0
+        #: As `Device.generation`.
+        self.generation = 0
+        self._last: Reply | None = None
+        self._children: list[Child] = []
+        self._start_afresh()
+        _every.add(self)
+
+    def _start_afresh(self) -> None:
+        # A forked process has no part in the conversations before, nor in what is waited for there.
+        for child in self._children:
+            child.forget()
+        self._reading = threading.Lock()
+        self._starting = threading.Lock()
+        # Around what is free, and who waits for it.
+        self._turn = threading.Condition()
+        self._children = [
+            Child(self._opening, program=self._program, deadline=self._deadline)
+            for _ in range(self._workers)
+        ]
+        self._free = list(self._children)
+        #: Callers that wait for a child at this moment.
+        self.wanted = 0
+
+    def __repr__(self) -> str:
+        return f"WorkerDevice({self._name})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def pin_state(self) -> str | None:
+        """As `Device.pin_state`, of the child that answered last."""
+        return self._last.pin_state if self._last is not None else None
+
+    @property
+    def pin_accepted(self) -> bool:
+        """As `Device.pin_accepted`, of the child that answered last."""
+        return self._last is not None and self._last.pin_accepted
+
+    # ------------------------------------------------------------------ the three questions
+
+    def certificates(
+        self, *, near: bool = False, force_login: bool = False
+    ) -> tuple[StoredCertificate, ...]:
+        """As `Device.certificates`."""
+        found: tuple[StoredCertificate, ...] = self._ask(
+            "reading certificates", "certificates", near=near, force_login=force_login
+        )
+        return found
+
+    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+        """As `Device.elsewhere`."""
+        found: tuple[StoredCertificate, ...] = self._ask(
+            "reading certificates of other devices", "elsewhere"
+        )
+        return found
+
+    def key(self, *, candidates: Iterable[RsaPublicKey] = ()) -> KeyFacts:
+        """As `Device.key`."""
+        facts: KeyFacts = self._ask("looking for the key", "key", candidates=tuple(candidates))
+        return facts
+
+    def sign(
+        self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> Signature:
+        """As `Device.sign`; what a child says is checked here."""
+        offered = tuple(candidates)
+        made = self._ask(SIGNING, "sign", alg=alg, unsigned=unsigned, candidates=offered)
+        return self._verifier.verified(alg, unsigned, made, offered)
+
+    def self_test(
+        self, alg: str, *, candidates: Iterable[RsaPublicKey] = ()
+    ) -> RsaPublicKey | None:
+        """As `Device.self_test`."""
+        by: RsaPublicKey | None = self._ask(
+            SIGNING, "self_test", alg=alg, candidates=tuple(candidates)
+        )
+        return by
+
+    def sign_request(self, alg: str, info: bytes, *, public: RsaPublicKey) -> bytes:
+        """As `Device.sign_request`."""
+        return bytes(self._ask(SIGNING, "sign_request", alg=alg, info=info, public=public))
+
+    # ------------------------------------------------------------------ administration
+
+    def generate(
+        self, *, bits: int, label: str, key_id: bytes | None, always_authenticate: bool
+    ) -> KeyUri:
+        """As `Device.generate`."""
+        made: KeyUri = self._ask(
+            "generating a key",
+            "generate",
+            more=_KEY_GENERATION,
+            bits=bits,
+            label=label,
+            key_id=key_id,
+            always_authenticate=always_authenticate,
+        )
+        return made
+
+    def private_keys(self) -> tuple[KeyFacts, ...]:
+        """As `Device.private_keys`."""
+        found: tuple[KeyFacts, ...] = self._ask("reading the keys", "private_keys")
+        return found
+
+    def store(self, certificates: tuple[tuple[bytes, str, bytes], ...], *, hint: str) -> Stored:
+        """As `Device.store`."""
+        done: Stored = self._ask(
+            "writing certificates", "store", certificates=certificates, hint=hint
+        )
+        return done
+
+    def inspect(self, *, log_in: bool = True) -> ModuleFacts:
+        """As `Device.inspect`."""
+        facts: ModuleFacts = self._ask("looking behind the module", "inspect", log_in=log_in)
+        return facts
+
+    def places(self) -> tuple[Place, ...]:
+        """As `Device.places`."""
+        found: tuple[Place, ...] = self._ask("looking for devices", "places")
+        return found
+
+    def close(self) -> None:
+        """Log out and end the children; one that is asked something, when it has answered."""
+        self._closings += 1
+        with self._turn:
+            idle, self._free = self._free, []
+        for child in idle:
+            child.end()
+            # For those who ask all the same: they would wait for it in vain.
+            self._put(child)
+        self._pins.clear()
+
+    # ------------------------------------------------------------------ children
+
+    def _ask(self, doing: str, do: str, *, more: float = 0.0, **told: Any) -> Any:
+        question = {"do": do, **{name: encode(each) for name, each in told.items()}}
+        wanted = hints(getattr(Device, do))["return"]
+        with self._breaker.trying(doing):
+            reply, answer = self._answered(f"{doing} ({self._name})", question, wanted, more)
+            if reply.error is not None:
+                if isinstance(reply.error, PinIncorrect | PinNotTried):
+                    self._pins.clear()
+                raise reply.error
+        return answer
+
+    def _answered(
+        self, doing: str, question: dict[str, Any], wanted: Any, more: float
+    ) -> tuple[Reply, Any]:
+        closings = self._closings
+        child = self._take(doing)
+        # Tokens in files are rewritten at login: two that start at once may each miss it.
+        starting = not child.running and self._starting.acquire(timeout=_START)
+        try:
+            reply, answer = child.ask(question, wanted, doing=doing, pins=self._read, more=more)
+            self._last = reply
+            if reply.generation != child.generation:
+                child.generation = reply.generation
+                self.generation += 1
+        except BaseException:
+            # Half a conversation cannot be gone on with.
+            child.kill()
+            raise
+        finally:
+            if starting:
+                self._starting.release()
+            if closings != self._closings:
+                child.end()
+            self._put(child)
+        for name, level, message in reply.log:
+            logging.getLogger(name).log(level, "%s", message)
+        return reply, answer
+
+    def _take(self, doing: str) -> Child:
+        with self._turn:
+            self.wanted += 1
+            try:
+                if self._turn.wait_for(lambda: self._free, self._deadline):
+                    return self._free.pop()
+            finally:
+                self.wanted -= 1
+        raise DeviceError(
+            f"{doing}: no process of the device was free within {self._deadline:g} s",
+            hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
+            code="device-busy",
+            signed=False,
+            scope="attempt",
+        )
+
+    def _put(self, child: Child) -> None:
+        with self._turn:
+            self._free.append(child)
+            self._turn.notify()
+
+    def _read(self, user: str, device: str) -> Pin:
+        # One prompt, however many children want to log in.
+        with self._reading:
+            pin, source = self._pins.get(user), self._sources.get(user)
+            if pin is None and source is not None:
+                pin = self._pins[user] = source.read(device=device)
+        if pin is None:
+            raise DeviceError("the device's process asked for a PIN that is not its", code="worker")
+        return pin
+
+
+_every: weakref.WeakSet[WorkerDevice] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for device in _every:
+        device._start_afresh()  # noqa: SLF001 - of this room
+
+
+GATE.after_fork.append(_after_fork)

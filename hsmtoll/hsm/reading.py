@@ -1,0 +1,256 @@
+"""
+What is read of devices, keys and certificates: PKCS#11 in, the values of `hsmtoll.hsm.facts` out.
+
+Everything here is called with `hsmtoll.hsm.module.GATE` held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from pkcs11 import Attribute, KeyType, ObjectClass, TokenFlag
+
+from hsmtoll.errors import foreign
+from hsmtoll.hsm import cryptoki
+from hsmtoll.hsm.cryptoki import Unreadable
+from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
+from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.jws import RsaPublicKey
+from hsmtoll.x509 import der as ders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pkcs11 import Object, Session, Slot, Token
+
+    from hsmtoll.hsm.module import Module
+
+__all__ = [
+    "called",
+    "certificates_of",
+    "cut",
+    "device_facts",
+    "device_uri",
+    "id_of",
+    "key_facts",
+    "label_of",
+    "login_key",
+    "named",
+    "object_uri",
+    "pin_state",
+    "read_certificate",
+    "text_of",
+    "unread",
+    "user_name",
+]
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_CERTIFICATE: Final = 65536
+_PIN_FLAGS: Final = {
+    TokenFlag.USER_PIN_LOCKED: "locked",
+    TokenFlag.USER_PIN_FINAL_TRY: "final-try",
+    TokenFlag.USER_PIN_COUNT_LOW: "count-low",
+    TokenFlag.USER_PIN_TO_BE_CHANGED: "to-be-changed",
+}
+
+
+def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
+    """What an RFC 7512 URI can ask of a device, by the names of KeyUri's fields."""
+    manufacturer, model, serial, label = named(token)
+    return {
+        "token": label,
+        "manufacturer": manufacturer,
+        "model": model,
+        "serial": serial,
+        "slot_id": slot.slot_id,
+        "slot_manufacturer": cut(slot.manufacturer_id),
+        "slot_description": cut(slot.slot_description),
+        "library_manufacturer": cut(module.lib.manufacturer_id),
+        "library_description": cut(module.lib.library_description),
+        "library_version": module.lib.library_version,
+    }
+
+
+def login_key(token: Token) -> tuple[object, ...]:
+    """Whose login it is. By slot as well: two devices may carry one label and no serial."""
+    return (token.slot.slot_id, *named(token))
+
+
+def device_uri(token: Token) -> KeyUri:
+    """The URI of a p11_token, without its slot's number, which may change."""
+    manufacturer, model, serial, label = named(token)
+    return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial or None)
+
+
+def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
+    """The URI of an object on *token*, ready to paste."""
+    # What is empty is named as well ("id=", RFC 7512): without it other objects would fit too.
+    return replace(device_uri(token), object=label_of(thing), id=id_of(thing), type=kind)
+
+
+def user_name(user_type: int | None) -> str:
+    """What the log of PINs calls a user of a device."""
+    return "user" if user_type is None else f"user {user_type:#x}"
+
+
+def pin_state(flags: TokenFlag) -> str:
+    """The worst of ``ok count-low to-be-changed final-try locked``, or ``unset``."""
+    if not flags & TokenFlag.USER_PIN_INITIALIZED:
+        return "unset"
+    return next((word for flag, word in _PIN_FLAGS.items() if flags & flag), "ok")
+
+
+def key_facts(module: Module, session: Session, keys: Iterable[Object]) -> list[KeyFacts]:
+    """What the device says about the private *keys*."""
+    token = session.token
+    manufacturer, model, serial, label = named(token)
+    of_the_device: dict[str, Any] = {
+        "mechanisms": frozenset(
+            # A vendor's own mechanism is a bare number.
+            getattr(one, "name", None) or hex(one)
+            for one in token.slot.get_mechanisms()
+        ),
+        "token_label": label,
+        "manufacturer": manufacturer,
+        "model": model,
+        "serial": serial,
+        "firmware": token.firmware_version,
+        "library_manufacturer": cut(module.lib.manufacturer_id),
+        "library_description": cut(module.lib.library_description),
+        "library_version": module.lib.library_version,
+    }
+    return [_key_facts(session, key, of_the_device) for key in keys]
+
+
+def _key_facts(session: Session, key: Object, of_the_device: dict[str, Any]) -> KeyFacts:
+    kind = _attribute(key, Attribute.KEY_TYPE)
+    public = _public_half(session, key) if kind == KeyType.RSA else None
+    return KeyFacts(
+        uri=object_uri(session.token, key, "private"),
+        label=label_of(key),
+        id=id_of(key),
+        key_type=kind.name.lower() if isinstance(kind, KeyType) else "unknown",
+        bits=public.bits if public else None,
+        public=public,
+        sensitive=_attribute(key, Attribute.SENSITIVE),
+        always_sensitive=_attribute(key, Attribute.ALWAYS_SENSITIVE),
+        extractable=_attribute(key, Attribute.EXTRACTABLE),
+        never_extractable=_attribute(key, Attribute.NEVER_EXTRACTABLE),
+        local=_attribute(key, Attribute.LOCAL),
+        sign=_attribute(key, Attribute.SIGN),
+        always_authenticate=_attribute(key, Attribute.ALWAYS_AUTHENTICATE),
+        **of_the_device,
+    )
+
+
+def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
+    """The key's own MODULUS, else the one public-key object with its id, else with its label."""
+    own = _rsa(key)
+    if own is not None:
+        return own
+    modulus = _attribute(key, Attribute.MODULUS)
+    for attribute in (Attribute.ID, Attribute.LABEL):
+        value = _attribute(key, attribute)
+        if not value:
+            continue
+        found = cryptoki.with_value(session, ObjectClass.PUBLIC_KEY, attribute, value)
+        halves = {half for one in found if (half := _rsa(one))}
+        if modulus is not None:
+            halves = {half for half in halves if half.modulus == int.from_bytes(modulus, "big")}
+        if len(halves) == 1:
+            return halves.pop()
+    return None
+
+
+def _rsa(thing: Object) -> RsaPublicKey | None:
+    modulus = _attribute(thing, Attribute.MODULUS)
+    exponent = _attribute(thing, Attribute.PUBLIC_EXPONENT)
+    if not modulus or not exponent:
+        return None
+    n, e = int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big")
+    # What no RSA key has (RFC 8017 section 3.1) says nothing.
+    return RsaPublicKey(n, e) if n & e & 1 and 3 <= e < n else None
+
+
+def certificates_of(session: Session) -> Iterator[StoredCertificate]:
+    """The certificates that *session* shows; one that cannot be read has a *problem*."""
+    found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.CERTIFICATE})
+    return map(read_certificate, found)
+
+
+def read_certificate(thing: Object) -> StoredCertificate:
+    """One certificate; with a *problem* if it cannot be read."""
+    thing = cryptoki.at_once(thing, (Attribute.LABEL, Attribute.ID, Attribute.VALUE))
+    label, key_id, der, problem = label_of(thing), id_of(thing), b"", None
+    try:
+        der = _first_value(cryptoki.read(thing, Attribute.VALUE) or b"")
+    except Unreadable as exc:
+        problem = f"its value was answered {exc}"
+    if len(der) > _LARGEST_CERTIFICATE:
+        der, problem = b"", f"it has {len(der)} bytes, and {_LARGEST_CERTIFICATE} are the most"
+    elif not der and problem is None:
+        problem = "it has no value on the device"
+    if problem is not None:
+        _log.warning("certificate %r cannot be read: %s", foreign(label), problem)
+    return StoredCertificate(der, label, key_id, problem)
+
+
+def _first_value(value: bytes) -> bytes:
+    # Cards keep files of a fixed size: what follows a certificate there is padding.
+    with contextlib.suppress(ValueError):
+        return ders.first(value)
+    return value
+
+
+def _attribute(thing: Object, name: Attribute) -> Any:
+    try:
+        return cryptoki.read(thing, name)
+    except Unreadable:
+        return None
+
+
+def text_of(thing: Object) -> str:
+    # Some write the end of a string in C along with it, which no URI can say.
+    return (cryptoki.read(thing, Attribute.LABEL) or "").partition("\0")[0]
+
+
+def label_of(thing: Object) -> str:
+    try:
+        return text_of(thing)
+    except Unreadable:
+        return ""
+
+
+def id_of(thing: Object) -> bytes:
+    return _attribute(thing, Attribute.ID) or b""
+
+
+def unread(thing: Object) -> str | None:
+    """Why not even the label of *thing* can be read; ``None`` if it can."""
+    try:
+        text_of(thing)
+    except Unreadable as exc:
+        return str(exc)
+    return None
+
+
+def cut(text: str) -> str:
+    # A fixed field is filled up with blanks; some end it as C does, and what follows is rubbish.
+    return text.partition("\0")[0].rstrip()
+
+
+def _serial(token: Token) -> str:
+    # Two numbers in binary may differ behind a zero only.
+    return token.serial.decode("utf-8", "replace").rstrip(" \0").replace("\0", " ")
+
+
+def named(token: Token) -> tuple[str, str, str, str]:
+    return cut(token.manufacturer_id), cut(token.model), _serial(token), cut(token.label)
+
+
+def called(token: Token) -> str:
+    return f"'{foreign(cut(token.label))}' (serial {foreign(_serial(token)) or 'unknown'})"

@@ -1,0 +1,121 @@
+"""
+What a device is asked to sign, checked right before the signature is made and in the process that
+makes it; and the proof of what came out.
+
+    a grant             header and claims byte for byte as `hsmtoll.grant` makes them
+    a PKCS#10 request   for the key's own public half, and nothing else
+    the self-test       always the same bytes
+
+Nothing else is signed, whoever asks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll.errors import DeviceError, PolicyDenied, foreign
+from hsmtoll.grant import read_grant
+from hsmtoll.hsm.facts import Signature
+from hsmtoll.x509 import der as ders
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hsmtoll.grant import Read
+    from hsmtoll.jws import RsaPublicKey
+
+__all__ = ["SELF_TEST", "Verifier", "check_grant", "check_request"]
+
+#: What is signed to see that a device works. It is as large as a grant with x5c, because there are
+#: mechanisms that take less. A JWS has no blanks and begins with ``eyJ``, DER with 0x30 or 0x31, a
+#: TLS signature with random bytes, 64 blanks or a handshake message: it is none of them.
+SELF_TEST: Final = b"hsmtoll self-test, not a grant".ljust(9216)
+
+_ATTRIBUTES: Final = 0xA0
+
+
+def check_grant(
+    alg: str,
+    unsigned: bytes,
+    *,
+    audience: str | None = None,
+    rules: Callable[[Read], None] | None = None,
+) -> None:
+    """
+    PolicyDenied (``not-allowed``) unless *unsigned* is a grant for *audience*, where that is known,
+    and the *rules* take it, which raise for what they refuse.
+    """
+    try:
+        read = read_grant(alg, unsigned)
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise _refused(str(exc) if isinstance(exc, ValueError) else "it is no bytes") from None
+    if audience is not None and read.grant.audience != audience:
+        raise _refused(f"aud is not the one of the settings: {foreign(read.grant.audience)}")
+    if rules is not None:
+        rules(read)
+
+
+def check_request(info: bytes, public: RsaPublicKey) -> None:
+    """
+    PolicyDenied (``not-allowed``) unless *info* is a CertificationRequestInfo (RFC 2986 section
+    4.1) for *public*, without attributes. A TBSCertificate has other fields at these places.
+    """
+    try:
+        ders.check_lengths(info)
+        version, subject, spki, attributes = ders.parts(info)
+        right = (
+            ders.number(version) == 0
+            and subject[0] == ders.SEQUENCE
+            and all(each[0] == ders.SET for each in ders.parts(subject))
+            and ders.content(attributes, _ATTRIBUTES) == b""
+        )
+    except (ValueError, TypeError):
+        right = False
+    if not right:
+        raise _refused("it is no request for a certificate")
+    if spki != public.spki():
+        raise _refused("the request is for another public key")
+
+
+def _refused(why: str) -> PolicyDenied:
+    return PolicyDenied(
+        f"the device was not asked to sign: {why}",
+        hint="it signs grants, requests for a certificate of its own key, and its self-test",
+        code="not-allowed",
+    )
+
+
+class Verifier:
+    """
+    Whether a signature is one, by the public half of the key that *name* means. Where the device
+    hides that half, the one that a signature showed to be it is kept.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._learned: RsaPublicKey | None = None
+
+    def verified(
+        self, alg: str, signed: bytes, made: Signature, offered: Iterable[RsaPublicKey]
+    ) -> Signature:
+        """
+        *made*, whole, with the key that verifies it: ``made.by``, which the device shows, or else
+        one of those *offered*. DeviceError (``signature-wrong``) if none does; ``by`` is ``None``
+        if there is none to ask.
+        """
+        learned = (self._learned,) if self._learned else ()
+        halves = (made.by,) if made.by else (*learned, *offered)
+        # What an earlier signature taught may have been another key by the same name.
+        self._learned = None
+        for public in halves:
+            whole = public.padded(made.value)
+            if public.verify(alg, signed, whole):
+                self._learned = public
+                return Signature(whole, public)
+        if halves:
+            raise DeviceError(
+                f"the device's signature does not fit the public key of {self._name}",
+                hint="The certificate belongs to another key, or the device is faulty.",
+                code="signature-wrong",
+            )
+        return Signature(made.value, None)
