@@ -41,8 +41,8 @@ _STARTING: Final = 30.0
 #: Everything else is handed down, because makers' modules read variables of many names.
 _NOT_HANDED_DOWN: Final = frozenset(
     {
-        *("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "MAINPID"),
-        *("WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "FDSTORE"),
+        *("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES"),
+        *("MAINPID", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "FDSTORE"),
     }
 )
 

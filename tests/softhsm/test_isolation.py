@@ -325,6 +325,46 @@ def test_the_child_has_no_secret_in_its_environment_or_on_its_command_line(
     assert b"canary" not in seen
 
 
+#: What makers' modules, and the loader, read from the environment (hsmtoll/docs/devices.md).
+FOR_MODULES = (
+    "SOFTHSM2_CONF", "YUBIHSM_PKCS11_CONF", "P11NETHSM_CONFIG_FILE", "TPM2_PKCS11_STORE",
+    "TPM2_PKCS11_TCTI", "KMS_PKCS11_CONFIG", "ChrystokiConfigurationPath", "CS_PKCS11_R3_CFG",
+    "CKNFAST_LOADSHARING", "NFAST_NFKM_TOKENSFILE", "VAULT_KMIP_CONFIG", "PKCS11_PROXY_SOCKET",
+    "NSS_LIB_PARAMS", "OPENSC_CONF", "P11_KIT_SERVER_ADDRESS", "DBUS_SESSION_BUS_ADDRESS",
+    "PKCS11SPY", "LD_LIBRARY_PATH", "HTTPS_PROXY", "HOME", "PATH", "LANG", "TZ",
+    "A_MAKERS_OWN_NAME",
+)  # fmt: skip
+#: What a service manager gives to the service alone, and what is hsmtoll's own.
+FOR_THE_SERVICE = (
+    "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES", "MAINPID",
+    "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "FDSTORE", "HSMTOLL_HSM__PIN",
+    "HSMTOLL_HSM__PIN_FILE", "HSMTOLL_ANYTHING_ELSE", "hsmtoll_cache",
+)  # fmt: skip
+
+
+@pytest.mark.needs_root  # its own account may not read it
+def test_the_worker_gets_what_modules_read_and_nothing_that_is_the_services_own(
+    make: Callable[..., WorkerDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: os.environ.get(name) or f"/value/of/{name}" for name in FOR_MODULES}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    for name in FOR_THE_SERVICE:
+        monkeypatch.setenv(name, "/secret/of/the/service")
+    make().sign("RS256", DATA)
+    (child,) = workers()
+    seen = dict(
+        each.split("=", 1) for each in _read(child, "environ").decode().split("\0") if "=" in each
+    )
+    assert {name: seen.get(name) for name in FOR_MODULES} == kept
+    assert not seen.keys() & set(FOR_THE_SERVICE)
+    assert "/secret/of/the/service" not in seen.values()
+    # The control: another child of this program has them all.
+    other = subprocess.run(["env", "-0"], capture_output=True, text=True, check=True).stdout
+    names = {each.partition("=")[0] for each in other.split("\0")}
+    assert names >= {*FOR_MODULES, *FOR_THE_SERVICE}
+
+
 def test_a_wrong_pin_is_tried_once_whatever_the_number_of_children(
     make: Callable[..., WorkerDevice], toll_faults: Faults, pin: Asked
 ) -> None:
