@@ -8,6 +8,7 @@ hashes do. How the log lies on disk, and how it is verified, is in `audit_log`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -134,7 +135,7 @@ class Audit:
         self._checkpoint_sha256 = report.checkpoint_sha256
         # When the oldest record was written that no checkpoint covers, or earlier.
         self._oldest = self._now()
-        self._file, self._size, self._checkpoints = self._opened()
+        self._path, self._file, self._size, self._checkpoints = self._opened()
         if report.sealed < report.seq:
             # Written by a host that was killed, or by somebody else: nobody can know.
             span = (report.sealed + 1, report.seq)
@@ -142,11 +143,6 @@ class Audit:
 
     def _read_back(self, progress: Callable[[], None]) -> Report:
         segments = segments_of(self._directory)
-        if segments:
-            # A crash in the middle of a write leaves half a line. It was never acknowledged.
-            _drop_half_line(segments[-1])
-            if checkpoints_of(segments[-1]).exists():
-                _drop_half_line(checkpoints_of(segments[-1]))
         before = 0.0
 
         def seen(record: dict[str, Any]) -> None:
@@ -178,6 +174,18 @@ class Audit:
                 code="audit-broken",
             )
         report.sealed = sealed
+        if segments:
+            if noted is None:
+                _log.warning(
+                    "audit %s: no note of its last checkpoint is at %s, so nobody can know whether"
+                    " records were cut off; compare it with an audit head in the system log"
+                    " (`hsmtoll audit verify --head`)",
+                    self._directory, self._noted,
+                )  # fmt: skip
+            # A crash in the middle of a write leaves half a line. It was never acknowledged.
+            for file in (segments[-1], checkpoints_of(segments[-1])):
+                if file.exists():
+                    _drop_half_line(file)
         return report
 
     def _read_noted(self) -> tuple[int, str] | None:
@@ -195,19 +203,25 @@ class Audit:
                 code="audit-broken",
             ) from exc
 
-    def _opened(self) -> tuple[int, int, int]:
-        """The segment to append to, its size, and its checkpoints."""
+    def _opened(self) -> tuple[Path, int, int, int]:
+        """The segment to append to: where it is, its descriptor, size and checkpoints."""
         segments = segments_of(self._directory)
         if segments and segments[-1].stat().st_size < _SEGMENT:
             path = segments[-1]
         else:
             path = self._directory / f"audit-{self.seq + 1:012d}.jsonl"
             self._carry_over(segments, path)
-        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC
+        flags = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         checkpoints = os.open(checkpoints_of(path), flags, 0o640)
         descriptor = os.open(path, flags, 0o640)
         files.sync_directory(self._directory)
-        return descriptor, os.fstat(descriptor).st_size, checkpoints
+        return path, descriptor, os.fstat(descriptor).st_size, checkpoints
+
+    def _check_untouched(self) -> None:
+        """OSError unless the segment is where it was, and as long as what was written to it."""
+        there, ours = self._path.stat(), os.fstat(self._file)
+        if not os.path.samestat(there, ours) or there.st_size != self._size:
+            raise OSError(errno.EBADF, f"{self._path.name} was moved, replaced or changed")
 
     def _carry_over(self, segments: list[Path], fresh: Path) -> None:
         """A segment's checkpoints begin with the last one of the segment before."""
@@ -230,6 +244,7 @@ class Audit:
                 raise self._unwritable(self._broken)
             now = self._now()
             try:
+                self._check_untouched()
                 unsealed = self.seq - self._sealed_seq
                 full = self._size >= _SEGMENT
                 late = abs(now - self._oldest) >= _MOST_SECONDS
@@ -241,7 +256,7 @@ class Audit:
                     # Once in thousands: a segment never outlives its predecessor.
                     fresh = self._opened()
                     self._retired += [self._file, self._checkpoints]
-                    self._file, self._size, self._checkpoints = fresh
+                    self._path, self._file, self._size, self._checkpoints = fresh
                 record = dict.fromkeys(MEMBERS) | members
                 record |= {
                     "seq": self.seq + 1, "time": stamp(now), "prev": self.head, "event": event,
@@ -302,7 +317,8 @@ class Audit:
     def _unwritable(self, why: str | None) -> AuditBroken:
         return AuditBroken(
             f"audit {foreign(self._directory)}: cannot be written ({why})",
-            hint="nothing is signed until it can: make room, then restart the host",
+            hint="nothing is signed until it can: make room, or see who else uses that file, then"
+            " restart the host",
             code="audit-unwritable",
         )
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain, pairwise
@@ -73,8 +75,20 @@ def stamp(now: float) -> str:
 
 
 def segments_of(path: Path) -> list[Path]:
-    """Those of a directory, oldest first; of a segment, itself."""
-    return sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
+    """
+    Those of a directory, oldest first; of a segment, itself. AuditBroken where one of them, or its
+    checkpoints, is a link, a pipe or anything else but a file.
+    """
+    segments = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
+    for each in segments:
+        for file in (each, checkpoints_of(each)):
+            if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
+                raise AuditBroken(
+                    f"audit {foreign(file)}: not a file",
+                    hint="a log is made of files alone, which are not linked: see who put it there",
+                    code="audit-broken",
+                )
+    return segments
 
 
 def checkpoints_of(segment: Path) -> Path:
@@ -164,8 +178,8 @@ class Report:
     if there is none. *after*: the record before the first that was looked at, 0 at the log's
     beginning. *seq* and *head* of the last record. *sealed*: the last record that a checkpoint or
     a head that was given vouches for; *unverified*: spans below it that none does.
-    *checkpoint*: the last one, and *checkpoint_sha256* its hash. *open_intents*: records of intents
-    without a result.
+    *checkpoint*: the last one, and *checkpoint_sha256* its hash. *half_line*: the log ends in the
+    middle of a record. *open_intents*: records of intents without a result.
     """
 
     bad: str | None = None
@@ -176,6 +190,7 @@ class Report:
     unverified: list[tuple[int, int]] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
     checkpoint_sha256: str = FIRST
+    half_line: bool = False
     open_intents: dict[str, int] = field(default_factory=dict)
 
     def described(self) -> list[str]:
@@ -197,6 +212,8 @@ class Report:
                 f"{self.seq - self.sealed} more, up to {self.seq}, have no checkpoint yet:"
                 " they fit, and nobody vouches for them"
             )
+        if self.half_line:
+            said.append("it ends in the middle of a record, as where a host was killed writing it")
         said.append(f"head {self.seq}:{self.head}")
         said += [f"intent without a result: record {seq}" for seq in self.open_intents.values()]
         return said
@@ -260,6 +277,12 @@ class _Run:
         # Before the checkpoints are read: a host writes on meanwhile.
         there = segment.stat().st_size
         heads = self._checkpoints(checkpoints_of(segment))
+        if self.report.bad is None and (
+            self.report.half_line or _first(segment) != self.report.seq + 1
+        ):
+            self.report.bad = (
+                f"record {self.report.seq + 1}: not at the beginning of {segment.name}"
+            )
         if self.report.bad is not None:
             return
         if self._given is not None:
@@ -270,7 +293,9 @@ class _Run:
             heads[seq] = value
         for line, following in pairwise(chain(_lines(segment), (b"",))):
             there -= len(line)
-            if not self._record(line, following, heads, judged=there >= 0):
+            if not following and not line.endswith(b"\n"):
+                self.report.half_line = True
+            elif not self._record(line, following, heads, judged=there >= 0):
                 return
         known = max(
             (seq for seq in heads if self._given is None or seq != self._given[0]), default=0

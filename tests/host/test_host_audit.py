@@ -720,3 +720,172 @@ def test_a_token_needs_a_signature_and_a_release_and_counts_once(tmp_path: Path)
     assert 59 < audit.free_in("uid:1", "acme", minute=1, day=None) <= 60
     assert audit.free_in("uid:1", "acme", minute=2, day=None) == 1
     audit.close()
+
+
+# ---------------------------------------------------------------------- what can be done to files
+
+
+def in_segments(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A log of a host that has ended, in four segments at least."""
+    monkeypatch.setattr("hsmtoll.host.audit._SEGMENT", 6000)
+    audit = audit_in(place)
+    audit.write("start")
+    audit.seal()
+    intents(audit, 60)
+    audit.close()
+    segments = segments_of(place / "log")
+    assert len(segments) >= 4
+    return segments
+
+
+def swapped(segments: list[Path]) -> None:
+    for one, other in (segments[:2], [checkpoints_of(each) for each in segments[:2]]):
+        kept = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(kept)
+
+
+def renamed(segments: list[Path]) -> None:
+    last = segments[-1]
+    later = last.with_name("audit-000000000999.jsonl")
+    checkpoints_of(last).rename(checkpoints_of(later))
+    last.rename(later)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def stray(segments: list[Path], *, carried: int) -> None:
+    """An empty segment of a later number, with the last checkpoint of segment *carried*."""
+    fresh = segments[-1].with_name("audit-000000000999.jsonl")
+    fresh.touch()
+    last = checkpoints_of(segments[carried]).read_bytes().splitlines(keepends=True)[-1]
+    checkpoints_of(fresh).write_bytes(last)
+
+
+_HARMS: dict[str, tuple[Callable[[list[Path]], object], str]] = {
+    "two segments change places": (swapped, "checkpoint 1: the one before it is missing"),
+    "a segment has another name": (renamed, "not at the beginning of audit-000000000999.jsonl"),
+    "a segment is there twice": (
+        lambda each: each[0].with_name("audit-1.jsonl").write_bytes(each[0].read_bytes()),
+        "checkpoint 1: the one before it is missing",
+    ),
+    "a segment of another number": (
+        lambda each: stray(each, carried=-1),
+        "not at the beginning of audit-000000000999.jsonl",
+    ),
+    "a segment with an older checkpoint": (
+        lambda each: stray(each, carried=0),
+        "removed, or checkpoints of the segment before it",
+    ),
+    "a segment that is none": (
+        lambda each: each[0].with_name("audit-new.jsonl").touch(),
+        "not a segment of an audit log",
+    ),
+    "a link to the last segment": (lambda each: linked(each[-1]), "not a file"),
+    "a link to an older segment": (lambda each: linked(each[1]), "not a file"),
+    "a link to checkpoints": (lambda each: linked(checkpoints_of(each[-1])), "not a file"),
+    "a pipe for a segment": (lambda each: piped(each[-1]), "not a file"),
+    "a pipe for checkpoints": (lambda each: piped(checkpoints_of(each[-1])), "not a file"),
+    "a directory for a segment": (
+        lambda each: each[0].with_name("audit-000000000999.jsonl").mkdir(),
+        "not a file",
+    ),
+    "half a line in the middle": (
+        lambda each: each[1].write_bytes(each[1].read_bytes() + b'{"seq":'),
+        "not at the beginning of",
+    ),
+    "a blank line at the end": (
+        lambda each: each[-1].write_bytes(each[-1].read_bytes() + b"\n"),
+        "changed (not an audit record)",
+    ),
+    "a sealed record of which half is there": (
+        lambda each: each[-1].write_bytes(each[-1].read_bytes()[:-20]),
+        "cut off; record 61 is known",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", _HARMS)
+def test_a_log_whose_files_were_touched_is_neither_right_nor_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    segments = in_segments(tmp_path, monkeypatch)
+    log = tmp_path / "log"
+    assert verify(log, KEY.public_key()).bad is None
+    touch, said = _HARMS[harm]
+    touch(segments)
+    kept = {each: each.lstat().st_size for each in log.iterdir()}
+    try:
+        found = str(verify(log, KEY.public_key()).bad)
+    except (AuditBroken, ConfigurationError) as exc:
+        found = str(exc)
+    assert said in found
+    with pytest.raises((AuditBroken, ConfigurationError)) as caught:
+        audit_in(tmp_path)
+    assert said in str(caught.value)
+    # It is evidence from now on: a start that is refused changes nothing.
+    assert {each: each.lstat().st_size for each in log.iterdir()} == kept
+
+
+@pytest.mark.parametrize("rest", [b'{"seq":', b"\0" * 4096], ids=["half", "zeros"])
+def test_half_a_line_at_the_end_is_said_and_gone_on_from(tmp_path: Path, rest: bytes) -> None:
+    segment = filled(tmp_path)
+    segment.write_bytes(segment.read_bytes() + rest)
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.sealed, report.half_line) == (None, 6, 6, True)
+    assert any("in the middle of a record" in line for line in report.described())
+    audit = audit_in(tmp_path)
+    assert audit.write("start")[0] == 7
+    audit.close()
+    report = verify(tmp_path / "log", KEY.public_key())
+    assert (report.bad, report.seq, report.half_line) == (None, 7, False)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda segment: segment.write_bytes(segment.read_bytes()[:-1]),
+        lambda segment: segment.write_bytes(b""),
+        lambda segment: segment.write_bytes(segment.read_bytes() + b"x"),
+        lambda segment: segment.rename(segment.with_name("audit.1")),
+        lambda segment: segment.unlink(),
+        lambda segment: (
+            segment.with_name("new").write_bytes(segment.read_bytes()),
+            segment.with_name("new").replace(segment),
+        ),
+    ],
+    ids=["cut", "emptied", "grown", "moved", "removed", "replaced"],
+)
+def test_a_host_signs_nothing_more_once_another_one_touched_its_segment(
+    tmp_path: Path, touch: Callable[[Path], object]
+) -> None:
+    audit = audit_in(tmp_path)
+    intents(audit, 3)
+    audit.seal()
+    intents(audit, 1)
+    checkpoints = (tmp_path / "log" / "checkpoints.jsonl").read_bytes()
+    touch(next((tmp_path / "log").glob("audit-*")))
+    for _ in range(2):
+        with pytest.raises(AuditBroken, match="cannot be written"):
+            intents(audit, 1)
+    audit.close()
+    assert (tmp_path / "log" / "checkpoints.jsonl").read_bytes() == checkpoints
+
+
+def test_a_host_without_its_note_goes_on_and_warns_that_records_may_be_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    filled(tmp_path)
+    audit_in(tmp_path).close()
+    assert "no note" not in caplog.text
+    (tmp_path / "noted").unlink()
+    audit_in(tmp_path).close()
+    assert "nobody can know whether records were cut off" in caplog.text
