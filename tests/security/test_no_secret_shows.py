@@ -81,7 +81,7 @@ def heard(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     app = App(toll_settings)
     wire = Listening(ca_file=toll_settings.ca_file, timeout=5.0, deadline=10.0)
     wire.secrets = []
-    monkeypatch.setattr(app, "wire", lambda: wire)
+    monkeypatch.setattr(app, "wire", wire)
     yield app, wire
     app.close()
 

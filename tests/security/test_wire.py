@@ -582,7 +582,7 @@ def test_a_proxy_that_is_none_is_told_without_its_password(proxy: str) -> None:
 
 def test_a_cached_token_needs_no_http() -> None:
     code = """
-import sys, hsmtoll.client, hsmtoll.cache, hsmtoll.renewal, hsmtoll.stores
+import sys, hsmtoll.client, hsmtoll.cache, hsmtoll.engine, hsmtoll.stores
 late = "httpx asyncio cryptography pkcs11 redis filelock".split()
 print(*(name for name in late if name in sys.modules))
 """
