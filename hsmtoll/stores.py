@@ -48,6 +48,8 @@ _KEY_BYTES: Final = 32
 
 #: Seconds of one wait for Redis.
 _WAIT: Final = 5.0
+#: Seconds that a check of the cache's directory holds: in most cases as long as one renewal.
+_CHECK_HOLDS: Final = 10.0
 
 #: A stored value is a token of some kilobytes; more is not ours.
 _LARGEST: Final = 256 * 1024
@@ -124,6 +126,8 @@ class FileStore:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        # Until when (seconds of the monotonic clock) the last check of the directory holds.
+        self._checked_until = 0.0
 
     def get(self, key: str) -> Kept | None:
         """What was put, or ``None``; ConfigurationError if the file is not safely ours."""
@@ -184,8 +188,13 @@ class FileStore:
                 _log.warning("cache %s: a lock stays (%s)", self._directory, exc.strerror)
 
     def _checked_directory(self) -> None:
+        """Make the directory where there is none, and see that nobody else may change it."""
+        now = time.monotonic()
         try:
             files.make_directory(self._directory)
+            # Each file in it is looked at when it is opened, however long ago this was.
+            if now < self._checked_until:
+                return
             files.reclaim(self._directory)
             seen = self._directory.lstat()
             place = files.loose(self._directory, own=True)
@@ -203,6 +212,7 @@ class FileStore:
                 "set HSMTOLL_CACHE=file:///DIR where root or you own each directory on the way,"
                 " and nobody else may write it; or memory:",
             )
+        self._checked_until = now + _CHECK_HOLDS
 
 
 #: Bytes before a sealed value: until when it is good, in milliseconds of the server's clock.
