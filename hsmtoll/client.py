@@ -162,9 +162,7 @@ class TollClient(_Shared, Calls):
         return self._open(base, auth)
 
     def _open(self, base: str, auth: TollAuth | None = None) -> httpx.Client:
-        import httpx  # noqa: PLC0415 - as above
-
-        made = httpx.Client(base_url=base, auth=auth, **self._engine.wire.options(base))
+        made = self._engine.wire.client(base, base_url=base, auth=auth)
         self._lent(made)
         return made
 

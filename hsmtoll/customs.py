@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from hsmtoll import apis, files, tls
+from hsmtoll import apis, files
 from hsmtoll.clock import retry_after
+from hsmtoll.deadline import Deadline
 from hsmtoll.errors import (
     ApiRefused,
     HsmTollError,
@@ -31,7 +32,6 @@ from hsmtoll.errors import (
 )
 from hsmtoll.exchange import read_json
 from hsmtoll.suggestions import did_you_mean
-from hsmtoll.wire import past_proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
@@ -556,59 +556,19 @@ _LARGEST_ANSWER: Final = 64 * 1024 * 1024
 _LOCATION: Final = "hsmtoll.location"
 
 
-class _Exchange:
-    """
-    One request and its answer: whether it was sent, and how long it may still take.
-
-    Time begins with the way to the server and ends with the answer, so that a token that has to
-    be renewed before, or in between after a 401, has a time of its own.
-    """
-
-    def __init__(self, wire: Wire) -> None:
-        self.end: float | None = None
-        self._sent = False
-        self._past_proxy = False
-        self._late = False
-        self._wire = wire
-        self._seconds = wire.deadline
-
-    def saw(self, event: str, info: Mapping[str, Any]) -> None:
-        """Told by httpcore of each of its steps."""
-        sending = event.endswith("send_request_headers.started")
-        # A proxy is asked for a tunnel first, which sends nothing of the request.
-        self._sent |= sending and info["request"].method != b"CONNECT"
-        self._past_proxy |= past_proxy(event, info)
-        if event.endswith("response_closed.started"):
-            self.end = None
-        elif self.end is None and (sending or event.endswith("connect_tcp.started")):
-            self.end = time.monotonic() + self._seconds
-
-    def left(self, wait: float | None) -> float | None:
-        """*wait*, cut where the time ends."""
-        if self.end is None:
-            return wait
-        left = self.end - time.monotonic()
-        # A wait that was cut may end a little before the clock says so.
-        self._late = wait is None or left < wait
-        if left <= 0:
-            raise TimeoutError
-        return left if self._late else wait
-
-    def lost(self, exc: httpx.HTTPError | TimeoutError) -> Lost:
-        """Why no answer came."""
-        if isinstance(exc, TimeoutError) or (
-            self._late and isinstance(exc, httpx.TimeoutException)
-        ):
-            return Lost(
-                f"not whole within {self._seconds:.0f} s",
-                code="deadline",
-                hint="HSMTOLL_DEADLINE sets how long to wait",
-                unsent=not self._sent,
-            )
-        reason = self._wire.reason(exc, str(exc.request.url), past_proxy=self._past_proxy)
-        before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
-        unsent = not self._sent or isinstance(exc, before)
-        return Lost(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
+def _lost(wire: Wire, deadline: Deadline, exc: httpx.HTTPError | TimeoutError) -> Lost:
+    """Why no answer came."""
+    if isinstance(exc, TimeoutError) or (deadline.cut and isinstance(exc, httpx.TimeoutException)):
+        return Lost(
+            f"not whole within {deadline.seconds:.0f} s",
+            code="deadline",
+            hint="HSMTOLL_DEADLINE sets how long to wait",
+            unsent=not deadline.sent,
+        )
+    reason = wire.reason(exc, str(exc.request.url), past_proxy=deadline.past_proxy)
+    before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
+    unsent = not deadline.sent or isinstance(exc, before)
+    return Lost(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
 
 
 def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
@@ -687,20 +647,20 @@ def asked(
     Raises Lost where there is none, and what having a token raises. Arguments as for
     httpx.Client.request.
     """
-    exchange = _Exchange(wire)
+    deadline = Deadline(wire.deadline)
     theirs = _extensions(request).get("trace")
 
     def trace(event: str, info: Mapping[str, Any]) -> None:
-        exchange.saw(event, info)
+        deadline.trace(event, info)
         if theirs is not None:
             theirs(event, info)
 
     prepared = _prepared(request, trace)
     try:
-        with tls.bounded(exchange.left):
+        with deadline.binding():
             return _whole(client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
-        raise exchange.lost(exc) from exc
+        raise _lost(wire, deadline, exc) from exc
 
 
 async def aasked(
@@ -709,14 +669,14 @@ async def aasked(
     """As asked, for tasks."""
     import asyncio  # noqa: PLC0415 - threads need none of it
 
-    exchange, scope = _Exchange(wire), asyncio.timeout(None)
+    deadline, scope = Deadline(wire.deadline), asyncio.timeout(None)
     theirs = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
-        before = exchange.end
-        exchange.saw(event, info)
-        if exchange.end != before and not scope.expired():
-            left = None if exchange.end is None else exchange.end - time.monotonic()
+        before = deadline.end
+        deadline.trace(event, info)
+        if deadline.end != before and not scope.expired():
+            left = None if deadline.end is None else deadline.end - time.monotonic()
             scope.reschedule(None if left is None else asyncio.get_running_loop().time() + left)
         if theirs is not None:
             await theirs(event, info)
@@ -726,11 +686,11 @@ async def aasked(
         async with scope:
             return _whole(await client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
-        raise exchange.lost(exc) from exc
+        raise _lost(wire, deadline, exc) from exc
     except TimeoutError as exc:
         if not scope.expired():
             raise
-        raise exchange.lost(exc) from exc
+        raise _lost(wire, deadline, exc) from exc
 
 
 def spoken(

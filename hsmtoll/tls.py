@@ -8,49 +8,15 @@ certificate that is not checked) slips in.
 from __future__ import annotations
 
 import ssl
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from hsmtoll import files
 from hsmtoll.errors import ConfigurationError, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    # Given the seconds that a wait may last, or None for ever, it gives those that are left.
-    Limit = Callable[[float | None], float | None]
-
-__all__ = ["bounded", "client_context", "host_context"]
-
-_limit: ContextVar[Limit | None] = ContextVar("hsmtoll-limit", default=None)
-
-
-class _Bounded(ssl.SSLSocket):
-    """
-    A socket whose waits end with the time of whoever waits, from the handshake on.
-
-    Libraries set a time-out before each wait, and know of no time for all of them together.
-    """
-
-    def settimeout(self, value: float | None, /) -> None:
-        limit = _limit.get()
-        super().settimeout(value if limit is None else limit(value))
-
-
-@contextmanager
-def bounded(limit: Limit) -> Iterator[None]:
-    """
-    Let *limit* shorten each wait of this thread for TLS; it raises TimeoutError when none is left.
-
-    Tasks have asyncio.timeout: their sockets wait for nothing.
-    """
-    before = _limit.set(limit)
-    try:
-        yield
-    finally:
-        _limit.reset(before)
+__all__ = ["client_context", "host_context"]
 
 
 def client_context(ca_file: Path | None) -> ssl.SSLContext:
@@ -105,9 +71,7 @@ def host_context(
 
 def _empty() -> ssl.SSLContext:
     """One that trusts nobody yet."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.sslsocket_class = _Bounded
-    return context
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:

@@ -14,26 +14,27 @@ import http.cookiejar
 import ipaddress
 import os
 import re
-import socket
 import ssl
 import threading
-import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
 from hsmtoll import exchange, tls
-from hsmtoll.errors import ConfigurationError, HsmTollError, NetworkError, foreign
+from hsmtoll.deadline import Deadline, Transport
+from hsmtoll.errors import ConfigurationError, NetworkError, foreign
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import socket
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from hsmtoll.exchange import Answer, Post
 
-__all__ = ["CONNECTIONS", "Door", "Reason", "Wire", "past_proxy"]
+__all__ = ["CONNECTIONS", "Door", "Reason", "Wire"]
 
 #: However many tasks there are, nobody's server is met by hundreds of handshakes.
 CONNECTIONS: Final = 20
@@ -108,8 +109,7 @@ class Wire:
         """
         with self._lock:
             if self._context is None:
-                made = self._door.context
-                self._context = made() if made else tls.client_context(self._ca_file)
+                self._context = self._new_context()
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         name, via = self._via(url)
         return {
@@ -123,6 +123,13 @@ class Wire:
             "follow_redirects": False,
             "cookies": jar,
         }
+
+    def _new_context(self) -> ssl.SSLContext:
+        if self._door.uds is not None:
+            # Nothing is asked of it on a Unix socket, and an empty one is made quickly.
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        made = self._door.context
+        return made() if made else tls.client_context(self._ca_file)
 
     def _via(self, url: str) -> tuple[str, str | None]:
         """The variable that names the proxy for *url*, and its value; ``None`` for none."""
@@ -163,7 +170,6 @@ class Wire:
             post.leg,
             "POST",
             post.url,
-            guard=self._guard(post.leg),
             data=dict(post.form),
             headers={"accept": "application/json", "accept-encoding": "identity"},
         )
@@ -171,10 +177,7 @@ class Wire:
     def tell(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
         """Send *value* as JSON and read the answer; as post otherwise."""
         said = {"accept": "application/json", "accept-encoding": "identity", **headers}
-        return self._sent(leg, "POST", url, guard=self._guard(leg), json=value, headers=said)
-
-    def _guard(self, leg: str, *, public: bool = False) -> _Guard:
-        return _Guard(self._deadline, public=public, leg=leg, meet=self._door.meet)
+        return self._sent(leg, "POST", url, json=value, headers=said)
 
     def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
         """
@@ -193,34 +196,49 @@ class Wire:
         if named is not None and not named.is_global:
             raise _private(leg)
         # A proxy has a place of its own in the network; its address says nothing.
-        guard = self._guard(leg, public=public and self._proxy is None)
+        guard = public and self._proxy is None
         headers = {"accept": "*/*", "accept-encoding": "identity"}
-        return self._sent(leg, "GET", url, guard=guard, headers=headers)
+        meet = partial(_is_public, leg=leg) if guard else self._door.meet
+        return self._sent(leg, "GET", url, meet=meet, headers=headers)
 
-    def _sent(self, leg: str, method: str, url: str, *, guard: _Guard, **request: Any) -> Answer:
-        host = httpx.URL(url).host
-        options = self._options(url)
-        hooks = {"response": [_stay]}
+    def client(
+        self, url: str, *, meet: Callable[[socket.socket], None] | None = None, **more: Any
+    ) -> httpx.Client:
+        """
+        An httpx client of ours to *url*, for threads, with `options` and *more* keywords of httpx.
+        It obeys a `Deadline`, and shows each new connection to *meet*.
+        """
+        options = self.options(url)
+        own = {name: options.pop(name) for name in ("verify", "proxy", "limits")}
+        if self._door.uds is not None:
+            own["uds"] = str(self._door.uds)
+        return httpx.Client(transport=Transport(meet=meet, **own), **options, **more)
+
+    def _sent(
+        self,
+        leg: str,
+        method: str,
+        url: str,
+        *,
+        meet: Callable[[socket.socket], None] | None = None,
+        **request: Any,
+    ) -> Answer:
+        deadline, hooks = Deadline(self._deadline), {"response": [_stay]}
         try:
             # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
             with (
-                httpx.Client(**options, event_hooks=hooks) as client,
-                guard,
-                tls.bounded(guard.left),
+                self.client(url, meet=meet or self._door.meet, event_hooks=hooks) as client,
+                deadline.binding(),
             ):
                 built = client.build_request(
-                    method, url, extensions={"trace": guard.trace}, **request
+                    method, url, extensions={"trace": deadline.trace}, **request
                 )
                 answer = _read(client.send(built, stream=True), leg)
-            # A line that was cut looks like the end of an answer that names no length.
-            if guard.struck:
-                raise self._too_slow(leg, host, url)
         except httpx.HTTPError as exc:
-            _close_left_open(exc)
-            if guard.over:
-                raise self._too_slow(leg, host, url) from exc
-            raise self._failed(exc, leg, url, past_proxy=guard.past_proxy) from exc
-        if answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and options["proxy"]:
+            if isinstance(exc, httpx.TimeoutException) and deadline.cut:
+                raise self._too_slow(leg, url, sent=deadline.sent) from exc
+            raise self._failed(exc, leg, url, past_proxy=deadline.past_proxy) from exc
+        if answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and self._via(url)[1]:
             # Without TLS the request itself goes to the proxy, which may answer in its place.
             refused = httpx.ProxyError("407 Proxy Authentication Required")
             raise self._failed(refused, leg, url, past_proxy=False)
@@ -238,22 +256,15 @@ class Wire:
             signed=not isinstance(exc, _NOTHING_SENT),
         )
 
-    def _options(self, url: str) -> dict[str, Any]:
-        if self._door.uds is None:
-            return self.options(url)
-        # The context is asked for nothing on a Unix socket, and made empty because that is quick.
-        nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        transport = httpx.HTTPTransport(uds=str(self._door.uds), verify=nothing, trust_env=False)
-        return {**self.options(url), "verify": nothing, "transport": transport}
-
-    def _too_slow(self, leg: str, host: str, url: str) -> NetworkError:
+    def _too_slow(self, leg: str, url: str, *, sent: bool) -> NetworkError:
         hints = ["HSMTOLL_DEADLINE sets how long to wait"]
         if unused := self.unused_proxy(url):
             hints.append(_UNUSED.format(unused))
         return NetworkError(
-            f"{leg} ({host}): no whole answer within {self._deadline:.0f} s",
+            f"{leg} ({httpx.URL(url).host}): no whole answer within {self._deadline:.0f} s",
             hint="\n".join(hints),
             code="deadline",
+            signed=sent,
         )
 
 
@@ -322,15 +333,10 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         found = found.__cause__ or found.__context__
 
 
-def _close_left_open(exc: BaseException) -> None:
-    """httpcore forgets the Unix socket that nobody answered at (1.0): its frame still holds it."""
-    for found in _causes(exc):
-        step = found.__traceback__
-        while step is not None:
-            left = step.tb_frame.f_locals.get("sock")
-            if isinstance(left, socket.socket) and left.family == socket.AF_UNIX:
-                left.close()
-            step = step.tb_next
+def _is_public(connection: socket.socket, leg: str) -> None:
+    # Asked of the connection itself: a name may resolve otherwise the next time.
+    if not ipaddress.ip_address(connection.getpeername()[0]).is_global:
+        raise _private(leg)
 
 
 def _private(leg: str) -> NetworkError:
@@ -362,98 +368,6 @@ def _read(response: httpx.Response, leg: str) -> Answer:
                     code="answer-too-large",
                 )
         return exchange.Answer(response.status_code, headers, bytes(body))
-
-
-#: Steps of httpcore that bring a socket.
-_CONNECTED: Final = (
-    "connect_tcp.complete",
-    "connect_unix_socket.complete",
-    "start_tls.complete",
-)
-
-
-class _Guard:
-    """
-    Ends a leg at its deadline, whatever it is busy with.
-
-    Time-outs of the network bound each wait, and a server that sends a byte now and then
-    meets them all. So the socket itself is shut down under the reader.
-    """
-
-    def __init__(
-        self,
-        seconds: float,
-        *,
-        public: bool = False,
-        leg: str = "",
-        meet: Callable[[socket.socket], None] | None = None,
-    ) -> None:
-        self.struck = False
-        #: Whether a proxy, if there is one, has done its part.
-        self.past_proxy = False
-        self._meet = meet
-        self._public = public
-        self._leg = leg
-        self._sockets: list[socket.socket] = []
-        self._seconds, self._end = seconds, 0.0
-        self._timer = threading.Timer(seconds, self._strike)
-        self._timer.daemon = True
-
-    def __enter__(self) -> Self:
-        self._end = time.monotonic() + self._seconds
-        self._timer.start()
-        return self
-
-    @property
-    def over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.struck or time.monotonic() >= self._end
-
-    def left(self, wait: float | None) -> float:
-        """*wait*, cut at the deadline: while TLS is agreed on there is no socket to shut down."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        return left if wait is None else min(wait, left)
-
-    def __exit__(self, *exc: object) -> None:
-        self._timer.cancel()
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Called by httpcore at each step; connecting is the one that brings a socket."""
-        self.past_proxy |= past_proxy(event, info)
-        if event.endswith(_CONNECTED):
-            found = info["return_value"].get_extra_info("socket")
-            if isinstance(found, socket.socket):
-                if self._meet is not None:
-                    try:
-                        self._meet(found)
-                    except HsmTollError:
-                        found.close()
-                        raise
-                if self._public and not ipaddress.ip_address(found.getpeername()[0]).is_global:
-                    # Asked of the connection itself: a name may resolve otherwise the next time.
-                    found.close()
-                    raise _private(self._leg)
-                self._sockets.append(found)
-                if self.struck:
-                    self._strike()
-
-    def _strike(self) -> None:
-        self.struck = True
-        for each in self._sockets:
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-
-def past_proxy(event: str, info: Mapping[str, Any]) -> bool:
-    """Whether a step of httpcore shows that a proxy gave the way free, or that there is none."""
-    # The name of its logger tells TLS inside the tunnel from TLS with the proxy.
-    if event == "proxy.start_tls.started":
-        return True
-    # A tunnel is asked for first, which sends nothing of the request.
-    sending = event.endswith("send_request_headers.started")
-    return bool(sending and info["request"].method != b"CONNECT")
 
 
 #: After these the request did not reach whoever it is for.

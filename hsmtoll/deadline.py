@@ -1,0 +1,270 @@
+"""
+One time limit for a whole request, however slowly its answer drips.
+
+Time-outs of the network bound each wait, and a peer that sends or takes a byte now and then meets
+all of them. So each wait of a thread (connecting, TLS, a proxy's tunnel, sending, reading) is given
+no more than what is left for the request. Tasks have asyncio.timeout. What neither can end is the
+system's look-up of a name, in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from contextvars import ContextVar
+from functools import partial
+from socket import SOCK_STREAM, getaddrinfo, socket
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import httpcore
+import httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+__all__ = ["Deadline", "Transport"]
+
+_T = TypeVar("_T")
+
+#: Bytes, of one TLS record at most: the library gives each part that it sends the whole time-out.
+_PART: Final = 16_384
+
+_current: ContextVar[Deadline | None] = ContextVar("hsmtoll-deadline", default=None)
+
+
+class Deadline:
+    """
+    The *seconds* that one request may take, from the way to the server to the end of its answer;
+    and how far it came.
+
+    A token that has to be renewed before it is sent, or after a 401, has a time of its own: `trace`
+    is told by httpcore where a request begins and ends. *sent*: whether any of it was;
+    *past_proxy*: whether a proxy, if there is one, did its part; *cut*: whether it was this
+    deadline that the last wait was to end at, and no time-out of the network.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.end: float | None = None
+        self.sent = False
+        self.past_proxy = False
+        self.cut = False
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """The extension ``trace`` of a request."""
+        sending = event.endswith("send_request_headers.started")
+        # A proxy is asked for a tunnel first, which sends nothing of the request.
+        self.sent |= sending and info["request"].method != b"CONNECT"
+        # The name of its logger tells TLS inside the tunnel from TLS with the proxy.
+        self.past_proxy |= self.sent or event == "proxy.start_tls.started"
+        if event.endswith("response_closed.started"):
+            self.end = None
+        elif self.end is None and (sending or event.endswith(_CONNECTING)):
+            self.end = time.monotonic() + self.seconds
+
+    def left(self, wait: float | None) -> float | None:
+        """*wait* (seconds or None) cut at the deadline; TimeoutException of httpcore after it."""
+        if self.end is None:
+            return wait
+        left = self.end - time.monotonic()
+        self.cut = wait is None or left < wait
+        if left <= 0:
+            raise httpcore.TimeoutException("timed out")
+        return left if self.cut else wait
+
+    @contextlib.contextmanager
+    def binding(self) -> Iterator[None]:
+        """Bound what this thread does meanwhile over a `Transport`."""
+        before = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(before)
+
+
+_CONNECTING: Final = ("connect_tcp.started", "connect_unix_socket.started")
+
+
+def _left(wait: float | None) -> float | None:
+    deadline = _current.get()
+    return wait if deadline is None else deadline.left(wait)
+
+
+class Transport(httpx.HTTPTransport):
+    """
+    httpx's own, for threads, whose waits end at the `Deadline` that the thread is bound by.
+
+    *meet* is shown each new connection before a byte is sent on it, and raises where it does not
+    like what it sees.
+    """
+
+    def __init__(self, *, meet: Callable[[socket], None] | None, **options: Any) -> None:
+        super().__init__(trust_env=False, **options)
+        # httpx has no name for what httpcore takes as network_backend.
+        self._pool._network_backend = _Backend(meet)  # noqa: SLF001 - see above
+
+
+class _Backend(httpcore.SyncBackend):
+    """Connections of threads."""
+
+    def __init__(self, meet: Callable[[socket], None] | None) -> None:
+        self._meet = meet
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """To the first address that answers; the library would wait *timeout* for each of them."""
+        try:
+            found = getaddrinfo(host, port, type=SOCK_STREAM)
+        except OSError as exc:
+            raise httpcore.ConnectError(exc) from exc
+        first: Exception | None = None
+        for *_, address in found:
+            wait = _left(timeout)
+            try:
+                stream = super().connect_tcp(
+                    str(address[0]), port, wait, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
+                first = first or exc
+            else:
+                return self._met(stream)
+        raise first or httpcore.ConnectError(f"no address for {host}")
+
+    def connect_unix_socket(
+        self,
+        path: str,
+        timeout: float | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        """To who listens there."""
+        try:
+            stream = super().connect_unix_socket(path, _left(timeout), socket_options)
+        except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
+            # httpcore 1.0 leaves the socket open that nobody answered at: its frame still holds it,
+            # and lives as long as the error does, which is remembered.
+            step = exc.__traceback__
+            while step is not None:
+                left = step.tb_frame.f_locals.get("sock")
+                if isinstance(left, socket):
+                    left.close()
+                step = step.tb_next
+            raise
+        return self._met(stream)
+
+    def _met(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
+        if self._meet is not None:
+            try:
+                self._meet(stream.get_extra_info("socket"))
+            except BaseException:
+                stream.close()
+                raise
+        return _Stream(stream)
+
+
+class _Stream(httpcore.NetworkStream):
+    """A connection, with or without *tls*."""
+
+    def __init__(self, below: httpcore.NetworkStream, *, tls: bool = False) -> None:
+        self._below = below
+        self._tls = tls
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """What is there, or comes in time."""
+        return self._below.read(max_bytes, _left(timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """All of *buffer*."""
+        for at in range(0, len(buffer), _PART):
+            self._below.write(buffer[at : at + _PART], _left(timeout))
+
+    def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.NetworkStream:
+        """The same connection, encrypted."""
+        if self._tls:
+            return _Tunnelled(self, ssl_context, server_hostname, timeout)
+        # The handshake as a whole ends with its time-out: Python's ssl counts it down.
+        below = self._below.start_tls(ssl_context, server_hostname, _left(timeout))
+        return _Stream(below, tls=True)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._below.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """As of the connection itself."""
+        return self._below.get_extra_info(info)
+
+
+class _Tunnelled(httpcore.NetworkStream):
+    """
+    TLS inside the TLS of a proxy. The library has it too, and waits there for each piece of a
+    record anew.
+    """
+
+    def __init__(
+        self,
+        below: _Stream,
+        context: ssl.SSLContext,
+        server_hostname: str | None,
+        timeout: float | None,
+    ) -> None:
+        self._below = below
+        self._came, self._goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._came, self._goes, server_hostname=server_hostname)
+        try:
+            self._done(self._tls.do_handshake, timeout)
+        except OSError as exc:
+            below.close()
+            raise httpcore.ConnectError(exc) from exc
+        except BaseException:
+            below.close()
+            raise
+
+    def _done(self, step: Callable[[], _T], timeout: float | None) -> _T:
+        while True:
+            try:
+                done = step()
+            except ssl.SSLWantReadError:
+                self._below.write(self._goes.read(), timeout)
+                part = self._below.read(_PART, timeout)
+                if part:
+                    self._came.write(part)
+                else:
+                    self._came.write_eof()
+            else:
+                self._below.write(self._goes.read(), timeout)
+                return done
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """As `_Stream.read`."""
+        try:
+            return self._done(partial(self._tls.read, max_bytes), timeout)
+        except OSError as exc:
+            raise httpcore.ReadError(exc) from exc
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """As `_Stream.write`."""
+        try:
+            while buffer:
+                buffer = buffer[self._done(partial(self._tls.write, buffer), timeout) :]
+        except OSError as exc:
+            raise httpcore.WriteError(exc) from exc
+
+    def close(self) -> None:
+        """As `_Stream.close`."""
+        self._below.close()
+
+    def get_extra_info(self, info: str) -> Any:
+        """As `_Stream.get_extra_info`; ``ssl_object`` is the inner TLS."""
+        return self._tls if info == "ssl_object" else self._below.get_extra_info(info)
