@@ -21,6 +21,7 @@ from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.refusals import REFUSALS
 from hsmtoll.settings import Settings, load, profiles, variable
 from tests.benchmarks.stage import Row, table
+from tests.readers import blocks
 
 TOP: Final = Path(__file__).parents[2]
 FIGURES: Final = TOP / "tests" / "benchmarks" / "figures"
@@ -180,3 +181,15 @@ def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
     assert {
         maker.name for maker in MAKERS if not any(maker.name in name for name in known)
     } == set()
+
+
+def test_each_sample_with_a_pin_says_where_refused_pins_are_remembered() -> None:
+    top = Path(__file__).parents[2]
+    samples = {block.text for block in blocks() if re.search("pin_file|PIN_FILE=", block.text)}
+    for path in (*top.glob("docker/compose*.yml"), *top.glob("hsmtoll/host/systemd/*.service")):
+        # What is laid over another file has its settings from there.
+        if path.name != "compose.test.yml":
+            samples.add(path.read_text("utf-8"))
+    assert len(samples) >= 6
+    wanted = re.compile(r"^\s*(?:state = |HSMTOLL_STATE: )|HSMTOLL_STATE=", re.MULTILINE)
+    assert [sample for sample in samples if not wanted.search(sample)] == []
