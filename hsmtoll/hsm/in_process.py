@@ -71,6 +71,9 @@ _HASHED: Final = {
 }
 _HASHED_NAMES: Final = frozenset(each.name for each in _HASHED.values())
 
+#: What `named` returns, in words.
+_NAMES: Final = ("manufacturer", "model", "serial", "label")
+
 
 class InProcessDevice:
     """
@@ -579,11 +582,14 @@ class InProcessDevice:
         known, now = self._known, named(token)
         if known is None or known == now:
             return
+        changed = [each for each in zip(_NAMES, known, now, strict=True) if each[1] != each[2]]
         # What was there and is empty now was read while another process wrote it.
-        half = any(was and not word for was, word in zip(known, now, strict=True))
+        half = any(was and not word for _, was, word in changed)
+        told = ", ".join(
+            f"{what} '{foreign(word)}', was '{foreign(was)}'" for what, was, word in changed
+        )
         raise DeviceError(
-            f"{self._name} is another device than before: serial {foreign(now[2])}, and it"
-            f" was {foreign(known[2])}",
+            f"{self._name} is another device than before: {told}",
             hint="It was initialised anew, or exchanged. Start again to use it as it is.",
             code="device-changed",
             retryable=half,

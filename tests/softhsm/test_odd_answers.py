@@ -40,6 +40,42 @@ static word attributes(word session, word object, attribute *asked, word count) 
 }
 """
 
+#: A device whose model is another one as soon as a file is there.
+_RENAMED = """
+static word info(word slot, char *out) {
+    word (*answer)(word, char *) = real->functions[6];
+    word rv = answer(slot, out);
+    FILE *there = fopen(getenv("RENAMED"), "r");
+    if (there) memcpy(out + 64, "another model   ", 16), fclose(there);
+    return rv;
+}
+"""
+
+_USED_TWICE = (
+    DEFINED
+    + """
+import os, sys
+from pathlib import Path
+from hsmtoll import HsmTollError
+from hsmtoll.hsm.in_process import InProcessDevice
+from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.uri import KeyUri
+module, state, uri, pin = sys.argv[1:]
+device = InProcessDevice(
+    Path(module), KeyUri.parse(uri), pin=PinValue.of(pin), ledger=Ledger(Path(state))
+)
+for _ in range(2):
+    device.sign("RS256", a_grant())
+    device.close()
+Path(os.environ["RENAMED"]).touch()
+try:
+    device.sign("RS256", a_grant())
+except HsmTollError as error:
+    print(error.code, error)
+"""
+)
+
 _ASK = (
     DEFINED
     + """
@@ -105,3 +141,19 @@ def test_an_attribute_that_its_type_cannot_have_is_no_mistake_of_ours(
 @pytest.mark.parametrize("numbers", [(2**2047 + 1, 1), (2**2047 + 1, 2), (2**2047, 65537), (1, 3)])
 def test_numbers_that_are_no_key_verify_nothing(numbers: tuple[int, int]) -> None:
     assert not RsaPublicKey(*numbers).verify("RS256", b"e30.e30", b"\1" * 256)
+
+
+def test_a_device_that_becomes_another_is_told_by_what_changed(
+    toll_softhsm: SoftHsm, key: str, tmp_path: Path
+) -> None:
+    module = stand_between(tmp_path / "renamed", _RENAMED, C_GetTokenInfo="info")
+    uri = f"pkcs11:token={toll_softhsm.label};object={key}"
+    argv = map(str, (module, tmp_path / "state", uri, toll_softhsm.pin))
+    done = subprocess.run(
+        [sys.executable, "-c", _USED_TWICE, *argv],
+        env={**os.environ, "RENAMED": str(tmp_path / "now")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("device-changed "), done.stderr
+    assert done.stdout.endswith("before: model 'another model', was 'SoftHSM v2'\n")
+    assert "serial" not in done.stdout
