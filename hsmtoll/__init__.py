@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from hsmtoll.auth import AsyncTollAuth, TollAuth
     from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.settings import Settings
-    from hsmtoll.tokens import AccessToken
+    from hsmtoll.token import AccessToken
 
 # Imported when asked for: a command that only reads its cache does not pay for HTTP.
 _LATER = {
-    "AccessToken": "hsmtoll.tokens",
+    "AccessToken": "hsmtoll.token",
     "AsyncTollAuth": "hsmtoll.auth",
     "AsyncTollClient": "hsmtoll.client",
     "Settings": "hsmtoll.settings",
@@ -62,7 +62,7 @@ def _at_exit() -> None:
     # Registered here and not where the devices are, which is imported late: what a program
     # registers itself runs before this, and may want a signature still.
     left = _AT_EXIT
-    if "hsmtoll.flights" in sys.modules:
-        left = sys.modules["hsmtoll.flights"].see_out(left)
+    if "hsmtoll.tokens.single_flight" in sys.modules:
+        left = sys.modules["hsmtoll.tokens.single_flight"].see_out(left)
     if "hsmtoll.hsm.module" in sys.modules:
         sys.modules["hsmtoll.hsm.module"].GATE.end(left)

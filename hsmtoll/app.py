@@ -20,33 +20,34 @@ from typing import TYPE_CHECKING, Any, Final
 
 import platformdirs
 
-from hsmtoll import exchange, files
+from hsmtoll import files
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.remembered import Remembered
 from hsmtoll.settings import Settings, load, not_set, variable
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
+from hsmtoll.tokens import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.apis import Identity
-    from hsmtoll.budget import RateLimit
-    from hsmtoll.cache import Renewer
     from hsmtoll.client import AsyncTollClient, TollClient
-    from hsmtoll.engine import Counts, Engine
-    from hsmtoll.exchange import Endpoints
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import ModuleFacts
-    from hsmtoll.hsm.ledger import Ledger, Place
     from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.hsm.pin_log import Ledger, Place
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
-    from hsmtoll.remote import Hosts
-    from hsmtoll.renewal import Renewal
-    from hsmtoll.signer import Lineage, LocalSigner, Signer
-    from hsmtoll.stores import Store
-    from hsmtoll.wire import Wire
+    from hsmtoll.signing.remote import Hosts
+    from hsmtoll.signing.signer import Lineage, LocalSigner, Signer
+    from hsmtoll.tokens.cache import Renewer
+    from hsmtoll.tokens.engine import Counts, Engine
+    from hsmtoll.tokens.exchange import Endpoints
+    from hsmtoll.tokens.rate_limit import RateLimit
+    from hsmtoll.tokens.renewal import Renewal
+    from hsmtoll.tokens.stores import Store
+    from hsmtoll.transport import Wire
     from hsmtoll.x509.certificate_files import Bundle
     from hsmtoll.x509.followed import CertificateFile
     from hsmtoll.x509.path_building import Chain
@@ -177,7 +178,7 @@ class App:
     @cached_property
     def store(self) -> Store:
         """HSMTOLL_CACHE; the library keeps to memory, the command line to files."""
-        from hsmtoll import stores
+        from hsmtoll.tokens import stores
 
         given = self.settings.cache
         url = given.get_secret_value() if given else ("file:" if self.one_shot else "memory:")
@@ -225,7 +226,7 @@ class App:
     @cached_property
     def ledger(self) -> Ledger:
         """Of refused PINs. Only throw-away devices are unlocked without one."""
-        from hsmtoll.hsm.ledger import Ledger
+        from hsmtoll.hsm.pin_log import Ledger
 
         return Ledger(self.state, optional=self.settings.environment == "sandbox")
 
@@ -355,14 +356,14 @@ class App:
         """The signing host of HSMTOLL_SIGNER__URL, or the first usable key of HSMTOLL_HSM__KEY."""
         if self.settings.signer.url:
             return self._remote()
-        from hsmtoll.signer import FailoverSigner
+        from hsmtoll.signing.signer import FailoverSigner
 
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FailoverSigner(signers)
 
     def hosts(self) -> Hosts:
         """The signing hosts of HSMTOLL_SIGNER__URL, in order."""
-        from hsmtoll.remote import Hosts, SigningHost
+        from hsmtoll.signing.remote import Hosts, SigningHost
 
         settings = self.settings
         of_each = settings.deadline / len(settings.signer.url)
@@ -383,8 +384,8 @@ class App:
         )
 
     def _remote(self) -> Signer:
-        from hsmtoll.proof import Expected
-        from hsmtoll.remote import RemoteSigner
+        from hsmtoll.signing.remote import RemoteSigner
+        from hsmtoll.signing.verification import Expected
 
         settings = self.settings
         if self.gives_tokens:
@@ -425,7 +426,7 @@ class App:
         return signer.chain()
 
     def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
-        from hsmtoll.signer import LocalSigner
+        from hsmtoll.signing.signer import LocalSigner
 
         settings = self.settings
         # Read now, so that a file that cannot be used is told before anything is asked.
@@ -448,15 +449,15 @@ class App:
 
     @cached_property
     def _lineage(self) -> Lineage:
-        from hsmtoll.signer import Lineage
+        from hsmtoll.signing.signer import Lineage
 
         return Lineage()
 
     @cached_property
     def engine(self) -> Engine:
         """The tokens of these settings."""
-        from hsmtoll.cache import Cache
-        from hsmtoll.engine import Engine
+        from hsmtoll.tokens.cache import Cache
+        from hsmtoll.tokens.engine import Engine
 
         if wrong := missing(self.settings):
             raise wrong
@@ -489,7 +490,7 @@ class App:
         """How a token is renewed: here, or by a signing host that gives tokens."""
         if not self.gives_tokens:
             return self.renewal_by(self.signer)
-        from hsmtoll.remote import RemoteTokens
+        from hsmtoll.tokens.host_tokens import RemoteTokens
 
         settings = self.settings
         return RemoteTokens(
@@ -501,7 +502,7 @@ class App:
 
     def renewal_by(self, signer: Signer) -> Renewal:
         """A renewal with grants of *signer*."""
-        from hsmtoll.renewal import Renewal
+        from hsmtoll.tokens.renewal import Renewal
 
         settings = self.settings
         return Renewal(
@@ -526,7 +527,7 @@ class App:
     @cached_property
     def counts(self) -> Counts:
         """What was spent."""
-        from hsmtoll.engine import Counts
+        from hsmtoll.tokens.engine import Counts
 
         return Counts()
 
@@ -538,14 +539,14 @@ class App:
     @cached_property
     def rate_limit(self) -> RateLimit:
         """Signatures left, for every command alike."""
-        from hsmtoll.budget import RateLimit
+        from hsmtoll.tokens.rate_limit import RateLimit
 
         return RateLimit(self.store, self.clock, per_hour=self.settings.budget.per_hour)
 
     @cached_property
     def wire(self) -> Wire:
         """Our own way to the token endpoints, with the proxy and the CA that were set."""
-        from hsmtoll.wire import Wire
+        from hsmtoll.transport import Wire
 
         settings = self.settings
         return Wire(

@@ -13,13 +13,13 @@ import httpx
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError, foreign
-from hsmtoll.tokens import Wish
+from hsmtoll.token import Wish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
-    from hsmtoll.engine import Engine
-    from hsmtoll.tokens import AccessToken, TokenRequest
+    from hsmtoll.token import AccessToken, TokenRequest
+    from hsmtoll.tokens.engine import Engine
 
 __all__ = ["AsyncTollAuth", "TollAuth"]
 

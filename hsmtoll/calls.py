@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Api
     from hsmtoll.customs import Receipt, Talk
-    from hsmtoll.engine import Engine
-    from hsmtoll.tokens import Details, TokenRequest
+    from hsmtoll.token import Details, TokenRequest
+    from hsmtoll.tokens.engine import Engine
 
 __all__ = ["AsyncCalls", "Calls"]
 
@@ -96,12 +96,12 @@ class Calls(Protocol):
 
     def _kept(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
-        from hsmtoll import customs, wire  # noqa: PLC0415 - as above
+        from hsmtoll import customs, transport  # noqa: PLC0415 - a token that is at hand needs none of it
 
         key = (api.name, os.getpid())
         if key not in self._clients:
             base = f"{self._engine.endpoints.customs}{api.base}"
-            made = customs.bounded(self._open(base)), threading.Semaphore(wire.CONNECTIONS)
+            made = customs.bounded(self._open(base)), threading.Semaphore(transport.CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -240,12 +240,12 @@ class AsyncCalls(Protocol):
         """One client an API, and a turn for each of its connections."""
         import asyncio  # noqa: PLC0415 - a token that is at hand needs none of it
 
-        from hsmtoll import customs, wire  # noqa: PLC0415 - as above
+        from hsmtoll import customs, transport  # noqa: PLC0415 - a token that is at hand needs none of it
 
         key = (api.name, id(asyncio.get_running_loop()))
         if key not in self._clients:
             base = f"{self._engine.endpoints.customs}{api.base}"
-            made = customs.abounded(self._open(base)), asyncio.Semaphore(wire.CONNECTIONS)
+            made = customs.abounded(self._open(base)), asyncio.Semaphore(transport.CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hsmtoll import apis
 from hsmtoll.calls import AsyncCalls, Calls
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.tokens import ANY, AccessToken, Wish
+from hsmtoll.token import ANY, AccessToken, Wish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import httpx
 
     from hsmtoll.auth import AsyncTollAuth, TollAuth
-    from hsmtoll.engine import Engine
-    from hsmtoll.keeper import Keeper
     from hsmtoll.metrics import Status
-    from hsmtoll.tokens import Details
+    from hsmtoll.token import Details
+    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.refresher import Keeper
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
@@ -52,7 +52,7 @@ class _Shared:
         run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
         is not known.
         """
-        from hsmtoll.keeper import Keeper  # noqa: PLC0415 - as above
+        from hsmtoll.tokens.refresher import Keeper  # noqa: PLC0415 - as above
 
         engine = self._engine
         keeper = Keeper(engine, [engine.request(scope) for scope in scopes or (None,)])

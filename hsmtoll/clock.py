@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll.errors import ClockError
 from hsmtoll.remembered import Remembered
-from hsmtoll.tokens import Moment
+from hsmtoll.token import Moment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -30,14 +30,14 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.exchange import read_json
+from hsmtoll.http_messages import read_json
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 
     from hsmtoll.apis import Api
-    from hsmtoll.wire import Wire
+    from hsmtoll.transport import Wire
 
 __all__ = [
     "DOCUMENT_TYPES",

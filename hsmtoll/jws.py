@@ -35,7 +35,8 @@ __all__ = [
 ]
 
 #: RFC 7515 section 5.1: ``BASE64URL(header) . BASE64URL(payload)``, ASCII, of a grant: only
-#: `hsmtoll.grant` makes it. A device reads it back before it signs, and refuses anything else.
+#: `hsmtoll.signing.grant` makes it. A device reads it back before it signs, and refuses
+#: anything else.
 SigningInput = NewType("SigningInput", bytes)
 
 #: The algorithms that Maskinporten takes (PROTOCOL M20): RSASSA-PKCS1-v1_5 with SHA-2.

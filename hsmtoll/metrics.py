@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
-    from hsmtoll.engine import Engine
+    from hsmtoll.tokens.engine import Engine
 
 __all__ = ["Status", "register", "status_of"]
 

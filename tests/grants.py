@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.grant import Grant
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.grant import Grant
+from hsmtoll.token import TokenRequest
 
 if TYPE_CHECKING:
     from hsmtoll.jws import SigningInput
@@ -14,8 +14,8 @@ AUDIENCE: Final = "https://test.maskinporten.no/"
 
 #: The same for a program of its own, which imports nothing of the tests.
 DEFINED: Final = """
-from hsmtoll.grant import Grant
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.grant import Grant
+from hsmtoll.token import TokenRequest
 def a_grant(jti="one", audience="https://test.maskinporten.no/"):
     request = TokenRequest(scope="toll:eu/movement/road/v2")
     return Grant("RS256", "Example", audience, request, kid="k").unsigned(now=1, jti=jti)

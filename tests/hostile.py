@@ -23,17 +23,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
-from hsmtoll import apis, customs, exchange, jws, records
+from hsmtoll import apis, customs, der, jws
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import HsmTollError, foreign
-from hsmtoll.exchange import TEST, Answer, Issued, exchange_post, grant_post
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.hsm.pin import PinFile
-from hsmtoll.proof import Expected, prove
-from hsmtoll.stores import Kept
-from hsmtoll.tokens import Moment, TokenRequest
-from hsmtoll.x509 import certificate, certificate_checks, der, path_building, revocation
+from hsmtoll.http_messages import Answer, read_json
+from hsmtoll.signing.verification import Expected, prove
+from hsmtoll.token import Moment, TokenRequest
+from hsmtoll.tokens import exchange, records
+from hsmtoll.tokens.exchange import TEST, Issued, exchange_post, grant_post
+from hsmtoll.tokens.stores import Kept
+from hsmtoll.x509 import certificate, certificate_checks, path_building, revocation
 from hsmtoll.x509.certificate import MAX_DER, Certificate
 from hsmtoll.x509.certificate_files import bundle_in
 from tests import pki
@@ -568,7 +570,7 @@ READERS: Final[dict[str, Reader]] = {
         lambda body: customs._accepted(_response(200, body), _ROAD, "transport", {}), MIB, ANSWERS),
     "a batch of the feed": Reader(
         lambda body: customs._batch(_response(200, body, "GET"), _ROAD, None, 0.0), MIB, ANSWERS),
-    "any other answer": Reader(exchange.read_json, MIB, ANSWERS),
+    "any other answer": Reader(read_json, MIB, ANSWERS),
     "headers": Reader(_header, 100 * KIB, HEADERS),
     "an assertion": Reader(
         lambda raw: jws.read_unverified(raw.decode("latin-1")), 64 * KIB, _GRANTS),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hsmtoll.app import App
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.settings import Settings
-from hsmtoll.tokens import Moment
+from hsmtoll.token import Moment
 from tests.soak.measure import children
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from hsmtoll.host.audit import Audit
 from hsmtoll.host.doors import server_context
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
-from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.module import GATE, opened
 from hsmtoll.hsm.pin import PinCommand, PinFile
+from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.settings import load
-from hsmtoll.stores import FileStore, read_key
 from hsmtoll.tls import client_context, host_context
+from hsmtoll.tokens.stores import FileStore, read_key
 from hsmtoll.x509.followed import CertificateFile
 from tests.hosting import Authority
 

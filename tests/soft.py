@@ -16,24 +16,24 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import jws
-from hsmtoll.budget import RateLimit
-from hsmtoll.cache import Cache
 from hsmtoll.clock import Skew, SystemClock
-from hsmtoll.engine import Counts, Engine
-from hsmtoll.exchange import Endpoints
-from hsmtoll.grant import LIFETIME, Grant, SignedGrant
 from hsmtoll.remembered import Remembered
-from hsmtoll.renewal import Renewal
 from hsmtoll.sandbox.pki import Authority, eseal_authority
-from hsmtoll.stores import MemoryStore, Store
-from hsmtoll.wire import Wire
+from hsmtoll.signing.grant import LIFETIME, Grant, SignedGrant
+from hsmtoll.tokens.cache import Cache
+from hsmtoll.tokens.engine import Counts, Engine
+from hsmtoll.tokens.exchange import Endpoints
+from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.renewal import Renewal
+from hsmtoll.tokens.stores import MemoryStore, Store
+from hsmtoll.transport import Wire
 
 if TYPE_CHECKING:
     import threading
     from pathlib import Path
 
     from hsmtoll.clock import Clock
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.token import TokenRequest
 
 
 @lru_cache

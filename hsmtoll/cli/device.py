@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from hsmtoll import enrol
+from hsmtoll import enrolment
 from hsmtoll.cli.framework import command, group
 from hsmtoll.cli.input import read_content
 from hsmtoll.cli.options import NEEDS_DEVICE, PATH, GlobalOptions, as_json_option, final_try_option
@@ -222,14 +222,14 @@ def key_generate(
         raise UsageError("--id: hexadecimal bytes are expected, such as 01") from None
     app = options.app(use_final_try=use_final_try)
     with app.devices[0] as device:
-        uri = enrol.generate(
+        uri = enrolment.generate(
             device,
             bits=int(bits),
             label=label,
             id=given,
             always_authenticate=always_authenticate,
         )
-        to_set = enrol.uri_to_set(device, uri)
+        to_set = enrolment.uri_to_set(device, uri)
     click.echo(str(uri))
     if to_set is not None:
         say("the settings do not select this key; to go on with it:")
@@ -265,7 +265,7 @@ def key_csr(options: GlobalOptions, /, *, use_final_try: bool, **subject: Any) -
     """Print a certificate request (PKCS#10, PEM), signed on the device."""
     app = options.app(use_final_try=use_final_try)
     with app.devices[0] as device:
-        click.echo(enrol.csr(device, **subject).rstrip())
+        click.echo(enrolment.csr(device, **subject).rstrip())
 
 
 @key.command(
@@ -288,7 +288,7 @@ def key_import(options: GlobalOptions, *, chain: Path, use_final_try: bool) -> N
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
         # Without an identity the rules of eSeals judge: what they take, the others take.
         family = app.settings.identity or "eseal"
-        done = enrol.import_chain(
+        done = enrolment.import_chain(
             device,
             data,
             name=f"key import {foreign(chain)}",
@@ -318,7 +318,7 @@ def key_jwk(options: GlobalOptions, *, use_final_try: bool) -> None:
     """
     app = options.app(use_final_try=use_final_try)
     with app.devices[0] as device:
-        click.echo(json.dumps(enrol.jwk(device, alg=app.settings.alg), indent=2))
+        click.echo(json.dumps(enrolment.jwk(device, alg=app.settings.alg), indent=2))
 
 
 @group(needs="HSMTOLL_HSM__MODULE", examples=("hsmtoll pin clear",))

@@ -8,7 +8,6 @@ from typing import Final
 
 import click
 
-from hsmtoll.budget import RateLimit
 from hsmtoll.cli.framework import command
 from hsmtoll.cli.input import read_stdin
 from hsmtoll.cli.options import (
@@ -21,10 +20,11 @@ from hsmtoll.cli.options import (
 )
 from hsmtoll.cli.streams import print_json
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.flights import Flight
-from hsmtoll.signer import OneTimeAssertion
-from hsmtoll.stores import MemoryStore
-from hsmtoll.tokens import ANY, TokenRequest
+from hsmtoll.signing.signer import OneTimeAssertion
+from hsmtoll.token import ANY, TokenRequest
+from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.single_flight import Flight
+from hsmtoll.tokens.stores import MemoryStore
 
 __all__ = ["exchange", "sign"]
 

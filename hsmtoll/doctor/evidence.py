@@ -10,7 +10,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll import apis, refusals
+from hsmtoll import apis
+from hsmtoll.tokens import mp_codes
 
 if TYPE_CHECKING:
     from hsmtoll.doctor.facts import Facts, Seen
@@ -43,7 +44,7 @@ def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
             **{name: _version(name) for name in _PACKAGES},
             "python": platform.python_version(),
             "table_of_apis": apis.VERSION,
-            "table_of_refusals": refusals.VERSION,
+            "table_of_refusals": mp_codes.VERSION,
         },
         "settings": _settings(facts.settings),
         "keys": [_key(seen) for seen in facts.seen],

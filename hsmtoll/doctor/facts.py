@@ -14,13 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsmtoll import apis, exchange, jws
+from hsmtoll import apis, jws
 from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.flights import Flight
-from hsmtoll.signer import looks, readable, unread_of
-from hsmtoll.tokens import ANY, TokenRequest
+from hsmtoll.http_messages import Answer, read_json
+from hsmtoll.signing.signer import looks, readable, unread_of
+from hsmtoll.token import ANY, TokenRequest
+from hsmtoll.tokens import exchange
+from hsmtoll.tokens.single_flight import Flight
 from hsmtoll.x509 import leaf_choice, path_building
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
-    from hsmtoll.remote import Look
     from hsmtoll.settings import Settings
-    from hsmtoll.wire import Wire
+    from hsmtoll.signing.remote import Look
+    from hsmtoll.transport import Wire
     from hsmtoll.x509.certificate import Certificate
     from hsmtoll.x509.leaf_choice import Unread
     from hsmtoll.x509.revocation import Status
@@ -270,8 +272,8 @@ def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
     return None
 
 
-def _object(answer: exchange.Answer) -> dict[str, Any]:
-    read = exchange.read_json(answer.body)
+def _object(answer: Answer) -> dict[str, Any]:
+    read = read_json(answer.body)
     if answer.status != 200 or not isinstance(read, dict):
         raise NetworkError(
             f"Maskinporten's metadata: {answer.status}, and not a JSON object",

@@ -8,9 +8,9 @@ from hsmtoll.app import missing
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
-from hsmtoll.grant import Grant
-from hsmtoll.proof import APART, wrong_clock
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.grant import Grant
+from hsmtoll.signing.verification import APART, wrong_clock
+from hsmtoll.token import TokenRequest
 
 __all__ = ["check_grant", "check_host", "check_kid", "check_scopes", "check_settings"]
 

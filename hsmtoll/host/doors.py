@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from hsmtoll import files, replies
+from hsmtoll import files
 from hsmtoll.errors import (
     ConfigurationError,
     HsmTollError,
@@ -38,7 +38,8 @@ from hsmtoll.errors import (
 from hsmtoll.files import check_trusted
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
-from hsmtoll.tokens import details_text
+from hsmtoll.signing import replies
+from hsmtoll.token import details_text
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

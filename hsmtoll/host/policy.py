@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from hsmtoll import apis, files
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
 from hsmtoll.host.peers import Peer
-from hsmtoll.tokens import TokenRequest, details_text
+from hsmtoll.token import TokenRequest, details_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from pathlib import Path
 
-    from hsmtoll.cache import Cache
     from hsmtoll.clock import Clock
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.group_commit import GroupCommit
     from hsmtoll.settings import Settings
+    from hsmtoll.tokens.cache import Cache
 
 __all__ = ["Profile", "Profiles"]
 

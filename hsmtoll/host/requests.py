@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hsmtoll.errors import HsmTollError
 from hsmtoll.host.authorize import busy
-from hsmtoll.signer import new_jti
+from hsmtoll.signing.signer import new_jti
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from hsmtoll.clock import Clock
-    from hsmtoll.grant import SignedGrant
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.authorize import Authorization, Authorizer, RequestContext
     from hsmtoll.host.group_commit import GroupCommit
     from hsmtoll.host.profiles import Profile, Profiles
-    from hsmtoll.signer import Signer
-    from hsmtoll.tokens import AccessToken, TokenRequest
+    from hsmtoll.signing.grant import SignedGrant
+    from hsmtoll.signing.signer import Signer
+    from hsmtoll.token import AccessToken, TokenRequest
 
     Reply = dict[str, Any]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hsmtoll.errors import DeviceError, HsmTollError
-from hsmtoll.signer import readable
+from hsmtoll.signing.signer import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
-from hsmtoll.grant import LIFETIME, MIN_LEFT, Read
 from hsmtoll.host.policy import Ask, Policy, allows
 from hsmtoll.hsm import worker
+from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Read
 
 __all__ = ["Rules", "main"]
 

@@ -1,7 +1,7 @@
 """
 One signing key behind a PKCS#11 module: three questions, and what administers it.
 
-    Device ── certificates() ── key() ── sign() ──► hsmtoll.signer
+    Device ── certificates() ── key() ── sign() ──► hsmtoll.signing.signer
       ├─ InProcessDevice   the module runs in this process          (hsmtoll.hsm.in_process)
       └─ WorkerDevice      it runs in processes of its own          (hsmtoll.hsm.pool)
 
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
-from hsmtoll.hsm.ledger import Place
+from hsmtoll.hsm.pin_log import Place
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 

@@ -48,13 +48,13 @@ if TYPE_CHECKING:
 
     from pkcs11 import Session, Token
 
-    from hsmtoll.grant import Read
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Stored
-    from hsmtoll.hsm.ledger import Ledger, Place
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.hsm.pin_log import Ledger, Place
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey, SigningInput
+    from hsmtoll.signing.grant import Read
 
 __all__ = ["InProcessDevice"]
 

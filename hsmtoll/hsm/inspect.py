@@ -19,9 +19,9 @@ from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.login import Login
 from hsmtoll.hsm.module import GATE, Module, opened
+from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.hsm.reading import (
     certificates_of,
     device_facts,

@@ -18,7 +18,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import REFUSED, translated, untried
-from hsmtoll.hsm.ledger import Ledger, Page, Place
+from hsmtoll.hsm.pin_log import Ledger, Page, Place
 from hsmtoll.hsm.reading import called, named, pin_state, user_name
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pkcs11 import Attribute, CertificateType, KeyType, ObjectClass
 from pkcs11 import exceptions as p11
 from pkcs11.constants import DEFAULT
 
+from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
@@ -22,7 +23,6 @@ from hsmtoll.hsm.codes import away, number, said
 from hsmtoll.hsm.facts import Stored
 from hsmtoll.hsm.makers import maker_of
 from hsmtoll.hsm.reading import certificates_of, key_facts, object_uri
-from hsmtoll.x509.der import certificate_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
-    from hsmtoll.hsm.ledger import Ledger, Place
     from hsmtoll.hsm.pin import Pin, PinSource
+    from hsmtoll.hsm.pin_log import Ledger, Place
     from hsmtoll.hsm.pipe import Reply
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey, SigningInput

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pkcs11 import Attribute, KeyType, ObjectClass, TokenFlag
 
+from hsmtoll import der as ders
 from hsmtoll.errors import foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.cryptoki import Unreadable
 from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
-from hsmtoll.x509 import der as ders
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from pkcs11 import Attribute, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
 
+from hsmtoll import der as ders
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import about_the_device, said
@@ -35,7 +36,6 @@ from hsmtoll.hsm.reading import (
     text_of,
     unread,
 )
-from hsmtoll.x509 import der as ders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

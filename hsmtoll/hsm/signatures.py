@@ -2,7 +2,7 @@
 What a device is asked to sign, checked right before the signature is made and in the process that
 makes it; and the proof of what came out.
 
-    a grant             header and claims byte for byte as `hsmtoll.grant` makes them
+    a grant             header and claims byte for byte as `hsmtoll.signing.grant` makes them
     a PKCS#10 request   for the key's own public half, and nothing else
     the self-test       always the same bytes
 
@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from hsmtoll import der as ders
 from hsmtoll.errors import DeviceError, PolicyDenied, foreign
-from hsmtoll.grant import read_grant
 from hsmtoll.hsm.facts import Signature
-from hsmtoll.x509 import der as ders
+from hsmtoll.signing.grant import read_grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hsmtoll.grant import Read
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.signing.grant import Read
 
 __all__ = ["SELF_TEST", "Verifier", "check_grant", "check_request"]
 

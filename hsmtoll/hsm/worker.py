@@ -23,16 +23,16 @@ from hsmtoll.errors import DeviceError, HsmTollError
 from hsmtoll.hsm.codec import decode, encode, hints
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pipe import Opening, Pipe, Reply
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hsmtoll.grant import Read
     from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.signing.grant import Read
 
 #: Seconds that a call may still take once nobody waits for it any more.
 _GRACE: Final = 2.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from hsmtoll.tokens import Moment
+from hsmtoll.token import Moment
 
 __all__ = ["SettableClock"]
 

@@ -21,7 +21,7 @@ from pkcs11 import Attribute, KeyType, MechanismFlag, ObjectClass
 from pkcs11.constants import CertificateType
 from pkcs11.util.ec import encode_ec_public_key, encode_named_curve_parameters
 
-from hsmtoll.x509.der import certificate_fields
+from hsmtoll.der import certificate_fields
 
 
 def main() -> None:

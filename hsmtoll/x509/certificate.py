@@ -17,9 +17,9 @@ from functools import lru_cache
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
+from hsmtoll import der
 from hsmtoll.errors import foreign
 from hsmtoll.jws import RsaPublicKey
-from hsmtoll.x509 import der
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -12,9 +12,9 @@ import re
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from hsmtoll.der import ber_values, value_at
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.x509.certificate import Certificate
-from hsmtoll.x509.der import ber_values, value_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import httpx
 
-from hsmtoll import records
 from hsmtoll.app import App
 from hsmtoll.settings import load
+from hsmtoll.tokens import records
 
 _RENEWALS = 20
 _DEVICE = 0.3

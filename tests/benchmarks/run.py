@@ -41,7 +41,7 @@ from tests.benchmarks.stage import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hsmtoll.tokens import AccessToken, TokenRequest
+    from hsmtoll.token import AccessToken, TokenRequest
 
 
 def assertions(stage: Stage) -> Row:

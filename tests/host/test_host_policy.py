@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hsmtoll.errors import ConfigurationError, PolicyDenied
 from hsmtoll.host.peers import OVERFLOW, Peer
 from hsmtoll.host.policy import Ask, Counts, Policy, decide, explain
-from hsmtoll.tokens import details_text
+from hsmtoll.token import details_text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,9 +20,9 @@ from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
 from hsmtoll.host.self_test import sign_self_test
-from hsmtoll.renewal import Renewal
 from hsmtoll.sandbox.pki import eseal_authority, pem
 from hsmtoll.settings import load
+from hsmtoll.tokens.renewal import Renewal
 from tests.hosting import ME, PROFILE, RunningService, entry, eventually
 from tests.lab import workers
 

@@ -13,9 +13,9 @@ import pytest
 
 from hsmtoll import apis, jws
 from hsmtoll.errors import PolicyDenied
-from hsmtoll.grant import Grant, read_grant
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.jws import SigningInput
+from hsmtoll.signing.grant import Grant, read_grant
 from tests.hosting import ME, ROAD_SCOPE, RunningHost, entry
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 from tests.hosting import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
 from tests.readers import blocks
 
@@ -241,7 +241,7 @@ def test_the_second_host_takes_over_and_the_first_comes_back(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("WARNING", "hsmtoll.remote")
+    caplog.set_level("WARNING", "hsmtoll.signing.remote")
     first, second = two_hosts
     app = app_of(caller(toll_sandbox, tmp_path, first.url, second.url), monkeypatch)
 

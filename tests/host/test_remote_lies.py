@@ -27,12 +27,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hsmtoll import errors
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
-from hsmtoll.proof import Expected, prove
-from hsmtoll.remote import Hosts, SigningHost
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import Settings, SignerHost
+from hsmtoll.signing.remote import Hosts, SigningHost
+from hsmtoll.signing.verification import Expected, prove
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 from tests.accounts import importable
 from tests.lying_host import (
     ISSUER,
@@ -672,7 +672,7 @@ def test_a_key_file_that_others_may_write_is_refused(ca: Ca, tmp_path: Path) -> 
 def test_the_second_host_signs_while_the_first_is_down_and_the_first_when_it_is_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING, "hsmtoll.remote")
+    caplog.set_level(logging.WARNING, "hsmtoll.signing.remote")
     clock = SettableClock.at_real_time()
     with LyingHost(tmp_path / "a.sock") as first, LyingHost(tmp_path / "b.sock") as second:
         app = app_of(first.url, second.url, state=tmp_path)

@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from hsmtoll import enrol
+from hsmtoll import enrolment
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.clock import SettableClock
 from tests.grants import a_grant
@@ -74,7 +74,7 @@ class Driver:
         }
 
     def generate(self, order: dict[str, Any]) -> str:
-        made = enrol.generate(
+        made = enrolment.generate(
             self.device, bits=2048, label=order["label"], id=bytes.fromhex(order["id"])
         )
         return str(made)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from hsmtoll.clock import retry_after
 from hsmtoll.errors import HsmTollError
-from hsmtoll.exchange import (
+from hsmtoll.http_messages import Answer
+from hsmtoll.tokens.exchange import (
     TEST,
-    Answer,
     Issued,
     exchange_post,
     grant_post,

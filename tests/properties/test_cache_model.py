@@ -18,12 +18,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hsmtoll.cache import Cache, Flight
 from hsmtoll.errors import GrantRefused, HsmTollError, NetworkError, UsageError
 from hsmtoll.remembered import Remembered
-from hsmtoll.stores import FileStore
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish
+from hsmtoll.token import ANY, AccessToken, TokenRequest, Wish
+from hsmtoll.tokens.cache import Cache, Flight
+from hsmtoll.tokens.stores import FileStore
 
 REQUEST = TokenRequest("toll:eu/movement/road/v2")
 WHO = "a" * 64

@@ -22,21 +22,22 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll import jws
-from hsmtoll.budget import RateLimit
-from hsmtoll.cache import Cache
 from hsmtoll.client import TollClient
 from hsmtoll.clock import Skew, SystemClock
-from hsmtoll.engine import Counts, Engine
 from hsmtoll.errors import HsmTollError
-from hsmtoll.exchange import Answer, Endpoints, Post
-from hsmtoll.grant import LIFETIME, Grant, SignedGrant
 from hsmtoll.remembered import Remembered
-from hsmtoll.renewal import Renewal
-from hsmtoll.stores import FileStore, RedisStore, Store
-from hsmtoll.wire import Wire
+from hsmtoll.signing.grant import LIFETIME, Grant, SignedGrant
+from hsmtoll.tokens.cache import Cache
+from hsmtoll.tokens.engine import Counts, Engine
+from hsmtoll.tokens.exchange import Endpoints
+from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.renewal import Renewal
+from hsmtoll.tokens.stores import FileStore, RedisStore, Store
+from hsmtoll.transport import Wire
 
 if TYPE_CHECKING:
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.http_messages import Answer, Post
+    from hsmtoll.token import TokenRequest
 
 ORDER: dict[str, Any] = json.loads(sys.argv[1])
 

@@ -25,7 +25,7 @@ from hsmtoll import (
     apis,
 )
 from hsmtoll.customs import Wait, check, submission
-from hsmtoll.wire import CONNECTIONS
+from hsmtoll.transport import CONNECTIONS
 from tests.raw_services import CALL, RawServices, dripping, said
 from tests.soft import engine_of
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from hsmtoll.engine import Engine
+    from hsmtoll.tokens.engine import Engine
 
 SUBMIT = "/api/movement/road/v2/transport"
 

@@ -32,7 +32,7 @@ from hsmtoll.apis import named
 from hsmtoll.app import App
 from hsmtoll.customs import LEVELS, Marker, refused, routing
 from hsmtoll.settings import load
-from hsmtoll.wire import Wire
+from hsmtoll.transport import Wire
 from tests.customs_messages import message, presentation
 
 if TYPE_CHECKING:

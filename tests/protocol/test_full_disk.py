@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hsmtoll.errors import AuditBroken, PinNotTried
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.audit_log import segments_of, verify
-from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.pin import Pin
-from hsmtoll.stores import FileStore, name_of
+from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.tokens.stores import FileStore, name_of
 from tests.accounts import NEEDS_NAMESPACES
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from hsmtoll.client import TollClient
 from hsmtoll.clock import SystemClock
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
-from hsmtoll.stores import COMMANDS, RedisStore, name_of
 from hsmtoll.testing.clock import SettableClock
+from hsmtoll.tokens.stores import COMMANDS, RedisStore, name_of
 from tests.crowds import Crowd, fresh_key
 from tests.lab import free_port
 from tests.soft import engine_of

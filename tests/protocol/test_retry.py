@@ -20,7 +20,7 @@ from hsmtoll.errors import (
     ScopeNotGranted,
     TryAgainLater,
 )
-from hsmtoll.stores import FileStore
+from hsmtoll.tokens.stores import FileStore
 from tests.raw_services import BEARER, SUBJECT, RawServices, said
 from tests.soft import engine_of
 

@@ -17,8 +17,8 @@ import pytest
 
 import hsmtoll
 from hsmtoll import NetworkError, OutcomeUnknown, deadline
-from hsmtoll.exchange import Post
-from hsmtoll.wire import Door, Wire
+from hsmtoll.http_messages import Post
+from hsmtoll.transport import Door, Wire
 from tests.raw_services import RawServices
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ import pytest
 from hsmtoll import HsmTollError, TollClient, apis
 from hsmtoll.customs import refused
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
-from hsmtoll.exchange import Answer, Post, read_issued, read_subject
+from hsmtoll.http_messages import Answer, Post
+from hsmtoll.tokens.exchange import read_issued, read_subject
 from tests.raw_services import BEARER, SUBJECT, RawServices, said
 from tests.soft import engine_of
 

@@ -58,7 +58,7 @@ import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 for label in ("ours", "control"):

@@ -20,13 +20,13 @@ import pytest
 from hsmtoll import HsmTollError
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from hsmtoll.wire import Wire
+from hsmtoll.transport import Wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hsmtoll.exchange import Answer, Post
+    from hsmtoll.http_messages import Answer, Post
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.softhsm import SoftHsm

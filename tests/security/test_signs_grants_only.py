@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import NameOID
 
-from hsmtoll import enrol, jws
+from hsmtoll import enrolment, jws
 from hsmtoll.app import App
 from hsmtoll.errors import DeviceError, HsmTollError, PolicyDenied
 from hsmtoll.hsm.signatures import SELF_TEST
@@ -174,7 +174,7 @@ def test_nothing_but_a_request_of_the_own_key_is_signed_as_one(
         device.sign_request("RS256", info.replace(public.spki(), stranger.spki()), public=stranger)
     # The control.
     assert public.verify("RS256", info, device.sign_request("RS256", info, public=public))
-    request = x509.load_pem_x509_csr(enrol.csr(device, **SUBJECT).encode())
+    request = x509.load_pem_x509_csr(enrolment.csr(device, **SUBJECT).encode())
     assert request.is_signature_valid
 
 

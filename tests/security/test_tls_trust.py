@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from hsmtoll.errors import NetworkError
-from hsmtoll.wire import Wire
+from hsmtoll.transport import Wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,8 +21,9 @@ import pytest
 import hsmtoll
 from hsmtoll import TollClient, tls
 from hsmtoll.errors import ConfigurationError, NetworkError
-from hsmtoll.exchange import Post, read_subject
-from hsmtoll.wire import Wire
+from hsmtoll.http_messages import Post
+from hsmtoll.tokens.exchange import read_subject
+from hsmtoll.transport import Wire
 from tests.lab import free_port
 from tests.raw_services import RawServices, TlsProxy, dripping
 from tests.soft import engine_of
@@ -582,7 +583,7 @@ def test_a_proxy_that_is_none_is_told_without_its_password(proxy: str) -> None:
 
 def test_a_cached_token_needs_no_http() -> None:
     code = """
-import sys, hsmtoll.client, hsmtoll.cache, hsmtoll.engine, hsmtoll.stores
+import sys, hsmtoll.client, hsmtoll.tokens.cache, hsmtoll.tokens.engine, hsmtoll.tokens.stores
 late = "httpx asyncio cryptography pkcs11 redis filelock".split()
 print(*(name for name in late if name in sys.modules))
 """

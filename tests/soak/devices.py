@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import IO
 
-    from hsmtoll.engine import Engine
+    from hsmtoll.tokens.engine import Engine
 
 #: Seconds that a token lives, between two faults, between two calls of one thread.
 LIFETIME: Final = 20

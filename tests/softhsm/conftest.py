@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import Pin, PinSource, PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.faults import FUNCTIONS
 

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hsmtoll import doctor
 from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 from tests.lab import Lab, make_lab
 
 if TYPE_CHECKING:

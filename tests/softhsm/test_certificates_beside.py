@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from pkcs11 import Attribute, ObjectClass
 from pkcs11.constants import CertificateType
 
-from hsmtoll import doctor, enrol
+from hsmtoll import doctor, enrolment
 from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem
@@ -98,7 +98,7 @@ def test_a_leaf_twice_in_the_file_is_one(
     leaf = authority.issue(spki)
     with contextlib.closing(lab.app("acme", tmp_path)) as app:
         given = pem(leaf, leaf, *authority.chain)
-        done = enrol.import_chain(app.devices[0], given, now=NOW)
+        done = enrolment.import_chain(app.devices[0], given, now=NOW)
     assert len(done.written + done.present) == 3
 
 
@@ -111,14 +111,14 @@ def test_an_import_ends_where_the_settings_say(
     pinned = authority.intermediate.fingerprint(SHA256()).hex()
     with contextlib.closing(lab.app("acme", tmp_path)) as app:
         device = app.devices[0]
-        done = enrol.import_chain(device, given, now=NOW, root_sha256=pinned)
+        done = enrolment.import_chain(device, given, now=NOW, root_sha256=pinned)
         assert [each.sha256 for each in done.chain.certificates][1:] == [pinned]
         with pytest.raises(CertificateError) as caught:
-            enrol.import_chain(device, given, now=NOW, root_sha256="00" * 32)
+            enrolment.import_chain(device, given, now=NOW, root_sha256="00" * 32)
         assert caught.value.code == "chain-pin"
         alone = pem(eseal_authority("Alene").issue(spki))
         with pytest.raises(CertificateError) as caught:
-            enrol.import_chain(device, alone, now=NOW)
+            enrolment.import_chain(device, alone, now=NOW)
         assert caught.value.code == "chain-incomplete"
 
 
@@ -129,9 +129,9 @@ def test_a_leaf_is_imported_alone_where_it_is_sent_alone(lab: Lab, tmp_path: Pat
         assert public is not None
         given = pem(norwegian_authority("test").issue(public.spki()))
         with pytest.raises(CertificateError) as caught:
-            enrol.import_chain(device, given, now=NOW, identity="norwegian")
+            enrolment.import_chain(device, given, now=NOW, identity="norwegian")
         assert caught.value.code == "chain-incomplete"
-        done = enrol.import_chain(device, given, now=NOW, identity="norwegian", mode="leaf")
+        done = enrolment.import_chain(device, given, now=NOW, identity="norwegian", mode="leaf")
         assert len(done.chain.certificates) == 1
 
 
@@ -223,8 +223,8 @@ def test_what_openssl_writes_is_taken_as_a_file_and_by_an_import_alike(
         assert sorted(each.der for each in app.supplied().certificates) == sorted(expected)
         if not whole:
             # A leaf alone is imported where its issuers are there already.
-            enrol.import_chain(app.devices[0], pem(*given), now=NOW)
-        done = enrol.import_chain(app.devices[0], made.read_bytes(), now=NOW)
+            enrolment.import_chain(app.devices[0], pem(*given), now=NOW)
+        done = enrolment.import_chain(app.devices[0], made.read_bytes(), now=NOW)
         stored = {each.der for each in app.devices[0].certificates()}
     assert {each.der for each in (*done.written, *done.present)} >= {*expected}
     assert stored >= {*expected}
@@ -237,7 +237,7 @@ def test_pkcs12_is_refused_by_both_in_the_same_words(
     with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": made})) as app:
         for refuses in (
             app.supplied,
-            lambda: enrol.import_chain(app.devices[0], made.read_bytes(), now=NOW),
+            lambda: enrolment.import_chain(app.devices[0], made.read_bytes(), now=NOW),
         ):
             with pytest.raises(ConfigurationError, match="PKCS#12") as caught:
                 refuses()

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("toll_settings")
 # Runs a command of hsmtoll, and says what it asked of the store.
 PROGRAM = """
 import json, sys
-from hsmtoll import files, stores
+from hsmtoll import files
+from hsmtoll.tokens import stores
 from hsmtoll.cli import leave, run
 
 reads, checks = [], []

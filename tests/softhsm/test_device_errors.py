@@ -14,9 +14,9 @@ from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinInc
 from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.hsm.module import check_path
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 
 if TYPE_CHECKING:

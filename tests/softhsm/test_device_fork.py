@@ -22,7 +22,7 @@ import os, sys, threading, time
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state = Path(sys.argv[1]), Path(sys.argv[2])

@@ -17,8 +17,8 @@ import pytest
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import places
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin, PinPad, PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from tests.grants import DEFINED, a_grant
 from tests.lab import accepted
@@ -46,7 +46,7 @@ import os, sys
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinFile, PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, key, pin, signing = sys.argv[1:]

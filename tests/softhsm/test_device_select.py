@@ -12,9 +12,9 @@ import pytest
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect, places
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.objects import keys
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from tests.grants import a_grant

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey
 from tests.grants import a_grant

@@ -25,7 +25,7 @@ _THREADS = (
 import sys, threading, time
 from pathlib import Path
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, threads, seconds = sys.argv[1:]
@@ -118,8 +118,8 @@ def test_a_thread_that_waits_too_long_is_told_so_and_the_other_goes_on(
 
     from hsmtoll.errors import DeviceError
     from hsmtoll.hsm.in_process import InProcessDevice
-    from hsmtoll.hsm.ledger import Ledger
     from hsmtoll.hsm.module import GATE
+    from hsmtoll.hsm.pin_log import Ledger
     from hsmtoll.hsm.uri import KeyUri
 
     device = InProcessDevice(

@@ -14,7 +14,7 @@ from hsmtoll import doctor
 from hsmtoll.errors import DeviceError, NetworkError
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.wire import Wire
+from hsmtoll.transport import Wire
 from tests.broken import revocation_list
 from tests.grants import a_grant
 from tests.lab import PIN, Lab, accepted, make_lab

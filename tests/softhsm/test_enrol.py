@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from cryptography import x509
 from joserfc.jwk import RSAKey
 
-from hsmtoll import doctor, enrol
+from hsmtoll import doctor, enrolment
 from hsmtoll.cli import main
 from hsmtoll.cli.device import key
 from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
@@ -56,12 +56,12 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def app(lab: Lab, state: Path) -> App:
     """With a key made on the device, called acme."""
     made = lab.app("acme", state)
-    enrol.generate(made.devices[0], bits=2048, id=b"\x01")
+    enrolment.generate(made.devices[0], bits=2048, id=b"\x01")
     return made
 
 
 def certified(app: App, authority: Authority) -> x509.Certificate:
-    request = x509.load_pem_x509_csr(enrol.csr(app.devices[0], **SUBJECT).encode())
+    request = x509.load_pem_x509_csr(enrolment.csr(app.devices[0], **SUBJECT).encode())
     key = request.public_key()
     from cryptography.hazmat.primitives.asymmetric import rsa
 
@@ -86,7 +86,7 @@ def test_a_key_made_here_signs_and_does_nothing_else(app: App, lab: Lab) -> None
 
 def test_the_uri_that_is_returned_finds_the_key(lab: Lab, state: Path) -> None:
     app = lab.app("uri", state)
-    uri = enrol.generate(app.devices[0], bits=2048)
+    uri = enrolment.generate(app.devices[0], bits=2048)
     assert (uri.token, uri.object, uri.type) == ("enrol", "uri", "private")
     assert uri.id is not None
     assert len(uri.id) == 16
@@ -145,9 +145,9 @@ def test_a_key_beside_others_that_fit_is_named_by_label_or_by_parts(
 def test_nothing_is_overwritten_by_label_or_by_id(app: App, lab: Lab, state: Path) -> None:
     before = lab.listed()
     with pytest.raises(DeviceError) as same_label:
-        enrol.generate(app.devices[0], bits=2048, id=b"\x77")
+        enrolment.generate(app.devices[0], bits=2048, id=b"\x77")
     with pytest.raises(DeviceError) as same_id:
-        enrol.generate(lab.app("fresh", state).devices[0], bits=2048, id=b"\x01")
+        enrolment.generate(lab.app("fresh", state).devices[0], bits=2048, id=b"\x01")
     assert same_label.value.code == same_id.value.code == "key-exists"
     assert "label 'acme'" in str(same_label.value)
     assert "id 01" in str(same_id.value)
@@ -156,14 +156,14 @@ def test_nothing_is_overwritten_by_label_or_by_id(app: App, lab: Lab, state: Pat
 
 def test_only_sizes_that_maskinporten_takes_are_made(app: App, lab: Lab, state: Path) -> None:
     with pytest.raises(UsageError, match="1024 bits"):
-        enrol.generate(app.devices[0], bits=1024, label="tiny")
+        enrolment.generate(app.devices[0], bits=1024, label="tiny")
     large = lab.app("large", state)
-    enrol.generate(large.devices[0])
+    enrolment.generate(large.devices[0])
     assert large.devices[0].key().bits == 3072
 
 
 def test_openssl_verifies_the_request_and_reads_the_subject(app: App) -> None:
-    request = enrol.csr(app.devices[0], **SUBJECT, unit="Tull", serial_number="42")
+    request = enrolment.csr(app.devices[0], **SUBJECT, unit="Tull", serial_number="42")
     argv = ["openssl", "req", "-verify", "-noout", "-subject", "-nameopt", "RFC2253,utf8,-esc_msb"]
 
     def judged(pem: str) -> list[str]:
@@ -195,7 +195,7 @@ def test_openssl_verifies_the_request_and_reads_the_subject(app: App) -> None:
 
 @pytest.mark.parametrize("alg", ["RS384", "RS512"])
 def test_the_request_can_be_signed_with_each_algorithm(app: App, alg: str) -> None:
-    read = x509.load_pem_x509_csr(enrol.csr(app.devices[0], **SUBJECT, alg=alg).encode())
+    read = x509.load_pem_x509_csr(enrolment.csr(app.devices[0], **SUBJECT, alg=alg).encode())
     assert read.is_signature_valid
     assert read.signature_hash_algorithm is not None
     assert read.signature_hash_algorithm.name == f"sha{alg[2:]}"
@@ -220,13 +220,13 @@ def test_a_subject_that_no_certificate_can_have_is_refused_by_the_name_of_its_op
 ) -> None:
     (parameter,) = wrong
     with pytest.raises(UsageError, match=f"^--{parameter.replace('_', '-')}[ :]"):
-        enrol.csr(app.devices[0], **{**SUBJECT, **wrong})
+        enrolment.csr(app.devices[0], **{**SUBJECT, **wrong})
     command = key.commands["csr"]
     assert parameter in {each.name for each in command.params}
 
 
 def test_the_jwk_is_the_public_key_under_its_thumbprint(app: App) -> None:
-    found = enrol.jwk(app.devices[0])
+    found = enrolment.jwk(app.devices[0])
     judge = RSAKey.import_key({k: v for k, v in found.items() if k in ("kty", "n", "e")})
     assert found["kid"] == judge.thumbprint()
     assert (found["use"], found["alg"]) == ("sig", "RS256")
@@ -242,7 +242,9 @@ def test_a_foreign_leaf_is_refused_and_nothing_is_written(
     other = rsa.generate_private_key(public_exponent=65537, key_size=2048).public_key()
     before = lab.listed()
     with pytest.raises(CertificateError) as caught:
-        enrol.import_chain(app.devices[0], pem(authority.issue(other), *authority.chain), now=NOW)
+        enrolment.import_chain(
+            app.devices[0], pem(authority.issue(other), *authority.chain), now=NOW
+        )
     assert caught.value.code == "certificate-foreign"
     assert lab.listed() == before
 
@@ -263,11 +265,11 @@ def test_a_chain_with_a_gap_or_an_unusable_leaf_is_refused(
         ((leaf, authority.issue(key), *authority.chain), "certificate-ambiguous"),
     ):
         with pytest.raises(CertificateError) as caught:
-            enrol.import_chain(app.devices[0], pem(*given), now=NOW)
+            enrolment.import_chain(app.devices[0], pem(*given), now=NOW)
         assert caught.value.code == code
         assert ("import that file" in (caught.value.hint or "")) is (code == "chain-incomplete")
     with pytest.raises(ConfigurationError, match="no certificate"):
-        enrol.import_chain(app.devices[0], b"nothing", now=NOW)
+        enrolment.import_chain(app.devices[0], b"nothing", now=NOW)
     assert lab.listed() == before
 
 
@@ -280,7 +282,7 @@ def test_a_norwegian_leaf_is_judged_by_its_own_rules(app: App) -> None:
     signing = authority.issue(key, key_usage=["nonRepudiation"])
     given = pem(signing, *authority.chain)
     with pytest.raises(CertificateError) as caught:
-        enrol.import_chain(app.devices[0], given, now=NOW, identity="norwegian")
+        enrolment.import_chain(app.devices[0], given, now=NOW, identity="norwegian")
     assert caught.value.code == "certificate-usage"
 
 
@@ -289,10 +291,10 @@ def test_a_chain_is_imported_once_and_then_serves_without_a_file(
 ) -> None:
     leaf = certified(app, authority)
     given = pem(authority.root, stranger(), leaf, authority.intermediate)
-    done = enrol.import_chain(app.devices[0], given, now=NOW)
+    done = enrolment.import_chain(app.devices[0], given, now=NOW)
     assert [len(each) for each in (done.written, done.present, done.left)] == [3, 0, 0]
     listed = lab.listed()
-    again = enrol.import_chain(app.devices[0], given, now=NOW)
+    again = enrolment.import_chain(app.devices[0], given, now=NOW)
     assert [len(each) for each in (again.written, again.present, again.left)] == [0, 3, 0]
     assert lab.listed() == listed
     # pkcs11-tool reads what other programs look for: the key's id, subject and serial number.
@@ -309,28 +311,28 @@ def test_a_certificate_for_later_is_imported_before_its_time(
     lab: Lab, state: Path, authority: Authority
 ) -> None:
     app = lab.app("later", state)
-    enrol.generate(app.devices[0], bits=2048)
+    enrolment.generate(app.devices[0], bits=2048)
     key = certified(app, authority).public_key()
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     assert isinstance(key, rsa.RSAPublicKey)
     later = authority.issue(key, not_before=NOW + timedelta(days=3))
-    done = enrol.import_chain(app.devices[0], pem(later, *authority.chain), now=NOW)
+    done = enrolment.import_chain(app.devices[0], pem(later, *authority.chain), now=NOW)
     assert done.written[0].common_name == "Eksempel AB"
 
 
 def test_no_pin_stands_in_what_enrolment_says(app: App) -> None:
     with pytest.raises(DeviceError) as caught:
-        enrol.generate(app.devices[0], bits=2048)
+        enrolment.generate(app.devices[0], bits=2048)
     assert PIN not in f"{caught.value!r} {caught.value.hint} {app.settings!r}"
 
 
 def test_an_identifier_that_no_register_has_is_warned_of(
     app: App, caplog: pytest.LogCaptureFixture
 ) -> None:
-    enrol.csr(app.devices[0], **SUBJECT)
+    enrolment.csr(app.devices[0], **SUBJECT)
     assert caplog.records == []
-    enrol.csr(app.devices[0], **{**SUBJECT, "organization_identifier": "5566778899"})
+    enrolment.csr(app.devices[0], **{**SUBJECT, "organization_identifier": "5566778899"})
     (told,) = caplog.records
     assert "5566778899" in told.getMessage()
     assert "NTRSE-" in told.getMessage()

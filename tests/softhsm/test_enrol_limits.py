@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hsmtoll import DeviceError, UsageError, enrol
+from hsmtoll import DeviceError, UsageError, enrolment
 from hsmtoll.app import App
 from hsmtoll.settings import load
 from tests.grants import a_grant
@@ -38,16 +38,16 @@ def device(
 def test_a_device_with_room_for_one_certificate_gets_the_leaf_and_the_rest_is_named(
     device: Device, toll_faults: Faults
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     text = chain_for(device)
     toll_faults.set("nth-call-fails", function="C_CreateObject", n=2, rv=CKR_DEVICE_MEMORY)
-    done = enrol.import_chain(device, text, now=datetime.now(UTC))
+    done = enrolment.import_chain(device, text, now=datetime.now(UTC))
 
     assert next(each.is_ca for each in done.written) is False
     assert done.left
     assert all(each.is_ca for each in done.left)
     toll_faults.clear()
-    again = enrol.import_chain(device, text, now=datetime.now(UTC))
+    again = enrolment.import_chain(device, text, now=datetime.now(UTC))
     assert not again.left
     assert len(again.written) + len(again.present) == 3
 
@@ -55,19 +55,19 @@ def test_a_device_with_room_for_one_certificate_gets_the_leaf_and_the_rest_is_na
 def test_where_not_even_the_leaf_finds_room_it_is_an_error(
     device: Device, toll_faults: Faults
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     text = chain_for(device)
     toll_faults.set("nth-call-fails", function="C_CreateObject", rv=CKR_DEVICE_MEMORY)
 
     with pytest.raises(DeviceError):
-        enrol.import_chain(device, text, now=datetime.now(UTC))
+        enrolment.import_chain(device, text, now=datetime.now(UTC))
 
 
 def test_a_key_that_wants_its_pin_each_time_is_made_and_signs(
     device: Device, toll_faults: Faults, toll_settings: Settings
 ) -> None:
     grant = a_grant(audience=str(toll_settings.endpoints.issuer))
-    enrol.generate(device, bits=2048, always_authenticate=True)
+    enrolment.generate(device, bits=2048, always_authenticate=True)
     facts = device.key()
     before = toll_faults.count("C_Login")
 
@@ -83,17 +83,17 @@ def test_a_label_that_is_not_a_line_of_text_reaches_no_device(
     device: Device, toll_faults: Faults, label: str
 ) -> None:
     with pytest.raises(UsageError, match="label"):
-        enrol.generate(device, bits=2048, label=label)
+        enrolment.generate(device, bits=2048, label=label)
 
     assert toll_faults.count("C_GenerateKeyPair") == 0
     # Letters beyond ASCII, as UTF-8, are a label.
-    assert enrol.generate(device, bits=2048, label=f"Nøkkel {label!a}").object
+    assert enrolment.generate(device, bits=2048, label=f"Nøkkel {label!a}").object
 
 
 def test_a_size_that_maskinporten_does_not_take_is_not_made(
     device: Device, toll_faults: Faults
 ) -> None:
     with pytest.raises(UsageError):
-        enrol.generate(device, bits=1024)
+        enrolment.generate(device, bits=1024)
 
     assert toll_faults.count("C_GenerateKeyPair") == 0

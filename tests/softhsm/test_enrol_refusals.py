@@ -11,7 +11,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll import CertificateError, DeviceError, enrol
+from hsmtoll import CertificateError, DeviceError, enrolment
 from hsmtoll.app import App
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import load
@@ -67,7 +67,7 @@ def test_a_device_that_does_not_take_an_attribute_still_makes_a_key_that_only_si
     device: Device, toll_faults: Faults, attribute: int, answer: int
 ) -> None:
     toll_faults.set("template-refused", attribute=attribute, rv=answer)
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     toll_faults.clear()
     facts = device.key()
     assert facts.protected
@@ -79,12 +79,12 @@ def test_a_key_that_would_not_be_sensitive_without_saying_so_is_not_kept(
 ) -> None:
     toll_faults.set("template-refused", attribute=SENSITIVE, rv=TYPE_INVALID)
     with pytest.raises(DeviceError, match="not sensitive; it was destroyed"):
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
 
 
 def test_a_key_that_can_recover_a_signature_is_taken(device: Device, toll_faults: Faults) -> None:
     toll_faults.set("attribute-told", attribute=SIGN_RECOVER)
-    assert enrol.generate(device, bits=2048).object
+    assert enrolment.generate(device, bits=2048).object
 
 
 def test_a_key_that_stays_able_to_decrypt_is_destroyed_and_the_own_tool_named(
@@ -92,12 +92,12 @@ def test_a_key_that_stays_able_to_decrypt_is_destroyed_and_the_own_tool_named(
 ) -> None:
     toll_faults.set("attribute-told", attribute=DECRYPT)
     with pytest.raises(DeviceError, match="able to decrypt; it was destroyed") as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     assert caught.value.code == "key-too-able"
     the_way_on(caught.value)
     toll_faults.clear()
     # Nothing is left in the way of another try.
-    assert enrol.generate(device, bits=2048).object
+    assert enrolment.generate(device, bits=2048).object
 
 
 def test_where_a_device_does_not_say_whether_keys_leave_it_the_setting_for_them_is_named(
@@ -105,14 +105,14 @@ def test_where_a_device_does_not_say_whether_keys_leave_it_the_setting_for_them_
 ) -> None:
     toll_faults.set("attribute-fails", attribute=EXTRACTABLE, rv=TYPE_INVALID)
     with pytest.raises(DeviceError, match="unknown extractability; it was destroyed") as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     the_way_on(caught.value)
     assert "HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true" in (caught.value.hint or "")
     # Of a key that is known to leave it, nothing lets a person believe that it is allowed.
     toll_faults.clear()
     toll_faults.set("attribute-told", attribute=EXTRACTABLE)
     with pytest.raises(DeviceError, match="is extractable; it was destroyed") as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     assert "ALLOW_EXPORTABLE" not in (caught.value.hint or "")
 
 
@@ -122,7 +122,7 @@ def test_a_wrong_key_that_cannot_be_destroyed_is_said_and_named(
     toll_faults.set("attribute-told", attribute=DECRYPT)
     toll_faults.set("call-fails", function="C_DestroyObject", rv=0x1B)
     with pytest.raises(DeviceError, match="still on the device: delete pkcs11:"):
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
 
 
 @pytest.mark.parametrize("answer", REFUSALS)
@@ -132,7 +132,7 @@ def test_a_device_that_makes_no_key_for_a_program_ends_with_the_way_on(
     toll_faults.set("call-fails", function="C_GenerateKeyPair", rv=answer)
     for _ in range(2):
         with pytest.raises(DeviceError) as caught:
-            enrol.generate(device, bits=2048)
+            enrolment.generate(device, bits=2048)
         assert caught.value.code == "key-refused"
         the_way_on(caught.value)
     # A refusal is no outage.
@@ -144,7 +144,7 @@ def test_a_session_for_writing_that_is_refused_ends_with_the_way_on(
 ) -> None:
     toll_faults.set("session-read-only", rv=0xE2)
     with pytest.raises(DeviceError) as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     assert caught.value.code == "key-refused"
     the_way_on(caught.value)
 
@@ -154,10 +154,10 @@ def test_a_long_id_that_a_card_does_not_take_is_hinted_at(
 ) -> None:
     toll_faults.set("call-fails", function="C_GenerateKeyPair", rv=VALUE_INVALID)
     with pytest.raises(DeviceError) as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     assert "--id 01" in (caught.value.hint or "")
     with pytest.raises(DeviceError) as caught:
-        enrol.generate(device, bits=2048, id=b"\x01")
+        enrolment.generate(device, bits=2048, id=b"\x01")
     assert "--id 01" not in (caught.value.hint or "")
 
 
@@ -167,7 +167,7 @@ def test_a_device_that_is_gone_is_not_told_to_use_its_tool(
     assert device.certificates() is not None
     toll_faults.set("token-removed")
     with pytest.raises(DeviceError) as caught:
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
     assert "own tool" not in (caught.value.hint or "")
 
 
@@ -187,32 +187,32 @@ def the_way_on(error: DeviceError) -> None:
 def test_every_refusal_of_certificates_names_the_setting_and_the_file(
     device: Device, toll_faults: Faults, answer: int, tmp_path: Path
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     text, file = chain_for(device), tmp_path / "chain.pem"
     toll_faults.set("call-fails", function="C_CreateObject", rv=answer)
     with pytest.raises(DeviceError) as caught:
-        enrol.import_chain(device, text, now=NOW, file=file)
+        enrolment.import_chain(device, text, now=NOW, file=file)
     assert caught.value.code == "certificate-refused"
     assert f"HSMTOLL_HSM__CERTIFICATES to {file}" in (caught.value.hint or "")
     toll_faults.clear()
-    assert len(enrol.import_chain(device, text, now=NOW, file=file).written) == 3
+    assert len(enrolment.import_chain(device, text, now=NOW, file=file).written) == 3
 
 
 def test_a_session_for_writing_that_is_refused_names_the_setting(
     device: Device, toll_faults: Faults
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     text = chain_for(device)
     toll_faults.set("session-read-only", rv=0xB5)
     with pytest.raises(DeviceError) as caught:
-        enrol.import_chain(device, text, now=NOW)
+        enrolment.import_chain(device, text, now=NOW)
     assert caught.value.code == "certificate-refused"
     assert "HSMTOLL_HSM__CERTIFICATES" in (caught.value.hint or "")
     # The keys are read without writing: a stranger's leaf is still a stranger's.
     key = pki.eseal_authority()
     other = key.issue(key.root.public_key())  # type: ignore[arg-type]  # RSA
     with pytest.raises(CertificateError) as foreign:
-        enrol.import_chain(device, other.public_bytes(Encoding.PEM), now=NOW)
+        enrolment.import_chain(device, other.public_bytes(Encoding.PEM), now=NOW)
     assert foreign.value.code == "certificate-foreign"
 
 
@@ -227,18 +227,18 @@ def test_a_device_that_replaces_one_certificate_by_another_is_found_out(
     settings = load(hsm__key=key, hsm__module=toll_faults.module, hsm__pin=PIN, hsm__pin_file=None)
     with contextlib.closing(App(settings)) as app:
         device, file = app.devices[0], tmp_path / "chain.pem"
-        enrol.generate(device, bits=2048)
+        enrolment.generate(device, bits=2048)
         text = chain_for(device)
         toll_faults.set("object-replaced")
         for _ in range(3):
             with pytest.raises(DeviceError, match="does not have all of them") as caught:
-                enrol.import_chain(device, text, now=NOW, file=file)
+                enrolment.import_chain(device, text, now=NOW, file=file)
             assert caught.value.code == "certificate-lost"
             assert caught.value.exit_code == 30
             assert str(file) in (caught.value.hint or "")
         # The control: a device that keeps what it takes.
         toll_faults.clear()
-        done = enrol.import_chain(device, text, now=NOW, file=file)
+        done = enrolment.import_chain(device, text, now=NOW, file=file)
         assert len(done.written) + len(done.present) == 3
     assert lab.listed().count("Certificate Object") == 3
 
@@ -249,31 +249,31 @@ def test_a_device_that_replaces_one_certificate_by_another_is_found_out(
 def test_a_hidden_public_half_is_found_by_the_leaf_that_is_imported(
     device: Device, toll_faults: Faults
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     text = chain_for(device)
-    expected = enrol.jwk(device)
+    expected = enrolment.jwk(device)
     toll_faults.set("hidden-modulus")
     device.close()
     # The control: nothing proves whose key it is yet.
     with pytest.raises(DeviceError) as caught:
-        enrol.jwk(device)
+        enrolment.jwk(device)
     assert caught.value.code == "public-key-hidden"
-    done = enrol.import_chain(device, text, now=NOW)
+    done = enrolment.import_chain(device, text, now=NOW)
     assert len(done.written) == 3
     # From now on the leaf lies beside the key, and says what the device does not.
-    assert enrol.jwk(device) == expected
-    request = x509.load_pem_x509_csr(enrol.csr(device, **SUBJECT).encode())
+    assert enrolment.jwk(device) == expected
+    request = x509.load_pem_x509_csr(enrolment.csr(device, **SUBJECT).encode())
     assert request.is_signature_valid
 
 
 def test_a_strangers_leaf_proves_nothing_for_a_hidden_public_half(
     device: Device, toll_faults: Faults
 ) -> None:
-    enrol.generate(device, bits=2048)
+    enrolment.generate(device, bits=2048)
     authority = pki.eseal_authority()
     other = authority.issue(authority.root.public_key())  # type: ignore[arg-type]  # RSA
     toll_faults.set("hidden-modulus")
     device.close()
     with pytest.raises(CertificateError) as caught:
-        enrol.import_chain(device, other.public_bytes(Encoding.PEM), now=NOW)
+        enrolment.import_chain(device, other.public_bytes(Encoding.PEM), now=NOW)
     assert caught.value.code == "certificate-foreign"

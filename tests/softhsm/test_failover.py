@@ -10,7 +10,7 @@ import pytest
 from hsmtoll import PinIncorrect
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 from tests.hosting import eventually
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     assert signer.sign(ROAD, jti="1").assertion
     assert toll_faults.count("C_SignInit") == 1
     toll_faults.set("token-removed")
-    with caplog.at_level(logging.WARNING, "hsmtoll.signer"):
+    with caplog.at_level(logging.WARNING, "hsmtoll.signing.signer"):
         for _ in range(3):
             assert signer.sign(ROAD, jti="1").assertion
-    assert [each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signer"] == [
-        "key 2 of 2 signs now: "
-    ]
+    assert [
+        each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signing.signer"
+    ] == ["key 2 of 2 signs now: "]
     before = toll_faults.count("C_SignInit")
 
     toll_faults.clear("token-removed")
@@ -61,7 +61,7 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     eventually(
         lambda: signer.sign(ROAD, jti="1").assertion and toll_faults.count("C_SignInit") > before
     )
-    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signer"]
+    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signing.signer"]
     assert said == ["key 1 of 2 signs now"]
 
 

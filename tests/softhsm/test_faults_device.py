@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient, connect
 from hsmtoll.app import App
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load

@@ -21,13 +21,13 @@ from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, do
 from hsmtoll.app import App
 from hsmtoll.hsm.codes import NOT_TRIED
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import opened
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
 from hsmtoll.testing.softhsm import SoftHsm
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 from tests.grants import a_grant
 from tests.lab import accepted
 

@@ -19,8 +19,8 @@ from packaging.utils import canonicalize_name
 
 import hsmtoll
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from tests.grants import DEFINED, a_grant

@@ -20,14 +20,14 @@ import pytest
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
 from hsmtoll.hsm.child import Child
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
-from hsmtoll.signer import new_jti
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.signer import new_jti
+from hsmtoll.token import TokenRequest
 from tests.accounts import OTHER, importable
 from tests.grants import a_grant
 from tests.hosting import eventually

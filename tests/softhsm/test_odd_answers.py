@@ -58,7 +58,7 @@ import os, sys
 from pathlib import Path
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
@@ -84,7 +84,7 @@ from pathlib import Path
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]

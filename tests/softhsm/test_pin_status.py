@@ -9,8 +9,8 @@ import pytest
 from hsmtoll import HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from tests.grants import a_grant

@@ -17,9 +17,9 @@ import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.hsm.pin import Pin, PinFile, PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.testing.clock import SettableClock
@@ -188,7 +188,7 @@ from pathlib import Path
 import pkcs11
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.faults import Faults

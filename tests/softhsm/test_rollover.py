@@ -17,8 +17,8 @@ from hsmtoll.errors import CertificateError, GrantRefused
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.signer import FailoverSigner, Lineage, LocalSigner
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.signer import FailoverSigner, Lineage, LocalSigner
+from hsmtoll.token import TokenRequest
 from hsmtoll.x509.certificate_files import Bundle
 from tests.lab import Lab, MovedClock, make_lab
 
@@ -187,7 +187,7 @@ def test_a_new_certificate_that_is_refused_steps_back_once_for_its_first_day(
     new = bench.issue("old", not_before=START - timedelta(hours=1))
     signer = bench.signer("old", old, new)
     assert sent(signer) == new
-    with caplog.at_level(logging.WARNING, "hsmtoll.signer"):
+    with caplog.at_level(logging.WARNING, "hsmtoll.signing.signer"):
         assert rejected(signer, "MP-120")
     assert "certificate-refused" in caplog.text
     assert sent(signer) == old

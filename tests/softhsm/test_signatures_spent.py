@@ -20,7 +20,7 @@ from hsmtoll.hsm.module import GATE
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import introduce
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.token import TokenRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,7 +203,7 @@ def test_a_replay_that_maskinporten_names_is_tried_once_more_and_no_oftener(
     toll_sandbox: Sandbox,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hsmtoll.renewal.new_jti", lambda: "always-the-same")
+    monkeypatch.setattr("hsmtoll.tokens.renewal.new_jti", lambda: "always-the-same")
     with generous().client() as client:
         assert client.token("road").value
         before = grants(toll_sandbox)

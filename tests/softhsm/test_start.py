@@ -13,8 +13,8 @@ import pytest
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.ledger import Ledger
 from hsmtoll.hsm.pin import PinSource, PinValue
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from tests.grants import DEFINED, a_grant
@@ -312,7 +312,7 @@ import json, sys
 from pathlib import Path
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.ledger import Ledger
+from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri
 

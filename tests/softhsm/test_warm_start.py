@@ -25,7 +25,7 @@ HEAVY = {
     "cryptography",
     "httpx",
     "hsmtoll.hsm.in_process",
-    "hsmtoll.signer",
+    "hsmtoll.signing.signer",
     "pkcs11",
 }
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll import records
-from hsmtoll.cache import Cache, Flight
 from hsmtoll.errors import (
     ClockError,
     ConfigurationError,
@@ -22,10 +20,12 @@ from hsmtoll.errors import (
     TryAgainLater,
     UsageError,
 )
-from hsmtoll.flights import THREAD
 from hsmtoll.remembered import Remembered
-from hsmtoll.stores import FileStore, Kept, MemoryStore, Store, name_of
-from hsmtoll.tokens import ANY, AccessToken, Moment, TokenRequest, Wish
+from hsmtoll.token import ANY, AccessToken, Moment, TokenRequest, Wish
+from hsmtoll.tokens import records
+from hsmtoll.tokens.cache import Cache, Flight
+from hsmtoll.tokens.single_flight import THREAD
+from hsmtoll.tokens.stores import FileStore, Kept, MemoryStore, Store, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
-from hsmtoll.x509 import der
+from hsmtoll import der
 from hsmtoll.x509.certificate import MAX_NAME, Certificate
 from hsmtoll.x509.certificate_files import certificates_in
 from hsmtoll.x509.path_building import build

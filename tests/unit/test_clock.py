@@ -10,7 +10,7 @@ import pytest
 
 from hsmtoll.clock import MAX_SKEW, Skew, SystemClock, offset_of, retry_after
 from hsmtoll.errors import ClockError
-from hsmtoll.tokens import Moment
+from hsmtoll.token import Moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

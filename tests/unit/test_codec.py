@@ -13,7 +13,7 @@ from hsmtoll.errors import DeviceError, HsmTollError, PinNotTried
 from hsmtoll.hsm.codec import decode, encode, hints
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Stored, StoredCertificate
-from hsmtoll.hsm.ledger import Place
+from hsmtoll.hsm.pin_log import Place
 from hsmtoll.hsm.pipe import Opening, Reply
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput

@@ -19,8 +19,9 @@ from hsmtoll.doctor.facts import Answers, Revocation, Seen
 from hsmtoll.doctor.findings import failed
 from hsmtoll.doctor.report import CHECKS
 from hsmtoll.errors import CertificateError, ScopeNotGranted
-from hsmtoll.exchange import Answer, Post, read_subject
+from hsmtoll.http_messages import Answer, Post
 from hsmtoll.settings import Settings
+from hsmtoll.tokens.exchange import read_subject
 from hsmtoll.x509 import revocation
 from tests import broken
 from tests.broken import (

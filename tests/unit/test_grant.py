@@ -8,8 +8,8 @@ import pytest
 
 from hsmtoll import jws
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.grant import Grant
-from hsmtoll.tokens import TokenRequest
+from hsmtoll.signing.grant import Grant
+from hsmtoll.token import TokenRequest
 
 ISSUER = "https://test.maskinporten.no/"
 

@@ -14,8 +14,8 @@ import pytest
 
 from hsmtoll.errors import ConfigurationError, PinNotTried
 from hsmtoll.files import exposed, loose
-from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.stores import FileStore, read_key
+from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.tokens.stores import FileStore, read_key
 from tests.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ from tests.accounts import become, import_all
 import_all()
 become(int(sys.argv[2]), int(sys.argv[3]))
 from hsmtoll.errors import ConfigurationError, PinNotTried
-from hsmtoll.hsm.ledger import Ledger, Place
-from hsmtoll.stores import FileStore
+from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.tokens.stores import FileStore
 at = Path(sys.argv[1])
 try:
     FileStore(at / "cache").put("ab", b"token", ttl=60)

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import DeviceError, PinNotTried
-from hsmtoll.hsm.ledger import Ledger, Place
 from hsmtoll.hsm.pin import Pin
+from hsmtoll.hsm.pin_log import Ledger, Place
 from tests.accounts import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from hsmtoll.hsm.ledger import Page
+    from hsmtoll.hsm.pin_log import Page
 
 PLACE = Place("Maker", "X1", "0042", "lab")
 WRONG = Pin("4711-canary", source="SETTING")
@@ -379,7 +379,7 @@ _TRY = """
 import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError, PinNotTried
-from hsmtoll.hsm.ledger import Ledger, Place
+from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.hsm.pin import Pin
 pin = Pin("wrong", source="SETTING")
 try:

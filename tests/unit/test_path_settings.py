@@ -26,8 +26,8 @@ from hsmtoll.host.doors import listen_tcp, listen_unix
 from hsmtoll.host.system import given_sockets, watchdog_seconds
 from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.pin import PinCommand
-from hsmtoll.remote import _trusted_at
 from hsmtoll.settings import load
+from hsmtoll.signing.remote import _trusted_at
 from hsmtoll.testing.softhsm import find_module
 from tests import path_settings
 from tests.accounts import NEEDS_NAMESPACES, OTHER, importable, is_root

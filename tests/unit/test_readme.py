@@ -18,8 +18,8 @@ import hsmtoll
 from hsmtoll import errors
 from hsmtoll.cli import main
 from hsmtoll.hsm.makers import MAKERS
-from hsmtoll.refusals import REFUSALS
 from hsmtoll.settings import Settings, load, profiles, variable
+from hsmtoll.tokens.mp_codes import REFUSALS
 from tests.benchmarks.stage import Row, table
 from tests.readers import blocks
 

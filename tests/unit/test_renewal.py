@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hsmtoll.budget import RateLimit
 from hsmtoll.clock import Skew
-from hsmtoll.engine import Counts
 from hsmtoll.errors import (
     CertificateError,
     DeviceError,
@@ -15,14 +13,16 @@ from hsmtoll.errors import (
     TryAgainLater,
     from_data,
 )
-from hsmtoll.exchange import TEST
-from hsmtoll.grant import SignedGrant
 from hsmtoll.remembered import Remembered
-from hsmtoll.renewal import Renewal
-from hsmtoll.stores import MemoryStore
+from hsmtoll.signing.grant import SignedGrant
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens import TokenRequest
-from hsmtoll.wire import Wire
+from hsmtoll.token import TokenRequest
+from hsmtoll.tokens.engine import Counts
+from hsmtoll.tokens.exchange import TEST
+from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.renewal import Renewal
+from hsmtoll.tokens.stores import MemoryStore
+from hsmtoll.transport import Wire
 
 ROAD = TokenRequest("toll:eu/movement/road/v2")
 

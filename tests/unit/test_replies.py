@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import errors
-from hsmtoll.replies import REPLIES, read, reply_to
+from hsmtoll.signing.replies import REPLIES, read, reply_to
 
 if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError

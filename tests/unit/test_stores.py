@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hsmtoll.budget import RateLimit
 from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
-from hsmtoll.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from hsmtoll.testing.clock import SettableClock
+from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
 from tests.accounts import OTHER, importable
 
 KEY = name_of("a key")
@@ -132,7 +132,8 @@ def test_a_place_that_cannot_be_a_directory_is_a_clear_error(tmp_path: Path) -> 
 def test_a_draft_left_by_a_killed_process_is_no_obstacle(store: FileStore, tmp_path: Path) -> None:
     store.put(KEY, b"old", ttl=1)
     kill_while_writing = (
-        "import os, sys, signal; from pathlib import Path; from hsmtoll.stores import FileStore;"
+        "import os, sys, signal; from pathlib import Path;"
+        "from hsmtoll.tokens.stores import FileStore;"
         "Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
         "FileStore(Path(sys.argv[1])).put(sys.argv[2], b'torn', ttl=1)"
     )
@@ -151,7 +152,7 @@ def test_a_full_disk_keeps_the_old_value_and_fails_nobody(tmp_path: Path) -> Non
     """In a process of its own, whose files may hold four bytes."""
     code = f"""
 import resource, signal, pathlib
-from hsmtoll.stores import FileStore
+from hsmtoll.tokens.stores import FileStore
 store = FileStore(pathlib.Path({str(tmp_path / "cache")!r}))
 store.put({KEY!r}, b"old", ttl=1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

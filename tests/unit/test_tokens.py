@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from hsmtoll.tokens import ANY, AccessToken, Freshness, Moment, TokenRequest, Wish
+from hsmtoll.token import ANY, AccessToken, Freshness, Moment, TokenRequest, Wish
 
 ASKED = Moment(1_800_000_000.0, 1000.0, "boot-1")
 

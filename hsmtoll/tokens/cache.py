@@ -15,11 +15,12 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from hsmtoll import errors, records
+from hsmtoll import errors
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.flights import THREAD, Flight, late, over, too_much
-from hsmtoll.stores import name_of
-from hsmtoll.tokens import ANY, AccessToken, Freshness
+from hsmtoll.token import ANY, AccessToken, Freshness
+from hsmtoll.tokens import records
+from hsmtoll.tokens.single_flight import THREAD, Flight, late, over, too_much
+from hsmtoll.tokens.stores import name_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
 
     from hsmtoll.clock import Clock
     from hsmtoll.remembered import Remembered
-    from hsmtoll.stores import Store
-    from hsmtoll.tokens import TokenRequest, Wish
+    from hsmtoll.token import TokenRequest, Wish
+    from hsmtoll.tokens.stores import Store
 
 __all__ = ["Cache", "Flight", "Renewer"]
 
-_log = logging.getLogger("hsmtoll.cache")
+_log = logging.getLogger("hsmtoll.tokens.cache")
 
 #: Seconds that a refusal is remembered: asking again sooner would only spend signatures.
 REFUSED_FOR: Final = 30.0

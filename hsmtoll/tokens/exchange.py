@@ -6,12 +6,10 @@ It speaks and never dials: no socket, no retry, no time (PROTOCOL A.7 to A.11, C
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll import refusals
 from hsmtoll.errors import (
     ClockError,
     ExchangeRefused,
@@ -22,21 +20,22 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
+from hsmtoll.http_messages import Post, read_json
+from hsmtoll.tokens import mp_codes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from hsmtoll.http_messages import Answer
 
 __all__ = [
     "PROD",
     "TEST",
-    "Answer",
     "Endpoints",
     "Issued",
-    "Post",
     "exchange_post",
     "grant_post",
     "read_issued",
-    "read_json",
     "read_subject",
 ]
 
@@ -53,10 +52,6 @@ _TRACE = re.compile(r"\((?:trace_id|correlation id): {0,8}([0-9A-Za-z-]{8,64})\)
 _MOST_SAID: Final = 2000
 _MP = re.compile(r"MP-\d{3}")
 _LONGEST: Final = 86_400
-#: Lists and objects that an answer may have, and bytes for each one beyond: what they cost in time
-#: and memory is a hundred times what their two bytes show.
-_MOST_VALUES: Final = 20_000
-_BYTES_EACH: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +71,6 @@ TEST: Final = Endpoints(
 PROD: Final = Endpoints(
     "https://maskinporten.no/", "https://maskinporten.no/token", "https://api.toll.no"
 )
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Post:
-    """One form to be posted: the *leg*'s name, the URL, the fields (one of them is secret)."""
-
-    leg: str
-    url: str
-    form: Mapping[str, str]
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"<Post {self.leg} to {self.url}>"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Answer:
-    """What came back: status, headers with lower-case names, at most 1 MiB of body."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-
-    def __repr__(self) -> str:
-        return f"<Answer {self.status}>"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -230,7 +200,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
     if missing := set(scope.split()).difference(granted.split()):
         raise ScopeNotGranted(
             f"{post.leg} granted less than was asked for, without {foreign(' '.join(missing))}",
-            hint=refusals.REFUSALS["MP-200"].do,
+            hint=mp_codes.REFUSALS["MP-200"].do,
             code="scope-narrowed",
             who="you",
         )
@@ -289,10 +259,10 @@ def _refused(
     trace = _TRACE.search(said)
     trace_id = foreign(trace[1], post.secret) if trace else None
     text = foreign(_TRACE.sub("", said).rstrip(), post.secret) or "no reason given"
-    row = refusals.refusal(code, said)
+    row = mp_codes.refusal(code, said)
     code = code or (row.code if row else "") or None
     error: type[HsmTollError] = ScopeNotGranted if row and row.scope else GrantRefused
-    if any(part in said.lower() for part in refusals.ISSUED_IN_FUTURE):
+    if any(part in said.lower() for part in mp_codes.ISSUED_IN_FUTURE):
         return ClockError(
             f"Maskinporten refused the grant: {text}",
             hint="this machine's clock runs fast: synchronise it (NTP)",
@@ -323,16 +293,6 @@ def _refused(
         retry_after=wait if retryable else None,
         scope="certificate" if certificate else None,
     )
-
-
-def read_json(body: bytes) -> Any:
-    """The value in an answer; ``None`` for what is no JSON, or has more values than an answer."""
-    if body.count(b"[") + body.count(b"{") > _MOST_VALUES + len(body) // _BYTES_EACH:
-        return None
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _error_text(answer: Answer, body: Any) -> str:

@@ -12,11 +12,11 @@ import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hsmtoll import errors
-from hsmtoll.tokens import AccessToken, Moment
+from hsmtoll.token import AccessToken, Moment
 
 if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError
-    from hsmtoll.stores import Kept
+    from hsmtoll.tokens.stores import Kept
 
 __all__ = ["VERSION", "Record", "Refusal", "again", "read", "written"]
 

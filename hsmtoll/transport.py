@@ -23,16 +23,17 @@ from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
-from hsmtoll import exchange, tls
+from hsmtoll import tls
 from hsmtoll.deadline import Deadline, Transport
 from hsmtoll.errors import ConfigurationError, NetworkError, foreign
+from hsmtoll.http_messages import Answer
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from hsmtoll.exchange import Answer, Post
+    from hsmtoll.http_messages import Post
 
 __all__ = ["CONNECTIONS", "Door", "Reason", "Wire"]
 
@@ -367,7 +368,7 @@ def _read(response: httpx.Response, leg: str) -> Answer:
                     hint="that is not a token endpoint: check HSMTOLL_PROXY and the endpoints",
                     code="answer-too-large",
                 )
-        return exchange.Answer(response.status_code, headers, bytes(body))
+        return Answer(response.status_code, headers, bytes(body))
 
 
 #: After these the request did not reach whoever it is for.

@@ -24,7 +24,7 @@ from hsmtoll.errors import (
     UsageError,
     foreign,
 )
-from hsmtoll.grant import LIFETIME, MIN_LEFT, Grant, SignedGrant
+from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Grant, SignedGrant
 from hsmtoll.x509 import leaf_choice, path_building
 from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import Bundle
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
-    from hsmtoll.tokens import Moment, TokenRequest
+    from hsmtoll.token import Moment, TokenRequest
 
 __all__ = [
     "FailoverSigner",
@@ -50,7 +50,7 @@ __all__ = [
     "unread_of",
 ]
 
-_log = logging.getLogger("hsmtoll.signer")
+_log = logging.getLogger("hsmtoll.signing.signer")
 
 #: Seconds. Certificates are read from the device at most this often (DESIGN 4.5).
 _REREAD: Final = 60.0

@@ -15,25 +15,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from hsmtoll import apis, exchange
+from hsmtoll import apis
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import ClockError, ExchangeRefused, HsmTollError, foreign
-from hsmtoll.signer import new_jti
-from hsmtoll.tokens import AccessToken
+from hsmtoll.signing.signer import new_jti
+from hsmtoll.token import AccessToken
+from hsmtoll.tokens import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hsmtoll.budget import RateLimit
-    from hsmtoll.cache import Flight
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.engine import Counts
-    from hsmtoll.exchange import Answer, Endpoints, Issued, Post
-    from hsmtoll.grant import SignedGrant
+    from hsmtoll.http_messages import Answer, Post
     from hsmtoll.remembered import Remembered
-    from hsmtoll.signer import Signer
-    from hsmtoll.tokens import Moment, TokenRequest
-    from hsmtoll.wire import Wire
+    from hsmtoll.signing.grant import SignedGrant
+    from hsmtoll.signing.signer import Signer
+    from hsmtoll.token import Moment, TokenRequest
+    from hsmtoll.tokens.cache import Flight
+    from hsmtoll.tokens.engine import Counts
+    from hsmtoll.tokens.exchange import Endpoints, Issued
+    from hsmtoll.tokens.rate_limit import RateLimit
+    from hsmtoll.transport import Wire
 
 __all__ = ["Renewal", "pause_after"]
 

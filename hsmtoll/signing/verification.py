@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
-from hsmtoll.grant import LIFETIME, MIN_LEFT, SignedGrant
 from hsmtoll.jws import ALGS
+from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, SignedGrant
 from hsmtoll.x509 import path_building
 from hsmtoll.x509.certificate import Certificate
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.jws import RsaPublicKey
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.token import TokenRequest
 
 __all__ = ["APART", "Expected", "not_believed", "prove", "wrong_clock"]
 

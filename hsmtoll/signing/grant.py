@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import jws
 from hsmtoll.errors import ConfigurationError, HsmTollError
-from hsmtoll.tokens import TokenRequest, details_text
+from hsmtoll.token import TokenRequest, details_text
 from hsmtoll.x509.certificate import Certificate
 
 if TYPE_CHECKING:

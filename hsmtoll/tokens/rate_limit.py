@@ -12,11 +12,11 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.errors import TryAgainLater
-from hsmtoll.stores import name_of
+from hsmtoll.tokens.stores import name_of
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
-    from hsmtoll.stores import Store
+    from hsmtoll.tokens.stores import Store
 
 __all__ = ["RateLimit"]
 

@@ -41,7 +41,7 @@ __all__ = ["FileStore", "Kept", "MemoryStore", "RedisStore", "Store", "name_of",
 
 _T = TypeVar("_T")
 
-_log = logging.getLogger("hsmtoll.cache")
+_log = logging.getLogger("hsmtoll.tokens.cache")
 
 #: AES-256.
 _KEY_BYTES: Final = 32

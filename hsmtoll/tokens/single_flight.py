@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from hsmtoll.errors import HsmTollError
-    from hsmtoll.tokens import AccessToken, Wish
+    from hsmtoll.token import AccessToken, Wish
 
 __all__ = ["THREAD", "Flight", "late", "over", "see_out", "too_much"]
 

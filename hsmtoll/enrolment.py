@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk", "uri_to_set"]
 
-_log = logging.getLogger("hsmtoll.enrol")
+_log = logging.getLogger("hsmtoll.enrolment")
 
 #: Sizes that Maskinporten takes and devices make; the first is the default (PROTOCOL B.6).
 BITS: Final = (3072, 2048, 4096)

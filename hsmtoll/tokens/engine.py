@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, UsageError, foreign
-from hsmtoll.tokens import ANY, AccessToken, TokenRequest, Wish, details_text
+from hsmtoll.token import ANY, AccessToken, TokenRequest, Wish, details_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
     from hsmtoll.apis import Identity
-    from hsmtoll.cache import Cache, Renewer
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.exchange import Endpoints
-    from hsmtoll.wire import Wire
+    from hsmtoll.tokens.cache import Cache, Renewer
+    from hsmtoll.tokens.exchange import Endpoints
+    from hsmtoll.transport import Wire
 
 __all__ = ["Counts", "Engine"]
 

@@ -12,13 +12,13 @@ import threading
 from typing import TYPE_CHECKING, Final, Self
 
 from hsmtoll.errors import HsmTollError
-from hsmtoll.tokens import Wish
+from hsmtoll.token import Wish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hsmtoll.engine import Engine
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.token import TokenRequest
+    from hsmtoll.tokens.engine import Engine
 
 __all__ = ["Keeper"]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from hsmtoll import exchange, replies, tls
+from hsmtoll import tls
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
     ConfigurationError,
@@ -36,24 +36,31 @@ from hsmtoll.errors import (
     PolicyDenied,
     foreign,
 )
-from hsmtoll.proof import Expected, not_believed, prove
-from hsmtoll.renewal import pause_after
-from hsmtoll.tokens import AccessToken
-from hsmtoll.wire import Door, Wire
+from hsmtoll.http_messages import read_json
+from hsmtoll.signing import replies
+from hsmtoll.signing.verification import Expected, not_believed, prove
+from hsmtoll.transport import Door, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.exchange import Answer, Issued
-    from hsmtoll.flights import Flight
-    from hsmtoll.grant import SignedGrant
+    from hsmtoll.http_messages import Answer
     from hsmtoll.settings import SignerHost
-    from hsmtoll.tokens import TokenRequest
+    from hsmtoll.signing.grant import SignedGrant
+    from hsmtoll.token import TokenRequest
 
-__all__ = ["Hosts", "Look", "RemoteSigner", "RemoteTokens", "SigningHost"]
+__all__ = [
+    "Hosts",
+    "Look",
+    "RemoteSigner",
+    "SigningHost",
+    "audit_place",
+    "object_in",
+    "request_body",
+]
 
-_log = logging.getLogger("hsmtoll.remote")
+_log = logging.getLogger("hsmtoll.signing.remote")
 _T = TypeVar("_T")
 
 #: The version of the wire that is spoken here; a host may be one older or one newer.
@@ -170,7 +177,7 @@ class SigningHost:
 
     def _refused(self, answer: Answer) -> HsmTollError:
         """What the host said instead of what was asked for, as an error of ours."""
-        body = _object(answer)
+        body = object_in(answer)
         reply = replies.read(answer.status, body.get("error"))
         what = foreign(body.get("error_description") or "it gives no reason")
         hint = body.get("hint")
@@ -245,8 +252,8 @@ _HINTS: Final = {
 _ELSEWHERE: Final = ("device", "service", "attempt")
 
 
-def _object(answer: Answer) -> dict[str, Any]:
-    value = exchange.read_json(answer.body)
+def object_in(answer: Answer) -> dict[str, Any]:
+    value = read_json(answer.body)
     return value if isinstance(value, dict) else {}
 
 
@@ -465,7 +472,7 @@ class Hosts:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _body(profile: str, request: TokenRequest) -> dict[str, Any]:
+def request_body(profile: str, request: TokenRequest) -> dict[str, Any]:
     body: dict[str, Any] = {
         "profile": profile,
         "scope": request.scope,
@@ -518,9 +525,9 @@ class RemoteSigner:
 
     def _asked(self, request: TokenRequest, host: SigningHost) -> SignedGrant:
         sent = self._clock.now()
-        answer = host.ask("grant", _body(self._profile, request))
+        answer = host.ask("grant", request_body(self._profile, request))
         received = self._clock.now()
-        body = _object(answer)
+        body = object_in(answer)
         skew = self._skew.seconds
         grant, organization = prove(
             body.get("assertion"),
@@ -532,7 +539,7 @@ class RemoteSigner:
             name=host.name,
         )
         self._accept(host, grant, organization, body)
-        _log.info("%s signed jti=%s audit=%s", host.name, foreign(grant.jti), _anchor(body))
+        _log.info("%s signed jti=%s audit=%s", host.name, foreign(grant.jti), audit_place(body))
         return grant
 
     def _accept(
@@ -559,65 +566,9 @@ class RemoteSigner:
             self._identity, self._organization = grant.identity, organization
 
 
-def _anchor(body: Mapping[str, Any]) -> str:
+def audit_place(body: Mapping[str, Any]) -> str:
     """Where the host's audit stands, to be compared with it one day; ``-`` if it does not tell."""
     audit = body.get("audit")
     if not isinstance(audit, dict):
         return "-"
     return foreign(f"{audit.get('seq')}:{audit.get('head')}")
-
-
-class RemoteTokens:
-    """
-    Customs tokens of a signing host, which does the whole renewal itself, in *attempts* at most.
-
-    A token is opaque: whose it is does not show, so the door is all that proves it.
-    """
-
-    def __init__(self, hosts: Hosts, *, profile: str, clock: Clock, attempts: int = 2) -> None:
-        self.hosts = hosts
-        self._profile = profile
-        self._clock = clock
-        self._attempts = attempts
-
-    def known_identity(self) -> str | None:
-        """None: it is known once a token was given."""
-        return None
-
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
-        """A token that a host gives. Raises as `SigningHost.ask`."""
-        flight.doing = "the signing host"
-        for attempt in range(1, self._attempts + 1):
-            asked = self._clock.now()
-            try:
-                issued = self.hosts.first(partial(self._asked, request))
-            except HsmTollError as exc:
-                pause = pause_after(exc, attempt)
-                if pause is None or attempt == self._attempts:
-                    raise
-            else:
-                flight.identity = self.hosts.stand_in()
-                return AccessToken(issued.value, request.scope, asked, issued.expires_in)
-            self._clock.sleep(pause)
-        raise AssertionError  # the loop returns or raises
-
-    def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
-        answer = host.ask("token", _body(self._profile, request))
-        body = _object(answer)
-        post = exchange.Post(host.name, "", {}, "")
-        try:
-            issued = exchange.read_issued(answer, post)
-        except HsmTollError as exc:
-            raise PolicyDenied(
-                str(exc), hint="this is no signing host, or one of a version not known here",
-                code="answer-unusable",
-            ) from None  # fmt: skip
-        if body.get("scope") != request.scope:
-            raise PolicyDenied(
-                f"{host.name}: its token is for {foreign(body.get('scope'))}, not "
-                f"{foreign(request.scope)}",
-                hint="nothing was sent on; ask the host's custodian",
-                code="token-scope",
-            )
-        _log.info("%s gave a token, audit=%s", host.name, _anchor(body))
-        return issued

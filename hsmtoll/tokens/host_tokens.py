@@ -1,0 +1,81 @@
+"""Customs tokens of a signing host that renews itself (HSMTOLL_SIGNER__MODE=token)."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING
+
+from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
+from hsmtoll.http_messages import Post
+from hsmtoll.signing.remote import audit_place, object_in, request_body
+from hsmtoll.token import AccessToken
+from hsmtoll.tokens.exchange import read_issued
+from hsmtoll.tokens.renewal import pause_after
+
+if TYPE_CHECKING:
+    from hsmtoll.clock import Clock
+    from hsmtoll.signing.remote import Hosts, SigningHost
+    from hsmtoll.token import TokenRequest
+    from hsmtoll.tokens.exchange import Issued
+    from hsmtoll.tokens.single_flight import Flight
+
+__all__ = ["RemoteTokens"]
+
+_log = logging.getLogger(__name__)
+
+
+class RemoteTokens:
+    """
+    Customs tokens of a signing host, which does the whole renewal itself, in *attempts* at most.
+
+    A token is opaque: whose it is does not show, so the door is all that proves it.
+    """
+
+    def __init__(self, hosts: Hosts, *, profile: str, clock: Clock, attempts: int = 2) -> None:
+        self.hosts = hosts
+        self._profile = profile
+        self._clock = clock
+        self._attempts = attempts
+
+    def known_identity(self) -> str | None:
+        """None: it is known once a token was given."""
+        return None
+
+    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+        """A token that a host gives. Raises as `SigningHost.ask`."""
+        flight.doing = "the signing host"
+        for attempt in range(1, self._attempts + 1):
+            asked = self._clock.now()
+            try:
+                issued = self.hosts.first(partial(self._asked, request))
+            except HsmTollError as exc:
+                pause = pause_after(exc, attempt)
+                if pause is None or attempt == self._attempts:
+                    raise
+            else:
+                flight.identity = self.hosts.stand_in()
+                return AccessToken(issued.value, request.scope, asked, issued.expires_in)
+            self._clock.sleep(pause)
+        raise AssertionError  # the loop returns or raises
+
+    def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
+        answer = host.ask("token", request_body(self._profile, request))
+        body = object_in(answer)
+        post = Post(host.name, "", {}, "")
+        try:
+            issued = read_issued(answer, post)
+        except HsmTollError as exc:
+            raise PolicyDenied(
+                str(exc), hint="this is no signing host, or one of a version not known here",
+                code="answer-unusable",
+            ) from None  # fmt: skip
+        if body.get("scope") != request.scope:
+            raise PolicyDenied(
+                f"{host.name}: its token is for {foreign(body.get('scope'))}, not "
+                f"{foreign(request.scope)}",
+                hint="nothing was sent on; ask the host's custodian",
+                code="token-scope",
+            )
+        _log.info("%s gave a token, audit=%s", host.name, audit_place(body))
+        return issued
