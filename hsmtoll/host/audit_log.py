@@ -417,9 +417,13 @@ def list_records(
     The records of a caller or profile between two aware moments, oldest first. AuditBroken for a
     line that is none, but nothing is verified.
     """
-    for segment in segments_since(segments_of(path), since):
+    segments = segments_since(segments_of(path), since)
+    for segment in segments:
         for number, line in enumerate(_lines(segment), _first(segment)):
             record = _record(line)
+            if record is None and segment == segments[-1] and not line.endswith(b"\n"):
+                # Of a write that did not come to its end.
+                return
             if record is None:
                 raise AuditBroken(
                     f"audit {foreign(segment)}: record {number}: changed (not an audit record)",

@@ -842,6 +842,7 @@ def test_half_a_line_at_the_end_is_said_and_gone_on_from(tmp_path: Path, rest: b
     report = verify(tmp_path / "log", KEY.public_key())
     assert (report.bad, report.seq, report.sealed, report.half_line) == (None, 6, 6, True)
     assert any("in the middle of a record" in line for line in report.described())
+    assert len(list(list_records(tmp_path / "log"))) == 6
     audit = audit_in(tmp_path)
     assert audit.write("start")[0] == 7
     audit.close()
