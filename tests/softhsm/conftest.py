@@ -183,13 +183,34 @@ def stand_between(folder: Path, code: str, **functions: str) -> Path:
     return module
 
 
+_made = pytest.StashKey[DeviceSoftHsm]()
+
+
+def _let_see(conf: str) -> None:
+    if os.environ.get("SOFTHSM2_CONF") != conf:
+        os.environ["SOFTHSM2_CONF"] = conf
+        with GATE.held(10):
+            restart(SOFTHSM)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of a module, which may use the device that another test was not about."""
+    made = item.session.stash.get(_made, None)
+    if made is not None and "device_softhsm" in getattr(item, "fixturenames", ()):
+        _let_see(made.environment["SOFTHSM2_CONF"])
+
+
 @pytest.fixture(scope="session")
-def device_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceSoftHsm]:
+def device_softhsm(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[DeviceSoftHsm]:
     """The device with every kind of key; SoftHSM reads its configuration once per process."""
     made = make_softhsm(tmp_path_factory.mktemp("device_softhsm"))
     made.python(_PROVISION)
     before = os.environ.get("SOFTHSM2_CONF")
-    os.environ["SOFTHSM2_CONF"] = made.environment["SOFTHSM2_CONF"]
+    _let_see(made.environment["SOFTHSM2_CONF"])
+    request.session.stash[_made] = made
     yield made
     if before is None:
         os.environ.pop("SOFTHSM2_CONF", None)
@@ -211,7 +232,4 @@ def _its_own_device(request: pytest.FixtureRequest) -> None:
         mine = str(request.getfixturevalue("toll_softhsm").conf)
     else:
         return
-    if os.environ.get("SOFTHSM2_CONF") != mine:
-        os.environ["SOFTHSM2_CONF"] = mine
-        with GATE.held(10):
-            restart(SOFTHSM)
+    _let_see(mine)
