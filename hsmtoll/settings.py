@@ -703,10 +703,11 @@ def _check_endpoints(settings: Settings) -> None:
         host = (parts.hostname or "").rstrip(".").lower()
         if parts.scheme != "https" or not host or parts.username or parts.query or parts.fragment:
             raise ConfigurationError(f"{name}: an https URL is expected, without user or query")
-        if not host.isascii():
-            # Other alphabets have dots of their own, which a client of HTTP turns into real ones.
+        if not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host):
+            # Other alphabets have dots of their own, which a client of HTTP turns into real ones;
+            # what a proxy makes of %2E is its own affair.
             raise ConfigurationError(
-                f"{name}: a host of ASCII characters is expected",
+                f"{name}: a host of ASCII letters, digits, dots and hyphens is expected",
                 hint="write an international name in its xn-- form",
             )
         for real in ("maskinporten.no", "toll.no"):

@@ -267,6 +267,10 @@ def test_endpoints_are_given_in_the_sandbox_alone(environment: str | None) -> No
     [
         {"issuer": "https://maskinporten.no/", "token": "https://maskinporten.no/token"},
         {"customs": "https://api.toll\u3002no"},
+        {"customs": "https://api.toll\u2024no"},
+        {"customs": "https://api.toll%2Eno"},
+        {"customs": "https://api.toll%E3%80%82no"},
+        {"customs": "https://toll.no%00.localhost"},
         {"customs": "https://api.toll\uff0eno"},
         {"customs": "https://api.toll\uff61no"},
         {"customs": "https://api.t\u00f6ll.no"},
