@@ -428,6 +428,7 @@ class Hosts:
                 answer = ask(self.all[number])
             except HsmTollError as exc:
                 if exc.scope not in _ELSEWHERE:
+                    exc.signed |= any(each.signed for each in failed.values())
                     self._works(number, failed)
                     raise
                 failed[number] = exc
@@ -435,7 +436,9 @@ class Hosts:
             else:
                 self._works(number, failed)
                 return answer
-        raise failed[min(failed)]
+        first = failed[min(failed)]
+        first.signed = any(each.signed for each in failed.values())
+        raise first
 
     def _failed(self, number: int) -> None:
         with self._guard:

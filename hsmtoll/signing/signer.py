@@ -391,13 +391,12 @@ class LocalSigner:
             raise
 
     def _signed(self, request: TokenRequest, jti: str) -> SignedGrant:
-        if self._kid is not None:
-            leaf, key = None, self._public_key()
-            grant = self._grant_by_kid(request, key, self._kid)
-        else:
-            known = self._looked()
-            leaf, grant = known.chain.leaf, self._grant_by_leaf(request, known)
-            key = _key_of(leaf)
+        try:
+            leaf, key, grant = self._found(request)
+        except HsmTollError as exc:
+            # Whatever the device could not be asked for: no signature was among it.
+            exc.signed = False
+            raise
         began = self.clock.now()
         issued_at = int(began.wall + self._skew.seconds)
         unsigned = grant.unsigned(now=issued_at, jti=jti)
@@ -434,6 +433,15 @@ class LocalSigner:
             identity=leaf.sha256 if leaf is not None else _sha256(key),
             not_after=leaf.not_after if leaf is not None else None,
         )
+
+    def _found(self, request: TokenRequest) -> tuple[Certificate | None, jws.RsaPublicKey, Grant]:
+        """The leaf (``None`` with a kid), the key, and what is to be signed with it."""
+        if self._kid is not None:
+            key = self._public_key()
+            return None, key, self._grant_by_kid(request, key, self._kid)
+        known = self._looked()
+        leaf = known.chain.leaf
+        return leaf, _key_of(leaf), self._grant_by_leaf(request, known)
 
     def _grant_by_kid(self, request: TokenRequest, key: jws.RsaPublicKey, kid: str) -> Grant:
         if self._issuer is None:
@@ -619,7 +627,9 @@ class FailoverSigner:
             try:
                 grant = signer.sign(request, jti=jti)
             except _DOWN as exc:
+                # The first one's error speaks for all of them.
                 first = first or exc
+                first.signed |= exc.signed
             else:
                 self._log_change(signer, first)
                 return grant

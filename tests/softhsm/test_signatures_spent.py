@@ -145,6 +145,27 @@ def test_a_device_that_is_busy_spends_no_signature_and_one_that_fails_to_sign_do
             app.rate_limit.acquire(app.selector)
 
 
+def test_a_device_that_is_away_for_long_spends_no_signature(
+    toll_settings: Settings, toll_faults: Faults, toll_clock: SettableClock
+) -> None:
+    """What is wrong would be hidden behind a limit that is reached without one signature."""
+    hourly = toll_settings.budget.model_copy(update={"per_hour": 1, "per_request": 1})
+    app = App(toll_settings.model_copy(update={"budget": hourly}))
+    app.clock = toll_clock
+    with app.client() as client:
+        toll_faults.set("token-removed")
+        for _ in range(3):
+            with pytest.raises(DeviceError) as caught:
+                client.token("road")
+            assert not caught.value.signed
+            toll_clock.advance(120)
+        toll_faults.clear()
+        assert client.token("road").value
+        # The control: that one counts.
+        with pytest.raises(TryAgainLater):
+            client.token("air")
+
+
 def _token() -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "hsmtoll", "token", "road"],
