@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -64,6 +65,8 @@ class Stack(ABC):
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     #: Whether a forked child may use the module again by itself.
     fork_safe: bool = True
+    #: Whether the key's certificate is on the device already.
+    stores_leaf: bool = False
     #: Who issues the certificates of its keys.
     authority: pki.Authority = field(default_factory=pki.eseal_authority)
     #: Whether who has it open goes on when it is lost, and only newcomers notice.
@@ -117,21 +120,50 @@ class Stack(ABC):
         for process in reversed(list(self.processes)):
             self.stop(process)
 
+    def unblock(self) -> None:  # noqa: B027 -- most count none
+        """Give back all tries of the PIN, where they are counted."""
+
     @contextlib.contextmanager
     def driver(self, state: Path, *, pin: str | None = None, **more: Any) -> Iterator[Driver]:
         """A Device on this stack, in a process of its own."""
+        with self.talking("tests.modules.driver") as driver:
+            told = {"module": str(self.module), "uri": self.uri, "pin": pin or self.pin}
+            driver.tell({**told, "state": str(state), **more})
+            yield driver
+
+    @contextlib.contextmanager
+    def program(self, folder: Path, isolation: str, **variables: str) -> Iterator[Driver]:
+        """A program with these settings and a sandbox that trusts the stack's authority."""
+        pin, trusted = folder / "pin", folder / "trusted.pem"
+        pin.write_text(variables.pop("pin", self.pin))
+        pin.chmod(0o600)
+        trusted.write_bytes(pki.pem(*self.authority.chain))
+        settings = {
+            "HSMTOLL_CONFIG": os.devnull,
+            "HSMTOLL_IDENTITY": "eseal",
+            "HSMTOLL_STATE": str(folder / "state"),
+            "HSMTOLL_CACHE": "memory:",
+            "HSMTOLL_HSM__MODULE": str(self.module),
+            "HSMTOLL_HSM__KEY": self.uri,
+            "HSMTOLL_HSM__PIN_FILE": str(pin),
+            "HSMTOLL_HSM__ISOLATION": isolation,
+            **variables,
+        }
+        with self.talking("tests.modules.program", str(trusted), **settings) as program:
+            yield program
+
+    @contextlib.contextmanager
+    def talking(self, *run: str, **variables: str) -> Iterator[Driver]:
+        """A program of this folder that answers lines of JSON."""
         process = subprocess.Popen(
-            [*self.prefix, sys.executable, str(HERE / "driver.py")],
-            env={**os.environ, **self.environment},
+            [*self.prefix, sys.executable, "-m", *run],
+            env={**os.environ, **self.environment, "PYTHONPATH": str(TOP), **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        driver = Driver(process)
-        told = {"module": str(self.module), "uri": self.uri, "pin": pin or self.pin}
-        driver.tell({**told, "state": str(state), **more})
         try:
-            yield driver
+            yield Driver(process)
         finally:
             with process:
                 assert process.stdin is not None
@@ -140,9 +172,19 @@ class Stack(ABC):
                     process.wait(20)
                 process.kill()
 
+    def certificates(self) -> Path:
+        """A file with the chain of the stack's key; made when it is first wanted."""
+        place = self.folder / "chain.pem"
+        if not place.exists():
+            with self.driver(self.folder / "state-of-chain") as driver:
+                modulus, exponent = driver.does("key")["public"]
+            key = rsa.RSAPublicNumbers(exponent, int(modulus, 16)).public_key()
+            place.write_bytes(pki.pem(self.authority.issue(key), *self.authority.chain))
+        return place
+
 
 class Driver:
-    """The other end of driver.py."""
+    """The other end of driver.py and program.py."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -311,7 +353,7 @@ class Tpm(Stack):
 
     port = 0
 
-    def unlock(self) -> None:
+    def unblock(self) -> None:
         """As the owner of a TPM does after too many wrong PINs."""
         self.run("tpm2_dictionarylockout", "--clear-lockout")
 
@@ -386,11 +428,15 @@ class Smartcard(Stack):
         os.killpg(self.card.pid, signal.SIGUSR1)
         wait_for(self.seen)
 
+    def restart(self) -> None:
+        """Another program resets the card: what was verified on it is gone."""
+        self.run("opensc-tool", "--reset")
+
     def seen(self) -> bool:
         return self.kind in self.run("opensc-tool", "-n", check=False)
 
     def unblock(self) -> None:
-        """Give back all tries, as the card's holder does."""
+        """As the card's holder does."""
         sent = [":".join(re.findall("..", each)) for each in self.unblocking]
         self.run("opensc-tool", *(part for each in sent for part in ("-s", each)))
 
@@ -441,6 +487,9 @@ def piv_card(stack: Smartcard) -> Stack:
         spki = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         certificate.write_bytes(pki.pem(stack.authority.issue(spki)))
         stack.run(*tool, slot, "-a", "import-certificate", "-i", str(certificate))
+    stack.stores_leaf = True
+    # The leaf is on the card, which has no room for those that issued it.
+    (stack.folder / "chain.pem").write_bytes(pki.pem(*stack.authority.chain))
     return stack
 
 

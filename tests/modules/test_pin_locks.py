@@ -69,9 +69,9 @@ def test_opencryptoki_has_raw_rsa_alone_and_the_digest_is_made_here(
 def chip(stacks: Callable[[str], Stack]) -> Iterator[Tpm]:
     made: Tpm = stacks("tpm")  # type: ignore[assignment]  # as it is named
     # A TPM that lost its power counts that as a try as well.
-    made.unlock()
+    made.unblock()
     yield made
-    made.unlock()
+    made.unblock()
 
 
 def test_a_tpm_locks_after_three_different_wrong_pins_and_one_repeated_costs_one(
@@ -81,12 +81,12 @@ def test_a_tpm_locks_after_three_different_wrong_pins_and_one_repeated_costs_one
         wrong(chip, tmp_path, "111111")
     with chip.driver(tmp_path) as driver:
         assert driver.does("sign", **SIGN)
-    chip.unlock()
+    chip.unblock()
     codes = [wrong(chip, tmp_path, f"11111{n}")[1] for n in range(2, 6)]
     assert codes[:2] == ["pin-incorrect"] * 2
     assert codes[-1] == "pin-locked"
     assert wrong(chip, tmp_path, chip.pin) == (21, "pin-locked")
-    chip.unlock()
+    chip.unblock()
     with chip.driver(tmp_path) as driver:
         assert driver.does("sign", **SIGN)
 
