@@ -17,12 +17,12 @@ import random
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pkcs11 import Mechanism
 from pkcs11 import exceptions as p11
 
-from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, HsmTollError, PinNotTried, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import (
     about_the_device,
@@ -38,8 +38,7 @@ from hsmtoll.hsm.module import GATE, current, loaded, opened, restart, restarted
 from hsmtoll.hsm.reading import certificates_of, device_uri, login_key, named
 from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, Breaker, cured
 from hsmtoll.hsm.select import KeySelector, on_others
-from hsmtoll.hsm.signatures import SELF_TEST, Verifier, check_grant, check_request
-from hsmtoll.jws import ALGS, digest_info
+from hsmtoll.hsm.signatures import SELF_TEST, Signable, Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -246,7 +245,7 @@ class InProcessDevice:
     ) -> Signature:
         """As `Device.sign`."""
         offered = tuple(candidates)
-        made = self._signed("grant", alg, unsigned, offered)
+        made = self.unverified(alg, unsigned, candidates=offered)
         return self._verifier.verified(alg, unsigned, made, offered)
 
     def unverified(
@@ -256,19 +255,21 @@ class InProcessDevice:
         As `sign`, for a caller in another process, who verifies what comes out of this one: *by*
         is the public half that the device shows.
         """
-        return self._signed("grant", alg, unsigned, tuple(candidates))
+        wanted = Signable(alg, unsigned)
+        wanted.check_grant(self._audience, self._rules)
+        return self._signed(wanted, tuple(candidates))
 
     def self_test(
         self, alg: str, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> RsaPublicKey | None:
         """As `Device.self_test`."""
         offered = tuple(candidates)
-        made = self._signed("self-test", alg, SELF_TEST, offered)
+        made = self._signed(Signable(alg, SELF_TEST), offered)
         return self._verifier.verified(alg, SELF_TEST, made, offered).by
 
     def sign_request(self, alg: str, info: bytes, *, public: RsaPublicKey) -> bytes:
         """As `Device.sign_request`."""
-        made = self._signed("request", alg, info, (public,))
+        made = self._signed(Signable(alg, info, request_for=public), (public,))
         return self._verifier.verified(alg, info, made, (public,)).value
 
     # ------------------------------------------------------------------ administration
@@ -386,32 +387,16 @@ class InProcessDevice:
 
     # ------------------------------------------------------------------ one signature
 
-    def _signed(
-        self,
-        what: Literal["grant", "request", "self-test"],
-        alg: str,
-        data: bytes,
-        offered: tuple[RsaPublicKey, ...],
-    ) -> Signature:
-        if alg not in ALGS:
-            raise ConfigurationError(f"the algorithm is one of {', '.join(ALGS)}", code="alg")
-        match what:
-            case "grant":
-                check_grant(alg, data, audience=self._audience, rules=self._rules)
-            case "request":
-                check_request(data, *offered)
-            case "self-test":
-                data = SELF_TEST
-
+    def _signed(self, wanted: Signable, offered: tuple[RsaPublicKey, ...]) -> Signature:
         def sign(here: Handles) -> Signature:
             facts = self._key(here, offered)
-            if what == "request" and facts.public is not None:
-                check_request(data, facts.public)
-            ways = _mechanisms(alg, data, facts.mechanisms)
+            if wanted.request_for is not None and facts.public is not None:
+                wanted.check_request(facts.public)
+            ways = _mechanisms(wanted.alg, facts.mechanisms)
             if here.login.raw and len(ways) > 1:
                 ways = ways[1:]
             try:
-                return Signature(self._sign_once(here, facts, offered, *ways[0]), facts.public)
+                return Signature(self._sign_once(here, offered, wanted, ways[0]), facts.public)
             except p11.PKCS11Error as exc:
                 if len(ways) < 2 or self._login.undecided or about_the_key_or_pin(exc):
                     raise
@@ -420,7 +405,7 @@ class InProcessDevice:
             here.new_session()
             facts = self._key(here, offered)
             try:
-                signature = self._sign_once(here, facts, offered, *ways[1])
+                signature = self._sign_once(here, offered, wanted, ways[1])
             except p11.PKCS11Error as exc:
                 spoken = about_the_key_or_pin(exc) or self._login.undecided
                 raise exc if spoken else first from None
@@ -433,17 +418,16 @@ class InProcessDevice:
     def _sign_once(
         self,
         here: Handles,
-        facts: KeyFacts,
         offered: tuple[RsaPublicKey, ...],
+        wanted: Signable,
         mechanism: Mechanism,
-        data: bytes,
     ) -> bytes:
         """A signature, with a PIN of its own where the key, or the settings, want one."""
-        plain = self._without_context_login
+        facts, plain = self._key(here, offered), self._without_context_login
         own_pin = self._login.signing_pin is not None
         if not plain and (facts.always_authenticate or own_pin):
             try:
-                return self._login.sign(here, data, mechanism)
+                return self._login.sign(here, wanted, mechanism)
             except p11.PKCS11Error as exc:
                 if not knows_no_context_login(exc, told=facts.always_authenticate is True):
                     raise
@@ -451,6 +435,7 @@ class InProcessDevice:
             self._key(here, offered)
             plain = True
         try:
+            data = wanted.input_for(mechanism)
             signed: bytes = cryptoki.able(here.key).sign(data, mechanism=mechanism)
         except p11.UserNotLoggedIn as exc:
             if not self._logged_in_anew or own_pin:
@@ -608,10 +593,9 @@ class InProcessDevice:
             _log.warning("%s: %s", code, text)
 
 
-def _mechanisms(alg: str, data: bytes, there: frozenset[str]) -> list[tuple[Mechanism, bytes]]:
-    """The ways to sign that the device lists, with what each is given: the hashing one first."""
-    ways = [(_HASHED[alg], bytes(data)), (Mechanism.RSA_PKCS, digest_info(alg, data))]
-    found = [way for way in ways if way[0].name in there]
+def _mechanisms(alg: str, there: frozenset[str]) -> list[Mechanism]:
+    """The mechanisms for *alg* that the device lists: the one that hashes first."""
+    found = [each for each in (_HASHED[alg], Mechanism.RSA_PKCS) if each.name in there]
     if not found:
         raise DeviceError(
             f"the device can do neither {_HASHED[alg].name} nor RSA_PKCS: {alg} cannot be signed",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.facts import KeyFacts
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import Pin, PinSource
+    from hsmtoll.hsm.signatures import Signable
     from hsmtoll.hsm.uri import KeyUri
 
 __all__ = ["NO_ROOM", "Handles", "Login", "PinLogin", "state_after"]
@@ -249,7 +250,7 @@ class PinLogin:
             return False
         return True
 
-    def sign(self, here: Handles, data: bytes, mechanism: Mechanism) -> bytes:
+    def sign(self, here: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
         """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""
         source = self.signing_pin or self.pin
         pin = self._signing if self.signing_pin else here.login.pin
@@ -266,6 +267,7 @@ class PinLogin:
             seen = self._intend(page, pin, here)
             key = cryptoki.able(here.key)
             try:
+                data = wanted.input_for(mechanism)
                 signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
             except p11.PinExpired:
                 page.accept(pin)

@@ -6,6 +6,7 @@ self-test. Whoever has the device, or the pipe to its worker, gets no other sign
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import FrozenInstanceError, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from cryptography.x509.oid import NameOID
 
 from hsmtoll import enrolment, jws
 from hsmtoll.app import App
-from hsmtoll.errors import DeviceError, HsmTollError, PolicyDenied
-from hsmtoll.hsm.signatures import SELF_TEST
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PolicyDenied
+from hsmtoll.hsm.signatures import SELF_TEST, Signable
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
 from tests.grants import a_grant
@@ -145,6 +146,34 @@ def test_nothing_but_a_grant_is_signed_as_one(
     # The control.
     assert device.sign("RS256", grant).by
     assert toll_faults.count("C_SignInit") == 1
+
+
+def test_no_inner_part_signs_what_is_none_of_the_three(own: rsa.RSAPublicKey) -> None:
+    """Everything on the way to C_Sign takes a Signable, and these make none."""
+    public = RsaPublicKey(own.public_numbers().n, own.public_numbers().e)
+    grant = a_grant()
+    for name, data in not_grants(own, grant).items():
+        if name in ("the self-test", "a grant for another audience"):
+            continue
+        with pytest.raises(PolicyDenied):
+            Signable("RS256", data)
+        if name != "a CertificationRequestInfo":
+            with pytest.raises(PolicyDenied):
+                Signable("RS256", data, request_for=public)
+    for changed in (bytearray(grant), memoryview(grant), type("Bytes", (bytes,), {})(grant)):
+        with pytest.raises(PolicyDenied):
+            Signable("RS256", changed)  # type: ignore[arg-type]  # an attack
+    liar = type("Liar", (), {"spki": lambda _: public.spki(), "verify": lambda *_: True})()
+    with pytest.raises(PolicyDenied):
+        Signable("RS256", request_info(own), request_for=liar)
+    for alg in ("none", "PS256", "ES256", "HS256", ""):
+        with pytest.raises(ConfigurationError):
+            Signable(alg, grant)
+    wanted = Signable("RS256", grant)
+    with pytest.raises(FrozenInstanceError):
+        wanted.data = b"another"  # type: ignore[misc]  # an attack
+    with pytest.raises(PolicyDenied):
+        replace(wanted, data=b"another")
 
 
 def test_nothing_but_a_request_of_the_own_key_is_signed_as_one(

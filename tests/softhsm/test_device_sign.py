@@ -15,6 +15,7 @@ from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.signatures import Signable
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey
 from tests.grants import a_grant
@@ -66,10 +67,11 @@ def test_only_the_algorithms_of_maskinporten_are_signed(
 def test_the_raw_mechanism_with_a_digest_info_gives_the_same_signature(
     device_softhsm: DeviceSoftHsm, alg: str
 ) -> None:
-    hashed = _mechanisms(alg, UNSIGNED, frozenset({"RSA_PKCS", f"SHA{alg[2:]}_RSA_PKCS"}))[0]
-    raw = _mechanisms(alg, UNSIGNED, frozenset({"RSA_PKCS", "SHA1_RSA_PKCS"}))[0]
-    assert hashed[1] == UNSIGNED
-    assert raw[0].name == "RSA_PKCS"
+    wanted = Signable(alg, a_grant(alg))
+    (hashed,) = _mechanisms(alg, frozenset({f"SHA{alg[2:]}_RSA_PKCS", "SHA1_RSA_PKCS"}))
+    (raw,) = _mechanisms(alg, frozenset({"RSA_PKCS", "SHA1_RSA_PKCS"}))
+    assert wanted.input_for(hashed) == a_grant(alg)
+    assert raw.name == "RSA_PKCS"
     program = (
         "import sys, pkcs11\n"
         "from pkcs11 import Mechanism, ObjectClass\n"
@@ -80,7 +82,8 @@ def test_the_raw_mechanism_with_a_digest_info_gives_the_same_signature(
         "            for m, d in zip(sys.argv[2::2], sys.argv[3::2])}\n"
         "assert len(made) == 1\n"
     )
-    device_softhsm.python(program, hashed[0].name, hashed[1].hex(), raw[0].name, raw[1].hex())
+    given = [word for each in (hashed, raw) for word in (each.name, wanted.input_for(each).hex())]
+    device_softhsm.python(program, *given)
 
 
 def allowed(softhsm: SoftHsm, key: str, mechanism: str) -> None:
@@ -142,7 +145,7 @@ def test_a_key_that_wants_its_pin_each_time_may_have_the_raw_mechanism_alone(
 
 def test_a_device_without_a_mechanism_for_it_is_told_by_name() -> None:
     with pytest.raises(DeviceError, match="neither SHA256_RSA_PKCS nor RSA_PKCS"):
-        _mechanisms("RS256", UNSIGNED, frozenset({"ECDSA"}))
+        _mechanisms("RS256", frozenset({"ECDSA"}))
 
 
 def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(
