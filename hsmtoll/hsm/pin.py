@@ -274,14 +274,17 @@ def _check_files(argv: list[str], what: str) -> None:
 
 
 def _paths_in(argv: list[str]) -> Iterator[Path]:
-    """The program of *argv*, and what is there of the paths in its words, a shell's included."""
-    program = shutil.which(argv[0])
-    if program is not None:
-        yield Path(program)
+    """
+    The files that the words of *argv* name, a shell's words included: a path, which may be one of
+    the working directory, or a program of the PATH.
+    """
     for word in argv:
         for each in dict.fromkeys((word, *re.split(r"[\s=:;,&|<>()'\"`]+", word))):
+            program = shutil.which(each) if each else None
+            if program is not None:
+                yield Path(program)
             # A device is not what others put into it.
-            if "/" in each and os.path.lexists(each) and not _is_device(each):
+            if each and os.path.lexists(each) and not _is_device(each):
                 yield Path(each)
 
 

@@ -137,16 +137,22 @@ def test_a_pin_command_that_others_may_change_is_not_run(
     monkeypatch.setenv("PATH", f"{place}:{os.environ['PATH']}")
     monkeypatch.chdir(place)
     quoted = shlex.quote(str(program))
+    answer = place / "answer"
+    answer.write_text("1234")
     commands = (
-        quoted, "getpin", "./getpin", f"sh {quoted}", f"env A={quoted} sh getpin",
+        quoted, "getpin", "./getpin", "sh getpin", "env getpin", "sh -c 'getpin'", "cat answer",
+        f"sh {quoted}", f"env A={quoted} sh getpin",
         f"sh -c 'exec {program}'", f"sh -c 'true;{program} </dev/null 2>/dev/null'",
     )  # fmt: skip
     for command in commands:
-        program.chmod(0o755)
+        for each in (program, answer):
+            each.chmod(0o755)
         assert pin_of(command) == "1234", command
-        program.chmod(0o777)
+        for each in (program, answer):
+            each.chmod(0o777)
         refused(lambda command=command: pin_of(command))  # type: ignore[misc] # bound
-    program.chmod(0o755)
+    for each in (program, answer):
+        each.chmod(0o755)
     place.chmod(0o777)
     for command in commands:
         refused(lambda command=command: pin_of(command))  # type: ignore[misc] # bound
