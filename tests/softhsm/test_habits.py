@@ -473,7 +473,7 @@ def _der(made: ThrowAway) -> bytes:
     return made.chain[0].public_bytes(Encoding.DER)
 
 
-@pytest.mark.parametrize("code", [0x5, 0x54, 0x30, 0x7, 0x81000001], ids=hex)
+@pytest.mark.parametrize("code", [0x5, 0x6, 0x54, 0x30, 0x7, 0x81000001], ids=hex)
 def test_an_attribute_that_a_module_does_not_know_takes_nothing_away(
     toll_settings: Settings, toll_faults: Faults, code: int, isolation: str
 ) -> None:

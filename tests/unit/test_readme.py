@@ -19,6 +19,7 @@ from hsmtoll import errors
 from hsmtoll.cli import main
 from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.settings import Settings, load, profiles, variable
+from hsmtoll.testing.faults import NAMES
 from hsmtoll.tokens.mp_codes import REFUSALS
 from tests.benchmarks.stage import Row, table
 from tests.readers import blocks
@@ -176,6 +177,13 @@ def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
     found = re.search(r"tested with (.*?)\. Licence", README, re.DOTALL)
     assert found
     assert re.split(r", (?:and )?", " ".join(found[1].split())) == ran
+    # Who is called imitated is so by what the row names: faults are those that tests set.
+    tests = "".join(path.read_text("utf-8") for path in (TOP / "tests" / "softhsm").glob("*.py"))
+    for word in (word for word in known.values() if word.startswith("imitated")):
+        assert re.fullmatch(r"imitated \(.+\)", word)
+        for fault in re.findall(r"`(.+?)`", word):
+            assert fault in NAMES
+            assert f'"{fault}"' in tests
     # Both tables have the same modules, and a maker whose variable is hinted at has a row.
     assert [cells[0] for cells in rows(second)[1:]] == list(known)
     assert {
