@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hsmtoll import apis, jws
-from hsmtoll.errors import PolicyDenied
+from hsmtoll.errors import DeviceError, PolicyDenied
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.jws import SigningInput
 from hsmtoll.signing.grant import Grant, read_grant
@@ -122,6 +122,27 @@ def test_what_it_may_sign_follows_the_policy_file_and_nothing_that_the_daemon_sa
     host.policy.chmod(0o644)
     assert taken.ask(taken.grant())
     taken.refused(air)
+
+
+def test_nor_does_it_answer_what_signing_grants_does_not_need(taken: Taken) -> None:
+    public = taken.device.key().public
+    assert public is not None
+    pair = {"bits": 2048, "label": "another", "key_id": None, "always_authenticate": False}
+    asked: dict[str, dict[str, Any]] = {
+        "sign_request": {"alg": "RS256", "info": b"\x30\x00", "public": public},
+        "generate": pair,
+        "store": {"certificates": (), "hint": ""},
+        "private_keys": {},
+        "inspect": {},
+        "places": {},
+    }
+    for do, told in asked.items():
+        with pytest.raises(DeviceError) as caught:
+            taken.device._ask("asking", do, **told)
+        assert (caught.value.code, "does not answer" in str(caught.value)) == ("worker", True), do
+    # The control: what it needs is answered.
+    assert taken.device.self_test("RS256") == public
+    assert taken.ask(taken.grant())
 
 
 def test_a_grant_is_read_back_as_it_was_made(taken: Taken) -> None:
