@@ -1,30 +1,38 @@
 """
 What both clients offer for calling Customs: one call, a submission, an upload, the routing feed.
 
-Thin, and imported without HTTP: what a conversation says is in customs.
+What a conversation says is in customs; here it is spoken over the clients of one engine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from hsmtoll import apis
+from hsmtoll.auth import AsyncTollAuth, TollAuth
+from hsmtoll.customs.conversation import Lost, aspoken, spoken
+from hsmtoll.customs.errors import lost
+from hsmtoll.customs.limits import aasked, abounded, asked, bounded
+from hsmtoll.customs.routing import Marker, arouting, routing
+from hsmtoll.customs.submissions import submission
+from hsmtoll.customs.uploads import upload
 from hsmtoll.errors import UsageError, foreign
+from hsmtoll.transport import CONNECTIONS
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     import httpx
 
     from hsmtoll.apis import Api
-    from hsmtoll.customs import Receipt, Talk
-    from hsmtoll.token import Details, TokenRequest
+    from hsmtoll.customs.conversation import Receipt, Talk
+    from hsmtoll.token import Details, ForWhom, TokenRequest
     from hsmtoll.tokens.engine import Engine
 
 __all__ = ["AsyncCalls", "Calls"]
@@ -65,8 +73,6 @@ class Calls(Protocol):
         Its status is the caller's to look at. Threads wait for their turn, as many as there
         may be.
         """
-        from hsmtoll import customs  # noqa: PLC0415 - HTTP is loaded for a call
-
         api = apis.at(path) if scope else apis.api_of_path(path)
         wanted = self._engine.request(
             scope or api.name,
@@ -77,31 +83,26 @@ class Calls(Protocol):
         url = f"{self._engine.endpoints.customs}{path}"
         try:
             return self._asked(api, wanted, method, url, **request)
-        except customs.Lost as exc:
-            raise customs.lost(exc, api, method) from exc
+        except Lost as exc:
+            raise lost(exc, api, method) from exc
 
     def _asked(
         self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-        from hsmtoll.auth import TollAuth  # noqa: PLC0415 - as above
-
         client, turn = self._kept(api)
         # One pool of connections serves all whom it is for.
         request["auth"] = TollAuth(self._engine, wanted)
         # Where hundreds wait in the pool itself, it now and then closes a connection that it has
         # just lent: that call would be lost, and a submission's fate unknown.
         with turn:
-            return customs.asked(client, method, url, wire=self._engine.wire, **request)
+            return asked(client, method, url, wire=self._engine.wire, **request)
 
     def _kept(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
-        from hsmtoll import customs, transport  # noqa: PLC0415 - a token that is at hand needs none of it
-
         key = (api.name, os.getpid())
         if key not in self._clients:
             base = f"{self._engine.endpoints.customs}{api.base}"
-            made = customs.bounded(self._open(base)), threading.Semaphore(transport.CONNECTIONS)
+            made = bounded(self._open(base)), threading.Semaphore(CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -117,51 +118,32 @@ class Calls(Protocol):
         accepted: Callable[[str], None] = lambda _: None,
         waiting: Callable[[float], None] = lambda _: None,
         scope: str | None = None,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> Receipt:
         """
-        A submission and its result: see `hsmtoll.customs.submission`. *json*: the message. *scope*:
-        another one than the API's own; for whom, as for `TollClient.token`.
+        A submission and its result: see `hsmtoll.customs.submissions`. *json*: the message.
+        *scope*: another one than the API's own; *whom* as for `TollClient.token`.
         """
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
-        talk = customs.submission(
-            apis.named(api),
-            method,
-            level,
-            json,
-            mrn=mrn,
+        talk = submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience,
             now=lambda: self._engine.clock.now().boot,
-            patience=patience,
-            accepted=accepted,
-            waiting=waiting,
-        )
-        wanted = self._engine.request(
-            scope or api,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+            accepted=accepted, waiting=waiting,
+        )  # fmt: skip
+        wanted = self._engine.request(scope or api, **whom)
         return self._speak(api, wanted, talk)
 
     def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
-        """A document to a declaration, checked before it is sent: see `hsmtoll.customs.upload`."""
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
+        """A document to a declaration, checked before it is sent: see `hsmtoll.customs.uploads`."""
         path = Path(file)
-        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        talk = upload(declaration_id, path.name, _content(path), document_type)
         return self._speak("document", self._engine.request("document"), talk)
 
     def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         engine = self._engine
         ask = partial(self._asked, apis.named(api), wanted)
-        return customs.spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
+        return spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
 
     def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
@@ -170,12 +152,10 @@ class Calls(Protocol):
         Routing signals in batches; *marker* is the file that says how far they were taken, and
         ``None`` none.
         """
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         clock, wire = self._engine.clock, self._engine.wire
-        at = customs.Marker(None if marker is None else Path(marker))
-        with customs.bounded(self.api("routing")) as client:
-            yield from customs.routing(client, level, at, now=lambda: clock.now().wall, wire=wire)
+        at = Marker(None if marker is None else Path(marker))
+        with bounded(self.api("routing")) as client:
+            yield from routing(client, level, at, now=lambda: clock.now().wall, wire=wire)
 
     def _hang_up(self) -> None:
         self._clients.clear()
@@ -209,8 +189,6 @@ class AsyncCalls(Protocol):
         **request: Any,
     ) -> httpx.Response:
         """As TollClient.call; tasks wait for their turn, as many as there may be."""
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         api = apis.at(path) if scope else apis.api_of_path(path)
         wanted = self._engine.request(
             scope or api.name,
@@ -221,31 +199,24 @@ class AsyncCalls(Protocol):
         url = f"{self._engine.endpoints.customs}{path}"
         try:
             return await self._asked(api, wanted, method, url, **request)
-        except customs.Lost as exc:
-            raise customs.lost(exc, api, method) from exc
+        except Lost as exc:
+            raise lost(exc, api, method) from exc
 
     async def _asked(
         self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-        from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415 - as above
-
         client, turn = self._kept(api)
         request["auth"] = AsyncTollAuth(self._engine, wanted)
         # The pool looks through all that wait, each time that one is done.
         async with turn:
-            return await customs.aasked(client, method, url, wire=self._engine.wire, **request)
+            return await aasked(client, method, url, wire=self._engine.wire, **request)
 
     def _kept(self, api: Api) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """One client an API, and a turn for each of its connections."""
-        import asyncio  # noqa: PLC0415 - a token that is at hand needs none of it
-
-        from hsmtoll import customs, transport  # noqa: PLC0415 - a token that is at hand needs none of it
-
         key = (api.name, id(asyncio.get_running_loop()))
         if key not in self._clients:
             base = f"{self._engine.endpoints.customs}{api.base}"
-            made = customs.abounded(self._open(base)), asyncio.Semaphore(transport.CONNECTIONS)
+            made = abounded(self._open(base)), asyncio.Semaphore(CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -261,62 +232,39 @@ class AsyncCalls(Protocol):
         accepted: Callable[[str], None] = lambda _: None,
         waiting: Callable[[float], None] = lambda _: None,
         scope: str | None = None,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> Receipt:
         """As TollClient.submit."""
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
-        talk = customs.submission(
-            apis.named(api),
-            method,
-            level,
-            json,
-            mrn=mrn,
+        talk = submission(
+            apis.named(api), method, level, json, mrn=mrn, patience=patience,
             now=lambda: self._engine.clock.now().boot,
-            patience=patience,
-            accepted=accepted,
-            waiting=waiting,
-        )
-        wanted = self._engine.request(
-            scope or api,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+            accepted=accepted, waiting=waiting,
+        )  # fmt: skip
+        wanted = self._engine.request(scope or api, **whom)
         return await self._speak(api, wanted, talk)
 
     async def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
         """As TollClient.upload."""
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         path = Path(file)
-        talk = customs.upload(declaration_id, path.name, _content(path), document_type)
+        talk = upload(declaration_id, path.name, _content(path), document_type)
         return await self._speak("document", self._engine.request("document"), talk)
 
     async def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         origin = self._engine.endpoints.customs
 
-        import asyncio  # noqa: PLC0415 - as above
-
         ask = partial(self._asked, apis.named(api), wanted)
-        return await customs.aspoken(talk, ask, origin, asyncio.sleep)
+        return await aspoken(talk, ask, origin, asyncio.sleep)
 
     async def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
     ) -> AsyncIterator[tuple[Any, ...]]:
         """As TollClient.routing."""
-        from hsmtoll import customs  # noqa: PLC0415 - as above
-
         clock, wire = self._engine.clock, self._engine.wire
-        at = customs.Marker(None if marker is None else Path(marker))
-        async with customs.abounded(self.api("routing")) as client:
-            feed = customs.arouting(client, level, at, now=lambda: clock.now().wall, wire=wire)
+        at = Marker(None if marker is None else Path(marker))
+        async with abounded(self.api("routing")) as client:
+            feed = arouting(client, level, at, now=lambda: clock.now().wall, wire=wire)
             async for batch in feed:
                 yield batch
 

@@ -7,24 +7,23 @@ never enter.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import httpx
 
 from hsmtoll import apis
+from hsmtoll.auth import AsyncTollAuth, TollAuth
 from hsmtoll.calls import AsyncCalls, Calls
 from hsmtoll.errors import ConfigurationError
-from hsmtoll.token import ANY, AccessToken, Wish
+from hsmtoll.metrics import Status, status_of
+from hsmtoll.tokens.refresher import Keeper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import TracebackType
 
-    import httpx
-
-    from hsmtoll.auth import AsyncTollAuth, TollAuth
-    from hsmtoll.metrics import Status
-    from hsmtoll.token import Details
+    from hsmtoll.token import AccessToken, ForWhom
     from hsmtoll.tokens.engine import Engine
-    from hsmtoll.tokens.refresher import Keeper
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
@@ -42,8 +41,6 @@ class _Shared:
 
     def status(self) -> Status:
         """How it stands; asks neither the device nor the network."""
-        from hsmtoll.metrics import status_of  # noqa: PLC0415 - loaded when it is asked for
-
         return status_of(self._engine)
 
     def keep_fresh(self, *scopes: str) -> Keeper:
@@ -52,8 +49,6 @@ class _Shared:
         run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
         is not known.
         """
-        from hsmtoll.tokens.refresher import Keeper  # noqa: PLC0415 - as above
-
         engine = self._engine
         keeper = Keeper(engine, [engine.request(scope) for scope in scopes or (None,)])
         self._keepers.append(keeper)
@@ -67,11 +62,6 @@ class _Shared:
         while self._keepers:
             self._keepers.pop().stop()
         self._close()
-
-    def _wish(self, min_life: float, *, renew: bool) -> Wish:
-        if not renew and not min_life:
-            return ANY
-        return Wish(min_life, since=self._engine.clock.now() if renew else None)
 
     def _base(self, name: str) -> str:
         api = apis.named(name)
@@ -95,47 +85,28 @@ class TollClient(_Shared, Calls):
         *,
         min_life: float = 0.0,
         renew: bool = False,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> AccessToken:
         """
         A Customs token that is not expired, for an API's name or a scope.
 
         *min_life*: seconds it shall live at least. *renew*: a new one, whatever is held.
-        For whom: *consumer_org* (nine digits) and *resource* win over the settings, ``""`` and
-        ``()`` are none; *authorization_details* is a list of objects (RFC 9396), such as the
-        system user of a customer. Each combination has a token of its own.
+        *whom*: see `hsmtoll.token.ForWhom`; each combination has a token of its own.
         """
         engine = self._engine
-        request = engine.request(
-            scope,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
-        return engine.token(request, self._wish(min_life, renew=renew))
+        request = engine.request(scope, **whom)
+        return engine.token(request, engine.wish(min_life, renew=renew))
 
     def auth(
         self,
         scope: str | None = None,
-        *,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> TollAuth:
         """
-        httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. For
-        whom, as for `token`.
+        httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. *whom*
+        as for `token`.
         """
-        from hsmtoll.auth import TollAuth  # noqa: PLC0415 - a cached token needs no HTTP
-
-        request = self._engine.request(
-            scope,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+        request = self._engine.request(scope, **whom)
         return TollAuth(self._engine, request)
 
     def api(
@@ -143,22 +114,15 @@ class TollClient(_Shared, Calls):
         name: str,
         *,
         scope: str | None = None,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> httpx.Client:
         """
         An httpx.Client for the API called *name*: base URL, bearer, proxy, CA. It is closed
-        with this client at the latest. *scope* is another one than the API's own; for whom, as
-        for `token`.
+        with this client at the latest. *scope* is another one than the API's own; *whom* as for
+        `token`.
         """
         base = self._base(name)
-        auth = self.auth(
-            scope or name,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+        auth = self.auth(scope or name, **whom)
         return self._open(base, auth)
 
     def _open(self, base: str, auth: TollAuth | None = None) -> httpx.Client:
@@ -192,37 +156,20 @@ class AsyncTollClient(_Shared, AsyncCalls):
         *,
         min_life: float = 0.0,
         renew: bool = False,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> AccessToken:
         """As TollClient.token."""
         engine = self._engine
-        request = engine.request(
-            scope,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
-        return await engine.atoken(request, self._wish(min_life, renew=renew))
+        request = engine.request(scope, **whom)
+        return await engine.atoken(request, engine.wish(min_life, renew=renew))
 
     def auth(
         self,
         scope: str | None = None,
-        *,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> AsyncTollAuth:
         """As TollClient.auth."""
-        from hsmtoll.auth import AsyncTollAuth  # noqa: PLC0415 - as above
-
-        request = self._engine.request(
-            scope,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+        request = self._engine.request(scope, **whom)
         return AsyncTollAuth(self._engine, request)
 
     def api(
@@ -230,23 +177,14 @@ class AsyncTollClient(_Shared, AsyncCalls):
         name: str,
         *,
         scope: str | None = None,
-        consumer_org: str | None = None,
-        resource: Sequence[str] | str | None = None,
-        authorization_details: Details | None = None,
+        **whom: Unpack[ForWhom],
     ) -> httpx.AsyncClient:
         """As TollClient.api."""
         base = self._base(name)
-        auth = self.auth(
-            scope or name,
-            consumer_org=consumer_org,
-            resource=resource,
-            authorization_details=authorization_details,
-        )
+        auth = self.auth(scope or name, **whom)
         return self._open(base, auth)
 
     def _open(self, base: str, auth: AsyncTollAuth | None = None) -> httpx.AsyncClient:
-        import httpx  # noqa: PLC0415 - as above
-
         made = httpx.AsyncClient(base_url=base, auth=auth, **self._engine.wire.options(base))
         self._lent(made)
         return made

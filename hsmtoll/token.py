@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypedDict
 
 from hsmtoll.errors import UsageError
 
@@ -20,6 +20,7 @@ __all__ = [
     "MARGIN",
     "AccessToken",
     "Details",
+    "ForWhom",
     "Freshness",
     "Moment",
     "TokenRequest",
@@ -75,6 +76,19 @@ class TokenRequest(NamedTuple):
 
 #: authorization_details as callers give them: one object, or several.
 Details = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+class ForWhom(TypedDict, total=False):
+    """
+    For whom a token is, as keywords: *consumer_org* (nine digits) and *resource* win over the
+    settings, ``""`` and ``()`` are none; *authorization_details* is an object or a list of objects
+    (RFC 9396), such as the system user of a customer.
+    """
+
+    consumer_org: str | None
+    resource: Sequence[str] | str | None
+    authorization_details: Details | None
+
 
 #: Characters. One object with a customer's organisation has two hundred.
 _LONGEST_DETAILS: Final = 4096

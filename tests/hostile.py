@@ -23,8 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import ocsp
 
-from hsmtoll import apis, customs, der, jws
+from hsmtoll import apis, der, jws
 from hsmtoll.clock import offset_of, retry_after
+from hsmtoll.customs import errors as customs_errors
+from hsmtoll.customs import routing, submissions
 from hsmtoll.errors import HsmTollError, foreign
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.doors import Refused, parsed
@@ -425,9 +427,9 @@ _SCOPE: Final = "toll:movement/road"
 
 def _result(body: bytes) -> None:
     answer = _response(200, body)
-    result = customs._result(answer, _ROAD, "id")
+    result = submissions._result(answer, _ROAD, "id")
     if result is not None:
-        customs._judged(result, "id", customs._bearer(answer))
+        submissions._judged(result, "id", customs_errors.bearer_of(answer))
 
 
 def _whole_certificate(raw: bytes) -> None:
@@ -564,12 +566,13 @@ READERS: Final[dict[str, Reader]] = {
     **{f"Customs' exchange, {status}": Reader(_of_customs(status), MIB, ANSWERS)
        for status in (200, 400, 503)},
     "an error of Customs": Reader(
-        lambda body: customs.check(_response(400, body), _ROAD, now=0.0), MIB, ANSWERS),
+        lambda body: customs_errors.check(_response(400, body), _ROAD, now=0.0), MIB, ANSWERS),
     "a result of Customs": Reader(_result, MIB, ANSWERS),
     "a receipt of Customs": Reader(
-        lambda body: customs._accepted(_response(200, body), _ROAD, "transport", {}), MIB, ANSWERS),
+        lambda body: submissions._accepted(_response(200, body), _ROAD, "transport", {}),
+        MIB, ANSWERS),
     "a batch of the feed": Reader(
-        lambda body: customs._batch(_response(200, body, "GET"), _ROAD, None, 0.0), MIB, ANSWERS),
+        lambda body: routing._batch(_response(200, body, "GET"), _ROAD, None, 0.0), MIB, ANSWERS),
     "any other answer": Reader(read_json, MIB, ANSWERS),
     "headers": Reader(_header, 100 * KIB, HEADERS),
     "an assertion": Reader(

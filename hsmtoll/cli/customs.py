@@ -30,7 +30,10 @@ from hsmtoll.cli.options import (
     scope_option,
 )
 from hsmtoll.cli.streams import after_sending, print_result, say, to_json
-from hsmtoll.customs import DOCUMENT_TYPES, LEVELS, SAFE, Marker, check, marker_of
+from hsmtoll.customs.errors import SAFE, check
+from hsmtoll.customs.routing import Marker, marker_of
+from hsmtoll.customs.submissions import LEVELS
+from hsmtoll.customs.uploads import DOCUMENT_TYPES
 from hsmtoll.errors import ExchangeRefused, NetworkError, UsageError, foreign
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import click
@@ -65,8 +66,10 @@ def token(
         raise UsageError(f"--min-life {min_life}: seconds are expected")
     whom = read_whom(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
-    with app.client() as client:
-        got = client.token(one_scope(what, named), min_life=min_life, renew=renew, **whom)
+    with contextlib.closing(app):
+        engine = app.engine
+        request = engine.request(one_scope(what, named), **whom)
+        got = engine.token(request, engine.wish(min_life, renew=renew))
         left = int(got.remaining(app.clock.now()))
     if as_json:
         print_json(

@@ -118,6 +118,12 @@ class Engine:
             request = request._replace(resource=_resources(resource))
         return request._replace(authorization_details=details_text(authorization_details))
 
+    def wish(self, min_life: float, *, renew: bool) -> Wish:
+        """A token that lives *min_life* seconds at least; with *renew*, one that is new."""
+        if not renew and not min_life:
+            return ANY
+        return Wish(min_life, since=self.clock.now() if renew else None)
+
     def token(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
         """From memory, the store, or a renewal. Raises what the renewal raises."""
         held = self.cache.held(request) if wish is ANY else None

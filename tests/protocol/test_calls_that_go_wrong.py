@@ -24,7 +24,9 @@ from hsmtoll import (
     TollClient,
     apis,
 )
-from hsmtoll.customs import Wait, check, submission
+from hsmtoll.customs.conversation import Wait
+from hsmtoll.customs.errors import check
+from hsmtoll.customs.submissions import submission
 from hsmtoll.transport import CONNECTIONS
 from tests.raw_services import CALL, RawServices, dripping, said
 from tests.soft import engine_of

@@ -15,7 +15,8 @@ import click
 import pytest
 
 from hsmtoll.cli import main
-from hsmtoll.customs import DOCUMENT_TYPES, LEVELS
+from hsmtoll.customs.submissions import LEVELS
+from hsmtoll.customs.uploads import DOCUMENT_TYPES
 
 
 def completed(line: str, shell: str = "bash", **variables: str) -> list[str]:

@@ -30,7 +30,9 @@ from hsmtoll import (
 )
 from hsmtoll.apis import named
 from hsmtoll.app import App
-from hsmtoll.customs import LEVELS, Marker, refused, routing
+from hsmtoll.customs.errors import refused
+from hsmtoll.customs.routing import Marker, routing
+from hsmtoll.customs.submissions import LEVELS
 from hsmtoll.settings import load
 from hsmtoll.transport import Wire
 from tests.customs_messages import message, presentation

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from hsmtoll import HsmTollError, TollClient, apis
-from hsmtoll.customs import refused
+from hsmtoll.customs.errors import refused
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
 from hsmtoll.http_messages import Answer, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject

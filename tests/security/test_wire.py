@@ -583,7 +583,7 @@ def test_a_proxy_that_is_none_is_told_without_its_password(proxy: str) -> None:
 
 def test_a_cached_token_needs_no_http() -> None:
     code = """
-import sys, hsmtoll.client, hsmtoll.tokens.cache, hsmtoll.tokens.engine, hsmtoll.tokens.stores
+import sys, hsmtoll.tokens.cache, hsmtoll.tokens.engine, hsmtoll.tokens.stores
 late = "httpx asyncio cryptography pkcs11 redis filelock".split()
 print(*(name for name in late if name in sys.modules))
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hsmtoll.customs import _errors
+from hsmtoll.customs.errors import field_errors
 
 
 @pytest.mark.parametrize(
@@ -14,10 +14,10 @@ from hsmtoll.customs import _errors
 def test_ten_errors_of_an_answer_are_shown_and_the_rest_is_counted(
     number: int, more: list[str]
 ) -> None:
-    lines = _errors([{"field": "mass", "error": "too small"}] * number, "")
+    lines = field_errors([{"field": "mass", "error": "too small"}] * number, "")
     assert lines == ["mass: too small"] * 10 + more
 
 
 def test_what_is_no_error_is_none() -> None:
-    assert _errors([None, 1, "x", {}], "") == ["message: None"]
-    assert _errors({"a": 1}, "") == []
+    assert field_errors([None, 1, "x", {}], "") == ["message: None"]
+    assert field_errors({"a": 1}, "") == []

@@ -1,0 +1,216 @@
+"""
+What an answer of Customs means, or that none came, as an error of ours.
+"""
+
+from __future__ import annotations
+
+import http
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+from hsmtoll.clock import retry_after
+from hsmtoll.customs.conversation import Lost, Told
+from hsmtoll.errors import (
+    ApiRefused,
+    HsmTollError,
+    NetworkError,
+    OutcomeUnknown,
+    TryAgainLater,
+    foreign,
+)
+from hsmtoll.http_messages import read_json
+
+if TYPE_CHECKING:
+    from hsmtoll.apis import Api
+
+__all__ = [
+    "SAFE",
+    "answered",
+    "bearer_of",
+    "check",
+    "field_errors",
+    "list_of",
+    "lost",
+    "object_of",
+    "refused",
+    "unknown",
+]
+
+#: Methods that may be repeated, whatever became of the first (RFC 9110 section 9.2.1).
+SAFE: Final = ("GET", "HEAD", "OPTIONS")
+
+#: Errors of an answer that are shown; the rest is counted.
+_MOST_ERRORS: Final = 10
+
+_HINTS: Final = {
+    400: "Customs cannot read the message",
+    401: "a token that was just issued is refused as well: check HSMTOLL_ENVIRONMENT",
+    403: "the token's scope does not open this API, or Customs has not opened it to this "
+    "organisation: `hsmtoll apis` shows which scope opens what; then ask digitoll@toll.no",
+    404: "nothing lies there: check the path and the identifier in it",
+    415: "the Content-Type is not taken: APIs take application/json, document upload a form",
+}
+
+
+def lost(exc: Lost, api: Api, method: str, request_id: str | None = None) -> HsmTollError:
+    """What it means that no answer came: OutcomeUnknown for what may have been received."""
+    if not exc.unsent and method.upper() not in SAFE:
+        return unknown(f"no answer came ({exc})", api, request_id)
+    return NetworkError(
+        f"API {api.name}: no answer came ({exc})",
+        hint="\n".join(
+            filter(
+                None,
+                (f"{'nothing was sent; ' if exc.unsent else ''}it is safe to try again", exc.hint),
+            )
+        ),
+        code=exc.code,
+        retryable=True,
+    )
+
+
+def check(response: httpx.Response, api: Api, *, now: float) -> None:
+    """
+    Raise what an answer to a call means if it is no success. *now*: seconds, UTC.
+
+    As for a submission, a 5xx to what must not be sent twice is OutcomeUnknown (PROTOCOL C21).
+    """
+    safe = response.request.method in SAFE
+    if response.status_code >= 500 and not safe:
+        raise unknown(f"the answer was {response.status_code}", api, None, response)
+    error = refused(response, api, now=now)
+    if error is not None:
+        raise error
+    if response.is_redirect and safe:
+        raise NetworkError(
+            f"API {api.name}: a redirect, which is not followed with a token",
+            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            code="redirect",
+        )
+    if response.is_redirect:
+        raise _elsewhere(api)
+
+
+def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
+    """What an answer that is not 2xx means (PROTOCOL C.10), or ``None``. *now*: seconds, UTC."""
+    status = response.status_code
+    if 200 <= status < 400:
+        return None
+    phrase = http.HTTPStatus(status).phrase if status in set(http.HTTPStatus) else "unknown"
+    what = f"API {api.name}: {status} {phrase}"
+    correlation = _correlation(response)
+    if status == http.HTTPStatus.TOO_MANY_REQUESTS:
+        return TryAgainLater(
+            f"{what}, too many calls",
+            hint="wait before the next call",
+            code="throttled",
+            correlation_id=correlation,
+            retry_after=retry_after(response.headers, now=now),
+            retryable=True,
+        )
+    if status >= 500:
+        return NetworkError(
+            f"{what}, trouble on Customs' side",
+            hint="try again later; Customs asks for the correlation id",
+            code="server-error",
+            correlation_id=correlation,
+            retryable=True,
+        )
+    lines = field_errors((object_of(response) or {}).get("validationErrors"), bearer_of(response))
+    return ApiRefused(
+        what + (f", {len(lines)} error(s) in the message" if lines else ""),
+        hint="\n".join(lines) or _HINTS.get(status, "Customs' pages describe the API"),
+        code=f"http-{status}",
+        who="customs" if status == http.HTTPStatus.FORBIDDEN else "you",
+        correlation_id=correlation,
+    )
+
+
+def answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
+    """The answer to something that must not be sent twice."""
+    if isinstance(answer, HsmTollError):
+        # No token was had, so nothing was taken in.
+        raise answer
+    if isinstance(answer, Lost):
+        raise lost(answer, api, "POST", request_id) from answer
+    assert answer is not None  # noqa: S101 - a Send is always answered
+    if answer.status_code >= 500:
+        raise unknown(f"the answer was {answer.status_code}", api, request_id, answer)
+    if 300 <= answer.status_code < 400:
+        raise _elsewhere(api)
+    error = refused(answer, api, now=0.0)
+    if error is not None:
+        raise error
+    if answer.headers.get("content-type", "").lower().startswith("text/html"):
+        # What Customs answers is not documented everywhere, but it is no page for people.
+        raise unknown("the answer was a web page", api, request_id, answer)
+    return answer
+
+
+def unknown(
+    why: str, api: Api, request_id: str | None, answer: httpx.Response | None = None
+) -> OutcomeUnknown:
+    named = f"requestId {request_id}: " if request_id else ""
+    return OutcomeUnknown(
+        f"submission to {api.name}: {named}{why}; it may have been received",
+        hint=(
+            f"do not send it again: ask for requestId {request_id} with `hsmtoll call GET "
+            "…/validation-status/…`"
+            if request_id
+            else "do not send it again: look it up by its document number first"
+        ),
+        code="outcome-unknown",
+        correlation_id=_correlation(answer) if answer is not None else None,
+    )
+
+
+def _elsewhere(api: Api) -> ApiRefused:
+    return ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
+
+
+def field_errors(listed: object, bearer: str) -> list[str]:
+    """What an answer says is wrong, a line each: ten at most, and how many more there are."""
+    entries = [
+        each for each in (listed if isinstance(listed, list) else ()) if isinstance(each, dict)
+    ]
+    lines = [_error(entry, bearer) for entry in entries[:_MOST_ERRORS]]
+    if len(entries) > _MOST_ERRORS:
+        lines.append(f"and {len(entries) - _MOST_ERRORS} more errors")
+    return lines
+
+
+def _error(entry: dict[str, Any], bearer: str) -> str:
+    pointer = entry.get("pointer")
+    place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
+    place = place or entry.get("field") or "message"
+    words = foreign(entry.get("description") or entry.get("error"), bearer)
+    # The sandbox names the page of the guide that says so.
+    page = entry.get("see")
+    source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
+    return f"{foreign(place, bearer)}: {words}{source}"
+
+
+def _correlation(response: httpx.Response) -> str | None:
+    said = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
+    return foreign(said, bearer_of(response)) if said else None
+
+
+def bearer_of(answer: object) -> str:
+    """The token that was sent for *answer*, to be left out of what it says; empty without one."""
+    try:
+        sent = answer.request if isinstance(answer, httpx.Response) else None
+    except RuntimeError:
+        # An answer that was made by hand knows of no request.
+        return ""
+    return "" if sent is None else sent.headers.get("authorization", "").removeprefix("Bearer ")
+
+
+def object_of(response: httpx.Response) -> dict[str, Any] | None:
+    value = read_json(response.content)
+    return value if isinstance(value, dict) else None
+
+
+def list_of(response: httpx.Response) -> list[Any]:
+    value = read_json(response.content)
+    return value if isinstance(value, list) else []

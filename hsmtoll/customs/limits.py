@@ -1,0 +1,162 @@
+"""
+One request over an httpx client, and its whole answer: bounded in time and in size.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+from hsmtoll.customs.conversation import Lost
+from hsmtoll.deadline import Deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hsmtoll.transport import Wire
+
+__all__ = ["aasked", "abounded", "asked", "bounded"]
+
+#: Bytes, unpacked. Documents are of 10 MB at most, and a batch of the feed is less.
+_LARGEST_ANSWER: Final = 64 * 1024 * 1024
+
+#: Where an answer that is a redirect says where to.
+_LOCATION: Final = "hsmtoll.location"
+
+#: What httpx may unpack. Other words, such as the utf-8 of a server set up wrongly, it passes over.
+_PACKINGS: Final = ("gzip", "deflate", "br", "zstd")
+
+
+def bounded(client: httpx.Client) -> httpx.Client:
+    """Let *client* take no answer that is larger than 64 MiB; `asked` raises Lost for one."""
+    client.event_hooks = {"response": [_received]}
+    return client
+
+
+def abounded(client: httpx.AsyncClient) -> httpx.AsyncClient:
+    """As bounded, for tasks."""
+    client.event_hooks = {"response": [_areceived]}
+    return client
+
+
+def asked(
+    client: httpx.Client, method: str, url: str, *, wire: Wire, **request: Any
+) -> httpx.Response:
+    """
+    One request over *client*, which *wire* has made, and its whole answer, within its deadline.
+
+    Raises Lost where there is none, and what having a token raises. Arguments as for
+    httpx.Client.request.
+    """
+    deadline = Deadline(wire.deadline)
+    theirs = _extensions(request).get("trace")
+
+    def trace(event: str, info: Mapping[str, Any]) -> None:
+        deadline.trace(event, info)
+        if theirs is not None:
+            theirs(event, info)
+
+    prepared = _prepared(request, trace)
+    try:
+        with deadline.binding():
+            return _whole(client.request(method, url, **prepared))
+    except httpx.HTTPError as exc:
+        raise _lost(wire, deadline, exc) from exc
+
+
+async def aasked(
+    client: httpx.AsyncClient, method: str, url: str, *, wire: Wire, **request: Any
+) -> httpx.Response:
+    """As asked, for tasks."""
+    import asyncio  # noqa: PLC0415 - threads need none of it
+
+    deadline, scope = Deadline(wire.deadline), asyncio.timeout(None)
+    theirs = _extensions(request).get("trace")
+
+    async def trace(event: str, info: Mapping[str, Any]) -> None:
+        before = deadline.end
+        deadline.trace(event, info)
+        if deadline.end != before and not scope.expired():
+            left = None if deadline.end is None else deadline.end - time.monotonic()
+            scope.reschedule(None if left is None else asyncio.get_running_loop().time() + left)
+        if theirs is not None:
+            await theirs(event, info)
+
+    prepared = _prepared(request, trace)
+    try:
+        async with scope:
+            return _whole(await client.request(method, url, **prepared))
+    except httpx.HTTPError as exc:
+        raise _lost(wire, deadline, exc) from exc
+    except TimeoutError as exc:
+        if not scope.expired():
+            raise
+        raise _lost(wire, deadline, exc) from exc
+
+
+def _lost(wire: Wire, deadline: Deadline, exc: httpx.HTTPError | TimeoutError) -> Lost:
+    """Why no answer came."""
+    if isinstance(exc, TimeoutError) or (deadline.cut and isinstance(exc, httpx.TimeoutException)):
+        return Lost(
+            f"not whole within {deadline.seconds:.0f} s",
+            code="deadline",
+            hint="HSMTOLL_DEADLINE sets how long to wait",
+            unsent=not deadline.sent,
+        )
+    reason = wire.reason(exc, str(exc.request.url), past_proxy=deadline.past_proxy)
+    before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
+    unsent = not deadline.sent or isinstance(exc, before)
+    return Lost(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
+
+
+def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
+    headers = httpx.Headers(request.pop("headers", None))
+    # What is unpacked piece by piece, each into no more than a thousand times its size.
+    headers["accept-encoding"] = "gzip, deflate"
+    extensions = {**_extensions(request), "trace": trace}
+    return {**request, "headers": headers, "extensions": extensions}
+
+
+def _extensions(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    return request.get("extensions") or {}
+
+
+def _begun(response: httpx.Response) -> bytearray:
+    """Before a body is read: what httpx would follow or unpack without a bound."""
+    if response.is_redirect and "location" in response.headers:
+        # It is not followed, and httpx would fail on what is no address.
+        response.extensions[_LOCATION] = response.headers.pop("location")
+    words = response.headers.get("content-encoding", "").lower().split(",")
+    packings = [word.strip() for word in words if word.strip() in _PACKINGS]
+    bodiless = response.request.method == "HEAD"
+    if not bodiless and packings not in ([], ["gzip"], ["deflate"]):
+        raise Lost("packed in a way that was not asked for", code="answer-compressed")
+    return bytearray()
+
+
+def _grown(body: bytearray, part: bytes) -> None:
+    body += part
+    if len(body) > _LARGEST_ANSWER:
+        raise Lost(f"larger than {_LARGEST_ANSWER >> 20} MiB", code="answer-too-large")
+
+
+def _received(response: httpx.Response) -> None:
+    body = _begun(response)
+    for part in response.iter_bytes():
+        _grown(body, part)
+    response._content = bytes(body)  # noqa: SLF001 - as its read() does, which has no bound
+
+
+async def _areceived(response: httpx.Response) -> None:
+    body = _begun(response)
+    async for part in response.aiter_bytes():
+        _grown(body, part)
+    response._content = bytes(body)  # noqa: SLF001 - as above
+
+
+def _whole(response: httpx.Response) -> httpx.Response:
+    if _LOCATION in response.extensions:
+        response.headers["location"] = response.extensions.pop(_LOCATION)
+    return response

@@ -1,0 +1,181 @@
+"""
+The routing feed, and the file that says how far it was taken.
+"""
+
+from __future__ import annotations
+
+import http
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hsmtoll import apis, files
+from hsmtoll.customs.conversation import Lost
+from hsmtoll.customs.errors import refused
+from hsmtoll.customs.limits import aasked, asked
+from hsmtoll.errors import NetworkError, UsageError, foreign
+from hsmtoll.http_messages import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    import httpx
+
+    from hsmtoll.apis import Api
+    from hsmtoll.transport import Wire
+
+__all__ = ["Marker", "arouting", "marker_of", "routing"]
+
+#: A UUID is documented; whatever else it may become, it goes into a query and a file.
+_MARKER = re.compile(r"[\x21-\x7e]{1,256}")
+
+
+class Marker:
+    """
+    How far a routing feed was taken, kept in a file (0600): the id of the last signal. Without a
+    *path* nothing is kept, and the feed begins anew.
+
+    It is written after the caller has taken a batch, never before (PROTOCOL C24): a program
+    that dies in between sees the batch again.
+    """
+
+    def __init__(self, path: Path | str | None) -> None:
+        self._path = None if path is None else Path(path)
+
+    def read(self) -> str | None:
+        """The id, or ``None`` at the beginning. UsageError for a file that has none in it."""
+        if self._path is None:
+            return None
+        try:
+            said = self._path.read_text(encoding="ascii").strip()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as exc:
+            raise self._unusable(exc) from exc
+        if said and not _MARKER.fullmatch(said):
+            raise self._unusable(None)
+        return said or None
+
+    def write(self, marker: str) -> None:
+        """
+        Keep *marker*, whole and on the disk before the next batch is asked for. UsageError where
+        that cannot be done.
+        """
+        if self._path is None:
+            return
+        try:
+            files.replace(self._path, marker.encode("ascii"))
+        except OSError as exc:
+            raise self._unusable(exc) from exc
+
+    def _unusable(self, exc: Exception | None) -> UsageError:
+        why = (isinstance(exc, OSError) and exc.strerror) or "not the id of a signal"
+        return UsageError(
+            f"marker {foreign(self._path)}: it cannot be used ({why})",
+            hint="a file of this program's own; without it the feed begins anew",
+        )
+
+
+def marker_of(signal: Any) -> str | None:
+    """The id that a marker is, of one signal."""
+    result = signal.get("routingResult") if isinstance(signal, dict) else None
+    marker = result.get("id") if isinstance(result, dict) else None
+    return marker if isinstance(marker, str) and _MARKER.fullmatch(marker) else None
+
+
+def routing(
+    client: httpx.Client,
+    level: str,
+    marker: Marker,
+    *,
+    now: Callable[[], float],
+    wire: Wire,
+) -> Iterator[tuple[Any, ...]]:
+    """
+    Batches of routing signals since *marker*, at most 1,000 each, until there are none.
+
+    At least once: a batch counts as taken when the next one is asked for. The deadline of
+    *wire* bounds each question with its answer. Raises what a call does, UsageError for a marker
+    that cannot be used, NetworkError for what is no feed.
+    """
+    api = apis.named("routing")
+    at = marker.read()
+    while True:
+        try:
+            params = {"marker": at} if at else {}
+            response = asked(client, "GET", f"/{level}", wire=wire, params=params)
+        except Lost as exc:
+            raise _no_answer(api, exc) from exc
+        signals, last = _batch(response, api, at, now())
+        if last is None:
+            return
+        yield signals
+        marker.write(last)
+        at = last
+
+
+async def arouting(
+    client: httpx.AsyncClient,
+    level: str,
+    marker: Marker,
+    *,
+    now: Callable[[], float],
+    wire: Wire,
+) -> AsyncIterator[tuple[Any, ...]]:
+    """As routing, for tasks."""
+    api = apis.named("routing")
+    at = marker.read()
+    while True:
+        try:
+            params = {"marker": at} if at else {}
+            response = await aasked(client, "GET", f"/{level}", wire=wire, params=params)
+        except Lost as exc:
+            raise _no_answer(api, exc) from exc
+        signals, last = _batch(response, api, at, now())
+        if last is None:
+            return
+        yield signals
+        marker.write(last)
+        at = last
+
+
+def _batch(
+    response: httpx.Response, api: Api, at: str | None, now: float
+) -> tuple[tuple[Any, ...], str | None]:
+    """
+    The signals after *at*, and the marker of the last; no marker, and none, at the end of the feed.
+
+    Only an empty list is the end: what anything else says in its place is an error.
+    """
+    error = refused(response, api, now=now)
+    if error is not None:
+        raise error
+    signals = read_json(response.content)
+    if response.status_code != http.HTTPStatus.OK or not isinstance(signals, list):
+        raise _no_feed(api, f"{response.status_code}, and no list of signals")
+    if not signals:
+        return (), None
+    marker = marker_of(signals[-1])
+    if marker is None:
+        raise _no_feed(api, "a signal without routingResult.id")
+    if marker == at:
+        raise _no_feed(api, "the same batch again")
+    return tuple(signals), marker
+
+
+def _no_feed(api: Api, why: str) -> NetworkError:
+    return NetworkError(
+        f"API {api.name}: {why}",
+        hint="a proxy or gateway may have answered; what came before is taken, ask again later",
+        code="feed",
+        retryable=True,
+    )
+
+
+def _no_answer(api: Api, exc: Lost) -> NetworkError:
+    return NetworkError(
+        f"API {api.name}: no answer came ({exc})",
+        hint=f"what came before is taken; it is safe to ask again\n{exc.hint or ''}".rstrip(),
+        code=exc.code,
+        retryable=True,
+    )

@@ -1,0 +1,206 @@
+"""
+A message to Customs, and the questions for its result.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import httpx
+
+from hsmtoll import apis
+from hsmtoll.customs.conversation import Receipt, Send, Told, Wait
+from hsmtoll.customs.errors import answered, bearer_of, field_errors, list_of, object_of, unknown
+from hsmtoll.errors import SubmissionFailed, UsageError, foreign
+from hsmtoll.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hsmtoll.apis import Api
+    from hsmtoll.customs.conversation import Talk
+
+__all__ = ["LEVELS", "submission"]
+
+_ALL: Final = ("POST", "PUT", "DELETE")
+
+_MOVEMENT: Final = {
+    **dict.fromkeys(("transport", "master-consignment", "house-consignment"), _ALL),
+    "relation": ("POST", "DELETE"),
+}
+
+#: What can be submitted to which API, and by which methods: the catalogue of Customs' guide.
+LEVELS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    **dict.fromkeys(("road", "air", "rail", "maritime"), _MOVEMENT),
+    "presentation": dict.fromkeys(
+        (
+            "house-consignment",
+            "master-consignment",
+            "container",
+            "receptacle",
+            "entry-summary-declaration",
+        ),
+        ("POST",),
+    ),
+    "arrival": {"arrival": ("POST",)},
+    "maritime-ssnn": {
+        "transport": _ALL,
+        "declaration-of-goods": _ALL,
+        "relationship": ("POST", "PUT"),
+    },
+}
+
+_MRN = re.compile(r"\d{2}NO[A-Z0-9]{14}")
+
+#: Seconds between questions for a result: usually there after one or two (PROTOCOL C.8, C20).
+_PAUSES: Final = (1.0, 2.0, 3.0, 5.0, 8.0)
+
+
+def submission(
+    api: Api,
+    method: str,
+    level: str,
+    message: Mapping[str, Any],
+    *,
+    mrn: str | None = None,
+    now: Callable[[], float],
+    patience: float = 120.0,
+    accepted: Callable[[str], None] = lambda _: None,
+    waiting: Callable[[float], None] = lambda _: None,
+) -> Talk:
+    """
+    POST, PUT or DELETE of a message, then questions until the result is there.
+
+    *accepted* is told the requestId before the first question, so that nothing is lost if the
+    process dies; *waiting* is told before each pause how many seconds have passed. *patience*
+    is how many seconds the result may take, of pauses and questions together; the last question
+    may end after it. *now* is a clock, in seconds, that tells how long a question took.
+
+    Raises UsageError before anything is sent; ApiRefused for a message with errors (they are
+    in the hint, field by field); SubmissionFailed for a result FAILURE, OutcomeUnknown where
+    nobody knows: that is to be looked up and never repeated.
+    """
+    send = _checked(api, method, level, message, mrn)
+    request_id = _accepted((yield send), api, level, message)
+    accepted(request_id)
+    question = _question(api, level, request_id)
+    waited, asked = 0.0, 0
+    while True:
+        pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
+        if waited + pause > patience:
+            raise unknown(f"no result after {waited:.0f} s", api, request_id)
+        waiting(waited)
+        yield Wait(pause)
+        began, asked = now(), asked + 1
+        answer = yield Send("GET", question)
+        waited += pause + now() - began
+        result = _result(answer, api, request_id)
+        if result is not None:
+            return _judged(result, request_id, bearer_of(answer))
+
+
+def _question(api: Api, level: str, request_id: str) -> str:
+    """The path at which the result is asked for."""
+    if api.name == "presentation":
+        return f"{api.base}/validation-status"
+    # Arrival has no query API beside it.
+    base = api.base if api.name == "arrival" else apis.named(f"{api.name}-query").base
+    return f"{base}/{level}/validation-status/{request_id}"
+
+
+def _checked(
+    api: Api, method: str, level: str, message: Mapping[str, Any], mrn: str | None
+) -> Send:
+    levels = LEVELS.get(api.name)
+    if levels is None:
+        raise UsageError(
+            f"submit to {api.name}: nothing is submitted there",
+            hint=f"submissions go to {', '.join(LEVELS)}",
+        )
+    if level not in levels:
+        raise UsageError(
+            f"submit to {api.name}: there is no level {foreign(level)}",
+            hint=did_you_mean(level, levels, f"levels: {', '.join(levels)}"),
+        )
+    methods = levels[level]
+    if method not in methods:
+        raise UsageError(
+            f"{foreign(method)} {api.name} {level}: {' or '.join(methods)} is expected"
+        )
+    # The guide says that a relation's MRN is submitted, and not where: it may stand in the message.
+    inside = level == "relation" and mrn is None and isinstance(message.get("mrn"), str)
+    by_mrn = method != "POST" and not inside
+    if by_mrn and (mrn is None or not _MRN.fullmatch(mrn)):
+        raise UsageError(
+            f"{method} {api.name} {level}: the MRN of what is meant is required",
+            hint="18 characters such as 26NO4TU2HUD59UCBT8, as the submission returned it (--mrn)",
+        )
+    if method == "POST" and mrn is not None:
+        raise UsageError(f"{method} {api.name} {level}: takes no MRN")
+    if api.name == "presentation" and not isinstance(message.get("requestId"), str):
+        raise UsageError(
+            f"submit to {api.name}: the message names no requestId",
+            hint="for presentation the client chooses it: a new UUID each time",
+        )
+    path = f"{api.base}/{level}" + (f"/{mrn}" if by_mrn else "")
+    return Send(method, path, json.dumps(message, ensure_ascii=False).encode())
+
+
+def _accepted(
+    answer: Told,
+    api: Api,
+    level: str,
+    message: Mapping[str, Any],
+) -> str:
+    body = object_of(answered(answer, api, None)) or {}
+    # Until 2022 it was called lrn; presentation answers with what the client chose.
+    found = body.get("requestId") or body.get("lrn") or message.get("requestId")
+    fits = isinstance(found, str) and re.fullmatch(r"[0-9A-Za-z-]{1,64}", found)
+    # It is shown and asked with: what repeats the token is no id.
+    if not fits or foreign(found, bearer_of(answer)) != found:
+        raise unknown(f"{level} was accepted without a requestId", api, None)
+    return str(found)
+
+
+def _result(answer: Told, api: Api, request_id: str) -> Mapping[str, Any] | None:
+    """The result, or ``None`` while there is none: 404 is "not yet", and trouble passes."""
+    if not isinstance(answer, httpx.Response):
+        return None
+    if answer.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
+        raise unknown(f"asking for the result: {answer.status_code}", api, request_id, answer)
+    if not answer.is_success:
+        return None
+    body: Mapping[str, Any] | None = object_of(answer)
+    if api.name == "presentation":
+        body = _of_request(body or {"requests": list_of(answer)}, request_id)
+    return body if body is not None and body.get("status") in ("SUCCESS", "FAILURE") else None
+
+
+def _of_request(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any] | None:
+    """The entry of *request_id* in the status of all presentation requests."""
+    if body.get("requestId") == request_id:
+        return body
+    for value in body.values():
+        for entry in value if isinstance(value, list) else ():
+            if isinstance(entry, dict) and entry.get("requestId") == request_id:
+                return entry
+    return None
+
+
+def _judged(result: Mapping[str, Any], request_id: str, bearer: str) -> Receipt:
+    mrn = result.get("mrn") or result.get("masterReferenceNumber")
+    receipt = Receipt(request_id, mrn if isinstance(mrn, str) else None, result)
+    if result["status"] == "SUCCESS":
+        return receipt
+    lines = field_errors(result.get("validationErrorList"), bearer)
+    error = SubmissionFailed(
+        f"submission {request_id}: FAILURE with {len(lines)} error(s)",
+        hint="\n".join(lines) or "Customs names no reason",
+        code="validation",
+        who="you",
+    )
+    error.errors = tuple(lines)
+    raise error
