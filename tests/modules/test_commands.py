@@ -146,3 +146,23 @@ def certificates(stack: Stack) -> int:
     """How many another tool sees without a login."""
     listed = stack.run("pkcs11-tool", "--module", str(stack.module), "-O", "--type", "cert")
     return listed.count("Certificate Object")
+
+
+@pytest.mark.parametrize("name", ["piv", "ykcs11"])
+def test_a_key_that_wants_the_pin_for_each_signature_is_given_it(
+    stacks: Callable[[str], Stack], tmp_path: Path, isolation: str, name: str
+) -> None:
+    stack = stacks(name)
+    chain = {"HSMTOLL_HSM__CERTIFICATES": str(stack.certificates())}
+    signing = {**chain, "HSMTOLL_HSM__KEY": "pkcs11:id=%02"}
+    with stack.program(tmp_path, isolation, **signing) as program:
+        assert [program.does("sign") for _ in range(3)] == [True] * 3
+        assert code(program, "token", "road") == 0
+    wrong = tmp_path / "wrong"
+    wrong.write_text(stack.wrong_pin)
+    wrong.chmod(0o600)
+    # The control: without it there is no signature.
+    given = {**signing, "HSMTOLL_HSM__SIGNING_PIN_FILE": str(wrong)}
+    with stack.program(tmp_path, isolation, **given) as program:
+        assert [program.error("sign")["exit"] for _ in range(2)] == [20, 21]
+    stack.unblock()
