@@ -1,5 +1,5 @@
 """
-What Maskinporten wants in a JWT grant (RFC 7523; PROTOCOL A.4, A.5): header, claims, limits.
+What Maskinporten wants in a JWT grant (RFC 7523): header, claims, limits.
 
 Signing and sending never enter; neither does a clock.
 """
@@ -25,7 +25,7 @@ __all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "SignedGrant", "read_grant"]
 #: Seconds from iat to exp: the documented maximum (M54), so that a slow device has it all.
 LIFETIME: Final = 120
 
-#: A grant with fewer seconds left is not sent (PROTOCOL C05).
+#: A grant with fewer seconds left is not sent.
 MIN_LEFT: Final = 30
 
 _ORGNO = re.compile(r"\d{9}")
@@ -60,7 +60,7 @@ class Grant:
 
     @property
     def header(self) -> dict[str, Any]:
-        """Exactly ``alg`` and one of ``kid`` and ``x5c``; no ``typ`` (PROTOCOL C03)."""
+        """Exactly ``alg`` and one of ``kid`` and ``x5c``; no ``typ``."""
         named: dict[str, Any] = {"kid": self.kid} if self.kid else {"x5c": list(self.x5c)}
         return {"alg": self.alg, **named}
 

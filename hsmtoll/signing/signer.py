@@ -52,18 +52,15 @@ __all__ = [
 
 _log = logging.getLogger("hsmtoll.signing.signer")
 
-#: Seconds. Certificates are read from the device at most this often (DESIGN 4.5).
+#: Seconds. Certificates are read from the device at most this often.
 _REREAD: Final = 60.0
 
 #: Seconds. So long a certificate counts as new, and one that it replaced is fallen back on.
 _NEW: Final = 86_400.0
 
-#: What Maskinporten says to a certificate that it does not take (PROTOCOL A.11).
-_NOT_TAKEN: Final = ("MP-120", "MP-122", "MP-123", "MP-124")
-
 
 def new_jti() -> str:
-    """What no grant was ever called: 128 random bits, as 32 hexadecimal digits (PROTOCOL C06)."""
+    """A value for jti that no grant has had: 128 random bits, as 32 hexadecimal digits."""
     return os.urandom(16).hex()
 
 
@@ -77,7 +74,10 @@ class Signer(Protocol):
         """One grant for *request*: a new signature each time."""
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
-        """Told that Maskinporten rejected *grant*, with *code*: whether another grant may do."""
+        """
+        Told that Maskinporten did not take the certificate of *grant*, with *code* of its own:
+        whether another grant may do.
+        """
 
 
 @dataclass(slots=True)
@@ -309,10 +309,14 @@ class LocalSigner:
         warning; another grant may do where this device has another leaf that lives.
         """
         leaf, now = self._leaf, self.clock.now().wall
-        if leaf is None or leaf.sha256 != grant.identity or code not in _NOT_TAKEN:
+        if leaf is None:
             return False
+        if leaf.sha256 != grant.identity or self.rejected_lately():
+            # Another renewal may have made it step back meanwhile.
+            unwanted = self._lineage.unwanted(now)
+            return grant.identity in unwanted and leaf.sha256 not in unwanted
         began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
-        if now >= began + _NEW or self.rejected_lately():
+        if now >= began + _NEW:
             return False
         self._lineage.refused[leaf.sha256] = began + _NEW
         _log.warning(
