@@ -79,8 +79,9 @@ def given_to_the_group(place: Path) -> None:
 
 def test_state_and_cache_of_ours_are_taken_back_from_fsgroup(tmp_path: Path) -> None:
     state, cache = tmp_path / "state", tmp_path / "cache"
-    store, ledger = FileStore(cache), Ledger(state)
     for _ in range(2):
+        # A program each: the volume is given to the group before one starts.
+        store, ledger = FileStore(cache), Ledger(state)
         store.put("ab", b"token", ttl=60)
         kept = store.get("ab")
         assert kept is not None
