@@ -1,20 +1,14 @@
-"""What is sent over HTTP and what comes back, as values; and the JSON in an answer, bounded."""
+"""What is sent over HTTP and what comes back, as values."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Answer", "Post", "read_json"]
-
-#: Lists and objects that an answer may have, and bytes for each one beyond: what they cost in time
-#: and memory is a hundred times what their two bytes show.
-_MOST_VALUES: Final = 20_000
-_BYTES_EACH: Final = 32
+__all__ = ["Answer", "Post"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -40,13 +34,3 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"<Answer {self.status}>"
-
-
-def read_json(body: bytes) -> Any:
-    """The value in an answer; ``None`` for what is no JSON, or has more values than an answer."""
-    if body.count(b"[") + body.count(b"{") > _MOST_VALUES + len(body) // _BYTES_EACH:
-        return None
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None

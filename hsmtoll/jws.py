@@ -7,12 +7,13 @@ Values only. A private key, a certificate or a device never enters this room.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NewType
+
+from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,8 +94,8 @@ def read_segment(part: str, name: str = "segment") -> dict[str, Any]:
     """The JSON object in one segment; ValueError as `read_unverified`."""
     try:
         raw = base64.b64decode(part + "=" * (-len(part) % 4), altchars=b"-_", validate=True)
-        value = json.loads(raw)
-    except (binascii.Error, ValueError, RecursionError):
+        value = read_strict(raw)
+    except ValueError:
         raise ValueError(f"the {name} is not base64url of JSON") from None
     if not isinstance(value, dict):
         raise ValueError(f"the {name} is not a JSON object")  # noqa: TRY004 - one error for one reader

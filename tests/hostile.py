@@ -31,7 +31,8 @@ from hsmtoll.errors import HsmTollError, foreign
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.hsm.pin import PinFile
-from hsmtoll.http_messages import Answer, read_json
+from hsmtoll.http_messages import Answer
+from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing.verification import Expected, prove
 from hsmtoll.token import Moment, TokenRequest
 from hsmtoll.tokens import exchange, records
@@ -573,7 +574,7 @@ READERS: Final[dict[str, Reader]] = {
         MIB, ANSWERS),
     "a batch of the feed": Reader(
         lambda body: routing._batch(_response(200, body, "GET"), _ROAD, None, 0.0), MIB, ANSWERS),
-    "any other answer": Reader(read_json, MIB, ANSWERS),
+    "any other answer": Reader(read_lenient, MIB, ANSWERS),
     "headers": Reader(_header, 100 * KIB, HEADERS),
     "an assertion": Reader(
         lambda raw: jws.read_unverified(raw.decode("latin-1")), 64 * KIB, _GRANTS),

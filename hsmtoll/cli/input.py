@@ -6,9 +6,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from hsmtoll.errors import UsageError, foreign
+from hsmtoll.jsonio import read_strict
 
 __all__ = [
     "NO_JSON",
@@ -60,10 +61,7 @@ def read_stdin(what: str, limit: int = -1) -> bytes:
 
 def parse_json(raw: bytes) -> Any:
     """*raw* as JSON; ValueError for what is none, and for what is nested without end."""
-    try:
-        value = json.loads(raw, parse_constant=_no_number)
-    except RecursionError as exc:
-        raise ValueError("nested too deeply") from exc
+    value = read_strict(raw, once=False)
     level = [value]
     for _ in range(_DEEPEST):
         # Only what holds others has a next level.
@@ -76,10 +74,6 @@ def parse_json(raw: bytes) -> Any:
         if not level:
             return value
     raise ValueError("nested too deeply")
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def place_of(exc: ValueError) -> str:

@@ -19,7 +19,7 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
-from hsmtoll.http_messages import read_json
+from hsmtoll.jsonio import read_lenient
 
 if TYPE_CHECKING:
     from hsmtoll.apis import Api
@@ -207,10 +207,10 @@ def bearer_of(answer: object) -> str:
 
 
 def object_of(response: httpx.Response) -> dict[str, Any] | None:
-    value = read_json(response.content)
+    value = read_lenient(response.content)
     return value if isinstance(value, dict) else None
 
 
 def list_of(response: httpx.Response) -> list[Any]:
-    value = read_json(response.content)
+    value = read_lenient(response.content)
     return value if isinstance(value, list) else []

@@ -14,7 +14,7 @@ from hsmtoll.customs.conversation import Lost
 from hsmtoll.customs.errors import refused
 from hsmtoll.customs.limits import aasked, asked
 from hsmtoll.errors import NetworkError, UsageError, foreign
-from hsmtoll.http_messages import read_json
+from hsmtoll.jsonio import read_lenient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -150,7 +150,7 @@ def _batch(
     error = refused(response, api, now=now)
     if error is not None:
         raise error
-    signals = read_json(response.content)
+    signals = read_lenient(response.content)
     if response.status_code != http.HTTPStatus.OK or not isinstance(signals, list):
         raise _no_feed(api, f"{response.status_code}, and no list of signals")
     if not signals:

@@ -18,7 +18,7 @@ from hsmtoll import apis, jws
 from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
-from hsmtoll.http_messages import Answer, read_json
+from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing.signer import looks, readable, unread_of
 from hsmtoll.token import ANY, TokenRequest
 from hsmtoll.tokens import exchange
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.http_messages import Answer
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.settings import Settings
     from hsmtoll.signing.remote import Look
@@ -273,7 +274,7 @@ def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
 
 
 def _object(answer: Answer) -> dict[str, Any]:
-    read = read_json(answer.body)
+    read = read_lenient(answer.body)
     if answer.status != 200 or not isinstance(read, dict):
         raise NetworkError(
             f"Maskinporten's metadata: {answer.status}, and not a JSON object",

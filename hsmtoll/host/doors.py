@@ -38,6 +38,7 @@ from hsmtoll.errors import (
 from hsmtoll.files import check_trusted
 from hsmtoll.host import peers
 from hsmtoll.host.policy import Ask
+from hsmtoll.jsonio import read_strict
 from hsmtoll.signing import replies
 from hsmtoll.token import details_text
 
@@ -136,8 +137,8 @@ async def read_ask(request: web.BaseRequest) -> tuple[Mode, Ask]:
 def parsed(raw: bytes) -> Ask:
     """A body as what it asks for; Refused for any other."""
     try:
-        said = json.loads(raw, object_pairs_hook=_once_each, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        said = read_strict(raw)
+    except ValueError:
         raise _bad("the body is not a JSON object with each member once") from None
     if not isinstance(said, dict):
         raise _bad("the body is not a JSON object")
@@ -172,17 +173,6 @@ def _details(given: object) -> str:
         raise _bad(
             "authorization_details is null or a list of objects, each with its type"
         ) from None
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a member twice")
-    return made
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(name)
 
 
 def _word(said: dict[str, Any], name: str) -> str:

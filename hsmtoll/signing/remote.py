@@ -36,7 +36,7 @@ from hsmtoll.errors import (
     PolicyDenied,
     foreign,
 )
-from hsmtoll.http_messages import read_json
+from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing import replies
 from hsmtoll.signing.verification import Expected, not_believed, prove
 from hsmtoll.transport import Door, Wire
@@ -253,7 +253,7 @@ _ELSEWHERE: Final = ("device", "service", "attempt")
 
 
 def object_in(answer: Answer) -> dict[str, Any]:
-    value = read_json(answer.body)
+    value = read_lenient(answer.body)
     return value if isinstance(value, dict) else {}
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
+from hsmtoll.jsonio import read_strict
 from hsmtoll.jws import ALGS
 from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, SignedGrant
 from hsmtoll.x509 import path_building
@@ -132,23 +132,12 @@ def _parts(assertion: object) -> tuple[dict[str, Any], dict[str, Any], bytes, by
 def _object(part: str, name: str) -> dict[str, Any]:
     try:
         # A name that is there twice is read once by us and perhaps otherwise by Maskinporten.
-        value = json.loads(_unb64url(part), object_pairs_hook=_once, parse_constant=_no_number)
-    except (ValueError, RecursionError):
+        value = read_strict(_unb64url(part))
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise _Unfit(f"the {name} of its assertion is not a JSON object", "grant-form")
     return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a name is there twice")
-    return made
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def _unb64url(part: str) -> bytes:

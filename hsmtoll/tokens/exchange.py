@@ -20,7 +20,8 @@ from hsmtoll.errors import (
     TryAgainLater,
     foreign,
 )
-from hsmtoll.http_messages import Post, read_json
+from hsmtoll.http_messages import Post
+from hsmtoll.jsonio import read_lenient
 from hsmtoll.tokens import mp_codes
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
     _raise_for_trouble(answer, post, None, wait)
-    said = _error_text(answer, read_json(answer.body))
+    said = _error_text(answer, read_lenient(answer.body))
     text = foreign(said, post.secret) or "no reason given"
     scope = "not authorized to request scope" in said.lower()
     raise ExchangeRefused(
@@ -168,7 +169,7 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
 
 
 def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = "") -> Issued:
-    read = read_json(answer.body)
+    read = read_lenient(answer.body)
     body = read if isinstance(read, dict) else {}
     value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
 
@@ -251,7 +252,7 @@ def _refused(
     rejected: Callable[[str], bool],
     wait: float | None,
 ) -> HsmTollError:
-    read = read_json(answer.body)
+    read = read_lenient(answer.body)
     said = _error_text(answer, read)
     uri = read.get("error_uri") if isinstance(read, dict) else None
     code_match = _MP.search(uri[-_MOST_SAID:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None

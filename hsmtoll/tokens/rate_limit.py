@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.errors import TryAgainLater
+from hsmtoll.jsonio import read_lenient
 from hsmtoll.tokens.stores import name_of
 
 if TYPE_CHECKING:
@@ -104,8 +105,5 @@ def _counted(times: list[float], now: float) -> list[float]:
 
 
 def _times(raw: bytes) -> list[float]:
-    try:
-        times = json.loads(raw)
-    except (ValueError, RecursionError):
-        return []
+    times = read_lenient(raw)
     return [at for at in times if isinstance(at, float | int)] if isinstance(times, list) else []

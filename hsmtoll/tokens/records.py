@@ -12,6 +12,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hsmtoll import errors
+from hsmtoll.jsonio import read_strict
 from hsmtoll.token import AccessToken, Moment
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ def read(key: str, kept: Kept | None, *, now: Moment, longest: float) -> Record:
     """What lies under *key*. *longest*: seconds that a refusal may stand, whatever a clock did."""
     try:
         # NaN is younger than every age: no number of ours.
-        record = json.loads(kept.value, parse_constant=_no_number) if kept else None
-    except (ValueError, RecursionError):
+        record = read_strict(kept.value) if kept else None
+    except ValueError:
         return Record()
     if not isinstance(record, dict) or kept is None:
         return Record()
@@ -165,7 +166,3 @@ def again(exc: BaseException) -> BaseException:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FAR
-
-
-def _no_number(name: str) -> float:
-    raise ValueError(name)
