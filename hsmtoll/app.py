@@ -6,21 +6,16 @@ Nothing is opened here: what is made connects, logs in and reads files when it i
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pwd
 import re
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
-from hsmtoll import files
+from hsmtoll import directories, files, required
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.remembered import Remembered
@@ -29,8 +24,6 @@ from hsmtoll.token import TokenRequest
 from hsmtoll.tokens import exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from hsmtoll.apis import Identity
     from hsmtoll.client import AsyncTollClient, TollClient
     from hsmtoll.hsm.device import Device
@@ -79,50 +72,6 @@ def aconnect(
     return App(load(config=config, profile=profile, **settings)).aclient()
 
 
-def missing(
-    settings: Settings, *, grant: bool = True, device: bool = True
-) -> ConfigurationError | None:
-    """
-    The error that names all settings without which nothing is signed, a line of the hint each;
-    ``None`` where there is nothing to name. *grant*: those that a grant needs, *device*: those
-    that select a key.
-    """
-    hsm, signer, endpoints = settings.hsm, settings.signer.url, settings.endpoints.model_dump()
-    sandbox = settings.environment == "sandbox"
-    parts = (hsm.token_label, hsm.token_serial, hsm.key_label, hsm.key_id)
-    # What cannot be read as a URI is told when it is read.
-    named_module = hsm.module or (hsm.key and all("module-path=" in each for each in hsm.key))
-    wanted: list[tuple[str, object, str]] = []
-    if grant:
-        wanted += [
-            ("HSMTOLL_ENVIRONMENT", settings.environment, _ENVIRONMENTS),
-            ("HSMTOLL_IDENTITY", settings.identity, _IDENTITIES),
-        ]
-        wanted += [
-            (variable("endpoints", name), value or not sandbox, _SANDBOX)
-            for name, value in endpoints.items()
-        ]
-        norwegian = settings.identity == "norwegian" and not signer
-        wanted.append(("HSMTOLL_ISS", settings.iss or not norwegian, _CLIENT_ID))
-    if device:
-        wanted += [
-            ("HSMTOLL_HSM__MODULE", named_module or signer, _MODULE),
-            ("HSMTOLL_HSM__KEY", hsm.key or any(parts) or signer, _KEY),
-        ]
-    lacking = {name: why for name, value, why in wanted if not value}
-    return not_set(lacking) if lacking else None
-
-
-_ENVIRONMENTS: Final = "test, prod or sandbox; there is no default, so that nobody lands in prod"
-_IDENTITIES: Final = "eseal for a foreign eSeal, norwegian for a Norwegian client"
-_SANDBOX: Final = "`hsmtoll sandbox` prints the values to export"
-_CLIENT_ID: Final = (
-    "the client id from Samarbeidsportalen; required with HSMTOLL_IDENTITY=norwegian"
-)
-_MODULE: Final = "the path of your device's PKCS#11 module, a .so file"
-_KEY: Final = "an RFC 7512 URI; `hsmtoll objects` prints those of your device"
-
-
 @dataclass
 class App:
     """
@@ -143,7 +92,7 @@ class App:
     def family(self) -> Identity:
         """HSMTOLL_IDENTITY."""
         if self.settings.identity is None:
-            raise not_set({"HSMTOLL_IDENTITY": _IDENTITIES})
+            raise not_set({"HSMTOLL_IDENTITY": required.IDENTITIES})
         return self.settings.identity
 
     @cached_property
@@ -158,16 +107,17 @@ class App:
                 given = self.settings.endpoints
                 if not (given.issuer and given.token and given.customs):
                     lacking = [name for name, url in given.model_dump().items() if not url]
-                    raise not_set({variable("endpoints", name): _SANDBOX for name in lacking})
+                    raise not_set(
+                        {variable("endpoints", name): required.SANDBOX for name in lacking}
+                    )
                 return exchange.Endpoints(given.issuer, given.token, given.customs.rstrip("/"))
             case None:
-                raise not_set({"HSMTOLL_ENVIRONMENT": _ENVIRONMENTS})
+                raise not_set({"HSMTOLL_ENVIRONMENT": required.ENVIRONMENTS})
 
     @cached_property
     def state(self) -> Path:
         """Where this machine remembers: refused PINs, the clock's skew, who signs."""
-        given = self.settings.state or _given("STATE_DIRECTORY")
-        return given or _at_home(platformdirs.user_state_dir, "HSMTOLL_STATE")
+        return self.settings.state or directories.state_directory()
 
     @cached_property
     def skew(self) -> Skew:
@@ -185,7 +135,7 @@ class App:
         if url == "memory:":
             return stores.MemoryStore()
         if url == "file:":
-            return stores.FileStore(_runtime_directory())
+            return stores.FileStore(directories.runtime_directory())
         if url.startswith("file:"):
             return stores.FileStore(Path(url.removeprefix("file://")))
         key_file = self.settings.cache_key_file
@@ -205,7 +155,7 @@ class App:
         key_id = bytes.fromhex(hsm.key_id) if hsm.key_id else None
         parts = (hsm.token_label, hsm.token_serial, hsm.key_label, key_id)
         if not any(parts):
-            raise not_set({"HSMTOLL_HSM__KEY": _KEY})
+            raise not_set({"HSMTOLL_HSM__KEY": required.KEY})
         return (
             KeyUri(token=hsm.token_label, serial=hsm.token_serial, object=hsm.key_label, id=key_id),
         )
@@ -220,7 +170,7 @@ class App:
         """HSMTOLL_HSM__MODULE, or the URI's module-path."""
         given = self.settings.hsm.module or (uri and uri.module_path)
         if not given:
-            raise not_set({"HSMTOLL_HSM__MODULE": _MODULE})
+            raise not_set({"HSMTOLL_HSM__MODULE": required.MODULE})
         return str(given)
 
     @cached_property
@@ -233,7 +183,7 @@ class App:
     @cached_property
     def devices(self) -> tuple[Device, ...]:
         """One for each key named, in order."""
-        if wrong := missing(self.settings, grant=False):
+        if wrong := required.missing(self.settings, grant=False):
             raise wrong
         return tuple(self.device(uri) for uri in self.uris())
 
@@ -242,7 +192,7 @@ class App:
         hsm = self.settings.hsm
         return self._device(
             uri,
-            signing_pin=self._pin("signing_pin", None),
+            signing_pin=self._own_signing_pin(),
             public_key=self._public_key(),
             use_final_try=self.use_final_try,
             allow_exportable_key=hsm.allow_exportable_key,
@@ -294,33 +244,18 @@ class App:
 
     def pin(self, uri: KeyUri | None) -> PinSource | None:
         """The source of the user PIN, or ``None`` where none is set."""
-        return self._pin("pin", uri)
+        from hsmtoll.hsm.pin import source_of
+
+        return source_of(self.settings.hsm, "pin", uri)
 
     def signing_pin(self, uri: KeyUri) -> PinSource | None:
         """The source of the PIN for each signature: its own, or the user PIN's."""
-        return self._pin("signing_pin", None) or self._pin("pin", uri)
+        return self._own_signing_pin() or self.pin(uri)
 
-    def _pin(self, kind: str, uri: KeyUri | None) -> PinSource | None:
-        from hsmtoll.hsm import pin as pins
+    def _own_signing_pin(self) -> PinSource | None:
+        from hsmtoll.hsm.pin import source_of
 
-        hsm = self.settings.hsm
-        name = variable("hsm", kind)
-        value, file, command, prompt = (
-            getattr(hsm, f"{kind}{part}") for part in ("", "_file", "_command", "_prompt")
-        )
-        if value is not None:
-            return pins.PinValue.of(value.get_secret_value(), name=name)
-        if command is not None:
-            return pins.PinCommand(command.get_secret_value(), name=f"{name}_COMMAND")
-        if prompt == "terminal":
-            return pins.PinTerminal(what="Signing PIN" if kind == "signing_pin" else "PIN")
-        if prompt == "pinpad":
-            return pins.PinPad()
-        if file is not None:
-            return pins.PinFile(file, name=f"{name}_FILE")
-        if uri is not None and uri.pin_source:
-            return pins.PinFile(Path(uri.pin_source), name="pin-source of HSMTOLL_HSM__KEY")
-        return None
+        return source_of(self.settings.hsm, "signing_pin", None)
 
     def _public_key(self) -> RsaPublicKey | None:
         path = self.settings.hsm.public_key
@@ -459,7 +394,7 @@ class App:
         from hsmtoll.tokens.cache import Cache
         from hsmtoll.tokens.engine import Engine
 
-        if wrong := missing(self.settings):
+        if wrong := required.missing(self.settings):
             raise wrong
         settings = self.settings
         if not self.one_shot and not self.gives_tokens:
@@ -595,66 +530,3 @@ class App:
         """Let go of the devices that were opened."""
         for device in self.__dict__.get("devices", ()):
             device.close()
-
-
-def _given(name: str) -> Path | None:
-    """A directory that systemd or the login gives; a relative one would be another each time."""
-    path = Path(os.environ.get(name, "").partition(":")[0])
-    return path if path.is_absolute() else None
-
-
-def _runtime_directory() -> Path:
-    """Where a login's files live: gone after a restart where the system does it right."""
-    for name in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
-        given = _given(name)
-        # After su or sudo -E it is still the other account's: what we made there would be in its
-        # way (XDG Base Directory: it must be owned by the user).
-        if given and not _anothers(given):
-            return given / "hsmtoll"
-    run = Path(f"/run/user/{os.geteuid()}")
-    if run.is_dir():
-        return run / "hsmtoll"
-    return _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
-
-
-def _anothers(path: Path) -> bool:
-    """Whether another account than ours and root's has it, or the place where it would be made."""
-    for each in (path, *path.parents):
-        with contextlib.suppress(OSError):
-            return each.stat().st_uid not in {0, os.geteuid()}
-    return False
-
-
-#: Where XDG Base Directory has these two where nothing is set.
-_BELOW_HOME: Final = {"HSMTOLL_STATE": ".local/state", "HSMTOLL_CACHE": ".cache"}
-
-
-def keep_temporary_files_private() -> None:
-    """
-    Temporary files of this process lie below the user's cache directory where others may change
-    the usual place: a PIN file or a CA file there would be refused.
-    """
-    if files.loose(Path(tempfile.gettempdir())) is not None:
-        place = _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
-        files.make_directory(place)
-        tempfile.tempdir = str(place)
-
-
-def _at_home(of: Callable[[str], str], name: str) -> Path:
-    """A directory of this account, which may have no home for it to be in."""
-    try:
-        path = Path(of("hsmtoll"))
-    except RuntimeError:
-        path = Path()
-    if _anothers(path):
-        # HOME is another account's, as after sudo -E: what we made there would be in its way.
-        with contextlib.suppress(KeyError):
-            path = Path(pwd.getpwuid(os.geteuid()).pw_dir) / _BELOW_HOME[name] / "hsmtoll"
-    # Older versions of platformdirs leave the ~ as it is: it would be made below whatever is here.
-    if not path.is_absolute():
-        raise ConfigurationError(
-            f"{name}: not set, and this account has no home directory",
-            hint="set HOME, or HSMTOLL_STATE and HSMTOLL_CACHE (memory: keeps nothing)",
-            code="setting-missing",
-        )
-    return path

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hsmtoll.app import keep_temporary_files_private
 from hsmtoll.cli.framework import command
 from hsmtoll.cli.options import EXISTING_FILE, PATH
+from hsmtoll.directories import keep_temporary_files_private
 from hsmtoll.errors import UsageError, install_extra
 
 if TYPE_CHECKING:

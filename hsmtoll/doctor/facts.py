@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, jws
-from hsmtoll.app import missing
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.jsonio import read_lenient
+from hsmtoll.required import missing
 from hsmtoll.signing.signer import looks, readable, unread_of
 from hsmtoll.token import ANY, TokenRequest
 from hsmtoll.tokens import exchange

@@ -4,10 +4,10 @@ Checks of what was set: whether the settings fit each other, the key and the ser
 
 from __future__ import annotations
 
-from hsmtoll.app import missing
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
+from hsmtoll.required import missing
 from hsmtoll.signing.grant import Grant
 from hsmtoll.signing.verification import APART, wrong_clock
 from hsmtoll.token import TokenRequest

@@ -27,10 +27,14 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.files import check_trusted, loose
+from hsmtoll.settings import variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from io import FileIO
+
+    from hsmtoll.hsm.uri import KeyUri
+    from hsmtoll.settings import Hsm
 
 __all__ = [
     "Pin",
@@ -41,6 +45,7 @@ __all__ = [
     "PinTerminal",
     "PinValue",
     "hang_up",
+    "source_of",
 ]
 
 _log = logging.getLogger(__name__)
@@ -433,4 +438,28 @@ def _unlikely(value: str) -> str | None:
         return "has a name before it, as in PIN=…"
     if _COMMENT.search(value):
         return "has a comment behind it, as in … # text"
+    return None
+
+
+def source_of(hsm: Hsm, kind: str, uri: KeyUri | None) -> PinSource | None:
+    """
+    Where the settings say that a PIN comes from: *kind* is ``pin`` or ``signing_pin``; *uri* may
+    name a file. ``None`` where they name no source.
+    """
+    name = variable("hsm", kind)
+    value, file, command, prompt = (
+        getattr(hsm, f"{kind}{part}") for part in ("", "_file", "_command", "_prompt")
+    )
+    if value is not None:
+        return PinValue.of(value.get_secret_value(), name=name)
+    if command is not None:
+        return PinCommand(command.get_secret_value(), name=f"{name}_COMMAND")
+    if prompt == "terminal":
+        return PinTerminal(what="Signing PIN" if kind == "signing_pin" else "PIN")
+    if prompt == "pinpad":
+        return PinPad()
+    if file is not None:
+        return PinFile(file, name=f"{name}_FILE")
+    if uri is not None and uri.pin_source:
+        return PinFile(Path(uri.pin_source), name="pin-source of HSMTOLL_HSM__KEY")
     return None
