@@ -40,7 +40,7 @@ __all__ = ["BITS", "Imported", "csr", "generate", "import_chain", "jwk", "uri_to
 
 _log = logging.getLogger("hsmtoll.enrolment")
 
-#: Sizes that Maskinporten takes and devices make; the first is the default (PROTOCOL B.6).
+#: RSA key sizes that Maskinporten accepts and devices generate; the first is the default.
 BITS: Final = (3072, 2048, 4096)
 
 # asn1crypto carries no types.

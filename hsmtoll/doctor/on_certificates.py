@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKS", "WARN_DAYS"]
 
-#: Days. A new certificate takes an issuer some weeks (PROTOCOL C25).
+#: Days before expiry: issuers take weeks to deliver a new certificate.
 WARN_DAYS: Final = 60
 
 _NO_CERTIFICATE: Final = "a key registered with a kid needs no certificate"
@@ -200,7 +200,7 @@ def check_roll_over(way: Way, leaf: Certificate) -> Check:
 
 @of_the_leaf("qualified")
 def check_qualified(way: Way, leaf: Certificate) -> Check:
-    """What Maskinporten will say in ``client_amr`` (M85, M87), and QcType (PROTOCOL B.4)."""
+    """The ``client_amr`` that Maskinporten will report (M85, M87); QcType (EN 319 412-5)."""
     amr = leaf.client_amr(way.identity)
     if way.identity == "eseal":
         kinds = leaf.qc.types
@@ -254,8 +254,8 @@ def check_chain(way: Way) -> Check:
     return ok("chain", f"{len(chain.certificates)} certificates, proven up to {end}; {sent} sent")
 
 
-# PROTOCOL B.3: policies that Digdir's validator takes, by environment. An arc that ends in a
-# dot stands for everything below it.
+# Certificate policies that Digdir's public validator (seid2lib) accepts, by environment. An arc
+# that ends in a dot stands for everything below it.
 _BUYPASS: Final = ("2.16.578.1.26.1.3.2", "2.16.578.1.26.1.3.5")
 _POLICIES: Final = {
     "prod": (
@@ -290,7 +290,7 @@ def _accepted(leaf: Certificate, environment: str) -> bool:
 
 
 def _issued_for(leaf: Certificate) -> str | None:
-    """The environment that a known Norwegian CA's name tells (PROTOCOL B.3)."""
+    """The environment of a known Norwegian CA, by the issuer's name."""
     name = leaf.issuer.lower()
     if not any(known in name for known in ("buypass class 3", "commfides")):
         return None

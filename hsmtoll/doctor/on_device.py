@@ -131,7 +131,7 @@ def check_key_usage(way: Way) -> Check:
 
 
 def check_key_protection(way: Way) -> Check:
-    """The device says that the key cannot leave it, and never was outside (DESIGN 4.7)."""
+    """The key is not extractable and never was (CKA_EXTRACTABLE, CKA_NEVER_EXTRACTABLE)."""
     if way.seen is None:
         return skip("key-protection", NO_DEVICE)
     if broken := broken_at(way, "key-protection", "key"):

@@ -16,7 +16,7 @@ __all__ = ["check_grant", "check_host", "check_kid", "check_scopes", "check_sett
 
 
 def check_settings(way: Way) -> Check:
-    """Environment, identity and the options belong together (PROTOCOL A.4, A.5, C17)."""
+    """Environment, identity and the options belong together (C17)."""
     settings = way.settings
     wrong = way.facts.error
     if wrong is None or wrong.code == "setting-missing":

@@ -154,10 +154,10 @@ def values(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> list[st
 
 def org_no(certificate: x509.Certificate) -> str | None:
     """
-    The Norwegian organisation number of a subject, 9 digits (PROTOCOL B.2).
+    The Norwegian organisation number of a subject, 9 digits.
 
-    The order of the public extractor: serialNumber, organizationName ending in
-    `` - 123456789``, organizationIdentifier.
+    Searched in the order of Digdir's public extractor (seid2lib): serialNumber, organizationName
+    ending in `` - 123456789``, organizationIdentifier.
     """
     places = (
         (NameOID.SERIAL_NUMBER, r"(\d{9})"),
@@ -369,7 +369,7 @@ _ROUTES: Final = tuple(
 
 
 def route(method: str, path: str) -> Route | None:
-    """The route of a call (PROTOCOL C.7, C.9), None where Customs has none."""
+    """The route of a call to an API, None where Customs has none."""
     for wanted, pattern, kind in _ROUTES:
         if wanted == method and (found := pattern.fullmatch(path)):
             parts = found.groupdict()

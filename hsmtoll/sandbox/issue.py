@@ -1,5 +1,5 @@
 """
-What is issued when no rule refuses: tokens of Maskinporten (PROTOCOL A.9) and of Customs (C.4).
+The tokens that the sandbox issues for Maskinporten and for Customs when no rule refuses.
 """
 
 from __future__ import annotations

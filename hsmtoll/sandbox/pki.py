@@ -46,7 +46,7 @@ PublicKey = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 ESEAL_ORG_ID: Final = "NTRSE-5566778899"
 NORWEGIAN_ORG_NO: Final = "987654325"
 
-#: PROTOCOL B.3: accepted in test alone, and in production alone.
+#: Certificate policies accepted in the test environment alone, and in production alone.
 TEST_POLICY: Final = "2.16.578.1.29.913.210.1.0"
 PROD_POLICY: Final = "2.16.578.1.29.13.210.1.0"
 
@@ -193,7 +193,7 @@ def norwegian_authority(
     not_before: datetime | None = None,
     not_after: datetime | None = None,
 ) -> Authority:
-    """A new SEID 2.0 authority, whose leaves carry the policy of *environment* (PROTOCOL B.3)."""
+    """A new SEID 2.0 authority, whose leaves carry the policy of *environment*."""
     return _authority("norwegian", environment, name, "NO", algorithm, bits, not_before, not_after)
 
 

@@ -41,7 +41,7 @@ JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 FORM: Final = "application/x-www-form-urlencoded"
 _YEAR: Final = 365 * 86_400
 
-#: PROTOCOL B.3, each a regular expression of accepted policies.
+#: Environment → regular expression of accepted certificate policies, as in Digdir's seid2lib.
 _POLICIES: Final = {
     "prod": r"2\.16\.578\.1\.26\.1\.3\.[25]|2\.16\.578\.1\.29\.13\.(2[01]0|2[012]0\..+|1\.1\.0)"
     r"|2\.16\.578\.1\.29\.13\.1",

@@ -1,5 +1,5 @@
 """
-What the documents leave open about the services (PROTOCOL F), as switches of the sandbox.
+Switches of the sandbox for behaviour that the services' documentation leaves open.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ __all__ = [
     "Submission",
 ]
 
-#: PROTOCOL C.2: Norwegian scopes; each has a twin below ``toll:eu/`` unless it is in `_NO_TWIN`.
+#: Norwegian scopes; each has a twin below ``toll:eu/`` unless it is in `_NO_TWIN`.
 _NORWEGIAN: Final = (
     "toll:movement/road/v2",
     "toll:movement/air",
@@ -49,7 +49,7 @@ FOREIGN_SCOPES: Final = frozenset(_FOREIGN)
 @dataclass(frozen=True, slots=True)
 class Client:
     """
-    A Norwegian client, as self-service knows it (PROTOCOL A.13).
+    A Norwegian client, as registered in Maskinporten's self-service (Samarbeidsportalen).
 
     *keys* maps kid to (public key, posted at, in epoch seconds); with any key registered, the
     client must use ``kid`` (M40). *scopes* is what stands on the client (M63), *granted* what

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Sandbox]:
-    """Strict, with the one switch that the documents leave open (PROTOCOL B.1) on."""
+    """Strict, with key usage enforced, which the documentation leaves open."""
     trusted = (seals(), late_seals(), enterprise())
     with Sandbox(
         settings=dataclasses.replace(Settings(), key_usage_enforced=True),
