@@ -48,8 +48,13 @@ def runtime_directory() -> Path:
 def _anothers(path: Path) -> bool:
     """Whether another account than ours and root's has it, or the place where it would be made."""
     for each in (path, *path.parents):
-        with contextlib.suppress(OSError):
+        try:
             return each.stat().st_uid not in {0, os.geteuid()}
+        except FileNotFoundError:
+            continue
+        except OSError:
+            # Somebody closed the way to it, and it was not this account.
+            return True
     return False
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 import hypothesis
 import pytest
 
-from tests.accounts import NEEDS_ROOT, is_root
+from tests.kit.accounts import NEEDS_ROOT, is_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.audit_log import segments_of, verify
 from tests.benchmarks.stage import Row, seconds_of, turns
-from tests.hostile import cases
+from tests.kit.hostile import cases
 
 if TYPE_CHECKING:
     from pathlib import Path

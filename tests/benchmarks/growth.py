@@ -20,7 +20,7 @@ from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.faults import Faults
 from hsmtoll.testing.identity import introduce
 from tests.benchmarks.stage import ROUNDS, Row, Series
-from tests.lab import listens
+from tests.kit.own_device import listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

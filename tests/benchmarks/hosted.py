@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.testing.faults import Faults
-from tests import hosting
 from tests.benchmarks.stage import Row, Series, per_second, turns
+from tests.kit import signing_host
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,14 +139,14 @@ def host(stage: Stage) -> list[Row]:
     if os.geteuid() != 0:
         print("host: callers of 32 accounts need root; left out", file=sys.stderr)
         return []
-    entries = [hosting.entry(f"uid:{_ACCOUNT + number}") for number in range(CALLERS)]
+    entries = [signing_host.entry(f"uid:{_ACCOUNT + number}") for number in range(CALLERS)]
     rows = []
     with Faults(stage.device.module, stage.folder / "host-faults") as faults:
         for count in (1, 2):
-            with hosting.make_host(stage.environ, *entries, faults=faults) as running:
+            with signing_host.make_host(stage.environ, *entries, faults=faults) as running:
                 running.start(HSMTOLL_HOST__WORKERS=str(count))
                 running.open_to_all()
-                grant = hosting.raw_request()
+                grant = signing_host.raw_request()
                 rates = [_crowd(running.socket, grant)[0] for _ in range(3)]
                 mine = statistics.median(rates)
                 bare = statistics.median(stage.bare_signatures(SECONDS, count) for _ in range(3))
@@ -184,14 +184,14 @@ def _tokens(stage: Stage, path: Path, *entries: str) -> list[Row]:
     same host with a log that is in memory: the audit has no switch.
     """
     # Both sides close after a reply, as the signing host does by itself.
-    plain = hosting.raw_request("/v1/token")
+    plain = signing_host.raw_request("/v1/token")
     request = plain.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
     where = stage.folder / "nothing.sock"
     argv = [sys.executable, "-c", _NOTHING, str(where)]
     with (
         subprocess.Popen(argv, stdout=subprocess.PIPE) as empty,
         tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
-        hosting.make_host(stage.environ, *entries) as other,
+        signing_host.make_host(stage.environ, *entries) as other,
     ):
         assert empty.stdout is not None
         empty.stdout.readline()

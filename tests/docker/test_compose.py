@@ -16,7 +16,7 @@ from joserfc.errors import BadSignatureError
 from joserfc.jwk import RSAKey
 
 from tests.docker.containers import docker, run_docker, wait_for
-from tests.grants import DEFINED
+from tests.kit.grants import DEFINED
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.settings import load
-from tests import hosting
+from tests.kit import signing_host
 
 # For the tests of this room.
-from tests.accounts import OTHER
-from tests.hosting import ME, RunningHost, RunningService, entry, eventually, raw_request
+from tests.kit.accounts import OTHER
+from tests.kit.signing_host import ME, RunningHost, RunningService, entry, eventually, raw_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +33,9 @@ def make_host(
     with contextlib.ExitStack() as stack:
 
         def made(*entries: str) -> RunningHost:
-            return stack.enter_context(hosting.make_host(environ, *entries, faults=toll_faults))
+            return stack.enter_context(
+                signing_host.make_host(environ, *entries, faults=toll_faults)
+            )
 
         yield made
 

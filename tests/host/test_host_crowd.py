@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll import jws
 from hsmtoll.host.audit_log import verify
-from tests.hosting import ROAD_SCOPE, entry, eventually
+from tests.kit.signing_host import ROAD_SCOPE, entry, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.hosting import Identity, RunningHost
+    from tests.kit.signing_host import Identity, RunningHost
 
 SECONDS: Final = float(os.environ.get("TOLL_CROWD_SECONDS", "8"))
 ACCOUNTS: Final = 25

@@ -36,8 +36,8 @@ from hsmtoll.host.server import _Doors
 from hsmtoll.hsm.signatures import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
-from tests.accounts import importable
-from tests.hosting import (
+from tests.kit.accounts import importable
+from tests.kit.signing_host import (
     ME,
     PATIENCE,
     PROFILE,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.clock import Clock
     from hsmtoll.sandbox.server import Sandbox
-    from tests.hosting import RunningHost
+    from tests.kit.signing_host import RunningHost
 
 
 @pytest.fixture
@@ -459,7 +459,7 @@ from pathlib import Path
 from hsmtoll.errors import HsmTollError
 from hsmtoll.host.emergency_stop import check_stop_directory, resume, stop, stopped_by
 from hsmtoll.host.policy import Policy
-from tests.accounts import OTHER, become, import_all
+from tests.kit.accounts import OTHER, become, import_all
 policy, file = map(Path, sys.argv[1:])
 import_all()
 become(OTHER)

@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.hosting import Reply, RunningHost
+    from tests.kit.signing_host import Reply, RunningHost
 
 #: Seconds; far more than the longest pause before the next try.
 PATIENCE = 120.0

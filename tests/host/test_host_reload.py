@@ -23,8 +23,8 @@ from hsmtoll.host.self_test import sign_self_test
 from hsmtoll.sandbox.pki import eseal_authority, pem
 from hsmtoll.settings import load
 from hsmtoll.tokens.renewal import Renewal
-from tests.hosting import ME, PROFILE, RunningService, entry, eventually
-from tests.lab import workers
+from tests.kit.own_device import workers
+from tests.kit.signing_host import ME, PROFILE, RunningService, entry, eventually
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cryptography import x509
 
     from hsmtoll.testing.identity import ThrowAway
-    from tests.hosting import RunningHost
+    from tests.kit.signing_host import RunningHost
 
 PATIENCE = 60.0
 CHANGED = PROFILE + 'alg = "RS512"\n'

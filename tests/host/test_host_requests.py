@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from hsmtoll.host import doors
 from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.host.policy import Ask
-from tests.accounts import OTHER, importable
-from tests.hosting import ROAD, eventually, raw_request
+from tests.kit.accounts import OTHER, importable
+from tests.kit.signing_host import ROAD, eventually, raw_request
 
 if TYPE_CHECKING:
-    from tests.hosting import RunningHost
+    from tests.kit.signing_host import RunningHost
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -195,7 +195,7 @@ def test_the_ninth_connection_of_an_account_is_told_to_come_again(
 
 _SILENT = """
 import socket, sys
-from tests.accounts import become
+from tests.kit.accounts import become
 become(int(sys.argv[2]))
 held = [socket.socket(socket.AF_UNIX) for _ in range(8)]
 for one in held:

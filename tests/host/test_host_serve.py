@@ -20,7 +20,7 @@ from joserfc.jwk import RSAKey
 
 from hsmtoll.host.health import exposed
 from tests.host.conftest import ME, OTHER, RunningHost, entry, eventually, raw_request
-from tests.hosting import PROFILE
+from tests.kit.signing_host import PROFILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosting import APP, ME, PROFILE, Authority, entry
+from tests.kit.signing_host import APP, ME, PROFILE, Authority, entry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.hosting import Identity, Reply, RunningHost
+    from tests.kit.signing_host import Identity, Reply, RunningHost
 
 
 def turned_away(host: RunningHost, identity: Identity) -> bool:

@@ -12,13 +12,13 @@ import pytest
 from hsmtoll.errors import TryAgainLater
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask
-from tests.hosting import ME, PROFILE, RunningService, entry, eventually
-from tests.lab import workers
+from tests.kit.own_device import workers
+from tests.kit.signing_host import ME, PROFILE, RunningService, entry, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.hosting import RunningHost
+    from tests.kit.signing_host import RunningHost
 
 PATIENCE = 60.0
 

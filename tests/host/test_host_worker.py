@@ -16,10 +16,10 @@ from hsmtoll.errors import DeviceError, PolicyDenied
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.jws import SigningInput
 from hsmtoll.signing.grant import Grant, read_grant
-from tests.hosting import ME, ROAD_SCOPE, RunningHost, entry
+from tests.kit.signing_host import ME, ROAD_SCOPE, RunningHost, entry
 
 if TYPE_CHECKING:
-    from tests.hosting import RunningService
+    from tests.kit.signing_host import RunningService
 
 AIR_SCOPE: Final = apis.scope_of("air", "eseal")
 

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hsmtoll.errors import AuditBroken
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.health import exposed
-from tests.accounts import importable
-from tests.hosting import PATIENCE, Authority, RunningHost
-from tests.readers import Terminal
+from tests.kit.accounts import importable
+from tests.kit.readers import Terminal
+from tests.kit.signing_host import PATIENCE, Authority, RunningHost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,9 +28,9 @@ from joserfc.jwk import RSAKey
 
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.sandbox import pki
-from tests.accounts import NEEDS_NAMESPACES
-from tests.hosting import PATIENCE, ROAD_SCOPE
-from tests.readers import Block, Terminal, blocks, commands
+from tests.kit.accounts import NEEDS_NAMESPACES
+from tests.kit.readers import Block, Terminal, blocks, commands
+from tests.kit.signing_host import PATIENCE, ROAD_SCOPE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,8 +18,8 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.token import TokenRequest
-from tests.hosting import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
-from tests.readers import blocks
+from tests.kit.readers import blocks
+from tests.kit.signing_host import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.faults import Faults
     from hsmtoll.testing.identity import ThrowAway
-    from tests.hosting import RunningHost
+    from tests.kit.signing_host import RunningHost
 
 ROAD = TokenRequest(ROAD_SCOPE)
 

@@ -33,8 +33,8 @@ from hsmtoll.signing.remote import Hosts, SigningHost
 from hsmtoll.signing.verification import Expected, prove
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.token import TokenRequest
-from tests.accounts import importable
-from tests.lying_host import (
+from tests.kit.accounts import importable
+from tests.kit.scripted_host import (
     ISSUER,
     Ca,
     LyingHost,
@@ -500,8 +500,8 @@ def test_a_link_in_a_place_that_others_may_write_is_not_followed(
 _AS_ANOTHER = """
 import sys
 from pathlib import Path
-from tests.accounts import become
-from tests.lying_host import LyingHost
+from tests.kit.accounts import become
+from tests.kit.scripted_host import LyingHost
 become(int(sys.argv[2]))
 with LyingHost(Path(sys.argv[1])):
     print("up", flush=True)

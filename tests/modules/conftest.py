@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.sandbox import pki
 from hsmtoll.testing.softhsm import SoftHsm
-from tests.accounts import NEEDS_ROOT, is_root
-from tests.lab import free_port, listens
+from tests.kit.accounts import NEEDS_ROOT, is_root
+from tests.kit.own_device import free_port, listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -22,7 +22,7 @@ from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.clock import SettableClock
-from tests.grants import a_grant
+from tests.kit.grants import a_grant
 
 
 class Driver:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from tests.grants import a_grant
+from tests.kit.grants import a_grant
 
 if TYPE_CHECKING:
     from pathlib import Path

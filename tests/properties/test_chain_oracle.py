@@ -31,8 +31,8 @@ from pyhanko_certvalidator.validate import async_validate_path
 
 from hsmtoll.errors import CertificateError
 from hsmtoll.x509.path_building import MAX_DEPTH, build
-from tests import pki
-from tests.pki import DAY, NOW, ec_key, name, rsa_key
+from tests.kit import pki
+from tests.kit.pki import DAY, NOW, ec_key, name, rsa_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsmtoll.x509.path_building import build
-from tests import pki
-from tests.pki import NOW, authority, ec_key, leaf
+from tests.kit import pki
+from tests.kit.pki import NOW, authority, ec_key, leaf
 
 if TYPE_CHECKING:
     from hsmtoll.x509.certificate import Certificate

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hsmtoll import ApiRefused, OutcomeUnknown, UsageError, apis
-from tests.customs_messages import message
+from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
     from hsmtoll import TollClient

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from hsmtoll import metrics
 from hsmtoll.client import AsyncTollClient, TollClient
 from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError
-from tests.soft import engine_of
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

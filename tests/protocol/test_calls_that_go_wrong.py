@@ -28,8 +28,8 @@ from hsmtoll.customs.conversation import Wait
 from hsmtoll.customs.errors import check
 from hsmtoll.customs.submissions import submission
 from hsmtoll.transport import CONNECTIONS
-from tests.raw_services import CALL, RawServices, dripping, said
-from tests.soft import engine_of
+from tests.kit.raw_services import CALL, RawServices, dripping, said
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     import ssl

@@ -17,7 +17,7 @@ from joserfc import jws as jose
 from joserfc.errors import JoseError
 from joserfc.jwk import RSAKey
 
-from tests.customs_messages import message
+from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
     from pathlib import Path

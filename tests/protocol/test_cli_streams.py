@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hsmtoll.cli.streams import say
-from tests.customs_messages import message
+from tests.kit.customs_messages import message
 
 ROAD = "/api/movement/road/v2"
 NO_ROOM = "No space left on device"

@@ -9,7 +9,7 @@ import pytest
 from hsmtoll.client import TollClient
 from hsmtoll.errors import ClockError
 from hsmtoll.testing.clock import SettableClock
-from tests.soft import engine_of
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -35,7 +35,7 @@ from hsmtoll.customs.routing import Marker, routing
 from hsmtoll.customs.submissions import LEVELS
 from hsmtoll.settings import load
 from hsmtoll.transport import Wire
-from tests.customs_messages import message, presentation
+from tests.kit.customs_messages import message, presentation
 
 if TYPE_CHECKING:
     from pathlib import Path

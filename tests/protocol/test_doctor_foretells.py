@@ -21,13 +21,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.doctor import examine
 from hsmtoll.sandbox import Sandbox, Settings
-from tests import broken
-from tests.broken import BROKEN, CLIENT, GOOD, NOW, enterprise, late_seals, seals
+from tests.kit import doctor_cases
+from tests.kit.doctor_cases import BROKEN, CLIENT, GOOD, NOW, enterprise, late_seals, seals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.broken import Setup
+    from tests.kit.doctor_cases import Setup
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_every_code_of_a_certificate_or_claim_is_among_the_setups() -> None:
     """A fault that is added to the chain's table must be added to the setups as well."""
     from hsmtoll.x509 import certificate_checks, leaf_choice, path_building
 
-    known = {made().code for made in broken.BROKEN.values()}
+    known = {made().code for made in doctor_cases.BROKEN.values()}
     modules = (certificate_checks, leaf_choice, path_building)
     source = "".join(Path(str(each.__file__)).read_text(encoding="utf-8") for each in modules)
     words = {word for word in source.split('"') if word.startswith(("certificate-", "chain-"))}

@@ -15,7 +15,7 @@ import pytest
 from hsmtoll import GrantRefused, ScopeNotGranted, UsageError
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from tests.customs_messages import message
+from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

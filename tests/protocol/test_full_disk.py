@@ -17,7 +17,7 @@ from hsmtoll.host.audit_log import segments_of, verify
 from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.tokens.stores import FileStore, name_of
-from tests.accounts import NEEDS_NAMESPACES
+from tests.kit.accounts import NEEDS_NAMESPACES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.customs_messages import house, message, presentation
-from tests.sandbox_wire import Wire, wire
+from tests.kit.customs_messages import house, message, presentation
+from tests.kit.sandbox_requests import Wire, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

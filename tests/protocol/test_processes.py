@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.crowds import Crowd, fresh_key
+from tests.kit.crowds import Crowd, fresh_key
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests import readers
-from tests.readers import PATIENCE, Terminal, blocks, commands, shows
+from tests.kit import readers
+from tests.kit.readers import PATIENCE, Terminal, blocks, commands, shows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,9 +23,9 @@ from hsmtoll.errors import ConfigurationError
 from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens.stores import COMMANDS, RedisStore, name_of
-from tests.crowds import Crowd, fresh_key
-from tests.lab import free_port
-from tests.soft import engine_of
+from tests.kit.crowds import Crowd, fresh_key
+from tests.kit.own_device import free_port
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,8 +21,8 @@ from hsmtoll.errors import (
     TryAgainLater,
 )
 from hsmtoll.tokens.stores import FileStore
-from tests.raw_services import BEARER, SUBJECT, RawServices, said
-from tests.soft import engine_of
+from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from pathlib import Path

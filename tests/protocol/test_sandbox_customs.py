@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.customs_messages import house, presentation
-from tests.sandbox_twins import certificate, eseal, leaf
-from tests.sandbox_wire import Wire, wire
+from tests.kit.customs_messages import house, presentation
+from tests.kit.rule_cases import certificate, eseal, leaf
+from tests.kit.sandbox_requests import Wire, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from hsmtoll.sandbox.faults import NAMES
-from tests.sandbox_wire import Wire, wire
+from tests.kit.sandbox_requests import Wire, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hsmtoll.sandbox.rules import TABLE
-from tests.customs_messages import house, presentation
-from tests.sandbox_twins import NOW, Twins, certificate, eseal, grants, leaf
-from tests.sandbox_wire import Wire, claims_of, wire
+from tests.kit.customs_messages import house, presentation
+from tests.kit.rule_cases import NOW, Twins, certificate, eseal, grants, leaf
+from tests.kit.sandbox_requests import Wire, claims_of, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +31,7 @@ def test_without_its_rule_a_bad_grant_becomes_a_token(rule: str) -> None:
 
 
 def _prod() -> Any:
-    from tests.sandbox_twins import enterprise
+    from tests.kit.rule_cases import enterprise
 
     return enterprise("prod").root
 

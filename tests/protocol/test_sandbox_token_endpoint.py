@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from tests.sandbox_twins import ROAD, Ask, by_key, certificate, eseal, leaf
-from tests.sandbox_wire import Wire, wire
+from tests.kit.rule_cases import ROAD, Ask, by_key, certificate, eseal, leaf
+from tests.kit.sandbox_requests import Wire, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

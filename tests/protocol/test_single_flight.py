@@ -12,7 +12,7 @@ import httpx
 
 from hsmtoll.client import AsyncTollClient, TollClient
 from hsmtoll.errors import NetworkError
-from tests.soft import engine_of
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

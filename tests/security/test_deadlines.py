@@ -19,7 +19,7 @@ import hsmtoll
 from hsmtoll import NetworkError, OutcomeUnknown, deadline
 from hsmtoll.http_messages import Post
 from hsmtoll.transport import Door, Wire
-from tests.raw_services import RawServices
+from tests.kit.raw_services import RawServices
 
 if TYPE_CHECKING:
     import ssl

@@ -20,8 +20,8 @@ from hsmtoll.customs.errors import refused
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
 from hsmtoll.http_messages import Answer, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject
-from tests.raw_services import BEARER, SUBJECT, RawServices, said
-from tests.soft import engine_of
+from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

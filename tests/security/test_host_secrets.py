@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hosting import make_host
+from tests.kit.signing_host import make_host
 
 if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.grants import DEFINED
+from tests.kit.grants import DEFINED
 
 _PROGRAM = r"""
 import json

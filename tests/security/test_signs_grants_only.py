@@ -22,7 +22,7 @@ from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, Policy
 from hsmtoll.hsm.signatures import SELF_TEST, Signable
 from hsmtoll.jws import RsaPublicKey, SigningInput
 from hsmtoll.settings import load
-from tests.grants import a_grant
+from tests.kit.grants import a_grant
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

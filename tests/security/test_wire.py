@@ -24,9 +24,9 @@ from hsmtoll.errors import ConfigurationError, NetworkError
 from hsmtoll.http_messages import Post
 from hsmtoll.tokens.exchange import read_subject
 from hsmtoll.transport import Wire
-from tests.lab import free_port
-from tests.raw_services import RawServices, TlsProxy, dripping
-from tests.soft import engine_of
+from tests.kit.own_device import free_port
+from tests.kit.raw_services import RawServices, TlsProxy, dripping
+from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

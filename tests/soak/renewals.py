@@ -27,8 +27,8 @@ from hsmtoll.client import TollClient
 from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.clock import SettableClock
+from tests.kit.soft_client import authority, engine_of
 from tests.soak.measure import in_use, memory, slope
-from tests.soft import authority, engine_of
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

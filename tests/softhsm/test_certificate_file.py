@@ -17,7 +17,7 @@ from hsmtoll import doctor
 from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.token import TokenRequest
-from tests.lab import Lab, make_lab
+from tests.kit.own_device import Lab, make_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from hsmtoll import doctor, enrolment
 from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem
-from tests.lab import Lab, make_lab
+from tests.kit.own_device import Lab, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.grants import DEFINED
+from tests.kit.grants import DEFINED
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,8 +20,8 @@ from hsmtoll.hsm.inspect import places
 from hsmtoll.hsm.pin import Pin, PinPad, PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
-from tests.grants import DEFINED, a_grant
-from tests.lab import accepted
+from tests.kit.grants import DEFINED, a_grant
+from tests.kit.own_device import accepted
 from tests.softhsm.conftest import SOFTHSM, SPY, DeviceSoftHsm, make_softhsm
 
 if TYPE_CHECKING:

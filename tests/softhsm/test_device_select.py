@@ -17,8 +17,8 @@ from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
-from tests.grants import a_grant
-from tests.lab import accepted
+from tests.kit.grants import a_grant
+from tests.kit.own_device import accepted
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,8 +18,8 @@ from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.signatures import Signable
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey
-from tests.grants import a_grant
-from tests.lab import accepted
+from tests.kit.grants import a_grant
+from tests.kit.own_device import accepted
 
 if TYPE_CHECKING:
     from pathlib import Path

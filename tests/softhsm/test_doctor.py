@@ -15,9 +15,9 @@ from hsmtoll.errors import DeviceError, NetworkError
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.transport import Wire
-from tests.broken import revocation_list
-from tests.grants import a_grant
-from tests.lab import PIN, Lab, accepted, make_lab
+from tests.kit.doctor_cases import revocation_list
+from tests.kit.grants import a_grant
+from tests.kit.own_device import PIN, Lab, accepted, make_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ import pytest
 
 from hsmtoll import doctor
 from hsmtoll.doctor.facts import revocation_of
-from tests.lab import Lab, free_port, make_lab
+from tests.kit.own_device import Lab, free_port, make_lab
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from hsmtoll.cli import main
 from hsmtoll.cli.device import key
 from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
 from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, stranger
-from tests.lab import PIN, Lab, make_lab
+from tests.kit.own_device import PIN, Lab, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path

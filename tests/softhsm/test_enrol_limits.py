@@ -10,8 +10,8 @@ import pytest
 from hsmtoll import DeviceError, UsageError, enrolment
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from tests.grants import a_grant
-from tests.pki import chain_for
+from tests.kit.grants import a_grant
+from tests.kit.pki import chain_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,8 @@ from hsmtoll import CertificateError, DeviceError, enrolment
 from hsmtoll.app import App
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import load
-from tests.lab import PIN, make_lab
-from tests.pki import chain_for
+from tests.kit.own_device import PIN, make_lab
+from tests.kit.pki import chain_for
 from tests.softhsm.test_enrol import SUBJECT
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hsmtoll import PinIncorrect
 from hsmtoll.app import App
 from hsmtoll.settings import load
 from hsmtoll.token import TokenRequest
-from tests.hosting import eventually
+from tests.kit.signing_host import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

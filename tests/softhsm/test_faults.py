@@ -14,7 +14,7 @@ from pkcs11 import TokenFlag
 from hsmtoll import UsageError
 from hsmtoll.testing.faults import FUNCTIONS, NAMES, Faults
 from hsmtoll.testing.softhsm import SoftHsm
-from tests.hosting import eventually
+from tests.kit.signing_host import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,8 +22,8 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
-from tests.grants import a_grant
-from tests.lab import accepted
+from tests.kit.grants import a_grant
+from tests.kit.own_device import accepted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

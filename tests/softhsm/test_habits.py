@@ -28,8 +28,8 @@ from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
 from hsmtoll.testing.softhsm import SoftHsm
 from hsmtoll.token import TokenRequest
-from tests.grants import a_grant
-from tests.lab import accepted
+from tests.kit.grants import a_grant
+from tests.kit.own_device import accepted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

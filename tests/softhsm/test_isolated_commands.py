@@ -13,7 +13,7 @@ from cryptography import x509
 
 from hsmtoll.cli import main
 from hsmtoll.sandbox.pki import eseal_authority, pem
-from tests.lab import PIN, Lab, make_lab, workers
+from tests.kit.own_device import PIN, Lab, make_lab, workers
 
 if TYPE_CHECKING:
     from click.testing import Result

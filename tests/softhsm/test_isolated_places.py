@@ -23,8 +23,8 @@ from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
-from tests.grants import DEFINED, a_grant
-from tests.lab import free_port
+from tests.kit.grants import DEFINED, a_grant
+from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -28,10 +28,10 @@ from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
 from hsmtoll.signing.signer import new_jti
 from hsmtoll.token import TokenRequest
-from tests.accounts import OTHER, importable
-from tests.grants import a_grant
-from tests.hosting import eventually
-from tests.lab import accepted, ended, workers
+from tests.kit.accounts import OTHER, importable
+from tests.kit.grants import a_grant
+from tests.kit.own_device import accepted, ended, workers
+from tests.kit.signing_host import eventually
 from tests.soak.measure import children
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def test_what_is_behind_the_module_looks_the_same_from_a_process_of_its_own(
 
 _PEEK = """
 import ctypes, os, signal, socket, sys, time
-from tests.accounts import become, import_all
+from tests.kit.accounts import become, import_all
 
 import_all()
 from hsmtoll.hsm import worker

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.jws import RsaPublicKey
-from tests.grants import DEFINED
+from tests.kit.grants import DEFINED
 from tests.softhsm.conftest import stand_between
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
-from tests.grants import a_grant
+from tests.kit.grants import a_grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -24,8 +24,8 @@ from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.testing.softhsm import SoftHsm
-from tests.grants import DEFINED, a_grant
-from tests.lab import listens
+from tests.kit.grants import DEFINED, a_grant
+from tests.kit.own_device import listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

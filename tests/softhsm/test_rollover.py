@@ -20,7 +20,7 @@ from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
 from hsmtoll.signing.signer import FailoverSigner, Lineage, LocalSigner
 from hsmtoll.token import TokenRequest
 from hsmtoll.x509.certificate_files import Bundle
-from tests.lab import Lab, MovedClock, make_lab
+from tests.kit.own_device import Lab, MovedClock, make_lab
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.pin_log import Ledger
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
-from tests.grants import DEFINED, a_grant
+from tests.kit.grants import DEFINED, a_grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -16,7 +16,7 @@ import pytest
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.identity import ThrowAway, eseal
 from hsmtoll.testing.softhsm import SoftHsm
-from tests.lab import listens
+from tests.kit.own_device import listens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,14 +12,14 @@ import pytest
 
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from tests.accounts import OTHER, importable, is_root
+from tests.kit.accounts import OTHER, importable, is_root
 
 # Everything is imported before: this Python may lie where the account cannot look.
 _AS_ANOTHER = """
 import os, sys
 from pathlib import Path
 import platformdirs
-from tests.accounts import become, import_all
+from tests.kit.accounts import become, import_all
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by

@@ -25,7 +25,7 @@ from cryptography.x509.oid import NameOID, ObjectIdentifier
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.x509.certificate import MAX_DER, Certificate
 from hsmtoll.x509.certificate_files import certificates_in
-from tests import pki
+from tests.kit import pki
 
 
 def _der(*parts: bytes, tag: int = 0x30) -> bytes:

@@ -27,9 +27,9 @@ from hsmtoll import der
 from hsmtoll.x509.certificate import MAX_NAME, Certificate
 from hsmtoll.x509.certificate_files import certificates_in
 from hsmtoll.x509.path_building import build
-from tests import pki
-from tests.hostile import certificate_of, rsa_spki
-from tests.pki import NOW
+from tests.kit import pki
+from tests.kit.hostile import certificate_of, rsa_spki
+from tests.kit.pki import NOW
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.x509.certificate_files import certificates_in
-from tests import pki
+from tests.kit import pki
 
 if TYPE_CHECKING:
     from hsmtoll.x509.certificate import Certificate

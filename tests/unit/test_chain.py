@@ -19,8 +19,8 @@ from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_checks import chain_faults, leaf_faults
 from hsmtoll.x509.leaf_choice import checked, choose, for_key, ranked
 from hsmtoll.x509.path_building import MAX_DEPTH, MAX_VERIFICATIONS, Chain, build
-from tests import pki
-from tests.pki import DAY, NOW, authority, ec_key, leaf, name, rsa_key, usage
+from tests.kit import pki
+from tests.kit.pki import DAY, NOW, authority, ec_key, leaf, name, rsa_key, usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

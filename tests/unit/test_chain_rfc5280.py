@@ -12,8 +12,8 @@ from hsmtoll.errors import CertificateError, ConfigurationError
 from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import bundle_in
 from hsmtoll.x509.path_building import build
-from tests import pki
-from tests.pki import DAY, NOW, authority, ec_key, leaf, name
+from tests.kit import pki
+from tests.kit.pki import DAY, NOW, authority, ec_key, leaf, name
 
 LATE = NOW + 1000 * DAY
 ODD = (x509.UnrecognizedExtension(ObjectIdentifier("1.2.3.4"), b"\x05\x00"), True)

@@ -17,7 +17,7 @@ from hsmtoll.hsm.pin_log import Place
 from hsmtoll.hsm.pipe import Opening, Reply
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
-from tests.broken import key_facts, token_facts
+from tests.kit.doctor_cases import key_facts, token_facts
 
 BIG = RsaPublicKey((1 << 16384) - 1, 65537)
 ODD = StoredCertificate(bytes(range(256)), "å b;/\n\0", b"", "it has no value on the device")

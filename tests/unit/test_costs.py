@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from hsmtoll.x509 import certificate
-from tests.hostile import READERS, Reader
+from tests.kit.hostile import READERS, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

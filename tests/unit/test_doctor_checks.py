@@ -23,8 +23,8 @@ from hsmtoll.http_messages import Answer, Post
 from hsmtoll.settings import Settings
 from hsmtoll.tokens.exchange import read_subject
 from hsmtoll.x509 import revocation
-from tests import broken
-from tests.broken import (
+from tests.kit import doctor_cases
+from tests.kit.doctor_cases import (
     BROKEN,
     DAY,
     GOOD,
@@ -47,13 +47,13 @@ def told(facts: Facts) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("build", GOOD.values(), ids=GOOD)
-def test_the_doctor_is_silent_about_a_good_setup(build: Callable[[], broken.Setup]) -> None:
+def test_the_doctor_is_silent_about_a_good_setup(build: Callable[[], doctor_cases.Setup]) -> None:
     assert told(build().facts) == {}
 
 
 @pytest.mark.parametrize("build", BROKEN.values(), ids=BROKEN)
 def test_each_fault_is_caught_by_its_own_code_and_no_other(
-    build: Callable[[], broken.Setup],
+    build: Callable[[], doctor_cases.Setup],
 ) -> None:
     made = build()
     found = told(made.facts)
@@ -69,7 +69,7 @@ def test_there_are_enough_faults_of_certificates_and_claims() -> None:
 
 
 @pytest.mark.parametrize("build", BROKEN.values(), ids=BROKEN)
-def test_every_fault_says_what_to_do_and_who(build: Callable[[], broken.Setup]) -> None:
+def test_every_fault_says_what_to_do_and_who(build: Callable[[], doctor_cases.Setup]) -> None:
     made = build()
     finding = next(c for c in examine(made.facts) if c.code == made.code)
     assert finding.who
@@ -79,7 +79,7 @@ def test_every_fault_says_what_to_do_and_who(build: Callable[[], broken.Setup]) 
 
 
 @pytest.mark.parametrize("build", BROKEN.values(), ids=BROKEN)
-def test_what_hangs_on_a_broken_link_is_skipped(build: Callable[[], broken.Setup]) -> None:
+def test_what_hangs_on_a_broken_link_is_skipped(build: Callable[[], doctor_cases.Setup]) -> None:
     verdicts = [check.verdict for check in examine(build().facts)]
     after = verdicts[verdicts.index("fail") + 1 :] if "fail" in verdicts else []
     assert set(after) <= {"skip"}
@@ -232,7 +232,7 @@ def test_the_next_certificate_is_named_with_its_day_and_silences_the_warning() -
 
 def test_the_first_usable_key_of_several_is_judged_and_the_others_are_told() -> None:
     good = setup().facts
-    gone = Seen(uri=broken.URI, error=errors.DeviceError("away", code="device-missing"))
+    gone = Seen(uri=doctor_cases.URI, error=errors.DeviceError("away", code="device-missing"))
     assert told(replace(good, seen=(gone, *good.seen))) == {"key-unusable": "warn"}
     report = Report(examine(replace(good, seen=(gone, *good.seen))), good)
     assert report.exit_code == 0
@@ -262,14 +262,14 @@ def test_with_a_kid_no_certificate_is_asked_for_and_its_age_is_unknown() -> None
     assert [c for c in checks if c.verdict in ("warn", "fail")] == []
     line = next(c.line for c in checks if c.check == "kid")
     assert "one year" in line
-    assert broken.public(key()).thumbprint() in line
+    assert doctor_cases.public(key()).thumbprint() in line
 
 
 def test_each_scope_asked_for_is_granted_or_names_who_must_act() -> None:
     refused = ScopeNotGranted("no access", code="MP-250", who="customs", hint="ask Customs")
     said = (("toll:eu/movement/road/v2", None), ("toll:eu/movement/air", refused))
     answers = Answers(
-        metadata=broken._METADATA,
+        metadata=doctor_cases._METADATA,
         offset=0.0,
         health=200,
         consumer="NTRSE-5566778899",
@@ -408,7 +408,7 @@ def test_a_list_tells_revoked_from_not_revoked_in_both_encodings() -> None:
 
 def test_a_list_of_another_issuer_or_of_nothing_is_refused() -> None:
     raw, leaf, issuer = _pair()
-    forged = revocation_list(broken.twin_seals(), raw).public_bytes(Encoding.DER)
+    forged = revocation_list(doctor_cases.twin_seals(), raw).public_bytes(Encoding.DER)
     for data in (forged, b"", b"<html>", b"0" * (revocation.MAX_BYTES + 1)):
         with pytest.raises(ValueError, match=r"list|signed|KiB"):
             revocation.by_crl(data, leaf, issuer, now=NOW)
@@ -452,7 +452,7 @@ def test_an_ocsp_answer_is_taken_from_the_issuer_alone() -> None:
     gone = _ocsp(raw, ocsp.OCSPCertStatus.REVOKED)
     assert revocation.by_ocsp(good, leaf, issuer, now=NOW).revoked_at is None
     assert revocation.by_ocsp(gone, leaf, issuer, now=NOW).revoked_at == NOW - DAY
-    forged = _ocsp(raw, ocsp.OCSPCertStatus.GOOD, by=broken.twin_seals())
+    forged = _ocsp(raw, ocsp.OCSPCertStatus.GOOD, by=doctor_cases.twin_seals())
     elsewhere = _ocsp(seals().issue(key().public_key()), ocsp.OCSPCertStatus.GOOD)
     unknown = _ocsp(raw, ocsp.OCSPCertStatus.UNKNOWN)
     for data in (forged, elsewhere, unknown, b"", b"<html>", good + bytes(64 * 1024)):

@@ -19,8 +19,8 @@ from hsmtoll.errors import ConfigurationError
 from hsmtoll.files import check_own, check_trusted, read, replace
 from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.settings import Settings
-from tests.accounts import OTHER, importable
-from tests.path_settings import table
+from tests.kit.accounts import OTHER, importable
+from tests.kit.path_settings import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,7 +181,8 @@ def test_a_group_with_others_in_it_may_not_write_where_state_is_kept(place: Path
 @pytest.mark.needs_root
 def test_a_group_of_this_account_alone_may() -> None:
     program = (
-        "import os, sys; from pathlib import Path; from tests.accounts import become, import_all;"
+        "import os, sys; from pathlib import Path;"
+        "from tests.kit.accounts import become, import_all;"
         "import_all(); become(int(sys.argv[2]), int(sys.argv[3]));"
         "from hsmtoll.files import loose; print(loose(Path(sys.argv[1]), own=True))"
     )

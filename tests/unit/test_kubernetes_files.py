@@ -16,7 +16,7 @@ from hsmtoll.errors import ConfigurationError, PinNotTried
 from hsmtoll.files import exposed, loose
 from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.tokens.stores import FileStore, read_key
-from tests.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
+from tests.kit.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,7 +123,7 @@ def test_what_was_opened_otherwise_is_refused_by_what_others_can_do(
 _KEEP = """
 import os, sys
 from pathlib import Path
-from tests.accounts import become, import_all
+from tests.kit.accounts import become, import_all
 import_all()
 become(int(sys.argv[2]), int(sys.argv[3]))
 from hsmtoll.errors import ConfigurationError, PinNotTried

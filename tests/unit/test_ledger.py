@@ -15,7 +15,7 @@ import pytest
 from hsmtoll.errors import DeviceError, PinNotTried
 from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.pin_log import Ledger, Place
-from tests.accounts import OTHER
+from tests.kit.accounts import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable

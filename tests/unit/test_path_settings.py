@@ -29,9 +29,16 @@ from hsmtoll.hsm.pin import PinCommand
 from hsmtoll.settings import load
 from hsmtoll.signing.remote import _trusted_at
 from hsmtoll.testing.softhsm import find_module
-from tests import path_settings
-from tests.accounts import NEEDS_NAMESPACES, OTHER, importable, is_root
-from tests.path_settings import DIRECTORIES, FILES, SECRETS, Material, table, users_of_directories
+from tests.kit import path_settings
+from tests.kit.accounts import NEEDS_NAMESPACES, OTHER, importable, is_root
+from tests.kit.path_settings import (
+    DIRECTORIES,
+    FILES,
+    SECRETS,
+    Material,
+    table,
+    users_of_directories,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -290,7 +297,8 @@ def test_what_is_mounted_read_only_is_taken_whatever_its_mode(
         as_kubernetes(folder, "it", made.files[name].content, mode)
         folder.chmod(0o777)
     program = (
-        "import sys; from pathlib import Path; from tests.path_settings import Material, FILES\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.kit.path_settings import Material, FILES\n"
         "from hsmtoll.errors import HsmTollError\n"
         "made = Material(Path(sys.argv[1]))\n"
         "for name in FILES:\n"

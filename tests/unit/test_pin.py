@@ -16,8 +16,8 @@ import pytest
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.hsm.pin import Pin, PinCommand, PinFile, PinPad, PinTerminal, PinValue
-from tests.hosting import eventually
-from tests.lab import ended
+from tests.kit.own_device import ended
+from tests.kit.signing_host import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -22,7 +22,7 @@ from hsmtoll.settings import Settings, load, profiles, variable
 from hsmtoll.testing.faults import NAMES
 from hsmtoll.tokens.mp_codes import REFUSALS
 from tests.benchmarks.stage import Row, table
-from tests.readers import blocks
+from tests.kit.readers import blocks
 
 TOP: Final = Path(__file__).parents[2]
 FIGURES: Final = TOP / "tests" / "benchmarks" / "figures"

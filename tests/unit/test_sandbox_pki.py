@@ -17,7 +17,7 @@ from hsmtoll.sandbox.pki import (
     stranger,
     tls_authority,
 )
-from tests.sandbox_twins import key
+from tests.kit.rule_cases import key
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ from hsmtoll.sandbox.issue import access_claims
 from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
 from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import Anchor, State
-from tests.sandbox_twins import (
+from tests.kit.rule_cases import (
     NOW,
     Ask,
     Twins,

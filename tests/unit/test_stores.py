@@ -15,7 +15,7 @@ from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
-from tests.accounts import OTHER, importable
+from tests.kit.accounts import OTHER, importable
 
 KEY = name_of("a key")
 

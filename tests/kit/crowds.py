@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from tests import soft
+from tests.kit import soft_client
 
 if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
 
-PROGRAM = Path(__file__).parent / "protocol" / "crowd.py"
+PROGRAM = Path(__file__).parents[1] / "protocol" / "crowd.py"
 
 
 @dataclass
@@ -88,8 +88,8 @@ class Crowd:
 
     def member(self, **order: Any) -> Member:
         """A process that has started; with ``wait=True`` it stands at the starting line."""
-        self.sandbox.trust(soft.authority())
-        key, x5c, identity = soft.identity(self.key)
+        self.sandbox.trust(soft_client.authority())
+        key, x5c, identity = soft_client.identity(self.key)
         pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
         full = {
             "cache": self.cache,

@@ -33,7 +33,7 @@ from hsmtoll.settings import load
 from hsmtoll.tls import client_context, host_context
 from hsmtoll.tokens.stores import FileStore, read_key
 from hsmtoll.x509.followed import CertificateFile
-from tests.hosting import Authority
+from tests.kit.signing_host import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -37,8 +37,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hsmtoll.host.audit_log import list_records
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.service import Service
-from tests.accounts import importable
-from tests.lab import free_port
+from tests.kit.accounts import importable
+from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -174,7 +174,7 @@ def speak(
 
 _AS_ANOTHER = """
 import socket, sys
-from tests.accounts import become
+from tests.kit.accounts import become
 request = sys.stdin.buffer.read()
 become(*map(int, sys.argv[2:]))
 one = socket.socket(socket.AF_UNIX)

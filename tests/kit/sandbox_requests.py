@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import httpx
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.sandbox_twins import NOW, Ask, clients, enterprise, eseal, seals
+from tests.kit.rule_cases import NOW, Ask, clients, enterprise, eseal, seals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

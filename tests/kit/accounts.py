@@ -3,7 +3,7 @@ Another account, for tests of what others may do: root alone can become one.
 
 A test that does so is marked ``needs_root``; where nobody is root it says so and skips, alone
 (`tests/conftest.py`). `become` is for processes that a test started: ``python -c "from
-tests.accounts import become; …"`` with `importable`.
+tests.kit.accounts import become; …"`` with `importable`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def is_root() -> bool:
 
 def importable() -> dict[str, str]:
     """The variables with which a process of its own finds this module."""
-    return {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def import_all() -> None:

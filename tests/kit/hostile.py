@@ -41,7 +41,7 @@ from hsmtoll.tokens.stores import Kept
 from hsmtoll.x509 import certificate, certificate_checks, path_building, revocation
 from hsmtoll.x509.certificate import MAX_DER, Certificate
 from hsmtoll.x509.certificate_files import bundle_in
-from tests import pki
+from tests.kit import pki
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

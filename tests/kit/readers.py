@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-README: Final = Path(__file__).parents[1] / "README.md"
+README: Final = Path(__file__).parents[2] / "README.md"
 
 #: Seconds that one command may take; more, and its terminal is closed.
 PATIENCE: Final = 300.0
