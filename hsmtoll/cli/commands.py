@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,7 @@ from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.resources.abc import Traversable
 
 __all__ = ["main", "run"]
 
@@ -109,7 +111,7 @@ _LISTED: Final = {
             "commands",
             "Print the script that completes commands in bash, zsh or fish.",
         ),
-        ("help", "commands", "Show the help of a command."),
+        ("help", "commands", "Show the help of a command, or a page of the manual."),
     ),
 }
 
@@ -130,15 +132,31 @@ def main(ctx: click.Context) -> None:
     logger.propagate = False
 
 
-def _complete_commands(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    found: click.Command | None = main
-    for name in ctx.params.get("names") or ():
-        found = found.get_command(ctx, name) if isinstance(found, click.Group) else None
-    return (
-        starting_with(incomplete, found.list_commands(ctx))
-        if isinstance(found, click.Group)
-        else []
+def _pages() -> dict[str, Traversable]:
+    """The pages of the manual, which are in every installation, by topic."""
+    files = (resources.files("hsmtoll") / "docs").iterdir()
+    pages = {file.name.removesuffix(".md"): file for file in files if file.name.endswith(".md")}
+    return dict(sorted(pages.items()))
+
+
+def _topics() -> str:
+    """Each topic with the title of its page, one a line."""
+    pages = _pages()
+    width = max(map(len, pages))
+    titles = (page.read_text("utf-8").partition("\n")[0].lstrip("# ") for page in pages.values())
+    return "\n".join(
+        f"{topic:{width}}  {title}" for topic, title in zip(pages, titles, strict=True)
     )
+
+
+def _complete_help(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    names = ctx.params.get("names") or ()
+    found: click.Command | None = main
+    for name in names:
+        found = found.get_command(ctx, name) if isinstance(found, click.Group) else None
+    known = found.list_commands(ctx) if isinstance(found, click.Group) else []
+    pages = [] if names else ["topics", *_pages()]
+    return starting_with(incomplete, [*known, *(page for page in pages if page not in known)])
 
 
 @main.command(
@@ -159,12 +177,42 @@ def completion(*, shell: str) -> None:
     click.echo(completion_script(shell, main))
 
 
-@main.command("help", needs="nothing", examples=("hsmtoll help token", "hsmtoll help key import"))
-@click.argument("names", metavar="[COMMAND]...", nargs=-1, shell_complete=_complete_commands)
+@main.command(
+    "help",
+    needs="nothing",
+    examples=(
+        "hsmtoll help token",
+        "hsmtoll help key import",
+        "hsmtoll help topics",
+        "hsmtoll help settings",
+    ),
+)
+@click.argument("names", metavar="[COMMAND...|TOPIC]", nargs=-1, shell_complete=_complete_help)
 @click.pass_context
 def show_help(ctx: click.Context, *, names: tuple[str, ...]) -> None:
-    """Show the help of a command."""
-    click.echo(help_of(ctx, names))
+    """
+    Show the help of a command, or a page of the manual.
+
+    `hsmtoll help topics` lists the pages. Where a command and a page have one name, the command's
+    help is shown.
+    """
+    commands = main.list_commands(ctx)
+    if len(names) != 1 or names[0] in commands:
+        click.echo(help_of(ctx, names))
+        return
+    (topic,) = names
+    pages = _pages()
+    if topic == "topics":
+        click.echo(_topics())
+    elif topic in pages:
+        click.echo(pages[topic].read_text("utf-8"), nl=False)
+    else:
+        raise UsageError(
+            f"help {foreign(topic)}: there is no such command or topic",
+            hint=did_you_mean(
+                topic, [*commands, *pages], "see `hsmtoll --help` and `hsmtoll help topics`"
+            ),
+        )
 
 
 def _print_error(exc: HsmTollError, *, as_json: bool) -> int:

@@ -29,7 +29,7 @@ from joserfc.jwk import RSAKey
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.sandbox import pki
 from tests.kit.accounts import NEEDS_NAMESPACES
-from tests.kit.readers import Block, Terminal, blocks, commands
+from tests.kit.readers import TOP, Block, Terminal, blocks, commands, section
 from tests.kit.signing_host import PATIENCE, ROAD_SCOPE
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.needs_root
 
-SECTION: Final = "The signing host"
-TOP: Final = Path(__file__).parents[2]
 
 #: The program that makes the mounts gets namespaces of its own; all in them ends with it.
 UNSHARE: Final = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -159,14 +157,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield made
 
 
-def section(title: str) -> list[Block]:
-    """The blocks below a heading of the third level."""
-    text = (TOP / "README.md").read_text("utf-8").partition(f"\n## {SECTION}\n")[2]
-    part = text.partition(f"\n### {title}\n")[2]
-    part = re.split(r"^##", part, maxsplit=1, flags=re.MULTILINE)[0]
-    return [each for each in blocks(section=SECTION) if each.text in part]
-
-
 def certify(machine: Machine) -> x509.Certificate:
     """What the issuer of eSeals does: a chain for acme.csr, in the place that the README names."""
     request = x509.load_pem_x509_csr((machine.folder / "acme.csr").read_bytes())
@@ -194,7 +184,7 @@ def verified(grant: str, leaf: x509.Certificate) -> str:
 
 def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) -> None:
     serve = ""
-    for block in section("Set up the host"):
+    for block in blocks(section("Set up the host")):
         if block.kind == "toml":
             machine.file(block)
             if block.text.rstrip().endswith('audit.key"') and not clock_is_synchronised():
@@ -211,7 +201,7 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
         else:
             machine.follow(block)
 
-    at_socket, make, settings, over_tls, caller, keys = section("Callers")
+    at_socket, make, settings, over_tls, caller, keys = blocks(section("Callers"))
     # On the machine itself, as an account that the policy knows.
     told = machine.as_account("app", at_socket.text, "/home/app")
     assert told[0] == 0, told[1]
@@ -240,7 +230,7 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
     assert code == 0, grant
     assert verified(grant, leaf) == ROAD_SCOPE
 
-    (custody,) = section("While it runs")
+    (custody,) = blocks(section("While it runs"))
     shown = {command: machine.do(command) for command, _ in commands(custody)}
     listed = next(output for command, output in shown.items() if "audit list" in command)
     assert " signed" in listed

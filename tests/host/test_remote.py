@@ -18,7 +18,7 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.token import TokenRequest
-from tests.kit.readers import blocks
+from tests.kit.readers import blocks, section
 from tests.kit.signing_host import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def test_a_forced_command_signs_through_the_socket_whatever_its_caller_asks_for(
 
 def test_the_files_that_the_readme_shows_are_understood(tmp_path: Path) -> None:
     shown: dict[str, str] = {}
-    for block in blocks("toml", "The signing host"):
+    for block in blocks(section("The signing host"), "toml"):
         first, _, text = block.text.partition("\n")
         name = first.removeprefix("# /etc/hsmtoll/").partition(",")[0]
         shown[name] = shown.get(name, "") + text

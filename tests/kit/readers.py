@@ -1,4 +1,4 @@
-"""The README as its reader meets it: sections, blocks, and a terminal to type their commands in."""
+"""The README and its pages as a reader meets them: sections, blocks, a terminal to type in."""
 
 from __future__ import annotations
 
@@ -19,28 +19,61 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-README: Final = Path(__file__).parents[2] / "README.md"
+TOP: Final = Path(__file__).parents[2]
+README: Final = TOP / "README.md"
+DOCS: Final = TOP / "hsmtoll" / "docs"
 
 #: Seconds that one command may take; more, and its terminal is closed.
 PATIENCE: Final = 300.0
 
 
+_FENCED: Final = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
 class Block(NamedTuple):
     """A fenced block: its *kind* (the word after the fence) and its text."""
 
-    section: str
     kind: str
     text: str
 
 
-def blocks(kind: str | None = None, section: str | None = None) -> list[Block]:
-    """The blocks of one kind and section, or all, in the README's order."""
+def pages() -> dict[str, str]:
+    """The text of the README and of every page of the documentation, by name without ``.md``."""
+    return {path.stem: path.read_text("utf-8") for path in (README, *sorted(DOCS.glob("*.md")))}
+
+
+def manual() -> str:
+    """All pages but the change log, which may name what no longer exists."""
+    return "\n".join(text for name, text in pages().items() if name != "changelog")
+
+
+def headings(text: str) -> list[tuple[int, int, str]]:
+    """Position, level and title of each heading. A comment in a fenced block is none."""
+    prose = _FENCED.sub(lambda fenced: " " * len(fenced[0]), text)
+    found = re.finditer(r"^(#+) (.*)$", prose, re.MULTILINE)
+    return [(each.start(), len(each[1]), each[2]) for each in found]
+
+
+def section(title: str) -> str:
+    """
+    From the heading *title* to the next one of its level or a higher one, on the one page that has
+    that heading.
+    """
     found = []
-    for part in re.split(r"^## ", README.read_text("utf-8"), flags=re.MULTILINE):
-        title = part.partition("\n")[0]
-        fences = re.finditer(r"^```(\w+)\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
-        found += [Block(title, fence[1], fence[2]) for fence in fences]
-    return [each for each in found if kind in (None, each.kind) and section in (None, each.section)]
+    for text in pages().values():
+        known = headings(text)
+        for number, (start, level, name) in enumerate(known):
+            if name == title:
+                ends = (at for at, other, _ in known[number + 1 :] if other <= level)
+                found.append(text[start : next(ends, len(text))])
+    assert len(found) == 1, f"{len(found)} sections are called {title}"
+    return found[0]
+
+
+def blocks(text: str, kind: str | None = None) -> list[Block]:
+    """The fenced blocks of *text* in its order, or those of one kind."""
+    found = [Block(fenced[1], fenced[2]) for fenced in _FENCED.finditer(text)]
+    return [each for each in found if kind in (None, each.kind)]
 
 
 def commands(block: Block) -> list[tuple[str, str | None]]:

@@ -47,6 +47,9 @@ def test_completion_knows_commands_apis_levels_types_and_profiles(tmp_path: Path
     assert set(completed("hsmtoll ")) == set(main.list_commands(click.Context(main)))
     assert completed("hsmtoll key im") == ["import"]
     assert completed("hsmtoll help key im") == ["import"]
+    assert completed("hsmtoll help devi") == ["devices"]
+    assert completed("hsmtoll help topi") == ["topics"]
+    assert completed("hsmtoll help key devi") == []
     assert completed("hsmtoll token road") == ["road", "road-query"]
     assert completed("hsmtoll token --scope air-") == ["air-query"]
     assert completed("hsmtoll submit ") == list(LEVELS)

@@ -1,5 +1,5 @@
 """
-The README's commands for an installation, run as they stand there: in new environments, from a copy
+The commands for an installation, run as they stand on the pages: in new environments, from a copy
 of the tree or from a wheel. pip takes dependencies from the index that this machine is set up for.
 """
 
@@ -18,8 +18,8 @@ from typing import Any, Final
 import pytest
 import yaml
 
-TOP: Final = Path(__file__).parents[2]
-README: Final = (TOP / "README.md").read_text("utf-8")
+from tests.kit.readers import TOP, blocks, section
+
 PACKAGES: Final = re.compile(r"(?:sudo )?apt-get update && (?:sudo )?apt-get install -y (.+)")
 
 #: The first call of somebody who has installed the extra `sandbox`.
@@ -29,17 +29,15 @@ CALL: Final = "hsmtoll sandbox -- hsmtoll test-auth road"
 pytestmark = pytest.mark.timeout(900)
 
 
-def blocks(title: str, kind: str) -> list[str]:
-    """The fenced blocks of one kind in a section of the README."""
-    found = re.search(rf"^## {title}\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
-    assert found, title
-    return re.findall(rf"^```{kind}\n(.*?)^```$", found[1], re.MULTILINE | re.DOTALL)
+def given(title: str, kind: str) -> list[str]:
+    """The text of each block of one kind in a section."""
+    return [each.text for each in blocks(section(title), kind)]
 
 
 def jobs() -> dict[str, list[str]]:
     """The commands of each example for CI, in order."""
-    github, gitlab = (yaml.safe_load(each) for each in blocks("In CI", "yaml"))
-    (clone,) = (each.strip() for each in blocks("In CI", "sh"))
+    github, gitlab = (yaml.safe_load(each) for each in given("In CI", "yaml"))
+    (clone,) = (each.strip() for each in given("In CI", "sh"))
     steps: list[dict[str, Any]] = github["jobs"]["customs"]["steps"]
     of_github = [step["run"] for step in steps if "run" in step]
     of_gitlab = [*gitlab["customs"]["before_script"], *gitlab["customs"]["script"]]
@@ -81,7 +79,7 @@ def run(script: str, folder: Path, env: dict[str, str], code: int | None = 0) ->
 def test_a_clone_is_installed_and_a_wheel_of_it_too(
     clone: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    first, _, wheel, locked = blocks("Install", "sh")
+    first, _, wheel, locked = given("Install", "sh")
     here = tmp_path / "hsmtoll"
     shutil.copytree(clone, here)
     said = run(f"{first}pip uninstall -qy hsmtoll\n{wheel}{CALL}\npip freeze\n", here, environment)
@@ -108,7 +106,7 @@ def test_an_example_for_ci_runs_as_it_stands_in_the_readme(
 ) -> None:
     project = tmp_path / "project"
     (project / "tests").mkdir(parents=True)
-    (example,) = (each for each in blocks("In CI", "python") if "def test_" in each)
+    (example,) = (each for each in given("In CI", "python") if "def test_" in each)
     (project / "tests" / "test_customs.py").write_text(example, "utf-8")
     if job == "a clone":
         (project / "hsmtoll").symlink_to(clone)
@@ -138,7 +136,7 @@ def test_the_examples_for_ci_run_the_same_commands() -> None:
 def test_an_installation_without_a_network_has_what_the_lock_says_and_nothing_else(
     clone: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    online, offline = blocks("Offline", "sh")
+    online, offline = given("Offline", "sh")
     here, there = tmp_path / "hsmtoll", tmp_path / "there"
     shutil.copytree(clone, here)
     said = run(online, here, environment)

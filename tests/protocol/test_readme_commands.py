@@ -1,7 +1,8 @@
 """
-What the README shows is run as its reader would: in order, by commands of the README alone.
+What the README and its pages show is run as their reader would: in order, by the commands of a page
+alone.
 
-The signing host's section needs root and accounts: tests/host/test_readme_host.py.
+The signing host needs root and accounts: tests/host/test_readme_host.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests.kit import readers
-from tests.kit.readers import PATIENCE, Terminal, blocks, commands, shows
+from tests.kit.readers import PATIENCE, Terminal, blocks, commands, pages, section, shows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,21 +29,31 @@ if TYPE_CHECKING:
 SHELL: Final = ("hsmtoll", "sandbox", "--", "bash")
 
 #: Sections whose commands have tests of their own, or are run with settings of their own.
-ELSEWHERE: Final = ("Set up", "The signing host")
+ELSEWHERE: Final = [
+    block for title in ("Set up", "The signing host") for block in blocks(section(title))
+]
 
-PROGRAMS: Final = blocks("python")
+#: What is shown on each page that shows a command's output.
+SHOWN: Final = {
+    name: [each for each in blocks(text, "console") if each not in ELSEWHERE]
+    for name, text in pages().items()
+}
+PROGRAMS: Final = [
+    pytest.param(each.text, id=f"{name}-{number}")
+    for name, text in pages().items()
+    for number, each in enumerate(blocks(text, "python"))
+]
 
 
 def test_the_readme_opens_the_shell_that_its_examples_need() -> None:
-    text = readers.README.read_text("utf-8")
-    assert f"`{' '.join(SHELL)}`" in text.partition("## Install")[0]
-    assert f"`{' '.join(SHELL)}`" in text.partition("## Set up")[2].partition("## Settings")[0]
+    assert f"`{' '.join(SHELL)}`" in pages()["README"].partition("## Install")[0]
+    assert f"`{' '.join(SHELL)}`" in section("Set up")
 
 
-def test_every_command_of_the_readme_shows_what_the_readme_says(tmp_path: Path) -> None:
-    shown = [each for each in blocks("console") if each.section not in ELSEWHERE]
+@pytest.mark.parametrize("page", [name for name, shown in SHOWN.items() if shown])
+def test_every_command_of_a_page_shows_what_the_page_says(tmp_path: Path, page: str) -> None:
     with Terminal(tmp_path, SHELL) as shell:
-        assert sum(shell.follow(each) for each in shown) >= 10
+        assert sum(shell.follow(each) for each in SHOWN[page]) > 0
         # The control: a command that shows something else is noticed.
         code, output = shell.run("hsmtoll test-auth raod")
         assert code == 2, output
@@ -71,7 +82,7 @@ def test_set_up_leads_from_an_empty_device_to_a_call(tmp_path: Path) -> None:
     followed = 0
     with contextlib.ExitStack() as stack:
         shell = stack.enter_context(Terminal(tmp_path))
-        for block in blocks(section="Set up"):
+        for block in blocks(section("Set up")):
             command = block.text.strip()
             if command.startswith("hsmtoll sandbox "):
                 # It runs until it is interrupted, in the same directory.
@@ -86,18 +97,19 @@ def test_set_up_leads_from_an_empty_device_to_a_call(tmp_path: Path) -> None:
 
 
 def test_the_settings_that_set_up_calls_enough_are_as_many_as_it_says() -> None:
-    (exported,) = (each for each in blocks("sh", "Set up") if "HSMTOLL_IDENTITY=" in each.text)
+    (exported,) = (
+        each for each in blocks(section("Set up"), "sh") if "HSMTOLL_IDENTITY=" in each.text
+    )
     named = set(re.findall(r" (HSMTOLL_\w+)=", exported.text))
     # The sixth is a place, which has a default.
     assert len(named - {"HSMTOLL_STATE"}) == 5
-    assert "Five are enough" in readers.README.read_text("utf-8")
+    assert "Five are enough" in section("Set up")
 
 
-@pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_every_program_of_the_readme_runs(
-    tmp_path: Path, number: int, toll_eseal: ThrowAway, toll_sandbox: Sandbox
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_of_a_page_runs(
+    tmp_path: Path, program: str, toll_eseal: ThrowAway, toll_sandbox: Sandbox
 ) -> None:
-    program = PROGRAMS[number].text
     (tmp_path / "test_readme_example.py").write_text(program, encoding="utf-8")
     # An example for pytest is run by it, in a project of its own and without any settings.
     as_test = "def test_" in program
@@ -118,9 +130,9 @@ def test_every_program_of_the_readme_runs(
 
 
 def test_a_block_is_split_into_its_commands() -> None:
-    console = readers.Block("", "console", "$ one\na\nb\n$ two\n")
+    console = readers.Block("console", "$ one\na\nb\n$ two\n")
     assert commands(console) == [("one", "a\nb\n"), ("two", "")]
-    assert commands(readers.Block("", "sh", "one \\\n  two\n\nthree\n")) == [
+    assert commands(readers.Block("sh", "one \\\n  two\n\nthree\n")) == [
         ("one    two", None),
         ("three", None),
     ]

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hsmtoll import apis
 from hsmtoll.cli import main, run
 from hsmtoll.cli.framework import Group
+from tests.kit.readers import pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +66,26 @@ def test_help_of_no_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert run(["help", "key", "improt"]) == 2
     assert "did you mean import?" in capsys.readouterr().err
     assert run(["help", "token", "road"]) == 2
+
+
+def test_help_shows_each_page_of_the_manual_as_it_is_and_lists_them() -> None:
+    listed = dict(line.split(maxsplit=1) for line in shown("help", "topics").splitlines())
+    assert {"changelog", "devices", "operations", "security"} <= set(listed)
+    assert set(listed) == {name for name in pages() if name != "README"}
+    for topic in set(listed) - set(main.list_commands(click.Context(main))):
+        text = shown("help", topic)
+        assert text == pages()[topic]
+        assert text.startswith(f"# {listed[topic]}\n")
+
+
+def test_help_of_no_topic_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["help", "devises"]) == 2
+    assert "did you mean devices?" in capsys.readouterr().err
+    assert run(["help", "tokne"]) == 2
+    assert "did you mean token?" in capsys.readouterr().err
+    assert run(["help", "../LICENSE"]) == 2
+    assert "hsmtoll help topics" in capsys.readouterr().err
+    assert run(["help", "devices", "more"]) == 2
 
 
 def calls(line: str) -> Iterator[list[str]]:

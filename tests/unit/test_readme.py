@@ -1,4 +1,4 @@
-"""What the README states as a list or a table is what the code has."""
+"""What the README and its pages state as a list or a table is what the code has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import re
 import tomllib
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -22,18 +21,12 @@ from hsmtoll.settings import Settings, load, profiles, variable
 from hsmtoll.testing.faults import NAMES
 from hsmtoll.tokens.mp_codes import REFUSALS
 from tests.benchmarks.stage import Row, table
-from tests.kit.readers import blocks
+from tests.kit.readers import DOCS, README, TOP, blocks, headings, manual, pages, section
 
-TOP: Final = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
 FIGURES: Final = TOP / "tests" / "benchmarks" / "figures"
-README: Final = (TOP / "README.md").read_text(encoding="utf-8")
-
-
-def section(title: str) -> str:
-    """From a heading to the next one of its level."""
-    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found, title
-    return found[1]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -61,9 +54,10 @@ def test_the_list_of_commands_is_the_commands_own() -> None:
 
 def sample(name: str) -> str:
     """The TOML block that begins with the file's name."""
-    found = re.search(rf"^```toml\n(# {re.escape(name)}\n.*?)^```$", README, re.M | re.S)  # noqa: FURB167 - short, on one line
-    assert found, name
-    return found[1]
+    (found,) = (
+        each.text for each in blocks(manual(), "toml") if each.text.startswith(f"# {name}\n")
+    )
+    return found
 
 
 def test_the_sample_of_a_configuration_file_works_with_and_without_its_profile(
@@ -96,7 +90,7 @@ def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:
 
 
 def test_no_variable_is_named_that_does_not_exist() -> None:
-    named = set(re.findall(r"HSMTOLL_[A-Z0-9_]*[A-Z0-9]", README)) - {"HSMTOLL_ENVIROMENT"}
+    named = set(re.findall(r"HSMTOLL_[A-Z0-9_]*[A-Z0-9]", manual())) - {"HSMTOLL_ENVIROMENT"}
     assert named <= variables()
 
 
@@ -124,13 +118,37 @@ def test_every_code_of_ours_that_is_explained_exists() -> None:
     assert [code for code in stated if code != "code" and f'"{code}"' not in source] == []
 
 
-def test_every_link_inside_the_readme_leads_to_a_heading() -> None:
-    headings = {
-        title.lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    }
-    links = set(re.findall(r"\]\(#([^)]*)\)", README))
-    assert links
-    assert links <= headings
+def anchors(text: str) -> set[str]:
+    """What a forge calls the headings of a page."""
+    titles = (title.lower() for _, _, title in headings(text))
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
+
+
+def broken_links(path: Path, text: str) -> list[str]:
+    """
+    The links of a page that lead nowhere. From a page in the wheel, they lead to pages beside it.
+    """
+    broken = []
+    for link in re.findall(r"(?<!!)\[[^]]*\]\(([^)]*)\)", text):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        ours = target == path or target.parent == DOCS
+        if not (ours and target.is_file()) or (
+            anchor and anchor not in anchors(target.read_text("utf-8"))
+        ):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("path", [README, *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem)
+def test_every_link_of_a_page_leads_to_a_page_and_a_heading(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert broken_links(path, text) == []
+    # The controls: a page, a heading and a place outside of the wheel that are not there.
+    wrong = ["nothing.md", "#nothing", "../../tests/readers.py"]
+    assert broken_links(path, "".join(f"[x]({each})" for each in wrong)) == wrong
 
 
 def test_the_table_of_speed_is_that_of_the_run_whose_figures_are_kept() -> None:
@@ -145,10 +163,14 @@ def test_the_table_of_speed_is_that_of_the_run_whose_figures_are_kept() -> None:
 
 
 def test_each_plot_of_speed_is_there_and_runs_nothing() -> None:
-    named = re.findall(r"!\[[^]]+\]\(([^)]+)\)", section("Speed"))
-    assert {TOP / name for name in named} == set(FIGURES.glob("*.svg"))
-    for name in named:
-        tags = [each.tag for each in ET.parse(TOP / name).iter()]  # noqa: S314 - our own
+    named = [
+        (path.parent / name).resolve()
+        for path in (README, *DOCS.glob("*.md"))
+        for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", path.read_text("utf-8"))
+    ]
+    assert set(named) == set(FIGURES.glob("*.svg"))
+    for path in named:
+        tags = [each.tag for each in ET.parse(path).iter()]  # noqa: S314 - our own
         assert sum(tag.endswith("}circle") for tag in tags) > 4
         assert not any(tag.endswith("}script") for tag in tags)
 
@@ -164,17 +186,17 @@ def test_the_extras_are_those_of_the_project_and_hints_name_no_other() -> None:
 
 def test_the_wheel_that_is_named_is_of_this_version() -> None:
     version = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))["project"]["version"]
-    named = set(re.findall(r"hsmtoll-([\d.]+)-py3-none-any\.whl", README))
+    named = set(re.findall(r"hsmtoll-([\d.]+)-py3-none-any\.whl", manual()))
     assert named == {version}
 
 
 def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
-    devices = (TOP / "hsmtoll" / "docs" / "devices.md").read_text("utf-8")
+    devices = pages()["devices"]
     first, second = devices.split("## A key, and where")
     known = {cells[0]: cells[1] for cells in rows(first)[1:]}
     assert {word.split()[0] for word in known.values()} == {"ran", "imitated", "read"}
     ran = [name for name, word in known.items() if word.startswith("ran")]
-    found = re.search(r"tested with (.*?)\. Licence", README, re.DOTALL)
+    found = re.search(r"tested with (.*?)\. Licence", pages()["README"], re.DOTALL)
     assert found
     assert re.split(r", (?:and )?", " ".join(found[1].split())) == ran
     # Who is called imitated is so by what the row names: faults are those that tests set.
@@ -192,9 +214,10 @@ def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
 
 
 def test_each_sample_with_a_pin_says_where_refused_pins_are_remembered() -> None:
-    top = Path(__file__).parents[2]
-    samples = {block.text for block in blocks() if re.search("pin_file|PIN_FILE=", block.text)}
-    for path in (*top.glob("docker/compose*.yml"), *top.glob("hsmtoll/host/systemd/*.service")):
+    samples = {
+        block.text for block in blocks(manual()) if re.search("pin_file|PIN_FILE=", block.text)
+    }
+    for path in (*TOP.glob("docker/compose*.yml"), *TOP.glob("hsmtoll/host/systemd/*.service")):
         # What is laid over another file has its settings from there.
         if path.name != "compose.test.yml":
             samples.add(path.read_text("utf-8"))
