@@ -63,6 +63,6 @@ def _at_exit() -> None:
     # registers itself runs before this, and may want a signature still.
     left = _AT_EXIT
     if "hsmtoll.tokens.single_flight" in sys.modules:
-        left = sys.modules["hsmtoll.tokens.single_flight"].see_out(left)
+        left = sys.modules["hsmtoll.tokens.single_flight"].join_renewal_threads(left)
     if "hsmtoll.hsm.module" in sys.modules:
         sys.modules["hsmtoll.hsm.module"].GATE.end(left)

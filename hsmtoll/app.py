@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hsmtoll import directories, files, required
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.remembered import Remembered
+from hsmtoll.remembered import PersistedText
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.token import TokenRequest
 from hsmtoll.tokens import exchange
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin_log import Ledger, Place
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
-    from hsmtoll.signing.remote import Hosts
-    from hsmtoll.signing.signer import Lineage, LocalSigner, Signer
+    from hsmtoll.signing.remote import FailoverHosts
+    from hsmtoll.signing.signer import KeyListState, LocalSigner, Signer
     from hsmtoll.tokens.cache import Renewer
-    from hsmtoll.tokens.engine import Counts, Engine
     from hsmtoll.tokens.exchange import Endpoints
     from hsmtoll.tokens.rate_limit import RateLimit
     from hsmtoll.tokens.renewal import Renewal
     from hsmtoll.tokens.stores import Store
-    from hsmtoll.transport import Wire
+    from hsmtoll.tokens.token_service import Counts, TokenService
+    from hsmtoll.transport import HttpClient
     from hsmtoll.x509.certificate_files import Bundle
     from hsmtoll.x509.followed import CertificateFile
     from hsmtoll.x509.path_building import Chain
@@ -296,13 +296,13 @@ class App:
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FailoverSigner(signers)
 
-    def hosts(self) -> Hosts:
+    def hosts(self) -> FailoverHosts:
         """The signing hosts of HSMTOLL_SIGNER__URL, in order."""
-        from hsmtoll.signing.remote import Hosts, SigningHost
+        from hsmtoll.signing.remote import FailoverHosts, SigningHost
 
         settings = self.settings
         of_each = settings.deadline / len(settings.signer.url)
-        return Hosts(
+        return FailoverHosts(
             [
                 SigningHost(
                     url,
@@ -379,20 +379,20 @@ class App:
             supplied=self.certificate_file or (lambda: supplied),
             root_sha256=settings.hsm.root_sha256,
             certificate_sha256=settings.hsm.certificate_sha256,
-            lineage=self._lineage,
+            key_list_state=self._key_list_state,
         )
 
     @cached_property
-    def _lineage(self) -> Lineage:
-        from hsmtoll.signing.signer import Lineage
+    def _key_list_state(self) -> KeyListState:
+        from hsmtoll.signing.signer import KeyListState
 
-        return Lineage()
+        return KeyListState()
 
     @cached_property
-    def engine(self) -> Engine:
+    def token_service(self) -> TokenService:
         """The tokens of these settings."""
         from hsmtoll.tokens.cache import Cache
-        from hsmtoll.tokens.engine import Engine
+        from hsmtoll.tokens.token_service import TokenService
 
         if wrong := required.missing(self.settings):
             raise wrong
@@ -400,10 +400,10 @@ class App:
         if not self.one_shot and not self.gives_tokens:
             # What a command finds in the cache needs no signer, nor the libraries behind one.
             _ = self.signer
-        return Engine(
+        return TokenService(
             lambda: self.renewal,
             endpoints=self.endpoints,
-            wire=lambda: self.wire,
+            http_client=lambda: self.http_client,
             cache=Cache(
                 self.store,
                 self.clock,
@@ -443,7 +443,7 @@ class App:
         return Renewal(
             signer=signer,
             endpoints=self.endpoints,
-            wire=self.wire,
+            http_client=self.http_client,
             rate_limit=self.rate_limit,
             clock=self.clock,
             skew=self.skew,
@@ -462,14 +462,14 @@ class App:
     @cached_property
     def counts(self) -> Counts:
         """What was spent."""
-        from hsmtoll.tokens.engine import Counts
+        from hsmtoll.tokens.token_service import Counts
 
         return Counts()
 
     @cached_property
-    def remembered(self) -> Remembered:
+    def remembered(self) -> PersistedText:
         """Who signs with these settings, as this machine learned it."""
-        return Remembered(self.state / f"identity-{self.selector[:32]}")
+        return PersistedText(self.state / f"identity-{self.selector[:32]}")
 
     @cached_property
     def rate_limit(self) -> RateLimit:
@@ -479,12 +479,12 @@ class App:
         return RateLimit(self.store, self.clock, per_hour=self.settings.budget.per_hour)
 
     @cached_property
-    def wire(self) -> Wire:
+    def http_client(self) -> HttpClient:
         """Our own way to the token endpoints, with the proxy and the CA that were set."""
-        from hsmtoll.transport import Wire
+        from hsmtoll.transport import HttpClient
 
         settings = self.settings
-        return Wire(
+        return HttpClient(
             ca_file=settings.ca_file,
             proxy=settings.proxy.get_secret_value() if settings.proxy else None,
             timeout=settings.timeout,
@@ -513,13 +513,13 @@ class App:
         """For threads."""
         from hsmtoll.client import TollClient
 
-        return TollClient(self.engine, close=self.close)
+        return TollClient(self.token_service, close=self.close)
 
     def aclient(self) -> AsyncTollClient:
         """For tasks."""
         from hsmtoll.client import AsyncTollClient
 
-        return AsyncTollClient(self.engine, close=self.close)
+        return AsyncTollClient(self.token_service, close=self.close)
 
     def pin_state(self) -> str | None:
         """The PIN as the first device that was logged in to reported it; None before a login."""

@@ -13,20 +13,20 @@ import httpx
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError, foreign
-from hsmtoll.token import Wish
+from hsmtoll.token import TokenRequirements
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator
 
     from hsmtoll.token import AccessToken, TokenRequest
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 __all__ = ["AsyncTollAuth", "TollAuth"]
 
 _log = logging.getLogger("hsmtoll.client")
 
 #: Where a request remembers the bearer that we have put on it.
-_OURS: Final = "hsmtoll.bearer"
+_BEARER_EXTENSION: Final = "hsmtoll.bearer"
 
 
 class TollAuth(httpx.Auth):
@@ -35,17 +35,17 @@ class TollAuth(httpx.Auth):
     what `TollClient.token` raises.
     """
 
-    def __init__(self, engine: Engine, request: TokenRequest) -> None:
-        self._engine = engine
+    def __init__(self, token_service: TokenService, request: TokenRequest) -> None:
+        self._token_service = token_service
         self._request = request
-        url = httpx.URL(engine.endpoints.customs)
+        url = httpx.URL(token_service.endpoints.customs)
         self._origin = _origin(url)
-        self._spelled = url.scheme, url.netloc
+        self._customs_url = url.scheme, url.netloc
 
     def _check(self, request: httpx.Request) -> None:
         """Before a token is asked for: is this Customs, and the request as we would send it?"""
         url, netloc = request.url, request.url.netloc
-        if (url.scheme, netloc) != self._spelled and _origin(url) != self._origin:
+        if (url.scheme, netloc) != self._customs_url and _origin(url) != self._origin:
             raise ConfigurationError(
                 f"call to {foreign(request.url.host)}: the token is for {self._origin[1]} alone",
                 hint="use a client of your own for other hosts",
@@ -53,7 +53,7 @@ class TollAuth(httpx.Auth):
             )
         given, host = request.headers.get("authorization"), request.headers.get("host", "")
         # A request may be sent twice: what it carries then is ours.
-        if given is not None and given != request.extensions.get(_OURS):
+        if given is not None and given != request.extensions.get(_BEARER_EXTENSION):
             raise UsageError(
                 "call: it has an Authorization header of its own",
                 hint="leave it out; hsmtoll sets it",
@@ -64,17 +64,21 @@ class TollAuth(httpx.Auth):
                 hint="leave it out; it would send the token to another server behind the address",
             )
 
-    def _bearing(self, request: httpx.Request, token: AccessToken) -> httpx.Request:
-        request.headers["Authorization"] = request.extensions[_OURS] = f"Bearer {token.value}"
+    def _with_bearer(self, request: httpx.Request, token: AccessToken) -> httpx.Request:
+        request.headers["Authorization"] = request.extensions[_BEARER_EXTENSION] = (
+            f"Bearer {token.value}"
+        )
         return request
 
-    def _again(self, request: httpx.Request, response: httpx.Response, token: AccessToken) -> bool:
+    def _should_retry(
+        self, request: httpx.Request, response: httpx.Response, token: AccessToken
+    ) -> bool:
         """Whether a 401 is worth a new token, and the request can be sent a second time."""
         return (
             response.status_code == httpx.codes.UNAUTHORIZED
             # A body that streams is gone; sending half of it again would be worse than a 401.
             and isinstance(request.stream, httpx.ByteStream)
-            and self._engine.worth_renewing(token.value, self._request)
+            and self._token_service.worth_renewing(token.value, self._request)
         )
 
     def _explain(self, request: httpx.Request, response: httpx.Response) -> None:
@@ -83,7 +87,7 @@ class TollAuth(httpx.Auth):
             return
         try:
             api = apis.api_of_path(request.url.path)
-            opens = f"API {api.name}, which {api.scope(self._engine.family)} opens"
+            opens = f"API {api.name}, which {api.scope(self._token_service.family)} opens"
         except HsmTollError:
             opens = "no API of `hsmtoll apis`"
         _log.warning("call: 403 for a token with %s; the path is of %s", self._request.scope, opens)
@@ -93,12 +97,12 @@ class TollAuth(httpx.Auth):
     ) -> Generator[httpx.Request, httpx.Response, None]:
         """Bearer on; after a 401, once more with a renewed one."""
         self._check(request)
-        engine = self._engine
-        token = engine.token(self._request)
-        response = yield self._bearing(request, token)
-        if self._again(request, response, token):
-            token = engine.token(self._request, Wish(avoid=token.value))
-            response = yield self._bearing(request, token)
+        token_service = self._token_service
+        token = token_service.token(self._request)
+        response = yield self._with_bearer(request, token)
+        if self._should_retry(request, response, token):
+            token = token_service.token(self._request, TokenRequirements(avoid=token.value))
+            response = yield self._with_bearer(request, token)
         self._explain(request, response)
 
     async def async_auth_flow(
@@ -106,12 +110,12 @@ class TollAuth(httpx.Auth):
     ) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """As sync_auth_flow, for tasks: waiting for a token holds no thread."""
         self._check(request)
-        engine = self._engine
-        token = await engine.atoken(self._request)
-        response = yield self._bearing(request, token)
-        if self._again(request, response, token):
-            token = await engine.atoken(self._request, Wish(avoid=token.value))
-            response = yield self._bearing(request, token)
+        token_service = self._token_service
+        token = await token_service.atoken(self._request)
+        response = yield self._with_bearer(request, token)
+        if self._should_retry(request, response, token):
+            token = await token_service.atoken(self._request, TokenRequirements(avoid=token.value))
+            response = yield self._with_bearer(request, token)
         self._explain(request, response)
 
 

@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 from hsmtoll import apis
 from hsmtoll.auth import AsyncTollAuth, TollAuth
-from hsmtoll.customs.conversation import Lost, aspoken, spoken
-from hsmtoll.customs.errors import lost
-from hsmtoll.customs.limits import aasked, abounded, asked, bounded
+from hsmtoll.customs.conversation import NoResponse, arun_conversation, run_conversation
+from hsmtoll.customs.errors import no_response_error
+from hsmtoll.customs.limits import (
+    alimit_response_size,
+    asend_with_deadline,
+    limit_response_size,
+    send_with_deadline,
+)
 from hsmtoll.customs.routing import Marker, arouting, routing
 from hsmtoll.customs.submissions import submission
 from hsmtoll.customs.uploads import upload
@@ -31,9 +36,9 @@ if TYPE_CHECKING:
     import httpx
 
     from hsmtoll.apis import Api
-    from hsmtoll.customs.conversation import Receipt, Talk
+    from hsmtoll.customs.conversation import Conversation, Receipt
     from hsmtoll.token import Details, ForWhom, TokenRequest
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 __all__ = ["AsyncCalls", "Calls"]
 
@@ -41,10 +46,10 @@ __all__ = ["AsyncCalls", "Calls"]
 class Calls(Protocol):
     """For threads."""
 
-    _engine: Engine
+    _token_service: TokenService
     # By API, and by process: a TLS connection cannot be shared with a child of fork.
     _clients: dict[tuple[str, int], tuple[httpx.Client, threading.Semaphore]]
-    _given: list[httpx.Client]
+    _open_clients: list[httpx.Client]
 
     def api(self, name: str) -> httpx.Client:
         """An httpx.Client for the API called *name*."""
@@ -74,35 +79,37 @@ class Calls(Protocol):
         may be.
         """
         api = apis.at(path) if scope else apis.api_of_path(path)
-        wanted = self._engine.request(
+        wanted = self._token_service.request(
             scope or api.name,
             consumer_org=consumer_org,
             resource=resource,
             authorization_details=authorization_details,
         )
-        url = f"{self._engine.endpoints.customs}{path}"
+        url = f"{self._token_service.endpoints.customs}{path}"
         try:
-            return self._asked(api, wanted, method, url, **request)
-        except Lost as exc:
-            raise lost(exc, api, method) from exc
+            return self._send(api, wanted, method, url, **request)
+        except NoResponse as exc:
+            raise no_response_error(exc, api, method) from exc
 
-    def _asked(
+    def _send(
         self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        client, turn = self._kept(api)
+        client, turn = self._pooled_client(api)
         # One pool of connections serves all whom it is for.
-        request["auth"] = TollAuth(self._engine, wanted)
+        request["auth"] = TollAuth(self._token_service, wanted)
         # Where hundreds wait in the pool itself, it now and then closes a connection that it has
         # just lent: that call would be lost, and a submission's fate unknown.
         with turn:
-            return asked(client, method, url, wire=self._engine.wire, **request)
+            return send_with_deadline(
+                client, method, url, http_client=self._token_service.http_client, **request
+            )
 
-    def _kept(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
+    def _pooled_client(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
         key = (api.name, os.getpid())
         if key not in self._clients:
-            base = f"{self._engine.endpoints.customs}{api.base}"
-            made = bounded(self._open(base)), threading.Semaphore(CONNECTIONS)
+            base = f"{self._token_service.endpoints.customs}{api.base}"
+            made = limit_response_size(self._open(base)), threading.Semaphore(CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -124,26 +131,32 @@ class Calls(Protocol):
         A submission and its result: see `hsmtoll.customs.submissions`. *json*: the message.
         *scope*: another one than the API's own; *whom* as for `TollClient.token`.
         """
-        talk = submission(
+        conversation = submission(
             apis.named(api), method, level, json, mrn=mrn, patience=patience,
-            now=lambda: self._engine.clock.now().boot,
+            now=lambda: self._token_service.clock.now().boot,
             accepted=accepted, waiting=waiting,
         )  # fmt: skip
-        wanted = self._engine.request(scope or api, **whom)
-        return self._speak(api, wanted, talk)
+        wanted = self._token_service.request(scope or api, **whom)
+        return self._run_conversation(api, wanted, conversation)
 
     def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
         """A document to a declaration, checked before it is sent: see `hsmtoll.customs.uploads`."""
         path = Path(file)
-        talk = upload(declaration_id, path.name, _content(path), document_type)
-        return self._speak("document", self._engine.request("document"), talk)
+        conversation = upload(declaration_id, path.name, _content(path), document_type)
+        return self._run_conversation(
+            "document", self._token_service.request("document"), conversation
+        )
 
-    def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
-        engine = self._engine
-        ask = partial(self._asked, apis.named(api), wanted)
-        return spoken(talk, ask, engine.endpoints.customs, engine.clock.sleep)
+    def _run_conversation(
+        self, api: str, wanted: TokenRequest, conversation: Conversation
+    ) -> Receipt:
+        token_service = self._token_service
+        ask = partial(self._send, apis.named(api), wanted)
+        return run_conversation(
+            conversation, ask, token_service.endpoints.customs, token_service.clock.sleep
+        )
 
     def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
@@ -152,24 +165,26 @@ class Calls(Protocol):
         Routing signals in batches; *marker* is the file that says how far they were taken, and
         ``None`` none.
         """
-        clock, wire = self._engine.clock, self._engine.wire
+        clock, http_client = self._token_service.clock, self._token_service.http_client
         at = Marker(None if marker is None else Path(marker))
-        with bounded(self.api("routing")) as client:
-            yield from routing(client, level, at, now=lambda: clock.now().wall, wire=wire)
+        with limit_response_size(self.api("routing")) as client:
+            yield from routing(
+                client, level, at, now=lambda: clock.now().wall, http_client=http_client
+            )
 
-    def _hang_up(self) -> None:
+    def _close_clients(self) -> None:
         self._clients.clear()
-        while self._given:
-            self._given.pop().close()
+        while self._open_clients:
+            self._open_clients.pop().close()
 
 
 class AsyncCalls(Protocol):
     """For tasks."""
 
-    _engine: Engine
+    _token_service: TokenService
     # By API, and by loop: connections belong to the loop that they were made in.
     _clients: dict[tuple[str, int], tuple[httpx.AsyncClient, asyncio.Semaphore]]
-    _given: list[httpx.AsyncClient]
+    _open_clients: list[httpx.AsyncClient]
 
     def api(self, name: str) -> httpx.AsyncClient:
         """An httpx.AsyncClient for the API called *name*."""
@@ -190,33 +205,35 @@ class AsyncCalls(Protocol):
     ) -> httpx.Response:
         """As TollClient.call; tasks wait for their turn, as many as there may be."""
         api = apis.at(path) if scope else apis.api_of_path(path)
-        wanted = self._engine.request(
+        wanted = self._token_service.request(
             scope or api.name,
             consumer_org=consumer_org,
             resource=resource,
             authorization_details=authorization_details,
         )
-        url = f"{self._engine.endpoints.customs}{path}"
+        url = f"{self._token_service.endpoints.customs}{path}"
         try:
-            return await self._asked(api, wanted, method, url, **request)
-        except Lost as exc:
-            raise lost(exc, api, method) from exc
+            return await self._send(api, wanted, method, url, **request)
+        except NoResponse as exc:
+            raise no_response_error(exc, api, method) from exc
 
-    async def _asked(
+    async def _send(
         self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        client, turn = self._kept(api)
-        request["auth"] = AsyncTollAuth(self._engine, wanted)
+        client, turn = self._pooled_client(api)
+        request["auth"] = AsyncTollAuth(self._token_service, wanted)
         # The pool looks through all that wait, each time that one is done.
         async with turn:
-            return await aasked(client, method, url, wire=self._engine.wire, **request)
+            return await asend_with_deadline(
+                client, method, url, http_client=self._token_service.http_client, **request
+            )
 
-    def _kept(self, api: Api) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+    def _pooled_client(self, api: Api) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """One client an API, and a turn for each of its connections."""
         key = (api.name, id(asyncio.get_running_loop()))
         if key not in self._clients:
-            base = f"{self._engine.endpoints.customs}{api.base}"
-            made = abounded(self._open(base)), asyncio.Semaphore(CONNECTIONS)
+            base = f"{self._token_service.endpoints.customs}{api.base}"
+            made = alimit_response_size(self._open(base)), asyncio.Semaphore(CONNECTIONS)
             self._clients.setdefault(key, made)
         return self._clients[key]
 
@@ -235,45 +252,51 @@ class AsyncCalls(Protocol):
         **whom: Unpack[ForWhom],
     ) -> Receipt:
         """As TollClient.submit."""
-        talk = submission(
+        conversation = submission(
             apis.named(api), method, level, json, mrn=mrn, patience=patience,
-            now=lambda: self._engine.clock.now().boot,
+            now=lambda: self._token_service.clock.now().boot,
             accepted=accepted, waiting=waiting,
         )  # fmt: skip
-        wanted = self._engine.request(scope or api, **whom)
-        return await self._speak(api, wanted, talk)
+        wanted = self._token_service.request(scope or api, **whom)
+        return await self._run_conversation(api, wanted, conversation)
 
     async def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
     ) -> Receipt:
         """As TollClient.upload."""
         path = Path(file)
-        talk = upload(declaration_id, path.name, _content(path), document_type)
-        return await self._speak("document", self._engine.request("document"), talk)
+        conversation = upload(declaration_id, path.name, _content(path), document_type)
+        return await self._run_conversation(
+            "document", self._token_service.request("document"), conversation
+        )
 
-    async def _speak(self, api: str, wanted: TokenRequest, talk: Talk) -> Receipt:
-        origin = self._engine.endpoints.customs
+    async def _run_conversation(
+        self, api: str, wanted: TokenRequest, conversation: Conversation
+    ) -> Receipt:
+        origin = self._token_service.endpoints.customs
 
-        ask = partial(self._asked, apis.named(api), wanted)
-        return await aspoken(talk, ask, origin, asyncio.sleep)
+        ask = partial(self._send, apis.named(api), wanted)
+        return await arun_conversation(conversation, ask, origin, asyncio.sleep)
 
     async def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
     ) -> AsyncIterator[tuple[Any, ...]]:
         """As TollClient.routing."""
-        clock, wire = self._engine.clock, self._engine.wire
+        clock, http_client = self._token_service.clock, self._token_service.http_client
         at = Marker(None if marker is None else Path(marker))
-        async with abounded(self.api("routing")) as client:
-            feed = arouting(client, level, at, now=lambda: clock.now().wall, wire=wire)
+        async with alimit_response_size(self.api("routing")) as client:
+            feed = arouting(
+                client, level, at, now=lambda: clock.now().wall, http_client=http_client
+            )
             async for batch in feed:
                 yield batch
 
-    async def _hang_up(self) -> None:
+    async def _close_clients(self) -> None:
         self._clients.clear()
-        while self._given:
+        while self._open_clients:
             # One that was used in a loop that is over has no connection left to close.
             with contextlib.suppress(RuntimeError):
-                await self._given.pop().aclose()
+                await self._open_clients.pop().aclose()
 
 
 def _content(path: Path) -> bytes:

@@ -16,14 +16,14 @@ from hsmtoll.auth import AsyncTollAuth, TollAuth
 from hsmtoll.calls import AsyncCalls, Calls
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.metrics import Status, status_of
-from hsmtoll.tokens.refresher import Keeper
+from hsmtoll.tokens.refresher import BackgroundRefresher
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
     from hsmtoll.token import AccessToken, ForWhom
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
@@ -31,45 +31,49 @@ __all__ = ["AsyncTollClient", "TollClient"]
 class _Shared:
     """What the two colours have in common."""
 
-    def __init__(self, engine: Engine, *, close: Callable[[], None] = lambda: None) -> None:
-        self._engine = engine
+    def __init__(
+        self, token_service: TokenService, *, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self._token_service = token_service
         self._close = close
-        self._keepers: list[Keeper] = []
+        self._refreshers: list[BackgroundRefresher] = []
         # Whose clients they are is said by the colour.
         self._clients: dict[tuple[str, int], Any] = {}
-        self._given: list[Any] = []
+        self._open_clients: list[Any] = []
 
     def status(self) -> Status:
         """How it stands; asks neither the device nor the network."""
-        return status_of(self._engine)
+        return status_of(self._token_service)
 
-    def keep_fresh(self, *scopes: str) -> Keeper:
+    def keep_fresh(self, *scopes: str) -> BackgroundRefresher:
         """
         Renew in the background before anybody has to wait, until stopped: for programs that
         run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
         is not known.
         """
-        engine = self._engine
-        keeper = Keeper(engine, [engine.request(scope) for scope in scopes or (None,)])
-        self._keepers.append(keeper)
-        return keeper
+        token_service = self._token_service
+        refresher = BackgroundRefresher(
+            token_service, [token_service.request(scope) for scope in scopes or (None,)]
+        )
+        self._refreshers.append(refresher)
+        return refresher
 
-    def _lent(self, client: Any) -> None:
+    def _track_client(self, client: Any) -> None:
         """Closed with this client, if nobody closes it before."""
-        self._given = [*(each for each in self._given if not each.is_closed), client]
+        self._open_clients = [*(each for each in self._open_clients if not each.is_closed), client]
 
-    def _let_go(self) -> None:
-        while self._keepers:
-            self._keepers.pop().stop()
+    def _release(self) -> None:
+        while self._refreshers:
+            self._refreshers.pop().stop()
         self._close()
 
     def _base(self, name: str) -> str:
         api = apis.named(name)
         if not api.base:
             # One that is not ready says so.
-            api.scope(self._engine.family)
+            api.scope(self._token_service.family)
             raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
-        return f"{self._engine.endpoints.customs}{api.base}"
+        return f"{self._token_service.endpoints.customs}{api.base}"
 
 
 class TollClient(_Shared, Calls):
@@ -93,9 +97,9 @@ class TollClient(_Shared, Calls):
         *min_life*: seconds it shall live at least. *renew*: a new one, whatever is held.
         *whom*: see `hsmtoll.token.ForWhom`; each combination has a token of its own.
         """
-        engine = self._engine
-        request = engine.request(scope, **whom)
-        return engine.token(request, engine.wish(min_life, renew=renew))
+        token_service = self._token_service
+        request = token_service.request(scope, **whom)
+        return token_service.token(request, token_service.requirements(min_life, renew=renew))
 
     def auth(
         self,
@@ -106,8 +110,8 @@ class TollClient(_Shared, Calls):
         httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. *whom*
         as for `token`.
         """
-        request = self._engine.request(scope, **whom)
-        return TollAuth(self._engine, request)
+        request = self._token_service.request(scope, **whom)
+        return TollAuth(self._token_service, request)
 
     def api(
         self,
@@ -126,14 +130,14 @@ class TollClient(_Shared, Calls):
         return self._open(base, auth)
 
     def _open(self, base: str, auth: TollAuth | None = None) -> httpx.Client:
-        made = self._engine.wire.client(base, base_url=base, auth=auth)
-        self._lent(made)
+        made = self._token_service.http_client.client(base, base_url=base, auth=auth)
+        self._track_client(made)
         return made
 
     def close(self) -> None:
         """Let go of the device and the connections. Living tokens of a shared cache live on."""
-        self._hang_up()
-        self._let_go()
+        self._close_clients()
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -159,9 +163,11 @@ class AsyncTollClient(_Shared, AsyncCalls):
         **whom: Unpack[ForWhom],
     ) -> AccessToken:
         """As TollClient.token."""
-        engine = self._engine
-        request = engine.request(scope, **whom)
-        return await engine.atoken(request, engine.wish(min_life, renew=renew))
+        token_service = self._token_service
+        request = token_service.request(scope, **whom)
+        return await token_service.atoken(
+            request, token_service.requirements(min_life, renew=renew)
+        )
 
     def auth(
         self,
@@ -169,8 +175,8 @@ class AsyncTollClient(_Shared, AsyncCalls):
         **whom: Unpack[ForWhom],
     ) -> AsyncTollAuth:
         """As TollClient.auth."""
-        request = self._engine.request(scope, **whom)
-        return AsyncTollAuth(self._engine, request)
+        request = self._token_service.request(scope, **whom)
+        return AsyncTollAuth(self._token_service, request)
 
     def api(
         self,
@@ -185,14 +191,16 @@ class AsyncTollClient(_Shared, AsyncCalls):
         return self._open(base, auth)
 
     def _open(self, base: str, auth: AsyncTollAuth | None = None) -> httpx.AsyncClient:
-        made = httpx.AsyncClient(base_url=base, auth=auth, **self._engine.wire.options(base))
-        self._lent(made)
+        made = httpx.AsyncClient(
+            base_url=base, auth=auth, **self._token_service.http_client.options(base)
+        )
+        self._track_client(made)
         return made
 
     async def aclose(self) -> None:
         """As TollClient.close."""
-        await self._hang_up()
-        self._let_go()
+        await self._close_clients()
+        self._release()
 
     async def __aenter__(self) -> Self:
         return self

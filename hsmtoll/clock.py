@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll.errors import ClockError
-from hsmtoll.remembered import Remembered
-from hsmtoll.token import Moment
+from hsmtoll.remembered import PersistedText
+from hsmtoll.token import ClockReading
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ _NOISE: Final = 5.0
 class Clock(Protocol):
     """Where time comes from; a test brings its own."""
 
-    def now(self) -> Moment:
+    def now(self) -> ClockReading:
         """Both clocks, read together."""
 
     def sleep(self, seconds: float) -> None:
@@ -56,16 +56,18 @@ class SystemClock:
         self._boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
         self._boot_id = _boot_id()
 
-    def now(self) -> Moment:
+    def now(self) -> ClockReading:
         """Both clocks, read together."""
-        return Moment(time.time(), time.clock_gettime(self._boot), self._boot_id)
+        return ClockReading(time.time(), time.clock_gettime(self._boot), self._boot_id)
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
         time.sleep(seconds)
 
 
-def offset_of(headers: Mapping[str, str], *, sent: Moment, received: Moment) -> float | None:
+def offset_of(
+    headers: Mapping[str, str], *, sent: ClockReading, received: ClockReading
+) -> float | None:
     """
     Seconds that the server's clock is ahead of ours, or ``None`` if its answer does not tell.
 
@@ -108,7 +110,7 @@ class Skew:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._kept = Remembered(path)
+        self._kept = PersistedText(path)
         self.seconds = 0.0
         with contextlib.suppress(ValueError):
             seconds = float(self._kept.read() or 0.0)

@@ -95,21 +95,23 @@ class Transport(httpx.HTTPTransport):
     """
     httpx's own, for threads, whose waits end at the `Deadline` that the thread is bound by.
 
-    *meet* is shown each new connection before a byte is sent on it, and raises where it does not
-    like what it sees.
+    *check_connection* is called with each new connection before anything is sent on it; it raises
+    to reject the connection.
     """
 
-    def __init__(self, *, meet: Callable[[socket], None] | None, **options: Any) -> None:
+    def __init__(
+        self, *, check_connection: Callable[[socket], None] | None, **options: Any
+    ) -> None:
         super().__init__(trust_env=False, **options)
         # httpx has no name for what httpcore takes as network_backend.
-        self._pool._network_backend = _Backend(meet)  # noqa: SLF001 - see above
+        self._pool._network_backend = _Backend(check_connection)  # noqa: SLF001 - see above
 
 
 class _Backend(httpcore.SyncBackend):
     """Connections of threads."""
 
-    def __init__(self, meet: Callable[[socket], None] | None) -> None:
-        self._meet = meet
+    def __init__(self, check_connection: Callable[[socket], None] | None) -> None:
+        self._check_connection = check_connection
 
     def connect_tcp(
         self,
@@ -134,7 +136,7 @@ class _Backend(httpcore.SyncBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
                 first = first or exc
             else:
-                return self._met(stream)
+                return self._checked(stream)
         raise first or httpcore.ConnectError(f"no address for {host}")
 
     def connect_unix_socket(
@@ -156,12 +158,12 @@ class _Backend(httpcore.SyncBackend):
                     left.close()
                 step = step.tb_next
             raise
-        return self._met(stream)
+        return self._checked(stream)
 
-    def _met(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
-        if self._meet is not None:
+    def _checked(self, stream: httpcore.NetworkStream) -> httpcore.NetworkStream:
+        if self._check_connection is not None:
             try:
-                self._meet(stream.get_extra_info("socket"))
+                self._check_connection(stream.get_extra_info("socket"))
             except BaseException:
                 stream.close()
                 raise

@@ -67,7 +67,7 @@ def keep_temporary_files_private() -> None:
     Temporary files of this process lie below the user's cache directory where others may change
     the usual place: a PIN file or a CA file there would be refused.
     """
-    if files.loose(Path(tempfile.gettempdir())) is not None:
+    if files.first_untrusted_component(Path(tempfile.gettempdir())) is not None:
         place = _at_home(platformdirs.user_cache_dir, "HSMTOLL_CACHE")
         files.make_directory(place)
         tempfile.tempdir = str(place)

@@ -24,7 +24,7 @@ __all__ = [
     "check_own",
     "check_trusted",
     "exposed",
-    "loose",
+    "first_untrusted_component",
     "make_directory",
     "read",
     "reclaim",
@@ -38,7 +38,7 @@ _LINKS: Final = 40
 _LARGEST: Final = 16 * 1024 * 1024
 
 
-def loose(path: Path, *, own: bool = False) -> Path | None:
+def first_untrusted_component(path: Path, *, own: bool = False) -> Path | None:
     """
     The first place from which others decide what *path* is; ``None`` if there is none.
 
@@ -104,7 +104,7 @@ def check_trusted(path: Path, what: str) -> None:
     message. Whoever can write a file that decides what is run, or whom to trust, is this account.
     """
     try:
-        place = loose(path)
+        place = first_untrusted_component(path)
     except OSError as exc:
         raise ConfigurationError(
             f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
@@ -216,7 +216,7 @@ def check_own(path: Path, what: str) -> None:
     try:
         while not os.path.lexists(there):
             there = there.parent
-        place = loose(there, own=True)
+        place = first_untrusted_component(there, own=True)
     except OSError as exc:
         raise ConfigurationError(
             f"{what} {foreign(path)}: cannot be used ({exc.strerror})"

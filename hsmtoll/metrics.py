@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.registry import CollectorRegistry
 
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 __all__ = ["Status", "register", "status_of"]
 
@@ -26,35 +26,36 @@ class Status:
     """
     One look at a client.
 
-    *waiting*: callers who wait for a renewal. *signatures* spent. *legs*: by name and outcome.
-    *hits*: tokens given, by where they came from. *dark_in*: seconds until the last living
-    token dies, if nothing can be renewed. *certificate_days* left, and *pin*, the state of the
-    PIN as last seen: ``None`` where the device was not needed. *skew*: seconds.
+    *waiting*: callers that wait for a renewal. *signatures*: number spent. *legs*: requests to the
+    token endpoints, by name and outcome. *hits*: tokens given out, by source.
+    *seconds_until_expiry*: until the last valid token expires, if nothing can be renewed.
+    *certificate_days*: days left. *pin*: state of the PIN as last seen, ``None`` if the device was
+    not needed. *skew*: clock correction in seconds.
     """
 
     waiting: int
     signatures: int
     legs: Mapping[tuple[str, str], int]
     hits: Mapping[str, int]
-    dark_in: float | None
+    seconds_until_expiry: float | None
     certificate_days: float | None
     skew: float
     pin: str | None
 
 
-def status_of(engine: Engine) -> Status:
+def status_of(token_service: TokenService) -> Status:
     """How it stands now."""
-    ends = engine.counts.not_after
-    now = engine.clock.now().wall
+    ends = token_service.counts.not_after
+    now = token_service.clock.now().wall
     return Status(
-        waiting=engine.cache.waiting(),
-        signatures=engine.counts.signatures,
-        legs=dict(engine.counts.legs),
-        hits=dict(engine.cache.hits),
-        dark_in=engine.cache.left(),
+        waiting=token_service.cache.waiting(),
+        signatures=token_service.counts.signatures,
+        legs=dict(token_service.counts.legs),
+        hits=dict(token_service.cache.hits),
+        seconds_until_expiry=token_service.cache.left(),
         certificate_days=(ends.timestamp() - now) / 86_400 if ends is not None else None,
-        skew=engine.skew.seconds,
-        pin=engine.pin_state(),
+        skew=token_service.skew.seconds,
+        pin=token_service.pin_state(),
     )
 
 
@@ -93,7 +94,11 @@ def register(registry: CollectorRegistry, status: Callable[[], Status]) -> None:
             yield hits
             for name, about, value in (
                 ("waiting_callers", "Callers who wait for a renewal.", seen.waiting),
-                ("dark_in_seconds", "Until the last living token dies.", seen.dark_in),
+                (
+                    "time_to_expiry_seconds",
+                    "Until the last living token dies.",
+                    seen.seconds_until_expiry,
+                ),
                 ("certificate_days", "Days until the certificate expires.", seen.certificate_days),
                 ("clock_skew_seconds", "Added to this machine's clock for iat.", seen.skew),
             ):

@@ -15,11 +15,11 @@ from hsmtoll import files
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Remembered"]
+__all__ = ["PersistedText"]
 
 
 @dataclass(slots=True)
-class Remembered:
+class PersistedText:
     """Text at *path*, replaced whole, 0600; without a path, or a disk, in memory."""
 
     path: Path | None = None

@@ -16,15 +16,15 @@ from typing import Any, Final, NamedTuple, TypedDict
 from hsmtoll.errors import UsageError
 
 __all__ = [
-    "ANY",
     "MARGIN",
+    "NO_REQUIREMENTS",
     "AccessToken",
+    "ClockReading",
     "Details",
     "ForWhom",
     "Freshness",
-    "Moment",
     "TokenRequest",
-    "Wish",
+    "TokenRequirements",
     "details_text",
 ]
 
@@ -32,7 +32,7 @@ __all__ = [
 MARGIN: Final = 60.0
 
 
-class Moment(NamedTuple):
+class ClockReading(NamedTuple):
     """
     One reading of both clocks.
 
@@ -133,7 +133,7 @@ class AccessToken:
 
     value: str
     scope: str
-    asked: Moment
+    asked: ClockReading
     lifetime: int
     token_type: str = "Bearer"  # noqa: S105 - RFC 6750's word, not a secret
 
@@ -147,7 +147,7 @@ class AccessToken:
         """The end by the wall clock, aware, UTC."""
         return datetime.fromtimestamp(self.asked.wall + self.lifetime, UTC)
 
-    def remaining(self, now: Moment) -> float:
+    def remaining(self, now: ClockReading) -> float:
         """
         Seconds left at *now*; zero or less is expired.
 
@@ -167,7 +167,7 @@ class AccessToken:
         """Seconds before the end at which it is stale; half the life of a short token."""
         return min(MARGIN, self.lifetime / 2)
 
-    def freshness(self, now: Moment) -> Freshness:
+    def freshness(self, now: ClockReading) -> Freshness:
         """FRESH, STALE or EXPIRED at *now*."""
         left = self.remaining(now)
         if left <= 0:
@@ -175,7 +175,7 @@ class AccessToken:
         return Freshness.STALE if left <= self.margin else Freshness.FRESH
 
 
-class Wish(NamedTuple):
+class TokenRequirements(NamedTuple):
     """
     What a caller will not do without, beyond a token that lives.
 
@@ -185,9 +185,9 @@ class Wish(NamedTuple):
 
     min_life: float = 0.0
     avoid: str | None = None
-    since: Moment | None = None
+    since: ClockReading | None = None
 
-    def met_by(self, token: AccessToken, now: Moment) -> bool:
+    def satisfied_by(self, token: AccessToken, now: ClockReading) -> bool:
         """Whether *token* will do at *now*; an expired one never does."""
         left = token.remaining(now)
         return (
@@ -198,7 +198,7 @@ class Wish(NamedTuple):
         )
 
 
-def _as_late(asked: Moment, since: Moment) -> bool:
+def _as_late(asked: ClockReading, since: ClockReading) -> bool:
     """By the clock that cannot be set, within one start of the machine."""
     if asked.boot_id == since.boot_id:
         return asked.boot >= since.boot
@@ -206,4 +206,4 @@ def _as_late(asked: Moment, since: Moment) -> bool:
 
 
 #: Any token that lives.
-ANY: Final = Wish()
+NO_REQUIREMENTS: Final = TokenRequirements()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.http_messages import Post
 
-__all__ = ["CONNECTIONS", "Door", "Reason", "Wire"]
+__all__ = ["CONNECTIONS", "ConnectionOptions", "HttpClient", "Reason"]
 
 #: However many tasks there are, nobody's server is met by hundreds of handshakes.
 CONNECTIONS: Final = 20
@@ -45,16 +45,16 @@ _LARGEST: Final = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Door:
+class ConnectionOptions:
     """
-    A way that is not the Internet's: over a Unix socket (*uds*, its path), or with a TLS *context*
-    of its own. *meet* is shown the connection before a byte is sent on it, and raises where it does
-    not like what it sees.
+    Connection to a signing host: over a Unix socket (*uds*, its path), or with its own TLS
+    *context*. *check_connection* is called with the connection before anything is sent on it; it
+    raises to reject the connection.
     """
 
     uds: Path | None = None
     context: Callable[[], ssl.SSLContext] | None = None
-    meet: Callable[[socket.socket], None] | None = None
+    check_connection: Callable[[socket.socket], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +71,13 @@ class Reason:
         return f"{self.proxy}: {self.text}" if self.proxy else self.text
 
 
-class Wire:
+class HttpClient:
     """
     How bytes travel: one leg a call, no redirects, no cookies, one total deadline.
 
     *timeout* bounds each wait for the network, in seconds; *deadline* bounds the whole leg.
-    *proxy* is a URL, ``environment``, or ``None`` for none. *door* replaces the usual way.
+    *proxy* is a URL, ``environment``, or ``None`` for none. *connection_options*: for a signing
+    host.
     """
 
     def __init__(
@@ -86,14 +87,14 @@ class Wire:
         proxy: str | None = None,
         timeout: float = 10.0,
         deadline: float = 60.0,
-        door: Door | None = None,
+        connection_options: ConnectionOptions | None = None,
     ) -> None:
         self._ca_file = ca_file
         self._proxy = proxy
         # One wait lasts no longer than all of them, connecting included.
         self._timeout = min(timeout, deadline)
         self._deadline = deadline
-        self._door = door or Door()
+        self._connection_options = connection_options or ConnectionOptions()
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
 
@@ -112,7 +113,7 @@ class Wire:
             if self._context is None:
                 self._context = self._new_context()
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        name, via = self._via(url)
+        name, via = self._proxy_for(url)
         return {
             "verify": self._context,
             "proxy": via and _proxy(name, via, self._context),
@@ -126,13 +127,13 @@ class Wire:
         }
 
     def _new_context(self) -> ssl.SSLContext:
-        if self._door.uds is not None:
+        if self._connection_options.uds is not None:
             # Nothing is asked of it on a Unix socket, and an empty one is made quickly.
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        made = self._door.context
+        made = self._connection_options.context
         return made() if made else tls.client_context(self._ca_file)
 
-    def _via(self, url: str) -> tuple[str, str | None]:
+    def _proxy_for(self, url: str) -> tuple[str, str | None]:
         """The variable that names the proxy for *url*, and its value; ``None`` for none."""
         if self._proxy == "environment":
             return _of_environment(url)
@@ -140,7 +141,7 @@ class Wire:
 
     def unused_proxy(self, url: str) -> str | None:
         """The variable with a proxy for *url* that is not used, as HSMTOLL_PROXY is not set."""
-        if self._proxy is not None or self._door != Door():
+        if self._proxy is not None or self._connection_options != ConnectionOptions():
             return None
         try:
             name, found = _of_environment(url)
@@ -152,7 +153,7 @@ class Wire:
 
     def reason(self, exc: httpx.HTTPError, url: str, *, past_proxy: bool) -> Reason:
         """Why a request to *url* failed; *past_proxy*: a proxy, if there is one, did its part."""
-        name, via = self._via(url)
+        name, via = self._proxy_for(url)
         proxy = httpx.Proxy(via) if via and not past_proxy else None
         found = _reason(exc, self._timeout, name if proxy else None, _secrets(proxy))
         if proxy is not None:
@@ -167,7 +168,7 @@ class Wire:
         Raises NetworkError: refused, unknown host, untrusted certificate, broken off, too
         slow, too large. Those that a new attempt may cure are retryable.
         """
-        return self._sent(
+        return self._send(
             post.leg,
             "POST",
             post.url,
@@ -175,10 +176,10 @@ class Wire:
             headers={"accept": "application/json", "accept-encoding": "identity"},
         )
 
-    def tell(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
+    def post_json(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
         """Send *value* as JSON and read the answer; as post otherwise."""
         said = {"accept": "application/json", "accept-encoding": "identity", **headers}
-        return self._sent(leg, "POST", url, json=value, headers=said)
+        return self._send(leg, "POST", url, json=value, headers=said)
 
     def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
         """
@@ -199,36 +200,48 @@ class Wire:
         # A proxy has a place of its own in the network; its address says nothing.
         guard = public and self._proxy is None
         headers = {"accept": "*/*", "accept-encoding": "identity"}
-        meet = partial(_is_public, leg=leg) if guard else self._door.meet
-        return self._sent(leg, "GET", url, meet=meet, headers=headers)
+        check_connection = (
+            partial(_is_public, leg=leg) if guard else self._connection_options.check_connection
+        )
+        return self._send(leg, "GET", url, check_connection=check_connection, headers=headers)
 
     def client(
-        self, url: str, *, meet: Callable[[socket.socket], None] | None = None, **more: Any
+        self,
+        url: str,
+        *,
+        check_connection: Callable[[socket.socket], None] | None = None,
+        **more: Any,
     ) -> httpx.Client:
         """
         An httpx client of ours to *url*, for threads, with `options` and *more* keywords of httpx.
-        It obeys a `Deadline`, and shows each new connection to *meet*.
+        It obeys a `Deadline`, and shows each new connection to *check_connection*.
         """
         options = self.options(url)
         own = {name: options.pop(name) for name in ("verify", "proxy", "limits")}
-        if self._door.uds is not None:
-            own["uds"] = str(self._door.uds)
-        return httpx.Client(transport=Transport(meet=meet, **own), **options, **more)
+        if self._connection_options.uds is not None:
+            own["uds"] = str(self._connection_options.uds)
+        return httpx.Client(
+            transport=Transport(check_connection=check_connection, **own), **options, **more
+        )
 
-    def _sent(
+    def _send(
         self,
         leg: str,
         method: str,
         url: str,
         *,
-        meet: Callable[[socket.socket], None] | None = None,
+        check_connection: Callable[[socket.socket], None] | None = None,
         **request: Any,
     ) -> Answer:
-        deadline, hooks = Deadline(self._deadline), {"response": [_stay]}
+        deadline, hooks = Deadline(self._deadline), {"response": [_strip_location]}
         try:
             # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
             with (
-                self.client(url, meet=meet or self._door.meet, event_hooks=hooks) as client,
+                self.client(
+                    url,
+                    check_connection=check_connection or self._connection_options.check_connection,
+                    event_hooks=hooks,
+                ) as client,
                 deadline.binding(),
             ):
                 built = client.build_request(
@@ -239,7 +252,10 @@ class Wire:
             if isinstance(exc, httpx.TimeoutException) and deadline.cut:
                 raise self._too_slow(leg, url, sent=deadline.sent) from exc
             raise self._failed(exc, leg, url, past_proxy=deadline.past_proxy) from exc
-        if answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED and self._via(url)[1]:
+        if (
+            answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
+            and self._proxy_for(url)[1]
+        ):
             # Without TLS the request itself goes to the proxy, which may answer in its place.
             refused = httpx.ProxyError("407 Proxy Authentication Required")
             raise self._failed(refused, leg, url, past_proxy=False)
@@ -319,7 +335,7 @@ def _secrets(proxy: httpx.Proxy | None) -> tuple[str, ...]:
     return sent, proxy.auth[1]
 
 
-def _stay(response: httpx.Response) -> None:
+def _strip_location(response: httpx.Response) -> None:
     """Nobody goes where a redirect leads, and httpx would fail on what is no address."""
     response.headers.pop("location", None)
 

@@ -94,7 +94,7 @@ def test_auth(
     app = options.app(use_final_try=use_final_try)
     # As `token`: without a word the default, or an error.
     word = one_scope(what, named) or app.settings.scope
-    api = _test_api(word or app.engine.request(None).scope)
+    api = _test_api(word or app.token_service.request(None).scope)
     with app.client() as client:
         if api.name == "verksemd.eu":
             try:

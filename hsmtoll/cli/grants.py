@@ -21,9 +21,9 @@ from hsmtoll.cli.options import (
 from hsmtoll.cli.streams import print_json
 from hsmtoll.errors import HsmTollError, UsageError
 from hsmtoll.signing.signer import OneTimeAssertion
-from hsmtoll.token import ANY, TokenRequest
+from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens.rate_limit import RateLimit
-from hsmtoll.tokens.single_flight import Flight
+from hsmtoll.tokens.single_flight import PendingRenewal
 from hsmtoll.tokens.stores import MemoryStore
 
 __all__ = ["exchange", "sign"]
@@ -57,7 +57,7 @@ def sign(
     """
     whom = read_whom(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
-    request = app.engine.request(one_scope(what, named), **whom)
+    request = app.token_service.request(one_scope(what, named), **whom)
     try:
         renewal = app.renewal_by(app.signer)
         try:
@@ -92,7 +92,9 @@ def exchange(options: GlobalOptions, *, as_json: bool) -> None:
     # It was counted where it was signed, and there is no other one.
     limit = RateLimit(MemoryStore(), app.clock, per_hour=1)
     renewal = replace(app.renewal_by(handed), rate_limit=limit, per_request=1)
-    token = renewal.renew(TokenRequest(handed.scope), Flight(app.clock.now().boot, ANY))
+    token = renewal.renew(
+        TokenRequest(handed.scope), PendingRenewal(app.clock.now().boot, NO_REQUIREMENTS)
+    )
     if as_json:
         print_json(
             {

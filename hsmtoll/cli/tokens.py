@@ -67,9 +67,9 @@ def token(
     whom = read_whom(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
     with contextlib.closing(app):
-        engine = app.engine
-        request = engine.request(one_scope(what, named), **whom)
-        got = engine.token(request, engine.wish(min_life, renew=renew))
+        token_service = app.token_service
+        request = token_service.request(one_scope(what, named), **whom)
+        got = token_service.token(request, token_service.requirements(min_life, renew=renew))
         left = int(got.remaining(app.clock.now()))
     if as_json:
         print_json(

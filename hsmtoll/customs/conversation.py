@@ -1,8 +1,8 @@
 """
-A conversation with Customs, written once for threads and tasks.
+Sequences of requests to Customs as generators, written once for threads and tasks.
 
-It yields what to send or how long to wait and is handed the answers; `spoken` and `aspoken` drive
-it.
+A generator yields what to send or how long to wait, and receives the responses. `run_conversation`
+and `arun_conversation` drive it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from hsmtoll.errors import HsmTollError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator, Mapping
 
-__all__ = ["Lost", "Receipt", "Send", "Talk", "Told", "Wait", "aspoken", "spoken"]
+__all__ = [
+    "Conversation",
+    "NoResponse",
+    "Outcome",
+    "Receipt",
+    "Send",
+    "Wait",
+    "arun_conversation",
+    "run_conversation",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +46,7 @@ class Wait:
     seconds: float
 
 
-class Lost(Exception):
+class NoResponse(Exception):
     """
     No whole answer came to a request. *unsent*: nothing of it was sent, for certain.
 
@@ -54,7 +63,7 @@ class Lost(Exception):
 
 
 #: What a conversation is told after each step: an answer, why none came, or nothing.
-Told = httpx.Response | Lost | HsmTollError | None
+Outcome = httpx.Response | NoResponse | HsmTollError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,52 +81,52 @@ class Receipt:
 
 
 if TYPE_CHECKING:
-    Talk = Generator[Send | Wait, Told, Receipt]
+    Conversation = Generator[Send | Wait, Outcome, Receipt]
 
 
-def spoken(
-    talk: Talk,
+def run_conversation(
+    conversation: Conversation,
     ask: Callable[..., httpx.Response],
     origin: str,
     sleep: Callable[[float], None],
 ) -> Receipt:
     """Hold a conversation; *ask* is one request to *origin* with its answer."""
-    told: Told = None
+    outcome: Outcome = None
     try:
         while True:
-            step = talk.send(told)
+            step = conversation.send(outcome)
             if isinstance(step, Wait):
                 sleep(step.seconds)
-                told = None
+                outcome = None
                 continue
             try:
-                told = ask(step.method, origin + step.path, **_sent(step))
-            except (Lost, HsmTollError) as exc:
-                told = exc
+                outcome = ask(step.method, origin + step.path, **_sent(step))
+            except (NoResponse, HsmTollError) as exc:
+                outcome = exc
     except StopIteration as end:
         receipt: Receipt = end.value
         return receipt
 
 
-async def aspoken(
-    talk: Talk,
+async def arun_conversation(
+    conversation: Conversation,
     ask: Callable[..., Awaitable[httpx.Response]],
     origin: str,
     sleep: Callable[[float], Awaitable[None]],
 ) -> Receipt:
     """As spoken, for tasks."""
-    told: Told = None
+    outcome: Outcome = None
     try:
         while True:
-            step = talk.send(told)
+            step = conversation.send(outcome)
             if isinstance(step, Wait):
                 await sleep(step.seconds)
-                told = None
+                outcome = None
                 continue
             try:
-                told = await ask(step.method, origin + step.path, **_sent(step))
-            except (Lost, HsmTollError) as exc:
-                told = exc
+                outcome = await ask(step.method, origin + step.path, **_sent(step))
+            except (NoResponse, HsmTollError) as exc:
+                outcome = exc
     except StopIteration as end:
         receipt: Receipt = end.value
         return receipt

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 from hsmtoll.clock import retry_after
-from hsmtoll.customs.conversation import Lost, Told
+from hsmtoll.customs.conversation import NoResponse, Outcome
 from hsmtoll.errors import (
     ApiRefused,
     HsmTollError,
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAFE",
-    "answered",
     "bearer_of",
     "check",
+    "checked_response",
     "field_errors",
     "list_of",
-    "lost",
+    "no_response_error",
     "object_of",
-    "refused",
-    "unknown",
+    "outcome_unknown_error",
+    "status_error",
 ]
 
 #: Methods that may be repeated, whatever became of the first (RFC 9110 section 9.2.1).
@@ -53,10 +53,12 @@ _HINTS: Final = {
 }
 
 
-def lost(exc: Lost, api: Api, method: str, request_id: str | None = None) -> HsmTollError:
+def no_response_error(
+    exc: NoResponse, api: Api, method: str, request_id: str | None = None
+) -> HsmTollError:
     """What it means that no answer came: OutcomeUnknown for what may have been received."""
     if not exc.unsent and method.upper() not in SAFE:
-        return unknown(f"no answer came ({exc})", api, request_id)
+        return outcome_unknown_error(f"no answer came ({exc})", api, request_id)
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
         hint="\n".join(
@@ -78,8 +80,8 @@ def check(response: httpx.Response, api: Api, *, now: float) -> None:
     """
     safe = response.request.method in SAFE
     if response.status_code >= 500 and not safe:
-        raise unknown(f"the answer was {response.status_code}", api, None, response)
-    error = refused(response, api, now=now)
+        raise outcome_unknown_error(f"the answer was {response.status_code}", api, None, response)
+    error = status_error(response, api, now=now)
     if error is not None:
         raise error
     if response.is_redirect and safe:
@@ -89,10 +91,10 @@ def check(response: httpx.Response, api: Api, *, now: float) -> None:
             code="redirect",
         )
     if response.is_redirect:
-        raise _elsewhere(api)
+        raise _redirect_error(api)
 
 
-def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
+def status_error(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
     """What an answer that is not 2xx means (PROTOCOL C.10), or ``None``. *now*: seconds, UTC."""
     status = response.status_code
     if 200 <= status < 400:
@@ -127,28 +129,28 @@ def refused(response: httpx.Response, api: Api, *, now: float) -> HsmTollError |
     )
 
 
-def answered(answer: Told, api: Api, request_id: str | None) -> httpx.Response:
+def checked_response(answer: Outcome, api: Api, request_id: str | None) -> httpx.Response:
     """The answer to something that must not be sent twice."""
     if isinstance(answer, HsmTollError):
         # No token was had, so nothing was taken in.
         raise answer
-    if isinstance(answer, Lost):
-        raise lost(answer, api, "POST", request_id) from answer
+    if isinstance(answer, NoResponse):
+        raise no_response_error(answer, api, "POST", request_id) from answer
     assert answer is not None  # noqa: S101 - a Send is always answered
     if answer.status_code >= 500:
-        raise unknown(f"the answer was {answer.status_code}", api, request_id, answer)
+        raise outcome_unknown_error(f"the answer was {answer.status_code}", api, request_id, answer)
     if 300 <= answer.status_code < 400:
-        raise _elsewhere(api)
-    error = refused(answer, api, now=0.0)
+        raise _redirect_error(api)
+    error = status_error(answer, api, now=0.0)
     if error is not None:
         raise error
     if answer.headers.get("content-type", "").lower().startswith("text/html"):
         # What Customs answers is not documented everywhere, but it is no page for people.
-        raise unknown("the answer was a web page", api, request_id, answer)
+        raise outcome_unknown_error("the answer was a web page", api, request_id, answer)
     return answer
 
 
-def unknown(
+def outcome_unknown_error(
     why: str, api: Api, request_id: str | None, answer: httpx.Response | None = None
 ) -> OutcomeUnknown:
     named = f"requestId {request_id}: " if request_id else ""
@@ -165,7 +167,7 @@ def unknown(
     )
 
 
-def _elsewhere(api: Api) -> ApiRefused:
+def _redirect_error(api: Api) -> ApiRefused:
     return ApiRefused(f"API {api.name}: a redirect, which is not followed with a token")
 
 

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
-from hsmtoll.customs.conversation import Lost
+from hsmtoll.customs.conversation import NoResponse
 from hsmtoll.deadline import Deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hsmtoll.transport import Wire
+    from hsmtoll.transport import HttpClient
 
-__all__ = ["aasked", "abounded", "asked", "bounded"]
+__all__ = [
+    "alimit_response_size",
+    "asend_with_deadline",
+    "limit_response_size",
+    "send_with_deadline",
+]
 
 #: Bytes, unpacked. Documents are of 10 MB at most, and a batch of the feed is less.
 _LARGEST_ANSWER: Final = 64 * 1024 * 1024
@@ -29,28 +34,29 @@ _LOCATION: Final = "hsmtoll.location"
 _PACKINGS: Final = ("gzip", "deflate", "br", "zstd")
 
 
-def bounded(client: httpx.Client) -> httpx.Client:
-    """Let *client* take no answer that is larger than 64 MiB; `asked` raises Lost for one."""
+def limit_response_size(client: httpx.Client) -> httpx.Client:
+    """Refuse responses of more than 64 MiB; `send_with_deadline` raises NoResponse for them."""
     client.event_hooks = {"response": [_received]}
     return client
 
 
-def abounded(client: httpx.AsyncClient) -> httpx.AsyncClient:
+def alimit_response_size(client: httpx.AsyncClient) -> httpx.AsyncClient:
     """As bounded, for tasks."""
     client.event_hooks = {"response": [_areceived]}
     return client
 
 
-def asked(
-    client: httpx.Client, method: str, url: str, *, wire: Wire, **request: Any
+def send_with_deadline(
+    client: httpx.Client, method: str, url: str, *, http_client: HttpClient, **request: Any
 ) -> httpx.Response:
     """
-    One request over *client*, which *wire* has made, and its whole answer, within its deadline.
+    Send one request and read the whole response, within the deadline of *http_client*, which made
+    *client*.
 
-    Raises Lost where there is none, and what having a token raises. Arguments as for
+    Raises NoResponse if there is none, and what obtaining a token raises. Arguments as for
     httpx.Client.request.
     """
-    deadline = Deadline(wire.deadline)
+    deadline = Deadline(http_client.deadline)
     theirs = _extensions(request).get("trace")
 
     def trace(event: str, info: Mapping[str, Any]) -> None:
@@ -63,16 +69,16 @@ def asked(
         with deadline.binding():
             return _whole(client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
-        raise _lost(wire, deadline, exc) from exc
+        raise _no_response(http_client, deadline, exc) from exc
 
 
-async def aasked(
-    client: httpx.AsyncClient, method: str, url: str, *, wire: Wire, **request: Any
+async def asend_with_deadline(
+    client: httpx.AsyncClient, method: str, url: str, *, http_client: HttpClient, **request: Any
 ) -> httpx.Response:
     """As asked, for tasks."""
     import asyncio  # noqa: PLC0415 - threads need none of it
 
-    deadline, scope = Deadline(wire.deadline), asyncio.timeout(None)
+    deadline, scope = Deadline(http_client.deadline), asyncio.timeout(None)
     theirs = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
@@ -89,26 +95,28 @@ async def aasked(
         async with scope:
             return _whole(await client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
-        raise _lost(wire, deadline, exc) from exc
+        raise _no_response(http_client, deadline, exc) from exc
     except TimeoutError as exc:
         if not scope.expired():
             raise
-        raise _lost(wire, deadline, exc) from exc
+        raise _no_response(http_client, deadline, exc) from exc
 
 
-def _lost(wire: Wire, deadline: Deadline, exc: httpx.HTTPError | TimeoutError) -> Lost:
+def _no_response(
+    http_client: HttpClient, deadline: Deadline, exc: httpx.HTTPError | TimeoutError
+) -> NoResponse:
     """Why no answer came."""
     if isinstance(exc, TimeoutError) or (deadline.cut and isinstance(exc, httpx.TimeoutException)):
-        return Lost(
+        return NoResponse(
             f"not whole within {deadline.seconds:.0f} s",
             code="deadline",
             hint="HSMTOLL_DEADLINE sets how long to wait",
             unsent=not deadline.sent,
         )
-    reason = wire.reason(exc, str(exc.request.url), past_proxy=deadline.past_proxy)
+    reason = http_client.reason(exc, str(exc.request.url), past_proxy=deadline.past_proxy)
     before = httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout | httpx.ProxyError
     unsent = not deadline.sent or isinstance(exc, before)
-    return Lost(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
+    return NoResponse(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
 
 
 def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
@@ -132,14 +140,14 @@ def _begun(response: httpx.Response) -> bytearray:
     packings = [word.strip() for word in words if word.strip() in _PACKINGS]
     bodiless = response.request.method == "HEAD"
     if not bodiless and packings not in ([], ["gzip"], ["deflate"]):
-        raise Lost("packed in a way that was not asked for", code="answer-compressed")
+        raise NoResponse("packed in a way that was not asked for", code="answer-compressed")
     return bytearray()
 
 
 def _grown(body: bytearray, part: bytes) -> None:
     body += part
     if len(body) > _LARGEST_ANSWER:
-        raise Lost(f"larger than {_LARGEST_ANSWER >> 20} MiB", code="answer-too-large")
+        raise NoResponse(f"larger than {_LARGEST_ANSWER >> 20} MiB", code="answer-too-large")
 
 
 def _received(response: httpx.Response) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, files
-from hsmtoll.customs.conversation import Lost
-from hsmtoll.customs.errors import refused
-from hsmtoll.customs.limits import aasked, asked
+from hsmtoll.customs.conversation import NoResponse
+from hsmtoll.customs.errors import status_error
+from hsmtoll.customs.limits import asend_with_deadline, send_with_deadline
 from hsmtoll.errors import NetworkError, UsageError, foreign
 from hsmtoll.jsonio import read_lenient
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from hsmtoll.apis import Api
-    from hsmtoll.transport import Wire
+    from hsmtoll.transport import HttpClient
 
 __all__ = ["Marker", "arouting", "marker_of", "routing"]
 
@@ -89,22 +89,24 @@ def routing(
     marker: Marker,
     *,
     now: Callable[[], float],
-    wire: Wire,
+    http_client: HttpClient,
 ) -> Iterator[tuple[Any, ...]]:
     """
     Batches of routing signals since *marker*, at most 1,000 each, until there are none.
 
-    At least once: a batch counts as taken when the next one is asked for. The deadline of
-    *wire* bounds each question with its answer. Raises what a call does, UsageError for a marker
-    that cannot be used, NetworkError for what is no feed.
+    At-least-once delivery: the marker is saved when the next batch is asked for. The deadline of
+    *http_client* applies to each request. Raises what a call raises, UsageError for an unusable
+    marker, NetworkError for a response that is not a feed.
     """
     api = apis.named("routing")
     at = marker.read()
     while True:
         try:
             params = {"marker": at} if at else {}
-            response = asked(client, "GET", f"/{level}", wire=wire, params=params)
-        except Lost as exc:
+            response = send_with_deadline(
+                client, "GET", f"/{level}", http_client=http_client, params=params
+            )
+        except NoResponse as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:
@@ -120,7 +122,7 @@ async def arouting(
     marker: Marker,
     *,
     now: Callable[[], float],
-    wire: Wire,
+    http_client: HttpClient,
 ) -> AsyncIterator[tuple[Any, ...]]:
     """As routing, for tasks."""
     api = apis.named("routing")
@@ -128,8 +130,10 @@ async def arouting(
     while True:
         try:
             params = {"marker": at} if at else {}
-            response = await aasked(client, "GET", f"/{level}", wire=wire, params=params)
-        except Lost as exc:
+            response = await asend_with_deadline(
+                client, "GET", f"/{level}", http_client=http_client, params=params
+            )
+        except NoResponse as exc:
             raise _no_answer(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:
@@ -147,7 +151,7 @@ def _batch(
 
     Only an empty list is the end: what anything else says in its place is an error.
     """
-    error = refused(response, api, now=now)
+    error = status_error(response, api, now=now)
     if error is not None:
         raise error
     signals = read_lenient(response.content)
@@ -172,7 +176,7 @@ def _no_feed(api: Api, why: str) -> NetworkError:
     )
 
 
-def _no_answer(api: Api, exc: Lost) -> NetworkError:
+def _no_answer(api: Api, exc: NoResponse) -> NetworkError:
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
         hint=f"what came before is taken; it is safe to ask again\n{exc.hint or ''}".rstrip(),

@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 import httpx
 
 from hsmtoll import apis
-from hsmtoll.customs.conversation import Receipt, Send, Told, Wait
-from hsmtoll.customs.errors import answered, bearer_of, field_errors, list_of, object_of, unknown
+from hsmtoll.customs.conversation import Outcome, Receipt, Send, Wait
+from hsmtoll.customs.errors import (
+    bearer_of,
+    checked_response,
+    field_errors,
+    list_of,
+    object_of,
+    outcome_unknown_error,
+)
 from hsmtoll.errors import SubmissionFailed, UsageError, foreign
 from hsmtoll.suggestions import did_you_mean
 
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hsmtoll.apis import Api
-    from hsmtoll.customs.conversation import Talk
+    from hsmtoll.customs.conversation import Conversation
 
 __all__ = ["LEVELS", "submission"]
 
@@ -70,7 +77,7 @@ def submission(
     patience: float = 120.0,
     accepted: Callable[[str], None] = lambda _: None,
     waiting: Callable[[float], None] = lambda _: None,
-) -> Talk:
+) -> Conversation:
     """
     POST, PUT or DELETE of a message, then questions until the result is there.
 
@@ -91,7 +98,7 @@ def submission(
     while True:
         pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
         if waited + pause > patience:
-            raise unknown(f"no result after {waited:.0f} s", api, request_id)
+            raise outcome_unknown_error(f"no result after {waited:.0f} s", api, request_id)
         waiting(waited)
         yield Wait(pause)
         began, asked = now(), asked + 1
@@ -150,27 +157,29 @@ def _checked(
 
 
 def _accepted(
-    answer: Told,
+    answer: Outcome,
     api: Api,
     level: str,
     message: Mapping[str, Any],
 ) -> str:
-    body = object_of(answered(answer, api, None)) or {}
+    body = object_of(checked_response(answer, api, None)) or {}
     # Until 2022 it was called lrn; presentation answers with what the client chose.
     found = body.get("requestId") or body.get("lrn") or message.get("requestId")
     fits = isinstance(found, str) and re.fullmatch(r"[0-9A-Za-z-]{1,64}", found)
     # It is shown and asked with: what repeats the token is no id.
     if not fits or foreign(found, bearer_of(answer)) != found:
-        raise unknown(f"{level} was accepted without a requestId", api, None)
+        raise outcome_unknown_error(f"{level} was accepted without a requestId", api, None)
     return str(found)
 
 
-def _result(answer: Told, api: Api, request_id: str) -> Mapping[str, Any] | None:
+def _result(answer: Outcome, api: Api, request_id: str) -> Mapping[str, Any] | None:
     """The result, or ``None`` while there is none: 404 is "not yet", and trouble passes."""
     if not isinstance(answer, httpx.Response):
         return None
     if answer.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
-        raise unknown(f"asking for the result: {answer.status_code}", api, request_id, answer)
+        raise outcome_unknown_error(
+            f"asking for the result: {answer.status_code}", api, request_id, answer
+        )
     if not answer.is_success:
         return None
     body: Mapping[str, Any] | None = object_of(answer)

@@ -12,12 +12,12 @@ import httpx
 
 from hsmtoll import apis
 from hsmtoll.customs.conversation import Receipt, Send
-from hsmtoll.customs.errors import answered, object_of
+from hsmtoll.customs.errors import checked_response, object_of
 from hsmtoll.errors import UsageError, foreign
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
-    from hsmtoll.customs.conversation import Talk
+    from hsmtoll.customs.conversation import Conversation
 
 __all__ = ["DOCUMENT_TYPES", "upload"]
 
@@ -45,7 +45,7 @@ _LARGEST_FILE: Final = 10_000_000
 _DECLARATION = re.compile(r"\d{9}-\d{8}-\d+")
 
 
-def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Talk:
+def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Conversation:
     """
     One document to one declaration. *name* is the file's.
 
@@ -66,7 +66,7 @@ def upload(declaration_id: str, name: str, content: bytes, document_type: str) -
     )
     path = f"{api.base}/declaration-id/{declaration_id}/document"
     answer = yield Send("POST", path, form.read(), form.headers["content-type"])
-    response = answered(answer, api, None)
+    response = checked_response(answer, api, None)
     return Receipt(None, None, object_of(response) or {})
 
 

@@ -19,10 +19,10 @@ from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.required import missing
-from hsmtoll.signing.signer import looks, readable, unread_of
-from hsmtoll.token import ANY, TokenRequest
+from hsmtoll.signing.signer import read_certificates_and_key, readable, unread_of
+from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens import exchange
-from hsmtoll.tokens.single_flight import Flight
+from hsmtoll.tokens.single_flight import PendingRenewal
 from hsmtoll.x509 import leaf_choice, path_building
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from hsmtoll.http_messages import Answer
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.settings import Settings
-    from hsmtoll.signing.remote import Look
-    from hsmtoll.transport import Wire
+    from hsmtoll.signing.remote import HostProbe
+    from hsmtoll.transport import HttpClient
     from hsmtoll.x509.certificate import Certificate
     from hsmtoll.x509.leaf_choice import Unread
     from hsmtoll.x509.revocation import Status
@@ -124,7 +124,7 @@ class Facts:
     error: HsmTollError | None = None
     answers: Answers | None = None
     revocation: tuple[Revocation, ...] | None = None
-    hosts: tuple[Look, ...] = ()
+    hosts: tuple[HostProbe, ...] = ()
     skew: float = 0.0
     unused_proxy: str | None = None
 
@@ -134,16 +134,16 @@ def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
     found = _gathered(app, scopes=scopes)
     if missing(app.settings):
         return found
-    return replace(found, unused_proxy=app.wire.unused_proxy(app.endpoints.token))
+    return replace(found, unused_proxy=app.http_client.unused_proxy(app.endpoints.token))
 
 
 def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
     settings = app.settings
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     if settings.signer.url:
-        looks = tuple(host.look() for host in app.hosts().all)
+        probes = tuple(host.probe() for host in app.hosts().all)
         skew = app.skew.seconds if settings.environment is not None else 0.0
-        return Facts(settings=settings, now=now, scopes=scopes, hosts=looks, skew=skew)
+        return Facts(settings=settings, now=now, scopes=scopes, hosts=probes, skew=skew)
     try:
         uris = app.uris()
         supplied = app.supplied()
@@ -180,7 +180,7 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
         found["token"] = _token(module, uri)
         found["logged_in"] = device.pin_accepted
         supplied = app.supplied()
-        for stored, key in looks(device, supplied.certificates):
+        for stored, key in read_certificates_and_key(device, supplied.certificates):
             certificates = tuple(readable(stored))
             unread = unread_of(stored, supplied, key)
             found |= {"key": key, "certificates": certificates, "unread": unread}
@@ -227,12 +227,14 @@ def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
 
 def ask(app: App, facts: Facts) -> Answers:
     """Ask the services what they say; nothing that they answer is obeyed."""
-    wire, issuer = app.wire, app.endpoints.issuer
+    http_client, issuer = app.http_client, app.endpoints.issuer
     base = issuer if issuer.endswith("/") else f"{issuer}/"
     found: dict[str, Any] = {}
     sent = app.clock.now()
     try:
-        answer = wire.get(f"{base}.well-known/oauth-authorization-server", leg="Maskinporten")
+        answer = http_client.get(
+            f"{base}.well-known/oauth-authorization-server", leg="Maskinporten"
+        )
         found["offset"] = offset_of(answer.headers, sent=sent, received=app.clock.now())
         found["metadata"] = _object(answer)
     except HsmTollError as exc:
@@ -242,19 +244,21 @@ def ask(app: App, facts: Facts) -> Answers:
         # Its answers would say nothing new, and a grant is for the right Maskinporten alone.
         return Answers(**found)
     try:
-        found["health"] = wire.get(f"{base}health", leg="Maskinporten").status
+        found["health"] = http_client.get(f"{base}health", leg="Maskinporten").status
     except HsmTollError as exc:
         found["health"] = exc
     if app.family == "eseal" and app.settings.signer.mode == "grant":
         try:
-            subject = _granted(app, wire, apis.SELF_TEST_SCOPE)
+            subject = _granted(app, http_client, apis.SELF_TEST_SCOPE)
             found["consumer"], found["amr"] = _consumer(subject.value)
         except HsmTollError as exc:
             found["self_test"] = exc
             # A signing host's policy that denies the self-test may allow what was asked for.
             if exc.code != "policy-denied":
                 return Answers(**found)
-    found["scopes"] = tuple((scope, _tried(app, wire, scope)) for scope in scopes_asked(facts))
+    found["scopes"] = tuple(
+        (scope, _tried(app, http_client, scope)) for scope in scopes_asked(facts)
+    )
     return Answers(**found)
 
 
@@ -284,26 +288,28 @@ def _object(answer: Answer) -> dict[str, Any]:
     return read
 
 
-def _granted(app: App, wire: Wire, scope: str) -> exchange.Issued:
+def _granted(app: App, http_client: HttpClient, scope: str) -> exchange.Issued:
     """One real grant: a signature of the budget, and leg one."""
     grant = app.renewal_by(app.signer).sign(_request(app, scope))
     post = exchange.grant_post(app.endpoints, grant.assertion)
-    return exchange.read_subject(wire.post(post), post, scope=scope)
+    return exchange.read_subject(http_client.post(post), post, scope=scope)
 
 
 def _request(app: App, scope: str) -> TokenRequest:
     return TokenRequest(scope, app.settings.resource, app.settings.consumer_org)
 
 
-def _tried(app: App, wire: Wire, scope: str) -> HsmTollError | None:
+def _tried(app: App, http_client: HttpClient, scope: str) -> HsmTollError | None:
     try:
         if app.gives_tokens:
-            app.renewal.renew(_request(app, scope), Flight(app.clock.now().boot, ANY))
+            app.renewal.renew(
+                _request(app, scope), PendingRenewal(app.clock.now().boot, NO_REQUIREMENTS)
+            )
             return None
-        subject = _granted(app, wire, scope)
+        subject = _granted(app, http_client, scope)
         if scope != apis.SELF_TEST_SCOPE:
             post = exchange.exchange_post(app.endpoints, subject)
-            exchange.read_issued(wire.post(post), post)
+            exchange.read_issued(http_client.post(post), post)
     except HsmTollError as exc:
         return exc
     return None
@@ -329,8 +335,8 @@ def revocation_of(
     pairs = list(itertools.pairwise(chain.certificates))
     if crl is not None:
         return tuple(_by_file(crl, pairs, now))
-    wire = app.wire if online else None
-    return tuple(_by_asking(app, wire, *pair, now) for pair in pairs) if wire else ()
+    http_client = app.http_client if online else None
+    return tuple(_by_asking(app, http_client, *pair, now) for pair in pairs) if http_client else ()
 
 
 def _by_file(
@@ -360,7 +366,7 @@ def _by_file(
 
 
 def _by_asking(
-    app: App, wire: Wire, certificate: Certificate, issuer: Certificate, now: datetime
+    app: App, http_client: HttpClient, certificate: Certificate, issuer: Certificate, now: datetime
 ) -> Revocation:
     from hsmtoll.x509 import revocation  # noqa: PLC0415 - see above
 
@@ -374,7 +380,7 @@ def _by_asking(
         where = revocation.ocsp_url(url, certificate, issuer) if is_ocsp else url
         judge = revocation.by_ocsp if is_ocsp else revocation.by_crl
         try:
-            answer = wire.get(where, leg="revocation", public=public)
+            answer = http_client.get(where, leg="revocation", public=public)
             if answer.status != 200:
                 problem = f"{foreign(url)} answered {answer.status}"
                 continue

@@ -9,7 +9,7 @@ from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
 from hsmtoll.required import missing
 from hsmtoll.signing.grant import Grant
-from hsmtoll.signing.verification import APART, wrong_clock
+from hsmtoll.signing.verification import MAX_CLOCK_DIFFERENCE, wrong_clock
 from hsmtoll.token import TokenRequest
 
 __all__ = ["check_grant", "check_host", "check_kid", "check_scopes", "check_settings"]
@@ -45,14 +45,14 @@ def check_host(way: Way) -> Check:
     if not hosts:
         return skip("signing-host", "a device of this machine signs, no signing host")
     told, troubles = [], []
-    for look in hosts:
-        ahead = (look.ahead or 0.0) - way.facts.skew
-        if look.error is not None:
-            troubles.append(look.error)
-        elif abs(ahead) > APART:
-            troubles.append(wrong_clock(look.name, ahead))
+    for probe in hosts:
+        ahead = (probe.ahead or 0.0) - way.facts.skew
+        if probe.error is not None:
+            troubles.append(probe.error)
+        elif abs(ahead) > MAX_CLOCK_DIFFERENCE:
+            troubles.append(wrong_clock(probe.name, ahead))
         else:
-            told.append(look.name)
+            told.append(probe.name)
     # A host that is not the one it should be is an alarm, however many others there are.
     alarms = [each for each in troubles if isinstance(each, PolicyDenied | ConfigurationError)]
     if alarms or not told:

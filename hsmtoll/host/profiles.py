@@ -210,7 +210,7 @@ class Profiles:
             app = self._app(name, self._load(**table))
             workers = app.settings.host.workers
             executor = ThreadPoolExecutor(workers, "hsmtoll-device")
-            return Profile(name, table, app, app.engine.cache, workers, executor)
+            return Profile(name, table, app, app.token_service.cache, workers, executor)
         except HsmTollError as exc:
             raise ConfigurationError(
                 f"policy {self._path}: profile {foreign(name)}: {exc}", hint=exc.hint, code=exc.code

@@ -103,7 +103,7 @@ class Requests:
         """A Customs token: the one that is held, or a new one, had once for all who wait for it."""
         authorization = self.authorizer.authorize(context, of="given")
         profile, request = self._profile_of(context, authorization)
-        token = profile.cache.held(request)
+        token = profile.cache.fresh_in_memory(request)
         if token is None:
             renewal = profile.app.renewal_by(self._audited(profile, context))
             token = await profile.cache.aget(request, lambda: renewal)

@@ -19,7 +19,7 @@ import pkcs11
 from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
-from hsmtoll.files import loose
+from hsmtoll.files import first_untrusted_component
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, speaking
 from hsmtoll.hsm.makers import maker_of
@@ -240,7 +240,7 @@ def check_path(path: Path) -> None:
             problem = "does not exist"
         elif not path.is_file():
             problem = "is not a file"
-        elif place := loose(path):
+        elif place := first_untrusted_component(path):
             problem = f"can be changed by others ({foreign(place)})"
             hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(place)}"
     except OSError as exc:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.files import check_trusted, loose
+from hsmtoll.files import check_trusted, first_untrusted_component
 from hsmtoll.settings import variable
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class PinFile:
                     )
                 if facts.st_mode & stat.S_IROTH and stat.S_ISREG(facts.st_mode):
                     _log.warning("the PIN file %s can be read by everybody", foreign(self.path))
-                place = loose(self.path)
+                place = first_untrusted_component(self.path)
                 if place is not None:
                     raise ConfigurationError(
                         f"the PIN file {foreign(self.path)}: others may change {foreign(place)}",

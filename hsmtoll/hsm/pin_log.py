@@ -145,7 +145,7 @@ class Ledger:
                 1, f"others can {may} this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
             )
         # Whoever can move a record away can have a refused PIN tried again.
-        if (place_of := files.loose(folder, own=True)) is not None:
+        if (place_of := files.first_untrusted_component(folder, own=True)) is not None:
             raise PermissionError(1, f"others can change {foreign(place_of)}")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(folder / f"{replace(place, user='user').name}.lock", flags, 0o600)

@@ -896,8 +896,8 @@ def _t03(request: TokenRequest, world: World) -> str | None:
 
 @_rule("T09", "the subject token still lives", "I", stage="exchange", status=401)
 def _t09(request: TokenRequest, world: World) -> str | None:
-    living = request.number("exp", 0) >= world.now + 2
-    return None if living else "subject_token has expired"
+    unexpired_in_memory = request.number("exp", 0) >= world.now + 2
+    return None if unexpired_in_memory else "subject_token has expired"
 
 
 @_rule(

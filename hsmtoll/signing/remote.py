@@ -38,8 +38,8 @@ from hsmtoll.errors import (
 )
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing import replies
-from hsmtoll.signing.verification import Expected, not_believed, prove
-from hsmtoll.transport import Door, Wire
+from hsmtoll.signing.verification import Expected, verification_error, verify_grant
+from hsmtoll.transport import ConnectionOptions, HttpClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from hsmtoll.token import TokenRequest
 
 __all__ = [
-    "Hosts",
-    "Look",
+    "FailoverHosts",
+    "HostProbe",
     "RemoteSigner",
     "SigningHost",
     "audit_place",
@@ -68,7 +68,7 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
+class HostProbe:
     """What a host showed without signing: its wire's *version*, and how far *ahead* it is (s)."""
 
     name: str
@@ -114,36 +114,44 @@ class SigningHost:
         (50), legs (60, 70), time (75) and audit (91).
         """
         url, said = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
-        answer = self._met(lambda wire: wire.tell(url, body, leg=_LEG, headers=said))
-        self._speaks(answer, what)
+        answer = self._send(
+            lambda http_client: http_client.post_json(url, body, leg=_LEG, headers=said)
+        )
+        self._check_version(answer, what)
         if answer.status != 200:
             raise self._refused(answer)
         return answer
 
-    def look(self) -> Look:
+    def probe(self) -> HostProbe:
         """Who answers, and what its clock says; nothing is signed and nothing refused."""
         sent = self._clock.now()
         try:
-            answer = self._met(lambda wire: wire.get(f"{self._base}/v1", leg=_LEG))
-            version = self._speaks(answer)
+            answer = self._send(lambda http_client: http_client.get(f"{self._base}/v1", leg=_LEG))
+            version = self._check_version(answer)
         except HsmTollError as exc:
-            return Look(name=self.name, error=exc)
+            return HostProbe(name=self.name, error=exc)
         ahead = offset_of(answer.headers, sent=sent, received=self._clock.now())
-        return Look(name=self.name, version=version, ahead=ahead)
+        return HostProbe(name=self.name, version=version, ahead=ahead)
 
-    def _met(self, send: Callable[[Wire], Answer]) -> Answer:
+    def _send(self, send: Callable[[HttpClient], Answer]) -> Answer:
         # A door for each request: a certificate that was renewed is shown the next time.
         try:
-            wire = Wire(door=self._door(), timeout=self._timeout, deadline=self._deadline)
-            return send(wire)
+            http_client = HttpClient(
+                connection_options=self._connection_options(),
+                timeout=self._timeout,
+                deadline=self._deadline,
+            )
+            return send(http_client)
         except NetworkError as exc:
             raise self._unreached(exc) from exc
 
-    def _door(self) -> Door:
+    def _connection_options(self) -> ConnectionOptions:
         if self.place is None:
-            return Door(context=self._context)
+            return ConnectionOptions(context=self._context)
         trusted = _trusted_at(self.place, self._settings.uid, self.name)
-        return Door(uds=self.place, meet=partial(_meet, trusted=trusted, name=self.name))
+        return ConnectionOptions(
+            uds=self.place, check_connection=partial(_verify_peer, trusted=trusted, name=self.name)
+        )
 
     def _context(self) -> ssl.SSLContext:
         ours = self._settings
@@ -157,7 +165,7 @@ class SigningHost:
             key=ours.client_key,
         )
 
-    def _speaks(self, answer: Answer, what: str | None = None) -> int | None:
+    def _check_version(self, answer: Answer, what: str | None = None) -> int | None:
         """The host's version; NetworkError for one that is too far from ours."""
         said = answer.headers.get("hsmtoll-version", "")
         version = int(said) if re.fullmatch(r"[0-9]{1,4}", said) else None
@@ -321,10 +329,10 @@ def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
     try:
         directory = path.parent.stat().st_uid
         owner = path.lstat().st_uid
-        _check_way(path, own, directory, name)
+        _check_path_permissions(path, own, directory, name)
         # The path as written is where a link could be changed, the path it leads to is where a
         # socket could.
-        _check_way(Path(os.path.realpath(path, strict=True)), own, directory, name)
+        _check_path_permissions(Path(os.path.realpath(path, strict=True)), own, directory, name)
     except PermissionError as exc:
         raise _no_access(name) from exc
     except OSError as exc:
@@ -341,7 +349,7 @@ def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
     return frozenset({0, directory, *({owner} if directory == 0 else ())})
 
 
-def _check_way(path: Path, own: set[int], directory: int, name: str) -> None:
+def _check_path_permissions(path: Path, own: set[int], directory: int, name: str) -> None:
     below: int | None = None
     for place in path.parents:
         seen = place.stat()
@@ -366,7 +374,7 @@ def _overflow() -> frozenset[int]:
     return frozenset(found)
 
 
-def _meet(connection: socket.socket, *, trusted: frozenset[int], name: str) -> None:
+def _verify_peer(connection: socket.socket, *, trusted: frozenset[int], name: str) -> None:
     """PolicyDenied unless the kernel says that one of *trusted* listens there (unix(7))."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:
@@ -404,7 +412,7 @@ class _Rest:
 _LONGEST_REST: Final = 10.0
 
 
-class Hosts:
+class FailoverHosts:
     """
     Several addresses in order: the first one that works answers, and is asked first again once
     it has rested. Where all rest they are asked all the same: who waits and how often is decided
@@ -461,7 +469,7 @@ class Hosts:
                 f": {why}" if why else "",
             )
 
-    def stand_in(self) -> str:
+    def provisional_identity(self) -> str:
         """
         A name for who signs as long as no certificate has shown it: of these sockets on this
         machine since its start, so that no other machine's tokens are ever taken for ours.
@@ -497,7 +505,7 @@ class RemoteSigner:
     """
 
     def __init__(
-        self, hosts: Hosts, *, profile: str, expected: Expected, clock: Clock, skew: Skew
+        self, hosts: FailoverHosts, *, profile: str, expected: Expected, clock: Clock, skew: Skew
     ) -> None:
         self.hosts = hosts
         self._profile = profile
@@ -516,7 +524,7 @@ class RemoteSigner:
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         """
         One grant, made there, proven here. Its jti is the host's: *jti* is not sent.
-        Raises as `SigningHost.ask` and `prove`.
+        Raises as `SigningHost.ask` and `verify_grant`.
         """
         del jti
         return self.hosts.first(partial(self._asked, request))
@@ -532,7 +540,7 @@ class RemoteSigner:
         received = self._clock.now()
         body = object_in(answer)
         skew = self._skew.seconds
-        grant, organization = prove(
+        grant, organization = verify_grant(
             body.get("assertion"),
             request,
             self._expected,
@@ -555,14 +563,14 @@ class RemoteSigner:
         with self._guard:
             known = self._organization
             if known is not None and organization not in (None, known):
-                raise not_believed(
+                raise verification_error(
                     host.name,
                     f"it is signed for {foreign(organization)}, grants before it for "
                     f"{foreign(known)}; HSMTOLL_SIGNER__ORGANIZATION says for whom they shall be",
                     "grant-organization",
                 )
             if grant.jti in self._used or body.get("jti", grant.jti) != grant.jti:
-                raise not_believed(
+                raise verification_error(
                     host.name, "its jti was used before, or is not the one it names", "grant-jti"
                 )
             self._used.append(grant.jti)

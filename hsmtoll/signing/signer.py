@@ -36,16 +36,16 @@ if TYPE_CHECKING:
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
-    from hsmtoll.token import Moment, TokenRequest
+    from hsmtoll.token import ClockReading, TokenRequest
 
 __all__ = [
     "FailoverSigner",
-    "Lineage",
+    "KeyListState",
     "LocalSigner",
     "OneTimeAssertion",
     "Signer",
-    "looks",
     "new_jti",
+    "read_certificates_and_key",
     "readable",
     "unread_of",
 ]
@@ -53,10 +53,10 @@ __all__ = [
 _log = logging.getLogger("hsmtoll.signing.signer")
 
 #: Seconds. Certificates are read from the device at most this often.
-_REREAD: Final = 60.0
+_CERTIFICATE_CACHE_TTL: Final = 60.0
 
 #: Seconds. So long a certificate counts as new, and one that it replaced is fallen back on.
-_NEW: Final = 86_400.0
+_NEW_CERTIFICATE_PERIOD: Final = 86_400.0
 
 
 def new_jti() -> str:
@@ -81,7 +81,7 @@ class Signer(Protocol):
 
 
 @dataclass(slots=True)
-class Lineage:
+class KeyListState:
     """
     What the keys of one list share while the process lives: the *organization* they sign for,
     learned at first contact, and the leaves that Maskinporten *refused*, by SHA-256, with the
@@ -97,7 +97,7 @@ class Lineage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Proven:
+class _ProvenChain:
     """
     A chain, its *x5c*, and how long they may be used without looking again: until *boot*, or
     *wall*, when a certificate that was seen becomes valid or ends, as long as the device's
@@ -140,7 +140,7 @@ class LocalSigner:
         supplied: Callable[[], Bundle] = Bundle,
         root_sha256: str | None = None,
         certificate_sha256: str | None = None,
-        lineage: Lineage | None = None,
+        key_list_state: KeyListState | None = None,
     ) -> None:
         self.device = device
         self._audience = audience
@@ -153,18 +153,18 @@ class LocalSigner:
         self._x5c = x5c
         self._supplied = supplied
         # What was supplied when the chain last held, and what came since and did not do.
-        self._good: Bundle | None = None
-        self._bad: Bundle | None = None
+        self._last_valid_bundle: Bundle | None = None
+        self._rejected_bundle: Bundle | None = None
         self._root_sha256 = root_sha256
         self._certificate_sha256 = certificate_sha256
-        self._lineage = lineage or Lineage()
-        self._proven: _Proven | None = None
+        self._key_list_state = key_list_state or KeyListState()
+        self._proven: _ProvenChain | None = None
         # With a kid: the public key, until when (boot), and for which handles of the device.
-        self._bare: tuple[jws.RsaPublicKey, float, int] | None = None
+        self._bare_public_key: tuple[jws.RsaPublicKey, float, int] | None = None
         # Public keys that may be the device's, where it does not tell which one is.
-        self._guesses: tuple[jws.RsaPublicKey, ...] = ()
+        self._candidate_keys: tuple[jws.RsaPublicKey, ...] = ()
         # The one of them that a signature showed to be it.
-        self._learned: jws.RsaPublicKey | None = None
+        self._verified_key: jws.RsaPublicKey | None = None
         # Who signs, once the key or the certificate was looked at.
         self._identity: str | None = None
         # The leaf in use, and since when each one seen took over from an older one here.
@@ -182,25 +182,25 @@ class LocalSigner:
         Read and proven anew every 60 s, after the device was opened again, and when one of
         its certificates becomes valid or ends: so a new one takes over by itself.
         """
-        return self._looked().chain
+        return self._current_chain().chain
 
-    def _looked(self) -> _Proven:
+    def _current_chain(self) -> _ProvenChain:
         now = self.clock.now()
-        unwanted = self._lineage.unwanted(now.wall)
-        known = self._known(now, unwanted)
+        unwanted = self._key_list_state.unwanted(now.wall)
+        known = self._cached_chain(now, unwanted)
         if known is not None:
             return known
         self._proven = None
         supplied = self._supplied()
-        before = self._good if self._good is not supplied else None
+        before = self._last_valid_bundle if self._last_valid_bundle is not supplied else None
         given = [*supplied.certificates, *(before.certificates if before is not None else ())]
         at = datetime.fromtimestamp(now.wall, UTC)
         errors: list[CertificateError] = []
-        for stored, key in looks(self.device, given, near=True):
+        for stored, key in read_certificates_and_key(self.device, given, near=True):
             # Where the device hides the public half, the grant's own signature proves the leaf.
-            self._guesses = () if key.public else _keys([*readable(stored), *given])
+            self._candidate_keys = () if key.public else _keys([*readable(stored), *given])
             try:
-                chain, pool = self._with_either(
+                chain, pool = self._build_with_fallback(
                     stored, key, at, unwanted, supplied=supplied, before=before
                 )
                 break
@@ -209,20 +209,23 @@ class LocalSigner:
         else:
             # The first look may have left certificates out; the second has seen all.
             raise errors[1]
-        self._took(chain.leaf, now.wall)
+        self._set_active_leaf(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
-        self._proven = known = _Proven(
+        self._proven = known = _ProvenChain(
             chain,
             chain.x5c(self._x5c),
-            boot=now.boot + _REREAD,
-            wall=min((edge for edge in edges if edge > now.wall), default=now.wall + _REREAD),
+            boot=now.boot + _CERTIFICATE_CACHE_TTL,
+            wall=min(
+                (edge for edge in edges if edge > now.wall),
+                default=now.wall + _CERTIFICATE_CACHE_TTL,
+            ),
             generation=self.device.generation,
             unwanted=unwanted,
             supplied=supplied,
         )
         return known
 
-    def _with_either(
+    def _build_with_fallback(
         self,
         stored: Sequence[StoredCertificate],
         key: KeyFacts,
@@ -232,24 +235,24 @@ class LocalSigner:
         supplied: Bundle,
         before: Bundle | None,
     ) -> tuple[path_building.Chain, list[Certificate]]:
-        """`_of` what was *supplied*; where that does not do, of what was supplied *before*."""
+        """Build the chain with *supplied*; if that fails, with the bundle supplied *before*."""
         try:
-            found = self._of(supplied, stored, key, at, unwanted)
+            found = self._build_chain(supplied, stored, key, at, unwanted)
         except CertificateError as exc:
             if before is None:
                 raise
             try:
-                found = self._of(before, stored, key, at, unwanted)
+                found = self._build_chain(before, stored, key, at, unwanted)
             except CertificateError:
                 raise exc from None
-            if self._bad is not supplied:
-                self._bad = supplied
+            if self._rejected_bundle is not supplied:
+                self._rejected_bundle = supplied
                 _log.warning("%s; the certificates supplied before are kept", exc)
         else:
-            self._good, self._bad = supplied, None
+            self._last_valid_bundle, self._rejected_bundle = supplied, None
         return found
 
-    def _of(
+    def _build_chain(
         self,
         supplied: Bundle,
         stored: Sequence[StoredCertificate],
@@ -259,15 +262,17 @@ class LocalSigner:
     ) -> tuple[path_building.Chain, list[Certificate]]:
         """The chain of *key* with what was *supplied*, and all certificates that were looked at."""
         pool = [*readable(stored), *supplied.certificates]
-        public = key.public or self._learned
+        public = key.public or self._verified_key
         leaves = (
-            leaf_choice.for_key(pool, public) if public else self._likely(stored, supplied, key)
+            leaf_choice.for_key(pool, public)
+            if public
+            else self._candidate_leaves(stored, supplied, key)
         )
         unread = unread_of(stored, supplied, key)
-        chain = self._checked(leaves, pool, supplied, at, unwanted=unwanted, unread=unread)
+        chain = self._choose_chain(leaves, pool, supplied, at, unwanted=unwanted, unread=unread)
         return chain, pool
 
-    def _known(self, now: Moment, unwanted: frozenset[str]) -> _Proven | None:
+    def _cached_chain(self, now: ClockReading, unwanted: frozenset[str]) -> _ProvenChain | None:
         """What was proven, if nothing has to be looked at again."""
         known = self._proven
         fresh = known is not None and (
@@ -279,7 +284,7 @@ class LocalSigner:
         )
         return known if fresh else None
 
-    def _likely(
+    def _candidate_leaves(
         self, stored: Sequence[StoredCertificate], supplied: Bundle, key: KeyFacts
     ) -> list[Certificate]:
         """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
@@ -293,15 +298,15 @@ class LocalSigner:
                 return found
         return []
 
-    def _took(self, leaf: Certificate, now: float) -> None:
+    def _set_active_leaf(self, leaf: Certificate, now: float) -> None:
         before, self._leaf = self._leaf, leaf
         self._identity = leaf.sha256
         if before is not None and before != leaf:
             _log.info("certificate %s takes over from %s", leaf.sha256[:16], before.sha256[:16])
         newer = before is not None and before.not_before < leaf.not_before
         self._since.setdefault(leaf.sha256, now if newer else 0.0)
-        if self._lineage.organization is None:
-            self._lineage.organization = leaf.consumer_id(self._family)
+        if self._key_list_state.organization is None:
+            self._key_list_state.organization = leaf.consumer_id(self._family)
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
         """
@@ -313,12 +318,12 @@ class LocalSigner:
             return False
         if leaf.sha256 != grant.identity or self.rejected_lately():
             # Another renewal may have made it step back meanwhile.
-            unwanted = self._lineage.unwanted(now)
+            unwanted = self._key_list_state.unwanted(now)
             return grant.identity in unwanted and leaf.sha256 not in unwanted
         began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
-        if now >= began + _NEW:
+        if now >= began + _NEW_CERTIFICATE_PERIOD:
             return False
-        self._lineage.refused[leaf.sha256] = began + _NEW
+        self._key_list_state.refused[leaf.sha256] = began + _NEW_CERTIFICATE_PERIOD
         _log.warning(
             "certificate-refused: Maskinporten refused the new certificate %s (%s); an older one "
             "is used where one lives: run `hsmtoll doctor`",
@@ -332,7 +337,7 @@ class LocalSigner:
 
     def rejected_lately(self) -> bool:
         """Whether the leaf in use was rejected in its first day; the device is not asked."""
-        unwanted = self._lineage.unwanted(self.clock.now().wall)
+        unwanted = self._key_list_state.unwanted(self.clock.now().wall)
         return self._leaf is not None and self._leaf.sha256 in unwanted
 
     def chain_without_pin(self) -> path_building.Chain:
@@ -352,9 +357,9 @@ class LocalSigner:
         leaves = beside or [each for each in pool if not each.is_ca]
         now = datetime.fromtimestamp(self.clock.now().wall, UTC)
         unread = unread_of(stored, supplied, named=named)
-        return self._checked(leaves, pool, supplied, now, unread=unread)
+        return self._choose_chain(leaves, pool, supplied, now, unread=unread)
 
-    def _checked(
+    def _choose_chain(
         self,
         leaves: Iterable[Certificate],
         pool: Iterable[Certificate],
@@ -373,7 +378,7 @@ class LocalSigner:
             root_sha256=self._root_sha256,
             preferred=frozenset(certificate.sha256 for certificate in supplied.certificates),
             pinned_sha256=self._certificate_sha256,
-            organization=self._lineage.organization,
+            organization=self._key_list_state.organization,
             refused=unwanted,
             unread=unread,
         )
@@ -386,17 +391,17 @@ class LocalSigner:
         signing is not given out (RFC 7523 section 3).
         """
         try:
-            return self._signed(request, jti)
+            return self._sign_once(request, jti)
         except HsmTollError as exc:
             # The device is looked at afresh the next time.
-            self._proven = self._bare = None
+            self._proven = self._bare_public_key = None
             if exc.code == "signature-wrong":
-                self._learned = None
+                self._verified_key = None
             raise
 
-    def _signed(self, request: TokenRequest, jti: str) -> SignedGrant:
+    def _sign_once(self, request: TokenRequest, jti: str) -> SignedGrant:
         try:
-            leaf, key, grant = self._found(request)
+            leaf, key, grant = self._prepare(request)
         except HsmTollError as exc:
             # Whatever the device could not be asked for: no signature was among it.
             exc.signed = False
@@ -404,9 +409,9 @@ class LocalSigner:
         began = self.clock.now()
         issued_at = int(began.wall + self._skew.seconds)
         unsigned = grant.unsigned(now=issued_at, jti=jti)
-        made = self.device.sign(self.alg, unsigned, candidates=(key, *self._guesses))
-        if made.by in self._guesses and made.by != key:
-            self._learned = made.by
+        made = self.device.sign(self.alg, unsigned, candidates=(key, *self._candidate_keys))
+        if made.by in self._candidate_keys and made.by != key:
+            self._verified_key = made.by
             raise DeviceError(
                 "signing: the signature belongs to another certificate than the one tried first",
                 hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
@@ -438,12 +443,12 @@ class LocalSigner:
             not_after=leaf.not_after if leaf is not None else None,
         )
 
-    def _found(self, request: TokenRequest) -> tuple[Certificate | None, jws.RsaPublicKey, Grant]:
+    def _prepare(self, request: TokenRequest) -> tuple[Certificate | None, jws.RsaPublicKey, Grant]:
         """The leaf (``None`` with a kid), the key, and what is to be signed with it."""
         if self._kid is not None:
             key = self._public_key()
             return None, key, self._grant_by_kid(request, key, self._kid)
-        known = self._looked()
+        known = self._current_chain()
         leaf = known.chain.leaf
         return leaf, _key_of(leaf), self._grant_by_leaf(request, known)
 
@@ -453,7 +458,7 @@ class LocalSigner:
         named = key.thumbprint() if kid == "thumbprint" else kid
         return Grant(self.alg, self._issuer, self._audience, request, kid=named)
 
-    def _grant_by_leaf(self, request: TokenRequest, known: _Proven) -> Grant:
+    def _grant_by_leaf(self, request: TokenRequest, known: _ProvenChain) -> Grant:
         made = known.grants.get(request)
         if made is not None:
             return made
@@ -470,10 +475,10 @@ class LocalSigner:
     def _public_key(self) -> jws.RsaPublicKey:
         """With a kid: read anew as often as a chain is."""
         now = self.clock.now()
-        known = self._bare_key(now)
+        known = self._cached_public_key(now)
         if known is not None:
             return known
-        self._bare = None
+        self._bare_public_key = None
         beside = readable(self.device.certificates(near=True))
         facts = self.device.key(candidates=_keys(beside))
         if facts.public is None:
@@ -482,15 +487,19 @@ class LocalSigner:
                 hint="set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
                 code="public-key-hidden",
             )
-        self._bare = (facts.public, now.boot + _REREAD, self.device.generation)
+        self._bare_public_key = (
+            facts.public,
+            now.boot + _CERTIFICATE_CACHE_TTL,
+            self.device.generation,
+        )
         self._identity = _sha256(facts.public)
         return facts.public
 
-    def _bare_key(self, now: Moment) -> jws.RsaPublicKey | None:
+    def _cached_public_key(self, now: ClockReading) -> jws.RsaPublicKey | None:
         """That of `_public_key`, if it does not have to be read again."""
-        if self._bare is None:
+        if self._bare_public_key is None:
             return None
-        key, until, generation = self._bare
+        key, until, generation = self._bare_public_key
         return key if now.boot < until and generation == self.device.generation else None
 
 
@@ -512,7 +521,7 @@ def _no_client_id() -> ConfigurationError:
     )
 
 
-def looks(
+def read_certificates_and_key(
     device: Device, given: Sequence[Certificate], *, near: bool = False
 ) -> Iterator[tuple[tuple[StoredCertificate, ...], KeyFacts]]:
     """
@@ -606,7 +615,7 @@ def _keys(certificates: Iterable[Certificate]) -> tuple[jws.RsaPublicKey, ...]:
 
 #: Trouble of one device or its certificate: another device may do. A wrong PIN is not among
 #: them: that is the user's to mend before it is tried elsewhere.
-_DOWN: Final = (DeviceError, CertificateError)
+_FAILOVER_ERRORS: Final = (DeviceError, CertificateError)
 
 
 class FailoverSigner:
@@ -630,7 +639,7 @@ class FailoverSigner:
         for signer in sorted(self._signers, key=LocalSigner.rejected_lately):
             try:
                 grant = signer.sign(request, jti=jti)
-            except _DOWN as exc:
+            except _FAILOVER_ERRORS as exc:
                 # The first one's error speaks for all of them.
                 first = first or exc
                 first.signed |= exc.signed

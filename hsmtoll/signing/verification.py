@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.token import TokenRequest
 
-__all__ = ["APART", "Expected", "not_believed", "prove", "wrong_clock"]
+__all__ = ["MAX_CLOCK_DIFFERENCE", "Expected", "verification_error", "verify_grant", "wrong_clock"]
 
 #: Seconds that a host's clock may be apart from Maskinporten's, as far as it is known here:
 #: Maskinporten itself takes no more (M53).
-APART: Final = 10.0
+MAX_CLOCK_DIFFERENCE: Final = 10.0
 
 #: Characters. An assertion with a chain of certificates is some ten kilobytes.
 _LARGEST: Final = 64 * 1024
@@ -62,7 +62,7 @@ class Expected:
     certificate_sha256: str | None = None
 
 
-class _Unfit(Exception):
+class _VerificationFailed(Exception):
     """Why a grant is not the one that was asked for; *code* is stable."""
 
     def __init__(self, what: str, code: str) -> None:
@@ -70,7 +70,7 @@ class _Unfit(Exception):
         self.code = code
 
 
-def prove(
+def verify_grant(
     assertion: object,
     request: TokenRequest,
     expected: Expected,
@@ -89,11 +89,11 @@ def prove(
     try:
         header, claims, unsigned, signature = _parts(assertion)
         identity, leaf = _signed_by(header, unsigned, signature, expected, received)
-        _check_asked(claims, request, expected)
-    except _Unfit as exc:
+        _check_claims(claims, request, expected)
+    except _VerificationFailed as exc:
         # `from None`: what was refused stays out of every traceback.
-        raise not_believed(name, str(exc), exc.code) from None
-    _in_time(claims, sent=sent, received=received, name=name)
+        raise verification_error(name, str(exc), exc.code) from None
+    _check_times(claims, sent=sent, received=received, name=name)
     grant = SignedGrant(
         str(assertion),
         jti=claims["jti"],
@@ -106,7 +106,7 @@ def prove(
     return grant, leaf.consumer_id(expected.family) if leaf is not None else None
 
 
-def not_believed(name: str, what: str, code: str) -> PolicyDenied:
+def verification_error(name: str, what: str, code: str) -> PolicyDenied:
     """The error for a grant of the host *name* that is not what was asked for."""
     return PolicyDenied(
         f"{name}: its grant is not believed: {what}",
@@ -123,7 +123,7 @@ def _parts(assertion: object) -> tuple[dict[str, Any], dict[str, Any], bytes, by
         or len(assertion) > _LARGEST
         or not _COMPACT.fullmatch(assertion)
     ):
-        raise _Unfit("there is no assertion in its answer", "grant-form")
+        raise _VerificationFailed("there is no assertion in its answer", "grant-form")
     head, body, signature = assertion.split(".")
     unsigned = f"{head}.{body}".encode("ascii")
     return _object(head, "header"), _object(body, "payload"), unsigned, _unb64url(signature)
@@ -136,14 +136,14 @@ def _object(part: str, name: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise _Unfit(f"the {name} of its assertion is not a JSON object", "grant-form")
+        raise _VerificationFailed(f"the {name} of its assertion is not a JSON object", "grant-form")
     return value
 
 
 def _unb64url(part: str) -> bytes:
     raw = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)) if len(part) % 4 != 1 else b""
     if base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii") != part:
-        raise _Unfit("its assertion is not base64url as RFC 7515 has it", "grant-form")
+        raise _VerificationFailed("its assertion is not base64url as RFC 7515 has it", "grant-form")
     return raw
 
 
@@ -153,27 +153,33 @@ def _signed_by(
     """Who made *signature*: `SignedGrant.identity`, and the leaf; ``None`` with a kid."""
     alg = header.get("alg")
     if alg not in ALGS:
-        raise _Unfit(f"alg is {foreign(alg)}", "grant-header")
+        raise _VerificationFailed(f"alg is {foreign(alg)}", "grant-header")
     if header.get("typ", "JWT") != "JWT" or header.keys() - {"alg", "typ", "kid", "x5c"}:
-        raise _Unfit("its header has members that nobody asked for", "grant-header")
+        raise _VerificationFailed("its header has members that nobody asked for", "grant-header")
     if ("kid" in header) == ("x5c" in header):
-        raise _Unfit("its header has either both of kid and x5c, or neither", "grant-header")
+        raise _VerificationFailed(
+            "its header has either both of kid and x5c, or neither", "grant-header"
+        )
     if "kid" in header:
         return _known_by_kid(header["kid"], str(alg), unsigned, signature, expected), None
     if expected.kid is not None:
-        raise _Unfit("it is signed by a certificate, and HSMTOLL_KID is set", "grant-header")
+        raise _VerificationFailed(
+            "it is signed by a certificate, and HSMTOLL_KID is set", "grant-header"
+        )
     certificates = _certificates(header["x5c"])
     leaf = certificates[0]
     key = leaf.public_key
     if key is None or not key.verify(str(alg), unsigned, signature):
-        raise _Unfit("its signature is not by the certificate that it shows", "grant-signature")
-    _proven(certificates, expected, datetime.fromtimestamp(now, UTC))
+        raise _VerificationFailed(
+            "its signature is not by the certificate that it shows", "grant-signature"
+        )
+    _verify_chain(certificates, expected, datetime.fromtimestamp(now, UTC))
     organization = leaf.consumer_id(expected.family)
     if organization is None:
-        raise _Unfit("its certificate names no organisation", "grant-organization")
+        raise _VerificationFailed("its certificate names no organisation", "grant-organization")
     wanted = expected.organization
     if wanted is not None and wanted not in (*leaf.organization_identifiers, leaf.orgno()):
-        raise _Unfit(
+        raise _VerificationFailed(
             f"it is signed for {foreign(organization)}, not for {foreign(wanted)}",
             "grant-organization",
         )
@@ -186,23 +192,29 @@ def _known_by_kid(
     """Who a kid stands for. An eSeal has no client that a key could be registered on (M22)."""
     key, wanted = expected.public_key, expected.kid
     if expected.family == "eseal" or expected.organization is not None:
-        raise _Unfit("it shows a kid, and no certificate", "grant-header")
+        raise _VerificationFailed("it shows a kid, and no certificate", "grant-header")
     if not isinstance(kid, str) or not kid:
-        raise _Unfit("its kid is not a text", "grant-header")
+        raise _VerificationFailed("its kid is not a text", "grant-header")
     if wanted == "thumbprint":
         wanted = key.thumbprint() if key is not None else None
         if wanted is None and not _THUMBPRINT.fullmatch(kid):
-            raise _Unfit(f"its kid {foreign(kid)} is not a thumbprint (RFC 7638)", "grant-header")
+            raise _VerificationFailed(
+                f"its kid {foreign(kid)} is not a thumbprint (RFC 7638)", "grant-header"
+            )
     elif wanted is None and key is None:
-        raise _Unfit(
+        raise _VerificationFailed(
             "it shows a kid, and neither HSMTOLL_KID nor HSMTOLL_HSM__PUBLIC_KEY says whose",
             "grant-header",
         )
     if wanted is not None and kid != wanted:
-        raise _Unfit(f"its kid is {foreign(kid)}, not {foreign(wanted)}", "grant-header")
+        raise _VerificationFailed(
+            f"its kid is {foreign(kid)}, not {foreign(wanted)}", "grant-header"
+        )
     if key is not None:
         if not key.verify(alg, unsigned, signature):
-            raise _Unfit("its signature is not by HSMTOLL_HSM__PUBLIC_KEY", "grant-signature")
+            raise _VerificationFailed(
+                "its signature is not by HSMTOLL_HSM__PUBLIC_KEY", "grant-signature"
+            )
         return hashlib.sha256(key.spki()).hexdigest()
     # Without its public key the signature is Maskinporten's to judge: a kid opens nothing alone.
     return hashlib.sha256(f"kid {kid}".encode()).hexdigest()
@@ -210,31 +222,37 @@ def _known_by_kid(
 
 def _certificates(x5c: object) -> tuple[Certificate, ...]:
     if not isinstance(x5c, list) or not 1 <= len(x5c) <= _CERTIFICATES:
-        raise _Unfit("its x5c is not a list of certificates", "grant-certificate")
+        raise _VerificationFailed("its x5c is not a list of certificates", "grant-certificate")
     try:
         ders = [base64.b64decode(each.encode("ascii"), validate=True) for each in x5c]
         return tuple(Certificate.load(der) for der in ders)
     except (AttributeError, ValueError, binascii.Error):
-        raise _Unfit("its x5c cannot be read", "grant-certificate") from None
+        raise _VerificationFailed("its x5c cannot be read", "grant-certificate") from None
 
 
-def _proven(certificates: tuple[Certificate, ...], expected: Expected, now: datetime) -> None:
+def _verify_chain(certificates: tuple[Certificate, ...], expected: Expected, now: datetime) -> None:
     """x5c is the proven chain of its first certificate, and holds nothing else (M26)."""
     leaf = certificates[0]
     pin = expected.certificate_sha256
     if pin is not None and leaf.sha256 != pin:
-        raise _Unfit("its certificate is not HSMTOLL_HSM__CERTIFICATE_SHA256", "grant-certificate")
+        raise _VerificationFailed(
+            "its certificate is not HSMTOLL_HSM__CERTIFICATE_SHA256", "grant-certificate"
+        )
     if not leaf.valid_at(now):
-        raise _Unfit(f"its certificate '{leaf.subject}' is not valid now", "grant-certificate")
+        raise _VerificationFailed(
+            f"its certificate '{leaf.subject}' is not valid now", "grant-certificate"
+        )
     try:
         chain = path_building.build(leaf, certificates, now=now, root_sha256=expected.root_sha256)
     except CertificateError as exc:
-        raise _Unfit(str(exc), "grant-certificate") from None
+        raise _VerificationFailed(str(exc), "grant-certificate") from None
     if chain.certificates != certificates:
-        raise _Unfit("its x5c is not a chain, each issued by the next", "grant-certificate")
+        raise _VerificationFailed(
+            "its x5c is not a chain, each issued by the next", "grant-certificate"
+        )
 
 
-def _check_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> None:
+def _check_claims(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> None:
     """The claims are those that were asked for, and no others."""
     asked: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
     if expected.issuer is not None:
@@ -247,26 +265,28 @@ def _check_asked(claims: Mapping[str, Any], request: TokenRequest, expected: Exp
         asked["authorization_details"] = request.details
     for name, value in asked.items():
         if claims.get(name) != value:
-            raise _Unfit(
+            raise _VerificationFailed(
                 f"{name} is {foreign(claims.get(name))}, not {foreign(value)}", f"grant-{name}"
             )
     more = claims.keys() - asked.keys() - {"iss", "iat", "exp", "jti"}
     if more:
-        raise _Unfit(f"nobody asked for {foreign(', '.join(sorted(more)))}", "grant-claims")
+        raise _VerificationFailed(
+            f"nobody asked for {foreign(', '.join(sorted(more)))}", "grant-claims"
+        )
     jti, iss = claims.get("jti"), claims.get("iss")
     for name, text in (("jti", jti), ("iss", iss)):
         if not isinstance(text, str) or not text:
-            raise _Unfit(f"{name} is not a text", f"grant-{name}")
+            raise _VerificationFailed(f"{name} is not a text", f"grant-{name}")
     iat, exp = claims.get("iat"), claims.get("exp")
     if type(iat) is not int or type(exp) is not int or not MIN_LEFT <= exp - iat <= LIFETIME:
-        raise _Unfit(
+        raise _VerificationFailed(
             f"iat and exp are not whole seconds, {MIN_LEFT} to {LIFETIME} apart", "grant-lifetime"
         )
 
 
-def _in_time(claims: Mapping[str, Any], *, sent: float, received: float, name: str) -> None:
+def _check_times(claims: Mapping[str, Any], *, sent: float, received: float, name: str) -> None:
     ahead, behind = claims["iat"] - received, sent - claims["iat"]
-    if max(ahead, behind) > APART:
+    if max(ahead, behind) > MAX_CLOCK_DIFFERENCE:
         raise wrong_clock(name, ahead if ahead > 0 else -behind)
     if claims["exp"] - received < MIN_LEFT:
         raise DeviceError(

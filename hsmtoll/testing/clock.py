@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from hsmtoll.token import Moment
+from hsmtoll.token import ClockReading
 
 __all__ = ["SettableClock"]
 
@@ -20,7 +20,7 @@ class SettableClock:
 
     def __init__(self, wall: float, boot: float = 1000.0) -> None:
         self._lock = threading.Lock()
-        self._moment = Moment(wall, boot, "boot-1")
+        self._moment = ClockReading(wall, boot, "boot-1")
         self._boots = 1
 
     @classmethod
@@ -28,7 +28,7 @@ class SettableClock:
         """Standing at the time it is."""
         return cls(time.time())
 
-    def now(self) -> Moment:
+    def now(self) -> ClockReading:
         """Both clocks."""
         return self._moment
 
@@ -40,15 +40,15 @@ class SettableClock:
         """Let time pass."""
         with self._lock:
             at = self._moment
-            self._moment = Moment(at.wall + seconds, at.boot + seconds, at.boot_id)
+            self._moment = ClockReading(at.wall + seconds, at.boot + seconds, at.boot_id)
 
     def set_wall(self, wall: float) -> None:
         """Set the wall clock; the boot clock knows nothing of it."""
         with self._lock:
-            self._moment = Moment(wall, self._moment.boot, self._moment.boot_id)
+            self._moment = ClockReading(wall, self._moment.boot, self._moment.boot_id)
 
     def reboot(self) -> None:
         """Start the machine again."""
         with self._lock:
             self._boots += 1
-            self._moment = Moment(self._moment.wall, 10.0, f"boot-{self._boots}")
+            self._moment = ClockReading(self._moment.wall, 10.0, f"boot-{self._boots}")

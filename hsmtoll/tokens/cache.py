@@ -17,9 +17,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import errors
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.token import ANY, AccessToken, Freshness
+from hsmtoll.token import NO_REQUIREMENTS, AccessToken, Freshness
 from hsmtoll.tokens import records
-from hsmtoll.tokens.single_flight import THREAD, Flight, late, over, too_much
+from hsmtoll.tokens.single_flight import (
+    THREAD,
+    PendingRenewal,
+    deadline_exceeded_error,
+    expired_on_arrival_error,
+    min_life_unattainable_error,
+)
 from hsmtoll.tokens.stores import name_of
 
 if TYPE_CHECKING:
@@ -27,11 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.clock import Clock
-    from hsmtoll.remembered import Remembered
-    from hsmtoll.token import TokenRequest, Wish
+    from hsmtoll.remembered import PersistedText
+    from hsmtoll.token import TokenRequest, TokenRequirements
     from hsmtoll.tokens.stores import Store
 
-__all__ = ["Cache", "Flight", "Renewer"]
+__all__ = ["Cache", "PendingRenewal", "Renewer"]
 
 _log = logging.getLogger("hsmtoll.tokens.cache")
 
@@ -48,7 +54,7 @@ _LONGEST_REST: Final = 60.0
 _LONGEST_REST_OF_DEVICE: Final = 10.0
 
 #: Seconds between two looks at the store while another process renews.
-_SLICE: Final = 0.25
+_POLL_INTERVAL: Final = 0.25
 
 
 class Renewer(Protocol):
@@ -57,9 +63,9 @@ class Renewer(Protocol):
     def known_identity(self) -> str | None:
         """Whose the next token will be, as far as it is known without any I/O."""
 
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """
-        A new token. *flight* is told what is being done, and the identity as soon as it is
+        A new token. *pending* is told what is being done, and the identity as soon as it is
         certain. May take long; one thread at a time calls it for a request.
         """
 
@@ -90,7 +96,7 @@ class Cache:
         clock: Clock,
         *,
         selector: str,
-        remembered: Remembered,
+        remembered: PersistedText,
         patience: float,
         background: bool = True,
     ) -> None:
@@ -102,7 +108,7 @@ class Cache:
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
         # Seconds that the newest had left when that was too little: the next will hardly have more.
-        self._most: dict[TokenRequest, float] = {}
+        self._max_remaining: dict[TokenRequest, float] = {}
         #: Answers by what they were: fresh or stale from memory, from the store, or fetched.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
         self._start_afresh()
@@ -111,10 +117,10 @@ class Cache:
         # A lock that another thread held and a flight whose thread is gone do not survive fork.
         self._pid = os.getpid()
         self._guard = threading.Lock()
-        self._flights: dict[TokenRequest, Flight] = {}
+        self._pending: dict[TokenRequest, PendingRenewal] = {}
         self._rests: dict[TokenRequest, _Rest] = {}
 
-    def held(self, request: TokenRequest) -> AccessToken | None:
+    def fresh_in_memory(self, request: TokenRequest) -> AccessToken | None:
         """The token in memory if it is fresh: no lock, no I/O."""
         token = self._tokens.get(request)
         if token is None or token.remaining(self._clock.now()) <= token.margin:
@@ -122,14 +128,20 @@ class Cache:
         self.hits["fresh"] += 1
         return token
 
-    def living(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken | None:
-        """The token in memory if it lives at all, and meets *wish*."""
+    def unexpired_in_memory(
+        self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
+    ) -> AccessToken | None:
+        """The token in memory if it lives at all, and meets *requirements*."""
         token = self._tokens.get(request)
-        return token if token is not None and wish.met_by(token, self._clock.now()) else None
+        return (
+            token
+            if token is not None and requirements.satisfied_by(token, self._clock.now())
+            else None
+        )
 
     def waiting(self) -> int:
         """How many callers wait for a renewal at this moment."""
-        return sum(flight.waiting for flight in list(self._flights.values()))
+        return sum(pending.waiting for pending in list(self._pending.values()))
 
     def left(self) -> float | None:
         """Seconds until the last living token dies; ``None`` if there has been none."""
@@ -137,73 +149,79 @@ class Cache:
         return max((max(0.0, t.remaining(now)) for t in list(self._tokens.values())), default=None)
 
     def get(
-        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish = ANY
+        self,
+        request: TokenRequest,
+        renewer: Callable[[], Renewer],
+        requirements: TokenRequirements = NO_REQUIREMENTS,
     ) -> AccessToken:
         """
         A token that is not expired: held, stored, or renewed by one caller for all. *renewer* is
         asked for when neither memory nor store has one.
 
-        Raises what the renewal raised, unless a token that still meets *wish* can be given
+        Raises what the renewal raised, unless a token that still meets *requirements* can be given
         instead; an error whose scope is the caller goes to the one who led alone. UsageError for
         a wish that no token can meet.
         """
         while True:
-            flight, token, led = self._join(request, renewer, wish)
-            if flight is not None:
+            pending, token, led = self._join(request, renewer, requirements)
+            if pending is not None:
                 try:
-                    flight.landed.wait(self._patience_left(flight))
+                    pending.done.wait(self._seconds_left(pending))
                 finally:
-                    self._leave(flight)
-                token = self._settled(request, flight, wish, led=led)
+                    self._leave(pending)
+                token = self._result_for_waiter(request, pending, requirements, led=led)
             if token is not None:
                 return token
 
     async def aget(
-        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish = ANY
+        self,
+        request: TokenRequest,
+        renewer: Callable[[], Renewer],
+        requirements: TokenRequirements = NO_REQUIREMENTS,
     ) -> AccessToken:
         """As get; a task that waits holds no thread, and cancelling it cancels nobody else."""
         import asyncio  # noqa: PLC0415 - threads need none of it
 
         while True:
-            flight, token, led = self._join(request, renewer, wish)
-            if flight is not None:
+            pending, token, led = self._join(request, renewer, requirements)
+            if pending is not None:
                 try:
-                    await self._landing(flight, asyncio.get_running_loop())
+                    await self._completion(pending, asyncio.get_running_loop())
                 finally:
-                    self._leave(flight)
-                token = self._settled(request, flight, wish, led=led)
+                    self._leave(pending)
+                token = self._result_for_waiter(request, pending, requirements, led=led)
             if token is not None:
                 return token
 
     def _join(
-        self, request: TokenRequest, renewer: Callable[[], Renewer], wish: Wish
-    ) -> tuple[Flight | None, AccessToken | None, bool]:
+        self, request: TokenRequest, renewer: Callable[[], Renewer], requirements: TokenRequirements
+    ) -> tuple[PendingRenewal | None, AccessToken | None, bool]:
         """A token to be had at once, or the flight to wait for and whether it is our own."""
         if self._pid != os.getpid():
             self._start_afresh()
         with self._guard:
             now = self._clock.now()
-            token = self.living(request, wish)
+            token = self.unexpired_in_memory(request, requirements)
             if token is not None and token.freshness(now) is Freshness.FRESH:
                 self.hits["fresh"] += 1
                 return None, token, False
-            if token is None and self.living(request) is not None:
-                most = self._most.get(request, wish.min_life)
-                if most < wish.min_life:
-                    raise too_much(wish, most)
-            flight, led = self._flights.get(request), False
-            if flight is None:
+            if token is None and self.unexpired_in_memory(request) is not None:
+                most = self._max_remaining.get(request, requirements.min_life)
+                if most < requirements.min_life:
+                    raise min_life_unattainable_error(requirements, most)
+            pending, led = self._pending.get(request), False
+            if pending is None:
                 rest = self._rests.get(request)
                 if rest is not None and now.boot < rest.until:
                     if token is None:
-                        raise records.again(rest.error)
+                        raise records.copy_exception(rest.error)
                     self.hits["stale"] += 1
                     return None, token, False
-                flight, led = Flight(now.boot, wish), True
+                pending, led = PendingRenewal(now.boot, requirements), True
                 # A daemon, and not of a pool: a device that hangs must not keep the process.
                 thread = threading.Thread(
-                    target=self._fly,
-                    args=(request, renewer, flight),
+                    target=self._run_renewal,
+                    args=(request, renewer, pending),
                     name=THREAD,
                     daemon=True,
                 )
@@ -215,69 +233,79 @@ class Cache:
                         raise
                     self.hits["stale"] += 1
                     return None, token, False
-                self._flights[request] = flight
+                self._pending[request] = pending
             if token is not None and self._background:
                 self.hits["stale"] += 1
                 return None, token, False
-            flight.waiting += 1
-            return flight, None, led
+            pending.waiting += 1
+            return pending, None, led
 
-    def _leave(self, flight: Flight) -> None:
+    def _leave(self, pending: PendingRenewal) -> None:
         with self._guard:
-            flight.waiting -= 1
+            pending.waiting -= 1
 
-    def _settled(
-        self, request: TokenRequest, flight: Flight, wish: Wish, *, led: bool
+    def _result_for_waiter(
+        self,
+        request: TokenRequest,
+        pending: PendingRenewal,
+        requirements: TokenRequirements,
+        *,
+        led: bool,
     ) -> AccessToken | None:
         """What a flight means for one who waited; ``None`` if it flew for another's wish."""
-        outcome = flight.outcome
+        outcome = pending.outcome
         if isinstance(outcome, AccessToken):
             now = self._clock.now()
-            if wish.met_by(outcome, now):
+            if requirements.satisfied_by(outcome, now):
                 return outcome
             # What it flew for was this wish, or more.
-            served = led or flight.wish == wish
-            if served and outcome.remaining(now) < wish.min_life:
-                raise too_much(wish, outcome.remaining(now))
+            served = led or pending.requirements == requirements
+            if served and outcome.remaining(now) < requirements.min_life:
+                raise min_life_unattainable_error(requirements, outcome.remaining(now))
             # The newest there is, even where it has the value of one that was refused.
             return outcome if served else None
         if isinstance(outcome, HsmTollError) and outcome.scope == "caller":
             if led:
-                raise records.again(outcome)
+                raise records.copy_exception(outcome)
             # The others renew for themselves.
             return None
-        token = self.living(request, wish)
+        token = self.unexpired_in_memory(request, requirements)
         if token is not None:
             self.hits["stale"] += 1
             return token
         if outcome is None:
-            raise late(flight, self._patience)
-        raise records.again(outcome)
+            raise deadline_exceeded_error(pending, self._patience)
+        raise records.copy_exception(outcome)
 
-    def _fly(self, request: TokenRequest, renewer: Callable[[], Renewer], flight: Flight) -> None:
+    def _run_renewal(
+        self, request: TokenRequest, renewer: Callable[[], Renewer], pending: PendingRenewal
+    ) -> None:
         outcome: AccessToken | BaseException
         try:
-            outcome = self._renewed(request, renewer, flight)
+            outcome = self._renewed(request, renewer, pending)
             if outcome.remaining(self._clock.now()) <= 0:
-                outcome = over(outcome)
+                outcome = expired_on_arrival_error(outcome)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, those who wait must hear of it
             outcome = exc
         with self._guard:
-            self._flights.pop(request, None)
+            self._pending.pop(request, None)
             if isinstance(outcome, AccessToken):
                 self._tokens[request] = outcome
                 self._rests.pop(request, None)
             elif isinstance(outcome, Exception):
                 self._rest(request, outcome)
-            flight.outcome = outcome
-            loops = list(flight.loops)
-        flight.landed.set()
+            pending.outcome = outcome
+            loops = list(pending.loops)
+        pending.done.set()
         for loop in loops:
             # A loop that was closed has nobody left in it.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._wake, flight, loop)
+                loop.call_soon_threadsafe(self._wake, pending, loop)
         # Who gets no token hears of it by the error itself.
-        if isinstance(outcome, HsmTollError) and self.living(request, flight.wish) is not None:
+        if (
+            isinstance(outcome, HsmTollError)
+            and self.unexpired_in_memory(request, pending.requirements) is not None
+        ):
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
     def key(self, request: TokenRequest, identity: str) -> str:
@@ -298,50 +326,52 @@ class Cache:
         return None if identity is None else self.key(request, identity)
 
     def _renewed(
-        self, request: TokenRequest, renewer: Callable[[], Renewer], flight: Flight
+        self, request: TokenRequest, renewer: Callable[[], Renewer], pending: PendingRenewal
     ) -> AccessToken:
         """From the store, or renewed under its lock: of one identity, or of these settings."""
         began = self._clock.now().boot
         while True:
             key = self._known_key(request, renewer)
-            token = self._stored(key, request, flight.wish)
+            token = self._stored(key, request, pending.requirements)
             if token is not None:
                 return token
             waited = self._clock.now().boot - began
             if waited >= self._patience:
-                raise late(flight, self._patience)
+                raise deadline_exceeded_error(pending, self._patience)
             name = key or self.key(request, "not known yet")
             # A holder that is too slow is replaced by one, and not by everybody who waits.
             slow = waited >= self._patience / 2
             if slow:
                 name = name_of("instead", name)
-            with self._store.lock(name, patience=_SLICE) as free:
+            with self._store.lock(name, patience=_POLL_INTERVAL) as free:
                 # Who signs may have become known while the lock was another's.
                 if not free or self._known_key(request, renewer) != key:
                     continue
                 if slow:
                     _log.warning("cache: another process is too slow; renewing alone")
-                token = self._stored(key, request, flight.wish)
+                token = self._stored(key, request, pending.requirements)
                 if token is None:
-                    token = self._fetched(request, renewer(), flight)
-                    left, life = token.remaining(self._clock.now()), flight.wish.min_life
+                    token = self._fetched(request, renewer(), pending)
+                    left, life = token.remaining(self._clock.now()), pending.requirements.min_life
                     # One that was slow for another's wish says nothing of the next.
-                    self._most[request] = left if 0 < left < life else float("inf")
+                    self._max_remaining[request] = left if 0 < left < life else float("inf")
                 return token
 
-    def _fetched(self, request: TokenRequest, renewer: Renewer, flight: Flight) -> AccessToken:
+    def _fetched(
+        self, request: TokenRequest, renewer: Renewer, pending: PendingRenewal
+    ) -> AccessToken:
         """A new token. It, or a refusal, is kept for the others under the identity that signed."""
         try:
-            token = renewer.renew(request, flight)
+            token = renewer.renew(request, pending)
         except HsmTollError as exc:
-            seconds = _remembered_for(exc)
+            seconds = _negative_cache_ttl(exc)
             if seconds > 0:
                 until = self._clock.now().wall + seconds
-                self._keep(request, flight, refusal=records.Refusal(exc, until))
+                self._keep(request, pending, refusal=records.Refusal(exc, until))
             raise
         self.hits["fetched"] += 1
         try:
-            self._keep(request, flight, token=token)
+            self._keep(request, pending, token=token)
         except errors.ConfigurationError as exc:
             # The store was good before the signature was spent: the caller has the token.
             _log.warning("%s; the token is kept in memory alone", exc)
@@ -350,12 +380,12 @@ class Cache:
     def _keep(
         self,
         request: TokenRequest,
-        flight: Flight,
+        pending: PendingRenewal,
         *,
         token: AccessToken | None = None,
         refusal: records.Refusal | None = None,
     ) -> None:
-        identity = flight.identity
+        identity = pending.identity
         if identity is None:
             return
         key, now = self.key(request, identity), self._clock.now()
@@ -367,7 +397,9 @@ class Cache:
         # After the token: whoever finds out who signs finds it as well.
         self._remembered.write(identity)
 
-    def _stored(self, key: str | None, request: TokenRequest, wish: Wish) -> AccessToken | None:
+    def _stored(
+        self, key: str | None, request: TokenRequest, requirements: TokenRequirements
+    ) -> AccessToken | None:
         """A token of another process that ends the flight; raises a refusal that still stands."""
         if key is None:
             return None
@@ -375,11 +407,11 @@ class Cache:
         kept = records.read(key, self._store.get(key), now=now, longest=_LONGEST_WAIT)
         token = kept.token
         if token is not None and token.remaining(now) > 0:
-            if token.freshness(now) is Freshness.FRESH and wish.met_by(token, now):
+            if token.freshness(now) is Freshness.FRESH and requirements.satisfied_by(token, now):
                 self.hits["stored"] += 1
                 return token
-            if token.lifetime <= wish.min_life:
-                raise too_much(wish, token.lifetime)
+            if token.lifetime <= requirements.min_life:
+                raise min_life_unattainable_error(requirements, token.lifetime)
             # Not good enough to end the flight, good enough to fall back to.
             known = self._tokens.get(request)
             if known is None or known.remaining(now) < token.remaining(now):
@@ -397,36 +429,38 @@ class Cache:
         if isinstance(exc, UsageError) or (isinstance(exc, HsmTollError) and exc.scope == "caller"):
             return
         if isinstance(exc, HsmTollError):
-            seconds = max(seconds, min(exc.retry_after or _remembered_for(exc), _LONGEST_WAIT))
+            seconds = max(seconds, min(exc.retry_after or _negative_cache_ttl(exc), _LONGEST_WAIT))
         self._rests[request] = _Rest(self._clock.now().boot + seconds, failures, exc)
 
-    def _patience_left(self, flight: Flight) -> float:
+    def _seconds_left(self, pending: PendingRenewal) -> float:
         # Who joins late waits no longer than who came first: a flight that hangs is told at once.
-        return max(0.05, flight.started + self._patience - self._clock.now().boot)
+        return max(0.05, pending.started + self._patience - self._clock.now().boot)
 
-    def _landing(self, flight: Flight, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+    def _completion(
+        self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Future[None]:
         """A future of one task's own, done when the flight has landed or took too long."""
         future = loop.create_future()
         with self._guard:
-            if loop not in flight.loops:
-                flight.loops[loop] = []
-                loop.call_later(self._patience_left(flight), self._wake, flight, loop)
-            waiting = flight.loops[loop]
-            if waiting is None or flight.outcome is not None:
+            if loop not in pending.loops:
+                pending.loops[loop] = []
+                loop.call_later(self._seconds_left(pending), self._wake, pending, loop)
+            waiting = pending.loops[loop]
+            if waiting is None or pending.outcome is not None:
                 future.set_result(None)
             else:
                 waiting.append(future)
         return future
 
-    def _wake(self, flight: Flight, loop: asyncio.AbstractEventLoop) -> None:
+    def _wake(self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop) -> None:
         with self._guard:
-            waiting, flight.loops[loop] = flight.loops[loop], None
+            waiting, pending.loops[loop] = pending.loops[loop], None
         for future in waiting or ():
             if not future.done():
                 future.set_result(None)
 
 
-def _remembered_for(exc: HsmTollError) -> float:
+def _negative_cache_ttl(exc: HsmTollError) -> float:
     """Seconds that an answer stands: who refused will refuse again, and it costs a signature."""
     if exc.scope == "caller":
         return 0.0

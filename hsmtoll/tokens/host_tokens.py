@@ -15,10 +15,10 @@ from hsmtoll.tokens.renewal import pause_after
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
-    from hsmtoll.signing.remote import Hosts, SigningHost
+    from hsmtoll.signing.remote import FailoverHosts, SigningHost
     from hsmtoll.token import TokenRequest
     from hsmtoll.tokens.exchange import Issued
-    from hsmtoll.tokens.single_flight import Flight
+    from hsmtoll.tokens.single_flight import PendingRenewal
 
 __all__ = ["RemoteTokens"]
 
@@ -32,7 +32,9 @@ class RemoteTokens:
     A token is opaque: whose it is does not show, so the door is all that proves it.
     """
 
-    def __init__(self, hosts: Hosts, *, profile: str, clock: Clock, attempts: int = 2) -> None:
+    def __init__(
+        self, hosts: FailoverHosts, *, profile: str, clock: Clock, attempts: int = 2
+    ) -> None:
         self.hosts = hosts
         self._profile = profile
         self._clock = clock
@@ -42,9 +44,9 @@ class RemoteTokens:
         """None: it is known once a token was given."""
         return None
 
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """A token that a host gives. Raises as `SigningHost.ask`."""
-        flight.doing = "the signing host"
+        pending.phase = "the signing host"
         for attempt in range(1, self._attempts + 1):
             asked = self._clock.now()
             try:
@@ -54,7 +56,7 @@ class RemoteTokens:
                 if pause is None or attempt == self._attempts:
                     raise
             else:
-                flight.identity = self.hosts.stand_in()
+                pending.identity = self.hosts.provisional_identity()
                 return AccessToken(issued.value, request.scope, asked, issued.expires_in)
             self._clock.sleep(pause)
         raise AssertionError  # the loop returns or raises

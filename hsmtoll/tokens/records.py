@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from hsmtoll import errors
 from hsmtoll.jsonio import read_strict
-from hsmtoll.token import AccessToken, Moment
+from hsmtoll.token import AccessToken, ClockReading
 
 if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError
-    from hsmtoll.tokens.stores import Kept
+    from hsmtoll.tokens.stores import StoredValue
 
-__all__ = ["VERSION", "Record", "Refusal", "again", "read", "written"]
+__all__ = ["VERSION", "Record", "Refusal", "copy_exception", "read", "written"]
 
 #: The form of a record. A reader that does not know it treats it as a miss.
 VERSION: Final = 2
 
 #: Seconds that the wall clocks of two machines may differ, where the store counts the time.
-_APART: Final = 300.0
+_MAX_CLOCK_DIFFERENCE: Final = 300.0
 
 #: Seconds that a token may live at most.
 _LONGEST: Final = 86_400
@@ -68,7 +68,7 @@ class Record(NamedTuple):
 
 
 def written(
-    key: str, token: AccessToken | None, refusal: Refusal | None, *, now: Moment
+    key: str, token: AccessToken | None, refusal: Refusal | None, *, now: ClockReading
 ) -> tuple[bytes, float]:
     """A record as it lies under *key*, and the seconds for which a store has to keep it."""
     record: dict[str, Any] = {"version": VERSION, "key": key}
@@ -92,7 +92,7 @@ def written(
     return json.dumps(record).encode(), ttl
 
 
-def read(key: str, kept: Kept | None, *, now: Moment, longest: float) -> Record:
+def read(key: str, kept: StoredValue | None, *, now: ClockReading, longest: float) -> Record:
     """What lies under *key*. *longest*: seconds that a refusal may stand, whatever a clock did."""
     try:
         # NaN is younger than every age: no number of ours.
@@ -105,18 +105,18 @@ def read(key: str, kept: Kept | None, *, now: Moment, longest: float) -> Record:
         return Record()
     # Seconds that it has lain there, by the store's clock, where that counts.
     ttl: Any = record.get("ttl")
-    lain = ttl - kept.left if kept.left is not None and _is_number(ttl) else None
-    token = _token(record.get("token"), now=now, lain=lain)
+    stored_seconds = ttl - kept.left if kept.left is not None and _is_number(ttl) else None
+    token = _token(record.get("token"), now=now, stored_seconds=stored_seconds)
     return Record(token, _refusal(record.get("refusal"), now=now, longest=longest))
 
 
-def _token(value: object, *, now: Moment, lain: float | None) -> AccessToken | None:
+def _token(value: object, *, now: ClockReading, stored_seconds: float | None) -> AccessToken | None:
     """
-    The token, or ``None`` if there is none to be read.
+    The token, or ``None`` if there is none or it cannot be read.
 
-    *lain*: seconds that the store itself has counted. The token may be another machine's then,
-    whose clocks mean nothing here: its age is what the store says, as far as the two wall clocks
-    do not contradict it outright.
+    *stored_seconds*: time in the store, as counted by the store. Another machine may have written
+    the token, and its boot clock means nothing here: then the store gives the token's age, unless
+    the two wall clocks contradict it.
     """
     if not isinstance(value, dict):
         return None
@@ -127,17 +127,21 @@ def _token(value: object, *, now: Moment, lain: float | None) -> AccessToken | N
     lifetime = value["lifetime"]
     if not 0 < lifetime <= _LONGEST:
         return None
-    asked = Moment(value["wall"], value["boot"], value["boot_id"])
-    if lain is not None and asked.boot_id != now.boot_id:
-        if not -_APART <= now.wall - asked.wall <= lifetime + _APART:
+    asked = ClockReading(value["wall"], value["boot"], value["boot_id"])
+    if stored_seconds is not None and asked.boot_id != now.boot_id:
+        if not -_MAX_CLOCK_DIFFERENCE <= now.wall - asked.wall <= lifetime + _MAX_CLOCK_DIFFERENCE:
             return None
         # Whoever can write to the store can prolong what it says; the wall clocks bound it.
-        age = max(0.0, lifetime - value["left"] + lain, now.wall - asked.wall - _APART)
-        asked = Moment(now.wall - age, now.boot - age, now.boot_id)
+        age = max(
+            0.0,
+            lifetime - value["left"] + stored_seconds,
+            now.wall - asked.wall - _MAX_CLOCK_DIFFERENCE,
+        )
+        asked = ClockReading(now.wall - age, now.boot - age, now.boot_id)
     return AccessToken(value["access_token"], value["scope"], asked, lifetime)
 
 
-def _refusal(value: object, *, now: Moment, longest: float) -> Refusal | None:
+def _refusal(value: object, *, now: ClockReading, longest: float) -> Refusal | None:
     """The refusal if it still stands; its hint says how long."""
     if not isinstance(value, dict):
         return None
@@ -153,7 +157,7 @@ def _refusal(value: object, *, now: Moment, longest: float) -> Refusal | None:
     return Refusal(error, until) if isinstance(error, _REFUSALS) else None
 
 
-def again(exc: BaseException) -> BaseException:
+def copy_exception(exc: BaseException) -> BaseException:
     """The same error for another caller: a traceback belongs to one raise."""
     try:
         same = copy.copy(exc)

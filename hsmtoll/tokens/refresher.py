@@ -12,39 +12,39 @@ import threading
 from typing import TYPE_CHECKING, Final, Self
 
 from hsmtoll.errors import HsmTollError
-from hsmtoll.token import Wish
+from hsmtoll.token import TokenRequirements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hsmtoll.token import TokenRequest
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
-__all__ = ["Keeper"]
+__all__ = ["BackgroundRefresher"]
 
 _log = logging.getLogger("hsmtoll.client")
 
 #: Seconds between two looks at the clocks: a machine that slept is back in time within these.
-_LOOK: Final = 10.0
+_POLL_INTERVAL: Final = 10.0
 
 #: How much earlier than stale a token is renewed, as a share of its margin; each picks its own.
 _EARLY: Final = (1.05, 1.25)
 
 
-class Keeper:
+class BackgroundRefresher:
     """
     A thread that keeps the tokens of some requests fresh. Stop it, or leave its ``with``.
 
     *due* and *done* count renewals; what fails is logged, and tried again after a rest.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[TokenRequest]) -> None:
+    def __init__(self, token_service: TokenService, requests: Sequence[TokenRequest]) -> None:
         self.due = 0
         self.done = 0
-        self._engine = engine
+        self._token_service = token_service
         self._early = {request: random.uniform(*_EARLY) for request in requests}  # noqa: S311 - jitter, not a secret
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="hsmtoll-keeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hsmtoll-keeper", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -57,31 +57,31 @@ class Keeper:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         wait = 0.0
         while not self._ended.wait(wait):
-            wait = min(self._looked_after(request) for request in list(self._early))
+            wait = min(self._refresh_if_due(request) for request in list(self._early))
 
-    def _looked_after(self, request: TokenRequest) -> float:
+    def _refresh_if_due(self, request: TokenRequest) -> float:
         """Renew what is due; seconds until the next look."""
-        engine = self._engine
-        held = engine.cache.living(request)
+        token_service = self._token_service
+        held = token_service.cache.unexpired_in_memory(request)
         if held is not None:
             before = held.margin * self._early[request]
-            spare = held.remaining(engine.clock.now()) - before
+            spare = held.remaining(token_service.clock.now()) - before
             if spare > 0:
-                return min(spare, _LOOK)
+                return min(spare, _POLL_INTERVAL)
         self.due += 1
         try:
             # A new draw each time, so that two programs do not stay in step.
             self._early[request] = random.uniform(*_EARLY)  # noqa: S311 - as above
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
-            token = engine.token(request, Wish(min_life=max(0.0, min_life)))
+            token = token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
         except Exception as exc:  # noqa: BLE001 - whatever it was, the next look may be better
             # The words of a stranger's exception may hold anything.
             said = exc if isinstance(exc, HsmTollError) else type(exc).__name__
             _log.warning("renewal ahead of time failed: %s", said)
-            return _LOOK * random.uniform(0.5, 1.0)  # noqa: S311 - as above
+            return _POLL_INTERVAL * random.uniform(0.5, 1.0)  # noqa: S311 - as above
         self.done += 1
         del token
         return 0.2

@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.http_messages import Answer, Post
-    from hsmtoll.remembered import Remembered
+    from hsmtoll.remembered import PersistedText
     from hsmtoll.signing.grant import SignedGrant
     from hsmtoll.signing.signer import Signer
-    from hsmtoll.token import Moment, TokenRequest
-    from hsmtoll.tokens.cache import Flight
-    from hsmtoll.tokens.engine import Counts
+    from hsmtoll.token import ClockReading, TokenRequest
+    from hsmtoll.tokens.cache import PendingRenewal
     from hsmtoll.tokens.exchange import Endpoints, Issued
     from hsmtoll.tokens.rate_limit import RateLimit
-    from hsmtoll.transport import Wire
+    from hsmtoll.tokens.token_service import Counts
+    from hsmtoll.transport import HttpClient
 
 __all__ = ["Renewal", "pause_after"]
 
@@ -55,12 +55,12 @@ class Renewal:
 
     signer: Signer
     endpoints: Endpoints
-    wire: Wire
+    http_client: HttpClient
     rate_limit: RateLimit
     clock: Clock
     skew: Skew
     selector: str
-    remembered: Remembered
+    remembered: PersistedText
     counts: Counts
     per_request: int = 2
     signing: str = "signing"
@@ -69,7 +69,7 @@ class Renewal:
         """As `Signer.known_identity`."""
         return self.signer.known_identity()
 
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """
         A new token. An attempt that failed is made again, from the grant on, where its error says
         that this may help.
@@ -77,15 +77,15 @@ class Renewal:
         for attempt in range(1, self.per_request + 1):
             try:
                 self._check_the_way()
-                flight.doing = self.signing
+                pending.phase = self.signing
                 grant = self.sign(request)
-                flight.identity = grant.identity
+                pending.identity = grant.identity
                 asked = self.clock.now()
-                flight.doing = "Maskinporten"
+                pending.phase = "Maskinporten"
                 subject = self._granted(grant, retried=attempt > 1)
                 if request.scope == apis.SELF_TEST_SCOPE:
                     raise _self_test()
-                flight.doing = "Customs"
+                pending.phase = "Customs"
                 issued = self._exchanged(subject)
                 lifetime = min(issued.expires_in, subject.expires_in)
                 return AccessToken(issued.value, request.scope, asked, lifetime)
@@ -123,7 +123,7 @@ class Renewal:
     def _check_the_way(self) -> None:
         """What is in the way of sending is found before a signature is spent."""
         for url in (self.endpoints.token, self.endpoints.customs):
-            self.wire.options(url)
+            self.http_client.options(url)
 
     def _granted(self, grant: SignedGrant, *, retried: bool) -> Issued:
         """
@@ -132,7 +132,7 @@ class Renewal:
         """
         post = exchange.grant_post(self.endpoints, grant.assertion)
         with self._leg(post, grant.jti) as leg:
-            leg.answer = answer = self.wire.post(post)
+            leg.answer = answer = self.http_client.post(post)
             now = self.clock.now()
             offset = offset_of(answer.headers, sent=leg.began, received=now)
             corrected = offset is not None and self._corrected(offset)
@@ -157,7 +157,7 @@ class Renewal:
         """Customs' token."""
         post = exchange.exchange_post(self.endpoints, subject)
         with self._leg(post, None) as leg:
-            leg.answer = answer = self.wire.post(post)
+            leg.answer = answer = self.http_client.post(post)
             wait = retry_after(answer.headers, now=self.clock.now().wall)
             leg.issued = exchange.read_issued(answer, post, wait=wait)
             return leg.issued
@@ -210,7 +210,7 @@ class Renewal:
 class _Leg:
     """What became of one request, sent at *began*."""
 
-    began: Moment
+    began: ClockReading
     answer: Answer | None = None
     issued: Issued | None = None
 

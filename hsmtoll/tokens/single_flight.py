@@ -17,26 +17,33 @@ if TYPE_CHECKING:
     import asyncio
 
     from hsmtoll.errors import HsmTollError
-    from hsmtoll.token import AccessToken, Wish
+    from hsmtoll.token import AccessToken, TokenRequirements
 
-__all__ = ["THREAD", "Flight", "late", "over", "see_out", "too_much"]
+__all__ = [
+    "THREAD",
+    "PendingRenewal",
+    "deadline_exceeded_error",
+    "expired_on_arrival_error",
+    "join_renewal_threads",
+    "min_life_unattainable_error",
+]
 
 #: What the thread of a flight is called.
 THREAD: Final = "hsmtoll-renew"
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class PendingRenewal:
     """One renewal under way and everybody who waits for it."""
 
     started: float
-    wish: Wish
-    doing: str = "waiting for another process"
+    requirements: TokenRequirements
+    phase: str = "waiting for another process"
     #: Who signed for it (`SignedGrant.identity`), once that is certain.
     identity: str | None = None
     waiting: int = 0
     outcome: AccessToken | BaseException | None = None
-    landed: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
     # The futures of the tasks that wait in a loop, one each, so that each can be cancelled
     # alone; None once they were woken.
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
@@ -44,7 +51,7 @@ class Flight:
     )
 
 
-def see_out(seconds: float) -> float:
+def join_renewal_threads(seconds: float) -> float:
     """
     Wait so long for the flights in the air, in a program that ends; returns the seconds left. A
     thread that the interpreter ends in the middle of a library may take the process along.
@@ -60,16 +67,16 @@ def see_out(seconds: float) -> float:
     return max(0.0, until - time.monotonic())
 
 
-def too_much(wish: Wish, most: float) -> HsmTollError:
-    """For a *wish* longer than the *most* seconds that a new token has left when it comes."""
+def min_life_unattainable_error(requirements: TokenRequirements, most: float) -> HsmTollError:
+    """UsageError: a new token has only *most* seconds left, less than the required minimum."""
     lives = f"{round(most, 1):g} s"
     return errors.UsageError(
-        f"a token that lives {wish.min_life:.0f} s was asked for: new ones live {lives}",
+        f"a token that lives {requirements.min_life:.0f} s was asked for: new ones live {lives}",
         hint="ask for less; the lifetime is set by Maskinporten and Customs",
     )
 
 
-def over(token: AccessToken) -> HsmTollError:
+def expired_on_arrival_error(token: AccessToken) -> HsmTollError:
     """For a token whose life was spent on its way."""
     return errors.NetworkError(
         f"a new token: it lives {token.lifetime} s, and was over when it came",
@@ -78,9 +85,9 @@ def over(token: AccessToken) -> HsmTollError:
     )
 
 
-def late(flight: Flight, patience: float) -> HsmTollError:
-    """For those whom *flight* has kept waiting for *patience* seconds."""
-    if flight.doing == "signing":
+def deadline_exceeded_error(pending: PendingRenewal, patience: float) -> HsmTollError:
+    """For those whom *pending* has kept waiting for *patience* seconds."""
+    if pending.phase == "signing":
         return errors.DeviceError(
             f"signing: the device did not answer within {patience:.0f} s",
             hint="with HSMTOLL_HSM__ISOLATION=process a module that hangs is ended, and the next"
@@ -88,7 +95,7 @@ def late(flight: Flight, patience: float) -> HsmTollError:
             code="device-hangs",
         )
     return errors.NetworkError(
-        f"a new token: not here after {patience:.0f} s ({flight.doing})",
+        f"a new token: not here after {patience:.0f} s ({pending.phase})",
         hint="HSMTOLL_DEADLINE sets how long to wait",
         code="deadline",
     )

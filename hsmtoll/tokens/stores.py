@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.clock import Clock
 
-__all__ = ["FileStore", "Kept", "MemoryStore", "RedisStore", "Store", "name_of", "read_key"]
+__all__ = ["FileStore", "MemoryStore", "RedisStore", "Store", "StoredValue", "name_of", "read_key"]
 
 _T = TypeVar("_T")
 
@@ -55,7 +55,7 @@ _CHECK_HOLDS: Final = 10.0
 _LARGEST: Final = 256 * 1024
 
 
-class Kept(NamedTuple):
+class StoredValue(NamedTuple):
     """A *value*, and the seconds that are *left* of it where the store itself counts time."""
 
     value: bytes
@@ -71,7 +71,7 @@ class Store(Protocol):
     carries on alone.
     """
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredValue | None:
         """What was put, or ``None``."""
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
@@ -92,10 +92,10 @@ class MemoryStore:
         self._kept: dict[str, bytes] = {}
         self._locks: dict[tuple[int, str], threading.Lock] = {}
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredValue | None:
         """What was put, or ``None``."""
         value = self._kept.get(key)
-        return Kept(value) if value is not None else None
+        return StoredValue(value) if value is not None else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Keep *value*; the reader sees by the value whether it is over."""
@@ -129,7 +129,7 @@ class FileStore:
         # Until when (seconds of the monotonic clock) the last check of the directory holds.
         self._checked_until = 0.0
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredValue | None:
         """What was put, or ``None``; ConfigurationError if the file is not safely ours."""
         self._checked_directory()
         path = self._directory / f"{key}.json"
@@ -151,7 +151,7 @@ class FileStore:
             return None
         finally:
             os.close(descriptor)
-        return Kept(value) if len(value) <= _LARGEST else None
+        return StoredValue(value) if len(value) <= _LARGEST else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Keep *value* by an atomic replace; a full disk keeps nothing and breaks nothing."""
@@ -197,7 +197,7 @@ class FileStore:
                 return
             files.reclaim(self._directory)
             seen = self._directory.lstat()
-            place = files.loose(self._directory, own=True)
+            place = files.first_untrusted_component(self._directory, own=True)
         except OSError as exc:
             raise ConfigurationError(
                 f"cache directory {self._directory}: cannot be used ({exc.strerror})",
@@ -255,10 +255,10 @@ class RedisStore:
         """
         return cls(lambda: _redis(url, ca_file), secret=read_key(key_file), clock=clock)
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredValue | None:
         """What was put and still lives, or ``None``; what does not open is told once and a miss."""
 
-        def read(client: redis.Redis) -> Kept | None:
+        def read(client: redis.Redis) -> StoredValue | None:
             pipe = client.pipeline(transaction=True)
             # Whoever can write there puts what it likes: no more is asked for than a value has.
             pipe.getrange(_name(key), 0, _LARGEST)
@@ -279,7 +279,7 @@ class RedisStore:
                 return None
             # Whoever can write there can prolong the lifetime, but not what is sealed.
             left = min(left, int.from_bytes(value[:_STAMP]) - _ms(now))
-            return Kept(value[_STAMP:], left / 1000) if left > 0 else None
+            return StoredValue(value[_STAMP:], left / 1000) if left > 0 else None
 
         return self._asked(read, None)
 

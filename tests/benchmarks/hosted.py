@@ -70,7 +70,7 @@ def workers(stage: Stage) -> list[Row | Series]:
 
 def _of_threads(app: App, count: int) -> float:
     """Assertions a second of as many threads as there are workers."""
-    signer, request = app.signer, app.engine.request("road")
+    signer, request = app.signer, app.token_service.request("road")
     signer.sign(request, jti="1")
     rates: list[float] = []
     every = [

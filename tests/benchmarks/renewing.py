@@ -47,8 +47,8 @@ def main() -> None:
     context = ssl.create_default_context(cafile=os.environ["HSMTOLL_CA_FILE"])
     app = App(load(cache="memory:"))
     with app.client() as toll, toll.api("road") as road:
-        engine = app.engine
-        request = engine.request("road")
+        token_service = app.token_service
+        request = token_service.request("road")
         for _ in range(20):
             road.get("test-auth")
 
@@ -59,18 +59,18 @@ def main() -> None:
 
         for _ in range(_RENEWALS):
             token = toll.token("road")
-            now = engine.clock.now()
+            now = token_service.clock.now()
             ago = token.lifetime - 30.0
             then = now._replace(wall=now.wall - ago, boot=now.boot - ago)
             stale = replace(token, asked=then)
             identity = app.remembered.read()
             assert identity is not None
-            key = engine.cache.key(request, identity)
+            key = token_service.cache.key(request, identity)
             value, ttl = records.written(key, stale, None, now=now)
-            engine.cache._store.put(key, value, ttl=ttl)
-            engine.cache._tokens[request] = stale
+            token_service.cache._store.put(key, value, ttl=ttl)
+            token_service.cache._tokens[request] = stale
             count = 0
-            while engine.cache.held(request) is None:
+            while token_service.cache.fresh_in_memory(request) is None:
                 call("renewal")
                 count += 1
             for _ in range(count):

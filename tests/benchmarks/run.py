@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 def assertions(stage: Stage) -> Row:
     """A whole assertion: claims, x5c of three, signature, its check, compact form."""
     app = stage.app()
-    signer, request = app.signer, app.engine.request("road")
+    signer, request = app.signer, app.token_service.request("road")
     signer.sign(request, jti="1")
     ours, bare = turns(
         lambda: per_second(lambda: signer.sign(request, jti="1"), 1.5),
@@ -291,8 +291,8 @@ def scopes(stage: Stage) -> list[Row]:
     rows = []
     with stage.app().client() as client:
         token = client.token("road")
-        engine = client._engine
-        held = engine.cache._tokens
+        token_service = client._token_service
+        held = token_service.cache._tokens
         alone = dict(held)
 
         def one(of: dict[TokenRequest, AccessToken]) -> float:
@@ -301,7 +301,7 @@ def scopes(stage: Stage) -> list[Row]:
             return seconds_of(lambda: [client.token("road") for _ in range(5000)]) / 5000 * 1e6
 
         for count in (10, 100, 1000):
-            more = [engine.request(f"toll:eu/movement/x{number}") for number in range(count)]
+            more = [token_service.request(f"toll:eu/movement/x{number}") for number in range(count)]
             many = alone | dict.fromkeys(more, token)
             both = turns(partial(one, many), partial(one, alone), rounds=2 * ROUNDS)
             rows.append(Row(f"client.token() among {count} held", "alone", "µs", *both, "flat"))

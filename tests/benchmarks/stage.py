@@ -117,7 +117,7 @@ class Stage:
         """Bytes that are signed for one assertion."""
         app = self.app()
         try:
-            assertion = app.signer.sign(app.engine.request("road"), jti="1").assertion
+            assertion = app.signer.sign(app.token_service.request("road"), jti="1").assertion
             return len(assertion.rpartition(".")[0])
         finally:
             app.close()

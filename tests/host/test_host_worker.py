@@ -32,7 +32,7 @@ class Taken:
         (device,) = profile.app.devices
         assert isinstance(device, WorkerDevice)
         self.device = device
-        signed = profile.app.signer.sign(profile.app.engine.request(ROAD_SCOPE), jti="first")
+        signed = profile.app.signer.sign(profile.app.token_service.request(ROAD_SCOPE), jti="first")
         header, claims = jws.read_unverified(signed.assertion)
         self.header, self.claims = header, claims
 

@@ -29,8 +29,8 @@ from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import Settings, SignerHost
-from hsmtoll.signing.remote import Hosts, SigningHost
-from hsmtoll.signing.verification import Expected, prove
+from hsmtoll.signing.remote import FailoverHosts, SigningHost
+from hsmtoll.signing.verification import Expected, verify_grant
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.token import TokenRequest
 from tests.kit.accounts import importable
@@ -320,9 +320,9 @@ def test_a_grant_that_came_too_late_is_not_given_out() -> None:
     assertion = notary.grant(ask)
     iat = json.loads(base64.urlsafe_b64decode(assertion.split(".")[1] + "=="))["iat"]
     expected = Expected(audience=ISSUER, family="eseal")
-    assert prove(assertion, ROAD, expected, sent=iat, received=iat + 89.0)
+    assert verify_grant(assertion, ROAD, expected, sent=iat, received=iat + 89.0)
     with pytest.raises(errors.DeviceError, match="too late"):
-        prove(assertion, ROAD, expected, sent=iat, received=iat + 91.0)
+        verify_grant(assertion, ROAD, expected, sent=iat, received=iat + 91.0)
 
 
 # ------------------------------------------------------------------ what it says instead
@@ -577,11 +577,11 @@ def test_tokens_of_other_machines_sockets_and_starts_are_never_taken_for_ours(
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         settings = SignerHost(url=(f"unix://{tmp_path}/{name}/s",), profile="acme")
-        hosts = Hosts([SigningHost(settings.url[0], settings, clock=clock)], clock)
-        assert hosts.stand_in() == hosts.stand_in()
-        names.add(hosts.stand_in())
+        hosts = FailoverHosts([SigningHost(settings.url[0], settings, clock=clock)], clock)
+        assert hosts.provisional_identity() == hosts.provisional_identity()
+        names.add(hosts.provisional_identity())
     clock.reboot()
-    names.add(hosts.stand_in())
+    names.add(hosts.provisional_identity())
     assert len(names) == 3
 
 

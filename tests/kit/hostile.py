@@ -33,11 +33,11 @@ from hsmtoll.host.doors import Refused, parsed
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.http_messages import Answer
 from hsmtoll.jsonio import read_lenient
-from hsmtoll.signing.verification import Expected, prove
-from hsmtoll.token import Moment, TokenRequest
+from hsmtoll.signing.verification import Expected, verify_grant
+from hsmtoll.token import ClockReading, TokenRequest
 from hsmtoll.tokens import exchange, records
 from hsmtoll.tokens.exchange import TEST, Issued, exchange_post, grant_post
-from hsmtoll.tokens.stores import Kept
+from hsmtoll.tokens.stores import StoredValue
 from hsmtoll.x509 import certificate, certificate_checks, path_building, revocation
 from hsmtoll.x509.certificate import MAX_DER, Certificate
 from hsmtoll.x509.certificate_files import bundle_in
@@ -51,7 +51,7 @@ MIB: Final = 1024 * KIB
 
 _TOKEN: Final = "eyJhbGciOiJSUzI1NiJ9." + "A1b2" * 2000
 _ISSUED: Final = Issued(_TOKEN, 60)
-_NOW: Final = Moment(wall=1e9, boot=1e3, boot_id="b")
+_NOW: Final = ClockReading(wall=1e9, boot=1e3, boot_id="b")
 _HEADERS: Final = {"x-correlationid": "a1" * 4000, "retry-after": "1" * 8000}
 
 
@@ -470,7 +470,7 @@ def _allowed(raw: bytes) -> None:
 def _proven(raw: bytes) -> None:
     request = TokenRequest(_SCOPE)
     expected = Expected(audience=TEST.issuer, family="eseal")
-    prove(raw.decode("latin-1"), request, expected, sent=1e9, received=1e9)
+    verify_grant(raw.decode("latin-1"), request, expected, sent=1e9, received=1e9)
 
 
 def _grant(header: Callable[[int], bytes], claims: Callable[[int], bytes]) -> Any:
@@ -540,7 +540,7 @@ def _header(raw: bytes) -> None:
 
 def _stored(raw: bytes) -> None:
     for left in (None, 10.0):
-        records.read("key", Kept(raw, left), now=_NOW, longest=100.0)
+        records.read("key", StoredValue(raw, left), now=_NOW, longest=100.0)
 
 
 def _revocation(read: Callable[..., object]) -> Callable[[bytes], object]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hsmtoll.app import App
 from hsmtoll.hsm.module import GATE, restart
 from hsmtoll.settings import Settings
-from hsmtoll.token import Moment
+from hsmtoll.token import ClockReading
 from tests.soak.measure import children
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ class MovedClock:
     wall: float
     boot: float = field(default=1000.0)
 
-    def now(self) -> Moment:
-        return Moment(self.wall, self.boot, "boot")
+    def now(self) -> ClockReading:
+        return ClockReading(self.wall, self.boot, "boot")
 
     def sleep(self, seconds: float) -> None:
         self.move(seconds)

@@ -17,16 +17,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import jws
 from hsmtoll.clock import Skew, SystemClock
-from hsmtoll.remembered import Remembered
+from hsmtoll.remembered import PersistedText
 from hsmtoll.sandbox.pki import Authority, eseal_authority
 from hsmtoll.signing.grant import LIFETIME, Grant, SignedGrant
 from hsmtoll.tokens.cache import Cache
-from hsmtoll.tokens.engine import Counts, Engine
 from hsmtoll.tokens.exchange import Endpoints
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.renewal import Renewal
 from hsmtoll.tokens.stores import MemoryStore, Store
-from hsmtoll.transport import Wire
+from hsmtoll.tokens.token_service import Counts, TokenService
+from hsmtoll.transport import HttpClient
 
 if TYPE_CHECKING:
     import threading
@@ -120,20 +120,20 @@ def engine_of(
     per_hour: int = 1000,
     per_request: int = 2,
     hold: threading.Event | None = None,
-    **wire: Any,
-) -> tuple[Engine, SoftSigner]:
+    **http_client: Any,
+) -> tuple[TokenService, SoftSigner]:
     """An engine that speaks to *sandbox* with a signer of its own; and the signer."""
     sandbox.trust(authority())
     clock = clock or SystemClock()
     store = store if store is not None else MemoryStore()
     skew = Skew(skew_file)
     signer = SoftSigner(sandbox.issuer, clock=clock, skew=skew, hold=hold)
-    made = Wire(ca_file=sandbox.ca_file, **wire)
-    counts, remembered = Counts(), Remembered(identity_file)
+    made = HttpClient(ca_file=sandbox.ca_file, **http_client)
+    counts, remembered = Counts(), PersistedText(identity_file)
     renewal = Renewal(
         signer=signer,
         endpoints=endpoints_of(sandbox),
-        wire=made,
+        http_client=made,
         rate_limit=RateLimit(store, clock, per_hour=per_hour),
         clock=clock,
         skew=skew,
@@ -142,10 +142,10 @@ def engine_of(
         counts=counts,
         per_request=per_request,
     )
-    engine = Engine(
+    token_service = TokenService(
         lambda: renewal,
         endpoints=endpoints_of(sandbox),
-        wire=lambda: made,
+        http_client=lambda: made,
         cache=Cache(
             store,
             clock,
@@ -159,4 +159,4 @@ def engine_of(
         counts=counts,
         family="eseal",
     )
-    return engine, signer
+    return token_service, signer

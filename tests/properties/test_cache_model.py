@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hsmtoll.errors import GrantRefused, HsmTollError, NetworkError, UsageError
-from hsmtoll.remembered import Remembered
+from hsmtoll.remembered import PersistedText
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.token import ANY, AccessToken, TokenRequest, Wish
-from hsmtoll.tokens.cache import Cache, Flight
+from hsmtoll.token import NO_REQUIREMENTS, AccessToken, TokenRequest, TokenRequirements
+from hsmtoll.tokens.cache import Cache, PendingRenewal
 from hsmtoll.tokens.stores import FileStore
 
 REQUEST = TokenRequest("toll:eu/movement/road/v2")
@@ -44,9 +44,9 @@ class Issuer:
     def known_identity(self) -> str:
         return WHO
 
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         del request
-        flight.doing, flight.identity = "signing", WHO
+        pending.phase, pending.identity = "signing", WHO
         self.flying += 1
         self.most = max(self.most, self.flying)
         try:
@@ -78,7 +78,7 @@ class Programs(RuleBasedStateMachine):
             store,
             self.clock,
             selector="settings",
-            remembered=Remembered(),
+            remembered=PersistedText(),
             patience=10,
             background=background,
         )
@@ -87,43 +87,43 @@ class Programs(RuleBasedStateMachine):
         if hasattr(self, "directory"):
             shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _get(self, cache: Cache, wish: Wish) -> None:
+    def _get(self, cache: Cache, requirements: TokenRequirements) -> None:
         try:
-            token = cache.get(REQUEST, lambda: self.issuer, wish)
+            token = cache.get(REQUEST, lambda: self.issuer, requirements)
         except UsageError:
             # Told by what new tokens live, or by what the one that lives now was given: no
             # signature is spent to find out whether the issuer has changed its mind.
-            assert wish.min_life > min(self.lifetimes)
+            assert requirements.min_life > min(self.lifetimes)
         except HsmTollError:
             # Nothing could be renewed: then nothing that lives was held back either.
-            held = cache.living(REQUEST, wish)
+            held = cache.unexpired_in_memory(REQUEST, requirements)
             assert held is None
         else:
             assert self.issuer.true < self.issuer.dies[token.value], "expired, and given"
-            assert wish.met_by(token, self.clock.now())
+            assert requirements.satisfied_by(token, self.clock.now())
         self._land()
 
     def _land(self) -> None:
         for cache in self.caches:
-            for flight in list(cache._flights.values()):
-                assert flight.landed.wait(10), "a flight that never lands"
+            for pending in list(cache._pending.values()):
+                assert pending.done.wait(10), "a flight that never lands"
 
     @rule(who=st.integers(0, 1))
     def ask(self, who: int) -> None:
-        self._get(self.caches[who], ANY)
+        self._get(self.caches[who], NO_REQUIREMENTS)
 
     @rule(who=st.integers(0, 1), min_life=st.sampled_from([1.0, 30.0, 70.0, 110.0, 1000.0]))
     def ask_for_more(self, who: int, min_life: float) -> None:
-        self._get(self.caches[who], Wish(min_life=min_life))
+        self._get(self.caches[who], TokenRequirements(min_life=min_life))
 
     @rule(who=st.integers(0, 1))
     def renew(self, who: int) -> None:
-        self._get(self.caches[who], Wish(since=self.clock.now()))
+        self._get(self.caches[who], TokenRequirements(since=self.clock.now()))
 
     @rule(who=st.integers(0, 1))
     def refuse_at_the_api(self, who: int) -> None:
-        held = self.caches[who].living(REQUEST)
-        self._get(self.caches[who], Wish(avoid=held.value if held else None))
+        held = self.caches[who].unexpired_in_memory(REQUEST)
+        self._get(self.caches[who], TokenRequirements(avoid=held.value if held else None))
 
     @rule(seconds=st.sampled_from([0.5, 5.0, 31.0, 59.0, 61.0, 119.0, 121.0, 4000.0]))
     def pass_time(self, seconds: float) -> None:
@@ -201,7 +201,7 @@ def test_the_model_would_see_an_expired_token() -> None:
 
     clock = Believer(1_800_000_000.0)
     issuer = Issuer(clock)
-    token = issuer.renew(REQUEST, Flight(0.0, ANY))
+    token = issuer.renew(REQUEST, PendingRenewal(0.0, NO_REQUIREMENTS))
     clock.advance(200)
     issuer.true += 200
     clock.set_wall(1_800_000_000.0 + 10)

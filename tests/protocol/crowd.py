@@ -25,15 +25,15 @@ from hsmtoll import jws
 from hsmtoll.client import TollClient
 from hsmtoll.clock import Skew, SystemClock
 from hsmtoll.errors import HsmTollError
-from hsmtoll.remembered import Remembered
+from hsmtoll.remembered import PersistedText
 from hsmtoll.signing.grant import LIFETIME, Grant, SignedGrant
 from hsmtoll.tokens.cache import Cache
-from hsmtoll.tokens.engine import Counts, Engine
 from hsmtoll.tokens.exchange import Endpoints
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.renewal import Renewal
 from hsmtoll.tokens.stores import FileStore, RedisStore, Store
-from hsmtoll.transport import Wire
+from hsmtoll.tokens.token_service import Counts, TokenService
+from hsmtoll.transport import HttpClient
 
 if TYPE_CHECKING:
     from hsmtoll.http_messages import Answer, Post
@@ -89,7 +89,7 @@ class Signer:
         return SignedGrant(assertion, jti, request.scope, now, now + LIFETIME, who, None)
 
 
-class Stopping(Wire):
+class Stopping(HttpClient):
     """The real wire, which may stop behind a leg."""
 
     def post(self, post: Post) -> Answer:
@@ -108,14 +108,14 @@ def store(clock: SystemClock) -> Store:
 def main() -> int:
     clock, skew = SystemClock(), Skew()
     kept = store(clock)
-    wire = Stopping(ca_file=Path(ORDER["ca_file"]))
+    http_client = Stopping(ca_file=Path(ORDER["ca_file"]))
     endpoints = Endpoints(ORDER["issuer"], ORDER["token"], ORDER["customs"])
     selector, counts = ORDER.get("selector", "selector"), Counts()
-    remembered = Remembered(Path(ORDER["state"]))
+    remembered = PersistedText(Path(ORDER["state"]))
     renewal = Renewal(
         signer=Signer(skew, clock),
         endpoints=endpoints,
-        wire=wire,
+        http_client=http_client,
         rate_limit=RateLimit(kept, clock, per_hour=1000),
         clock=clock,
         skew=skew,
@@ -123,10 +123,10 @@ def main() -> int:
         remembered=remembered,
         counts=counts,
     )
-    engine = Engine(
+    token_service = TokenService(
         lambda: renewal,
         endpoints=endpoints,
-        wire=lambda: wire,
+        http_client=lambda: http_client,
         cache=Cache(
             kept,
             clock,
@@ -144,7 +144,7 @@ def main() -> int:
     if ORDER.get("wait"):
         sys.stdin.readline()
     try:
-        token = TollClient(engine).token("road")
+        token = TollClient(token_service).token("road")
     except HsmTollError as exc:
         say(f"failed {exc.exit_code} {exc}")
         return exc.exit_code

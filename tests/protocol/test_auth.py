@@ -181,7 +181,7 @@ def test_the_users_hooks_see_neither_assertion_nor_subject_token(
     toll_sandbox: Sandbox, client: TollClient
 ) -> None:
     seen: list[httpx.Request] = []
-    options = client._engine.wire.options()
+    options = client._token_service.http_client.options()
     with httpx.Client(
         auth=client.auth("road"), event_hooks={"request": [seen.append]}, **options
     ) as users:
@@ -201,27 +201,30 @@ def test_a_403_names_the_scope_that_opens_the_path(
 
 
 def test_an_error_of_the_renewal_reaches_the_caller(toll_sandbox: Sandbox) -> None:
-    engine, _ = engine_of(toll_sandbox, per_request=1)
+    token_service, _ = engine_of(toll_sandbox, per_request=1)
     toll_sandbox.fault("500", "token")
-    with TollClient(engine).api("road") as api, pytest.raises(HsmTollError, match="Maskinporten"):
+    with (
+        TollClient(token_service).api("road") as api,
+        pytest.raises(HsmTollError, match="Maskinporten"),
+    ):
         api.get("test-auth")
 
 
 def test_a_keeper_renews_before_anybody_asks(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
-    client = TollClient(engine)
+    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    client = TollClient(token_service)
     first = client.token("road")
     # Seventy-four seconds before the end: beyond a quarter of the margin on top of it, or close.
     toll_clock.advance(first.lifetime - 62)
-    with client.keep_fresh("road") as keeper:
-        while not keeper.done:
+    with client.keep_fresh("road") as refresher:
+        while not refresher.done:
             pass
     assert len(signer.signed) == 2
     assert client.status().hits["stale"] == 0
     assert client.token("road").asked == toll_clock.now()
-    assert keeper.due == keeper.done == 1
+    assert refresher.due == refresher.done == 1
 
 
 def test_a_keeper_refuses_a_scope_that_is_none(client: TollClient) -> None:
@@ -230,10 +233,10 @@ def test_a_keeper_refuses_a_scope_that_is_none(client: TollClient) -> None:
 
 
 def test_a_client_that_is_closed_keeps_nothing_fresh(client: TollClient) -> None:
-    keeper = client.keep_fresh("road")
+    refresher = client.keep_fresh("road")
     client.close()
-    keeper._thread.join(30)
-    assert not keeper._thread.is_alive()
+    refresher._thread.join(30)
+    assert not refresher._thread.is_alive()
 
 
 def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
@@ -253,4 +256,4 @@ def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
         "hsmtoll_clock_skew_seconds 0.0",
     ):
         assert line in text
-    assert "hsmtoll_dark_in_seconds" in text
+    assert "hsmtoll_time_to_expiry_seconds" in text

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 SUBMIT = "/api/movement/road/v2/transport"
 
@@ -47,14 +47,16 @@ def services(tmp_path: Path) -> Iterator[RawServices]:
         yield running
 
 
-def called(engine: Engine, colour: str, *asked: tuple[str, str], **request: Any) -> httpx.Response:
+def called(
+    token_service: TokenService, colour: str, *asked: tuple[str, str], **request: Any
+) -> httpx.Response:
     """The last answer to the calls, which are made one after the other by one client."""
     if colour == "threads":
-        with TollClient(engine) as toll:
+        with TollClient(token_service) as toll:
             return [toll.call(*each, **request) for each in asked][-1]
 
     async def tasks() -> httpx.Response:
-        async with AsyncTollClient(engine) as toll:
+        async with AsyncTollClient(token_service) as toll:
             return [await toll.call(*each, **request) for each in asked][-1]
 
     return asyncio.run(tasks())
@@ -89,7 +91,7 @@ def lost_then_closed(how: Callable[..., bytes | None]) -> Callable[..., bytes | 
 def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
     services: RawServices, how: str, colour: str
 ) -> None:
-    engine, _ = engine_of(services, timeout=1.0)
+    token_service, _ = engine_of(services, timeout=1.0)
     services.api = lost_then_closed(LOST[how])
     slow = how == "silence"
     for method in ("GET",) if slow else ("GET", "HEAD", "OPTIONS"):
@@ -97,24 +99,24 @@ def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
         if method == "HEAD" and how in ("half", "broken packing"):
             continue
         with pytest.raises(NetworkError) as asked:
-            called(engine, colour, (method, CALL))
+            called(token_service, colour, (method, CALL))
         assert asked.value.retryable
     for method in ("POST",) if slow else ("POST", "PUT", "PATCH", "DELETE", "post"):
         with pytest.raises(OutcomeUnknown) as sent:
-            called(engine, colour, (method, SUBMIT), content=b"{}")
+            called(token_service, colour, (method, SUBMIT), content=b"{}")
         assert "do not send it again" in (sent.value.hint or "")
     # The control: the same calls have answers.
     services.api = lambda *_: said(b"{}")
-    assert called(engine, colour, ("GET", CALL), ("POST", SUBMIT)).json() == {}
+    assert called(token_service, colour, ("GET", CALL), ("POST", SUBMIT)).json() == {}
 
 
 @pytest.mark.parametrize("colour", ["threads", "tasks"])
 def test_what_was_certainly_not_sent_may_be_sent_again(services: RawServices, colour: str) -> None:
-    engine, _ = engine_of(services)
-    TollClient(engine).token("road")
+    token_service, _ = engine_of(services)
+    TollClient(token_service).token("road")
     services.hang_up()
     with pytest.raises(NetworkError, match="no answer came") as caught:
-        called(engine, colour, ("POST", SUBMIT), content=b"{}")
+        called(token_service, colour, ("POST", SUBMIT), content=b"{}")
     assert "nothing was sent" in (caught.value.hint or "")
 
 
@@ -190,7 +192,7 @@ def judging(result: bytes) -> Callable[..., bytes]:
 def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kept(
     services: RawServices, head: bytes, drop: bytes, kept: bool, colour: str
 ) -> None:
-    engine, _ = engine_of(services, timeout=60.0, deadline=1.5)
+    token_service, _ = engine_of(services, timeout=60.0, deadline=1.5)
     drip = dripping(head, drop)
     services.api = lambda connection, asked: (
         said(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
@@ -198,11 +200,11 @@ def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kep
     before = (("OPTIONS", CALL),) if kept else ()
     # Nothing else ends it: the server goes on for as long as the connection stands.
     with pytest.raises(NetworkError) as caught:
-        called(engine, colour, *before, ("GET", CALL))
+        called(token_service, colour, *before, ("GET", CALL))
     assert caught.value.code == "deadline"
     if kept:
         with pytest.raises(OutcomeUnknown):
-            called(engine, colour, *before, ("POST", SUBMIT))
+            called(token_service, colour, *before, ("POST", SUBMIT))
 
 
 @pytest.mark.parametrize("colour", ["threads", "tasks"])
@@ -220,8 +222,8 @@ def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, col
 
     # Each is below the deadline, both together are not.
     services.token, services.api = slowly, call
-    engine, _ = engine_of(services, deadline=6.0)
-    assert called(engine, colour, ("GET", CALL)).status_code == 200
+    token_service, _ = engine_of(services, deadline=6.0)
+    assert called(token_service, colour, ("GET", CALL)).status_code == 200
 
 
 MIB = 1024 * 1024
@@ -232,7 +234,7 @@ MIB = 1024 * 1024
 def test_an_answer_has_a_limit_packed_or_not(
     services: RawServices, status: str, colour: str
 ) -> None:
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     packed = gzip.compress(bytes(65 * MIB))
     twice = gzip.compress(packed)
     for raw in (
@@ -243,7 +245,7 @@ def test_an_answer_has_a_limit_packed_or_not(
     ):
         services.api = lambda *_, raw=raw: raw
         with pytest.raises(NetworkError) as caught:
-            called(engine, colour, ("GET", CALL))
+            called(token_service, colour, ("GET", CALL))
         assert caught.value.code in ("answer-too-large", "answer-compressed")
 
 
@@ -251,10 +253,10 @@ def test_an_answer_has_a_limit_packed_or_not(
 def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
     services: RawServices, colour: str
 ) -> None:
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     body = os.urandom(1000) * 12_000
     services.api = lambda *_: said(gzip.compress(body), "200 OK", "content-encoding: gzip")
-    answer = called(engine, colour, ("GET", CALL))
+    answer = called(token_service, colour, ("GET", CALL))
     assert answer.content == body
     assert answer.headers["content-encoding"] == "gzip"
     assert answer.elapsed
@@ -265,38 +267,38 @@ def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
 def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
     services: RawServices, colour: str
 ) -> None:
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     for word in ("utf-8", "", "identity"):
         services.api = lambda *_, word=word: said(b"{}", "200 OK", f"content-encoding: {word}")
-        assert called(engine, colour, ("POST", SUBMIT)).json() == {}
+        assert called(token_service, colour, ("POST", SUBMIT)).json() == {}
     services.api = lambda *_: said(b"", "200 OK", "content-encoding: br")
-    assert called(engine, colour, ("HEAD", CALL)).status_code == 200
+    assert called(token_service, colour, ("HEAD", CALL)).status_code == 200
     # The control: a body that would be unpacked without a bound.
     with pytest.raises(OutcomeUnknown):
-        called(engine, colour, ("POST", SUBMIT))
+        called(token_service, colour, ("POST", SUBMIT))
 
 
 @pytest.mark.parametrize("colour", ["threads", "tasks"])
 def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> None:
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     seen: list[str] = []
 
     async def tell(event: str, _: object) -> None:
         seen.append(event)
 
     trace = tell if colour == "tasks" else lambda event, _: seen.append(event)
-    called(engine, colour, ("GET", CALL), extensions={"trace": trace})
+    called(token_service, colour, ("GET", CALL), extensions={"trace": trace})
     assert "http11.send_request_headers.started" in seen
     # The control: nobody is told of a call that is not traced.
     seen.clear()
-    called(engine, colour, ("GET", CALL))
+    called(token_service, colour, ("GET", CALL))
     assert not seen
 
 
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
-    engine, _ = engine_of(services, deadline=3.0)
+    token_service, _ = engine_of(services, deadline=3.0)
     services.api = lambda *_: said(b"x" * 100)
-    with TollClient(engine) as toll:
+    with TollClient(token_service) as toll:
         road = toll.api("road")
         assert not any(road.event_hooks.values())
         with road.stream("GET", "test-auth") as response:
@@ -309,9 +311,9 @@ def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) 
 def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
     services: RawServices, where: str, colour: str
 ) -> None:
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     services.api = lambda *_: said(b"", "302 Found", f"location: {where}")
-    answer = called(engine, colour, ("GET", CALL), follow_redirects=True)
+    answer = called(token_service, colour, ("GET", CALL), follow_redirects=True)
     assert (answer.status_code, answer.headers["location"]) == (302, where)
     assert len(services.calls) == 1
     with pytest.raises(NetworkError) as caught:
@@ -319,8 +321,8 @@ def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
     assert caught.value.code == "redirect"
     # What was to be taken in went elsewhere, and was not.
     with pytest.raises(ApiRefused, match="redirect"):
-        check(called(engine, colour, ("POST", SUBMIT)), apis.named("road"), now=0.0)
-    with pytest.raises(ApiRefused, match="redirect"), TollClient(engine) as toll:
+        check(called(token_service, colour, ("POST", SUBMIT)), apis.named("road"), now=0.0)
+    with pytest.raises(ApiRefused, match="redirect"), TollClient(token_service) as toll:
         toll.submit("road", "POST", "transport", json={})
 
 
@@ -358,10 +360,10 @@ def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices
     services.api = answer
     # A thousand on 20 connections are 50 rounds of a quarter of a second: the last of them wait
     # longer than the deadline of one call, and than the time-out, which each alone is far from.
-    engine, signer = engine_of(services, timeout=10.0, deadline=10.0)
+    token_service, signer = engine_of(services, timeout=10.0, deadline=10.0)
 
     async def crowd() -> list[int]:
-        async with AsyncTollClient(engine) as toll:
+        async with AsyncTollClient(token_service) as toll:
             answers = await asyncio.gather(*(toll.call("GET", CALL) for _ in range(1000)))
             return [each.status_code for each in answers]
 
@@ -395,15 +397,15 @@ def test_a_crowd_takes_turns_on_the_connections_that_there_are(
     services: RawServices, colour: str
 ) -> None:
     """Queues are ours: that of the connections loses a call now and then."""
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     services.api = crowded = Crowded()
     if colour == "threads":
-        with TollClient(engine) as toll, ThreadPoolExecutor(100) as pool:
+        with TollClient(token_service) as toll, ThreadPoolExecutor(100) as pool:
             answers = list(pool.map(lambda _: toll.call("GET", CALL).status_code, range(300)))
     else:
 
         async def tasks() -> list[int]:
-            async with AsyncTollClient(engine) as toll:
+            async with AsyncTollClient(token_service) as toll:
                 calls = [toll.call("GET", CALL) for _ in range(300)]
                 return [each.status_code for each in await asyncio.gather(*calls)]
 

@@ -30,11 +30,11 @@ from hsmtoll import (
 )
 from hsmtoll.apis import named
 from hsmtoll.app import App
-from hsmtoll.customs.errors import refused
+from hsmtoll.customs.errors import status_error
 from hsmtoll.customs.routing import Marker, routing
 from hsmtoll.customs.submissions import LEVELS
 from hsmtoll.settings import load
-from hsmtoll.transport import Wire
+from hsmtoll.transport import HttpClient
 from tests.kit.customs_messages import message, presentation
 
 if TYPE_CHECKING:
@@ -369,18 +369,18 @@ def test_what_was_submitted_is_found_by_its_query_api(
 )
 def test_every_status_has_its_class_and_its_advice(status: int, code: str, error: type) -> None:
     headers = {"x-correlationid": "c-1", "retry-after": "9"}
-    told = refused(httpx.Response(status, headers=headers), named("road"), now=0)
+    told = status_error(httpx.Response(status, headers=headers), named("road"), now=0)
 
     assert type(told) is error
     assert told is not None
     assert (told.code, told.correlation_id) == (code, "c-1")
     assert told.hint
-    assert refused(httpx.Response(204), named("road"), now=0) is None
+    assert status_error(httpx.Response(204), named("road"), now=0) is None
 
 
 def test_a_wrong_content_type_is_a_415(toll: TollClient) -> None:
     sent = toll.call("POST", "/api/movement/road/v2/transport", content=b"{}")
-    error = refused(sent, named("road"), now=0)
+    error = status_error(sent, named("road"), now=0)
 
     assert error is not None
     assert error.code == "http-415"
@@ -591,7 +591,11 @@ def test_a_feed_that_makes_no_sense_ends_in_an_error_and_not_in_a_loop(
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         feed = routing(
-            client, "transport", Marker(tmp_path / "marker"), now=lambda: 0.0, wire=Wire()
+            client,
+            "transport",
+            Marker(tmp_path / "marker"),
+            now=lambda: 0.0,
+            http_client=HttpClient(),
         )
         with pytest.raises(NetworkError, match=words) if words else contextlib.nullcontext():
             taken += list(feed)
@@ -631,7 +635,7 @@ def test_a_403_says_who_must_act(toll: TollClient, toll_sandbox: Sandbox) -> Non
     # A token of another API opens nothing here.
     with toll.api("air") as air:
         response = air.get(f"{toll_sandbox.customs}/api/movement/road/v2/test-auth")
-    error = refused(response, named("road"), now=0)
+    error = status_error(response, named("road"), now=0)
     assert error is not None
     assert (error.code, error.who) == ("http-403", "customs")
     assert "digitoll@toll.no" in (error.hint or "")

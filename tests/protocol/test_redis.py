@@ -260,8 +260,10 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
 ) -> None:
     store = store_at(server, key_file)
     store.REST = 0.0  # asked again at once, so that the test need not wait
-    engine, signer = engine_of(toll_sandbox, store=store, identity_file=key_file.with_name("who"))
-    client = TollClient(engine)
+    token_service, signer = engine_of(
+        toll_sandbox, store=store, identity_file=key_file.with_name("who")
+    )
+    client = TollClient(token_service)
     first = client.token("road")
     server.kill()
     assert client.token("road") is first
@@ -286,8 +288,8 @@ def test_a_redis_that_never_was_there_costs_a_warning(
     store = RedisStore.at(
         f"unix://{tmp_path}/nothing", key_file=key_file, ca_file=None, clock=SystemClock()
     )
-    engine, signer = engine_of(toll_sandbox, store=store)
-    client = TollClient(engine)
+    token_service, signer = engine_of(toll_sandbox, store=store)
+    client = TollClient(token_service)
     threads = [threading.Thread(target=client.token, args=("road",)) for _ in range(20)]
     for thread in threads:
         thread.start()

@@ -42,18 +42,18 @@ def jtis(sandbox: Sandbox) -> list[str]:
 def test_trouble_of_a_moment_is_tried_once_more_from_the_grant_on(
     toll_sandbox: Sandbox, fault: str, leg: str
 ) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     toll_sandbox.fault(fault, leg, times=1)
-    assert TollClient(engine).token("road").value
+    assert TollClient(token_service).token("road").value
     assert len(signer.signed) == 2
     assert len(set(signer.signed)) == 2, "a new jti for every attempt"
 
 
 def test_a_grant_whose_answer_was_lost_is_not_sent_again(toll_sandbox: Sandbox) -> None:
     """It took effect: the same jti would be a replay (MP-012)."""
-    engine, _ = engine_of(toll_sandbox)
+    token_service, _ = engine_of(toll_sandbox)
     toll_sandbox.fault("reset-after", "token", times=1)
-    assert TollClient(engine).token("road").value
+    assert TollClient(token_service).token("road").value
     seen = jtis(toll_sandbox)
     assert len(seen) == len(set(seen)) == 2
 
@@ -61,11 +61,11 @@ def test_a_grant_whose_answer_was_lost_is_not_sent_again(toll_sandbox: Sandbox) 
 def test_a_lasting_outage_costs_the_budget_of_a_request_and_no_more(
     toll_sandbox: Sandbox,
 ) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     toll_sandbox.fault("503", "token")
     for _ in range(5):
         with pytest.raises(NetworkError) as caught:
-            TollClient(engine).token("road")
+            TollClient(token_service).token("road")
     assert caught.value.exit_code == 80
     assert len(signer.signed) == 2, "the others were told while it rested"
 
@@ -74,8 +74,8 @@ def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_p
     with RawServices(tmp_path) as services:
         token = {"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600}
         services.token = lambda *_: said({**token, "scope": "toll:eu/movement/air"})
-        engine, signer = engine_of(services)
-        client = TollClient(engine)
+        token_service, signer = engine_of(services)
+        client = TollClient(token_service)
         for _ in range(3):
             with pytest.raises(ScopeNotGranted, match="toll:eu/movement/road/v2"):
                 client.token("road")
@@ -89,10 +89,10 @@ def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_p
 def test_what_a_new_grant_cannot_cure_is_not_tried_again(
     toll_sandbox: Sandbox, rule: str, leg: str
 ) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     toll_sandbox.fault(rule, leg)
     with pytest.raises((GrantRefused, ExchangeRefused, NetworkError)):
-        TollClient(engine).token("road")
+        TollClient(token_service).token("road")
     assert len(signer.signed) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
 
     def run() -> str | None:
         nonlocal signed
-        engine, signer = engine_of(
+        token_service, signer = engine_of(
             toll_sandbox,
             clock=toll_clock,
             store=FileStore(tmp_path / "cache"),
@@ -111,7 +111,7 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
             background=False,
         )
         with pytest.raises(GrantRefused) as caught:
-            TollClient(engine).token("road")
+            TollClient(token_service).token("road")
         signed += len(signer.signed)
         return caught.value.code
 
@@ -126,18 +126,18 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
 
 
 def test_throttling_is_honoured_when_it_is_short(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     toll_sandbox.fault("429-retry-after", "token", times=1, seconds=1)
-    assert TollClient(engine).token("road").value
+    assert TollClient(token_service).token("road").value
     assert len(signer.signed) == 2
 
 
 def test_and_told_when_it_is_long(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     toll_sandbox.fault("429-retry-after", "token", times=1, seconds=90)
     for _ in range(3):
         with pytest.raises(TryAgainLater) as caught:
-            TollClient(engine).token("road")
+            TollClient(token_service).token("road")
     assert caught.value.exit_code == 75
     assert caught.value.retry_after == pytest.approx(90, abs=2)
     assert len(signer.signed) == 1
@@ -150,8 +150,8 @@ def test_the_hours_budget_is_one_for_all_programs(
     machine: dict[str, Any] = {"clock": toll_clock, "identity_file": tmp_path / "identity"}
     spent = 0
     for _ in range(3):
-        engine, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
-        client = TollClient(engine)
+        token_service, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
+        client = TollClient(token_service)
         for _ in range(3):
             toll_clock.advance(1)
             with contextlib.suppress(TryAgainLater):
@@ -159,8 +159,8 @@ def test_the_hours_budget_is_one_for_all_programs(
         spent += len(signer.signed)
     assert spent == 5
     toll_clock.advance(3600)
-    engine, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
-    TollClient(engine).token("road", renew=True)
+    token_service, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
+    TollClient(token_service).token("road", renew=True)
     assert len(signer.signed) == 1
 
 
@@ -168,9 +168,9 @@ def test_1000_refusals_in_a_row_by_an_api_cost_two_signatures_a_minute(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
     toll_sandbox.fault("401", "api")
-    with TollClient(engine).api("road") as api:
+    with TollClient(token_service).api("road") as api:
         for _ in range(1000):
             assert api.get("test-auth").status_code == 401
             toll_clock.advance(0.0599)
@@ -181,8 +181,8 @@ def test_an_old_token_that_is_refused_is_renewed_once_and_the_call_succeeds(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
-    with TollClient(engine).api("road") as api:
+    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    with TollClient(token_service).api("road") as api:
         assert api.get("test-auth").status_code == 200
         toll_clock.advance(40)
         toll_sandbox.fault("401", "api", times=1)
@@ -198,8 +198,8 @@ def test_1000_refusals_at_once_cost_one_renewal(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
     """Every flow holds the same token when its 401 arrives; httpx itself is left out."""
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
-    client = AsyncTollClient(engine)
+    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    client = AsyncTollClient(token_service)
     url = f"{toll_sandbox.customs}/api/movement/road/v2/test-auth"
 
     async def refused() -> tuple[str, str]:
@@ -232,12 +232,12 @@ def test_1000_refusals_at_once_cost_one_renewal(
 def test_a_body_that_streams_is_not_sent_again(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
-    engine, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
 
     def calls() -> int:
         return len([each for each in toll_sandbox.received if each.kind == "call"])
 
-    with TollClient(engine).api("road") as api:
+    with TollClient(token_service).api("road") as api:
         api.get("test-auth")
         toll_clock.advance(40)
         toll_sandbox.fault("401", "api", times=2)
@@ -254,8 +254,8 @@ def test_a_renewal_that_fails_leaves_the_living_token_to_the_callers(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    engine, _ = engine_of(toll_sandbox, clock=toll_clock)
-    client = TollClient(engine)
+    token_service, _ = engine_of(toll_sandbox, clock=toll_clock)
+    client = TollClient(token_service)
     first = client.token("road")
     toll_clock.advance(first.lifetime - 30)
     toll_sandbox.fault("503", "token")
@@ -270,9 +270,9 @@ def test_a_renewal_that_fails_leaves_the_living_token_to_the_callers(
 def test_the_log_has_one_line_a_leg_and_no_secret(
     toll_sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, signer = engine_of(toll_sandbox)
+    token_service, signer = engine_of(toll_sandbox)
     with caplog.at_level("DEBUG", logger="hsmtoll"):
-        token = TollClient(engine).token("road")
+        token = TollClient(token_service).token("road")
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("leg=")]
     assert [line.split()[0] for line in lines] == ["leg=Maskinporten", "leg=Customs"]
     assert all("status=200" in line and "ms=" in line and "trace=" in line for line in lines)
@@ -282,15 +282,15 @@ def test_the_log_has_one_line_a_leg_and_no_secret(
 
 
 def test_status_says_what_happened(toll_sandbox: Sandbox) -> None:
-    engine, _ = engine_of(toll_sandbox)
-    client = TollClient(engine)
+    token_service, _ = engine_of(toll_sandbox)
+    client = TollClient(token_service)
     before = client.status()
-    assert (before.signatures, before.dark_in, before.waiting) == (0, None, 0)
+    assert (before.signatures, before.seconds_until_expiry, before.waiting) == (0, None, 0)
     token = client.token("road")
     client.token("road")
     status = client.status()
     assert status.signatures == 1
     assert status.legs == {("Maskinporten", "200"): 1, ("Customs", "200"): 1}
     assert status.hits == {"fresh": 1, "stale": 0, "stored": 0, "fetched": 1}
-    assert status.dark_in == pytest.approx(token.lifetime, abs=5)
+    assert status.seconds_until_expiry == pytest.approx(token.lifetime, abs=5)
     assert threading.active_count() < 50

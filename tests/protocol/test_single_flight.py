@@ -42,8 +42,8 @@ def wait_for(come: Callable[[], bool]) -> None:
 
 
 def test_10_000_tasks_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
-    client = AsyncTollClient(engine)
+    token_service, signer = engine_of(toll_sandbox)
+    client = AsyncTollClient(token_service)
     toll_sandbox.fault("hold", "token", callers=2)
 
     async def crowd() -> set[str]:
@@ -60,8 +60,8 @@ def test_10_000_tasks_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) ->
 
 
 def test_400_threads_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
-    client = TollClient(engine)
+    token_service, signer = engine_of(toll_sandbox)
+    client = TollClient(token_service)
     toll_sandbox.fault("hold", "token", callers=2)
     got: list[str] = []
     threads = [
@@ -83,7 +83,8 @@ def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) ->
     parts = [engine_of(toll_sandbox) for _ in range(12)]
     toll_sandbox.fault("hold", "token", callers=12)
     threads = [
-        threading.Thread(target=TollClient(engine).token, args=("road",)) for engine, _ in parts
+        threading.Thread(target=TollClient(token_service).token, args=("road",))
+        for token_service, _ in parts
     ]
     for thread in threads:
         thread.start()
@@ -94,16 +95,16 @@ def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) ->
 
 
 def test_two_scopes_fly_apart(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox)
-    client = TollClient(engine)
+    token_service, signer = engine_of(toll_sandbox)
+    client = TollClient(token_service)
     values = {client.token(name).value for name in ("road", "air", "road", "air")}
     assert len(values) == 2
     assert len(signer.signed) == 2
 
 
 def test_a_failed_flight_is_one_failure_for_everybody(toll_sandbox: Sandbox) -> None:
-    engine, signer = engine_of(toll_sandbox, per_request=1)
-    client = AsyncTollClient(engine)
+    token_service, signer = engine_of(toll_sandbox, per_request=1)
+    client = AsyncTollClient(token_service)
     toll_sandbox.fault("500", "token")
 
     async def crowd() -> list[object]:

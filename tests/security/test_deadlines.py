@@ -18,7 +18,7 @@ import pytest
 import hsmtoll
 from hsmtoll import NetworkError, OutcomeUnknown, deadline
 from hsmtoll.http_messages import Post
-from hsmtoll.transport import Door, Wire
+from hsmtoll.transport import ConnectionOptions, HttpClient
 from tests.kit.raw_services import RawServices
 
 if TYPE_CHECKING:
@@ -131,10 +131,12 @@ def over_tls(context: ssl.SSLContext, serves: Serving) -> Serving:
     return serve
 
 
-def post(url: str, **wire: Any) -> NetworkError:
+def post(url: str, **http_client: Any) -> NetworkError:
     """The error of one leg to *url*."""
     with pytest.raises(NetworkError) as caught:
-        Wire(**PATIENT, **wire).post(Post("Maskinporten", url, {"assertion": "a" * 200}, "a" * 200))
+        HttpClient(**PATIENT, **http_client).post(
+            Post("Maskinporten", url, {"assertion": "a" * 200}, "a" * 200)
+        )
     return caught.value
 
 
@@ -176,10 +178,10 @@ def test_a_leg_ends_where_a_signing_host_drips(tmp_path: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "sock"))
     listener.listen()
-    wire = Wire(door=Door(uds=tmp_path / "sock"), **PATIENT)
+    http_client = HttpClient(connection_options=ConnectionOptions(uds=tmp_path / "sock"), **PATIENT)
     with peer(answers_slowly, listener) as there:
         with pytest.raises(NetworkError) as caught:
-            wire.tell("http://localhost/v1/grant", {}, leg="signing host", headers={})
+            http_client.post_json("http://localhost/v1/grant", {}, leg="signing host", headers={})
         assert (caught.value.code, caught.value.signed) == ("deadline", True)
         assert there.left.wait(30)
 
@@ -209,8 +211,8 @@ def test_a_leg_ends_where_none_of_many_addresses_answers(monkeypatch: pytest.Mon
         at = there.at.rpartition(":")[2]
         monkeypatch.setattr(socket, "create_connection", elsewhere(port, int(at)))
         monkeypatch.setattr(deadline, "getaddrinfo", lambda *_, **__: [mute, MUTE_NO_MORE])
-        wire = Wire(timeout=0.2, deadline=30.0)
-        assert wire.get(f"http://many.invalid:{port}/", leg="x").status == 204
+        http_client = HttpClient(timeout=0.2, deadline=30.0)
+        assert http_client.get(f"http://many.invalid:{port}/", leg="x").status == 204
 
 
 ANSWER = b"HTTP/1.1 204 Here\r\n\r\n"

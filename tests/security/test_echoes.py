@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from hsmtoll import HsmTollError, TollClient, apis
-from hsmtoll.customs.errors import refused
+from hsmtoll.customs.errors import status_error
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
 from hsmtoll.http_messages import Answer, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject
@@ -85,7 +85,7 @@ def test_an_api_that_repeats_the_bearer_does_not_show_it() -> None:
             "GET", "https://api.invalid/", headers={"authorization": f"Bearer {BEARER}"}
         )
         body = {"validationErrors": [{"field": word, "error": f"Bearer {word}"}]}
-        made = refused(
+        made = status_error(
             httpx.Response(400, json=body, headers={"x-correlationid": word}, request=sent),
             apis.named("road"),
             now=0.0,
@@ -123,8 +123,8 @@ def test_the_log_of_the_legs_shows_no_token_that_stands_for_an_id(
         return answer
 
     services.token, services.exchange = issue(SUBJECT), issue(BEARER)
-    engine, _ = engine_of(services)
-    with caplog.at_level("INFO", logger="hsmtoll"), TollClient(engine) as toll:
+    token_service, _ = engine_of(services)
+    with caplog.at_level("INFO", logger="hsmtoll"), TollClient(token_service) as toll:
         toll.token("road")
         ids = itertools.cycle([ID, ""])
         toll.token("road", renew=True)
@@ -141,7 +141,7 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
     services: RawServices,
 ) -> None:
     bare = "".join(char for char in BEARER if char.isalnum())
-    engine, _ = engine_of(services)
+    token_service, _ = engine_of(services)
     services.exchange = lambda *_: said(
         {"access_token": bare, "token_type": "Bearer", "expires_in": 600}
     )
@@ -156,7 +156,7 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
             {"requestId": request_id} if asked.startswith(b"POST") else failed, "202 Accepted"
         )
 
-    with TollClient(engine) as toll:
+    with TollClient(token_service) as toll:
         services.api = answer(bare, ID)
         with pytest.raises(OutcomeUnknown) as unknown:
             toll.submit("road", "POST", "transport", json=message)

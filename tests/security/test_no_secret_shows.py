@@ -20,7 +20,7 @@ import pytest
 from hsmtoll import HsmTollError
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from hsmtoll.transport import Wire
+from hsmtoll.transport import HttpClient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ def shown(secret: str, where: str) -> bool:
     return any(secret[at : at + size] in where for at in range(len(secret) - size + 1))
 
 
-class Listening(Wire):
+class Listening(HttpClient):
     """The real wire, and a note of every secret that travels on it."""
 
     secrets: list[str]
@@ -79,10 +79,10 @@ def records(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 def heard(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[App, Any]]:
     """An app whose legs are listened to."""
     app = App(toll_settings)
-    wire = Listening(ca_file=toll_settings.ca_file, timeout=5.0, deadline=10.0)
-    wire.secrets = []
-    monkeypatch.setattr(app, "wire", wire)
-    yield app, wire
+    http_client = Listening(ca_file=toll_settings.ca_file, timeout=5.0, deadline=10.0)
+    http_client.secrets = []
+    monkeypatch.setattr(app, "http_client", http_client)
+    yield app, http_client
     app.close()
 
 
@@ -107,7 +107,7 @@ def test_neither_logs_nor_errors_show_a_secret(
     toll_softhsm: SoftHsm,
     fault: tuple[str, str],
 ) -> None:
-    app, wire = heard
+    app, http_client = heard
     if fault[0]:
         toll_sandbox.fault(*fault)
     words = ""
@@ -125,13 +125,13 @@ def test_neither_logs_nor_errors_show_a_secret(
         f"{each.getMessage()} {each.args!r} {vars(each)!r}" for each in records.records
     )
 
-    assert wire.secrets
-    for secret in (*wire.secrets, toll_softhsm.pin):
+    assert http_client.secrets
+    for secret in (*http_client.secrets, toll_softhsm.pin):
         assert not shown(secret, words)
         assert not shown(secret, logged)
     # The control: the same search finds what is shown on purpose.
-    logging.getLogger("hsmtoll.client").debug("%s", wire.secrets[0])
-    assert shown(wire.secrets[0], records.text)
+    logging.getLogger("hsmtoll.client").debug("%s", http_client.secrets[0])
+    assert shown(http_client.secrets[0], records.text)
 
 
 def test_values_that_hold_secrets_do_not_show_them(
@@ -249,7 +249,7 @@ def test_everything_that_is_written_is_for_its_owner_alone(
 def test_tasks_that_fail_show_no_secret_either(
     heard: tuple[App, Listening], records: pytest.LogCaptureFixture, toll_sandbox: Sandbox
 ) -> None:
-    app, wire = heard
+    app, http_client = heard
     toll_sandbox.fault("echo", "token")
 
     async def several() -> list[BaseException]:
@@ -262,7 +262,7 @@ def test_tasks_that_fail_show_no_secret_either(
     failed = asyncio.run(several())
 
     assert len(failed) == 5
-    assert wire.secrets
-    for secret in wire.secrets:
+    assert http_client.secrets
+    for secret in http_client.secrets:
         assert not any(shown(secret, told(each)) for each in failed)
         assert not shown(secret, records.text)

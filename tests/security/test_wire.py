@@ -23,7 +23,7 @@ from hsmtoll import TollClient, tls
 from hsmtoll.errors import ConfigurationError, NetworkError
 from hsmtoll.http_messages import Post
 from hsmtoll.tokens.exchange import read_subject
-from hsmtoll.transport import Wire
+from hsmtoll.transport import HttpClient
 from tests.kit.own_device import free_port
 from tests.kit.raw_services import RawServices, TlsProxy, dripping
 from tests.kit.soft_client import engine_of
@@ -111,7 +111,7 @@ def test_a_server_that_sends_a_little_now_and_then_meets_the_deadline(
 ) -> None:
     # Nothing else ends it: the server goes on for as long as the connection stands.
     with server(dripping(head, drop)) as url, pytest.raises(NetworkError) as caught:
-        Wire(timeout=60, deadline=0.6).post(post_to(url))
+        HttpClient(timeout=60, deadline=0.6).post(post_to(url))
     # A line that is cut while the status drips is no HTTP: the words may differ, the end not.
     assert caught.value.code in ("deadline", "broken")
 
@@ -122,11 +122,11 @@ def test_the_deadline_holds_while_tls_is_agreed_on(timeout: float) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"https://localhost:{mute.getsockname()[1]}/token"
         with pytest.raises(NetworkError) as caught:
-            Wire(timeout=timeout, deadline=1.0).post(post_to(url))
+            HttpClient(timeout=timeout, deadline=1.0).post(post_to(url))
         assert caught.value.code == "deadline"
         # The control: a time-out that ends before it is told as what it is.
         with pytest.raises(NetworkError) as caught:
-            Wire(timeout=0.3, deadline=60.0).post(post_to(url))
+            HttpClient(timeout=0.3, deadline=60.0).post(post_to(url))
     assert caught.value.code == "timeout"
 
 
@@ -135,7 +135,7 @@ def test_a_server_that_says_nothing_meets_the_time_out() -> None:
         server(lambda _: time.sleep(2)) as url,
         pytest.raises(NetworkError, match="no answer within") as caught,
     ):
-        Wire(timeout=0.3, deadline=30).post(post_to(url))
+        HttpClient(timeout=0.3, deadline=30).post(post_to(url))
     assert (caught.value.code, caught.value.retryable) == ("timeout", True)
 
 
@@ -147,7 +147,7 @@ def test_an_answer_is_read_whole() -> None:
     """The control of everything here."""
     raw = b"HTTP/1.1 400 Bad\r\nX-Correlationid: c\r\ncontent-length: 2\r\n\r\n{}"
     with server(fixed(raw)) as url:
-        answer = Wire().post(post_to(url))
+        answer = HttpClient().post(post_to(url))
     assert (answer.status, answer.body, answer.headers["x-correlationid"]) == (400, b"{}", "c")
 
 
@@ -158,7 +158,7 @@ def test_more_than_a_mebibyte_is_not_an_answer(length: bytes) -> None:
         server(fixed(raw)) as url,
         pytest.raises(NetworkError, match="larger than 1024 KiB") as caught,
     ):
-        Wire().post(post_to(url))
+        HttpClient().post(post_to(url))
     assert not caught.value.retryable
 
 
@@ -166,13 +166,13 @@ def test_a_mebibyte_is() -> None:
     body = b"x" * (1024 * 1024)
     raw = b"HTTP/1.1 200 OK\r\ncontent-length: 1048576\r\n\r\n" + body
     with server(fixed(raw)) as url:
-        assert Wire().post(post_to(url)).body == body
+        assert HttpClient().post(post_to(url)).body == body
 
 
 def test_a_bomb_is_not_unpacked() -> None:
     raw = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nxxxx"
     with server(fixed(raw)) as url, pytest.raises(NetworkError, match="compressed"):
-        Wire().post(post_to(url))
+        HttpClient().post(post_to(url))
 
 
 def test_a_redirect_is_an_answer_and_nobody_follows_it() -> None:
@@ -186,7 +186,7 @@ def test_a_redirect_is_an_answer_and_nobody_follows_it() -> None:
     with server(note) as elsewhere:
         head = f"HTTP/1.1 307 Over there\r\nlocation: {elsewhere}\r\ncontent-length: 0\r\n\r\n"
         with server(fixed(head.encode())) as url:
-            assert Wire().post(post_to(url)).status == 307
+            assert HttpClient().post(post_to(url)).status == 307
     assert asked == []
 
 
@@ -196,7 +196,7 @@ def test_a_redirect_is_an_answer_and_nobody_follows_it() -> None:
 def test_a_redirect_to_what_is_no_address_is_a_redirect_like_any_other(where: bytes) -> None:
     raw = b"HTTP/1.1 302 F\r\ncontent-length: 0\r\nlocation: " + where + b"\r\n\r\n"
     with server(fixed(raw)) as url:
-        answer = Wire().post(post_to(url))
+        answer = HttpClient().post(post_to(url))
         with pytest.raises(NetworkError) as caught:
             read_subject(answer, post_to(url))
     assert caught.value.code == "redirect"
@@ -223,11 +223,11 @@ def test_a_cookie_is_not_sent_back() -> None:
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    wire = Wire()
+    http_client = HttpClient()
     url = f"http://127.0.0.1:{port}/token"
-    wire.post(post_to(url))
-    wire.post(post_to(url))
-    with httpx.Client(**wire.options()) as client:
+    http_client.post(post_to(url))
+    http_client.post(post_to(url))
+    with httpx.Client(**http_client.options()) as client:
         client.get(url)
         client.get(url)
     thread.join(10)
@@ -239,13 +239,13 @@ def test_a_cookie_is_not_sent_back() -> None:
 def test_nobody_listens() -> None:
     port = free_port()
     with pytest.raises(NetworkError, match="connection refused") as caught:
-        Wire().post(post_to(f"http://127.0.0.1:{port}/token"))
+        HttpClient().post(post_to(f"http://127.0.0.1:{port}/token"))
     assert (caught.value.code, caught.value.retryable) == ("refused", True)
 
 
 def test_a_host_that_does_not_exist_is_not_tried_again() -> None:
     with pytest.raises(NetworkError, match=r"maskinporten\.invalid") as caught:
-        Wire().post(post_to("https://maskinporten.invalid/token"))
+        HttpClient().post(post_to("https://maskinporten.invalid/token"))
     assert caught.value.code in ("unknown-host", "unreachable")
     assert caught.value.hint is not None
 
@@ -254,22 +254,24 @@ def test_a_certificate_that_is_not_trusted_is_told_with_the_setting_that_helps(
     toll_sandbox: Sandbox,
 ) -> None:
     with pytest.raises(NetworkError, match="not trusted") as caught:
-        Wire().post(post_to(toll_sandbox.token_endpoint))
+        HttpClient().post(post_to(toll_sandbox.token_endpoint))
     assert caught.value.code == "tls-untrusted"
     assert "HSMTOLL_CA_FILE" in (caught.value.hint or "")
     # The control: with its CA it answers.
-    assert Wire(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint)).status
+    assert (
+        HttpClient(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint)).status
+    )
 
 
 def test_a_certificate_of_another_name_is_not_trusted(toll_sandbox: Sandbox) -> None:
     url = toll_sandbox.token_endpoint.replace("localhost", "127.0.0.2")
     with pytest.raises(NetworkError):
-        Wire(ca_file=toll_sandbox.ca_file).post(post_to(url))
+        HttpClient(ca_file=toll_sandbox.ca_file).post(post_to(url))
 
 
 def test_no_error_repeats_the_assertion(toll_sandbox: Sandbox) -> None:
     with pytest.raises(NetworkError) as caught:
-        Wire().post(post_to(toll_sandbox.token_endpoint))
+        HttpClient().post(post_to(toll_sandbox.token_endpoint))
     assert ASSERTION not in f"{caught.value} {caught.value.hint} {post_to('http://x/')!r}"
 
 
@@ -291,7 +293,7 @@ def test_session_keys_are_written_nowhere(
 ) -> None:
     log = tmp_path / "keys"
     monkeypatch.setenv("SSLKEYLOGFILE", str(log))
-    Wire(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint))
+    HttpClient(ca_file=toll_sandbox.ca_file).post(post_to(toll_sandbox.token_endpoint))
     assert not log.exists()
     # The control: the library's default context does as the variable says.
     context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
@@ -315,7 +317,7 @@ def test_a_proxy_of_the_environment_is_used_only_when_told(
     with server(note) as between, server(direct) as url:
         monkeypatch.setenv("HTTP_PROXY", between.removesuffix("/token"))
         monkeypatch.setenv("NO_PROXY", "")
-        assert Wire(proxy=proxy).post(post_to(url)).status == 200
+        assert HttpClient(proxy=proxy).post(post_to(url)).status == 200
     assert bool(asked) is passes
 
 
@@ -330,13 +332,15 @@ def test_a_proxy_over_tls_is_met_as_every_other_server_is(
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", "elsewhere.invalid")
         way = proxy.url if told == "named" else told
-        wire = Wire(ca_file=services.ca_file if known else None, proxy=way, deadline=20.0)
+        http_client = HttpClient(
+            ca_file=services.ca_file if known else None, proxy=way, deadline=20.0
+        )
         if known:
-            assert wire.post(post_to(services.token_endpoint)).status == 200
+            assert http_client.post(post_to(services.token_endpoint)).status == 200
             assert len(proxy.asked) == 1
 
             async def call() -> int:
-                async with httpx.AsyncClient(**wire.options(services.customs)) as client:
+                async with httpx.AsyncClient(**http_client.options(services.customs)) as client:
                     return (await client.get(services.customs)).status_code
 
             assert asyncio.run(call()) == 200
@@ -344,7 +348,7 @@ def test_a_proxy_over_tls_is_met_as_every_other_server_is(
         else:
             # The control: a CA that nobody named is not trusted, the proxy's neither.
             with pytest.raises(NetworkError, match="not trusted"):
-                wire.post(post_to(services.token_endpoint))
+                http_client.post(post_to(services.token_endpoint))
             assert proxy.asked == []
     assert not log.exists()
 
@@ -367,10 +371,10 @@ def test_variables_that_lead_nowhere_are_told_before_anything_is_signed(
         if variable == "ALL_PROXY":
             monkeypatch.delenv("HTTPS_PROXY")
         monkeypatch.setenv(variable, value)
-        engine, signer = engine_of(services, proxy="environment")
+        token_service, signer = engine_of(services, proxy="environment")
         for _ in range(2):
             with pytest.raises(ConfigurationError, match=variable) as caught:
-                TollClient(engine).token("road")
+                TollClient(token_service).token("road")
         assert caught.value.code == "proxy-environment"
         assert "hunter2" not in f"{caught.value} {caught.value.hint}"
         assert (signer.signed, services.grants) == ([], [])
@@ -399,8 +403,8 @@ def test_hosts_that_the_variables_except_are_met_without_the_proxy(
     with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
         monkeypatch.setenv("ALL_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", excepted)
-        wire = Wire(ca_file=services.ca_file, proxy="environment")
-        assert wire.post(post_to(services.token_endpoint)).status == 200
+        http_client = HttpClient(ca_file=services.ca_file, proxy="environment")
+        assert http_client.post(post_to(services.token_endpoint)).status == 200
         assert bool(proxy.asked) is passes
 
 
@@ -410,21 +414,21 @@ def test_an_address_of_ipv6_is_excepted_with_brackets_and_without(
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", excepted)
-    options = Wire(proxy="environment").options("https://[::1]:8443/token")
+    options = HttpClient(proxy="environment").options("https://[::1]:8443/token")
     assert bool(options["proxy"]) is passes
 
 
 def test_a_proxy_that_repeats_what_it_was_told_is_shown_without_it(tmp_path: Path) -> None:
     with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
         way = proxy.url.replace("https://", "https://somebody:hunter2hunter2@")
-        wire = Wire(ca_file=services.ca_file, proxy=way)
+        http_client = HttpClient(ca_file=services.ca_file, proxy=way)
 
         def refused(words: Callable[[bytes], bytes]) -> str:
             proxy.refusal = lambda asked: (
                 b"HTTP/1.1 407 " + words(asked) + b"\r\ncontent-length: 0\r\n\r\n"
             )
             with pytest.raises(NetworkError) as caught:
-                wire.post(post_to(services.token_endpoint))
+                http_client.post(post_to(services.token_endpoint))
             return "".join(traceback.format_exception_only(caught.value))
 
         header = re.compile(rb"(?i)proxy-authorization: basic (\S+)")
@@ -441,7 +445,7 @@ def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
     with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
         proxy = between.replace("http://", "http://me:hunter2hunter2@").removesuffix("/token")
         with pytest.raises(NetworkError) as caught:
-            Wire(proxy=proxy).post(post_to("https://test.maskinporten.invalid/token"))
+            HttpClient(proxy=proxy).post(post_to("https://test.maskinporten.invalid/token"))
     assert str(caught.value).startswith(f"proxy {between.split('/')[2]}: it refused, 407")
     assert caught.value.code == "proxy-refused"
     assert "HSMTOLL_PROXY names it; it does not take the user" in (caught.value.hint or "")
@@ -451,7 +455,7 @@ def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
 def test_a_proxy_that_wants_a_password_is_not_the_one_that_refuses_it() -> None:
     refuses = fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")
     with server(refuses) as between, pytest.raises(NetworkError) as caught:
-        Wire(proxy=between.removesuffix("/token")).post(post_to("https://a.invalid/token"))
+        HttpClient(proxy=between.removesuffix("/token")).post(post_to("https://a.invalid/token"))
     assert "it wants a user and a password" in (caught.value.hint or "")
 
 
@@ -477,9 +481,9 @@ def test_a_proxy_that_fails_is_named_and_not_the_service_behind_it(
         way = proxy.format(free=free_port(), plain=port_of(plain), breaks=port_of(breaks))
         if variable != "HSMTOLL_PROXY":
             monkeypatch.setenv(variable, way)
-        wire = Wire(proxy=way if variable == "HSMTOLL_PROXY" else "environment")
+        http_client = HttpClient(proxy=way if variable == "HSMTOLL_PROXY" else "environment")
         with pytest.raises(NetworkError) as caught:
-            wire.post(post_to("https://test.maskinporten.invalid/token"))
+            http_client.post(post_to("https://test.maskinporten.invalid/token"))
         at = way.partition("@")[2]
         told = str(caught.value)
         assert told.startswith(f"proxy {at}: ")
@@ -497,15 +501,15 @@ def test_a_request_without_tls_is_refused_by_the_proxy_as_well() -> None:
     with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
         proxy = between.removesuffix("/token")
         with pytest.raises(NetworkError, match=r"^proxy 127\.0\.0\.1:\d+: it refused, 407"):
-            Wire(proxy=proxy).get("http://crl.acme.invalid/list", leg="revocation")
+            HttpClient(proxy=proxy).get("http://crl.acme.invalid/list", leg="revocation")
     # The control: without a proxy it is the server's answer.
     with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
-        assert Wire().get(between, leg="revocation").status == 407
+        assert HttpClient().get(between, leg="revocation").status == 407
 
 
 def test_what_fails_behind_a_proxy_is_not_told_as_the_proxy_s(tmp_path: Path) -> None:
     with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
-        wire = Wire(ca_file=services.ca_file, proxy=proxy.url)
+        http_client = HttpClient(ca_file=services.ca_file, proxy=proxy.url)
         with socket.create_server(("127.0.0.1", 0)) as listener:
 
             def answer() -> None:
@@ -516,7 +520,7 @@ def test_what_fails_behind_a_proxy_is_not_told_as_the_proxy_s(tmp_path: Path) ->
             threading.Thread(target=answer, daemon=True).start()
             url = f"https://127.0.0.1:{listener.getsockname()[1]}/token"
             with pytest.raises(NetworkError, match=r"^Maskinporten \(127\.0\.0\.1\): no TLS"):
-                wire.post(post_to(url))
+                http_client.post(post_to(url))
         assert len(proxy.asked) == 1
 
 
@@ -531,7 +535,7 @@ def test_a_proxy_of_the_environment_that_is_not_used_is_said(
 
     def hint(proxy: str | None = None) -> str:
         with pytest.raises(NetworkError) as caught:
-            Wire(proxy=proxy).post(post_to(there))
+            HttpClient(proxy=proxy).post(post_to(there))
         assert "hunter2" not in whole(caught.value)
         return caught.value.hint or ""
 
@@ -577,13 +581,13 @@ def test_a_call_names_the_proxy_that_fails(colour: str, toll_settings: dict[str,
 @pytest.mark.parametrize("proxy", ["ftp://me:hunter2@proxy", "::"])
 def test_a_proxy_that_is_none_is_told_without_its_password(proxy: str) -> None:
     with pytest.raises(ConfigurationError, match="HSMTOLL_PROXY") as caught:
-        Wire(proxy=proxy).post(post_to("http://127.0.0.1:9/token"))
+        HttpClient(proxy=proxy).post(post_to("http://127.0.0.1:9/token"))
     assert "hunter2" not in f"{caught.value} {caught.value.hint}"
 
 
 def test_a_cached_token_needs_no_http() -> None:
     code = """
-import sys, hsmtoll.tokens.cache, hsmtoll.tokens.engine, hsmtoll.tokens.stores
+import sys, hsmtoll.tokens.cache, hsmtoll.tokens.token_service, hsmtoll.tokens.stores
 late = "httpx asyncio cryptography pkcs11 redis filelock".split()
 print(*(name for name in late if name in sys.modules))
 """

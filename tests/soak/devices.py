@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import IO
 
-    from hsmtoll.tokens.engine import Engine
+    from hsmtoll.tokens.token_service import TokenService
 
 #: Seconds that a token lives, between two faults, between two calls of one thread.
 LIFETIME: Final = 20
@@ -164,7 +164,7 @@ def client() -> None:
             threading.Thread(target=calls, args=(toll.api("road"), known, tell, ended))
             for _ in range(THREADS)
         ]
-        threads.append(threading.Thread(target=watch, args=(app.engine, tell, ended)))
+        threads.append(threading.Thread(target=watch, args=(app.token_service, tell, ended)))
         for thread in threads:
             thread.start()
         tell(ready=True)
@@ -220,18 +220,20 @@ def calls(api: httpx.Client, known: Known, tell: Teller, ended: threading.Event)
         tell(call=(began, time.monotonic()), why=why, alive=alive)
 
 
-def watch(engine: Engine, tell: Teller, ended: threading.Event) -> None:
+def watch(token_service: TokenService, tell: Teller, ended: threading.Event) -> None:
     """Tells when a renewal is due, and when it is done."""
-    request = engine.request("road")
-    held, due = engine.cache.living(request), False
+    request = token_service.request("road")
+    held, due = token_service.cache.unexpired_in_memory(request), False
     while not ended.wait(0.1):
-        token = engine.cache.living(request)
+        token = token_service.cache.unexpired_in_memory(request)
         if token is not None and token != held:
             if not due:
                 tell(due=time.monotonic())
             tell(done=time.monotonic())
             held, due = token, False
-        if not due and (token is None or token.remaining(engine.clock.now()) <= token.margin):
+        if not due and (
+            token is None or token.remaining(token_service.clock.now()) <= token.margin
+        ):
             tell(due=time.monotonic())
             due = True
 

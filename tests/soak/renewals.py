@@ -98,16 +98,16 @@ def soak(renewals: int) -> dict[str, float]:
     seen = dict.fromkeys(("due", "done", "given", "expired", "failed_calls", "faults"), 0)
     points: list[tuple[float, float]] = []
     resident: list[tuple[float, float]] = []
-    engine, signer = engine_of(sandbox, clock=clock, background=False, per_hour=10**6)
-    client = TollClient(engine)
+    token_service, signer = engine_of(sandbox, clock=clock, background=False, per_hour=10**6)
+    client = TollClient(token_service)
 
     def renew(fault: tuple[str, str, int] | None) -> None:
-        before = engine.cache.hits["fetched"]
+        before = token_service.cache.hits["fetched"]
         seen["due"] += 1
         if fault is not None:
             sandbox.order("fault", *fault)
             seen["faults"] += 1
-        while engine.cache.hits["fetched"] == before:
+        while token_service.cache.hits["fetched"] == before:
             try:
                 token = client.token("road")
             except HsmTollError:
@@ -116,7 +116,7 @@ def soak(renewals: int) -> dict[str, float]:
                 seen["given"] += 1
                 seen["expired"] += token.remaining(clock.now()) <= 0
             # As far as a rest after a failure may last.
-            advance(0 if engine.cache.hits["fetched"] > before else 45)
+            advance(0 if token_service.cache.hits["fetched"] > before else 45)
         sandbox.order("heal")
         seen["done"] += 1
         advance(token.lifetime - token.margin * 0.9)

@@ -28,7 +28,7 @@ from hsmtoll.tokens import stores
 from hsmtoll.cli import leave, run
 
 reads, checks = [], []
-real_get, real_loose = stores.FileStore.get, files.loose
+real_get, real_loose = stores.FileStore.get, files.first_untrusted_component
 
 def get(store, key):
     reads.append(key)
@@ -38,7 +38,7 @@ def loose(path, **more):
     checks.append(str(path))
     return real_loose(path, **more)
 
-stores.FileStore.get, files.loose = get, loose
+stores.FileStore.get, files.first_untrusted_component = get, loose
 directory = sys.argv.pop(1)
 code = run(sys.argv[1:])
 # Those of the rate limit are another matter: a renewal counts its signature.

@@ -14,7 +14,7 @@ from hsmtoll import doctor
 from hsmtoll.errors import DeviceError, NetworkError
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.transport import Wire
+from hsmtoll.transport import HttpClient
 from tests.kit.doctor_cases import revocation_list
 from tests.kit.grants import a_grant
 from tests.kit.own_device import PIN, Lab, accepted, make_lab
@@ -300,10 +300,10 @@ def test_addresses_in_certificates_do_not_lead_into_the_own_network() -> None:
         for host in ("127.0.0.1", "localhost"):
             url = f"http://{host}:{port}/list.crl"
             with pytest.raises(NetworkError) as caught:
-                Wire().get(url, leg="revocation", public=True)
+                HttpClient().get(url, leg="revocation", public=True)
             assert caught.value.code == "address-private"
             # The control: without the rule it is there.
-            assert Wire().get(url, leg="revocation").body == b"hello"
+            assert HttpClient().get(url, leg="revocation").body == b"hello"
     finally:
         server.shutdown()
         server.server_close()

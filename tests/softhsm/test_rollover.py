@@ -17,7 +17,7 @@ from hsmtoll.errors import CertificateError, GrantRefused
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.signing.signer import FailoverSigner, Lineage, LocalSigner
+from hsmtoll.signing.signer import FailoverSigner, KeyListState, LocalSigner
 from hsmtoll.token import TokenRequest
 from hsmtoll.x509.certificate_files import Bundle
 from tests.kit.own_device import Lab, MovedClock, make_lab
@@ -68,7 +68,7 @@ class Bench:
 
     def __init__(self, lab: Lab, state: Path, clock: MovedClock, authority: Authority) -> None:
         self.lab, self.state, self.clock, self.authority = lab, state, clock, authority
-        self.lineage = Lineage()
+        self.key_list_state = KeyListState()
 
     def device(self, key: str) -> Counting:
         made = self.lab.app(key, self.state)
@@ -95,7 +95,7 @@ class Bench:
             clock=self.clock,
             skew=Skew(),
             supplied=lambda: supplied,
-            lineage=self.lineage,
+            key_list_state=self.key_list_state,
             **options,
         )
 

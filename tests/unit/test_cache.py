@@ -20,12 +20,18 @@ from hsmtoll.errors import (
     TryAgainLater,
     UsageError,
 )
-from hsmtoll.remembered import Remembered
-from hsmtoll.token import ANY, AccessToken, Moment, TokenRequest, Wish
+from hsmtoll.remembered import PersistedText
+from hsmtoll.token import (
+    NO_REQUIREMENTS,
+    AccessToken,
+    ClockReading,
+    TokenRequest,
+    TokenRequirements,
+)
 from hsmtoll.tokens import records
-from hsmtoll.tokens.cache import Cache, Flight
+from hsmtoll.tokens.cache import Cache, PendingRenewal
 from hsmtoll.tokens.single_flight import THREAD
-from hsmtoll.tokens.stores import FileStore, Kept, MemoryStore, Store, name_of
+from hsmtoll.tokens.stores import FileStore, MemoryStore, Store, StoredValue, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +50,8 @@ class HandClock:
     boot: float = 1000.0
     boot_id: str = "one"
 
-    def now(self) -> Moment:
-        return Moment(self.wall, self.boot, self.boot_id)
+    def now(self) -> ClockReading:
+        return ClockReading(self.wall, self.boot, self.boot_id)
 
     def sleep(self, seconds: float) -> None:
         self.pass_(seconds)
@@ -77,13 +83,13 @@ class Well:
     def known_identity(self) -> str | None:
         return self.name if self.known else None
 
-    def renew(self, request: TokenRequest, flight: Flight) -> AccessToken:
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         assert request == REQUEST
-        flight.identity = self.name
-        return self.fetch(flight)
+        pending.identity = self.name
+        return self.fetch(pending)
 
-    def fetch(self, flight: Flight) -> AccessToken:
-        flight.doing = "signing"
+    def fetch(self, pending: PendingRenewal) -> AccessToken:
+        pending.phase = "signing"
         self.fetched += 1
         asked = self.clock.now()
         self.entered.set()
@@ -116,7 +122,7 @@ def cache_of(
         MemoryStore() if store is None else store,
         clock,
         selector="settings",
-        remembered=Remembered(remembered),
+        remembered=PersistedText(remembered),
         patience=patience,
         background=background,
     )
@@ -129,15 +135,15 @@ class Counting(MemoryStore):
         super().__init__()
         self.gets: list[str] = []
 
-    def get(self, key: str) -> Kept | None:
+    def get(self, key: str) -> StoredValue | None:
         self.gets.append(key)
         return super().get(key)
 
 
 def landed(cache: Cache) -> None:
     """Wait for the flight in the air, if there is one."""
-    for flight in list(cache._flights.values()):
-        assert flight.landed.wait(10)
+    for pending in list(cache._pending.values()):
+        assert pending.done.wait(10)
 
 
 def flown() -> None:
@@ -238,8 +244,8 @@ def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
     cache, fetch, hold, told = cache_of(clock), well.fetch, threading.Event(), list[str]()
     well.hold = hold
 
-    def only_the_first_is_denied(flight: Flight) -> AccessToken:
-        token = fetch(flight)
+    def only_the_first_is_denied(pending: PendingRenewal) -> AccessToken:
+        token = fetch(pending)
         if well.fetched == 1:
             raise TryAgainLater("not you", scope="caller")
         return token
@@ -265,13 +271,13 @@ def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
     before = well.fetched
     for _ in range(3):
         with pytest.raises(TryAgainLater):
-            cache.get(REQUEST, well, Wish(since=clock.now()))
+            cache.get(REQUEST, well, TokenRequirements(since=clock.now()))
         clock.pass_(0.1)
     assert well.fetched == before + 3
     well.error = DeviceError("down")
     for _ in range(3):
         with pytest.raises(DeviceError):
-            cache.get(REQUEST, well, Wish(since=clock.now()))
+            cache.get(REQUEST, well, TokenRequirements(since=clock.now()))
         clock.pass_(0.1)
     assert well.fetched == before + 4
 
@@ -281,7 +287,7 @@ def test_a_fresh_token_is_given_again_and_costs_nothing(clock: HandClock, well: 
     first = cache.get(REQUEST, well)
     clock.pass_(59)
     assert cache.get(REQUEST, well) is first
-    assert cache.held(REQUEST) is first
+    assert cache.fresh_in_memory(REQUEST) is first
     assert well.fetched == 1
 
 
@@ -335,7 +341,7 @@ def test_an_expired_token_is_never_given_even_if_nothing_else_can_be_had(
     well.error = NetworkError("nobody there")
     with pytest.raises(NetworkError, match="nobody there"):
         cache.get(REQUEST, well)
-    assert cache.living(REQUEST) is None
+    assert cache.unexpired_in_memory(REQUEST) is None
 
 
 def test_a_failed_renewal_backs_off_and_then_tries_again(clock: HandClock, well: Well) -> None:
@@ -454,8 +460,8 @@ def test_a_server_that_asks_for_patience_gets_it_from_every_process(
 def test_a_token_that_was_refused_is_not_given_again(clock: HandClock, well: Well) -> None:
     cache = cache_of(clock)
     first = cache.get(REQUEST, well)
-    assert cache.get(REQUEST, well, Wish(avoid=first.value)).value == "token-2"
-    assert cache.get(REQUEST, well, Wish(avoid=first.value)).value == "token-2"
+    assert cache.get(REQUEST, well, TokenRequirements(avoid=first.value)).value == "token-2"
+    assert cache.get(REQUEST, well, TokenRequirements(avoid=first.value)).value == "token-2"
     assert well.fetched == 2
 
 
@@ -468,8 +474,10 @@ def test_one_who_joins_a_flight_for_another_wish_gets_his_own(clock: HandClock, 
     assert well.entered.wait(10)
     clock.pass_(1)
     # A token that was asked for before this moment will not do.
-    wish = Wish(since=clock.now())
-    second = threading.Thread(target=lambda: got.update(second=cache.get(REQUEST, well, wish)))
+    requirements = TokenRequirements(since=clock.now())
+    second = threading.Thread(
+        target=lambda: got.update(second=cache.get(REQUEST, well, requirements))
+    )
     second.start()
     wait_for(lambda: cache.waiting() == 2)
     well.hold.set()
@@ -484,10 +492,10 @@ def test_renew_gives_a_new_token_also_to_a_process_that_holds_none(
     store = FileStore(tmp_path / "cache")
     cache_of(clock, store).get(REQUEST, well)
     clock.pass_(1)
-    wish = Wish(since=clock.now())
-    assert cache_of(clock, store).get(REQUEST, well, wish).value == "token-2"
+    requirements = TokenRequirements(since=clock.now())
+    assert cache_of(clock, store).get(REQUEST, well, requirements).value == "token-2"
     # And one who waited for the lock while that one was fetched takes it.
-    assert cache_of(clock, store).get(REQUEST, well, wish).value == "token-2"
+    assert cache_of(clock, store).get(REQUEST, well, requirements).value == "token-2"
     assert well.fetched == 2
 
 
@@ -497,7 +505,7 @@ def test_a_life_that_no_token_has_is_refused_and_spends_one_signature_at_most(
     store = FileStore(tmp_path / "cache")
     for _ in range(20):
         with pytest.raises(UsageError, match="new ones live 120 s"):
-            cache_of(clock, store).get(REQUEST, well, Wish(min_life=600))
+            cache_of(clock, store).get(REQUEST, well, TokenRequirements(min_life=600))
     assert well.fetched == 1
 
 
@@ -505,8 +513,8 @@ def test_a_minimum_life_renews_a_token_that_has_less(clock: HandClock, well: Wel
     cache = cache_of(clock)
     cache.get(REQUEST, well)
     clock.pass_(30)
-    assert cache.get(REQUEST, well, Wish(min_life=80)).value == "token-1"
-    assert cache.get(REQUEST, well, Wish(min_life=100)).value == "token-2"
+    assert cache.get(REQUEST, well, TokenRequirements(min_life=80)).value == "token-1"
+    assert cache.get(REQUEST, well, TokenRequirements(min_life=100)).value == "token-2"
 
 
 @pytest.mark.parametrize(
@@ -555,13 +563,13 @@ def test_a_value_of_another_key_is_a_miss(clock: HandClock, well: Well, tmp_path
 
 
 def test_another_machines_token_lives_as_long_as_the_store_says(clock: HandClock) -> None:
-    token = AccessToken("t", "s", Moment(clock.wall + 200, 5.0, "other"), 120)
-    then = Moment(clock.wall + 200, 5.0, "other")
+    token = AccessToken("t", "s", ClockReading(clock.wall + 200, 5.0, "other"), 120)
+    then = ClockReading(clock.wall + 200, 5.0, "other")
     raw, ttl = records.written("k", token, None, now=then)
     assert ttl == 120
 
-    def read(left: float | None, now: Moment) -> AccessToken | None:
-        return records.read("k", Kept(raw, left), now=now, longest=300).token
+    def read(left: float | None, now: ClockReading) -> AccessToken | None:
+        return records.read("k", StoredValue(raw, left), now=now, longest=300).token
 
     # Its clock is ahead of ours: by our wall clock alone it would prove nothing.
     ours = read(None, clock.now())
@@ -570,7 +578,7 @@ def test_another_machines_token_lives_as_long_as_the_store_says(clock: HandClock
     theirs = read(100.0, clock.now())
     assert theirs is not None
     assert theirs.remaining(clock.now()) == pytest.approx(100)
-    assert read(100.0, Moment(clock.wall - 200, 1, "one")) is None
+    assert read(100.0, ClockReading(clock.wall - 200, 1, "one")) is None
     # A refusal that stands longer than the token lives prolongs it by nothing.
     refusal = records.Refusal(GrantRefused("no"), then.wall + 300)
     raw, ttl = records.written("k", token, refusal, now=then)
@@ -715,8 +723,8 @@ def test_a_token_that_comes_back_the_same_costs_one_signature_for_all(
     well, hold, got = Well(clock), threading.Event(), list[str]()
     cache, fetch = cache_of(clock), well.fetch
 
-    def constant(flight: Flight) -> AccessToken:
-        token = fetch(flight)
+    def constant(pending: PendingRenewal) -> AccessToken:
+        token = fetch(pending)
         return AccessToken("constant", token.scope, token.asked, token.lifetime)
 
     monkeypatch.setattr(well, "fetch", constant)
@@ -724,7 +732,9 @@ def test_a_token_that_comes_back_the_same_costs_one_signature_for_all(
     well.hold = hold
     crowd = [
         threading.Thread(
-            target=lambda: got.append(cache.get(REQUEST, well, Wish(avoid="constant")).value)
+            target=lambda: got.append(
+                cache.get(REQUEST, well, TokenRequirements(avoid="constant")).value
+            )
         )
         for _ in range(20)
     ]
@@ -771,7 +781,7 @@ def test_the_count_of_hits_says_where_tokens_came_from(
     for _ in range(3):
         cache.get(REQUEST, well)
     other = cache_of(clock, store)
-    other.get(REQUEST, well, ANY)
+    other.get(REQUEST, well, NO_REQUIREMENTS)
     assert cache.hits == {"fresh": 2, "stale": 0, "stored": 0, "fetched": 1}
     assert other.hits == {"fresh": 0, "stale": 0, "stored": 1, "fetched": 0}
     assert cache.left() == 120
@@ -806,7 +816,7 @@ def test_renew_is_a_new_token_after_the_clock_was_set_back(clock: HandClock, wel
     cache.get(REQUEST, well)
     clock.pass_(10)
     clock.wall -= 3600
-    assert cache.get(REQUEST, well, Wish(since=clock.now())).value == "token-2"
+    assert cache.get(REQUEST, well, TokenRequirements(since=clock.now())).value == "token-2"
 
 
 def test_a_life_that_new_tokens_just_miss_costs_one_signature(
@@ -814,18 +824,20 @@ def test_a_life_that_new_tokens_just_miss_costs_one_signature(
 ) -> None:
     cache, fetch = cache_of(clock), well.fetch
 
-    def slow(flight: Flight) -> AccessToken:
-        token = fetch(flight)
+    def slow(pending: PendingRenewal) -> AccessToken:
+        token = fetch(pending)
         clock.pass_(0.4)
         return token
 
     monkeypatch.setattr(well, "fetch", slow)
     for _ in range(5):
         with pytest.raises(UsageError):
-            cache.get(REQUEST, well, Wish(min_life=well.lifetime))
+            cache.get(REQUEST, well, TokenRequirements(min_life=well.lifetime))
     assert well.fetched == 1
     # The control: what a new one has left when it comes can be had.
-    assert cache.get(REQUEST, well, Wish(min_life=well.lifetime - 1)).value == "token-1"
+    assert (
+        cache.get(REQUEST, well, TokenRequirements(min_life=well.lifetime - 1)).value == "token-1"
+    )
 
 
 def test_a_token_that_came_slowly_does_not_speak_for_the_next(
@@ -833,14 +845,14 @@ def test_a_token_that_came_slowly_does_not_speak_for_the_next(
 ) -> None:
     cache, fetch = cache_of(clock), well.fetch
 
-    def slow(flight: Flight) -> AccessToken:
-        token = fetch(flight)
+    def slow(pending: PendingRenewal) -> AccessToken:
+        token = fetch(pending)
         clock.pass_(20 if well.fetched == 1 else 0.1)
         return token
 
     monkeypatch.setattr(well, "fetch", slow)
     assert cache.get(REQUEST, well).value == "token-1"
-    assert cache.get(REQUEST, well, Wish(min_life=110)).value == "token-2"
+    assert cache.get(REQUEST, well, TokenRequirements(min_life=110)).value == "token-2"
 
 
 def test_a_mistake_is_raised_anew_for_each_caller(
@@ -848,8 +860,8 @@ def test_a_mistake_is_raised_anew_for_each_caller(
 ) -> None:
     cache = cache_of(clock)
 
-    def mistaken(flight: Flight) -> AccessToken:
-        raise KeyError(flight.doing)
+    def mistaken(pending: PendingRenewal) -> AccessToken:
+        raise KeyError(pending.phase)
 
     monkeypatch.setattr(well, "fetch", mistaken)
     depths = []
@@ -879,7 +891,7 @@ def test_a_failed_renewal_is_told_once(
     caplog.clear()
     clock.pass_(2)
     with pytest.raises(NetworkError):
-        cache.get(REQUEST, well, Wish(since=clock.now()))
+        cache.get(REQUEST, well, TokenRequirements(since=clock.now()))
     flown()
     assert caplog.records == []
 

@@ -10,7 +10,7 @@ import pytest
 
 from hsmtoll.clock import MAX_SKEW, Skew, SystemClock, offset_of, retry_after
 from hsmtoll.errors import ClockError
-from hsmtoll.token import Moment
+from hsmtoll.token import ClockReading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,8 +20,8 @@ DATE = "Tue, 01 Dec 2026 12:00:00 GMT"
 AT = 1_796_126_400.0
 
 
-def moment(wall: float) -> Moment:
-    return Moment(wall, 0.0, "b")
+def moment(wall: float) -> ClockReading:
+    return ClockReading(wall, 0.0, "b")
 
 
 def test_the_system_clock_tells_both_times_and_the_boot() -> None:

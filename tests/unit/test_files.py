@@ -184,7 +184,8 @@ def test_a_group_of_this_account_alone_may() -> None:
         "import os, sys; from pathlib import Path;"
         "from tests.kit.accounts import become, import_all;"
         "import_all(); become(int(sys.argv[2]), int(sys.argv[3]));"
-        "from hsmtoll.files import loose; print(loose(Path(sys.argv[1]), own=True))"
+        "from hsmtoll import files; "
+        "print(files.first_untrusted_component(Path(sys.argv[1]), own=True))"
     )
 
     def judged(folder: str, group: int) -> str:

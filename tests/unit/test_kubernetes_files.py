@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import ConfigurationError, PinNotTried
-from hsmtoll.files import exposed, loose
+from hsmtoll.files import exposed, first_untrusted_component
 from hsmtoll.hsm.pin_log import Ledger, Place
 from hsmtoll.tokens.stores import FileStore, read_key
 from tests.kit.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
@@ -193,8 +193,8 @@ def test_the_root_of_a_volume_of_another_account_is_no_cache(tmp_path: Path) -> 
 _LOOK = """
 import sys
 from pathlib import Path
-from hsmtoll.files import loose
-print(loose(Path(sys.argv[1])))
+from hsmtoll.files import first_untrusted_component
+print(first_untrusted_component(Path(sys.argv[1])))
 """
 
 
@@ -225,6 +225,6 @@ def test_a_directory_that_others_may_write_is_still_loose_where_it_can_be_writte
     file = tmp_path / "a" / "f"
     file.parent.mkdir()
     file.touch()
-    assert loose(file) is None
+    assert first_untrusted_component(file) is None
     file.parent.chmod(0o777)
-    assert loose(file) == file.parent
+    assert first_untrusted_component(file) == file.parent

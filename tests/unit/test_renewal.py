@@ -13,16 +13,16 @@ from hsmtoll.errors import (
     TryAgainLater,
     from_data,
 )
-from hsmtoll.remembered import Remembered
+from hsmtoll.remembered import PersistedText
 from hsmtoll.signing.grant import SignedGrant
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.token import TokenRequest
-from hsmtoll.tokens.engine import Counts
 from hsmtoll.tokens.exchange import TEST
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.renewal import Renewal
 from hsmtoll.tokens.stores import MemoryStore
-from hsmtoll.transport import Wire
+from hsmtoll.tokens.token_service import Counts
+from hsmtoll.transport import HttpClient
 
 ROAD = TokenRequest("toll:eu/movement/road/v2")
 
@@ -53,12 +53,12 @@ def renewal_of(signer: Answering, limit: RateLimit, clock: SettableClock) -> Ren
     return Renewal(
         signer=signer,
         endpoints=TEST,
-        wire=Wire(),
+        http_client=HttpClient(),
         rate_limit=limit,
         clock=clock,
         skew=Skew(),
         selector="settings",
-        remembered=Remembered(),
+        remembered=PersistedText(),
         counts=Counts(),
     )
 

@@ -14,7 +14,15 @@ import pytest
 from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens.rate_limit import RateLimit
-from hsmtoll.tokens.stores import FileStore, Kept, MemoryStore, RedisStore, Store, name_of, read_key
+from hsmtoll.tokens.stores import (
+    FileStore,
+    MemoryStore,
+    RedisStore,
+    Store,
+    StoredValue,
+    name_of,
+    read_key,
+)
 from tests.kit.accounts import OTHER, importable
 
 KEY = name_of("a key")
@@ -33,9 +41,9 @@ def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def test_what_was_put_is_got_and_nothing_else(any_store: Store) -> None:
     assert any_store.get(KEY) is None
     any_store.put(KEY, b"value", ttl=10)
-    assert any_store.get(KEY) == Kept(b"value")
+    assert any_store.get(KEY) == StoredValue(b"value")
     any_store.put(KEY, b"newer", ttl=10)
-    assert any_store.get(KEY) == Kept(b"newer")
+    assert any_store.get(KEY) == StoredValue(b"newer")
     assert any_store.get(name_of("another")) is None
 
 
@@ -143,9 +151,9 @@ def test_a_draft_left_by_a_killed_process_is_no_obstacle(store: FileStore, tmp_p
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert store.get(KEY) == Kept(b"old")
+    assert store.get(KEY) == StoredValue(b"old")
     store.put(KEY, b"new", ttl=1)
-    assert store.get(KEY) == Kept(b"new")
+    assert store.get(KEY) == StoredValue(b"new")
 
 
 def test_a_full_disk_keeps_the_old_value_and_fails_nobody(tmp_path: Path) -> None:

@@ -6,17 +6,24 @@ import pickle
 
 import pytest
 
-from hsmtoll.token import ANY, AccessToken, Freshness, Moment, TokenRequest, Wish
+from hsmtoll.token import (
+    NO_REQUIREMENTS,
+    AccessToken,
+    ClockReading,
+    Freshness,
+    TokenRequest,
+    TokenRequirements,
+)
 
-ASKED = Moment(1_800_000_000.0, 1000.0, "boot-1")
+ASKED = ClockReading(1_800_000_000.0, 1000.0, "boot-1")
 
 
-def token(lifetime: int = 600, asked: Moment = ASKED) -> AccessToken:
+def token(lifetime: int = 600, asked: ClockReading = ASKED) -> AccessToken:
     return AccessToken("the-secret-value", "toll:eu/movement/road/v2", asked, lifetime)
 
 
-def later(wall: float, boot: float | None = None, boot_id: str = "boot-1") -> Moment:
-    return Moment(ASKED.wall + wall, ASKED.boot + (wall if boot is None else boot), boot_id)
+def later(wall: float, boot: float | None = None, boot_id: str = "boot-1") -> ClockReading:
+    return ClockReading(ASKED.wall + wall, ASKED.boot + (wall if boot is None else boot), boot_id)
 
 
 @pytest.mark.parametrize(
@@ -54,28 +61,30 @@ def test_the_margin_is_a_minute_or_half_the_life(
         ("and if it went back meanwhile it proves nothing", later(-1, -900, "boot-2"), 0),
     ],
 )
-def test_both_clocks_must_agree_that_a_token_lives(case: str, now: Moment, left: float) -> None:
+def test_both_clocks_must_agree_that_a_token_lives(
+    case: str, now: ClockReading, left: float
+) -> None:
     assert token().remaining(now) == pytest.approx(left), case
 
 
 @pytest.mark.parametrize(
-    ("wish", "met"),
+    ("requirements", "met"),
     [
-        (ANY, True),
-        (Wish(min_life=500), True),
-        (Wish(min_life=501), False),
-        (Wish(avoid="the-secret-value"), False),
-        (Wish(avoid="another"), True),
-        (Wish(since=ASKED), True),
-        (Wish(since=later(1)), False),
+        (NO_REQUIREMENTS, True),
+        (TokenRequirements(min_life=500), True),
+        (TokenRequirements(min_life=501), False),
+        (TokenRequirements(avoid="the-secret-value"), False),
+        (TokenRequirements(avoid="another"), True),
+        (TokenRequirements(since=ASKED), True),
+        (TokenRequirements(since=later(1)), False),
     ],
 )
-def test_a_wish_is_met_or_not(wish: Wish, met: bool) -> None:
-    assert wish.met_by(token(), later(100)) is met
+def test_a_wish_is_met_or_not(requirements: TokenRequirements, met: bool) -> None:
+    assert requirements.satisfied_by(token(), later(100)) is met
 
 
 def test_no_wish_is_met_by_an_expired_token() -> None:
-    assert not ANY.met_by(token(), later(600))
+    assert not NO_REQUIREMENTS.satisfied_by(token(), later(600))
 
 
 def test_the_value_is_shown_nowhere() -> None:

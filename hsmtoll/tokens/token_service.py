@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, UsageError, foreign
-from hsmtoll.token import ANY, AccessToken, TokenRequest, Wish, details_text
+from hsmtoll.token import (
+    NO_REQUIREMENTS,
+    AccessToken,
+    TokenRequest,
+    TokenRequirements,
+    details_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,9 +30,9 @@ if TYPE_CHECKING:
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.tokens.cache import Cache, Renewer
     from hsmtoll.tokens.exchange import Endpoints
-    from hsmtoll.transport import Wire
+    from hsmtoll.transport import HttpClient
 
-__all__ = ["Counts", "Engine"]
+__all__ = ["Counts", "TokenService"]
 
 #: Seconds. A 401 on a younger token is not about its age, and a new one would change nothing.
 _YOUNG: Final = 30.0
@@ -46,10 +52,10 @@ class Counts:
     guard: threading.Lock = field(default_factory=threading.Lock)
 
 
-class Engine:
+class TokenService:
     """
-    The tokens of one set of settings. *renewal* and *wire* are made when the first one is needed:
-    what is found in the store takes neither a signer nor the libraries behind one.
+    The tokens of one set of settings. *renewal* and *http_client* are created on first use: a token
+    found in the store needs neither a signer nor the libraries behind it.
     """
 
     def __init__(
@@ -57,7 +63,7 @@ class Engine:
         renewal: Callable[[], Renewer],
         *,
         endpoints: Endpoints,
-        wire: Callable[[], Wire],
+        http_client: Callable[[], HttpClient],
         cache: Cache,
         clock: Clock,
         skew: Skew,
@@ -74,14 +80,14 @@ class Engine:
         self.family = family
         self.pin_state = pin_state
         self._renewal = renewal
-        self._wire = wire
+        self._http_client = http_client
         self._default = default
         self._requests: dict[str | None, TokenRequest] = {}
 
     @property
-    def wire(self) -> Wire:
+    def http_client(self) -> HttpClient:
         """How calls travel."""
-        return self._wire()
+        return self._http_client()
 
     def request(
         self,
@@ -118,21 +124,25 @@ class Engine:
             request = request._replace(resource=_resources(resource))
         return request._replace(authorization_details=details_text(authorization_details))
 
-    def wish(self, min_life: float, *, renew: bool) -> Wish:
+    def requirements(self, min_life: float, *, renew: bool) -> TokenRequirements:
         """A token that lives *min_life* seconds at least; with *renew*, one that is new."""
         if not renew and not min_life:
-            return ANY
-        return Wish(min_life, since=self.clock.now() if renew else None)
+            return NO_REQUIREMENTS
+        return TokenRequirements(min_life, since=self.clock.now() if renew else None)
 
-    def token(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+    def token(
+        self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
+    ) -> AccessToken:
         """From memory, the store, or a renewal. Raises what the renewal raises."""
-        held = self.cache.held(request) if wish is ANY else None
-        return held or self.cache.get(request, self._renewal, wish)
+        held = self.cache.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
+        return held or self.cache.get(request, self._renewal, requirements)
 
-    async def atoken(self, request: TokenRequest, wish: Wish = ANY) -> AccessToken:
+    async def atoken(
+        self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
+    ) -> AccessToken:
         """As token; what is held is given at once, and waiting holds no thread."""
-        held = self.cache.held(request) if wish is ANY else None
-        return held or await self.cache.aget(request, self._renewal, wish)
+        held = self.cache.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
+        return held or await self.cache.aget(request, self._renewal, requirements)
 
     def worth_renewing(self, value: str, request: TokenRequest) -> bool:
         """
@@ -141,7 +151,7 @@ class Engine:
         Not if it is younger than 30 s: then the API says no to something else. If another caller
         has renewed it already, the new one is used, and costs nothing.
         """
-        held = self.cache.living(request)
+        held = self.cache.unexpired_in_memory(request)
         if held is None or held.value != value:
             return True
         return held.lifetime - held.remaining(self.clock.now()) >= _YOUNG
