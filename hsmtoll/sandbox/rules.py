@@ -1,9 +1,11 @@
 """
 The one table of rules that the sandbox enforces, each a pure function of request, state and time.
 
-Ids, words and bases are those of the protocol's conformance list (M: Maskinporten, T: Customs).
+M: Maskinporten; T: Customs; B and F: switches for what no document settles, B about certificates, F
+about the flow. `scripts/rules_page.py` writes `hsmtoll/docs/rules.md` from this table.
+
 A rule *refuses* a request, *permits* what a stricter server might refuse, or *gives* an answer its
-shape; a rule that is switched off does none of it, so that tests can show what hangs on it.
+shape; a rule that is switched off does none of it, so that tests can show what depends on it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 FORM: Final = "application/x-www-form-urlencoded"
 _YEAR: Final = 365 * 86_400
 
-#: Environment → regular expression of accepted certificate policies, as in Digdir's seid2lib.
+#: Environment → regular expression of the policies that Digdir's validator accepts (M36).
 _POLICIES: Final = {
     "prod": r"2\.16\.578\.1\.26\.1\.3\.[25]|2\.16\.578\.1\.29\.13\.(2[01]0|2[012]0\..+|1\.1\.0)"
     r"|2\.16\.578\.1\.29\.13\.1",
@@ -54,6 +56,45 @@ _CLAIMS: Final = frozenset(("aud", "iss", "scope", "iat", "exp", "jti", *_OPTION
 _NOT_MASKINPORTEN: Final = re.compile(r"openid|profile|offline_access|idporten:.+|krr:user/.+")
 _QC_COMPLIANCE: Final = "0.4.0.1862.1.1"
 _QC_TYPE: Final = "0.4.0.1862.1.6."
+
+
+# Pages of Digdir, which runs Maskinporten.
+_DIGDIR: Final = "https://docs.digdir.no/docs/Maskinporten/maskinporten_"
+_GRANT_PAGE: Final = f"{_DIGDIR}protocol_jwtgrant"
+_TOKENS: Final = f"{_DIGDIR}protocol_token"
+_ERRORS: Final = f"{_DIGDIR}feilsoking"
+_ESEALS: Final = f"{_DIGDIR}func_european_eseals"
+_METADATA: Final = f"{_DIGDIR}func_wellknown"
+_AUDIENCE: Final = f"{_DIGDIR}func_audience_restricted_tokens"
+_PERSON: Final = f"{_DIGDIR}func_pid_restricted_tokens"
+_SYSTEM_USER: Final = f"{_DIGDIR}func_systembruker"
+_SCOPES: Final = "https://docs.digdir.no/docs/idporten/oidc/oidc_protocol_scope"
+
+# Pages of Customs.
+_TOLL: Final = "https://toll.github.io/api/"
+_INTEGRATION: Final = f"{_TOLL}maskinporten/teknisk-integrasjon-EN.html"
+_WHAT_IS: Final = f"{_TOLL}maskinporten/hva-er-maskinporten-EN.html"
+_ORDER_NORWEGIAN: Final = f"{_TOLL}maskinporten/bestille-sertifikat-norsk-EN.html"
+_SYNCHRONOUS: Final = f"{_TOLL}mo/synkrone-valideringsfeil-EN.html"
+_ASYNCHRONOUS: Final = f"{_TOLL}mo/asynkrone-valideringsfeil-EN.html"
+_QUERIES: Final = f"{_TOLL}mo/beskrivelse-av-sporre-api-EN.html"
+_RELATION: Final = f"{_TOLL}mo/beskrivelse-av-koblings-api-EN.html"
+_CHANGES: Final = f"{_TOLL}mo/kobling-oppdatering-og-sletting-EN.html"
+_ROUTING: Final = f"{_TOLL}mo/fremlegging-og-kontrolldirigering-EN.html"
+_EXAMPLES: Final = f"{_TOLL}mo/mo-eksempler-EN.html"
+_PRESENTATION: Final = f"{_TOLL}ics2/ics2-forsendelser-EN.html"
+_UPLOAD: Final = f"{_TOLL}document/document-api-EN.html"
+#: The road API v1 as it was rendered in 2022.
+_ROAD_2022: Final = "https://github.com/toll/toll.github.io/tree/98d26b6"
+
+# Where something was observed.
+#: Digdir's validator of Norwegian enterprise certificates.
+_VALIDATOR: Final = "https://github.com/felleslosninger/idporten-seid2-certificate-validator-lib"
+#: A client that runs against Maskinporten and Customs, with logs of 2022 and 2023.
+_CLIENT_CODE: Final = "https://github.com/SystemaAS/syjservicestn-expft"
+#: A report of what Maskinporten's server checks of iat and exp.
+_SERVER_LIMITS: Final = "https://github.com/Altinn/altinn-studio/issues/19603"
+_ETSI: Final = "https://www.etsi.org/deliver/etsi_en/319400_319499/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +136,15 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. *basis*: D documented, O observed, I inferred. *code* is Maskinporten's."""
+    """
+    One row. *basis*: D documented, O observed, I inferred. *sources*: public addresses and sections
+    of RFCs; none where nothing public is known, then *basis* is I. *code* is Maskinporten's.
+    """
 
     id: str
     says: str
     basis: str
+    sources: tuple[str, ...]
     kind: Literal["refuses", "permits", "gives"]
     stage: Stage
     status: int = 400
@@ -127,7 +172,7 @@ def _rule(
     id_: str,
     says: str,
     basis: str,
-    *,
+    *sources: str,
     stage: Stage = "grant",
     status: int = 400,
     error: str = "invalid_grant",
@@ -137,14 +182,14 @@ def _rule(
     def add(
         check: Callable[[Any, World], str | None],
     ) -> Callable[[Any, World], str | None]:
-        _ROWS.append(Rule(id_, says, basis, kind, stage, status, error, code, check))
+        _ROWS.append(Rule(id_, says, basis, sources, kind, stage, status, error, code, check))
         return check
 
     return add
 
 
-def _gives(id_: str, says: str, basis: str) -> None:
-    _ROWS.append(Rule(id_, says, basis, "gives", "answer"))
+def _gives(id_: str, says: str, basis: str, *sources: str) -> None:
+    _ROWS.append(Rule(id_, says, basis, sources, "gives", "answer"))
 
 
 def refuse(stage: Stage, request: TokenRequest | Call, world: World) -> Refusal | None:
@@ -169,9 +214,6 @@ def refuse(stage: Stage, request: TokenRequest | Call, world: World) -> Refusal 
             return Refusal(rule, status, error, code, said + _quoted(rule.id))
     return None
 
-
-_GRANT_PAGE: Final = "https://docs.digdir.no/docs/Maskinporten/maskinporten_protocol_jwtgrant"
-_TOKENS: Final = "https://docs.digdir.no/docs/Maskinporten/maskinporten_protocol_token"
 
 _CLAIMS_ONLY: Final = (
     "Adding claims not present in the following documentation will result in a response of "
@@ -212,41 +254,110 @@ def replay_key(request: TokenRequest) -> str:
 
 # --- the answers of Maskinporten ------------------------------------------------------------
 
-_gives("M01", "metadata has the seven members; the issuer ends in a slash", "O")
-_gives("M02", "/jwk returns RSA keys with kid, n, e, x5c; x5c[0] holds the same key", "D/O")
-_gives("M03", "/health answers 200", "D")
-_gives("M08", "every error has error, error_description with trace_id, and error_uri", "D/O")
-_gives("M09", "no-store and application/json on success and error", "O")
-_gives("M80", "200 with exactly access_token, token_type, expires_in, scope", "D")
-_gives("M81", "expires_in = exp - iat - 1", "O")
-_gives("M82", "lifetimes are configurable per scope; the lowest wins", "D/O")
-_gives("M83", "token header only kid and alg; RS256; kid is in /jwk", "D/O")
-_gives("M84", "claims of A.9; no sub, no nbf; aud only with resource", "D/O")
-_gives("M85", "Norwegian consumer 0192:<orgno>; client_amr by the kind of proof", "D")
-_gives("M86", "eSeal consumer.ID verbatim; names copied when present", "D")
-_gives("M87", "eSeal client_id eidas-<serial>; client_amr by QCStatements", "D/I")
-_gives("M88", "eSeal consumer.authority in the spelling of the settings", "D")
-_gives("M89", "faults by name", "I")
+_gives(
+    "M01",
+    "metadata has the seven members; the issuer ends in a slash",
+    "O",
+    _METADATA,
+    "RFC 8414 section 3.2",
+)
+_gives(
+    "M02",
+    "/jwk returns RSA keys with kid, n, e, x5c; x5c[0] holds the same key",
+    "D/O",
+    _ESEALS,
+    "RFC 7517 section 4.7",
+)
+_gives("M03", "/health answers 200", "D", _WHAT_IS)
+_gives(
+    "M08",
+    "every error has error, error_description with trace_id, and error_uri",
+    "D/O",
+    _ERRORS,
+    "RFC 6749 section 5.2",
+)
+_gives(
+    "M09",
+    "no-store and application/json on success and error",
+    "O",
+    _CLIENT_CODE,
+    "RFC 6749 section 5.1",
+)
+_gives("M80", "200 with exactly access_token, token_type, expires_in, scope", "D", _TOKENS)
+_gives("M81", "expires_in = exp - iat - 1", "O", _CLIENT_CODE)
+_gives("M82", "lifetimes are configurable per scope; the lowest wins", "D/O", _SCOPES)
+_gives("M83", "token header only kid and alg; RS256; kid is in /jwk", "D/O", _TOKENS, _CLIENT_CODE)
+_gives(
+    "M84",
+    "the documented claims; no sub, no nbf; aud only with resource",
+    "D/O",
+    _TOKENS,
+    _AUDIENCE,
+)
+_gives(
+    "M85",
+    "Norwegian consumer.ID is 0192: and the number; client_amr by the kind of proof",
+    "D",
+    _TOKENS,
+)
+_gives("M86", "eSeal consumer.ID verbatim; names copied when present", "D", _ESEALS)
+_gives(
+    "M87",
+    "eSeal client_id is eidas- and the serial; client_amr by QCStatements",
+    "D/I",
+    _ESEALS,
+    _TOKENS,
+)
+_gives("M88", "eSeal consumer.authority in the spelling of the settings", "D", _ESEALS)
+_gives("M89", "Maskinporten fails as a test asks: status, delay, broken answer", "I")
 
 # --- the token request ----------------------------------------------------------------------
 
 
-@_rule("M04", "/token accepts only POST", "I", status=405, error="invalid_request")
+@_rule(
+    "M04",
+    "/token accepts only POST",
+    "I",
+    "RFC 6749 section 3.2",
+    status=405,
+    error="invalid_request",
+)
 def _m04(request: TokenRequest, _: World) -> str | None:
     return None if request.method == "POST" else "Method not allowed"
 
 
-@_rule("M05", "the body is form-urlencoded", "I", status=415, error="invalid_request")
+@_rule(
+    "M05",
+    "the body is form-urlencoded",
+    "I",
+    _TOKENS,
+    "RFC 6749 section 4.5",
+    status=415,
+    error="invalid_request",
+)
 def _m05(request: TokenRequest, _: World) -> str | None:
     return None if request.media_type == FORM else "Unsupported Content-Type"
 
 
-@_rule("M10", "no client authentication; an Authorization header is ignored", "D/I", kind="permits")
+@_rule(
+    "M10",
+    "no client authentication; an Authorization header is ignored",
+    "D/I",
+    _TOKENS,
+    kind="permits",
+)
 def _m10(request: TokenRequest, _: World) -> str | None:
     return "Client authentication is not used here" if request.authorization else None
 
 
-@_rule("M06", "grant_type is RFC 7523's", "I", error="unsupported_grant_type")
+@_rule(
+    "M06",
+    "grant_type is RFC 7523's",
+    "I",
+    _TOKENS,
+    "RFC 6749 section 5.2",
+    error="unsupported_grant_type",
+)
 def _m06(request: TokenRequest, _: World) -> str | None:
     found = request.form.get("grant_type")
     return None if found == JWT_BEARER else f"Unsupported grant_type {found or '(missing)'}"
@@ -256,6 +367,8 @@ def _m06(request: TokenRequest, _: World) -> str | None:
     "M07",
     "assertion is a compact JWS of JSON objects",
     "D/I",
+    _ERRORS,
+    "RFC 7515 section 3.1",
     error="invalid_request",
     code="MP-011",
 )
@@ -266,7 +379,12 @@ def _m07(request: TokenRequest, _: World) -> str | None:
 # --- the header -----------------------------------------------------------------------------
 
 
-@_rule("M37", "alg, kid, x5c in the header; typ JWT, which no page forbids", "D/O")
+@_rule(
+    "M37",
+    "the header has alg, kid or x5c, and perhaps typ JWT, which no page forbids",
+    "D/O",
+    _GRANT_PAGE,
+)
 def _m37(request: TokenRequest, _: World) -> str | None:
     extra = set(request.jws.header) - {"alg", "kid", "x5c"}
     if request.jws.header.get("typ") == "JWT":
@@ -274,13 +392,13 @@ def _m37(request: TokenRequest, _: World) -> str | None:
     return f"Invalid assertion. Unknown header {sorted(extra)}" if extra else None
 
 
-@_rule("M20", "alg is RS256, RS384 or RS512", "D/I")
+@_rule("M20", "alg is RS256, RS384 or RS512", "D/I", _GRANT_PAGE)
 def _m20(request: TokenRequest, _: World) -> str | None:
     alg = request.jws.header.get("alg")
     return None if isinstance(alg, str) and alg in jose.HASHES else "Invalid assertion. Invalid alg"
 
 
-@_rule("M21", "kid or x5c is there", "D")
+@_rule("M21", "kid or x5c is there", "D", _GRANT_PAGE)
 def _m21(request: TokenRequest, world: World) -> str | None:
     if {"kid", "x5c"} & set(request.jws.header):
         return None
@@ -301,12 +419,19 @@ def _m22(request: TokenRequest, _: World) -> str | None:
     return "Invalid assertion. Both kid and x5c in the JWT header" if both else None
 
 
-@_rule("M23", "x5c is an array of strings", "D", code="MP-123")
+@_rule("M23", "x5c is an array of strings", "D", _ERRORS, "RFC 7515 section 4.1.6", code="MP-123")
 def _m23(request: TokenRequest, _: World) -> str | None:
     return _x5c(request, "shape")
 
 
-@_rule("M24", "x5c entries are standard base64 of DER", "D/I", code="MP-123")
+@_rule(
+    "M24",
+    "x5c entries are standard base64 of DER",
+    "D/I",
+    "RFC 7515 section 4.1.6",
+    "RFC 4648 section 3.3",
+    code="MP-123",
+)
 def _m24(request: TokenRequest, _: World) -> str | None:
     return _x5c(request, "entry")
 
@@ -319,7 +444,14 @@ def _x5c(request: TokenRequest, kind: str) -> str | None:
 # --- the claims, as far as they can be judged without knowing who asks -----------------------
 
 
-@_rule("M50", "aud, iss, scope, iat, exp are there", "D/I", error="invalid_request", code="MP-011")
+@_rule(
+    "M50",
+    "aud, iss, scope, iat, exp are there",
+    "D/I",
+    _GRANT_PAGE,
+    error="invalid_request",
+    code="MP-011",
+)
 def _m50(request: TokenRequest, _: World) -> str | None:
     needed = ("aud", "iss", "scope", "iat", "exp")
     missing = [name for name in needed if request.jws.claims.get(name) in (None, "", [])]
@@ -328,7 +460,7 @@ def _m50(request: TokenRequest, _: World) -> str | None:
     return f"Invalid assertion. Missing claim {', '.join(missing)}" if missing else None
 
 
-@_rule("M53", "no claims beside the documented ones", "D", error="invalid_request")
+@_rule("M53", "no claims beside the documented ones", "D", _GRANT_PAGE, error="invalid_request")
 def _m53(request: TokenRequest, world: World) -> str | None:
     extra = set(request.jws.claims) - _CLAIMS
     if world.tolerates("nbf"):
@@ -337,7 +469,12 @@ def _m53(request: TokenRequest, world: World) -> str | None:
 
 
 @_rule(
-    "M60", "iat and exp are JSON integers, in seconds", "I", error="invalid_request", code="MP-011"
+    "M60",
+    "iat and exp are JSON integers, in seconds",
+    "I",
+    "RFC 7519 section 2",
+    error="invalid_request",
+    code="MP-011",
 )
 def _m60(request: TokenRequest, _: World) -> str | None:
     for name in ("iat", "exp"):
@@ -351,6 +488,7 @@ def _m60(request: TokenRequest, _: World) -> str | None:
     "M69",
     "scope is split on white space and not empty",
     "D/I",
+    _GRANT_PAGE,
     error="invalid_request",
     code="MP-011",
 )
@@ -359,7 +497,7 @@ def _m69(request: TokenRequest, _: World) -> str | None:
     return "Invalid assertion. Invalid parameter value scope" if empty else None
 
 
-@_rule("M52", "aud is a single value, not an array", "D/I", code="MP-110")
+@_rule("M52", "aud is a single value, not an array", "D/I", _TOKENS, code="MP-110")
 def _m52(request: TokenRequest, world: World) -> str | None:
     aud = request.jws.claims.get("aud")
     if not isinstance(aud, list) or (world.tolerates("aud-list") and len(aud) == 1):
@@ -367,7 +505,7 @@ def _m52(request: TokenRequest, world: World) -> str | None:
     return f"{_CLIENT_FAILED} Invalid JWT claim aud"
 
 
-@_rule("M51", "aud is the issuer, byte for byte", "D", code="MP-110")
+@_rule("M51", "aud is the issuer, byte for byte", "D", _TOKENS, code="MP-110")
 def _m51(request: TokenRequest, world: World) -> str | None:
     aud = request.jws.claims.get("aud", world.issuer)
     heard = aud if isinstance(aud, list) else [aud]
@@ -377,7 +515,14 @@ def _m51(request: TokenRequest, world: World) -> str | None:
 # --- who asks -------------------------------------------------------------------------------
 
 
-@_rule("M61", "iss is a registered client; an eSeal's is any string", "D", code="MP-100")
+@_rule(
+    "M61",
+    "iss is a registered client; an eSeal's is any string",
+    "D",
+    _ERRORS,
+    _ESEALS,
+    code="MP-100",
+)
 def _m61(request: TokenRequest, world: World) -> str | None:
     iss = request.jws.claims.get("iss", "-")
     if not isinstance(iss, str):
@@ -387,7 +532,7 @@ def _m61(request: TokenRequest, world: World) -> str | None:
     return None
 
 
-@_rule("M40", "a client registered for keys uses kid", "O")
+@_rule("M40", "a client registered for keys uses kid", "D/O", _GRANT_PAGE)
 def _m40(request: TokenRequest, world: World) -> str | None:
     client, header = world.client(request), request.jws.header
     if client and client.keys and "x5c" in header and "kid" not in header:
@@ -395,7 +540,7 @@ def _m40(request: TokenRequest, world: World) -> str | None:
     return None
 
 
-@_rule("M38", "kid is one of the client's", "O")
+@_rule("M38", "kid is one of the client's", "O", _CLIENT_CODE)
 def _m38(request: TokenRequest, world: World) -> str | None:
     kid, client = request.jws.header.get("kid"), world.client(request)
     if "kid" not in request.jws.header:
@@ -405,7 +550,7 @@ def _m38(request: TokenRequest, world: World) -> str | None:
     return f"{_CLIENT_FAILED} Unknown key identifier (kid) for client."
 
 
-@_rule("M39", "the registered key was posted less than a year ago", "D", code="MP-121")
+@_rule("M39", "the registered key was posted less than a year ago", "D", _ERRORS, code="MP-121")
 def _m39(request: TokenRequest, world: World) -> str | None:
     kid, client = request.jws.header.get("kid"), world.client(request)
     known = client.keys.get(kid) if client and isinstance(kid, str) else None
@@ -417,7 +562,9 @@ def _m39(request: TokenRequest, world: World) -> str | None:
 _BAD_CERTIFICATE: Final = f"{_CLIENT_FAILED} The JWT is signed with an invalid certificate."
 
 
-@_rule("M33", "the key of x5c[0] is RSA, 2048 bits or more", "I", code="MP-120")
+@_rule(
+    "M33", "the key of x5c[0] is RSA, 2048 bits or more", "I", "RFC 7518 section 3.3", code="MP-120"
+)
 def _m33(request: TokenRequest, _: World) -> str | None:
     if request.leaf is None:
         return None
@@ -425,7 +572,7 @@ def _m33(request: TokenRequest, _: World) -> str | None:
     return None if key and key.key_size >= 2048 else _bad("key")
 
 
-@_rule("M34", "x5c[0] is neither self-signed nor a CA", "O", code="MP-120")
+@_rule("M34", "x5c[0] is neither self-signed nor a CA", "O", _VALIDATOR, code="MP-120")
 def _m34(request: TokenRequest, _: World) -> str | None:
     leaf = request.leaf
     if leaf is None:
@@ -433,7 +580,9 @@ def _m34(request: TokenRequest, _: World) -> str | None:
     return _bad("leaf") if _self_signed(leaf) or _is_ca(leaf) else None
 
 
-@_rule("M26", "each certificate is signed by the next", "D/I", code="MP-120")
+@_rule(
+    "M26", "each certificate is signed by the next", "D/I", "RFC 7515 section 4.1.6", code="MP-120"
+)
 def _m26(request: TokenRequest, _: World) -> str | None:
     chain = request.certificates
     pairs = itertools.pairwise(chain)
@@ -444,6 +593,8 @@ def _m26(request: TokenRequest, _: World) -> str | None:
     "M27",
     "an eSeal's chain reaches an anchor from the supplied certificates alone",
     "D/I",
+    _ESEALS,
+    _INTEGRATION,
     code="MP-120",
 )
 def _m27(request: TokenRequest, world: World) -> str | None:
@@ -452,7 +603,14 @@ def _m27(request: TokenRequest, world: World) -> str | None:
     return None if _complete(request, world) else _bad("chain")
 
 
-@_rule("M28", "a Norwegian leaf or chain is issued by a known CA", "O/D", code="MP-120")
+@_rule(
+    "M28",
+    "a Norwegian leaf or chain is issued by a known CA",
+    "O/D",
+    _INTEGRATION,
+    _GRANT_PAGE,
+    code="MP-120",
+)
 def _m28(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or not world.norwegian(request) or _complete(request, world):
         return None
@@ -463,7 +621,7 @@ def _m28(request: TokenRequest, world: World) -> str | None:
     return _bad("chain")
 
 
-@_rule("M29", "every certificate is within its validity", "D", code="MP-120")
+@_rule("M29", "every certificate is within its validity", "D", _ERRORS, code="MP-120")
 def _m29(request: TokenRequest, world: World) -> str | None:
     now = datetime.fromtimestamp(world.now, UTC)
     valid = all(
@@ -473,13 +631,15 @@ def _m29(request: TokenRequest, world: World) -> str | None:
     return None if valid else _bad("validity")
 
 
-@_rule("M30", "no certificate is revoked", "O/I", code="MP-120")
+@_rule("M30", "no certificate is revoked", "O/I", _ERRORS, _VALIDATOR, code="MP-120")
 def _m30(request: TokenRequest, world: World) -> str | None:
     gone = any(cert.serial_number in world.state.revoked for cert in request.certificates)
     return _bad("revoked") if gone else None
 
 
-@_rule("M31", "a Norwegian certificate belongs to this environment", "D", code="MP-120")
+@_rule(
+    "M31", "a Norwegian certificate belongs to this environment", "D", _GRANT_PAGE, code="MP-120"
+)
 def _m31(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or not world.norwegian(request):
         return None
@@ -492,7 +652,7 @@ def _m31(request: TokenRequest, world: World) -> str | None:
     return _bad("environment") if wrong else None
 
 
-@_rule("M32", "the chain ends at an anchor on the trust list", "D", code="MP-120")
+@_rule("M32", "the chain ends at an anchor on the trust list", "D", _ESEALS, code="MP-120")
 def _m32(request: TokenRequest, world: World) -> str | None:
     chain = request.certificates
     if not chain or not _self_signed(chain[-1]) or len(chain) == 1:
@@ -501,7 +661,13 @@ def _m32(request: TokenRequest, world: World) -> str | None:
     return None if any(cert in trusted for cert in chain[1:]) else _bad("anchor")
 
 
-@_rule("M35", "a Norwegian leaf has no critical extension beside the known two", "O", code="MP-120")
+@_rule(
+    "M35",
+    "a Norwegian leaf has no critical extension beside the known two",
+    "O",
+    _VALIDATOR,
+    code="MP-120",
+)
 def _m35(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or not world.norwegian(request):
         return None
@@ -510,7 +676,7 @@ def _m35(request: TokenRequest, world: World) -> str | None:
     return _bad("extension") if odd else None
 
 
-@_rule("M36", "a Norwegian leaf has an accepted policy", "O", code="MP-120")
+@_rule("M36", "a Norwegian leaf has an accepted policy", "O", _VALIDATOR, code="MP-120")
 def _m36(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or not world.norwegian(request):
         return None
@@ -519,7 +685,7 @@ def _m36(request: TokenRequest, world: World) -> str | None:
     return None if accepted else _bad("policy")
 
 
-@_rule("M74", "an eSeal's subject has an organizationIdentifier", "D/I", code="MP-120")
+@_rule("M74", "an eSeal's subject has an organizationIdentifier", "D/I", _ESEALS, code="MP-120")
 def _m74(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or world.norwegian(request):
         return None
@@ -527,7 +693,13 @@ def _m74(request: TokenRequest, world: World) -> str | None:
     return None if found else _bad("organizationIdentifier")
 
 
-@_rule("M75", "an eSeal's subject has one organizationIdentifier", "I", code="MP-120")
+@_rule(
+    "M75",
+    "an eSeal's subject has one organizationIdentifier",
+    "I",
+    _ETSI + "31941203/",
+    code="MP-120",
+)
 def _m75(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or world.norwegian(request):
         return None
@@ -536,7 +708,11 @@ def _m75(request: TokenRequest, world: World) -> str | None:
 
 
 @_rule(
-    "B1", "the leaf may make signatures (a switch; the documents do not say)", "I", code="MP-120"
+    "B1",
+    "the leaf may make signatures (a switch; the documents do not say)",
+    "I",
+    _ORDER_NORWEGIAN,
+    code="MP-120",
 )
 def _b1(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or not world.settings.key_usage_enforced:
@@ -549,7 +725,7 @@ def _b1(request: TokenRequest, world: World) -> str | None:
     return None if usage.digital_signature or seal else _bad("keyUsage")
 
 
-@_rule("B4", "a qualified certificate is one for seals", "I", code="MP-120")
+@_rule("B4", "a qualified certificate is one for seals", "I", _ETSI + "31941205/", code="MP-120")
 def _b4(request: TokenRequest, world: World) -> str | None:
     if request.leaf is None or world.norwegian(request):
         return None
@@ -558,7 +734,7 @@ def _b4(request: TokenRequest, world: World) -> str | None:
     return _bad("QcType") if wrong else None
 
 
-@_rule("M62", "the certificate's organisation owns the client", "D", code="MP-122")
+@_rule("M62", "the certificate's organisation owns the client", "D", _ERRORS, code="MP-122")
 def _m62(request: TokenRequest, world: World) -> str | None:
     client = world.client(request)
     if request.leaf is None or client is None or facts.org_no(request.leaf) == client.org_no:
@@ -566,7 +742,9 @@ def _m62(request: TokenRequest, world: World) -> str | None:
     return "Invalid JWT. Invalid organization number for client. Does not match certificate orgno"
 
 
-@_rule("M25", "the signature verifies with the key of x5c[0], or of kid", "D", code="MP-124")
+@_rule(
+    "M25", "the signature verifies with the key of x5c[0], or of kid", "D", _ERRORS, code="MP-124"
+)
 def _m25(request: TokenRequest, world: World) -> str | None:
     key = signing_key(request, world)
     alg = request.jws.header.get("alg")
@@ -637,7 +815,13 @@ def _accepted(found: set[str], environment: str) -> bool:
 # --- time -----------------------------------------------------------------------------------
 
 
-@_rule("M54", "exp - iat is more than 0 and at most 120 s (as observed: 180)", "D/O")
+@_rule(
+    "M54",
+    "exp - iat is more than 0 and at most 120 s (as observed: 180)",
+    "D/O",
+    _GRANT_PAGE,
+    _SERVER_LIMITS,
+)
 def _m54(request: TokenRequest, world: World) -> str | None:
     life = request.number("exp", world.now + 60) - request.number("iat", world.now)
     if life <= 0:
@@ -645,30 +829,36 @@ def _m54(request: TokenRequest, world: World) -> str | None:
     return "JWT has too long lifetime." if life > world.settings.longest_grant else None
 
 
-@_rule("M55", "iat is at most 10 s ahead", "D/O")
+@_rule("M55", "iat is at most 10 s ahead", "D/O", _GRANT_PAGE, _SERVER_LIMITS)
 def _m55(request: TokenRequest, world: World) -> str | None:
     ahead = request.number("iat", world.now) > world.now + 10
     return "Issue time is in the future." if ahead else None
 
 
-@_rule("M56", "iat in the past is no error by itself", "O", kind="permits")
+@_rule("M56", "iat in the past is no error by itself", "O", _SERVER_LIMITS, kind="permits")
 def _m56(request: TokenRequest, world: World) -> str | None:
     old = request.number("iat", world.now) < world.now - 10
     return "Issue time is too old." if old else None
 
 
-@_rule("M57", "exp is at most 10 s ago", "D/O", code="MP-130")
+@_rule("M57", "exp is at most 10 s ago", "D/O", _ERRORS, _SERVER_LIMITS, code="MP-130")
 def _m57(request: TokenRequest, world: World) -> str | None:
     late = request.number("exp", world.now + 60) < world.now - 10
     return "JWT is expired" if late else None
 
 
-@_rule("M59", "jti may be absent; then the whole JWT is the replay key", "D", kind="permits")
+@_rule(
+    "M59",
+    "jti may be absent; then the whole JWT is the replay key",
+    "D",
+    _GRANT_PAGE,
+    kind="permits",
+)
 def _m59(request: TokenRequest, _: World) -> str | None:
     return "Invalid assertion. Missing claim jti" if "jti" not in request.jws.claims else None
 
 
-@_rule("M58", "a grant is used once", "D/I", code="MP-012")
+@_rule("M58", "a grant is used once", "D/I", _GRANT_PAGE, _ERRORS, code="MP-012")
 def _m58(request: TokenRequest, world: World) -> str | None:
     used = world.state.used.get(replay_key(request), 0) >= world.now
     return "Validation of JWT (Bearer grant) failed. Grant is used before" if used else None
@@ -677,7 +867,9 @@ def _m58(request: TokenRequest, world: World) -> str | None:
 # --- options --------------------------------------------------------------------------------
 
 
-@_rule("M70", "resource is an array of strings", "D/O", error="invalid_request")
+@_rule(
+    "M70", "resource is an array of strings", "D/O", _GRANT_PAGE, _AUDIENCE, error="invalid_request"
+)
 def _m70(request: TokenRequest, world: World) -> str | None:
     found = request.jws.claims.get("resource", [])
     if isinstance(found, str) and world.tolerates("resource"):
@@ -686,14 +878,14 @@ def _m70(request: TokenRequest, world: World) -> str | None:
     return None if right else "Invalid assertion. Invalid parameter value resource"
 
 
-@_rule("M71", "pid is 11 digits", "D", error="invalid_request")
+@_rule("M71", "pid is 11 digits", "D", _PERSON, error="invalid_request")
 def _m71(request: TokenRequest, _: World) -> str | None:
     pid = request.jws.claims.get("pid")
     right = pid is None or (isinstance(pid, str) and re.fullmatch(r"\d{11}", pid, re.ASCII))
     return None if right else "Invalid assertion. Invalid parameter value pid"
 
 
-@_rule("M72", "consumer_org is another's, and alone", "D", error="invalid_request")
+@_rule("M72", "consumer_org is another's, and alone", "D", _ERRORS, error="invalid_request")
 def _m72(request: TokenRequest, world: World) -> str | None:
     consumer, client = request.jws.claims.get("consumer_org"), world.client(request)
     if consumer is not None and "iss_onbehalfof" in request.jws.claims:
@@ -707,7 +899,13 @@ def _m72(request: TokenRequest, world: World) -> str | None:
     return None
 
 
-@_rule("M73", "authorization_details are of a known type, with known and good members", "D")
+@_rule(
+    "M73",
+    "authorization_details are of a known type, with known and good members",
+    "D",
+    _SYSTEM_USER,
+    _ERRORS,
+)
 def _m73(request: TokenRequest, _: World) -> str | None:
     found = request.jws.claims.get("authorization_details", [])
     members = {
@@ -757,7 +955,14 @@ def _bad_scope(request: TokenRequest, world: World, bad: Callable[[str], bool]) 
     return found[0]
 
 
-@_rule("M64", "the scope is for this integration type", "D", error="invalid_scope", code="MP-201")
+@_rule(
+    "M64",
+    "the scope is for this integration type",
+    "D",
+    _ERRORS,
+    error="invalid_scope",
+    code="MP-201",
+)
 def _m64(request: TokenRequest, world: World) -> str | None:
     if not world.norwegian(request):
         return None
@@ -769,6 +974,7 @@ def _m64(request: TokenRequest, world: World) -> str | None:
     "M66",
     "an eSeal asks for scopes enabled for eSeals",
     "D/I",
+    _ESEALS,
     error="invalid_scope",
     code="MP-200",
 )
@@ -783,6 +989,7 @@ def _m66(request: TokenRequest, world: World) -> str | None:
     "M67",
     "a Norwegian client does not ask for toll:eu/",
     "D/I",
+    _INTEGRATION,
     error="invalid_scope",
     code="MP-200",
 )
@@ -793,7 +1000,7 @@ def _m67(request: TokenRequest, world: World) -> str | None:
     return bad and f"Token request contains invalid scopes for client, {bad}"
 
 
-@_rule("M63", "the scope is on the client", "D/O", error="invalid_scope", code="MP-200")
+@_rule("M63", "the scope is on the client", "D/O", _ERRORS, error="invalid_scope", code="MP-200")
 def _m63(request: TokenRequest, world: World) -> str | None:
     client = world.client(request)
     if client is None or not world.norwegian(request):
@@ -811,6 +1018,7 @@ def _m63(request: TokenRequest, world: World) -> str | None:
     "M65",
     "the organisation has been granted the scope, or it was delegated",
     "D/O",
+    _ERRORS,
     status=403,
     error="forbidden",
     code="MP-250",
@@ -833,7 +1041,7 @@ def _m65(request: TokenRequest, world: World) -> str | None:
     return bad and f"Consumer has not been granted access to the scope {bad}"
 
 
-_ROWS.append(Rule("M68", "one bad scope fails the whole request", "D", "gives", "answer"))
+_gives("M68", "one bad scope fails the whole request", "D", _GRANT_PAGE)
 
 
 def organisation(request: TokenRequest, world: World) -> str:
@@ -850,15 +1058,18 @@ def organisation(request: TokenRequest, world: World) -> str:
 
 # --- the exchange at Customs ----------------------------------------------------------------
 
-_gives("T06", "issued_token_type, access_token, token_type, expires_in; no scope", "D")
-_gives("T07", "exp of the subject token; expires_in is what remains, less one", "O")
-_gives("T08", "RS512, no kid; iss, sub, iat, exp, scope with internal names", "O")
+_gives(
+    "T06", "issued_token_type, access_token, token_type, expires_in; no scope", "D", _INTEGRATION
+)
+_gives("T07", "exp of the subject token; expires_in is what remains, less one", "O", _CLIENT_CODE)
+_gives("T08", "RS512, no kid; iss, sub, iat, exp, scope with internal names", "O", _CLIENT_CODE)
 
 
 @_rule(
     "T01",
     "POST, form-urlencoded, the three parameters",
     "D",
+    _INTEGRATION,
     stage="exchange",
     error="invalid_request",
 )
@@ -874,6 +1085,8 @@ def _t01(request: TokenRequest, _: World) -> str | None:
     "T02",
     "the bare words, not RFC 8693's URNs",
     "D/I",
+    _INTEGRATION,
+    "RFC 8693 section 2.1",
     stage="exchange",
     error="unsupported_grant_type",
 )
@@ -883,7 +1096,14 @@ def _t02(request: TokenRequest, _: World) -> str | None:
     return f"unsupported {', '.join(wrong)}" if wrong else None
 
 
-@_rule("T03", "a Maskinporten token of the same environment", "I", stage="exchange", status=401)
+@_rule(
+    "T03",
+    "a Maskinporten token of the same environment",
+    "I",
+    "RFC 8693 section 2.1",
+    stage="exchange",
+    status=401,
+)
 def _t03(request: TokenRequest, world: World) -> str | None:
     jws = request.jws
     key = world.maskinporten_keys.get(str(jws.header.get("kid")))
@@ -894,14 +1114,27 @@ def _t03(request: TokenRequest, world: World) -> str | None:
     return None if valid else "subject_token has an invalid signature"
 
 
-@_rule("T09", "the subject token still lives", "I", stage="exchange", status=401)
+@_rule(
+    "T09",
+    "the subject token still lives",
+    "I",
+    "RFC 8693 section 2.1",
+    stage="exchange",
+    status=401,
+)
 def _t09(request: TokenRequest, world: World) -> str | None:
     unexpired_in_memory = request.number("exp", 0) >= world.now + 2
     return None if unexpired_in_memory else "subject_token has expired"
 
 
 @_rule(
-    "T04", "the scope is one of Customs'", "D", stage="exchange", status=403, error="invalid_scope"
+    "T04",
+    "the scope is one of Customs'",
+    "D",
+    _INTEGRATION,
+    stage="exchange",
+    status=403,
+    error="invalid_scope",
 )
 def _t04(request: TokenRequest, _: World) -> str | None:
     if set(request.scopes) & CUSTOMS_SCOPES:
@@ -913,6 +1146,7 @@ def _t04(request: TokenRequest, _: World) -> str | None:
     "T05",
     "the organisation is registered for the scope",
     "D",
+    _INTEGRATION,
     stage="exchange",
     status=403,
     error="invalid_scope",
@@ -938,17 +1172,17 @@ def subject(request: TokenRequest) -> str:
 
 # --- the APIs of Customs --------------------------------------------------------------------
 
-_gives("T12", "test-auth of road answers 200, empty", "D/I")
-_gives("T13", "202 with a new requestId each time", "D")
-_gives("T16", "validation-status is 404 for a while; then 2xx", "D/O")
-_gives("T17", "SUCCESS has an 18-character mrn, FAILURE a list", "D")
-_gives("T23", "routing: newer than the marker, 1000 at most, own items", "D")
-_gives("T25", "playground data behaves as listed", "D")
-_gives("T26", "every response has X-CorrelationID and x-request-id", "O")
-_gives("T27", "faults by name", "I")
+_gives("T12", "test-auth of road answers 200, empty", "D/I", _INTEGRATION, _ROAD_2022)
+_gives("T13", "202 with a new requestId each time", "D", _SYNCHRONOUS)
+_gives("T16", "validation-status is 404 for a while; then 2xx", "D/O", _ASYNCHRONOUS)
+_gives("T17", "SUCCESS has an 18-character mrn, FAILURE a list", "D", _ASYNCHRONOUS)
+_gives("T23", "routing: newer than the marker, 1000 at most, own items", "D", _ROUTING)
+_gives("T25", "the playground's data behaves as its pages list it", "D", _EXAMPLES, _PRESENTATION)
+_gives("T26", "every response has X-CorrelationID and x-request-id", "O", _CLIENT_CODE)
+_gives("T27", "Customs fails as a test asks: status, delay, broken answer", "I")
 
 
-@_rule("T10", "a Customs token that lives", "O/I", stage="call", status=401)
+@_rule("T10", "a Customs token that lives", "O/I", _ROAD_2022, stage="call", status=401)
 def _t10(call: Call, world: World) -> str | None:
     claims = call.claims
     if claims is None or call.bearer in world.state.dead_tokens:
@@ -956,12 +1190,12 @@ def _t10(call: Call, world: World) -> str | None:
     return None if claims.get("exp", 0) > world.now else "expired"
 
 
-@_rule("T19", "a path of this API, with its method", "I", stage="call", status=404)
+@_rule("T19", "a path of this API, with its method", "I", _QUERIES, stage="call", status=404)
 def _t19(call: Call, _: World) -> str | None:
     return "no such path" if call.route is None or call.other_base else None
 
 
-@_rule("T11", "the token's scope covers the API", "O/I", stage="call", status=403)
+@_rule("T11", "the token's scope covers the API", "O/I", _ROAD_2022, stage="call", status=403)
 def _t11(call: Call, _: World) -> str | None:
     scopes = str((call.claims or {}).get("scope", "")).split()
     needed = INTERNAL[call.route.scope] if call.route and call.route.scope else ""
@@ -972,7 +1206,7 @@ def _t11(call: Call, _: World) -> str | None:
 _MESSAGES: Final = frozenset(("submit", "change", "relation", "present", "arrive"))
 
 
-@_rule("T14", "the documented Content-Type", "O", stage="call", status=415)
+@_rule("T14", "the documented Content-Type", "O", _ROAD_2022, _RELATION, stage="call", status=415)
 def _t14(call: Call, _: World) -> str | None:
     kind = call.route.kind if call.route else ""
     wanted = {"upload": "multipart/form-data"}.get(kind, "application/json")
@@ -983,14 +1217,14 @@ def _t14(call: Call, _: World) -> str | None:
     return None if call.media_type == wanted else "unsupported media type"
 
 
-@_rule("T21", "DELETE carries a JSON body", "O/I", stage="call")
+@_rule("T21", "DELETE carries a JSON body", "O/I", _ROAD_2022, _RELATION, stage="call")
 def _t21(call: Call, _: World) -> str | None:
     if call.route is None or call.method != "DELETE" or call.message() is not None:
         return None
     return _errors([{"field": "body", "error": "must not be null"}])
 
 
-@_rule("T15", "required members, in form", "D", stage="call")
+@_rule("T15", "required members, in form", "D", _SYNCHRONOUS, stage="call")
 def _t15(call: Call, _: World) -> str | None:
     if call.route is None or call.route.kind not in _MESSAGES:
         return None
@@ -1004,7 +1238,7 @@ def _t15(call: Call, _: World) -> str | None:
     return _errors(found) if found else None
 
 
-@_rule("T20", "PUT and DELETE name an MRN issued earlier", "D", stage="call", status=404)
+@_rule("T20", "PUT and DELETE name an MRN issued earlier", "D", _CHANGES, stage="call", status=404)
 def _t20(call: Call, world: World) -> str | None:
     if call.route is None or call.route.kind != "change":
         return None
@@ -1013,7 +1247,9 @@ def _t20(call: Call, world: World) -> str | None:
     return None if mine else "no such MRN"
 
 
-@_rule("T22", "a presentation's requestId is the client's, and new", "D", stage="call")
+@_rule(
+    "T22", "a presentation's requestId is the client's, and new", "D", _PRESENTATION, stage="call"
+)
 def _t22(call: Call, world: World) -> str | None:
     if call.route is None or call.route.kind != "present":
         return None
@@ -1030,7 +1266,7 @@ def _t18(call: Call, world: World) -> str | None:
     return "not yours" if found and found.org != call.org else None
 
 
-@_rule("T24", "an upload is in order and in bounds", "D/I", stage="call")
+@_rule("T24", "an upload is in order and in bounds", "D/I", _UPLOAD, stage="call")
 def _t24(call: Call, _: World) -> str | None:
     if call.route is None or call.route.kind != "upload":
         return None
