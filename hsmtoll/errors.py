@@ -24,7 +24,8 @@ The number is the exit code of the command line, one class each; the drawing is
 compared with the classes by a test.
 
 What the rest of the program decides by are the class and four attributes, which are set where
-the error is raised. ``code`` is for people, logs and programs outside; nothing here branches on it.
+the error is raised. ``code`` is for people, logs and programs outside; a module compares it only
+with codes of its own.
 
 signed      A signature may have been spent: the rate limit counts it. True unless the raising
             code knows better; false for the classes that come before the device signs (usage,

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NewType
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
 from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from cryptography.hazmat.primitives.asymmetric import rsa
-    from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-    from cryptography.hazmat.primitives.hashes import HashAlgorithm
 
 __all__ = [
     "ALGS",
@@ -107,6 +107,9 @@ def digest_info(alg: str, data: bytes) -> bytes:
     return _DIGEST_INFO[alg] + hashlib.new(_HASH[alg], data).digest()
 
 
+_DIGESTS: Final = {"RS256": hashes.SHA256(), "RS384": hashes.SHA384(), "RS512": hashes.SHA512()}
+
+
 @dataclass(frozen=True, slots=True)
 class RsaPublicKey:
     """The public half of an RSA key: two integers."""
@@ -126,10 +129,10 @@ class RsaPublicKey:
         It is asked of every signature before it leaves: a wrong key, a wrong leaf and a
         faulty device are found here instead of at the far end (MP-124).
         """
-        padding, digest, refused = _scheme(alg)
         try:
-            _loaded(self).verify(signature, unsigned, padding, digest)
-        except refused:
+            _loaded(self).verify(signature, unsigned, padding.PKCS1v15(), _DIGESTS[alg])
+        except (InvalidSignature, ValueError):
+            # ValueError: such numbers are no key.
             return False
         return True
 
@@ -146,9 +149,6 @@ class RsaPublicKey:
         From ``-----BEGIN PUBLIC KEY-----`` (RFC 7468). ValueError for anything else, and for
         a key that is not RSA.
         """
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - 35 ms of import
-        from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - as above
-
         try:
             key = serialization.load_pem_public_key(text.encode())
         except Exception:  # noqa: BLE001 - ValueError and UnsupportedAlgorithm, per version
@@ -160,8 +160,6 @@ class RsaPublicKey:
 
     def spki(self) -> bytes:
         """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7), DER."""
-        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - as above
-
         return _loaded(self).public_bytes(
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
@@ -176,26 +174,8 @@ class RsaPublicKey:
         return b64url(hashlib.sha256(members.encode()).digest())
 
 
-@lru_cache
-def _scheme(alg: str) -> tuple[PKCS1v15, HashAlgorithm, tuple[type[Exception], ...]]:
-    """Padding and digest of *alg*, and what is raised where key and signature do not fit."""
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - 35 ms of import
-    from cryptography.hazmat.primitives import hashes  # noqa: PLC0415 - as above
-    from cryptography.hazmat.primitives.asymmetric import padding  # noqa: PLC0415 - as above
-
-    digest: HashAlgorithm = {
-        "RS256": hashes.SHA256(),
-        "RS384": hashes.SHA384(),
-        "RS512": hashes.SHA512(),
-    }[alg]
-    # ValueError: such numbers are no key.
-    return padding.PKCS1v15(), digest, (InvalidSignature, ValueError)
-
-
 @lru_cache(maxsize=32)
 def _loaded(key: RsaPublicKey) -> rsa.RSAPublicKey:
-    from cryptography.hazmat.primitives.asymmetric import rsa  # noqa: PLC0415 - as above
-
     return rsa.RSAPublicNumbers(key.exponent, key.modulus).public_key()
 
 

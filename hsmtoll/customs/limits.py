@@ -4,6 +4,7 @@ One request over an httpx client, and its whole answer: bounded in time and in s
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -76,8 +77,6 @@ async def asend_with_deadline(
     client: httpx.AsyncClient, method: str, url: str, *, http_client: HttpClient, **request: Any
 ) -> httpx.Response:
     """As asked, for tasks."""
-    import asyncio  # noqa: PLC0415 - threads need none of it
-
     deadline, scope = Deadline(http_client.deadline), asyncio.timeout(None)
     theirs = _extensions(request).get("trace")
 

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from hsmtoll import apis, jws
 from hsmtoll.clock import MAX_SKEW, offset_of
 from hsmtoll.errors import HsmTollError, NetworkError, foreign
+from hsmtoll.hsm.pin import PinPad
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.required import missing
 from hsmtoll.signing.signer import read_certificates_and_key, readable, unread_of
 from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens import exchange
 from hsmtoll.tokens.single_flight import PendingRenewal
-from hsmtoll.x509 import leaf_choice, path_building
+from hsmtoll.x509 import leaf_choice, path_building, revocation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -165,8 +166,6 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     try:
         path = Path(app.module(uri))
         found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
-        from hsmtoll.hsm.pin import PinPad  # noqa: PLC0415 - only here is a device used
-
         source = app.signing_pin(uri)
         # A pinpad has nobody at it for every signature.
         found["pin_given"] = source is not None and not isinstance(source, PinPad)
@@ -342,8 +341,6 @@ def revocation_of(
 def _by_file(
     path: Path, pairs: list[tuple[Certificate, Certificate]], now: datetime
 ) -> Iterator[Revocation]:
-    from hsmtoll.x509 import revocation  # noqa: PLC0415 - 35 ms, and seldom needed
-
     try:
         with path.open("rb") as file:
             data = file.read(revocation.MAX_BYTES + 1)
@@ -368,8 +365,6 @@ def _by_file(
 def _by_asking(
     app: App, http_client: HttpClient, certificate: Certificate, issuer: Certificate, now: datetime
 ) -> Revocation:
-    from hsmtoll.x509 import revocation  # noqa: PLC0415 - see above
-
     public = app.settings.environment != "sandbox"
     problem = "it names no OCSP responder and no revocation list"
     asked = [(url, True) for url in certificate.ocsp_urls[:2]]
