@@ -340,7 +340,7 @@ def install_extra(name: str) -> str:
     It names no command: hsmtoll is on no package index, and only the reader knows whether the copy
     at hand came from a clone or from a wheel.
     """
-    return f"install the extra `{name}` the way hsmtoll was installed (README, Install)"
+    return f"install the extra `{name}` the way hsmtoll was installed (see `hsmtoll help install`)"
 
 
 def foreign(text: object, *secrets: str) -> str:

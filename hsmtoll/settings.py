@@ -370,7 +370,7 @@ def _is_service_link(name: str, value: str) -> bool:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return did_you_mean(name, known, "the README lists every setting")
+    return did_you_mean(name, known, "`hsmtoll help settings` lists every setting")
 
 
 def _from_environment(variable_name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The plots that the README shows, drawn from the series of a run."""
+"""The plots that the page speed shows, drawn from the series of a run."""
 
 from __future__ import annotations
 

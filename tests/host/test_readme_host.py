@@ -1,8 +1,8 @@
 """
-The README's section about the signing host, followed to the letter: by root, on a machine of its
+The page about the signing host, followed to the letter: by root, on a machine of its
 own without systemd, from its accounts to the verified audit.
 
-The machine is a set of namespaces with directories of their own. What the README leaves to others
+The machine is a set of namespaces with directories of their own. What the page leaves to others
 is done by the test: it is the certificate's issuer, and the name server.
 """
 
@@ -117,13 +117,13 @@ class Machine(Terminal):
         return output
 
     def file(self, block: Block) -> None:
-        """Put a file there that the README shows; one that it continues gets longer."""
+        """Put a file there that the page shows; one that it continues gets longer."""
         first, _, text = block.text.partition("\n")
         path = shlex.quote(first.removeprefix("# ").partition(",")[0])
         self.do(f"printf %s {shlex.quote(text)} >> {path}; chmod 0644 {path}")
 
     def serve(self, command: str) -> None:
-        """Start the daemon by the README's *command*, and wait until it can sign."""
+        """Start the daemon by the page's *command*, and wait until it can sign."""
         log = self.folder / "serve.log"
         log.unlink(missing_ok=True)
         self.do(f"{command} > serve.log 2>&1 & daemon=$!")
@@ -158,7 +158,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 
 def certify(machine: Machine) -> x509.Certificate:
-    """What the issuer of eSeals does: a chain for acme.csr, in the place that the README names."""
+    """What the issuer of eSeals does: a chain for acme.csr, in the place that the page names."""
     request = x509.load_pem_x509_csr((machine.folder / "acme.csr").read_bytes())
     key = request.public_key()
     assert request.is_signature_valid
@@ -188,7 +188,7 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
         if block.kind == "toml":
             machine.file(block)
             if block.text.rstrip().endswith('audit.key"') and not clock_is_synchronised():
-                # As the README says for a machine whose kernel does not know who keeps the clock.
+                # As the page says for a machine whose kernel does not know who keeps the clock.
                 machine.do("echo 'clock = \"unchecked\"' >> /etc/hsmtoll/hsmtoll.toml")
         elif "key import" in block.text:
             leaf = certify(machine)
@@ -236,7 +236,7 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
     assert " signed" in listed
     for name in ("uid:1001", "san:dns:app.acme.example"):
         assert name in listed
-    # The stop is typed as the README has it, and holds until it is taken back.
+    # The stop is typed as the page has it, and holds until it is taken back.
     machine.do("hsmtoll stop")
     assert "stop" in machine.as_account("app", forced)[1]
     machine.do("hsmtoll resume")

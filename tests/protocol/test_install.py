@@ -79,7 +79,9 @@ def run(script: str, folder: Path, env: dict[str, str], code: int | None = 0) ->
 def test_a_clone_is_installed_and_a_wheel_of_it_too(
     clone: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    first, _, wheel, locked = given("Install", "sh")
+    (first,) = given("Install", "sh")
+    again, _, wheel, locked, *_ = given("Ways to install", "sh")
+    assert again == first
     here = tmp_path / "hsmtoll"
     shutil.copytree(clone, here)
     said = run(f"{first}pip uninstall -qy hsmtoll\n{wheel}{CALL}\npip freeze\n", here, environment)

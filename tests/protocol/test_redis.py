@@ -497,7 +497,7 @@ def test_what_is_no_value_is_replaced_at_once(server: Server, store: RedisStore)
     assert store.get(KEY) is not None
 
 
-#: What README names, and nothing else.
+#: What the page caching names, and nothing else.
 ALLOWED = "+@connection +get +getrange +set +del +pttl +pexpire +time +watch +unwatch +multi +exec"
 
 

@@ -643,7 +643,7 @@ def test_a_file_with_a_byte_order_mark_is_read(toml: Path) -> None:
         ("HSMTOLL_HSM__MODULE = 1", "did you mean hsm.module?"),
         ("[HSM]\nmodule = 1", "did you mean hsm?"),
         ("[hsm]\nMODULE = 1", "did you mean hsm.module?"),
-        ("favourite = 1", "the README lists every setting"),
+        ("favourite = 1", "`hsmtoll help settings` lists every setting"),
     ],
 )
 def test_a_key_of_the_file_gets_a_near_name_whatever_its_case(
