@@ -3,6 +3,7 @@ Customs tokens, signed with a key that never leaves its device.
 
 `connect` and `aconnect` give a client; `Settings` says what they can be told; everything
 that goes wrong is an `HsmTollError`. What is not in ``__all__`` is internal.
+`hsmtoll/docs/architecture.md` (`hsmtoll help architecture`) is a map of the whole.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ The only room with a key in it, and the only door to PKCS#11. In the order of th
     facts       what a device says of itself, its keys and certificates, as values
     device      the Protocol: certificates, key, sign, and what administers a device
     pin         where a PIN comes from, and the one type it travels in
-    ledger      which PINs were refused, so that none is tried twice
+    pin_log     which PINs were refused, so that none is tried twice
     codes       what a module can answer, and which of our errors it becomes
     module      the library: loaded once, used under one lock, started afresh after a fork
     login       logging in, once a device and process, under the ledger's rules
