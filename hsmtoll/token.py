@@ -1,7 +1,7 @@
 """
-What is asked for, what is held, and whether it is fresh, stale or expired.
+Token requests, access tokens, and whether a token is fresh, stale or expired.
 
-Values and arithmetic. A clock never enters: every question brings its moment along.
+Values and arithmetic only. No clock is read here: callers pass the time as a ClockReading.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "details_text",
 ]
 
-#: Seconds before its end at which a token is renewed, at most (PROTOCOL C11).
+#: Seconds before its expiry at which a token is renewed, at most: Customs asks for a minute (C11).
 MARGIN: Final = 60.0
 
 
@@ -46,20 +46,20 @@ class ClockReading(NamedTuple):
 
 
 class Freshness(enum.Enum):
-    """What a token is good for at a moment."""
+    """The state of a token at a given time."""
 
     FRESH = "fresh"  # use it
-    STALE = "stale"  # use it, and let one caller renew it
-    EXPIRED = "expired"  # it is never handed out
+    STALE = "stale"  # use it, while one caller renews it
+    EXPIRED = "expired"  # never return it
 
 
 class TokenRequest(NamedTuple):
     """
-    What is asked of Maskinporten: one scope and the documented options.
+    A request to Maskinporten: one scope and the documented options.
 
-    *consumer_org* is the organisation on whose behalf, nine digits. *authorization_details* is
-    the JSON text of a list of objects (RFC 9396 section 2), as `details_text` writes it: equal
-    lists are equal texts, and ``""`` is none.
+    *consumer_org*: organisation number (nine digits) of the organisation that is acted for.
+    *authorization_details*: JSON text of a list of objects (RFC 9396 section 2), as `details_text`
+    writes it, so that equal lists are equal texts; ``""`` means none.
     """
 
     scope: str
@@ -80,9 +80,9 @@ Details = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 class ForWhom(TypedDict, total=False):
     """
-    For whom a token is, as keywords: *consumer_org* (nine digits) and *resource* win over the
-    settings, ``""`` and ``()`` are none; *authorization_details* is an object or a list of objects
-    (RFC 9396), such as the system user of a customer.
+    Keyword arguments that say for whom a token is requested. *consumer_org* (nine digits) and
+    *resource* override the settings; ``""`` and ``()`` mean none. *authorization_details* is an
+    object or a list of objects (RFC 9396), such as the system user of a customer.
     """
 
     consumer_org: str | None
@@ -125,10 +125,11 @@ def details_text(given: object) -> str:
 @dataclass(frozen=True, slots=True, repr=False)
 class AccessToken:
     """
-    A Customs token, good for any number of calls until it expires.
+    A Customs access token. It can be used for any number of calls until it expires.
 
-    *value* is the bearer, *scope* what was asked for, *asked* the moment before the grant
-    was sent and *lifetime* the seconds it lives from there: what the network took is our loss.
+    *value*: the bearer token. *scope*: the requested scope. *asked*: the time before the grant was
+    sent. *lifetime*: seconds, counted from *asked*, so that network delay cannot make an expired
+    token look valid.
     """
 
     value: str
@@ -144,16 +145,16 @@ class AccessToken:
 
     @property
     def expires_at(self) -> datetime:
-        """The end by the wall clock, aware, UTC."""
+        """Expiry by the wall clock: an aware datetime in UTC."""
         return datetime.fromtimestamp(self.asked.wall + self.lifetime, UTC)
 
     def remaining(self, now: ClockReading) -> float:
         """
-        Seconds left at *now*; zero or less is expired.
+        Seconds left at *now*; zero or less means expired.
 
-        Both clocks must agree that the token lives, so the older age counts: a machine that
-        slept sees it on both, a wall clock set back is overruled by the boot clock. After
-        another start only the wall clock is left, and one that went back proves nothing.
+        Both clocks give an age, and the larger one counts, so a wall clock that is set back does
+        not prolong a token. After a reboot only the wall clock can be compared; if it went back,
+        the token counts as expired.
         """
         age = now.wall - self.asked.wall
         if now.boot_id == self.asked.boot_id:
@@ -164,7 +165,7 @@ class AccessToken:
 
     @property
     def margin(self) -> float:
-        """Seconds before the end at which it is stale; half the life of a short token."""
+        """Seconds before expiry at which the token becomes stale: at most half its lifetime."""
         return min(MARGIN, self.lifetime / 2)
 
     def freshness(self, now: ClockReading) -> Freshness:
@@ -177,10 +178,10 @@ class AccessToken:
 
 class TokenRequirements(NamedTuple):
     """
-    What a caller will not do without, beyond a token that lives.
+    Requirements on a token beyond being unexpired.
 
-    *min_life*: seconds it shall live at least. *avoid*: the value of one that an API has
-    refused. *since*: it was asked for no earlier than this.
+    *min_life*: minimum remaining lifetime in seconds. *avoid*: value of a token that an API has
+    rejected. *since*: the token must not have been requested earlier than this.
     """
 
     min_life: float = 0.0
@@ -188,7 +189,7 @@ class TokenRequirements(NamedTuple):
     since: ClockReading | None = None
 
     def satisfied_by(self, token: AccessToken, now: ClockReading) -> bool:
-        """Whether *token* will do at *now*; an expired one never does."""
+        """Whether *token* meets the requirements at *now*; an expired token never does."""
         left = token.remaining(now)
         return (
             left > 0
@@ -199,11 +200,11 @@ class TokenRequirements(NamedTuple):
 
 
 def _as_late(asked: ClockReading, since: ClockReading) -> bool:
-    """By the clock that cannot be set, within one start of the machine."""
+    """Compare by the boot clock, which cannot be set; after a reboot, by the wall clock."""
     if asked.boot_id == since.boot_id:
         return asked.boot >= since.boot
     return asked.wall >= since.wall
 
 
-#: Any token that lives.
+#: Any unexpired token.
 NO_REQUIREMENTS: Final = TokenRequirements()

@@ -1,6 +1,6 @@
 """
-From a signed grant to a Customs token, and how that is kept, shared and renewed.
+Customs tokens: obtained with a signed grant, cached, shared between processes, renewed.
 
-    engine ──► cache ──► single_flight ──► renewal ──► rate_limit, Signer, exchange ──► AccessToken
-                 └──► stores (memory, files, Redis)
+    token_service ──► cache ──► single_flight ──► renewal ──► rate_limit, Signer, exchange
+                        └──► stores (memory, files, Redis)                       └──► AccessToken
 """

@@ -1,8 +1,8 @@
 """
-One algorithm for every store: memory → flight → store lock → re-check → fetch → put.
+Token cache: memory → single flight → store lock → second look-up → renewal → write to the store.
 
-However many ask at once, in threads, tasks, processes or machines, one signature is spent.
-What a token costs and how it is fetched never enters; what lies in a store and how, neither.
+However many callers ask at once, in threads, tasks, processes or machines, one signature is spent.
+How a token is obtained is in renewal, how it is stored in stores and records.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = ["Cache", "PendingRenewal", "Renewer"]
 
 _log = logging.getLogger("hsmtoll.tokens.cache")
 
-#: Seconds that a refusal is remembered: asking again sooner would only spend signatures.
+#: Seconds of negative caching: a new attempt would spend a signature and be refused again.
 REFUSED_FOR: Final = 30.0
 
-#: Seconds. What a server may ask us to wait for, as far as it is remembered for others.
+#: Seconds. Upper limit for a server's Retry-After, as far as it is cached for other processes.
 _LONGEST_WAIT: Final = 300.0
 
 #: Seconds. The longest rest between two renewals that failed.
@@ -53,20 +53,20 @@ _LONGEST_REST: Final = 60.0
 #: Seconds. The same for a device: one that is down says so at once, and asking it costs nothing.
 _LONGEST_REST_OF_DEVICE: Final = 10.0
 
-#: Seconds between two looks at the store while another process renews.
+#: Seconds between two look-ups in the store while another process renews.
 _POLL_INTERVAL: Final = 0.25
 
 
 class Renewer(Protocol):
-    """Where a token comes from when nobody has one."""
+    """Obtains a new token when neither memory nor the store has one."""
 
     def known_identity(self) -> str | None:
-        """Whose the next token will be, as far as it is known without any I/O."""
+        """Identity of the signer of the next token, if it is known without I/O."""
 
     def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """
-        A new token. *pending* is told what is being done, and the identity as soon as it is
-        certain. May take long; one thread at a time calls it for a request.
+        Obtain a new token. Sets ``pending.phase``, and ``pending.identity`` as soon as the signer
+        is known. May take long; only one thread at a time calls it for a request.
         """
 
 
@@ -79,15 +79,15 @@ class _Rest:
 
 class Cache:
     """
-    Tokens by request, renewed once for everybody.
+    Tokens by request; one renewal serves all callers that wait for it.
 
-    *patience* is the longest wait for a flight, in seconds; after half of it a process that
-    holds the lock of the store is waited for no longer. With *background*, a stale token is
-    handed out while one renews; without, the caller waits and falls back to it.
+    *patience*: longest wait for a renewal, in seconds. If another process holds the store's lock
+    for more than half of it, one other process may renew as well. With *background*, callers get a
+    stale token while a thread renews it; without, they wait, and get it if the renewal fails.
 
-    *selector* is the hash of all settings that select key, identity and endpoints. With the
-    identity of who signed and the request it is the key of the store: *remembered* is what this
-    machine knows of that identity. As long as it is not known, nothing is looked for.
+    *selector*: hash of all settings that select key, identity and endpoints. The store's key is
+    made of it, the signer's identity and the request. *remembered*: the signer's identity as last
+    seen on this machine; the store is not read while it is unknown.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ class Cache:
         self._patience = patience
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
-        # Seconds that the newest had left when that was too little: the next will hardly have more.
+        # Seconds left on the last new token if that was too little: the next will hardly have more.
         self._max_remaining: dict[TokenRequest, float] = {}
-        #: Answers by what they were: fresh or stale from memory, from the store, or fetched.
+        #: Number of tokens returned, by source: memory (fresh or stale), store, renewal.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
         self._start_afresh()
 
@@ -131,7 +131,7 @@ class Cache:
     def unexpired_in_memory(
         self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
     ) -> AccessToken | None:
-        """The token in memory if it lives at all, and meets *requirements*."""
+        """The token in memory, if it is unexpired and meets *requirements*."""
         token = self._tokens.get(request)
         return (
             token
@@ -140,11 +140,11 @@ class Cache:
         )
 
     def waiting(self) -> int:
-        """How many callers wait for a renewal at this moment."""
+        """Number of callers that wait for a renewal now."""
         return sum(pending.waiting for pending in list(self._pending.values()))
 
     def left(self) -> float | None:
-        """Seconds until the last living token dies; ``None`` if there has been none."""
+        """Seconds until the last valid token expires; ``None`` if there has been none."""
         now = self._clock.now()
         return max((max(0.0, t.remaining(now)) for t in list(self._tokens.values())), default=None)
 
@@ -155,12 +155,12 @@ class Cache:
         requirements: TokenRequirements = NO_REQUIREMENTS,
     ) -> AccessToken:
         """
-        A token that is not expired: held, stored, or renewed by one caller for all. *renewer* is
-        asked for when neither memory nor store has one.
+        An unexpired token: from memory, from the store, or from one renewal for all callers.
+        *renewer* is called when neither memory nor store has one.
 
-        Raises what the renewal raised, unless a token that still meets *requirements* can be given
-        instead; an error whose scope is the caller goes to the one who led alone. UsageError for
-        a wish that no token can meet.
+        Raises what the renewal raised, unless an older token still meets *requirements*. An error
+        with scope ``caller`` is raised only for the caller that started the renewal. UsageError if
+        no token can meet *requirements*.
         """
         while True:
             pending, token, led = self._join(request, renewer, requirements)
@@ -179,7 +179,7 @@ class Cache:
         renewer: Callable[[], Renewer],
         requirements: TokenRequirements = NO_REQUIREMENTS,
     ) -> AccessToken:
-        """As get; a task that waits holds no thread, and cancelling it cancels nobody else."""
+        """As get, for tasks: waiting blocks no thread, and cancelling one task affects no other."""
         import asyncio  # noqa: PLC0415 - threads need none of it
 
         while True:
@@ -196,7 +196,7 @@ class Cache:
     def _join(
         self, request: TokenRequest, renewer: Callable[[], Renewer], requirements: TokenRequirements
     ) -> tuple[PendingRenewal | None, AccessToken | None, bool]:
-        """A token to be had at once, or the flight to wait for and whether it is our own."""
+        """A token at once, or the renewal to wait for and whether this caller started it."""
         if self._pid != os.getpid():
             self._start_afresh()
         with self._guard:
@@ -218,7 +218,7 @@ class Cache:
                     self.hits["stale"] += 1
                     return None, token, False
                 pending, led = PendingRenewal(now.boot, requirements), True
-                # A daemon, and not of a pool: a device that hangs must not keep the process.
+                # A daemon thread outside any pool: a hanging device must not keep the process.
                 thread = threading.Thread(
                     target=self._run_renewal,
                     args=(request, renewer, pending),
@@ -228,7 +228,7 @@ class Cache:
                 try:
                     thread.start()
                 except RuntimeError:
-                    # The limit of threads is reached, or the interpreter is ending.
+                    # The thread limit is reached, or the interpreter is shutting down.
                     if token is None:
                         raise
                     self.hits["stale"] += 1
@@ -252,22 +252,22 @@ class Cache:
         *,
         led: bool,
     ) -> AccessToken | None:
-        """What a flight means for one who waited; ``None`` if it flew for another's wish."""
+        """The result for a waiting caller; ``None`` if the token does not meet its requirements."""
         outcome = pending.outcome
         if isinstance(outcome, AccessToken):
             now = self._clock.now()
             if requirements.satisfied_by(outcome, now):
                 return outcome
-            # What it flew for was this wish, or more.
+            # The renewal was started with these requirements.
             served = led or pending.requirements == requirements
             if served and outcome.remaining(now) < requirements.min_life:
                 raise min_life_unattainable_error(requirements, outcome.remaining(now))
-            # The newest there is, even where it has the value of one that was refused.
+            # The newest token, even if it has the value of the rejected one.
             return outcome if served else None
         if isinstance(outcome, HsmTollError) and outcome.scope == "caller":
             if led:
                 raise records.copy_exception(outcome)
-            # The others renew for themselves.
+            # The other callers start a renewal of their own.
             return None
         token = self.unexpired_in_memory(request, requirements)
         if token is not None:
@@ -298,10 +298,10 @@ class Cache:
             loops = list(pending.loops)
         pending.done.set()
         for loop in loops:
-            # A loop that was closed has nobody left in it.
+            # A closed event loop has no waiting tasks.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self._wake, pending, loop)
-        # Who gets no token hears of it by the error itself.
+        # Waiting callers without a token get the exception; log only when a valid token masks it.
         if (
             isinstance(outcome, HsmTollError)
             and self.unexpired_in_memory(request, pending.requirements) is not None
@@ -309,7 +309,7 @@ class Cache:
             _log.warning("renewal failed, the token in hand still lives: %s", outcome)
 
     def key(self, request: TokenRequest, identity: str) -> str:
-        """The key of the store for what *identity* (`SignedGrant.identity`) signs."""
+        """The store's key for a token that *identity* (`SignedGrant.identity`) signed for."""
         consumer, details = f"for {request.consumer_org}", request.authorization_details
         return name_of(
             self._selector,
@@ -321,14 +321,14 @@ class Cache:
         )
 
     def _known_key(self, request: TokenRequest, renewer: Callable[[], Renewer]) -> str | None:
-        """The key of the store as far as it is known who signs; no device is asked."""
+        """The store's key, or ``None`` while the signer is unknown; the device is not used."""
         identity = self._remembered.read() or renewer().known_identity()
         return None if identity is None else self.key(request, identity)
 
     def _renewed(
         self, request: TokenRequest, renewer: Callable[[], Renewer], pending: PendingRenewal
     ) -> AccessToken:
-        """From the store, or renewed under its lock: of one identity, or of these settings."""
+        """A token from the store, or a new one, obtained while holding the store's lock."""
         began = self._clock.now().boot
         while True:
             key = self._known_key(request, renewer)
@@ -339,12 +339,13 @@ class Cache:
             if waited >= self._patience:
                 raise deadline_exceeded_error(pending, self._patience)
             name = key or self.key(request, "not known yet")
-            # A holder that is too slow is replaced by one, and not by everybody who waits.
+            # If the lock's holder is too slow, one other process takes over (by a second lock),
+            # not all that wait.
             slow = waited >= self._patience / 2
             if slow:
                 name = name_of("instead", name)
             with self._store.lock(name, patience=_POLL_INTERVAL) as free:
-                # Who signs may have become known while the lock was another's.
+                # The signer may have become known while another process held the lock.
                 if not free or self._known_key(request, renewer) != key:
                     continue
                 if slow:
@@ -353,14 +354,14 @@ class Cache:
                 if token is None:
                     token = self._fetched(request, renewer(), pending)
                     left, life = token.remaining(self._clock.now()), pending.requirements.min_life
-                    # One that was slow for another's wish says nothing of the next.
+                    # A slow renewal with other requirements predicts nothing about the next one.
                     self._max_remaining[request] = left if 0 < left < life else float("inf")
                 return token
 
     def _fetched(
         self, request: TokenRequest, renewer: Renewer, pending: PendingRenewal
     ) -> AccessToken:
-        """A new token. It, or a refusal, is kept for the others under the identity that signed."""
+        """A new token. The token, or a refusal, is written to the store for other processes."""
         try:
             token = renewer.renew(request, pending)
         except HsmTollError as exc:
@@ -373,7 +374,7 @@ class Cache:
         try:
             self._keep(request, pending, token=token)
         except errors.ConfigurationError as exc:
-            # The store was good before the signature was spent: the caller has the token.
+            # The store failed after the signature was spent: the caller still gets the token.
             _log.warning("%s; the token is kept in memory alone", exc)
         return token
 
@@ -390,17 +391,17 @@ class Cache:
             return
         key, now = self.key(request, identity), self._clock.now()
         if refusal is not None:
-            # It takes no living token from the others.
+            # Keep a valid token that another process has stored.
             token = records.read(key, self._store.get(key), now=now, longest=_LONGEST_WAIT).token
         value, ttl = records.written(key, token, refusal, now=now)
         self._store.put(key, value, ttl=ttl)
-        # After the token: whoever finds out who signs finds it as well.
+        # After the token: a process that reads the identity then finds the token as well.
         self._remembered.write(identity)
 
     def _stored(
         self, key: str | None, request: TokenRequest, requirements: TokenRequirements
     ) -> AccessToken | None:
-        """A token of another process that ends the flight; raises a refusal that still stands."""
+        """A stored token that meets *requirements*; raises a stored refusal that is still valid."""
         if key is None:
             return None
         now = self._clock.now()
@@ -412,7 +413,7 @@ class Cache:
                 return token
             if token.lifetime <= requirements.min_life:
                 raise min_life_unattainable_error(requirements, token.lifetime)
-            # Not good enough to end the flight, good enough to fall back to.
+            # It does not end the renewal, but it can be returned if the renewal fails.
             known = self._tokens.get(request)
             if known is None or known.remaining(now) < token.remaining(now):
                 self._tokens[request] = token
@@ -433,13 +434,13 @@ class Cache:
         self._rests[request] = _Rest(self._clock.now().boot + seconds, failures, exc)
 
     def _seconds_left(self, pending: PendingRenewal) -> float:
-        # Who joins late waits no longer than who came first: a flight that hangs is told at once.
+        # All waiting callers share the deadline of the first one.
         return max(0.05, pending.started + self._patience - self._clock.now().boot)
 
     def _completion(
         self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[None]:
-        """A future of one task's own, done when the flight has landed or took too long."""
+        """A future for one task, done when the renewal ends or exceeds its deadline."""
         future = loop.create_future()
         with self._guard:
             if loop not in pending.loops:
@@ -461,7 +462,7 @@ class Cache:
 
 
 def _negative_cache_ttl(exc: HsmTollError) -> float:
-    """Seconds that an answer stands: who refused will refuse again, and it costs a signature."""
+    """Seconds for which a refusal is cached: a new attempt would only spend a signature."""
     if exc.scope == "caller":
         return 0.0
     if isinstance(exc, errors.TryAgainLater) and exc.scope == "service":

@@ -1,7 +1,8 @@
 """
-The two legs, as requests to be sent and answers to be read: grant → access token → Customs token.
+The two token requests and their responses: grant → access token → Customs token.
 
-It speaks and never dials: no socket, no retry, no time (PROTOCOL A.7 to A.11, C.3 to C.5).
+Values only: no network, no retries, no clock. Sources: RFC 7523, RFC 8693,
+https://docs.digdir.no/docs/Maskinporten/ and https://toll.github.io.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ __all__ = [
 #: RFC 7523 section 8.1.
 JWT_BEARER: Final = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
-#: RFC 6750 section 2.1, b64token: what may stand behind "Bearer ".
+#: RFC 6750 section 2.1, b64token: the syntax of a bearer token.
 _BEARER = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
-#: Characters of one; servers take some 8 kB of a header.
+#: Characters of a bearer token; servers accept headers of about 8 kB.
 _LONGEST_BEARER: Final = 16 * 1024
 
 _TRACE = re.compile(r"\((?:trace_id|correlation id): {0,8}([0-9A-Za-z-]{8,64})\)$")
-#: Characters of what an answer says that are looked at: an expression over more could take hours.
+#: Characters of an error text that are searched: matching longer texts could take very long.
 _MOST_SAID: Final = 2000
 _MP = re.compile(r"MP-\d{3}")
 _LONGEST: Final = 86_400
@@ -76,7 +77,7 @@ PROD: Final = Endpoints(
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Issued:
-    """A bearer and the seconds it lives; its text hides the bearer."""
+    """A bearer token and its lifetime in seconds; the repr hides the token."""
 
     value: str
     expires_in: int
@@ -86,13 +87,13 @@ class Issued:
 
 
 def grant_post(endpoints: Endpoints, assertion: str) -> Post:
-    """Leg one (PROTOCOL A.7): no client authentication, scope travels inside the grant."""
+    """Leg one (RFC 7523 section 2.1): no client authentication; the scope is in the grant."""
     form = {"grant_type": JWT_BEARER, "assertion": assertion}
     return Post("Maskinporten", endpoints.token, form, assertion)
 
 
 def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
-    """Leg two (PROTOCOL C.3). Customs takes these bare words, not RFC 8693's URNs (T02)."""
+    """Leg two. Customs expects these short names instead of RFC 8693's URNs (T02)."""
     form = {
         "grant_type": "token-exchange",
         "subject_token_type": "access_token",
@@ -114,17 +115,17 @@ def read_subject(
     wait: float | None = None,
 ) -> Issued:
     """
-    The subject token of leg one. *scope*: the names that were asked for, with spaces between.
-    *wait*: seconds of the answer's Retry-After.
+    Read the response of leg one: the subject token. *scope*: the requested scopes, separated by
+    spaces. *wait*: the response's Retry-After in seconds.
 
-    Whether a refusal is retryable is decided here: never where the grant was *retried* already;
-    one about time if the clock was *corrected* by this very answer; one of the certificate if
-    *rejected*, given the code, says that there is another to try.
+    Retryable refusals: none if the grant was *retried* already; one about time, if this response
+    *corrected* the clock; one about the certificate, if *rejected*, called with the code, returns
+    that there is another certificate to try.
 
-    An answer that says its scope must name them all; one that says none grants them (RFC 6749
-    section 5.1). Raises GrantRefused or ScopeNotGranted with the MP code, what it means, who must
-    act and the trace id; ClockError where it is about time; TryAgainLater for 429 and
-    NetworkError for 5xx, both retryable.
+    If the response names scopes, they must include all requested ones; if it names none, all are
+    granted (RFC 6749 section 5.1). Raises GrantRefused or ScopeNotGranted with the MP code, its
+    meaning, who must act and the trace id; ClockError if the time is wrong; TryAgainLater for 429
+    and NetworkError for 5xx, both retryable.
     """
     if answer.status == 200:
         return _issued(answer, post, GrantRefused, scope)
@@ -142,10 +143,10 @@ def read_subject(
 
 def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Issued:
     """
-    The Customs token of leg two; *wait* as for `read_subject`.
+    Read the response of leg two: the Customs token; *wait* as for `read_subject`.
 
-    ``issued_token_type`` is not compared with anything (PROTOCOL C15). Raises ExchangeRefused,
-    TryAgainLater for 429, NetworkError for 5xx.
+    ``issued_token_type`` is ignored: its values differ between Customs' environments (C15). Raises
+    ExchangeRefused, TryAgainLater for 429, NetworkError for 5xx.
     """
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
@@ -179,7 +180,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
             f"{post.leg} answered 200, but {why}",
             hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
             code="answer-unusable",
-            # The token of this very answer may be good, whatever else is wrong with it.
+            # The token in this response may be valid, so it must be redacted.
             correlation_id=_correlation(answer, post.secret, said)
             if len(said) <= _LONGEST_BEARER
             else None,
@@ -298,7 +299,7 @@ def _refused(
 
 def _error_text(answer: Answer, body: Any) -> str:
     if not isinstance(body, dict):
-        # An HTML page says nothing that its status does not.
+        # An HTML page adds nothing to the status.
         text = answer.body[:_MOST_SAID].decode("utf-8", "replace").strip()
         return "" if text.startswith("<") else text
     parts = (body.get("error"), body.get("error_description"))

@@ -27,9 +27,10 @@ _log = logging.getLogger(__name__)
 
 class RemoteTokens:
     """
-    Customs tokens of a signing host, which does the whole renewal itself, in *attempts* at most.
+    Customs tokens from a signing host, which does the whole renewal; *attempts* at most.
 
-    A token is opaque: whose it is does not show, so the door is all that proves it.
+    A token is opaque and cannot be verified, so only the authenticated connection proves its
+    origin.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class RemoteTokens:
         self._attempts = attempts
 
     def known_identity(self) -> str | None:
-        """None: it is known once a token was given."""
+        """None: the identity is known only after the first token."""
         return None
 
     def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
-        """A token that a host gives. Raises as `SigningHost.ask`."""
+        """Obtain a token from a signing host. Raises as `SigningHost.ask`."""
         pending.phase = "the signing host"
         for attempt in range(1, self._attempts + 1):
             asked = self._clock.now()

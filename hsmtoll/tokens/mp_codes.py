@@ -1,7 +1,8 @@
 """
-What Maskinporten's codes mean, what causes them, and who must act. Data.
+Maskinporten's error codes: meaning, cause, and who must act. Data only.
 
-Source: Digdir's troubleshooting page and observed answers, PROTOCOL A.11.
+Sources: the troubleshooting page below https://docs.digdir.no/docs/Maskinporten/, and observed
+responses.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["REFUSALS", "VERSION", "Refusal", "refusal"]
 
-#: The state of the page that this table follows. It changes when a row does.
+#: Date of the page that this table follows. Update it with every change of a row.
 VERSION: Final = "2024-10"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """
-    One code: *meaning* for a person, what to *do*, *who* must act, and whether a new grant may help.
+    One code: its *meaning* in words, what to *do*, and *who* must act.
 
-    *retry*: once more, and no oftener. *scope*: it is about the scope alone. *certificate*: the
-    certificate is not taken, and another one may be. *doctor*: the cause may be one that
-    ``hsmtoll doctor`` finds.
+    *retry*: one new grant may succeed. *scope*: only the scope is refused. *certificate*: the
+    certificate is rejected; another one may be accepted. *doctor*: ``hsmtoll doctor`` may find the
+    cause.
     """
 
     code: str
@@ -144,7 +145,7 @@ REFUSALS: Final = {
     )
 }
 
-# Texts that stand in for a code where none is given (PROTOCOL A.11), lower case.
+# Observed error texts without a code, and the code that each stands for. Lower case.
 _BY_TEXT: Final = (
     ("grant is used before", "MP-012"),
     ("jwt is expired", "MP-130"),
@@ -182,7 +183,7 @@ _WITHOUT_CODE: Final = (
     ),
 )
 
-#: Texts of a clock that runs fast (PROTOCOL A.5, A.11), lower case.
+#: Observed error texts for a grant from a clock that runs fast. Lower case.
 ISSUED_IN_FUTURE: Final = ("issue time is in the future", "issue time is after now")
 
 

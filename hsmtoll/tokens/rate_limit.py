@@ -1,7 +1,7 @@
 """
-How many signatures may still be spent, counted where everybody can see it.
+Rate limit for signatures, counted in the shared store.
 
-A device may be metered, and an answer that never satisfies must not drain it.
+A device may charge for each signature, and a request that always fails must not use them up.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["RateLimit"]
 
 _HOUR: Final = 3600.0
 
-#: Seconds that another machine's clock may be ahead and its signatures still count.
+#: Seconds. Maximum clock difference of another machine whose signatures are counted as they are.
 _AHEAD: Final = 300.0
 
 
 class RateLimit:
-    """*per_hour* signatures for one identity, over all programs that share the *store*."""
+    """At most *per_hour* signatures per identity, over all programs that share the *store*."""
 
     def __init__(self, store: Store, clock: Clock, *, per_hour: int) -> None:
         self._store = store
@@ -44,15 +44,15 @@ class RateLimit:
         return self._guard
 
     def acquire(self, identity: str) -> None:
-        """Count one signature of *identity*; TryAgainLater if those of the hour are spent."""
+        """Count one signature of *identity*; TryAgainLater if the limit is reached."""
         key = name_of("budget", identity)
         with self._alone(), self._store.lock(key, patience=2.0):
             now = self._clock.now().wall
             shared, own = self._counts(key, now)
-            # Without the store (it is down, its file was removed) this process still counts.
+            # If the store is down or its file was removed, this process's own counts still apply.
             spent = max(shared, own, key=len)
             if len(spent) >= self._per_hour:
-                # Kept as counted: what was ahead would be ahead again, until the clock is there.
+                # Store the corrected times: one in the future would be corrected again each time.
                 self._own[key] = spent
                 self._store.put(key, json.dumps(spent).encode(), ttl=_HOUR)
                 wait = max(1.0, sorted(spent)[-self._per_hour] + _HOUR - now)
@@ -68,7 +68,7 @@ class RateLimit:
             self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
 
     def record(self, identity: str) -> None:
-        """Count one signature that *identity* turned out to have made, whatever the limit."""
+        """Count one signature of *identity*, known only afterwards, without checking the limit."""
         key = name_of("budget", identity)
         with self._alone(), self._store.lock(key, patience=2.0):
             now = self._clock.now().wall
@@ -77,13 +77,13 @@ class RateLimit:
             self._store.put(key, json.dumps([*max(shared, own, key=len), now]).encode(), ttl=_HOUR)
 
     def give_back(self, identity: str) -> None:
-        """Take back what was acquired last: nothing was signed."""
+        """Undo the last `acquire`: nothing was signed."""
         key = name_of("budget", identity)
         with self._alone(), self._store.lock(key, patience=2.0):
             kept = self._store.get(key)
             shared = _times(kept.value) if kept else []
             own = self._own.get(key, [])
-            # The one taken last here; another process may have counted its own meanwhile.
+            # Remove this process's entry; another process may have added its own since.
             last = own[-1] if own else None
             if last is None:
                 return
@@ -93,14 +93,14 @@ class RateLimit:
                 self._store.put(key, json.dumps(shared).encode(), ttl=_HOUR)
 
     def _counts(self, key: str, now: float) -> tuple[list[float], list[float]]:
-        """The times of the last hour's signatures: those in the store, and this process's."""
+        """Times of the last hour's signatures: all in the store, and this process's own."""
         kept = self._store.get(key)
         shared = _counted(_times(kept.value), now) if kept else []
         return shared, _counted(self._own.get(key, []), now)
 
 
 def _counted(times: list[float], now: float) -> list[float]:
-    # A clock that was set back frees nothing: what is ahead counts for an hour from now.
+    # A clock that is set back frees no signatures: times in the future count as now.
     return [at if at <= now + _AHEAD else now for at in times if at > now - _HOUR]
 
 

@@ -1,8 +1,8 @@
 """
-What lies in a store under one key, as bytes: a token, a refusal that is remembered, or both.
+The stored record of one key, as JSON: a token, a cached refusal, or both.
 
-Every record names its version and its key. What is torn, foreign, of another version or of
-another key reads as nothing, so that an older program never misreads a newer one.
+Every record names its version and its key. Corrupt records, and those of another version or key,
+are cache misses, so that an older program never misreads a newer record.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ VERSION: Final = 2
 #: Seconds that the wall clocks of two machines may differ, where the store counts the time.
 _MAX_CLOCK_DIFFERENCE: Final = 300.0
 
-#: Seconds that a token may live at most.
+#: Seconds. Maximum lifetime of a token.
 _LONGEST: Final = 86_400
 
-#: Seconds. No clock of ours is as far from its epoch.
+#: Seconds. Larger clock values are invalid.
 _FAR: Final = 1e11
 
 _NUMBER: Final = (int, float)
@@ -44,7 +44,7 @@ _TOKEN: Final[dict[str, Any]] = {
     "left": _NUMBER,
 }
 
-#: What is remembered for others: who refused will refuse again.
+#: Errors that are cached for other processes: the same request would be refused again.
 _REFUSALS: Final = (
     errors.GrantRefused,
     errors.ExchangeRefused,
@@ -54,14 +54,14 @@ _REFUSALS: Final = (
 
 
 class Refusal(NamedTuple):
-    """*error* stands until *until* (epoch seconds)."""
+    """A cached *error*, valid until *until* (epoch seconds)."""
 
     error: HsmTollError
     until: float
 
 
 class Record(NamedTuple):
-    """What lies under a key."""
+    """The content of one stored record."""
 
     token: AccessToken | None = None
     refusal: Refusal | None = None
@@ -70,7 +70,7 @@ class Record(NamedTuple):
 def written(
     key: str, token: AccessToken | None, refusal: Refusal | None, *, now: ClockReading
 ) -> tuple[bytes, float]:
-    """A record as it lies under *key*, and the seconds for which a store has to keep it."""
+    """A record for *key* as bytes, and the seconds for which the store must keep it."""
     record: dict[str, Any] = {"version": VERSION, "key": key}
     left = 0.0
     if token is not None:
@@ -93,9 +93,9 @@ def written(
 
 
 def read(key: str, kept: StoredValue | None, *, now: ClockReading, longest: float) -> Record:
-    """What lies under *key*. *longest*: seconds that a refusal may stand, whatever a clock did."""
+    """Parse the record of *key*. *longest*: maximum remaining validity of a refusal, in seconds."""
     try:
-        # NaN is younger than every age: no number of ours.
+        # Strictly: NaN would pass every comparison of ages.
         record = read_strict(kept.value) if kept else None
     except ValueError:
         return Record()
@@ -103,7 +103,7 @@ def read(key: str, kept: StoredValue | None, *, now: ClockReading, longest: floa
         return Record()
     if (record.get("version"), record.get("key")) != (VERSION, key):
         return Record()
-    # Seconds that it has lain there, by the store's clock, where that counts.
+    # Seconds since it was stored, by the store's clock, if the store counts time.
     ttl: Any = record.get("ttl")
     stored_seconds = ttl - kept.left if kept.left is not None and _is_number(ttl) else None
     token = _token(record.get("token"), now=now, stored_seconds=stored_seconds)
@@ -131,7 +131,7 @@ def _token(value: object, *, now: ClockReading, stored_seconds: float | None) ->
     if stored_seconds is not None and asked.boot_id != now.boot_id:
         if not -_MAX_CLOCK_DIFFERENCE <= now.wall - asked.wall <= lifetime + _MAX_CLOCK_DIFFERENCE:
             return None
-        # Whoever can write to the store can prolong what it says; the wall clocks bound it.
+        # Anybody who can write to the store can forge a longer lifetime; the wall clocks limit it.
         age = max(
             0.0,
             lifetime - value["left"] + stored_seconds,
@@ -142,7 +142,7 @@ def _token(value: object, *, now: ClockReading, stored_seconds: float | None) ->
 
 
 def _refusal(value: object, *, now: ClockReading, longest: float) -> Refusal | None:
-    """The refusal if it still stands; its hint says how long."""
+    """The refusal, if it is still valid; its hint says for how long."""
     if not isinstance(value, dict):
         return None
     until: Any = value.get("until")
@@ -158,12 +158,12 @@ def _refusal(value: object, *, now: ClockReading, longest: float) -> Refusal | N
 
 
 def copy_exception(exc: BaseException) -> BaseException:
-    """The same error for another caller: a traceback belongs to one raise."""
+    """A copy of the exception for another caller: each raise needs a traceback of its own."""
     try:
         same = copy.copy(exc)
-    except Exception:  # noqa: BLE001 - somebody's own, and not every one can be copied
+    except Exception:  # noqa: BLE001 - exceptions of other libraries may not be copyable
         return exc
-    # What one caller adds is not the others'.
+    # Notes that one caller adds must not appear on the other callers' exceptions.
     same.__dict__.update({"__notes__": [*exc.__notes__]} if hasattr(exc, "__notes__") else {})
     return same if isinstance(exc, errors.HsmTollError) else same.with_traceback(exc.__traceback__)
 

@@ -1,7 +1,8 @@
 """
-Renewal ahead of time, for programs that run long: nobody waits, and a fleet does not renew at once.
+Background refresh for long-running programs: no caller waits, and many processes do not renew at
+the same time.
 
-Which token is good, and who renews it, is decided in cache; this only asks at the right moment.
+The cache decides whether a token is renewed; this thread only asks for it in time.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ __all__ = ["BackgroundRefresher"]
 
 _log = logging.getLogger("hsmtoll.client")
 
-#: Seconds between two looks at the clocks: a machine that slept is back in time within these.
+#: Seconds between two checks of the clocks, so that a resumed machine renews soon.
 _POLL_INTERVAL: Final = 10.0
 
-#: How much earlier than stale a token is renewed, as a share of its margin; each picks its own.
+#: Multiples of the stale margin; each thread picks one at random, so that renewals spread out.
 _EARLY: Final = (1.05, 1.25)
 
 
 class BackgroundRefresher:
     """
-    A thread that keeps the tokens of some requests fresh. Stop it, or leave its ``with``.
+    A thread that keeps the tokens of some requests fresh until `stop`, or the end of its ``with``.
 
-    *due* and *done* count renewals; what fails is logged, and tried again after a rest.
+    *due* and *done* count renewals. A failed renewal is logged and tried again after a pause.
     """
 
     def __init__(self, token_service: TokenService, requests: Sequence[TokenRequest]) -> None:
@@ -48,7 +49,7 @@ class BackgroundRefresher:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it; a renewal under way lands, and its token is kept."""
+        """Stop the thread; a renewal in progress is completed and its token cached."""
         self._ended.set()
 
     def __enter__(self) -> Self:
@@ -63,7 +64,7 @@ class BackgroundRefresher:
             wait = min(self._refresh_if_due(request) for request in list(self._early))
 
     def _refresh_if_due(self, request: TokenRequest) -> float:
-        """Renew what is due; seconds until the next look."""
+        """Renew the token if it is due; returns the seconds until the next check."""
         token_service = self._token_service
         held = token_service.cache.unexpired_in_memory(request)
         if held is not None:
@@ -73,12 +74,12 @@ class BackgroundRefresher:
                 return min(spare, _POLL_INTERVAL)
         self.due += 1
         try:
-            # A new draw each time, so that two programs do not stay in step.
+            # A new random value each time, so that two programs do not stay synchronised.
             self._early[request] = random.uniform(*_EARLY)  # noqa: S311 - as above
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
             token = token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
-        except Exception as exc:  # noqa: BLE001 - whatever it was, the next look may be better
-            # The words of a stranger's exception may hold anything.
+        except Exception as exc:  # noqa: BLE001 - the next attempt may succeed
+            # The text of an exception that is not ours may contain a secret.
             said = exc if isinstance(exc, HsmTollError) else type(exc).__name__
             _log.warning("renewal ahead of time failed: %s", said)
             return _POLL_INTERVAL * random.uniform(0.5, 1.0)  # noqa: S311 - as above

@@ -1,8 +1,8 @@
 """
-The one renewal: rate limit, grant, Maskinporten, Customs; written once, for threads and tasks.
+Token renewal: rate limit, signed grant, Maskinporten, Customs.
 
-Every attempt starts at the grant (new jti, new signature), within a limit of signatures.
-Who waits for it and what is kept is decided in cache; PKCS#11 and the environment never enter.
+Every attempt starts with a new grant (new jti, new signature), within the rate limit. Waiting and
+caching are in cache; PKCS#11 and the environment variables are not used here.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ __all__ = ["Renewal", "pause_after"]
 
 _log = logging.getLogger("hsmtoll.client")
 
-#: Seconds. A longer Retry-After is not slept through: it is the caller's to decide about.
+#: Seconds. With a longer Retry-After the error is raised at once: the caller decides.
 _LONGEST_SLEEP: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Renewal:
     """
-    What a renewal takes. *signing* says what is waited for while *signer* signs. *selector* and
-    *remembered* are those of the cache: signatures are counted by who signs, and by the settings
-    as long as that is not known. *per_request* is how many signatures one request may spend.
+    Everything that a renewal needs. *signing* names the phase in which *signer* signs, for
+    time-outs. *selector* and *remembered* as for `Cache`: signatures are counted per signer, and
+    per selector while the signer is unknown. *per_request*: maximum signatures for one request.
     """
 
     signer: Signer
@@ -71,8 +71,8 @@ class Renewal:
 
     def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """
-        A new token. An attempt that failed is made again, from the grant on, where its error says
-        that this may help.
+        Obtain a new token. A failed attempt is repeated with a new grant if its error is
+        retryable.
         """
         for attempt in range(1, self.per_request + 1):
             try:
@@ -121,14 +121,14 @@ class Renewal:
             self.counts.signatures += 1
 
     def _check_the_way(self) -> None:
-        """What is in the way of sending is found before a signature is spent."""
+        """Raise errors in proxy and TLS settings before a signature is spent."""
         for url in (self.endpoints.token, self.endpoints.customs):
             self.http_client.options(url)
 
     def _granted(self, grant: SignedGrant, *, retried: bool) -> Issued:
         """
-        Maskinporten's token. The Date of its answer corrects this machine's clock; of a certificate
-        that it rejects the signer is told, which may have an older one that is taken still.
+        Maskinporten's token. The response's Date corrects this machine's clock. If Maskinporten
+        rejects the certificate, the signer is notified and may use an older one.
         """
         post = exchange.grant_post(self.endpoints, grant.assertion)
         with self._leg(post, grant.jti) as leg:
@@ -163,7 +163,7 @@ class Renewal:
             return leg.issued
 
     def _corrected(self, offset: float) -> bool:
-        """Whether *offset* (seconds) changed what is added to this machine's clock."""
+        """Whether *offset* (seconds) changed the correction of this machine's clock."""
         if not self.skew.learn(offset):
             return False
         if self.skew.seconds:
@@ -180,7 +180,7 @@ class Renewal:
 
     @contextmanager
     def _leg(self, post: Post, jti: str | None) -> Iterator[_Leg]:
-        """One request and its answer: counted, and one line of the log."""
+        """Count one request with its response, and log one line about it."""
         leg = _Leg(self.clock.now())
         outcome, trace = "failed", "-"
         try:
@@ -208,14 +208,14 @@ class Renewal:
 
 @dataclass(slots=True)
 class _Leg:
-    """What became of one request, sent at *began*."""
+    """The result of one request, sent at *began*."""
 
     began: ClockReading
     answer: Answer | None = None
     issued: Issued | None = None
 
     def trace(self, post: Post) -> str:
-        """An id of theirs, and never a token that stands in its place."""
+        """The server's request id, with any token in it redacted."""
         headers = self.answer.headers if self.answer is not None else {}
         ids = (headers.get(name) for name in ("x-correlationid", "x-request-id"))
         secrets = (post.secret, self.issued.value) if self.issued is not None else (post.secret,)
@@ -223,7 +223,7 @@ class _Leg:
 
 
 def _self_test() -> ExchangeRefused:
-    """Where a grant for the self-test's scope ends: it worked, and opens nothing at Customs."""
+    """The result of a self-test: Maskinporten accepted the grant, Customs has nothing for it."""
     return ExchangeRefused(
         f"{apis.SELF_TEST_SCOPE}: Maskinporten granted it; stopped before the exchange",
         hint="this scope is a self-test and opens nothing at Customs: "
@@ -234,8 +234,7 @@ def _self_test() -> ExchangeRefused:
 
 def pause_after(exc: HsmTollError, attempt: int) -> float | None:
     """
-    Seconds between *attempt* (1, 2, …), which ended with *exc*, and the next; ``None`` where there
-    is to be none.
+    Seconds to wait after *attempt* (1, 2, …) failed with *exc*; ``None`` if it is not repeated.
     """
     if not exc.retryable:
         return None

@@ -1,7 +1,7 @@
 """
-One renewal under way, and what those are told who get nothing from it.
+A renewal in progress, shared by all callers that wait for it, and the errors of one that fails.
 
-Who starts one, and what becomes of its token, is decided in cache.
+Which caller starts a renewal, and what is done with its token, is decided in cache.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ __all__ = [
     "min_life_unattainable_error",
 ]
 
-#: What the thread of a flight is called.
+#: Name of a thread that renews.
 THREAD: Final = "hsmtoll-renew"
 
 
 @dataclass(slots=True, eq=False)
 class PendingRenewal:
-    """One renewal under way and everybody who waits for it."""
+    """A renewal in progress and the callers that wait for it."""
 
     started: float
     requirements: TokenRequirements
     phase: str = "waiting for another process"
-    #: Who signed for it (`SignedGrant.identity`), once that is certain.
+    #: The signer (`SignedGrant.identity`), once it is known.
     identity: str | None = None
     waiting: int = 0
     outcome: AccessToken | BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    # The futures of the tasks that wait in a loop, one each, so that each can be cancelled
-    # alone; None once they were woken.
+    # For each event loop, one future per waiting task, so that each task can be cancelled alone;
+    # None once they were woken.
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
         default_factory=dict
     )
@@ -53,13 +53,13 @@ class PendingRenewal:
 
 def join_renewal_threads(seconds: float) -> float:
     """
-    Wait so long for the flights in the air, in a program that ends; returns the seconds left. A
-    thread that the interpreter ends in the middle of a library may take the process along.
+    Join renewal threads at interpreter exit, for at most *seconds*; returns the seconds left. The
+    process may crash if the interpreter stops a thread inside a PKCS#11 module.
     """
     until = time.monotonic() + seconds
     for thread in threading.enumerate():
         if thread.name == THREAD:
-            # One that is listed and has not begun yet cannot be joined.
+            # A thread that is listed but not yet started cannot be joined.
             while not thread.is_alive() and thread in threading.enumerate():
                 time.sleep(0.001)
             if thread.is_alive():
@@ -77,9 +77,9 @@ def min_life_unattainable_error(requirements: TokenRequirements, most: float) ->
 
 
 def expired_on_arrival_error(token: AccessToken) -> HsmTollError:
-    """For a token whose life was spent on its way."""
+    """NetworkError: the token had expired when it arrived."""
     return errors.NetworkError(
-        f"a new token: it lives {token.lifetime} s, and was over when it came",
+        f"new token: had expired on arrival, its lifetime is {token.lifetime} s",
         hint="the services are slow, or the lifetime that they give is too short",
         code="token-over",
     )

@@ -1,8 +1,8 @@
 """
-A request in, a living Customs token out: from memory, from the store, or renewed.
+Customs tokens for requests: from memory, from the store, or by a renewal.
 
-Both clients, the bearer of calls and the keeper ask here. What is kept, and who waits for what,
-is decided in cache; how a token is renewed, in renewal.
+Both clients, the httpx.Auth classes and the background refresher get their tokens here. Caching and
+waiting are in cache, the renewal itself in renewal.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Counts", "TokenService"]
 
-#: Seconds. A 401 on a younger token is not about its age, and a new one would change nothing.
+#: Seconds. A 401 for a younger token has another cause than its age; a new token would not help.
 _YOUNG: Final = 30.0
 
 
 @dataclass(slots=True)
 class Counts:
     """
-    What was spent: *signatures*, and requests to the token endpoints, *legs*, by name and outcome:
-    a status, or the code of what went wrong before one. *not_after*: the end of the certificate
-    that signed last.
+    Counters. *signatures*: number spent. *legs*: requests to the token endpoints, by name and
+    outcome (a status, or the code of the error without one). *not_after*: end of validity of the
+    certificate that signed last.
     """
 
     signatures: int = 0
@@ -86,7 +86,7 @@ class TokenService:
 
     @property
     def http_client(self) -> HttpClient:
-        """How calls travel."""
+        """The HTTP client for the token endpoints and Customs."""
         return self._http_client()
 
     def request(
@@ -98,10 +98,10 @@ class TokenService:
         authorization_details: object = None,
     ) -> TokenRequest:
         """
-        What is asked for: an API or a scope, or the default; ConfigurationError without one.
+        The request for an API or a scope, or the default; ConfigurationError if there is none.
 
-        *consumer_org* and *resource* win over the settings; ``""`` and ``()`` are none.
-        *authorization_details* as `tokens.details_text` takes it. UsageError for bad values.
+        *consumer_org* and *resource* override the settings; ``""`` and ``()`` mean none.
+        *authorization_details* as for `token.details_text`. UsageError for invalid values.
         """
         plain = consumer_org is None and resource is None and authorization_details is None
         if plain and (known := self._requests.get(scope)) is not None:
@@ -125,7 +125,7 @@ class TokenService:
         return request._replace(authorization_details=details_text(authorization_details))
 
     def requirements(self, min_life: float, *, renew: bool) -> TokenRequirements:
-        """A token that lives *min_life* seconds at least; with *renew*, one that is new."""
+        """Require a lifetime of *min_life* seconds at least; with *renew*, a new token."""
         if not renew and not min_life:
             return NO_REQUIREMENTS
         return TokenRequirements(min_life, since=self.clock.now() if renew else None)
@@ -140,16 +140,16 @@ class TokenService:
     async def atoken(
         self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
     ) -> AccessToken:
-        """As token; what is held is given at once, and waiting holds no thread."""
+        """As token, for tasks: a token in memory is returned at once, waiting blocks no thread."""
         held = self.cache.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
         return held or await self.cache.aget(request, self._renewal, requirements)
 
     def worth_renewing(self, value: str, request: TokenRequest) -> bool:
         """
-        Whether a 401 on the token *value* calls for a new one.
+        Whether to renew after a 401 for the token *value*.
 
-        Not if it is younger than 30 s: then the API says no to something else. If another caller
-        has renewed it already, the new one is used, and costs nothing.
+        False if it is younger than 30 s: then the 401 has another cause. True if another caller
+        has renewed it already: the new token is used, without a signature.
         """
         held = self.cache.unexpired_in_memory(request)
         if held is None or held.value != value:
@@ -158,7 +158,7 @@ class TokenService:
 
 
 def _organisation(given: str) -> str | None:
-    """*given* as the claim; ``None`` for an empty one."""
+    """The claim consumer_org; ``None`` for an empty one. UsageError unless nine digits."""
     if given and not (len(given) == 9 and given.isascii() and given.isdigit()):
         raise UsageError(
             f"consumer_org {foreign(given)}: nine digits are expected",
