@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """One request; *json* is a message, *content* with *media* anything else."""
+    """A request; *content* is the body, of type *media*."""
 
     method: str
     path: str
@@ -41,16 +41,16 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Seconds to let pass."""
+    """A pause, in seconds."""
 
     seconds: float
 
 
 class NoResponse(Exception):
     """
-    No whole answer came to a request. *unsent*: nothing of it was sent, for certain.
+    No complete response to a request. *unsent*: certainly nothing of the request was sent.
 
-    The text says why; *code* and *hint* as in an error of ours.
+    The text is the reason; *code* and *hint* as for HsmTollError.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class NoResponse(Exception):
         self.unsent = unsent
 
 
-#: What a conversation is told after each step: an answer, why none came, or nothing.
+#: The value sent into the generator after each step: a response, an error, or None after a pause.
 Outcome = httpx.Response | NoResponse | HsmTollError | None
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """
-    What became of a submission or an upload.
+    The result of a submission or an upload.
 
-    *request_id* is Customs' (the client's own for presentation), *mrn* the 18 characters by
-    which it can be changed and deleted, *body* the whole last answer.
+    *request_id*: assigned by Customs (by the client for presentation). *mrn*: movement reference
+    number, 18 characters, needed to change or delete it. *body*: the last response as JSON.
     """
 
     request_id: str | None
@@ -90,7 +90,7 @@ def run_conversation(
     origin: str,
     sleep: Callable[[float], None],
 ) -> Receipt:
-    """Hold a conversation; *ask* is one request to *origin* with its answer."""
+    """Run the generator; *ask* sends one request to *origin* and returns the response."""
     outcome: Outcome = None
     try:
         while True:
@@ -114,7 +114,7 @@ async def arun_conversation(
     origin: str,
     sleep: Callable[[float], Awaitable[None]],
 ) -> Receipt:
-    """As spoken, for tasks."""
+    """As run_conversation, for tasks."""
     outcome: Outcome = None
     try:
         while True:

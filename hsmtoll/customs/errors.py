@@ -1,5 +1,5 @@
 """
-What an answer of Customs means, or that none came, as an error of ours.
+Maps responses of Customs, and missing responses, to the errors of this package.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ __all__ = [
     "status_error",
 ]
 
-#: Methods that may be repeated, whatever became of the first (RFC 9110 section 9.2.1).
+#: Safe methods (RFC 9110 section 9.2.1): they may be repeated.
 SAFE: Final = ("GET", "HEAD", "OPTIONS")
 
-#: Errors of an answer that are shown; the rest is counted.
+#: Maximum number of errors shown from one response; the rest is counted.
 _MOST_ERRORS: Final = 10
 
 _HINTS: Final = {
@@ -56,7 +56,7 @@ _HINTS: Final = {
 def no_response_error(
     exc: NoResponse, api: Api, method: str, request_id: str | None = None
 ) -> HsmTollError:
-    """What it means that no answer came: OutcomeUnknown for what may have been received."""
+    """The error for a missing response: OutcomeUnknown if Customs may have received the request."""
     if not exc.unsent and method.upper() not in SAFE:
         return outcome_unknown_error(f"no answer came ({exc})", api, request_id)
     return NetworkError(
@@ -74,9 +74,9 @@ def no_response_error(
 
 def check(response: httpx.Response, api: Api, *, now: float) -> None:
     """
-    Raise what an answer to a call means if it is no success. *now*: seconds, UTC.
+    Raise the error for an unsuccessful response. *now*: epoch seconds.
 
-    As for a submission, a 5xx to what must not be sent twice is OutcomeUnknown (PROTOCOL C21).
+    As for a submission, a 5xx for a method that is not safe is OutcomeUnknown (C21).
     """
     safe = response.request.method in SAFE
     if response.status_code >= 500 and not safe:
@@ -95,7 +95,7 @@ def check(response: httpx.Response, api: Api, *, now: float) -> None:
 
 
 def status_error(response: httpx.Response, api: Api, *, now: float) -> HsmTollError | None:
-    """What an answer that is not 2xx means (PROTOCOL C.10), or ``None``. *now*: seconds, UTC."""
+    """The error for a status of 400 or more, or ``None``. *now*: epoch seconds."""
     status = response.status_code
     if 200 <= status < 400:
         return None
@@ -130,9 +130,9 @@ def status_error(response: httpx.Response, api: Api, *, now: float) -> HsmTollEr
 
 
 def checked_response(answer: Outcome, api: Api, request_id: str | None) -> httpx.Response:
-    """The answer to something that must not be sent twice."""
+    """The response to a request that must not be repeated; raises if it is not a success."""
     if isinstance(answer, HsmTollError):
-        # No token was had, so nothing was taken in.
+        # There was no token, so nothing was sent.
         raise answer
     if isinstance(answer, NoResponse):
         raise no_response_error(answer, api, "POST", request_id) from answer
@@ -145,7 +145,7 @@ def checked_response(answer: Outcome, api: Api, request_id: str | None) -> httpx
     if error is not None:
         raise error
     if answer.headers.get("content-type", "").lower().startswith("text/html"):
-        # What Customs answers is not documented everywhere, but it is no page for people.
+        # The format is not documented everywhere, but an HTML page is never from the API.
         raise outcome_unknown_error("the answer was a web page", api, request_id, answer)
     return answer
 
@@ -172,7 +172,7 @@ def _redirect_error(api: Api) -> ApiRefused:
 
 
 def field_errors(listed: object, bearer: str) -> list[str]:
-    """What an answer says is wrong, a line each: ten at most, and how many more there are."""
+    """The validation errors of a response, one line each: at most ten, and the number of others."""
     entries = [
         each for each in (listed if isinstance(listed, list) else ()) if isinstance(each, dict)
     ]
@@ -187,7 +187,7 @@ def _error(entry: dict[str, Any], bearer: str) -> str:
     place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
     place = place or entry.get("field") or "message"
     words = foreign(entry.get("description") or entry.get("error"), bearer)
-    # The sandbox names the page of the guide that says so.
+    # The sandbox adds the page of Customs' guide with the rule.
     page = entry.get("see")
     source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
     return f"{foreign(place, bearer)}: {words}{source}"
@@ -199,11 +199,11 @@ def _correlation(response: httpx.Response) -> str | None:
 
 
 def bearer_of(answer: object) -> str:
-    """The token that was sent for *answer*, to be left out of what it says; empty without one."""
+    """The token sent with the request of *answer*, to redact it in messages; ``""`` if none."""
     try:
         sent = answer.request if isinstance(answer, httpx.Response) else None
     except RuntimeError:
-        # An answer that was made by hand knows of no request.
+        # A response constructed in a program has no request.
         return ""
     return "" if sent is None else sent.headers.get("authorization", "").removeprefix("Bearer ")
 

@@ -1,5 +1,5 @@
 """
-One request over an httpx client, and its whole answer: bounded in time and in size.
+Sends one request over an httpx client and reads the response, with limits for time and size.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ __all__ = [
     "send_with_deadline",
 ]
 
-#: Bytes, unpacked. Documents are of 10 MB at most, and a batch of the feed is less.
+#: Bytes, decompressed. Documents have 10 MB at most, a batch of the feed less.
 _LARGEST_ANSWER: Final = 64 * 1024 * 1024
 
-#: Where an answer that is a redirect says where to.
+#: Name of the response extension that keeps the Location header of a redirect.
 _LOCATION: Final = "hsmtoll.location"
 
-#: What httpx may unpack. Other words, such as the utf-8 of a server set up wrongly, it passes over.
+#: Content codings that httpx may decode. It ignores others, such as a wrongly configured "utf-8".
 _PACKINGS: Final = ("gzip", "deflate", "br", "zstd")
 
 
 def limit_response_size(client: httpx.Client) -> httpx.Client:
     """Refuse responses of more than 64 MiB; `send_with_deadline` raises NoResponse for them."""
-    client.event_hooks = {"response": [_received]}
+    client.event_hooks = {"response": [_read_limited]}
     return client
 
 
 def alimit_response_size(client: httpx.AsyncClient) -> httpx.AsyncClient:
-    """As bounded, for tasks."""
-    client.event_hooks = {"response": [_areceived]}
+    """As limit_response_size, for tasks."""
+    client.event_hooks = {"response": [_aread_limited]}
     return client
 
 
@@ -58,17 +58,17 @@ def send_with_deadline(
     httpx.Client.request.
     """
     deadline = Deadline(http_client.deadline)
-    theirs = _extensions(request).get("trace")
+    user_trace = _extensions(request).get("trace")
 
     def trace(event: str, info: Mapping[str, Any]) -> None:
         deadline.trace(event, info)
-        if theirs is not None:
-            theirs(event, info)
+        if user_trace is not None:
+            user_trace(event, info)
 
-    prepared = _prepared(request, trace)
+    prepared = _request_options(request, trace)
     try:
         with deadline.binding():
-            return _whole(client.request(method, url, **prepared))
+            return _with_location(client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
         raise _no_response(http_client, deadline, exc) from exc
 
@@ -76,9 +76,9 @@ def send_with_deadline(
 async def asend_with_deadline(
     client: httpx.AsyncClient, method: str, url: str, *, http_client: HttpClient, **request: Any
 ) -> httpx.Response:
-    """As asked, for tasks."""
+    """As send_with_deadline, for tasks."""
     deadline, scope = Deadline(http_client.deadline), asyncio.timeout(None)
-    theirs = _extensions(request).get("trace")
+    user_trace = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         before = deadline.end
@@ -86,13 +86,13 @@ async def asend_with_deadline(
         if deadline.end != before and not scope.expired():
             left = None if deadline.end is None else deadline.end - time.monotonic()
             scope.reschedule(None if left is None else asyncio.get_running_loop().time() + left)
-        if theirs is not None:
-            await theirs(event, info)
+        if user_trace is not None:
+            await user_trace(event, info)
 
-    prepared = _prepared(request, trace)
+    prepared = _request_options(request, trace)
     try:
         async with scope:
-            return _whole(await client.request(method, url, **prepared))
+            return _with_location(await client.request(method, url, **prepared))
     except httpx.HTTPError as exc:
         raise _no_response(http_client, deadline, exc) from exc
     except TimeoutError as exc:
@@ -104,7 +104,7 @@ async def asend_with_deadline(
 def _no_response(
     http_client: HttpClient, deadline: Deadline, exc: httpx.HTTPError | TimeoutError
 ) -> NoResponse:
-    """Why no answer came."""
+    """The reason why there is no response."""
     if isinstance(exc, TimeoutError) or (deadline.cut and isinstance(exc, httpx.TimeoutException)):
         return NoResponse(
             f"not whole within {deadline.seconds:.0f} s",
@@ -118,9 +118,9 @@ def _no_response(
     return NoResponse(str(reason), code=reason.code, hint=reason.hint, unsent=unsent)
 
 
-def _prepared(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
+def _request_options(request: dict[str, Any], trace: Callable[..., Any]) -> dict[str, Any]:
     headers = httpx.Headers(request.pop("headers", None))
-    # What is unpacked piece by piece, each into no more than a thousand times its size.
+    # Codings that httpx decodes in chunks, each to at most a thousand times its size.
     headers["accept-encoding"] = "gzip, deflate"
     extensions = {**_extensions(request), "trace": trace}
     return {**request, "headers": headers, "extensions": extensions}
@@ -130,10 +130,10 @@ def _extensions(request: Mapping[str, Any]) -> Mapping[str, Any]:
     return request.get("extensions") or {}
 
 
-def _begun(response: httpx.Response) -> bytearray:
-    """Before a body is read: what httpx would follow or unpack without a bound."""
+def _start_body(response: httpx.Response) -> bytearray:
+    """Before the body is read: remove the redirect, refuse codings that httpx decodes unbounded."""
     if response.is_redirect and "location" in response.headers:
-        # It is not followed, and httpx would fail on what is no address.
+        # Redirects are not followed, and httpx raises on a malformed Location.
         response.extensions[_LOCATION] = response.headers.pop("location")
     words = response.headers.get("content-encoding", "").lower().split(",")
     packings = [word.strip() for word in words if word.strip() in _PACKINGS]
@@ -143,27 +143,27 @@ def _begun(response: httpx.Response) -> bytearray:
     return bytearray()
 
 
-def _grown(body: bytearray, part: bytes) -> None:
+def _append(body: bytearray, part: bytes) -> None:
     body += part
     if len(body) > _LARGEST_ANSWER:
         raise NoResponse(f"larger than {_LARGEST_ANSWER >> 20} MiB", code="answer-too-large")
 
 
-def _received(response: httpx.Response) -> None:
-    body = _begun(response)
+def _read_limited(response: httpx.Response) -> None:
+    body = _start_body(response)
     for part in response.iter_bytes():
-        _grown(body, part)
+        _append(body, part)
     response._content = bytes(body)  # noqa: SLF001 - as its read() does, which has no bound
 
 
-async def _areceived(response: httpx.Response) -> None:
-    body = _begun(response)
+async def _aread_limited(response: httpx.Response) -> None:
+    body = _start_body(response)
     async for part in response.aiter_bytes():
-        _grown(body, part)
+        _append(body, part)
     response._content = bytes(body)  # noqa: SLF001 - as above
 
 
-def _whole(response: httpx.Response) -> httpx.Response:
+def _with_location(response: httpx.Response) -> httpx.Response:
     if _LOCATION in response.extensions:
         response.headers["location"] = response.extensions.pop(_LOCATION)
     return response

@@ -1,5 +1,5 @@
 """
-The routing feed, and the file that says how far it was taken.
+The routing feed, and the file with the position up to which it was processed.
 """
 
 from __future__ import annotations
@@ -26,40 +26,39 @@ if TYPE_CHECKING:
 
 __all__ = ["Marker", "arouting", "marker_of", "routing"]
 
-#: A UUID is documented; whatever else it may become, it goes into a query and a file.
+#: A UUID is documented; any other text must still be safe in a query and in a file.
 _MARKER = re.compile(r"[\x21-\x7e]{1,256}")
 
 
 class Marker:
     """
-    How far a routing feed was taken, kept in a file (0600): the id of the last signal. Without a
-    *path* nothing is kept, and the feed begins anew.
+    The position in a routing feed: the id of the last processed signal, kept in a file (0600).
+    Without a *path* nothing is kept, and the feed starts from the beginning.
 
-    It is written after the caller has taken a batch, never before (PROTOCOL C24): a program
-    that dies in between sees the batch again.
+    The file is written after the caller has processed a batch (C24): a program that is killed
+    before that gets the batch again.
     """
 
     def __init__(self, path: Path | str | None) -> None:
         self._path = None if path is None else Path(path)
 
     def read(self) -> str | None:
-        """The id, or ``None`` at the beginning. UsageError for a file that has none in it."""
+        """The id, or ``None`` at the beginning. UsageError for a file without a valid id."""
         if self._path is None:
             return None
         try:
-            said = self._path.read_text(encoding="ascii").strip()
+            text = self._path.read_text(encoding="ascii").strip()
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as exc:
             raise self._unusable(exc) from exc
-        if said and not _MARKER.fullmatch(said):
+        if text and not _MARKER.fullmatch(text):
             raise self._unusable(None)
-        return said or None
+        return text or None
 
     def write(self, marker: str) -> None:
         """
-        Keep *marker*, whole and on the disk before the next batch is asked for. UsageError where
-        that cannot be done.
+        Write *marker* to the disk, atomically and synchronised. UsageError if it cannot be written.
         """
         if self._path is None:
             return
@@ -77,7 +76,7 @@ class Marker:
 
 
 def marker_of(signal: Any) -> str | None:
-    """The id that a marker is, of one signal."""
+    """The id of one signal, which serves as marker; ``None`` if it has no valid one."""
     result = signal.get("routingResult") if isinstance(signal, dict) else None
     marker = result.get("id") if isinstance(result, dict) else None
     return marker if isinstance(marker, str) and _MARKER.fullmatch(marker) else None
@@ -92,7 +91,7 @@ def routing(
     http_client: HttpClient,
 ) -> Iterator[tuple[Any, ...]]:
     """
-    Batches of routing signals since *marker*, at most 1,000 each, until there are none.
+    Batches of routing signals after *marker*, at most 1,000 each, until the feed is empty.
 
     At-least-once delivery: the marker is saved when the next batch is asked for. The deadline of
     *http_client* applies to each request. Raises what a call raises, UsageError for an unusable
@@ -107,7 +106,7 @@ def routing(
                 client, "GET", f"/{level}", http_client=http_client, params=params
             )
         except NoResponse as exc:
-            raise _no_answer(api, exc) from exc
+            raise _no_response_error(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:
             return
@@ -134,7 +133,7 @@ async def arouting(
                 client, "GET", f"/{level}", http_client=http_client, params=params
             )
         except NoResponse as exc:
-            raise _no_answer(api, exc) from exc
+            raise _no_response_error(api, exc) from exc
         signals, last = _batch(response, api, at, now())
         if last is None:
             return
@@ -147,27 +146,27 @@ def _batch(
     response: httpx.Response, api: Api, at: str | None, now: float
 ) -> tuple[tuple[Any, ...], str | None]:
     """
-    The signals after *at*, and the marker of the last; no marker, and none, at the end of the feed.
+    The signals after *at*, and the marker of the last one; no signals and ``None`` at the end.
 
-    Only an empty list is the end: what anything else says in its place is an error.
+    Only an empty list is the end of the feed; any other response without signals is an error.
     """
     error = status_error(response, api, now=now)
     if error is not None:
         raise error
     signals = read_lenient(response.content)
     if response.status_code != http.HTTPStatus.OK or not isinstance(signals, list):
-        raise _no_feed(api, f"{response.status_code}, and no list of signals")
+        raise _feed_error(api, f"{response.status_code}, and no list of signals")
     if not signals:
         return (), None
     marker = marker_of(signals[-1])
     if marker is None:
-        raise _no_feed(api, "a signal without routingResult.id")
+        raise _feed_error(api, "a signal without routingResult.id")
     if marker == at:
-        raise _no_feed(api, "the same batch again")
+        raise _feed_error(api, "the same batch again")
     return tuple(signals), marker
 
 
-def _no_feed(api: Api, why: str) -> NetworkError:
+def _feed_error(api: Api, why: str) -> NetworkError:
     return NetworkError(
         f"API {api.name}: {why}",
         hint="a proxy or gateway may have answered; what came before is taken, ask again later",
@@ -176,7 +175,7 @@ def _no_feed(api: Api, why: str) -> NetworkError:
     )
 
 
-def _no_answer(api: Api, exc: NoResponse) -> NetworkError:
+def _no_response_error(api: Api, exc: NoResponse) -> NetworkError:
     return NetworkError(
         f"API {api.name}: no answer came ({exc})",
         hint=f"what came before is taken; it is safe to ask again\n{exc.hint or ''}".rstrip(),

@@ -1,5 +1,5 @@
 """
-A message to Customs, and the questions for its result.
+Submission of a message to Customs, and polling for its result.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MOVEMENT: Final = {
     "relation": ("POST", "DELETE"),
 }
 
-#: What can be submitted to which API, and by which methods: the catalogue of Customs' guide.
+#: API → level → methods, as in Customs' guide.
 LEVELS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     **dict.fromkeys(("road", "air", "rail", "maritime"), _MOVEMENT),
     "presentation": dict.fromkeys(
@@ -62,7 +62,7 @@ LEVELS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 _MRN = re.compile(r"\d{2}NO[A-Z0-9]{14}")
 
-#: Seconds between questions for a result: usually there after one or two (PROTOCOL C.8, C20).
+#: Polling intervals in seconds: the result is usually there after one or two (C20).
 _PAUSES: Final = (1.0, 2.0, 3.0, 5.0, 8.0)
 
 
@@ -79,46 +79,46 @@ def submission(
     waiting: Callable[[float], None] = lambda _: None,
 ) -> Conversation:
     """
-    POST, PUT or DELETE of a message, then questions until the result is there.
+    POST, PUT or DELETE a message, then poll until the result is there.
 
-    *accepted* is told the requestId before the first question, so that nothing is lost if the
-    process dies; *waiting* is told before each pause how many seconds have passed. *patience*
-    is how many seconds the result may take, of pauses and questions together; the last question
-    may end after it. *now* is a clock, in seconds, that tells how long a question took.
+    *accepted* is called with the requestId before the first poll, so that it is known even if the
+    process is killed. *waiting* is called before each pause with the seconds passed. *patience*:
+    seconds until polling gives up, pauses and requests together; the last poll may end later.
+    *now*: a clock in seconds, to measure the requests.
 
-    Raises UsageError before anything is sent; ApiRefused for a message with errors (they are
-    in the hint, field by field); SubmissionFailed for a result FAILURE, OutcomeUnknown where
-    nobody knows: that is to be looked up and never repeated.
+    Raises UsageError before anything is sent; ApiRefused for a message with errors (listed in the
+    hint, by field); SubmissionFailed for the result FAILURE; OutcomeUnknown if the result is not
+    known: it must be looked up, and the submission not repeated.
     """
-    send = _checked(api, method, level, message, mrn)
-    request_id = _accepted((yield send), api, level, message)
+    send = _request(api, method, level, message, mrn)
+    request_id = _request_id((yield send), api, level, message)
     accepted(request_id)
-    question = _question(api, level, request_id)
-    waited, asked = 0.0, 0
+    path = _result_path(api, level, request_id)
+    waited, polls = 0.0, 0
     while True:
-        pause = _PAUSES[min(asked, len(_PAUSES) - 1)]
+        pause = _PAUSES[min(polls, len(_PAUSES) - 1)]
         if waited + pause > patience:
             raise outcome_unknown_error(f"no result after {waited:.0f} s", api, request_id)
         waiting(waited)
         yield Wait(pause)
-        began, asked = now(), asked + 1
-        answer = yield Send("GET", question)
+        began, polls = now(), polls + 1
+        answer = yield Send("GET", path)
         waited += pause + now() - began
         result = _result(answer, api, request_id)
         if result is not None:
-            return _judged(result, request_id, bearer_of(answer))
+            return _receipt(result, request_id, bearer_of(answer))
 
 
-def _question(api: Api, level: str, request_id: str) -> str:
-    """The path at which the result is asked for."""
+def _result_path(api: Api, level: str, request_id: str) -> str:
+    """The path for polling."""
     if api.name == "presentation":
         return f"{api.base}/validation-status"
-    # Arrival has no query API beside it.
+    # There is no query API for arrival.
     base = api.base if api.name == "arrival" else apis.named(f"{api.name}-query").base
     return f"{base}/{level}/validation-status/{request_id}"
 
 
-def _checked(
+def _request(
     api: Api, method: str, level: str, message: Mapping[str, Any], mrn: str | None
 ) -> Send:
     levels = LEVELS.get(api.name)
@@ -137,7 +137,7 @@ def _checked(
         raise UsageError(
             f"{foreign(method)} {api.name} {level}: {' or '.join(methods)} is expected"
         )
-    # The guide says that a relation's MRN is submitted, and not where: it may stand in the message.
+    # The guide does not say where a relation's MRN is submitted: it may be in the message.
     inside = level == "relation" and mrn is None and isinstance(message.get("mrn"), str)
     by_mrn = method != "POST" and not inside
     if by_mrn and (mrn is None or not _MRN.fullmatch(mrn)):
@@ -156,24 +156,24 @@ def _checked(
     return Send(method, path, json.dumps(message, ensure_ascii=False).encode())
 
 
-def _accepted(
+def _request_id(
     answer: Outcome,
     api: Api,
     level: str,
     message: Mapping[str, Any],
 ) -> str:
     body = object_of(checked_response(answer, api, None)) or {}
-    # Until 2022 it was called lrn; presentation answers with what the client chose.
+    # Named lrn until 2022; for presentation it is the id that the client chose.
     found = body.get("requestId") or body.get("lrn") or message.get("requestId")
     fits = isinstance(found, str) and re.fullmatch(r"[0-9A-Za-z-]{1,64}", found)
-    # It is shown and asked with: what repeats the token is no id.
+    # The id is printed and used in URLs, so it must not contain the token.
     if not fits or foreign(found, bearer_of(answer)) != found:
         raise outcome_unknown_error(f"{level} was accepted without a requestId", api, None)
     return str(found)
 
 
 def _result(answer: Outcome, api: Api, request_id: str) -> Mapping[str, Any] | None:
-    """The result, or ``None`` while there is none: 404 is "not yet", and trouble passes."""
+    """The result, or ``None`` while there is none: 404 and transient errors mean "not yet"."""
     if not isinstance(answer, httpx.Response):
         return None
     if answer.status_code in (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN):
@@ -189,7 +189,7 @@ def _result(answer: Outcome, api: Api, request_id: str) -> Mapping[str, Any] | N
 
 
 def _of_request(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any] | None:
-    """The entry of *request_id* in the status of all presentation requests."""
+    """The entry for *request_id* in the status list of presentation requests."""
     if body.get("requestId") == request_id:
         return body
     for value in body.values():
@@ -199,7 +199,7 @@ def _of_request(body: Mapping[str, Any], request_id: str) -> Mapping[str, Any] |
     return None
 
 
-def _judged(result: Mapping[str, Any], request_id: str, bearer: str) -> Receipt:
+def _receipt(result: Mapping[str, Any], request_id: str, bearer: str) -> Receipt:
     mrn = result.get("mrn") or result.get("masterReferenceNumber")
     receipt = Receipt(request_id, mrn if isinstance(mrn, str) else None, result)
     if result["status"] == "SUCCESS":

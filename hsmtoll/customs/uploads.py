@@ -1,5 +1,5 @@
 """
-A document to a declaration, checked before anything is sent.
+Upload of a document to a declaration, checked before anything is sent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DOCUMENT_TYPES", "upload"]
 
-#: PROTOCOL C.12, as of January 2026.
+#: https://toll.github.io/api/document/document-api-EN.html, as of January 2026.
 DOCUMENT_TYPES: Final = (
     "invoice",
     "permits",
@@ -39,7 +39,7 @@ _MEDIA: Final = {
     "xlsx": "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
 }
 
-#: Bytes. "10 MB" is documented, and not whether MiB are meant: the smaller is safe.
+#: Bytes. "10 MB" is documented; the smaller of MB and MiB is safe.
 _LARGEST_FILE: Final = 10_000_000
 
 _DECLARATION = re.compile(r"\d{9}-\d{8}-\d+")
@@ -47,15 +47,15 @@ _DECLARATION = re.compile(r"\d{9}-\d{8}-\d+")
 
 def upload(declaration_id: str, name: str, content: bytes, document_type: str) -> Conversation:
     """
-    One document to one declaration. *name* is the file's.
+    Upload one document to one declaration. *name*: file name.
 
-    Everything documented is checked before a byte is sent (PROTOCOL C.12, C22): UsageError.
-    An upload whose answer never came is OutcomeUnknown.
+    All documented rules are checked before anything is sent (C22): UsageError. OutcomeUnknown if
+    the response is lost.
     """
     api = apis.named("document")
     _check_upload(declaration_id, name, content, document_type)
     media = _MEDIA[name.rpartition(".")[2].lower()]
-    # The order of the parts is part of the rules: metadata, then file (T24).
+    # The order of the parts is fixed: metadata, then file (T24).
     form = httpx.Request(
         "POST",
         "https://unused/",

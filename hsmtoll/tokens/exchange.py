@@ -51,7 +51,7 @@ _LONGEST_BEARER: Final = 16 * 1024
 
 _TRACE = re.compile(r"\((?:trace_id|correlation id): {0,8}([0-9A-Za-z-]{8,64})\)$")
 #: Characters of an error text that are searched: matching longer texts could take very long.
-_MOST_SAID: Final = 2000
+_MAX_ERROR_TEXT: Final = 2000
 _MP = re.compile(r"MP-\d{3}")
 _LONGEST: Final = 86_400
 
@@ -145,8 +145,8 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
     """
     Read the response of leg two: the Customs token; *wait* as for `read_subject`.
 
-    ``issued_token_type`` is ignored: its values differ between Customs' environments (C15). Raises
-    ExchangeRefused, TryAgainLater for 429, NetworkError for 5xx.
+    ``issued_token_type`` is not checked (C15). Raises ExchangeRefused, TryAgainLater for 429,
+    NetworkError for 5xx.
     """
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
@@ -256,7 +256,9 @@ def _refused(
     read = read_lenient(answer.body)
     said = _error_text(answer, read)
     uri = read.get("error_uri") if isinstance(read, dict) else None
-    code_match = _MP.search(uri[-_MOST_SAID:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None
+    code_match = (
+        _MP.search(uri[-_MAX_ERROR_TEXT:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None
+    )
     code = code_match[0] if code_match else None
     trace = _TRACE.search(said)
     trace_id = foreign(trace[1], post.secret) if trace else None
@@ -300,10 +302,12 @@ def _refused(
 def _error_text(answer: Answer, body: Any) -> str:
     if not isinstance(body, dict):
         # An HTML page adds nothing to the status.
-        text = answer.body[:_MOST_SAID].decode("utf-8", "replace").strip()
+        text = answer.body[:_MAX_ERROR_TEXT].decode("utf-8", "replace").strip()
         return "" if text.startswith("<") else text
     parts = (body.get("error"), body.get("error_description"))
-    return ": ".join(part[:_MOST_SAID] for part in parts if isinstance(part, str) and part).strip()
+    return ": ".join(
+        part[:_MAX_ERROR_TEXT] for part in parts if isinstance(part, str) and part
+    ).strip()
 
 
 def _correlation(answer: Answer, *secrets: str) -> str | None:

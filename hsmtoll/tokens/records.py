@@ -152,8 +152,8 @@ def _refusal(value: object, *, now: ClockReading, longest: float) -> Refusal | N
     hint = f"this answer is remembered: Maskinporten will be asked again in {wait:.0f} s"
     if isinstance(value.get("hint"), str):
         hint = f"{value['hint']}\n{hint}"
-    said = {**value, "hint": hint, "signed": False, "retryable": False, "retry_after": wait}
-    error = errors.from_data(said)
+    data = {**value, "hint": hint, "signed": False, "retryable": False, "retry_after": wait}
+    error = errors.from_data(data)
     return Refusal(error, until) if isinstance(error, _REFUSALS) else None
 
 

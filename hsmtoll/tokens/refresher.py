@@ -80,8 +80,8 @@ class BackgroundRefresher:
             token = token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
         except Exception as exc:  # noqa: BLE001 - the next attempt may succeed
             # The text of an exception that is not ours may contain a secret.
-            said = exc if isinstance(exc, HsmTollError) else type(exc).__name__
-            _log.warning("renewal ahead of time failed: %s", said)
+            reason = exc if isinstance(exc, HsmTollError) else type(exc).__name__
+            _log.warning("renewal ahead of time failed: %s", reason)
             return _POLL_INTERVAL * random.uniform(0.5, 1.0)  # noqa: S311 - as above
         self.done += 1
         del token
