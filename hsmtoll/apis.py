@@ -1,5 +1,5 @@
 """
-The APIs of the Customs guide: names, scopes, paths and test calls. Data, no decisions but look-ups.
+The APIs of the Customs guide: names, scopes, paths and test calls. Data and look-ups.
 
 Source: https://toll.github.io, "Technical integration" and the pages of the APIs.
 """
@@ -25,12 +25,12 @@ __all__ = [
     "scope_of",
 ]
 
-#: The state of the guide that this table follows. It changes when a row does.
+#: Date of the guide that this table follows. Update it with every change of a row.
 VERSION: Final = "2026-06-20"
 
 Identity = Literal["eseal", "norwegian"]
 
-#: Grants nothing, cannot be exchanged at Customs; free for every eSeal (PROTOCOL A.10, C27).
+#: Available to every eSeal; gives no access, and Customs does not exchange it (C27).
 SELF_TEST_SCOPE: Final = "digdir:verksemd.eu"
 
 
@@ -39,9 +39,9 @@ class Api:
     """
     One API of the guide.
 
-    *norwegian* and *eseal* are the scopes for the two families (PROTOCOL C.2), ``None``
-    where the family has none. *base* is the path below Customs' host; *test* is the path
-    of the call that proves a token, below *base*, where one is documented.
+    *norwegian*, *eseal*: the scopes for the two kinds of client, ``None`` if there is none. *base*:
+    path below Customs' host. *test*: path below *base* of a call that checks a token, if one is
+    documented.
     """
 
     name: str
@@ -154,9 +154,9 @@ def scope_of(word: str, identity: Identity) -> str:
     """
     The scope that *word*, an API's name or a scope, means for *identity*.
 
-    A scope that the table does not know is allowed if its family fits (PROTOCOL C18):
-    eSeal clients ask for ``toll:eu/…`` or the self-test, Norwegian clients for ``toll:…``
-    without ``eu/``. Raises ConfigurationError (code ``scope-family``) otherwise.
+    A scope that is not in the table is allowed if it fits the identity (C18): eSeal clients request
+    ``toll:eu/…`` or the self-test, Norwegian clients ``toll:…`` without ``eu/``. Otherwise raises
+    ConfigurationError (code ``scope-family``).
     """
     if word in _BY_NAME:
         return _BY_NAME[word].scope(identity)
@@ -200,7 +200,7 @@ def at(path: str) -> Api:
     try:
         return api_of_path(path)
     except UsageError:
-        # What is put behind Customs' origin may not change whose it is.
+        # The path is appended to Customs' origin and must not change the host.
         if not re.fullmatch(r"/(?!/)[!-~]*", path) or "\\" in path:
             raise UsageError(
                 f"path {foreign(path)}: a path that begins with one / is expected"

@@ -1,7 +1,7 @@
 """
-The bearer on Customs' own origin, and nowhere else: httpx.Auth in both colours.
+httpx.Auth for Customs, sync and async: adds the bearer token to requests to Customs' origin only.
 
-How a token is had is decided elsewhere; assertion and subject token never come here.
+Tokens are obtained elsewhere; the assertion and Maskinporten's token are not used here.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ __all__ = ["AsyncTollAuth", "TollAuth"]
 
 _log = logging.getLogger("hsmtoll.client")
 
-#: Where a request remembers the bearer that we have put on it.
+#: Name of the request extension with the bearer token that we have set.
 _BEARER_EXTENSION: Final = "hsmtoll.bearer"
 
 
 class TollAuth(httpx.Auth):
     """
-    For httpx.Client and httpx.AsyncClient alike, whichever of our clients it came from. Raises
-    what `TollClient.token` raises.
+    Authentication for httpx.Client and httpx.AsyncClient. Raises what `TollClient.token` raises.
     """
 
     def __init__(self, token_service: TokenService, request: TokenRequest) -> None:
@@ -43,7 +42,7 @@ class TollAuth(httpx.Auth):
         self._customs_url = url.scheme, url.netloc
 
     def _check(self, request: httpx.Request) -> None:
-        """Before a token is asked for: is this Customs, and the request as we would send it?"""
+        """Before a token is requested, check the URL and the headers of the request."""
         url, netloc = request.url, request.url.netloc
         if (url.scheme, netloc) != self._customs_url and _origin(url) != self._origin:
             raise ConfigurationError(
@@ -52,7 +51,7 @@ class TollAuth(httpx.Auth):
                 code="foreign-origin",
             )
         given, host = request.headers.get("authorization"), request.headers.get("host", "")
-        # A request may be sent twice: what it carries then is ours.
+        # A request may be sent twice: the second time it has our own header.
         if given is not None and given != request.extensions.get(_BEARER_EXTENSION):
             raise UsageError(
                 "call: it has an Authorization header of its own",
@@ -73,16 +72,16 @@ class TollAuth(httpx.Auth):
     def _should_retry(
         self, request: httpx.Request, response: httpx.Response, token: AccessToken
     ) -> bool:
-        """Whether a 401 is worth a new token, and the request can be sent a second time."""
+        """Whether to renew the token after a 401 and send the request again."""
         return (
             response.status_code == httpx.codes.UNAUTHORIZED
-            # A body that streams is gone; sending half of it again would be worse than a 401.
+            # A streamed body is consumed and cannot be sent again.
             and isinstance(request.stream, httpx.ByteStream)
             and self._token_service.worth_renewing(token.value, self._request)
         )
 
     def _explain(self, request: httpx.Request, response: httpx.Response) -> None:
-        """A 403 is about the scope, mostly: which one opens this path, and which was sent."""
+        """Log the token's scope and the scope that the path needs: the usual cause of a 403."""
         if response.status_code != httpx.codes.FORBIDDEN:
             return
         try:
@@ -95,7 +94,7 @@ class TollAuth(httpx.Auth):
     def sync_auth_flow(
         self, request: httpx.Request
     ) -> Generator[httpx.Request, httpx.Response, None]:
-        """Bearer on; after a 401, once more with a renewed one."""
+        """Send with the token; after a 401, once more with a renewed one."""
         self._check(request)
         token_service = self._token_service
         token = token_service.token(self._request)
@@ -108,7 +107,7 @@ class TollAuth(httpx.Auth):
     async def async_auth_flow(
         self, request: httpx.Request
     ) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        """As sync_auth_flow, for tasks: waiting for a token holds no thread."""
+        """As sync_auth_flow, for tasks: waiting for a token blocks no thread."""
         self._check(request)
         token_service = self._token_service
         token = await token_service.atoken(self._request)
@@ -120,7 +119,7 @@ class TollAuth(httpx.Auth):
 
 
 class AsyncTollAuth(TollAuth):
-    """As TollAuth: what `AsyncTollClient.auth` gives."""
+    """As TollAuth; returned by `AsyncTollClient.auth`."""
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int]:

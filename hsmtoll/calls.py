@@ -1,7 +1,7 @@
 """
-What both clients offer for calling Customs: one call, a submission, an upload, the routing feed.
+The calls of both clients to Customs: single calls, submissions, uploads, the routing feed.
 
-What a conversation says is in customs; here it is spoken over the clients of one engine.
+The sequences of requests are in customs; here they are sent over httpx clients.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ class Calls(Protocol):
         origin, whether the catalogue has it or not. For whom, as for `TollClient.token`; other
         arguments as for httpx.Client.request.
 
-        The answer is whole, of 64 MiB at most, and here within HSMTOLL_DEADLINE. Where none came:
-        NetworkError for GET, HEAD, OPTIONS and for what was not sent, OutcomeUnknown for the rest.
-        Its status is the caller's to look at. Threads wait for their turn, as many as there
-        may be.
+        Returns the complete response, of at most 64 MiB, within HSMTOLL_DEADLINE; the caller checks
+        its status. Without a response: NetworkError for GET, HEAD, OPTIONS and for requests that
+        were not sent, OutcomeUnknown for the others. The number of concurrent calls per API is
+        limited; further calls wait.
         """
         api = apis.at(path) if scope else apis.api_of_path(path)
         wanted = self._token_service.request(

@@ -1,8 +1,7 @@
 """
 TollClient and AsyncTollClient: tokens and calls, for threads and for tasks.
 
-A caller of either colour only waits for the one renewal. PKCS#11, the environment and argv
-never enter.
+Both share the token service. PKCS#11, environment variables and argv are not used here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["AsyncTollClient", "TollClient"]
 
 
 class _Shared:
-    """What the two colours have in common."""
+    """The common part of the sync and the async client."""
 
     def __init__(
         self, token_service: TokenService, *, close: Callable[[], None] = lambda: None
@@ -42,14 +41,13 @@ class _Shared:
         self._open_clients: list[Any] = []
 
     def status(self) -> Status:
-        """How it stands; asks neither the device nor the network."""
+        """The current state; uses neither the device nor the network."""
         return status_of(self._token_service)
 
     def keep_fresh(self, *scopes: str) -> BackgroundRefresher:
         """
-        Renew in the background before anybody has to wait, until stopped: for programs that
-        run long. *scopes*: APIs or scopes; none means the default. UsageError for one that
-        is not known.
+        Renew tokens in the background until stopped, so that no call has to wait: for long-running
+        programs. *scopes*: APIs or scopes; none means the default. UsageError for an unknown one.
         """
         token_service = self._token_service
         refresher = BackgroundRefresher(
@@ -59,7 +57,7 @@ class _Shared:
         return refresher
 
     def _track_client(self, client: Any) -> None:
-        """Closed with this client, if nobody closes it before."""
+        """Remember *client*, to close it with this one unless it is closed before."""
         self._open_clients = [*(each for each in self._open_clients if not each.is_closed), client]
 
     def _release(self) -> None:
@@ -78,9 +76,9 @@ class _Shared:
 
 class TollClient(_Shared, Calls):
     """
-    Customs tokens and calls, for threads. Opens nothing until asked for the first token.
+    Customs tokens and calls, for threads. Opens neither device nor connection before first use.
 
-    Every method raises the errors of `hsmtoll.errors`, each with its exit code and a hint.
+    Every method raises the errors of `hsmtoll.errors`, each with an exit code and a hint.
     """
 
     def token(
@@ -92,9 +90,9 @@ class TollClient(_Shared, Calls):
         **whom: Unpack[ForWhom],
     ) -> AccessToken:
         """
-        A Customs token that is not expired, for an API's name or a scope.
+        An unexpired Customs token for an API or a scope.
 
-        *min_life*: seconds it shall live at least. *renew*: a new one, whatever is held.
+        *min_life*: minimum remaining lifetime in seconds. *renew*: obtain a new token in any case.
         *whom*: see `hsmtoll.token.ForWhom`; each combination has a token of its own.
         """
         token_service = self._token_service
@@ -121,9 +119,8 @@ class TollClient(_Shared, Calls):
         **whom: Unpack[ForWhom],
     ) -> httpx.Client:
         """
-        An httpx.Client for the API called *name*: base URL, bearer, proxy, CA. It is closed
-        with this client at the latest. *scope* is another one than the API's own; *whom* as for
-        `token`.
+        An httpx.Client for the API called *name*: base URL, bearer token, proxy, CA. It is closed
+        with this client at the latest. *scope*: instead of the API's own; *whom* as for `token`.
         """
         base = self._base(name)
         auth = self.auth(scope or name, **whom)
@@ -135,7 +132,7 @@ class TollClient(_Shared, Calls):
         return made
 
     def close(self) -> None:
-        """Let go of the device and the connections. Living tokens of a shared cache live on."""
+        """Close the device and the connections. Tokens in a shared cache are kept."""
         self._close_clients()
         self._release()
 
@@ -152,7 +149,7 @@ class TollClient(_Shared, Calls):
 
 
 class AsyncTollClient(_Shared, AsyncCalls):
-    """As TollClient, for tasks: what is held is given at once, and waiting holds no thread."""
+    """As TollClient, for tasks: tokens in memory are returned at once, waiting blocks no thread."""
 
     async def token(
         self,

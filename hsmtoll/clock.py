@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_SKEW", "Clock", "Skew", "SystemClock", "offset_of", "retry_after"]
 
-#: Seconds. A clock further off is an error of the machine, not something to correct (DESIGN 4.9).
+#: Seconds. A larger difference is an error of this machine's clock and is not corrected.
 MAX_SKEW: Final = 300.0
 
 #: Seconds. Below this the Date header, whole seconds and a round trip, proves nothing (C07).
@@ -69,7 +69,7 @@ def offset_of(
     headers: Mapping[str, str], *, sent: ClockReading, received: ClockReading
 ) -> float | None:
     """
-    Seconds that the server's clock is ahead of ours, or ``None`` if its answer does not tell.
+    Seconds that the server's clock is ahead of ours; ``None`` if the response has no usable Date.
 
     From the ``Date`` header of an answer that no cache has kept (no ``Age``), against the
     midpoint of the round trip; the header names a whole second, so its middle is meant.

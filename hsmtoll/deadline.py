@@ -1,10 +1,9 @@
 """
-One time limit for a whole request, however slowly its answer drips.
+A deadline for a whole request, even if the peer sends or accepts only a byte now and then.
 
-Time-outs of the network bound each wait, and a peer that sends or takes a byte now and then meets
-all of them. So each wait of a thread (connecting, TLS, a proxy's tunnel, sending, reading) is given
-no more than what is left for the request. Tasks have asyncio.timeout. What neither can end is the
-system's look-up of a name, in a thread.
+Network time-outs limit single waits only. Here each wait of a thread (connect, TLS handshake, proxy
+tunnel, send, receive) gets at most the time that is left for the request. Tasks use
+asyncio.timeout. Neither can interrupt the system's name resolution, which runs in a thread.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = ["Deadline", "Transport"]
 
 _T = TypeVar("_T")
 
-#: Bytes, of one TLS record at most: the library gives each part that it sends the whole time-out.
+#: Bytes per write, one TLS record at most: httpcore applies the whole time-out to each write.
 _PART: Final = 16_384
 
 _current: ContextVar[Deadline | None] = ContextVar("hsmtoll-deadline", default=None)
@@ -35,13 +34,13 @@ _current: ContextVar[Deadline | None] = ContextVar("hsmtoll-deadline", default=N
 
 class Deadline:
     """
-    The *seconds* that one request may take, from the way to the server to the end of its answer;
-    and how far it came.
+    The maximum duration of one request in *seconds*, from connecting to the end of the response;
+    and the progress of the request.
 
-    A token that has to be renewed before it is sent, or after a 401, has a time of its own: `trace`
-    is told by httpcore where a request begins and ends. *sent*: whether any of it was;
-    *past_proxy*: whether a proxy, if there is one, did its part; *cut*: whether it was this
-    deadline that the last wait was to end at, and no time-out of the network.
+    A token renewal before the request, or after a 401, does not count: httpcore calls `trace` when
+    a request begins and ends. *sent*: part of the request was sent. *past_proxy*: the proxy, if
+    there is one, has set up the connection. *cut*: the last wait was limited by this deadline and
+    not by a network time-out.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -54,7 +53,7 @@ class Deadline:
     def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """The extension ``trace`` of a request."""
         sending = event.endswith("send_request_headers.started")
-        # A proxy is asked for a tunnel first, which sends nothing of the request.
+        # The CONNECT request to a proxy contains nothing of the request itself.
         self.sent |= sending and info["request"].method != b"CONNECT"
         # The name of its logger tells TLS inside the tunnel from TLS with the proxy.
         self.past_proxy |= self.sent or event == "proxy.start_tls.started"
@@ -108,7 +107,7 @@ class Transport(httpx.HTTPTransport):
 
 
 class _Backend(httpcore.SyncBackend):
-    """Connections of threads."""
+    """Opens connections whose waits end at the current deadline."""
 
     def __init__(self, check_connection: Callable[[socket], None] | None) -> None:
         self._check_connection = check_connection
@@ -121,7 +120,7 @@ class _Backend(httpcore.SyncBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """To the first address that answers; the library would wait *timeout* for each of them."""
+        """Connect to the first address that answers; *timeout* is for all addresses together."""
         try:
             found = getaddrinfo(host, port, type=SOCK_STREAM)
         except OSError as exc:
@@ -145,12 +144,12 @@ class _Backend(httpcore.SyncBackend):
         timeout: float | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.NetworkStream:
-        """To who listens there."""
+        """Connect to the Unix socket at *path*."""
         try:
             stream = super().connect_unix_socket(path, _left(timeout), socket_options)
         except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
-            # httpcore 1.0 leaves the socket open that nobody answered at: its frame still holds it,
-            # and lives as long as the error does, which is remembered.
+            # httpcore 1.0 does not close the socket after a failure: the traceback's frame keeps
+            # it open as long as the exception exists, and exceptions are cached.
             step = exc.__traceback__
             while step is not None:
                 left = step.tb_frame.f_locals.get("sock")
@@ -178,11 +177,11 @@ class _Stream(httpcore.NetworkStream):
         self._tls = tls
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """What is there, or comes in time."""
+        """Read at most *max_bytes*."""
         return self._below.read(max_bytes, _left(timeout))
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """All of *buffer*."""
+        """Write all of *buffer*."""
         for at in range(0, len(buffer), _PART):
             self._below.write(buffer[at : at + _PART], _left(timeout))
 
@@ -192,15 +191,15 @@ class _Stream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.NetworkStream:
-        """The same connection, encrypted."""
+        """Start TLS on the connection."""
         if self._tls:
             return _Tunnelled(self, ssl_context, server_hostname, timeout)
-        # The handshake as a whole ends with its time-out: Python's ssl counts it down.
+        # The time-out limits the handshake as a whole: Python's ssl counts it down.
         below = self._below.start_tls(ssl_context, server_hostname, _left(timeout))
         return _Stream(below, tls=True)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
         self._below.close()
 
     def get_extra_info(self, info: str) -> Any:
@@ -210,8 +209,8 @@ class _Stream(httpcore.NetworkStream):
 
 class _Tunnelled(httpcore.NetworkStream):
     """
-    TLS inside the TLS of a proxy. The library has it too, and waits there for each piece of a
-    record anew.
+    TLS inside the TLS connection to a proxy. httpcore's own class applies the time-out to each
+    part of a record separately.
     """
 
     def __init__(

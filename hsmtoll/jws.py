@@ -40,7 +40,7 @@ __all__ = [
 #: anything else.
 SigningInput = NewType("SigningInput", bytes)
 
-#: The algorithms that Maskinporten takes (PROTOCOL M20): RSASSA-PKCS1-v1_5 with SHA-2.
+#: The algorithms that Maskinporten accepts (M20): RSASSA-PKCS1-v1_5 with SHA-2.
 ALGS: Final = ("RS256", "RS384", "RS512")
 
 # RFC 8017 section 9.2, note 1: what stands before the digest inside the padding.

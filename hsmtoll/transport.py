@@ -40,7 +40,7 @@ __all__ = ["CONNECTIONS", "ConnectionOptions", "HttpClient", "Reason"]
 #: However many tasks there are, nobody's server is met by hundreds of handshakes.
 CONNECTIONS: Final = 20
 
-#: Bytes. An answer of a token endpoint is some kilobytes; more is not one (DESIGN 4.14).
+#: Bytes. A token endpoint's response has a few kilobytes.
 _LARGEST: Final = 1024 * 1024
 
 
@@ -152,7 +152,7 @@ class HttpClient:
         return next(spelt, None) if found else None
 
     def reason(self, exc: httpx.HTTPError, url: str, *, past_proxy: bool) -> Reason:
-        """Why a request to *url* failed; *past_proxy*: a proxy, if there is one, did its part."""
+        """Why a request to *url* failed; *past_proxy*: the proxy, if any, set up the connection."""
         name, via = self._proxy_for(url)
         proxy = httpx.Proxy(via) if via and not past_proxy else None
         found = _reason(exc, self._timeout, name if proxy else None, _secrets(proxy))
@@ -163,10 +163,10 @@ class HttpClient:
 
     def post(self, post: Post) -> Answer:
         """
-        Send one leg and read its answer, whatever its status.
+        Send a token request and read the response, whatever its status.
 
-        Raises NetworkError: refused, unknown host, untrusted certificate, broken off, too
-        slow, too large. Those that a new attempt may cure are retryable.
+        Raises NetworkError: connection refused, unknown host, untrusted certificate, connection
+        lost, deadline exceeded, response too large. Transient errors are retryable.
         """
         return self._send(
             post.leg,
@@ -177,16 +177,16 @@ class HttpClient:
         )
 
     def post_json(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
-        """Send *value* as JSON and read the answer; as post otherwise."""
+        """Send *value* as JSON and read the response; otherwise as post."""
         said = {"accept": "application/json", "accept-encoding": "identity", **headers}
         return self._send(leg, "POST", url, json=value, headers=said)
 
     def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
         """
-        What lies at *url*, for the doctor; raises as post does, and for a url that is none.
+        GET *url*, for the doctor. Raises as post does, and for an invalid URL.
 
-        *public* is for addresses that others wrote (in a certificate): this machine and its
-        own network are not asked then, whatever the name resolves to (``address-private``).
+        *public*: for URLs from certificates. Connections to addresses of this machine or its own
+        network are refused then, whatever the name resolves to (``address-private``).
         """
         try:
             host = httpx.URL(url).host
@@ -197,7 +197,7 @@ class HttpClient:
             named = None
         if named is not None and not named.is_global:
             raise _private(leg)
-        # A proxy has a place of its own in the network; its address says nothing.
+        # With a proxy, the address of the connection is the proxy's, which may be private.
         guard = public and self._proxy is None
         headers = {"accept": "*/*", "accept-encoding": "identity"}
         check_connection = (
@@ -213,8 +213,8 @@ class HttpClient:
         **more: Any,
     ) -> httpx.Client:
         """
-        An httpx client of ours to *url*, for threads, with `options` and *more* keywords of httpx.
-        It obeys a `Deadline`, and shows each new connection to *check_connection*.
+        An httpx client for *url*, for threads, with `options` and *more* keyword arguments. It
+        observes the current `Deadline`, and calls *check_connection* with each new connection.
         """
         options = self.options(url)
         own = {name: options.pop(name) for name in ("verify", "proxy", "limits")}
@@ -235,7 +235,7 @@ class HttpClient:
     ) -> Answer:
         deadline, hooks = Deadline(self._deadline), {"response": [_strip_location]}
         try:
-            # A client a leg: nothing of one leg, no cookie and no connection, is left for the next.
+            # One client per request: no cookie and no connection is shared between services.
             with (
                 self.client(
                     url,
@@ -256,7 +256,7 @@ class HttpClient:
             answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
             and self._proxy_for(url)[1]
         ):
-            # Without TLS the request itself goes to the proxy, which may answer in its place.
+            # Without TLS the proxy itself receives the request and may respond.
             refused = httpx.ProxyError("407 Proxy Authentication Required")
             raise self._failed(refused, leg, url, past_proxy=False)
         return answer
@@ -309,12 +309,12 @@ _EXCEPTED: Final = re.compile(r"[\w.*:/-]*|\[[0-9A-Fa-f:.]+\](:\d+)?")
 
 
 def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
-    """The proxy at *url*, met with our own TLS; *name* is where it is set."""
+    """The proxy at *url*, with our TLS context; *name*: the setting or variable that names it."""
     try:
         made = httpx.Proxy(url)
         if made.url.scheme == "https":
             made.ssl_context = context
-        # What the proxy needs is looked for here and not when a signature has been spent.
+        # Fail here for a missing library, not after a signature has been spent.
         httpx.HTTPTransport(verify=context, proxy=made, trust_env=False).close()
     except (ValueError, ImportError, httpx.InvalidURL):
         # `from None`: the original quotes the URL, and that may hold a password.
@@ -328,7 +328,7 @@ def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
 
 
 def _secrets(proxy: httpx.Proxy | None) -> tuple[str, ...]:
-    """What the proxy was told of us and may repeat: the password, bare and as it is sent."""
+    """Credentials sent to the proxy, which it may repeat in errors: bare and as sent."""
     if proxy is None or proxy.auth is None:
         return ()
     sent = base64.b64encode(":".join(proxy.auth).encode()).decode()
@@ -336,12 +336,12 @@ def _secrets(proxy: httpx.Proxy | None) -> tuple[str, ...]:
 
 
 def _strip_location(response: httpx.Response) -> None:
-    """Nobody goes where a redirect leads, and httpx would fail on what is no address."""
+    """Remove Location: redirects are not followed, and httpx raises on a malformed one."""
     response.headers.pop("location", None)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """*exc* and everything that it came from."""
+    """*exc* and its chain of causes."""
     found: BaseException | None = exc
     while found is not None:
         yield found
@@ -351,7 +351,7 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _is_public(connection: socket.socket, leg: str) -> None:
-    # Asked of the connection itself: a name may resolve otherwise the next time.
+    # Check the peer of the open connection: a second name resolution may differ (DNS rebinding).
     if not ipaddress.ip_address(connection.getpeername()[0]).is_global:
         raise _private(leg)
 
@@ -374,7 +374,7 @@ def _read(response: httpx.Response, leg: str) -> Answer:
                 code="answer-compressed",
             )
         body = bytearray()
-        # Mocks of httpx give answers that have been read already; ours come in parts.
+        # Responses of httpx mocks have been read already; real ones are streamed.
         parts = (response.content,) if response.is_stream_consumed else response.iter_raw()
         for chunk in parts:
             body += chunk
@@ -387,7 +387,7 @@ def _read(response: httpx.Response, leg: str) -> Answer:
         return Answer(response.status_code, headers, bytes(body))
 
 
-#: After these the request did not reach whoever it is for.
+#: Errors after which the request has certainly not reached the server.
 _NOTHING_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
 
 _UNUSED: Final = "{} is set and not used: HSMTOLL_PROXY=environment uses it"
@@ -402,9 +402,9 @@ def _shown(proxy: httpx.Proxy) -> str:
 def _reason(
     exc: httpx.HTTPError, timeout: float, proxy: str | None, secrets: tuple[str, ...]
 ) -> Reason:
-    """*proxy*: the variable that names it, where the request did not get past it."""
+    """*proxy*: the setting that names the proxy, if the request did not get past it."""
     said = str(exc)
-    # Among tasks, what the system said is in the cause alone.
+    # For tasks, the system's error text is only in the cause.
     causes = " ".join(map(str, _causes(exc)))
     if isinstance(exc, httpx.ProxyError):
         wants = said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}")
@@ -446,7 +446,7 @@ def _reason(
             retryable=code != "unknown-host",
         )
     if isinstance(exc, httpx.TimeoutException) and said and "timed out" not in said.lower():
-        # No time-out of the network: a mock that knows no answer says so (pytest-httpx).
+        # Not a network time-out: pytest-httpx raises this for a request without a mocked response.
         return Reason(
             text=f"no answer: {foreign(said, *secrets)}",
             code="mocked",

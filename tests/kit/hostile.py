@@ -430,7 +430,7 @@ def _result(body: bytes) -> None:
     answer = _response(200, body)
     result = submissions._result(answer, _ROAD, "id")
     if result is not None:
-        submissions._judged(result, "id", customs_errors.bearer_of(answer))
+        submissions._receipt(result, "id", customs_errors.bearer_of(answer))
 
 
 def _whole_certificate(raw: bytes) -> None:
@@ -570,7 +570,7 @@ READERS: Final[dict[str, Reader]] = {
         lambda body: customs_errors.check(_response(400, body), _ROAD, now=0.0), MIB, ANSWERS),
     "a result of Customs": Reader(_result, MIB, ANSWERS),
     "a receipt of Customs": Reader(
-        lambda body: submissions._accepted(_response(200, body), _ROAD, "transport", {}),
+        lambda body: submissions._request_id(_response(200, body), _ROAD, "transport", {}),
         MIB, ANSWERS),
     "a batch of the feed": Reader(
         lambda body: routing._batch(_response(200, body, "GET"), _ROAD, None, 0.0), MIB, ANSWERS),
