@@ -90,14 +90,6 @@ class KeyUri:
                 values[name] = value
         return cls(**values)  # type: ignore[arg-type]  # the names and types come from the tables above
 
-    @classmethod
-    def parse_list(cls, text: str) -> tuple[KeyUri, ...]:
-        """URIs with white space between, in that order. Raises ConfigurationError (``uri``)."""
-        found = tuple(cls.parse(one) for one in text.split())
-        if not found:
-            raise ConfigurationError("no key is named: the list of URIs is empty", code="uri")
-        return found
-
     def __str__(self) -> str:
         path = [f"{name}={shown}" for name in _PATH if (shown := self._shown(name)) is not None]
         query = [

@@ -37,11 +37,6 @@ def test_every_uri_survives_being_written_and_read(uri: KeyUri) -> None:
     assert text.split() == [text]
 
 
-@given(st.lists(uris, min_size=1, max_size=4))
-def test_every_list_survives_too(several: list[KeyUri]) -> None:
-    assert KeyUri.parse_list(" \n".join(map(str, several))) == tuple(several)
-
-
 @given(st.text())
 def test_any_text_is_a_uri_or_one_line_of_ours(text: str) -> None:
     try:

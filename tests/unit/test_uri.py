@@ -111,13 +111,6 @@ def test_an_escape_in_a_name_is_not_sent_to_the_terminal() -> None:
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_list_keeps_its_order_and_an_empty_one_is_refused() -> None:
-    one, two = KeyUri.parse_list("  pkcs11:token=b\n\tpkcs11:token=a ")
-    assert (one.token, two.token) == ("b", "a")
-    with pytest.raises(ConfigurationError):
-        KeyUri.parse_list(" \n")
-
-
 def test_what_is_not_named_matches_everything_and_what_is_named_must_agree() -> None:
     uri = KeyUri.parse("pkcs11:token=lab;serial=12")
     assert uri.matches(token="lab", serial="12", model="anything")
