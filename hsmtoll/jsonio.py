@@ -13,13 +13,13 @@ _MOST_VALUES: Final = 20_000
 _BYTES_EACH: Final = 32
 
 
-def read_strict(raw: bytes | str, *, once: bool = True) -> Any:
+def read_strict(raw: bytes | str) -> Any:
     """
     The value; ValueError for what is no JSON (RFC 8259 has neither NaN nor Infinity), is nested
-    without end, or, if *once*, has a name twice in one object: readers differ in which one counts.
+    without end, or has a name twice in one object: readers differ in which one counts.
     """
     try:
-        return json.loads(raw, parse_constant=_no_number, object_pairs_hook=_once if once else None)
+        return json.loads(raw, parse_constant=_no_number, object_pairs_hook=_once)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
 

@@ -28,7 +28,10 @@ _DEEPEST: Final = 100
 _LONGEST_PATH: Final = 4_096
 
 #: Why what looks like JSON may be none.
-NO_JSON: Final = f"it has neither NaN nor Infinity (RFC 8259), and here {_DEEPEST} levels at most"
+NO_JSON: Final = (
+    "it has neither NaN nor Infinity (RFC 8259), and here no name twice in one object and"
+    f" {_DEEPEST} levels at most"
+)
 
 
 def read_body(given: str | None) -> bytes | None:
@@ -60,8 +63,8 @@ def read_stdin(what: str, limit: int = -1) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """*raw* as JSON; ValueError for what is none, and for what is nested without end."""
-    value = read_strict(raw, once=False)
+    """*raw* as JSON; ValueError as `read_strict`, and for more levels than a message has."""
+    value = read_strict(raw)
     level = [value]
     for _ in range(_DEEPEST):
         # Only what holds others has a next level.

@@ -38,6 +38,7 @@ from hsmtoll.host.audit_log import (
     verify,
 )
 from hsmtoll.host.quota import DAY, Usage
+from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -191,11 +192,11 @@ class Audit:
     def _read_noted(self) -> tuple[int, str] | None:
         """The last checkpoint that this host made, as it noted outside of the log."""
         try:
-            noted = json.loads(self._noted.read_bytes())
+            noted = read_strict(self._noted.read_bytes())
             return int(noted["seq"]), str(noted["head"])
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as exc:
+        except (OSError, ValueError, TypeError, KeyError) as exc:
             raise AuditBroken(
                 f"audit {foreign(self._directory)}: the note of its last checkpoint,"
                 f" {foreign(self._noted)}, cannot be read",

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
+from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -152,12 +153,12 @@ class Checkpoint:
         try:
             if len(line) > _LONGEST_CHECKPOINT:
                 raise ValueError("longer than a checkpoint")  # noqa: TRY301 - one reason for all
-            members = json.loads(line)
+            members = read_strict(line)
             signature = bytes.fromhex(members.pop("signature"))
             span = members.pop("unverified")
             read = Checkpoint(**members, unverified=span and (span[0], span[1]))
             key.verify(signature, read._payload())
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError,
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError,
                 InvalidSignature) as exc:  # fmt: skip
             raise ValueError("not signed by this audit key") from exc
         # A number in quotes would be sealed by the same bytes.
@@ -452,11 +453,11 @@ def _lines(segment: Path) -> Iterator[bytes]:
 def _record(line: bytes) -> dict[str, Any] | None:
     """The record of a line; ``None`` for one that the host cannot have written."""
     try:
-        record = json.loads(line)
+        record = read_strict(line)
         if tuple(record) != MEMBERS or not line.endswith(b"\n"):
             return None
         aware = datetime.fromisoformat(record["time"]).tzinfo is not None
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
     options = {} if record["options"] is None else record["options"]
     fits = (

@@ -317,6 +317,10 @@ class TestTheSettings:
             (("token", "road", "--authorization-details", __file__), "did you mean @/"),
             (("call", "POST", "/api/movement/road/v2/x", "--json-data", '{"a": NaN}'), "NaN"),
             (("call", "POST", "/api/movement/road/v2/x", "--json-data", "[" * DEEP), "levels"),
+            (
+                ("call", "POST", "/api/movement/road/v2/x", "--json-data", '{"a": 1, "a": 2}'),
+                "no name twice",
+            ),
             (("call", "POST", "/api/movement/road/v2/x", "--json-data", '"\udcff"'), "JSON"),
             (("call", "POST", "/api/movement/road/v2/x", "--data", "@/nowhere\x1b[2J"), "/nowhere"),
             (("call", "GE T", "/api/movement/road/v2/x"), "method"),
@@ -331,6 +335,7 @@ class TestTheSettings:
             (("submit", "road", "POST", "transport", "[" * DEEP), "JSON object"),
             (("submit", "road", "POST", "transport", '{"a": ' * 101 + "1" + "}" * 101), "levels"),
             (("submit", "road", "POST", "transport", '{"a": Infinity}'), "Infinity"),
+            (("submit", "road", "POST", "transport", '{"a": 1, "a": 2}'), "no name twice"),
             (("submit", "road", "POST", "transport", '{"a": 1e999}'), "too large"),
             (("submit", "road", "POST", "transport", '{"a": "\\ud800"}'), "surrogate"),
             (("submit", "road", "POST", "transport", "\udcff"), "JSON object"),
