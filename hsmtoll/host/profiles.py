@@ -305,7 +305,7 @@ class Profiles:
         """The self-test that is under way, or a new one if it is due."""
         if profile.self_test is None or profile.self_test.done():
             health = profile.health
-            due = health.failure is not None and self._clock.now().boot >= health.next_test
+            due = health.failure is not None and self._clock.now().boot >= health.rest.until
             if not due or not self.clock_is_right(profile):
                 return None
             profile.self_test = asyncio.create_task(self._test(profile))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from hsmtoll.backoff import Backoff
 from hsmtoll.errors import DeviceError, HsmTollError
 from hsmtoll.signing.signer import readable
 
@@ -36,17 +37,17 @@ class Tested(NamedTuple):
 class Health:
     """
     Whether the device of a profile works: *failure* says why not, *proven* whether it ever did.
-    One that failed is tested again from *next_test* (boot clock) on, and then after *pause*.
+    One that failed is tested again when the *rest* (boot clock) is over.
     """
 
     proven: bool = False
     failure: str | None = "the self-test has not been done yet"
-    next_test: float = 0.0
-    pause: float = _FIRST_PAUSE
+    rest: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE, _LONGEST_PAUSE))
 
     def signed(self) -> None:
         """A grant was signed."""
-        self.failure, self.pause = None, _FIRST_PAUSE
+        # The rest goes on: a device that now signs and now fails costs no more self-tests.
+        self.failure, self.rest.failures = None, 0
 
     def failed(self, exc: HsmTollError) -> None:
         """No grant was signed: *exc* counts if it is about the device or its certificate."""
@@ -55,8 +56,7 @@ class Health:
 
     def back_off(self, now: float) -> None:
         """No self-test before the pause is over: each may cost a signature."""
-        self.next_test = now + self.pause
-        self.pause = min(2 * self.pause, _LONGEST_PAUSE)
+        self.rest.failed(now)
 
     def tested(self, result: Tested, now: float) -> None:
         """A self-test is over."""

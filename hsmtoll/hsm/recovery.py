@@ -16,6 +16,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
+from hsmtoll.backoff import Backoff
 from hsmtoll.errors import DeviceError, HsmTollError, foreign
 from hsmtoll.hsm.codes import recoverable
 
@@ -30,8 +31,6 @@ _log = logging.getLogger(__name__)
 SIGNING: Final = "signing"
 #: Seconds. A module is not started again more often.
 RESTART_PAUSE: Final = 30.0
-#: Failures with which a device counts as down.
-_OPEN: Final = 2
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 10.0
 # What the next caller's new process may do better, once.
@@ -68,8 +67,10 @@ class Breaker:
         self._name = name
         self._boot = boot
         self._lock = threading.Lock()
-        self._failures = 0
-        self._until = 0.0
+        # No failure: closed.
+        self._rest = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        # One process died or hung: the next that does opens it.
+        self._warned = False
         self._trying: tuple[int, int] | None = None
         self._failed_at = ""
         self._why = ""
@@ -88,7 +89,7 @@ class Breaker:
     @property
     def open(self) -> bool:
         """Whether the device counts as down."""
-        return self._failures >= _OPEN
+        return self._rest.failures > 0
 
     def admit(self) -> None:
         """Raises DeviceError (``device-down``) while the device is left in peace."""
@@ -96,7 +97,7 @@ class Breaker:
             return
         me = (os.getpid(), threading.get_ident())
         with self._lock:
-            left = self._until - self._boot()
+            left = self._rest.until - self._boot()
             # After a fork nobody of the parent's tries here.
             free = self._trying is None or self._trying[0] != me[0]
             if self._trying == me or (free and left <= 0):
@@ -115,13 +116,14 @@ class Breaker:
         The device did what it was asked. That it shows a certificate, or takes a login, says
         nothing about what it failed at.
         """
-        if not self._failures:
+        if not (self.open or self._warned):
             return
         if doing not in (self._failed_at, SIGNING):
             self.undecided()
             return
         with self._lock:
-            was_open, self._failures, self._trying = self.open, 0, None
+            was_open, self._warned, self._trying = self.open, False, None
+            self._rest.worked()
         if was_open:
             _log.warning("device-back: %s works again", foreign(self._name))
 
@@ -133,11 +135,10 @@ class Breaker:
         """The device did not answer, and nothing helped."""
         with self._lock:
             was_open, self._trying = self.open, None
-            again = self._failures > 0 or exc.code not in _OF_THE_PROCESS
-            self._failures = max(self._failures + 1, _OPEN if again else 0)
+            if was_open or self._warned or exc.code not in _OF_THE_PROCESS:
+                self._rest.failed(self._boot())
+            self._warned = True
             self._failed_at = doing
-            over = min(self._failures - _OPEN, 8)
-            self._until = self._boot() + min(_FIRST_PAUSE * 2**over, _LONGEST_PAUSE)
             self._why = str(exc)
             tell = self.open and not was_open
         if tell:
@@ -159,4 +160,4 @@ class Breaker:
         elif self.open:
             self.undecided()
         else:
-            self._failures = 0
+            self._warned = False

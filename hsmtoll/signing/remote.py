@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from hsmtoll import tls
+from hsmtoll.backoff import Backoff
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import (
     ConfigurationError,
@@ -402,13 +403,8 @@ def _verify_peer(connection: socket.socket, *, trusted: frozenset[int], name: st
         )
 
 
-@dataclass(slots=True)
-class _Rest:
-    failures: int = 0
-    until: float = 0.0
-
-
 #: Seconds. A host that failed is asked after the others for so long: 1, 2, 4, … 10.
+_FIRST_REST: Final = 1.0
 _LONGEST_REST: Final = 10.0
 
 
@@ -423,7 +419,7 @@ class FailoverHosts:
         self.all = tuple(hosts)
         self._clock = clock
         self._guard = threading.Lock()
-        self._rests = [_Rest() for _ in self.all]
+        self._rests = [Backoff(_FIRST_REST, _LONGEST_REST) for _ in self.all]
         self._in_use = 0
 
     def first(self, ask: Callable[[SigningHost], _T]) -> _T:
@@ -450,14 +446,11 @@ class FailoverHosts:
 
     def _failed(self, number: int) -> None:
         with self._guard:
-            rest = self._rests[number]
-            pause = min(2.0 ** min(rest.failures, 8), _LONGEST_REST)
-            rest.failures += 1
-            rest.until = self._clock.now().boot + pause
+            self._rests[number].failed(self._clock.now().boot)
 
     def _works(self, number: int, failed: Mapping[int, HsmTollError]) -> None:
         with self._guard:
-            self._rests[number] = _Rest()
+            self._rests[number].worked()
             changed, self._in_use = self._in_use != number, number
         if changed:
             why = failed[min(failed)] if failed else None

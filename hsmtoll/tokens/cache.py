@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import errors
+from hsmtoll.backoff import Backoff, jitter
 from hsmtoll.errors import HsmTollError, UsageError
 from hsmtoll.token import NO_REQUIREMENTS, AccessToken, Freshness
 from hsmtoll.tokens import records
@@ -47,7 +46,8 @@ REFUSED_FOR: Final = 30.0
 #: Seconds. Upper limit for a server's Retry-After, as far as it is cached for other processes.
 _LONGEST_WAIT: Final = 300.0
 
-#: Seconds. The longest rest between two renewals that failed.
+#: Seconds. The first and the longest rest between two renewals that failed.
+_FIRST_REST: Final = 1.0
 _LONGEST_REST: Final = 60.0
 
 #: Seconds. The same for a device: one that is down says so at once, and asking it costs nothing.
@@ -68,13 +68,6 @@ class Renewer(Protocol):
         Obtain a new token. Sets ``pending.phase``, and ``pending.identity`` as soon as the signer
         is known. May take long; only one thread at a time calls it for a request.
         """
-
-
-@dataclass(slots=True)
-class _Rest:
-    until: float
-    failures: int
-    error: Exception
 
 
 class Cache:
@@ -118,7 +111,8 @@ class Cache:
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._pending: dict[TokenRequest, PendingRenewal] = {}
-        self._rests: dict[TokenRequest, _Rest] = {}
+        # What the last renewal failed with, and until when there is no other.
+        self._rests: dict[TokenRequest, tuple[Backoff, Exception]] = {}
 
     def fresh_in_memory(self, request: TokenRequest) -> AccessToken | None:
         """The token in memory if it is fresh: no lock, no I/O."""
@@ -212,9 +206,9 @@ class Cache:
             pending, led = self._pending.get(request), False
             if pending is None:
                 rest = self._rests.get(request)
-                if rest is not None and now.boot < rest.until:
+                if rest is not None and now.boot < rest[0].until:
                     if token is None:
-                        raise records.copy_exception(rest.error)
+                        raise records.copy_exception(rest[1])
                     self.hits["stale"] += 1
                     return None, token, False
                 pending, led = PendingRenewal(now.boot, requirements), True
@@ -422,16 +416,16 @@ class Cache:
         return None
 
     def _rest(self, request: TokenRequest, exc: Exception) -> None:
-        before = self._rests.get(request)
-        failures = before.failures + 1 if before else 1
-        of_device = isinstance(exc, errors.DeviceError)
-        longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
-        seconds = min(longest, 2.0 ** (failures - 1)) * random.uniform(0.8, 1.2)  # noqa: S311 - jitter
         if isinstance(exc, UsageError) or (isinstance(exc, HsmTollError) and exc.scope == "caller"):
             return
+        backoff, _ = self._rests.get(request) or (Backoff(_FIRST_REST, _LONGEST_REST), None)
+        of_device = isinstance(exc, errors.DeviceError)
+        backoff.longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
+        told = 0.0
         if isinstance(exc, HsmTollError):
-            seconds = max(seconds, min(exc.retry_after or _negative_cache_ttl(exc), _LONGEST_WAIT))
-        self._rests[request] = _Rest(self._clock.now().boot + seconds, failures, exc)
+            told = min(exc.retry_after or _negative_cache_ttl(exc), _LONGEST_WAIT)
+        backoff.failed(self._clock.now().boot, factor=jitter(0.8, 1.2), at_least=told)
+        self._rests[request] = backoff, exc
 
     def _seconds_left(self, pending: PendingRenewal) -> float:
         # All waiting callers share the deadline of the first one.

@@ -8,10 +8,10 @@ The cache decides whether a token is renewed; this thread only asks for it in ti
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from typing import TYPE_CHECKING, Final, Self
 
+from hsmtoll.backoff import jitter
 from hsmtoll.errors import HsmTollError
 from hsmtoll.token import TokenRequirements
 
@@ -43,7 +43,7 @@ class BackgroundRefresher:
         self.due = 0
         self.done = 0
         self._token_service = token_service
-        self._early = {request: random.uniform(*_EARLY) for request in requests}  # noqa: S311 - jitter, not a secret
+        self._early = {request: jitter(*_EARLY) for request in requests}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hsmtoll-keeper", daemon=True)
         self._thread.start()
@@ -75,14 +75,14 @@ class BackgroundRefresher:
         self.due += 1
         try:
             # A new random value each time, so that two programs do not stay synchronised.
-            self._early[request] = random.uniform(*_EARLY)  # noqa: S311 - as above
+            self._early[request] = jitter(*_EARLY)
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
             token = token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
         except Exception as exc:  # noqa: BLE001 - the next attempt may succeed
             # The text of an exception that is not ours may contain a secret.
             reason = exc if isinstance(exc, HsmTollError) else type(exc).__name__
             _log.warning("renewal ahead of time failed: %s", reason)
-            return _POLL_INTERVAL * random.uniform(0.5, 1.0)  # noqa: S311 - as above
+            return _POLL_INTERVAL * jitter(0.5, 1.0)
         self.done += 1
         del token
         return 0.2

@@ -8,7 +8,6 @@ caching are in cache; PKCS#11 and the environment variables are not used here.
 from __future__ import annotations
 
 import logging
-import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from hsmtoll import apis
+from hsmtoll.backoff import delay, jitter
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.errors import ClockError, ExchangeRefused, HsmTollError, foreign
 from hsmtoll.signing.signer import new_jti
@@ -43,6 +43,8 @@ _log = logging.getLogger("hsmtoll.client")
 
 #: Seconds. With a longer Retry-After the error is raised at once: the caller decides.
 _LONGEST_SLEEP: Final = 10.0
+#: Seconds. The longest pause where no server said how long.
+_LONGEST_PAUSE: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +241,5 @@ def pause_after(exc: HsmTollError, attempt: int) -> float | None:
     if not exc.retryable:
         return None
     if exc.retry_after is not None:
-        jitter = random.uniform(0, 0.5)  # noqa: S311 - spreads callers, keeps no secret
-        return exc.retry_after + jitter if exc.retry_after <= _LONGEST_SLEEP else None
-    jitter = random.uniform(0, 1.0)  # noqa: S311 - as above
-    return min(5.0, 0.5 * 2.0 ** (attempt - 1) + jitter)
+        return exc.retry_after + jitter(0, 0.5) if exc.retry_after <= _LONGEST_SLEEP else None
+    return min(delay(attempt, first=0.5, longest=_LONGEST_PAUSE) + jitter(0, 1.0), _LONGEST_PAUSE)

@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 from hsmtoll import files
+from hsmtoll.backoff import Backoff
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class RedisStore:
         self._clock = clock
         self._client: redis.Redis | None = None
         self._guard = threading.Lock()
-        self._down_until: float | None = None
+        self._rest = Backoff(self.REST, self.REST)
 
     @classmethod
     def at(cls, url: str, *, key_file: Path, ca_file: Path | None, clock: Clock) -> RedisStore:
@@ -344,8 +345,7 @@ class RedisStore:
                 hint=install_extra("redis"),
                 code="extra-missing",
             ) from exc
-        now = self._clock.now().boot
-        if self._down_until is not None and now < self._down_until:
+        if self._clock.now().boot < self._rest.until:
             return otherwise
         try:
             with self._guard:
@@ -360,14 +360,14 @@ class RedisStore:
             if isinstance(exc, _NONSENSE) and self._client is not None:
                 # Nobody knows what else would come of such a conversation.
                 self._client.connection_pool.disconnect()
-            if self._down_until is None:
+            if not self._rest.failures:
                 _log.warning("cache: Redis %s", _trouble(exc))
             # From now, not from before the question: one that hangs has taken seconds to fail.
-            self._down_until = self._clock.now().boot + self.REST
+            self._rest.failed(self._clock.now().boot)
             return otherwise
-        if self._down_until is not None:
+        if self._rest.failures:
             _log.info("cache: Redis answers again")
-            self._down_until = None
+            self._rest.worked()
         return answer
 
     def _opened(self, key: str, sealed: bytes) -> bytes | None:

@@ -259,7 +259,7 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
     server: Server, toll_sandbox: Sandbox, key_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = store_at(server, key_file)
-    store.REST = 0.0  # asked again at once, so that the test need not wait
+    store._rest.longest = 0.0  # asked again at once, so that the test need not wait
     token_service, signer = engine_of(
         toll_sandbox, store=store, identity_file=key_file.with_name("who")
     )

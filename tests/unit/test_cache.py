@@ -716,6 +716,20 @@ def test_a_mistake_rests_as_a_failure_does(clock: HandClock, well: Well) -> None
     assert well.fetched == 2
 
 
+def test_failures_that_go_on_for_hours_are_told_as_the_first_one_is(
+    clock: HandClock, well: Well
+) -> None:
+    cache = cache_of(clock)
+    well.error = DeviceError("the device is down", code="device-down")
+    for _ in range(1_100):
+        with pytest.raises(DeviceError, match="the device is down"):
+            cache.get(REQUEST, well)
+        clock.pass_(13)
+    assert well.fetched == 1_100
+    well.error = None
+    assert cache.get(REQUEST, well).value == "token-1101"
+
+
 def test_a_token_that_comes_back_the_same_costs_one_signature_for_all(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
