@@ -10,32 +10,18 @@ import hashlib
 import socket
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import PolicyDenied
+from hsmtoll.peer_credentials import OVERFLOW, credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OVERFLOW", "Peer", "of_certificate", "of_socket"]
+__all__ = ["Peer", "of_certificate", "of_socket"]
 
 #: asm-generic/socket.h; Python 3.11 has no name for it.
 _SO_PEERGROUPS: Final = 59
-
-
-def _overflow() -> frozenset[int]:
-    found = {65534, 0xFFFFFFFF}
-    for kind in ("uid", "gid"):
-        try:
-            found.add(int(Path(f"/proc/sys/kernel/overflow{kind}").read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue
-    return frozenset(found)
-
-
-#: What the kernel says of an account that this namespace does not know: anybody's.
-OVERFLOW: Final = _overflow()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +51,10 @@ class Peer:
 
 def of_socket(connection: socket.socket) -> Peer:
     """The peer of a connected Unix socket: SO_PEERCRED and SO_PEERGROUPS (unix(7), socket(7))."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, gid = struct.unpack("iII", raw)
+    known = credentials(connection)
+    if known is None:
+        raise PolicyDenied("caller: this system does not name who connects", code="caller-unknown")
+    uid, gid = known
     # The most that Python asks the kernel for: 256 groups. With more it says no, and so do we.
     groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
     more = struct.unpack(f"{len(groups) // 4}I", groups)

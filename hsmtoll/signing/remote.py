@@ -13,12 +13,8 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
 import ssl
-import stat
-import struct
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -39,6 +35,7 @@ from hsmtoll.errors import (
 )
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing import replies
+from hsmtoll.signing.host_trust import no_access, trusted_at, verify_peer
 from hsmtoll.signing.verification import Expected, verification_error, verify_grant
 from hsmtoll.transport import ConnectionOptions, HttpClient
 
@@ -149,9 +146,9 @@ class SigningHost:
     def _connection_options(self) -> ConnectionOptions:
         if self.place is None:
             return ConnectionOptions(context=self._context)
-        trusted = _trusted_at(self.place, self._settings.uid, self.name)
+        trusted = trusted_at(self.place, self._settings.uid, self.name)
         return ConnectionOptions(
-            uds=self.place, check_connection=partial(_verify_peer, trusted=trusted, name=self.name)
+            uds=self.place, check_connection=partial(verify_peer, trusted=trusted, name=self.name)
         )
 
     def _context(self) -> ssl.SSLContext:
@@ -236,7 +233,7 @@ class SigningHost:
                 signed=False,
             )
         if _is_denied(exc):
-            return _no_access(self.name)
+            return no_access(self.name)
         said = str(exc).partition(": ")[2] or str(exc)
         return NetworkError(
             f"{self.name}: {said}",
@@ -307,100 +304,6 @@ def _is_denied(exc: BaseException) -> bool:
             return True
         found = found.__cause__ or found.__context__
     return False
-
-
-def _no_access(name: str) -> NetworkError:
-    return NetworkError(
-        f"{name}: this account may not open its socket",
-        hint="the custodian puts callers into the group of the socket and its directory",
-        code="socket-access",
-        signed=False,
-    )
-
-
-def _trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
-    """
-    The accounts that may answer at the socket *path*: *uid*, or else the owner of its directory.
-
-    Nobody else may be able to put another socket there: PolicyDenied (``socket-unsafe``) if a
-    directory on the way belongs to somebody else or can be written by others. The directories
-    above must be root's or our own: who was given one in there was given it by them.
-    """
-    own = {0, os.geteuid()} | ({uid} if uid is not None else set())
-    try:
-        directory = path.parent.stat().st_uid
-        owner = path.lstat().st_uid
-        _check_path_permissions(path, own, directory, name)
-        # The path as written is where a link could be changed, the path it leads to is where a
-        # socket could.
-        _check_path_permissions(Path(os.path.realpath(path, strict=True)), own, directory, name)
-    except PermissionError as exc:
-        raise _no_access(name) from exc
-    except OSError as exc:
-        raise NetworkError(
-            f"{name}: {(exc.strerror or 'cannot be found').lower()}",
-            hint="see that the host runs, and that this is the path of its socket",
-            code="unreachable",
-            signed=False,
-            retryable=True,
-        ) from exc
-    if uid is not None:
-        return frozenset({uid})
-    # In root's own directory only root could let another account listen.
-    return frozenset({0, directory, *({owner} if directory == 0 else ())})
-
-
-def _check_path_permissions(path: Path, own: set[int], directory: int, name: str) -> None:
-    below: int | None = None
-    for place in path.parents:
-        seen = place.stat()
-        owners = own | {directory} if below is None else own
-        # In a sticky one such as /tmp anybody may make a directory; ours in there stays ours.
-        sticky = seen.st_mode & stat.S_ISVTX and below in own
-        below = seen.st_uid
-        if seen.st_uid not in owners or (seen.st_mode & 0o022 and not sticky):
-            raise PolicyDenied(
-                f"{name}: others may put another socket there, in {foreign(place)}",
-                hint="the socket's directory belongs to the host's account (or root), those above "
-                "to root, and nobody else may write them; HSMTOLL_SIGNER__UID names the account",
-                code="socket-unsafe",
-                signed=False,
-            )
-
-
-def _overflow() -> frozenset[int]:
-    found = {65534, 0xFFFFFFFF}
-    with contextlib.suppress(OSError, ValueError):
-        found.add(int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii")))
-    return frozenset(found)
-
-
-def _verify_peer(connection: socket.socket, *, trusted: frozenset[int], name: str) -> None:
-    """PolicyDenied unless the kernel says that one of *trusted* listens there (unix(7))."""
-    option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:
-        raise PolicyDenied(
-            f"{name}: this system does not tell who listens at a socket",
-            hint="use https",
-            code="host-peer",
-            signed=False,
-        )
-    raw = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("iII"))
-    _, uid, _ = struct.unpack("iII", raw)
-    if uid in _overflow():
-        raise PolicyDenied(
-            f"{name}: who listens there is not known here (another user namespace)",
-            hint="through the border of such a container use https and client certificates",
-            code="host-peer",
-            signed=False,
-        )
-    if uid not in trusted:
-        raise PolicyDenied(
-            f"{name}: uid {uid} listens there, not uid {' or '.join(map(str, sorted(trusted)))}",
-            hint="if that is the account of the signing host, set HSMTOLL_SIGNER__UID to it",
-            code="host-peer",
-            signed=False,
-        )
 
 
 #: Seconds. A host that failed is asked after the others for so long: 1, 2, 4, … 10.

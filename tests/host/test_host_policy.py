@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsmtoll.errors import ConfigurationError, PolicyDenied
-from hsmtoll.host.peers import OVERFLOW, Peer
+from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import Ask, Counts, Policy, decide, explain
+from hsmtoll.peer_credentials import OVERFLOW
 from hsmtoll.token import details_text
 
 if TYPE_CHECKING:

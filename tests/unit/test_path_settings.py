@@ -27,7 +27,7 @@ from hsmtoll.host.system import given_sockets, watchdog_seconds
 from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.pin import PinCommand
 from hsmtoll.settings import load
-from hsmtoll.signing.remote import _trusted_at
+from hsmtoll.signing.host_trust import trusted_at
 from hsmtoll.testing.softhsm import find_module
 from tests.kit import path_settings
 from tests.kit.accounts import NEEDS_NAMESPACES, OTHER, importable, is_root
@@ -452,9 +452,9 @@ def test_a_host_makes_no_socket_where_something_else_is(
 def test_a_socket_that_is_a_link_to_itself_is_no_signing_host(place: Path) -> None:
     loop(place / "file")
     with pytest.raises(NetworkError, match="too many levels"):
-        _trusted_at(place / "file", None, "HSMTOLL_SIGNER__URL")
+        trusted_at(place / "file", None, "HSMTOLL_SIGNER__URL")
     listen_unix(place / "free", "HSMTOLL_HOST__SOCKET").close()
-    assert _trusted_at(place / "free", None, "HSMTOLL_SIGNER__URL")
+    assert trusted_at(place / "free", None, "HSMTOLL_SIGNER__URL")
 
 
 @pytest.mark.parametrize("name", sorted(set(table()) - {"HSMTOLL_CONFIG"}))
