@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 #: The shell that the README opens for its examples.
 SHELL: Final = ("hsmtoll", "sandbox", "--", "bash")
 
-#: Sections whose commands have tests of their own, or are run with settings of their own.
-ELSEWHERE: Final = [
-    block for title in ("Set up", "The signing host") for block in blocks(section(title))
-]
+#: A key of one's own, from an empty device to its successor.
+OWN_KEY: Final = [*blocks(section("Your own key")), *blocks(pages()["keys"])]
+
+#: What has tests of its own, or is run with settings of its own.
+ELSEWHERE: Final = [*OWN_KEY, *blocks(pages()["signing-host"])]
 
 #: What is shown on each page that shows a command's output.
 SHOWN: Final = {
@@ -46,8 +47,7 @@ PROGRAMS: Final = [
 
 
 def test_the_readme_opens_the_shell_that_its_examples_need() -> None:
-    assert f"`{' '.join(SHELL)}`" in pages()["README"].partition("## Install")[0]
-    assert f"`{' '.join(SHELL)}`" in section("Set up")
+    assert f"`{' '.join(SHELL)}`" in section("Five minutes with the sandbox")
 
 
 @pytest.mark.parametrize("page", [name for name, shown in SHOWN.items() if shown])
@@ -82,7 +82,7 @@ def test_set_up_leads_from_an_empty_device_to_a_call(tmp_path: Path) -> None:
     followed = 0
     with contextlib.ExitStack() as stack:
         shell = stack.enter_context(Terminal(tmp_path))
-        for block in blocks(section("Set up")):
+        for block in OWN_KEY:
             command = block.text.strip()
             if command.startswith("hsmtoll sandbox "):
                 # It runs until it is interrupted, in the same directory.
@@ -98,12 +98,12 @@ def test_set_up_leads_from_an_empty_device_to_a_call(tmp_path: Path) -> None:
 
 def test_the_settings_that_set_up_calls_enough_are_as_many_as_it_says() -> None:
     (exported,) = (
-        each for each in blocks(section("Set up"), "sh") if "HSMTOLL_IDENTITY=" in each.text
+        each for each in blocks(section("Your own key"), "sh") if "HSMTOLL_IDENTITY=" in each.text
     )
     named = set(re.findall(r" (HSMTOLL_\w+)=", exported.text))
     # The sixth is a place, which has a default.
     assert len(named - {"HSMTOLL_STATE"}) == 5
-    assert "Five are enough" in section("Set up")
+    assert "Five are enough" in section("Your own key")
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

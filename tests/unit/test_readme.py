@@ -55,7 +55,9 @@ def test_the_list_of_commands_is_the_commands_own() -> None:
 def sample(name: str) -> str:
     """The TOML block that begins with the file's name."""
     (found,) = (
-        each.text for each in blocks(manual(), "toml") if each.text.startswith(f"# {name}\n")
+        each.text
+        for each in blocks(manual(), "toml")
+        if re.match(rf"# {re.escape(name)}[:\n]", each.text)
     )
     return found
 
@@ -81,6 +83,14 @@ def test_the_sample_of_a_configuration_file_works_with_and_without_its_profile(
         assert toll.status().signatures == 0
     with pytest.raises(hsmtoll.ConfigurationError, match="profile other"):
         hsmtoll.connect(config=path, profile="other")
+
+
+def test_the_sample_with_a_proxy_is_understood(tmp_path: Path) -> None:
+    path = tmp_path / "hsmtoll.toml"
+    path.write_text(sample("proxy.toml"))
+    proxy = load(config=path).proxy
+    assert proxy is not None
+    assert proxy.get_secret_value() == "http://proxy.acme.example:3128"
 
 
 def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:
@@ -114,6 +124,12 @@ def test_every_code_of_ours_that_is_explained_exists() -> None:
     source = "".join(path.read_text("utf-8") for path in (TOP / "hsmtoll").rglob("*.py"))
     assert len(stated) > 10
     assert [code for code in stated if f'"{code}"' not in source] == []
+
+
+def test_the_readme_is_short_and_lists_every_page() -> None:
+    assert len(pages()["README"].splitlines()) <= 250
+    listed = re.findall(r"\(hsmtoll/docs/([\w-]+)\.md\)", section("Where to read on"))
+    assert sorted(listed) == sorted(set(pages()) - {"README"})
 
 
 def anchors(text: str) -> set[str]:
@@ -194,7 +210,7 @@ def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
     known = {cells[0]: cells[1] for cells in rows(first)[1:]}
     assert {word.split()[0] for word in known.values()} == {"ran", "imitated", "read"}
     ran = [name for name, word in known.items() if word.startswith("ran")]
-    found = re.search(r"tested with (.*?)\. Licence", pages()["README"], re.DOTALL)
+    found = re.search(r"tested with (.*?)\.\n", pages()["README"], re.DOTALL)
     assert found
     assert re.split(r", (?:and )?", " ".join(found[1].split())) == ran
     # Who is called imitated is so by what the row names: faults are those that tests set.
