@@ -150,7 +150,7 @@ class Audit:
             nonlocal before
             at = datetime.fromisoformat(record["time"]).timestamp()
             if at < before:
-                self._usage.clock_was_set_back(at)
+                self._usage.clamp_to(at)
             before = at
             if at >= since:
                 self._usage.add(record, at)

@@ -1,9 +1,9 @@
 """
 Authorization of one request: stop file, policy, quota, end of the host, clock, caller still there.
 
-Everything here runs on the event loop and awaits nothing, so that a decision and the record that
-is appended after it are one step: no other request is decided between the two. A refusal is
-recorded, but only so many of one account in a minute.
+Runs on the event loop without awaiting, so that a decision and the audit record appended after it
+are atomic: no other request is decided between the two. Refusals are recorded, up to a limit per
+account and minute.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ if TYPE_CHECKING:
     from hsmtoll.errors import HsmTollError, Scope
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.peers import Peer
-    from hsmtoll.host.policy import Ask, Mode, Policy, Verdict
+    from hsmtoll.host.policy import GrantRequest, Mode, Policy, Verdict
     from hsmtoll.host.profiles import Profiles
 
 __all__ = ["Authorization", "Authorizer", "RequestContext", "busy"]
 
-#: Refusals of one account that are recorded in a minute; more are counted, so that nobody who may
-#: have nothing can fill the disk that signing depends on.
-_REFUSALS: Final = 60
+#: Refusals recorded per account and minute; further ones are only counted, so that a caller
+#: without any permission cannot fill the disk that signing depends on.
+_MAX_RECORDED_REFUSALS: Final = 60
 _MINUTE: Final = 60.0
 
-#: Seconds after which it is worth asking a host again whose clock is not synchronised.
-_SOON: Final = 5.0
+#: Seconds, for the Retry-After of a host whose clock is not synchronised.
+_RETRY_AFTER: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class RequestContext:
-    """Who asks, and for what; *gone* says whether the caller has left."""
+    """One request and its *peer*; *disconnected* returns whether the client has disconnected."""
 
     peer: Peer
-    ask: Ask
+    request: GrantRequest
     mode: Mode
-    gone: Callable[[], bool]
+    disconnected: Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Authorization:
-    """A request that may be served: the *scope* in full, and what its records have in common."""
+    """A permitted request: the full *scope*, and the members common to its audit records."""
 
     scope: str
     record: dict[str, Any]
 
 
 class Authorizer:
-    """The decision on each request of one host. Once it is *ending*, nothing new is signed."""
+    """Authorizes each request of one host. While *ending* (shutdown), all are refused."""
 
     def __init__(self, profiles: Profiles, audit: Audit, stop_file: Path, clock: Clock) -> None:
         self._profiles = profiles
@@ -69,13 +69,13 @@ class Authorizer:
         self, context: RequestContext, *, of: Literal["signed", "given", "either"]
     ) -> Authorization:
         """
-        Whether *context* may be served now, by what the caller had so far (*of*: signatures,
-        replies, or whichever is more). Otherwise the refusal is recorded and raised.
+        Authorize *context* now. *of* names the counter that the quota applies to: signatures,
+        replies, or the higher of both. A refusal is recorded and raised.
         """
-        policy, profile = self._profiles.policy, context.ask.profile
+        policy, profile = self._profiles.policy, context.request.profile
         names = context.peer.names & policy.callers.keys()
         counts = {name: self._audit.counts(name, profile, of=of) for name in names}
-        verdict = decide(policy, context.peer, context.ask, context.mode, counts)
+        verdict = decide(policy, context.peer, context.request, context.mode, counts)
         record = _record(context, verdict, policy)
         refusal = self._refusal(context, verdict, policy)
         if refusal is not None:
@@ -84,28 +84,28 @@ class Authorizer:
         return Authorization(verdict.scope, record)
 
     def refuse(self, refusal: HsmTollError, account: str) -> None:
-        """Record that somebody was refused before it could be asked who may have what."""
+        """Record a *refusal* of *account* that was made before authorization."""
         record = {"caller": account, "policy_sha256": self._profiles.policy.sha256}
         self._record_refusal(account, record, refusal)
 
     def check_still_wanted(self, context: RequestContext) -> None:
-        """Raise if a stop came, or the caller left. Safe to call from any thread."""
+        """Raise if signing was stopped or the client has disconnected. Thread-safe."""
         self.check_not_stopped()
-        if context.gone():
-            raise _gone()
+        if context.disconnected():
+            raise _disconnected()
 
     def stopped(self) -> str | None:
-        """Why nothing may be signed or given out: the stop file, or that nobody can look."""
+        """Why signing is stopped: the stop file exists or cannot be checked; else ``None``."""
         return stopped_by(self._stop_file)
 
     def check_not_stopped(self) -> None:
-        """PolicyDenied (``stopped``) if nothing may be signed or given out."""
+        """PolicyDenied (``stopped``) while signing is stopped."""
         why = self.stopped()
         if why is not None:
             raise _stopped(why)
 
     def unavailable(self, seconds: float) -> TryAgainLater:
-        """For a request that has waited *seconds* for the device, or as long as the host lived."""
+        """The error of a request that waited *seconds* for the device, or until shutdown."""
         return _ending() if self.ending else busy(f"no device was free within {seconds:g} s")
 
     def _refusal(
@@ -126,21 +126,21 @@ class Authorizer:
             )
         if self.ending:
             return _ending()
-        if not self._profiles.clock_is_right(self._profiles.get(context.ask.profile)):
+        if not self._profiles.clock_is_right(self._profiles.get(context.request.profile)):
             return ClockError(
                 "clock: the signing host's clock is not synchronised",
                 hint="on the host: let NTP keep it; nothing is signed before",
                 code="clock-unsynchronised",
-                retry_after=_SOON,
+                retry_after=_RETRY_AFTER,
                 signed=False,
                 scope="caller",
             )
-        return _gone() if context.gone() else None
+        return _disconnected() if context.disconnected() else None
 
     def _over_quota(
         self, context: RequestContext, verdict: Verdict, policy: Policy
     ) -> TryAgainLater:
-        profile = context.ask.profile
+        profile = context.request.profile
         entry = policy.callers[verdict.caller].profiles[profile]
         wait = self._audit.free_in(
             verdict.caller, profile, minute=entry.per_minute, day=entry.per_day
@@ -155,60 +155,60 @@ class Authorizer:
         )
 
     def _record_refusal(self, account: str, record: dict[str, Any], refusal: HsmTollError) -> None:
-        left_out = self._refusals.count(account)
-        if left_out is None:
+        unrecorded = self._refusals.count(account)
+        if unrecorded is None:
             return
-        more = f" ({left_out} more before were not written down)" if left_out else ""
-        # Nothing follows from it, so nobody waits until it is on disk.
+        more = f" ({unrecorded} more before were not written down)" if unrecorded else ""
+        # Not synced: nothing depends on this record.
         self._audit.append("refused", **record, outcome=f"{refusal.code}: {refusal}{more}")
 
 
 @dataclass(slots=True)
 class _RefusalLimit:
-    """Counts refusals by account: the start of its minute (boot clock), and how many since."""
+    """Counts refusals: account → start of its minute (boot clock) and number since then."""
 
     clock: Clock
     seen: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def count(self, account: str) -> int | None:
-        """``None`` for one too many; otherwise how many were left out just before this one."""
+        """``None`` above the limit; otherwise the number not recorded just before this one."""
         now = self.clock.now().boot
-        if len(self.seen) > 10 * _REFUSALS:
+        if len(self.seen) > 10 * _MAX_RECORDED_REFUSALS:
             self.seen = {who: each for who, each in self.seen.items() if now < each[0] + _MINUTE}
         since, count = self.seen.get(account, (now, 0))
-        left_out = 0
+        unrecorded = 0
         if now >= since + _MINUTE:
-            left_out, since, count = max(0, count - _REFUSALS), now, 0
+            unrecorded, since, count = max(0, count - _MAX_RECORDED_REFUSALS), now, 0
         self.seen[account] = (since, count + 1)
-        return left_out if count < _REFUSALS else None
+        return unrecorded if count < _MAX_RECORDED_REFUSALS else None
 
 
 def _record(context: RequestContext, verdict: Verdict, policy: Policy) -> dict[str, Any]:
-    ask = context.ask
+    request = context.request
     options: dict[str, Any] = {
         "mode": context.mode,
-        "consumer_org": ask.consumer_org,
-        "resource": ask.resource,
+        "consumer_org": request.consumer_org,
+        "resource": request.resource,
     }
-    if ask.authorization_details:
-        options["authorization_details"] = ask.authorization_details
+    if request.authorization_details:
+        options["authorization_details"] = request.authorization_details
     return {
         "caller": verdict.caller or context.peer.account,
-        "profile": foreign(ask.profile),
-        "scope": verdict.scope or foreign(ask.scope),
+        "profile": foreign(request.profile),
+        "scope": verdict.scope or foreign(request.scope),
         "options": options,
         "policy_sha256": policy.sha256,
     }
 
 
 def busy(why: str, scope: Scope = "attempt") -> TryAgainLater:
-    """The error of a request that was not served, for a reason that will pass."""
+    """The error of a request that failed for a temporary reason."""
     return TryAgainLater(
         f"busy: {why}", hint="try again", code="busy", retry_after=1.0, signed=False, scope=scope
     )
 
 
-def _gone() -> TryAgainLater:
+def _disconnected() -> TryAgainLater:
     return busy("the caller left", "caller")
 
 
@@ -217,7 +217,7 @@ def _ending() -> TryAgainLater:
 
 
 def _stopped(why: str) -> PolicyDenied:
-    # Of the caller's scope as every refusal here: each request is refused, and recorded, by itself.
+    # Scope `caller`, as of every refusal here: each request is refused and recorded on its own.
     return PolicyDenied(
         f"signing is stopped: {why}",
         hint="its custodian has to resume it: `hsmtoll resume`",

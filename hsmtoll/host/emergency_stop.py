@@ -1,8 +1,8 @@
 """
-The emergency stop: a file whose presence says stop, in a directory that the custodian owns.
+The emergency stop: signing is stopped while a file exists in a directory of the custodian.
 
-What cannot be looked at counts as stopped. Who may create or remove the file is the file
-system's to say: the signing socket has no part in it.
+If the file cannot be checked, signing is stopped. Permissions of the file system alone decide
+who may stop and resume; there is no request for it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def stop_file(settings: Settings) -> Path:
 
 
 def stopped_by(path: Path) -> str | None:
-    """Why nothing may be signed, or ``None``: two system calls, so it can be asked each time."""
+    """Why signing is stopped, or ``None``. Two system calls: cheap enough for every request."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -46,7 +46,7 @@ def stopped_by(path: Path) -> str | None:
     else:
         return "the stop file is there"
     try:
-        # Where its directory is gone, that the file is says nothing.
+        # The file is missing as well if its directory is: that is a stop.
         os.stat(os.path.dirname(path) or ".")  # noqa: PTH116, PTH120 - asked for every grant
     except OSError as exc:
         return f"the directory of the stop file cannot be read ({exc.strerror})"
@@ -55,8 +55,8 @@ def stopped_by(path: Path) -> str | None:
 
 def check_stop_directory(path: Path) -> None:
     """
-    ConfigurationError where anybody could resume. A directory that is missing, or that this
-    account cannot look into, is a stop.
+    ConfigurationError if other accounts may write the directory. A missing or unreadable
+    directory is no error here, but a stop.
     """
     with contextlib.suppress(PermissionError):
         if path.parent.exists():
@@ -64,7 +64,7 @@ def check_stop_directory(path: Path) -> None:
 
 
 def stop(path: Path) -> bool:
-    """Create the file, for good; whether it was not there before."""
+    """Create the file and sync it to disk. Returns whether it did not exist before."""
     try:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
@@ -76,7 +76,7 @@ def stop(path: Path) -> bool:
 
 
 def resume(path: Path) -> bool:
-    """Remove the file; whether it was there."""
+    """Remove the file. Returns whether it existed."""
     try:
         path.unlink()
         sync_directory(path.parent)

@@ -23,8 +23,8 @@ __all__ = ["GroupCommit"]
 
 class GroupCommit:
     """
-    Waits for the disk on behalf of coroutines of one event loop, in one thread. Who asks while a
-    sync is under way shares the next one.
+    Syncs the audit in one thread, for the coroutines of one event loop. Requests that arrive
+    during a sync share the next one.
     """
 
     def __init__(self, audit: Audit) -> None:
@@ -34,12 +34,12 @@ class GroupCommit:
         self._syncing: asyncio.Task[None] | None = None
 
     async def write(self, event: str, **members: Any) -> None:
-        """One record, on disk when this returns. AuditBroken if it cannot be written."""
+        """Append one record and wait until it is on disk. AuditBroken if that fails."""
         self._audit.append(event, **members)
         await self.synced()
 
     async def synced(self) -> None:
-        """Wait until all records that were appended by now are on disk; AuditBroken otherwise."""
+        """Wait until all records appended so far are on disk. AuditBroken if that fails."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         if self._syncing is None:
@@ -55,13 +55,13 @@ class GroupCommit:
             except HsmTollError as exc:
                 failure = exc
             for future in waiting:
-                # Who was cancelled does not wait any more.
+                # Cancelled waiters are already done.
                 if not future.done():
                     future.set_exception(failure) if failure else future.set_result(None)
         self._syncing = None
 
     async def in_thread(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Call *function*, which may wait for the disk, in the thread that does."""
+        """Call *function*, which may wait for the disk, in the audit's thread."""
         await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a signing host says about itself: why it is not ready, and the numbers of its metrics."""
+"""Readiness of a signing host, with reasons, and its metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HostHealth", "exposed"]
 
-#: Why a profile of the real services waits; /ready and the log say it to the custodian.
+#: The reason in /ready and in the log for the custodian.
 _CLOCK: Final = (
     "the clock is not synchronised: let NTP keep it, or set HSMTOLL_HOST__CLOCK=unchecked where "
     "the kernel does not know that something does"
@@ -25,7 +25,7 @@ _CLOCK: Final = (
 
 @dataclass(frozen=True, slots=True)
 class HostHealth:
-    """Read from the parts of one host, on its event loop."""
+    """Readiness and metrics of one host. Used on its event loop."""
 
     authorizer: Authorizer
     profiles: Profiles
@@ -33,7 +33,7 @@ class HostHealth:
     synchronised: Callable[[], bool]
 
     def not_ready(self) -> list[str]:
-        """Why grants cannot be had now, a line each; none if they can."""
+        """The reasons why no grants can be signed now, one line each; empty if ready."""
         why = []
         stopped = self.authorizer.stopped()
         if stopped is not None:
@@ -50,7 +50,7 @@ class HostHealth:
         return why
 
     def numbers(self) -> dict[str, float]:
-        """For the metrics: name and value."""
+        """The metrics: name → value."""
         return {
             "ready": float(not self.not_ready()),
             "stopped": float(self.authorizer.stopped() is not None),
@@ -62,7 +62,7 @@ class HostHealth:
 
 
 def exposed(numbers: dict[str, float]) -> str:
-    """*numbers* in Prometheus' text format."""
+    """Format *numbers* in the Prometheus text format."""
     lines = []
     for name, value in numbers.items():
         kind = "counter" if name.endswith("_total") else "gauge"

@@ -1,7 +1,7 @@
 """
-Who is at the other end: the kernel's word on a Unix socket, a verified certificate over TLS.
+Peer identity: SO_PEERCRED on a Unix socket, the verified client certificate over TLS.
 
-A process id never counts: it may belong to somebody else by the time it is looked at.
+The process id is not used: it may have been reused by the time it is looked up.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _SO_PEERGROUPS: Final = 59
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The *names* a policy may know it by, and the SHA-256 (hex) of its certificate over TLS."""
+    """The *names* that a policy may use for it; over TLS the certificate's SHA-256 (hex)."""
 
     names: frozenset[str]
     certificate_sha256: str | None = None
 
     @property
     def account(self) -> str:
-        """One name for limits and refusals: the account, or the certificate."""
+        """The name for limits and refusals: the uid, or the certificate's hash."""
         uids = sorted(name for name in self.names if name.startswith("uid:"))
         return (uids or [f"sha256:{self.certificate_sha256}"])[0]
 
     @classmethod
     def local(cls, uid: int, *gids: int) -> Peer:
-        """An account; PolicyDenied for one that the kernel could not name."""
+        """A local account. PolicyDenied for an overflow id (another user namespace)."""
         if {uid, *gids} & OVERFLOW:
             raise PolicyDenied(
                 "caller: its account is not known here (another user namespace)",
@@ -55,7 +55,7 @@ def of_socket(connection: socket.socket) -> Peer:
     if known is None:
         raise PolicyDenied("caller: this system does not name who connects", code="caller-unknown")
     uid, gid = known
-    # The most that Python asks the kernel for: 256 groups. With more it says no, and so do we.
+    # At most 256 groups (Python's limit of 1024 bytes); with more, getsockopt raises OSError.
     groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
     more = struct.unpack(f"{len(groups) // 4}I", groups)
     return Peer.local(uid, gid, *more)

@@ -1,8 +1,7 @@
 """
-Who may have what: a TOML file, default deny, and the verdict on one request with its reason.
+Authorization policy: a TOML file, default deny, and the verdict on one request with its reason.
 
-The verdict is a pure function of policy, peer, request and counts; neither a clock nor the
-device enters.
+The verdict is a pure function of policy, peer, request and usage counts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["Ask", "Counts", "Entry", "Mode", "Policy", "Verdict", "decide", "explain"]
+__all__ = ["Counts", "Entry", "GrantRequest", "Mode", "Policy", "Verdict", "decide", "explain"]
 
 Mode = Literal["grant", "token"]
 
@@ -42,8 +41,8 @@ _OPTIONS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What a caller may name: nothing else is taken from it."""
+class GrantRequest:
+    """The members of a request to /v1/grant or /v1/token."""
 
     profile: str
     scope: str
@@ -51,14 +50,14 @@ class Ask:
     resource: tuple[str, ...] = ()
     authorization_details: str = ""
 
-    def request(self, scope: str) -> TokenRequest:
-        """What is asked of Maskinporten, for *scope* in full."""
+    def token_request(self, scope: str) -> TokenRequest:
+        """The request to Maskinporten, with *scope* in full."""
         return TokenRequest(scope, self.resource, self.consumer_org, self.authorization_details)
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What the audit says the caller had of this profile: in the last minute and day."""
+    """Usage of a profile by one caller in the last minute and day, counted from the audit."""
 
     minute: int = 0
     day: int = 0
@@ -67,8 +66,8 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Entry:
     """
-    What one caller may have of one profile; *line* is where the file says so. An object of
-    *authorization_details* allows those that have its members, with its values.
+    The permissions of one caller for one profile; *line* is its line in the file. An object of
+    *authorization_details* permits every object that has all its members with the same values.
     """
 
     scopes: frozenset[str]
@@ -92,8 +91,8 @@ class Caller:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """
-    *allowed*, *why* in a sentence, the *line* that decided (0: no line allows it), the *scope*
-    in full, the *caller* by the policy's name. *quota*: only the quota said no; ask later.
+    *allowed*, *why* in a sentence, the *line* that decided (0: none), the full *scope*, the
+    *caller* as named in the policy. *quota*: refused by the quota alone, so only for now.
     """
 
     allowed: bool
@@ -106,7 +105,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy file that was read whole; *sha256* is of its bytes."""
+    """A parsed policy file; *sha256* is the hash of its bytes."""
 
     profiles: Mapping[str, Mapping[str, Any]]
     callers: Mapping[str, Caller]
@@ -115,12 +114,12 @@ class Policy:
 
     @classmethod
     def load(cls, path: Path) -> Policy:
-        """ConfigurationError for a file that others may change, or that says anything unknown."""
+        """Read *path*. ConfigurationError if it is invalid, or if others may change it."""
         return cls.parse(files.read(path, "HSMTOLL_HOST__POLICY"), str(path))
 
     @classmethod
     def parse(cls, raw: bytes, name: str = "policy") -> Policy:
-        """As load, of the file's bytes."""
+        """As `load`, from the file's bytes."""
         try:
             text = raw.decode()
             tables = tomllib.loads(text)
@@ -159,7 +158,7 @@ class _Reader:
         revoked = set(self._texts(tables.get("revoked_sha256", []), "revoked_sha256"))
         callers = {}
         for name, table in self._table(tables.get("caller", {}), "caller").items():
-            # Written below a table, as the documented example has it, TOML makes it that table's.
+            # A key written below a table belongs to that table in TOML: accept it there, too.
             given = dict(self._table(table, f"caller.{name}"))
             revoked |= set(self._texts(given.pop("revoked_sha256", []), "revoked_sha256"))
             callers[name] = self._caller(name, given, profiles)
@@ -177,7 +176,7 @@ class _Reader:
         named = {key.partition("__")[0] for key in profile}
         if {"host", "signer"} & named:
             raise self._bad(f"profile {foreign(name)}: host and signer are not a profile's")
-        # Which file and which of its tables is read is said to the host, and by no setting.
+        # The file and its table are options of the command, and no settings.
         for each in sorted({"config", "profile"} & named):
             raise self._bad(f"profile {foreign(name)}: {each}: there is no such setting")
 
@@ -260,13 +259,16 @@ class _Reader:
 
 
 def decide(
-    policy: Policy, peer: Peer, ask: Ask, mode: str, counts: Counts | Mapping[str, Counts]
+    policy: Policy,
+    peer: Peer,
+    request: GrantRequest,
+    mode: str,
+    counts: Counts | Mapping[str, Counts],
 ) -> Verdict:
     """
-    Whether *peer* gets what it asks for. *counts*: of this caller, or by the caller's name.
+    Decide on *request* of *peer*. *counts*: of this caller, or a mapping by the caller's name.
 
-    Exactly one caller entry must match; two are a mistake of the file that nobody may profit
-    from.
+    Exactly one caller entry must match; more than one is refused as an error of the policy.
     """
     if peer.certificate_sha256 in policy.revoked:
         return Verdict(False, "the caller's certificate is revoked")
@@ -278,16 +280,16 @@ def decide(
         return Verdict(False, f"more than one caller entry matches: {', '.join(matching)}", line)
     name = matching[0]
     caller = policy.callers[name]
-    entry = caller.profiles.get(ask.profile)
+    entry = caller.profiles.get(request.profile)
     if entry is None:
-        why = f"{name} has no profile {foreign(ask.profile)}"
+        why = f"{name} has no profile {foreign(request.profile)}"
         return Verdict(False, why, caller.line, caller=name)
     try:
-        scope = apis.scope_of(ask.scope, policy.identity(ask.profile))
+        scope = apis.scope_of(request.scope, policy.identity(request.profile))
     except HsmTollError as exc:
         return Verdict(False, str(exc), entry.line, caller=name)
     seen = counts if isinstance(counts, Counts) else counts.get(name, Counts())
-    refusal = _refusal(entry, ask, scope, mode)
+    refusal = _refusal(entry, request, scope, mode)
     if refusal is not None:
         return Verdict(False, refusal, entry.line, scope, name)
     for had, limit, span in (
@@ -297,33 +299,33 @@ def decide(
         if limit is not None and had >= limit:
             why = f"the quota of {limit} per {span} is used up"
             return Verdict(False, why, entry.line, scope, name, quota=True)
-    return Verdict(True, f"{name} may have {scope} of {ask.profile}", entry.line, scope, name)
+    return Verdict(True, f"{name} may have {scope} of {request.profile}", entry.line, scope, name)
 
 
-def allows(policy: Policy, ask: Ask) -> bool:
-    """Whether some caller may have *ask*, its scope in full, as a grant or for a token."""
+def allows(policy: Policy, request: GrantRequest) -> bool:
+    """Whether any caller is permitted *request* (with the full scope), in any mode."""
     return any(
-        _refusal(entry, ask, ask.scope, mode) is None
+        _refusal(entry, request, request.scope, mode) is None
         for caller in policy.callers.values()
         for name, entry in caller.profiles.items()
-        if name == ask.profile
+        if name == request.profile
         for mode in entry.mode
     )
 
 
-def _refusal(entry: Entry, ask: Ask, scope: str, mode: str) -> str | None:
+def _refusal(entry: Entry, request: GrantRequest, scope: str, mode: str) -> str | None:
     if mode not in entry.mode:
         return f"mode {foreign(mode)} is not allowed"
     if scope not in entry.scopes:
         return f"scope {foreign(scope)} is not allowed"
-    if ask.consumer_org is not None and ask.consumer_org not in entry.consumer_org:
-        return f"consumer_org {foreign(ask.consumer_org)} is not allowed"
-    for each in ask.resource:
+    if request.consumer_org is not None and request.consumer_org not in entry.consumer_org:
+        return f"consumer_org {foreign(request.consumer_org)} is not allowed"
+    for each in request.resource:
         if each not in entry.resource:
             return f"resource {foreign(each)} is not allowed"
-    for asked in ask.request(scope).details:
-        if not any(_covers(allowed, asked) for allowed in entry.authorization_details):
-            return f"authorization_details {foreign(asked)} are not allowed"
+    for details in request.token_request(scope).details:
+        if not any(_covers(allowed, details) for allowed in entry.authorization_details):
+            return f"authorization_details {foreign(details)} are not allowed"
     return None
 
 
@@ -335,7 +337,7 @@ def _covers(allowed: object, asked: object) -> bool:
 
 
 def _names_a_caller(name: str) -> bool:
-    """Whether somebody may be known by *name*: a number as the kernel's is written."""
+    """Whether *name* is a valid caller name; a uid or gid must fit 32 bits."""
     fits = _CALLER.fullmatch(name)
     return fits is not None and int(fits[1] or 0) < 2**32
 
@@ -345,7 +347,7 @@ def _no_caller(name: str) -> str:
 
 
 def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tuple[bool, str]]:
-    """For each mode: whether *caller* (``uid:1001``) is allowed, and why, with the line."""
+    """For each mode: whether *caller* (``uid:1001``) is permitted *scope*, and why."""
     policy = Policy.load(path)
     if not _names_a_caller(caller):
         raise ConfigurationError(_no_caller(caller))
@@ -357,7 +359,9 @@ def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tupl
             return dict.fromkeys(_MODES, (False, f"denied: {exc} ({path}: default deny)"))
     said = {}
     for mode in _MODES:
-        verdict = decide(policy, Peer(frozenset({caller})), Ask(profile, scope), mode, Counts())
+        verdict = decide(
+            policy, Peer(frozenset({caller})), GrantRequest(profile, scope), mode, Counts()
+        )
         place = f"{path}:{verdict.line}" if verdict.line else f"{path}: default deny"
         word = "allowed" if verdict.allowed else "denied"
         said[mode] = (verdict.allowed, f"{word}: {verdict.why} ({place})")

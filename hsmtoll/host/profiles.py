@@ -1,8 +1,7 @@
 """
-The profiles of the policy: what each signs with, whether its device works, and how a new policy
-takes over.
+The profiles of the policy: their devices, self-tests, and the switch to a reloaded policy.
 
-Everything but reading files and asking devices runs on the event loop.
+All of it runs on the event loop, except reading files and calling devices.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ __all__ = ["Profile", "Profiles"]
 
 _log = logging.getLogger("hsmtoll.host")
 
-#: Requests that are signed for at once, for each worker of the device: one is at the device, the
-#: records of the others are on their way to the disk meanwhile.
+#: Concurrent signing requests for each worker of the device: one is at the device while the
+#: audit records of the others are written.
 _SLOTS: Final = 4
 
-#: Seconds that a reload waits for the self-test of what takes over: longer, and whoever the new
-#: policy takes something away from would keep it.
-_TAKING_OVER: Final = 10.0
+#: Seconds that a reload waits for the self-tests of new profiles. Until then the old policy is
+#: in force, with the permissions that the new one may have withdrawn.
+_TAKEOVER_TIMEOUT: Final = 10.0
 
-#: Seconds after which it is worth asking again for a profile that is not ready.
-_SOON: Final = 5.0
+#: Seconds, for the Retry-After of a profile that is not ready.
+_RETRY_AFTER: Final = 5.0
 
 
-class _Uncorrected(Skew):
-    """The host never corrects its clock: one that is wrong is the custodian's to mend."""
+class _NoClockCorrection(Skew):
+    """Ignores the services' Date headers: a signing host's clock is kept by NTP alone."""
 
     def learn(self, offset: float) -> bool:
-        """Nothing is learned."""
+        """Ignore *offset*."""
         del offset
         return False
 
@@ -61,9 +60,9 @@ class _Uncorrected(Skew):
 @dataclass(slots=True, eq=False)
 class Profile:
     """
-    What one profile, *table* in the policy, signs with. *executor* has a thread for each worker of
-    the device, of which there are *workers*. *leaf* is the SHA-256 of the certificate that signed
-    last. Once *retired*, nobody is signed for any more, and the last one who leaves closes it.
+    One profile at runtime; *table* is its table in the policy. *executor* has one thread for each
+    of the device's *workers*. *leaf* is the SHA-256 of the certificate that signed last. Once
+    *retired*, it signs no further request, and is closed after the last one has ended.
     """
 
     name: str
@@ -85,21 +84,21 @@ class Profile:
         self._slots = asyncio.Semaphore(_SLOTS * self.workers)
 
     def check_ready(self) -> None:
-        """DeviceError (``not-ready``) for one whose device never signed yet."""
+        """DeviceError (``not-ready``) until the first self-test has passed."""
         if not self.health.proven:
             raise DeviceError(
                 f"profile {foreign(self.name)}: not ready, {self.health.failure}",
                 hint="it is tried again by itself",
                 code="not-ready",
-                retry_after=_SOON,
+                retry_after=_RETRY_AFTER,
                 signed=False,
             )
 
     @contextlib.asynccontextmanager
     async def signing_slot(self, seconds: float) -> AsyncIterator[None]:
         """
-        One of the requests that are signed for at once, in the order of asking. TryAgainLater
-        where there is no room within *seconds*.
+        Hold one of the slots for concurrent requests, first come, first served. TryAgainLater if
+        none is free within *seconds*.
         """
         self._waiting += 1
         try:
@@ -118,18 +117,18 @@ class Profile:
             self._close_if_idle()
 
     def wake_waiters(self) -> None:
-        """Let all who wait have a slot: they are decided about again, and all refused."""
+        """Give all waiters a slot at once; the authorization after it refuses each of them."""
         for _ in range(self._waiting):
             self._slots.release()
 
     def retire(self) -> None:
-        """The policy has no such profile any more, or another one by its name."""
+        """Stop signing: the policy has removed or replaced this profile."""
         self.retired = True
         self.wake_waiters()
         self._close_if_idle()
 
     def close(self) -> None:
-        """Let go of the device. What it is asked for now ends by itself."""
+        """Close the device, without waiting for a signature that is under way."""
         self.executor.shutdown(wait=False, cancel_futures=True)
         self.app.close()
 
@@ -142,8 +141,8 @@ class Profile:
 
 class Profiles:
     """
-    The policy in use and its profiles. *load* gives the host's settings with those of a profile
-    above them. Raises ConfigurationError for a policy that cannot be used.
+    The policy in use and its profiles. *load* returns the host's settings, overridden by those of
+    a profile. Raises ConfigurationError for an invalid policy.
     """
 
     def __init__(
@@ -162,26 +161,26 @@ class Profiles:
         self._clock = clock
         self._synchronised = synchronised
         self._deadline = deadline
-        #: Signatures that devices were asked for.
+        #: Number of signatures requested from devices.
         self.signatures = 0
         self.policy, self._profiles = self._read({})
 
     def get(self, name: str) -> Profile | None:
-        """The profile that *name* means now."""
+        """The profile *name* of the policy in use."""
         return self._profiles.get(name)
 
     def __iter__(self) -> Iterator[Profile]:
         return iter(tuple(self._profiles.values()))
 
     def clock_is_right(self, profile: Profile | None) -> bool:
-        """Whether grants of *profile* may be dated by the clock; in the sandbox they always may."""
+        """Whether the clock is synchronised; for a sandbox profile always true."""
         sandbox = profile is not None and profile.app.settings.environment == "sandbox"
         return sandbox or self._synchronised()
 
     # ------------------------------------------------------------------ reading
 
     def _read(self, known: Mapping[str, Profile]) -> tuple[Policy, dict[str, Profile]]:
-        """The policy as it is now. A profile of *known* whose table is the same goes on."""
+        """Read the policy. Profiles of *known* with an unchanged table are kept as they are."""
         policy = Policy.load(self._path)
         if os.geteuid() != 0 and os.access(self._path, os.W_OK):
             _log.warning(
@@ -197,10 +196,10 @@ class Profiles:
                     profile.app.certificate_file(afresh=True)
                 profiles[name] = profile
             else:
-                profiles[name] = self._made(name, table)
+                profiles[name] = self._new_profile(name, table)
         return policy, profiles
 
-    def _made(self, name: str, table: Mapping[str, Any]) -> Profile:
+    def _new_profile(self, name: str, table: Mapping[str, Any]) -> Profile:
         try:
             for each in ("scope", "consumer_org", "resource"):
                 if each in table:
@@ -223,7 +222,7 @@ class Profiles:
             hsm = settings.hsm.model_copy(update={"isolation": "process"})
             settings = settings.model_copy(update={"hsm": hsm})
         app = App(settings, clock=self._clock)
-        app.skew = _Uncorrected()
+        app.skew = _NoClockCorrection()
         if app.family == "norwegian" and settings.iss is None:
             raise ConfigurationError("iss is required with identity = norwegian")
         app.module(app.uris()[0])
@@ -241,32 +240,32 @@ class Profiles:
 
     async def reload(self, audit: Audit, commit: GroupCommit) -> str | None:
         """
-        Read the policy again; why the old one goes on, if it does: something is wrong with the
-        new one, or the audit cannot be written. What takes over from a profile that works signs
-        the self-test before, if it can soon.
+        Reload the policy. Returns the reason if the old one stays in force: the new one is
+        invalid, or the audit cannot be written. The replacement of a working profile is tested
+        before the switch.
         """
         before = self._profiles
         try:
             policy, profiles = await asyncio.to_thread(self._read, before)
         except HsmTollError as exc:
-            return await self._kept(exc, commit)
-        fresh = [profile for profile in profiles.values() if profile not in before.values()]
-        await self._test_before_taking_over(fresh)
+            return await self._keep_policy(exc, commit)
+        new = [profile for profile in profiles.values() if profile not in before.values()]
+        await self._test_before_takeover(new)
         try:
             audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
             self.policy, self._profiles = policy, profiles
             await commit.synced()
         except AuditBroken as exc:
-            # Nothing is signed any more, whichever of the two it would be with.
-            return await self._kept(exc, commit)
+            # Without an audit nothing is signed, with either policy.
+            return await self._keep_policy(exc, commit)
         finally:
-            for profile in (*before.values(), *fresh):
+            for profile in (*before.values(), *new):
                 if self._profiles.get(profile.name) is not profile:
                     profile.retire()
         _log.info("policy reloaded: %s", policy.sha256)
         return None
 
-    async def _kept(self, exc: HsmTollError, commit: GroupCommit) -> str:
+    async def _keep_policy(self, exc: HsmTollError, commit: GroupCommit) -> str:
         _log.error("policy not reloaded, the old one goes on: %s", exc)
         with contextlib.suppress(HsmTollError):
             sha256 = self.policy.sha256
@@ -275,37 +274,39 @@ class Profiles:
 
     # ------------------------------------------------------------------ self-test
 
-    async def self_test(self, patience: float) -> None:
+    async def self_test(self, seconds: float) -> None:
         """
-        Sign the self-test with every profile that has not yet, or whose device failed since: with
-        any key of its list. A profile's `Health` says what stands in the way; after a failure that
-        may have cost a signature the next test waits ever longer, until a grant is signed.
+        Run the self-tests that are due: of profiles that have not passed yet, or whose device has
+        failed since. One usable key of a profile is enough. The result is the profile's `Health`.
+        After a failure that may have cost a signature the interval doubles until a grant is signed.
 
-        Returns when all are done, or after *patience* seconds: what takes longer goes on by itself.
+        Returns when all have ended, or after *seconds*; unfinished ones continue in the background.
         """
         if stopped_by(self._stop_file) is None:
             tests = [self._test_of(profile) for profile in self]
-            await _wait([test for test in tests if test is not None], patience)
+            await _wait([test for test in tests if test is not None], seconds)
 
-    async def _test_before_taking_over(self, fresh: list[Profile]) -> None:
+    async def _test_before_takeover(self, new: list[Profile]) -> None:
         """
-        Requests that arrive meanwhile are served with the old profiles: nobody fails because the
-        new one is not tested yet.
+        Test *new* profiles that replace a working one. Requests that arrive meanwhile are served
+        with the old profiles.
         """
         if stopped_by(self._stop_file) is not None:
             return
         tests = []
-        for profile in fresh:
+        for profile in new:
             old = self._profiles.get(profile.name)
             if old is not None and old.health.failure is None:
                 tests.append(self._test_of(profile))
-        await _wait([test for test in tests if test is not None], min(self._deadline, _TAKING_OVER))
+        await _wait(
+            [test for test in tests if test is not None], min(self._deadline, _TAKEOVER_TIMEOUT)
+        )
 
     def _test_of(self, profile: Profile) -> asyncio.Task[None] | None:
-        """The self-test that is under way, or a new one if it is due."""
+        """The running self-test of *profile*, or a new one if it is due, else ``None``."""
         if profile.self_test is None or profile.self_test.done():
             health = profile.health
-            due = health.failure is not None and self._clock.now().boot >= health.rest.until
+            due = health.failure is not None and self._clock.now().boot >= health.backoff.until
             if not due or not self.clock_is_right(profile):
                 return None
             profile.self_test = asyncio.create_task(self._test(profile))

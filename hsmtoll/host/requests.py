@@ -6,7 +6,8 @@ The two requests of a signing host, one coroutine each, and the signature that b
     token ─┘    │
       └─ cache ─┴─ renewal, in a thread: sign ► Maskinporten ► Customs
 
-Between two awaits nothing else is decided. A request that has begun goes on when its caller leaves.
+No other request is decided between two awaits. A request that has begun is finished even if its
+client disconnects.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Requests"]
 
-#: Seconds that the end waits for what is being signed or recorded.
-_AT_THE_END: Final = 10.0
+#: Seconds that a shutdown waits for requests that are being signed or recorded.
+_SHUTDOWN_TIMEOUT: Final = 10.0
 
 
 class Recorded(NamedTuple):
-    """A signed grant, and where the audit records it."""
+    """A signed grant, and the position and hash of its audit record."""
 
     grant: SignedGrant
     seq: int
@@ -52,8 +53,8 @@ class Recorded(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Requests:
     """
-    What is asked of one host, on its event loop. *deadline* is how many seconds a request waits
-    for a device.
+    Serves the requests to one host, on its event loop. *deadline*: seconds that a request may
+    wait for a device.
     """
 
     profiles: Profiles
@@ -65,7 +66,7 @@ class Requests:
     _tasks: set[asyncio.Task[Reply]] = field(default_factory=set)
 
     def begin(self, context: RequestContext) -> asyncio.Task[Reply]:
-        """The reply to *context*, as it goes on whoever waits for it."""
+        """Start serving *context* as a task of its own, whose result is the reply."""
         serve = self.grant if context.mode == "grant" else self.token
         task = asyncio.create_task(serve(context))
         self._tasks.add(task)
@@ -75,7 +76,7 @@ class Requests:
     def _ended(self, task: asyncio.Task[Reply]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            # Its caller may have left: then nobody else looks at the exception.
+            # Retrieve it: after a disconnect nobody awaits the task.
             task.exception()
 
     # ------------------------------------------------------------------ the two requests
@@ -89,7 +90,7 @@ class Requests:
         except HsmTollError as exc:
             if not (exc.retryable and exc.scope == "attempt"):
                 raise
-            # The first signature showed which of the certificates is the key's.
+            # The first signature showed which certificate belongs to the key: sign with that one.
             signed = await self._sign(profile, context, request, new_jti())
         grant, seq, head = signed
         return {
@@ -100,7 +101,7 @@ class Requests:
         }
 
     async def token(self, context: RequestContext) -> Reply:
-        """A Customs token: the one that is held, or a new one, had once for all who wait for it."""
+        """A Customs token, from the cache or by a renewal that all waiting requests share."""
         authorization = self.authorizer.authorize(context, of="given")
         profile, request = self._profile_of(context, authorization)
         token = profile.cache.fresh_in_memory(request)
@@ -108,12 +109,12 @@ class Requests:
             renewal = profile.app.renewal_by(self._audited(profile, context))
             token = await profile.cache.aget(request, lambda: renewal)
             authorization = self.authorizer.authorize(context, of="given")
-            # The policy may be another one by now: had with another key, or for another scope.
+            # After a reload the token may belong to another key or scope than the profile's.
             self._check_current(profile)
         return await self._release(authorization, token)
 
     async def _release(self, authorization: Authorization, token: AccessToken) -> Reply:
-        """*token* for the caller, once it is recorded that it was given out."""
+        """The reply with *token*, after its release was recorded on disk."""
         left = int(token.remaining(self.clock.now()))
         seq, head = self.audit.append(
             "release",
@@ -135,11 +136,11 @@ class Requests:
     def _profile_of(
         self, context: RequestContext, authorization: Authorization
     ) -> tuple[Profile, TokenRequest]:
-        profile = self.profiles.get(context.ask.profile)
+        profile = self.profiles.get(context.request.profile)
         if profile is None:
             raise _changed()
         profile.check_ready()
-        return profile, context.ask.request(authorization.scope)
+        return profile, context.request.token_request(authorization.scope)
 
     def _check_current(self, profile: Profile) -> None:
         if self.profiles.get(profile.name) is not profile:
@@ -151,9 +152,8 @@ class Requests:
         self, profile: Profile, context: RequestContext, request: TokenRequest, jti: str
     ) -> Recorded:
         """
-        One grant for the caller of *context*. The decision that counts is the one after the wait
-        for a slot, however long that was. The intent is on disk before the device is
-        asked, and the result before anybody has the grant.
+        Sign one grant for *context*. It is authorized after the wait for a slot. The intent is on
+        disk before the device is called, the result before the grant is returned.
         """
         until = asyncio.get_running_loop().time() + self.deadline
         async with profile.signing_slot(self.deadline):
@@ -182,7 +182,7 @@ class Requests:
         jti: str,
         until: float,
     ) -> SignedGrant:
-        """In a thread of the profile; not at all if none is free *until* then (the loop's time)."""
+        """Sign in a thread of the profile; give up if none is free by *until* (loop time)."""
 
         def sign() -> SignedGrant:
             self.authorizer.check_still_wanted(context)
@@ -191,7 +191,7 @@ class Requests:
         try:
             future = profile.executor.submit(sign)
         except RuntimeError:
-            # The end came while the intent was written.
+            # The executor was shut down while the intent was written.
             if not self.authorizer.ending:
                 raise
             raise self.authorizer.unavailable(self.deadline) from None
@@ -239,23 +239,23 @@ class Requests:
         return Recorded(grant, seq, head)
 
     def _audited(self, profile: Profile, context: RequestContext) -> _AuditedSigner:
-        """A signer for a renewal on behalf of the caller of *context*."""
+        """A signer for a renewal that was started by *context*."""
         return _AuditedSigner(
             profile.app.signer,
             partial(self._sign, profile, context),
             asyncio.get_running_loop(),
         )
 
-    # ------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------ shutdown
 
     async def finish(self) -> None:
-        """Nobody is signed for any more; who is on the way is answered, and recorded, before."""
+        """Refuse new signatures; wait until running requests are answered and recorded."""
         self.authorizer.ending = True
         for profile in self.profiles:
             profile.executor.shutdown(wait=False, cancel_futures=True)
             profile.wake_waiters()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_AT_THE_END)
+            await asyncio.wait(self._tasks, timeout=_SHUTDOWN_TIMEOUT)
         left = tuple(self._tasks)
         for task in left:
             task.cancel()
@@ -265,7 +265,7 @@ class Requests:
 @dataclass(frozen=True, slots=True)
 class _AuditedSigner:
     """
-    A Signer for the thread of a renewal: *sign* authorizes and records each signature, on *loop*.
+    A Signer for a renewal's thread; it has each signature authorized and recorded on *loop*.
     """
 
     signer: Signer
@@ -273,16 +273,16 @@ class _AuditedSigner:
     loop: asyncio.AbstractEventLoop
 
     def known_identity(self) -> str | None:
-        """As of the profile's signer."""
+        """As the profile's signer."""
         return self.signer.known_identity()
 
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
-        """As Signer.sign; on top of its errors, those of the decision, of scope ``caller``."""
+        """As Signer.sign; also raises the errors of authorization, of scope ``caller``."""
         signing = self.sign_recorded(request, jti)
         return asyncio.run_coroutine_threadsafe(signing, self.loop).result().grant
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
-        """As of the profile's signer."""
+        """As the profile's signer."""
         return self.signer.rejected(grant, code)
 
 

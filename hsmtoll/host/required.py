@@ -1,4 +1,4 @@
-"""The settings that a signing host cannot do without, and what to say where one is missing."""
+"""The required settings of a signing host, with a hint for each."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _WHY = {
 
 def check_complete(host: Host, *, sockets: bool) -> None:
     """
-    ConfigurationError that names all settings of the host that are missing, a line of the hint
-    each. *sockets*: the service manager gave the sockets.
+    ConfigurationError that names all missing settings, with one line of the hint for each.
+    *sockets*: the service manager has passed the sockets.
     """
     names = ["policy", "audit_dir", "audit_key"]
     if not (sockets or host.socket or host.listen):
@@ -40,7 +40,7 @@ def check_complete(host: Host, *, sockets: bool) -> None:
 
 
 def needed(value: Path | None, name: str) -> Path:
-    """*value* of the HOST setting *name*; ConfigurationError without one."""
+    """Return *value* of the HOST setting *name*; ConfigurationError if it is not set."""
     if value is None:
         raise not_set({variable("host", name): _WHY[name]})
     return value

@@ -1,4 +1,4 @@
-"""The self-test of a profile's device, and what it and the grants since say about the device."""
+"""The self-test of a profile's device, and the device's health by self-tests and grants."""
 
 from __future__ import annotations
 
@@ -15,76 +15,79 @@ if TYPE_CHECKING:
     from hsmtoll.app import App
     from hsmtoll.hsm.device import Device
 
-__all__ = ["Health", "Tested", "sign_self_test"]
+__all__ = ["Health", "SelfTestResult", "sign_self_test"]
 
-#: Seconds between two self-tests of a device that failed: at first, and at the most.
-_FIRST_PAUSE: Final = 5.0
-_LONGEST_PAUSE: Final = 60.0
+#: Seconds between two self-tests of a failed device; doubled from the minimum to the maximum.
+_MIN_BACKOFF: Final = 5.0
+_MAX_BACKOFF: Final = 60.0
 
 
-class Tested(NamedTuple):
+class SelfTestResult(NamedTuple):
     """
-    A self-test with each device until one passed. *failure* is the first device's, ``None`` if one
-    passed; *wasted*: a device signed, and its signature was wrong.
+    The result of testing the devices in order until one passes. *failure* is the first device's
+    error, ``None`` if one passed; *signature_wrong*: a device returned a wrong signature.
     """
 
     failure: HsmTollError | None
-    wasted: bool
+    signature_wrong: bool
     signatures: int
 
 
 @dataclass(slots=True)
 class Health:
     """
-    Whether the device of a profile works: *failure* says why not, *proven* whether it ever did.
-    One that failed is tested again when the *rest* (boot clock) is over.
+    Health of a profile's device: *failure* is the reason if it does not work, *proven* whether
+    it has ever passed. A failed device is tested again when the *backoff* (boot clock) is over.
     """
 
     proven: bool = False
     failure: str | None = "the self-test has not been done yet"
-    rest: Backoff = field(default_factory=lambda: Backoff(_FIRST_PAUSE, _LONGEST_PAUSE))
+    backoff: Backoff = field(default_factory=lambda: Backoff(_MIN_BACKOFF, _MAX_BACKOFF))
 
     def signed(self) -> None:
         """A grant was signed."""
-        # The rest goes on: a device that now signs and now fails costs no more self-tests.
-        self.failure, self.rest.failures = None, 0
+        # A running delay is kept: an unstable device must not cause more self-tests.
+        self.failure, self.backoff.failures = None, 0
 
     def failed(self, exc: HsmTollError) -> None:
-        """No grant was signed: *exc* counts if it is about the device or its certificate."""
+        """Signing failed; *exc* is noted if its scope is the device or its certificate."""
         if exc.scope in ("device", "certificate"):
             self.failure = str(exc)
 
     def back_off(self, now: float) -> None:
-        """No self-test before the pause is over: each may cost a signature."""
-        self.rest.failed(now)
+        """Delay the next self-test, with exponential backoff: each may cost a signature."""
+        self.backoff.failed(now)
 
-    def tested(self, result: Tested, now: float) -> None:
-        """A self-test is over."""
+    def tested(self, result: SelfTestResult, now: float) -> None:
+        """Note the result of a self-test."""
         if result.failure is None:
             self.proven, self.failure = True, None
             return
         self.failure = str(result.failure)
-        if result.wasted and not self.proven:
+        if result.signature_wrong and not self.proven:
             self.back_off(now)
 
 
-def sign_self_test(app: App) -> Tested:
+def sign_self_test(app: App) -> SelfTestResult:
     """Try the devices of *app* in order, until the signature of one verifies. May wait."""
-    failure, wasted, signatures = None, False, 0
+    failure, signature_wrong, signatures = None, False, 0
     for device in app.devices:
         try:
             sign = _self_test_of(app, device)
             signatures += 1
             sign()
         except HsmTollError as exc:
-            failure, wasted = failure or exc, wasted or exc.code == "signature-wrong"
+            failure, signature_wrong = (
+                failure or exc,
+                signature_wrong or exc.code == "signature-wrong",
+            )
         else:
-            return Tested(None, wasted=wasted, signatures=signatures)
-    return Tested(failure, wasted=wasted, signatures=signatures)
+            return SelfTestResult(None, signature_wrong=signature_wrong, signatures=signatures)
+    return SelfTestResult(failure, signature_wrong=signature_wrong, signatures=signatures)
 
 
 def _self_test_of(app: App, device: Device) -> Callable[[], None]:
-    """Find the device's certificates and key; what is returned makes the signature."""
+    """Read the device's certificates and find its key; returns the function that signs."""
     signer = app.local_signer(device)
     if app.settings.kid is None:
         signer.chain()

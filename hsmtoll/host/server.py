@@ -1,7 +1,7 @@
 """
-The daemon: opens the doors, lets the service answer, listens to signals and to the service manager.
+The daemon: listening sockets, signals, timers and the service manager's protocol.
 
-What may be signed is decided in authorize, how a request must look in doors.
+Authorization is in `authorize`, the syntax of requests in `connections`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
-from hsmtoll.host import doors, system
+from hsmtoll.host import connections, system
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.health import exposed
 from hsmtoll.host.required import check_complete, needed
@@ -38,10 +38,10 @@ _log = logging.getLogger("hsmtoll.host")
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-#: Seconds between two rounds of housekeeping, and of self-tests.
-_LOOK: Final = 1.0
-#: Seconds that a caller waits for the first self-test.
-_FIRST: Final = 15.0
+#: Seconds between two rounds of housekeeping, and of self-tests that are due.
+_INTERVAL: Final = 1.0
+#: Seconds that requests and the service manager wait for the first self-test.
+_SELF_TEST_WAIT: Final = 15.0
 
 
 def serve(
@@ -53,15 +53,15 @@ def serve(
     synchronised: Callable[[], bool] = system.clock_is_synchronised,
 ) -> int:
     """
-    Serve until SIGTERM or SIGINT. *ready* is called once, when grants can be had.
+    Serve until SIGTERM or SIGINT. *ready* is called once, as soon as grants can be signed.
 
-    *config* and *profile* are those that the settings came from. Raises ConfigurationError and
-    AuditBroken for what keeps it from starting; a device that is down does not.
+    *config* and *profile* are those that the settings came from. Raises ConfigurationError or
+    AuditBroken if the host cannot start. A device that is down does not prevent the start.
     """
     keep_secrets_in_memory()
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
     check_complete(settings.host, sockets="LISTEN_FDS" in os.environ)
-    opened = _Doors(settings.host)
+    sockets = _ListeningSockets(settings.host)
     try:
         service = Service(
             settings,
@@ -71,13 +71,13 @@ def serve(
             progress=_still_starting,
         )
     except HsmTollError:
-        opened.close()
+        sockets.close()
         raise
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        asyncio.run(_Host(service, opened, ready, patience=settings.deadline).run())
+        asyncio.run(_Daemon(service, sockets, ready, patience=settings.deadline).run())
     finally:
-        opened.close()
+        sockets.close()
         service.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -86,8 +86,8 @@ def serve(
 
 def _on_signal(number: signal.Signals, act: Callable[[], object]) -> None:
     """
-    Have the running loop call *act*. Unlike the loop's own handler this one outlives the loop: a
-    second signal ends nothing in the middle of what is put away.
+    Call *act* on the running loop for signal *number*. Unlike the loop's own handler this one
+    stays after the loop has ended, so that a second signal does not interrupt the cleanup.
     """
     loop = asyncio.get_running_loop()
 
@@ -99,20 +99,20 @@ def _on_signal(number: signal.Signals, act: Callable[[], object]) -> None:
 
 
 def _still_starting() -> None:
-    """A day's records may take longer to read than the manager waits for a start."""
+    """Extend the service manager's start timeout: reading a day of records may take longer."""
     system.notify("EXTEND_TIMEOUT_USEC=30000000")
 
 
-class _Doors:
-    """The listening sockets: those that the service manager gave, else those of the settings."""
+class _ListeningSockets:
+    """The listening sockets: those passed by the service manager, else those of the settings."""
 
     def __init__(self, host: Host) -> None:
         self.signing: list[socket.socket] = []
         self.tls: list[socket.socket] = []
         self.metrics: list[socket.socket] = []
         self._host = host
-        # With the inode: by the same name there may be another host's one day.
-        self._made: dict[socket.socket, tuple[Path, int]] = {}
+        # Socket → path and inode. Another host may create a socket at the same path later.
+        self._created: dict[socket.socket, tuple[Path, int]] = {}
         self.context: ssl.SSLContext | None = None
         try:
             self._open()
@@ -132,7 +132,7 @@ class _Doors:
         if host.socket is not None and not self.signing:
             self.signing.append(self._unix(host.socket, "HSMTOLL_HOST__SOCKET"))
         if host.listen is not None and not self.tls:
-            self.tls.append(doors.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
+            self.tls.append(connections.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
         if self.tls:
             self.context = self._context()
         if host.metrics is not None and not self.metrics:
@@ -143,16 +143,16 @@ class _Doors:
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):
             return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
-        return doors.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+        return connections.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
 
     def _unix(self, path: Path, name: str) -> socket.socket:
-        one = doors.listen_unix(path, name)
-        self._made[one] = (path, path.lstat().st_ino)
+        one = connections.listen_unix(path, name)
+        self._created[one] = (path, path.lstat().st_ino)
         return one
 
     def _context(self) -> ssl.SSLContext:
         host = self._host
-        return doors.server_context(
+        return connections.server_context(
             needed(host.cert, "cert"),
             needed(host.key, "key"),
             needed(host.client_ca, "client_ca"),
@@ -160,7 +160,7 @@ class _Doors:
         )
 
     def reload(self) -> None:
-        """The certificates and revocation lists again; those in use go on if that fails."""
+        """Reload certificates and revocation lists; keep those in use if that fails."""
         if self.context is None:
             return
         try:
@@ -169,75 +169,85 @@ class _Doors:
             _log.error("certificates not reloaded, those in use go on: %s", exc)
 
     def tls_context(self) -> ssl.SSLContext:
-        """The one in use."""
+        """The TLS context for new connections."""
         if self.context is None:
             raise ConfigurationError("no TLS is set up")
         return self.context
 
-    def withdraw(self, listening: list[socket.socket]) -> None:
+    def remove_created(self, listening: list[socket.socket]) -> None:
         """
-        Remove those of *listening* that were made here, while they still listen: as long as they
-        do, another host takes neither their names nor their inodes.
+        Remove the files of those sockets of *listening* that were created here. Call it before
+        they are closed: until then no other host can take over a path or an inode.
         """
         for one in listening:
-            path, inode = self._made.pop(one, (None, 0))
+            path, inode = self._created.pop(one, (None, 0))
             with contextlib.suppress(OSError):
                 if path is not None and path.lstat().st_ino == inode:
                     path.unlink()
 
     def close(self) -> None:
-        """Close all, and remove the sockets that were made here."""
+        """Close all sockets, and remove the files of those that were created here."""
         for one in (*self.signing, *self.tls, *self.metrics):
-            self.withdraw([one])
+            self.remove_created([one])
             one.close()
 
 
-class _Host:
-    """What runs on the event loop: sockets, signals, timers, and the service behind them."""
+class _Daemon:
+    """The tasks on the event loop: listeners, signals and timers around the service."""
 
     def __init__(
-        self, service: Service, opened: _Doors, ready: Callable[[], None], *, patience: float
+        self,
+        service: Service,
+        sockets: _ListeningSockets,
+        ready: Callable[[], None],
+        *,
+        patience: float,
     ) -> None:
         self._service = service
-        self._opened = opened
+        self._sockets = sockets
         self._ready = ready
-        self._patience = patience
-        self._signing: tuple[doors.Door, ...] = ()
-        self._told_ready = False
+        self._shutdown_grace = patience
+        self._signing: tuple[connections.Listener, ...] = ()
+        self._ready_sent = False
         self._why: list[str] = []
         self._reloads = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._tested = asyncio.Event()
 
     async def run(self) -> None:
-        """Until a signal ends it."""
+        """Run until SIGTERM or SIGINT."""
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             _on_signal(number, ended.set)
-        _on_signal(signal.SIGHUP, lambda: self._start(self._reload()))
-        opened = self._opened
-        own = [doors.Door(each, self._health, peers_known=False) for each in opened.metrics]
-        signing = [doors.Door(each, self._answer) for each in opened.signing]
-        signing += [doors.Door(each, self._answer, tls=opened.tls_context) for each in opened.tls]
+        _on_signal(signal.SIGHUP, lambda: self._start_task(self._reload()))
+        sockets = self._sockets
+        metrics = [
+            connections.Listener(each, self._health, peers_known=False) for each in sockets.metrics
+        ]
+        signing = [connections.Listener(each, self._answer) for each in sockets.signing]
+        signing += [
+            connections.Listener(each, self._answer, tls=sockets.tls_context)
+            for each in sockets.tls
+        ]
         self._signing = tuple(signing)
-        for door in (*own, *signing):
-            door.open()
-        self._start(self._housekeeping())
-        self._start(self._self_test())
-        self._start(self._watchdog())
+        for listener in (*metrics, *signing):
+            listener.open()
+        self._start_task(self._housekeeping())
+        self._start_task(self._self_test())
+        self._start_task(self._watchdog())
         await ended.wait()
         system.notify("STOPPING=1")
         self._service.authorizer.ending = True
-        opened.withdraw(opened.signing)
-        await asyncio.gather(*(door.close(patience=self._patience) for door in signing))
-        opened.withdraw(opened.metrics)
-        await asyncio.gather(*(door.close(patience=0) for door in own))
+        sockets.remove_created(sockets.signing)
+        await asyncio.gather(*(listener.close(grace=self._shutdown_grace) for listener in signing))
+        sockets.remove_created(sockets.metrics)
+        await asyncio.gather(*(listener.close(grace=0) for listener in metrics))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._service.requests.finish()
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start_task(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -247,44 +257,47 @@ class _Host:
     async def _answer(
         self, request: web.BaseRequest, peer: Peer | PolicyDenied | None
     ) -> web.Response:
-        mode, ask = await doors.read_ask(request)
-        doors.complete(request)
+        mode, grant_request = await connections.read_request(request)
+        connections.mark_complete(request)
         if peer is None or isinstance(peer, PolicyDenied):
             denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
             self._service.authorizer.refuse(denied, "unknown")
             raise denied
         transport = request.transport
 
-        def gone() -> bool:
+        def disconnected() -> bool:
             return transport is None or transport.is_closing()
 
         if not self._tested.is_set():
-            # Who comes to a socket that the manager holds is there before the first self-test.
+            # With socket activation, requests may wait in the socket before the host has started.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_FIRST):
+                async with asyncio.timeout(_SELF_TEST_WAIT):
                     await self._tested.wait()
-        context = RequestContext(peer, ask, mode, gone)
-        # A request that has begun goes on when its connection is closed.
-        return doors.answer(await asyncio.shield(self._service.requests.begin(context)))
+        context = RequestContext(peer, grant_request, mode, disconnected)
+        # Shielded: a request that has begun is finished even if its client disconnects.
+        return connections.json_reply(await asyncio.shield(self._service.requests.begin(context)))
 
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
-        doors.complete(request)
+        connections.mark_complete(request)
         if request.method == "GET":
             match request.raw_path:
                 case "/live":
-                    return doors.answer({"live": True})
+                    return connections.json_reply({"live": True})
                 case "/ready":
                     why = self._service.health.not_ready()
-                    return doors.answer({"ready": not why, "why": why}, status=503 if why else 200)
+                    status = 503 if why else 200
+                    return connections.json_reply({"ready": not why, "why": why}, status=status)
                 case "/metrics":
                     numbers = self._service.health.numbers()
                     dropped = sum(each.dropped for each in self._signing)
                     numbers["connections_dropped_total"] = float(dropped)
                     return web.Response(text=exposed(numbers), content_type="text/plain")
-        raise doors.Refused(404, "not_found", "no such page", "GET /live, /ready or /metrics")
+        raise connections.RequestRejected(
+            404, "not_found", "no such page", "GET /live, /ready or /metrics"
+        )
 
-    # ------------------------------------------------------------------ by itself
+    # ------------------------------------------------------------------ background tasks
 
     async def _housekeeping(self) -> None:
         while True:
@@ -292,41 +305,41 @@ class _Host:
                 await self._service.housekeeping()
             except HsmTollError as exc:
                 _log.error("%s", exc)
-                await asyncio.sleep(10 * _LOOK)
-            await asyncio.sleep(_LOOK)
+                await asyncio.sleep(10 * _INTERVAL)
+            await asyncio.sleep(_INTERVAL)
 
     async def _self_test(self) -> None:
-        patience = _FIRST
+        patience = _SELF_TEST_WAIT
         while True:
             await self._service.profiles.self_test(patience)
             self._tested.set()
-            patience = _LOOK
+            patience = _INTERVAL
             why = self._service.health.not_ready()
             self._log_changes(why)
-            if not self._told_ready:
+            if not self._ready_sent:
                 if why:
-                    # A device that is down at the start of the machine is waited for.
+                    # Extend the start timeout: the device may come up later than this machine.
                     system.notify(f"STATUS=not ready: {why[0]}", "EXTEND_TIMEOUT_USEC=30000000")
                 else:
-                    self._told_ready = True
+                    self._ready_sent = True
                     system.notify("READY=1", "STATUS=signing")
                     _log.info("ready")
                     self._ready()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_INTERVAL)
 
     def _log_changes(self, why: list[str]) -> None:
-        """Log each new reason why nothing can be signed, once, and that there is none any more."""
+        """Log each new reason for not being ready once, and log when none is left."""
         for reason in why:
             if reason not in self._why:
                 _log.warning("not ready: %s", reason)
-        if self._why and not why and self._told_ready:
+        if self._why and not why and self._ready_sent:
             _log.warning("ready again")
         self._why = why
 
     async def _watchdog(self) -> None:
         every = system.watchdog_seconds()
         while every is not None:
-            # It proves the loop and the audit's thread, not only that time passes.
+            # Checks that the event loop and the audit's thread respond.
             await self._service.alive()
             system.notify("WATCHDOG=1")
             await asyncio.sleep(every)
@@ -334,9 +347,9 @@ class _Host:
     async def _reload(self) -> None:
         async with self._reloads:
             system.reloading()
-            self._opened.reload()
+            self._sockets.reload()
             wrong = await self._service.reload()
-            await self._service.profiles.self_test(_FIRST)
+            await self._service.profiles.self_test(_SELF_TEST_WAIT)
             system.notify(
                 "READY=1", f"STATUS={'old policy kept: ' + wrong if wrong else 'signing'}"
             )

@@ -1,4 +1,4 @@
-"""The parts of one signing host, put together, and what they do without being asked."""
+"""Assembles the parts of one signing host; its housekeeping and shutdown."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = ["Service"]
 class Service:
     """
     One signing host, without its sockets. *profile* and *config* are those that the settings came
-    from; profiles of the policy lie above them. *synchronised* says whether the clock is kept,
-    *clock* is for tests. *progress* is called often while the audit is read.
+    from; the policy's profiles override them. *synchronised* returns whether the clock is kept
+    (NTP). *clock* is for tests. *progress* is called repeatedly while the audit is read.
 
-    Made and closed outside of the event loop, used on it. Raises ConfigurationError for a policy
-    that cannot be used, AuditBroken for an audit that cannot be continued.
+    Created and closed outside of the event loop, used on it. Raises ConfigurationError for an
+    invalid policy, AuditBroken for an audit that cannot be continued.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Service:
             progress=progress,
         )
         self.audit.write("start", policy_sha256=self.profiles.policy.sha256, outcome="started")
-        # A log without a seal is believed as long as there is nothing else in it.
+        # Without a checkpoint, a log is accepted only if it has nothing but its start.
         self.audit.seal()
         self.commit = GroupCommit(self.audit)
         self.authorizer = Authorizer(self.profiles, self.audit, stopping, clock)
@@ -82,11 +82,11 @@ class Service:
         self.health = HostHealth(self.authorizer, self.profiles, self.audit, synchronised)
 
     async def reload(self) -> str | None:
-        """Read the policy again; why the old one goes on, if it does."""
+        """Reload the policy. Returns the reason if the old one stays in force."""
         return await self.profiles.reload(self.audit, self.commit)
 
     async def housekeeping(self) -> None:
-        """What a timer does: seals the audit, and records when the stop came and went."""
+        """Called by a timer: seal the audit, and record each stop and resume."""
         await self.commit.in_thread(self.audit.seal_if_due)
         now = self.authorizer.stopped()
         if now != self._stopped:
@@ -96,11 +96,11 @@ class Service:
             await self.commit.write("stop", policy_sha256=sha256, outcome=said)
 
     async def alive(self) -> None:
-        """Returns as long as the event loop and the thread of the audit do their work."""
+        """Return once the event loop and the audit's thread have responded."""
         await self.commit.in_thread(lambda: None)
 
     def close(self) -> None:
-        """Let go of the devices, and seal the audit; once the requests are finished."""
+        """Close the devices and seal the audit. Call it after the requests have finished."""
         self.authorizer.ending = True
         self.commit.close()
         for profile in self.profiles:
@@ -115,7 +115,7 @@ def _assumed() -> bool:
 
 
 def _noted_checkpoint(settings: Settings) -> Path:
-    """Where a host notes the last checkpoint of its audit: outside of the log's directory."""
+    """The file with the audit's last checkpoint, outside of the audit's directory."""
     directory = needed(settings.host.audit_dir, "audit_dir").absolute()
     name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
     return App(settings).state / f"audit-{name}.json"

@@ -1,7 +1,5 @@
 """
-What a daemon owes its system: systemd's two protocols, and a clock that is right.
-
-Nothing of what is signed, or for whom, enters.
+Operating system interfaces of the daemon: sd_notify, socket activation, clock state, syslog.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ SYSTEM_LOG: Final = Path("/dev/log")
 
 #: The first descriptor that sd_listen_fds(3) hands over.
 _FIRST: Final = 3
-#: adjtimex(2): what it returns for a clock that nobody keeps, and the bit that says so as well.
+#: adjtimex(2): the return value and the status bit of an unsynchronised clock.
 _TIME_ERROR: Final = 5
 _STA_UNSYNC: Final = 0x40
 
@@ -57,7 +55,7 @@ class _Timex(ctypes.Structure):
 
 
 def clock_is_synchronised() -> bool:
-    """Whether the kernel says that something (NTP, PTP) keeps this clock; adjtimex(2)."""
+    """Whether the kernel's clock is synchronised (NTP, PTP), by adjtimex(2)."""
     answer = _Timex()
     try:
         state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(answer))
@@ -67,20 +65,20 @@ def clock_is_synchronised() -> bool:
 
 
 def notify(*lines: str) -> None:
-    """Tell the service manager (sd_notify(3)); nothing where there is none."""
+    """Send *lines* to the service manager (sd_notify(3)), if there is one."""
     where = os.environ.get("NOTIFY_SOCKET", "")
     if not where.startswith(("/", "@")):
         return
     address = "\0" + where[1:] if where.startswith("@") else where
     kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
-    # A manager that does not listen, or does not read, is no reason to stop signing.
+    # A service manager that does not respond must not stop the signing.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as one:
         one.settimeout(1.0)
         one.sendto("\n".join(lines).encode(), address)
 
 
 def reloading() -> None:
-    """RELOADING=1, with the moment that systemd wants beside it; READY=1 ends it."""
+    """Send RELOADING=1 with the time stamp that systemd requires; READY=1 ends it."""
     notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
@@ -89,7 +87,7 @@ def _is_number(text: str) -> bool:
 
 
 def watchdog_seconds() -> float | None:
-    """How often WATCHDOG=1 is to be said: half of what the manager waits (sd_watchdog_enabled)."""
+    """Interval for WATCHDOG=1: half of the manager's timeout; see sd_watchdog_enabled(3)."""
     given, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
     if not _is_number(given) or int(given) == 0 or (pid and pid != str(os.getpid())):
         return None
@@ -98,7 +96,7 @@ def watchdog_seconds() -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A listening socket that the service manager made, and the name it gave it."""
+    """A listening socket passed by the service manager, and its name."""
 
     socket: socket.socket
     name: str
@@ -106,9 +104,8 @@ class Given:
 
 def given_sockets(environ: MutableMapping[str, str] | None = None) -> list[Given]:
     """
-    The sockets of socket activation (sd_listen_fds(3)), once; none if they are not for us.
-
-    ConfigurationError for what is not a listening stream socket.
+    The sockets of socket activation (sd_listen_fds(3)); empty if they are for another process,
+    and on a second call. ConfigurationError for anything but a listening stream socket.
     """
     environ = os.environ if environ is None else environ
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
@@ -139,8 +136,8 @@ def _no_listener(descriptor: int) -> ConfigurationError:
 
 def heads_to_system_log(logger: logging.Logger, path: Path = SYSTEM_LOG) -> None:
     """
-    What *logger* says also goes to the system log, where there is one: an account that could
-    change the audit cannot change that. Standard error has it in any case, for a journal.
+    Also send the records of *logger* to the system log, if there is one: an account that can
+    change the audit cannot change the system log. They go to standard error in any case.
     """
     logger.setLevel(logging.INFO)
     if not path.exists():

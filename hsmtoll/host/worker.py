@@ -1,8 +1,8 @@
 """
-The process that a signing host's device is isolated in: `hsmtoll.host.worker`.
+The worker process of a signing host's device (module `hsmtoll.host.worker`).
 
-It signs what `hsmtoll.hsm.worker` does, but of grants only those of its profile that the policy
-file allows to some caller. The file is read here, whenever another one is in its place.
+As `hsmtoll.hsm.worker`, but it signs only grants of its profile that the policy permits to some
+caller. It reads the policy file itself, again whenever the file has changed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
-from hsmtoll.host.policy import Ask, Policy, allows
+from hsmtoll.host.policy import GrantRequest, Policy, allows
 from hsmtoll.hsm import worker
 from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Read
 
@@ -21,15 +21,14 @@ __all__ = ["Rules", "main"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds that iat may be ahead of this machine's clock. Behind, a grant may be as old as one that
-#: is still given out.
+#: Seconds that iat may be ahead of this machine's clock.
 _AHEAD: Final = 10
 
 
 class Rules:
     """
-    What this process signs. *told*: ``policy`` (a path), ``profile``, and what the profile's
-    settings fix, else ``None``: ``issuer``, ``kid``, ``certificate_sha256``.
+    Decides what this process signs. *told*: ``policy`` (a path), ``profile``, and ``issuer``,
+    ``kid`` and ``certificate_sha256`` of the profile's settings, ``None`` where not set.
     """
 
     def __init__(self, told: dict[str, Any]) -> None:
@@ -39,7 +38,7 @@ class Rules:
         self._policy: Policy | None = None
 
     def _reread(self) -> None:
-        """Read the file where it was changed; one that cannot be used leaves the rules alone."""
+        """Reload the policy if the file has changed; keep the previous one if it is invalid."""
         seen = _identity(self._path)
         if seen == self._seen:
             return
@@ -50,10 +49,10 @@ class Rules:
             _log.warning("the device's process keeps the policy that it has: %s", exc)
 
     def __call__(self, read: Read) -> None:
-        """PolicyDenied (``not-allowed``) for a grant that no caller may have."""
+        """PolicyDenied (``not-allowed``) for a grant that the policy permits to no caller."""
         self._check_profile(read)
         request = read.grant.request
-        ask = Ask(
+        grant_request = GrantRequest(
             self._told["profile"],
             request.scope,
             request.consumer_org,
@@ -61,8 +60,8 @@ class Rules:
             request.authorization_details,
         )
         self._reread()
-        if self._policy is None or not allows(self._policy, ask):
-            raise _refused(f"no caller may have it: {foreign(ask.scope)}")
+        if self._policy is None or not allows(self._policy, grant_request):
+            raise _refused(f"no caller may have it: {foreign(grant_request.scope)}")
 
     def _check_profile(self, read: Read) -> None:
         told, grant = self._told, read.grant

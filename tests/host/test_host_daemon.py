@@ -27,12 +27,12 @@ from hsmtoll.errors import (
     PolicyDenied,
     TryAgainLater,
 )
-from hsmtoll.host import doors, system
+from hsmtoll.host import connections, system
 from hsmtoll.host.audit_log import verify
 from hsmtoll.host.emergency_stop import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
-from hsmtoll.host.policy import Ask
-from hsmtoll.host.server import _Doors
+from hsmtoll.host.policy import GrantRequest
+from hsmtoll.host.server import _ListeningSockets
 from hsmtoll.hsm.signatures import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
@@ -165,7 +165,7 @@ def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
         first.signal(signal.SIGTERM)
         # Its name is free as soon as it takes nobody any more, and while it still signs.
         eventually(lambda: not first.socket.exists())
-        with doors.listen_unix(first.socket, "HSMTOLL_HOST__SOCKET"):
+        with connections.listen_unix(first.socket, "HSMTOLL_HOST__SOCKET"):
             first.faults.clear()
             assert asked.result(60).status == 200
             assert first.end() == 0
@@ -175,13 +175,13 @@ def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
 def test_a_name_that_was_taken_over_is_left_alone(tmp_path: Path) -> None:
     tmp_path.chmod(0o750)
     path = tmp_path / "host.sock"
-    one = _Doors(Host(socket=path))
+    one = _ListeningSockets(Host(socket=path))
     path.rename(tmp_path / "kept")
     path.touch()
     one.close()
     assert path.exists()
     path.unlink()
-    _Doors(Host(socket=path)).close()
+    _ListeningSockets(Host(socket=path)).close()
     assert not path.exists()
 
 
@@ -190,7 +190,7 @@ def test_a_missing_directory_of_the_socket_is_made_and_its_group_named(
 ) -> None:
     path = tmp_path / "run" / "host.sock"
     for told in (1, 1):
-        doors.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
+        connections.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
         # The second time it is there, and there is nothing to say.
         assert len(caplog.records) == told
     assert f"{path.parent} was missing" in caplog.text
@@ -286,7 +286,7 @@ def test_a_device_that_goes_on_failing_is_tested_ever_more_seldom(
     me = Peer.local(os.geteuid(), os.getegid())
 
     def grant() -> object:
-        return one.grant(me, Ask("acme", "road"), gone=lambda: False).result(60)
+        return one.grant(me, GrantRequest("acme", "road"), gone=lambda: False).result(60)
 
     def tested(seconds: int) -> int:
         """How often, where a timer looks each second."""
@@ -363,12 +363,12 @@ def test_nothing_is_signed_for_the_real_world_while_nobody_keeps_the_clock(
         assert why.startswith("profile acme: the clock is not synchronised: ")
         assert "HSMTOLL_HOST__CLOCK=unchecked" in why
         with pytest.raises(ClockError, match="signing host's clock"):
-            second.grant(me, Ask("acme", "road"), gone=lambda: False).result()
+            second.grant(me, GrantRequest("acme", "road"), gone=lambda: False).result()
         assert host.signatures() == before
         kept.append("by somebody")
         second.prove()
         assert second.not_ready() == []
-        assert second.grant(me, Ask("acme", "road"), gone=lambda: False).result()["jti"]
+        assert second.grant(me, GrantRequest("acme", "road"), gone=lambda: False).result()["jti"]
         assert host.signatures() == before + 2
     finally:
         second.close()
@@ -382,9 +382,9 @@ def test_who_left_while_waiting_costs_no_signature(
     before = host.signatures()
     me = Peer.local(os.geteuid(), os.getegid())
     with pytest.raises(TryAgainLater, match="the caller left"):
-        one.grant(me, Ask("acme", "road"), gone=lambda: True).result()
+        one.grant(me, GrantRequest("acme", "road"), gone=lambda: True).result()
     assert host.signatures() == before
-    assert one.grant(me, Ask("acme", "road"), gone=lambda: False).result()
+    assert one.grant(me, GrantRequest("acme", "road"), gone=lambda: False).result()
     assert host.signatures() == before + 1
 
 
@@ -394,11 +394,11 @@ def test_a_storm_of_refusals_does_not_fill_the_disk(
     one, host = service(entry("uid:1"))
     for _ in range(200):
         with pytest.raises(PolicyDenied):
-            one.grant(Peer.local(2, 2), Ask("acme", "road"), gone=lambda: False).result()
+            one.grant(Peer.local(2, 2), GrantRequest("acme", "road"), gone=lambda: False).result()
     assert len(host.records("refused")) == 60
     # Another one's refusals are written down all the same.
     with pytest.raises(PolicyDenied):
-        one.grant(Peer.local(3, 3), Ask("acme", "road"), gone=lambda: False).result()
+        one.grant(Peer.local(3, 3), GrantRequest("acme", "road"), gone=lambda: False).result()
     assert host.records("refused")[-1]["caller"] == "uid:3"
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hsmtoll.errors import ConfigurationError, PolicyDenied
 from hsmtoll.host.peers import Peer
-from hsmtoll.host.policy import Ask, Counts, Policy, decide, explain
+from hsmtoll.host.policy import Counts, GrantRequest, Policy, decide, explain
 from hsmtoll.peer_credentials import OVERFLOW
 from hsmtoll.token import details_text
 
@@ -28,7 +28,7 @@ profile.acme = { scopes = ["air"], mode = ["token"] }
 """
 POLICY = Policy.parse(TEXT.encode())
 PEER = Peer.local(1001, 1001)
-ROAD = Ask("acme", "road")
+ROAD = GrantRequest("acme", "road")
 
 
 def test_what_the_line_allows_is_allowed_and_the_line_is_named() -> None:
@@ -42,16 +42,16 @@ def test_what_the_line_allows_is_allowed_and_the_line_is_named() -> None:
     [
         (Peer.local(1002, 1002), ROAD, "grant", Counts()),
         (Peer.local(1001, 7), ROAD, "grant", Counts()),
-        (PEER, Ask("other", "road"), "grant", Counts()),
-        (PEER, Ask("acme", "air"), "grant", Counts()),
-        (PEER, Ask("acme", "road", "123456789"), "grant", Counts()),
-        (PEER, Ask("acme", "road", None, ("https://a.example",)), "grant", Counts()),
+        (PEER, GrantRequest("other", "road"), "grant", Counts()),
+        (PEER, GrantRequest("acme", "air"), "grant", Counts()),
+        (PEER, GrantRequest("acme", "road", "123456789"), "grant", Counts()),
+        (PEER, GrantRequest("acme", "road", None, ("https://a.example",)), "grant", Counts()),
         (PEER, ROAD, "token", Counts()),
         (PEER, ROAD, "grant", Counts(minute=6)),
     ],
 )
 def test_a_twin_that_differs_in_one_thing_is_denied(
-    peer: Peer, ask: Ask, mode: str, counts: Counts
+    peer: Peer, ask: GrantRequest, mode: str, counts: Counts
 ) -> None:
     assert not decide(POLICY, peer, ask, mode, counts).allowed
 
@@ -210,7 +210,7 @@ identity = "norwegian"
 profile.acme = {{ scopes = ["road"], mode = ["grant"], authorization_details = {allowed} }}
 """
     policy = Policy.parse(text.encode())
-    ask = Ask("acme", "road", authorization_details=details_text(asked))
+    ask = GrantRequest("acme", "road", authorization_details=details_text(asked))
     said = decide(policy, Peer(frozenset({"uid:1001"})), ask, "grant", Counts())
     assert said.allowed == verdict
     assert verdict or "authorization_details" in said.why

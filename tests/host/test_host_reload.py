@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.errors import DeviceError, PolicyDenied, TryAgainLater
 from hsmtoll.host.peers import Peer
-from hsmtoll.host.policy import Ask
+from hsmtoll.host.policy import GrantRequest
 from hsmtoll.host.self_test import sign_self_test
 from hsmtoll.sandbox.pki import eseal_authority, pem
 from hsmtoll.settings import load
@@ -42,7 +42,9 @@ CHANGED = PROFILE + 'alg = "RS512"\n'
 def asked(service: RunningService, mode: str = "grant") -> Future[dict[str, Any]]:
     """The road, for this account."""
     have = service.grant if mode == "grant" else service.token
-    return have(Peer.local(os.geteuid(), os.getegid()), Ask("acme", "road"), gone=lambda: False)
+    return have(
+        Peer.local(os.geteuid(), os.getegid()), GrantRequest("acme", "road"), gone=lambda: False
+    )
 
 
 @pytest.mark.parametrize("changed", [True, False])

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hsmtoll.host import doors
-from hsmtoll.host.doors import Refused, parsed
-from hsmtoll.host.policy import Ask
+from hsmtoll.host import connections
+from hsmtoll.host.connections import RequestRejected, parse_body
+from hsmtoll.host.policy import GrantRequest
 from tests.kit.accounts import OTHER, importable
 from tests.kit.signing_host import ROAD, eventually, raw_request
 
@@ -34,12 +34,12 @@ MEMBERS = st.sampled_from(["profile", "scope", "consumer_org", "resource", "clai
 @given(st.binary(max_size=400) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_body_is_a_request_or_a_refusal_of_one_line(raw: bytes) -> None:
     try:
-        assert isinstance(parsed(raw), Ask)
-    except Refused as exc:
+        assert isinstance(parse_body(raw), GrantRequest)
+    except RequestRejected as exc:
         refused = exc
     else:
         return
-    assert (refused.status, refused.word) == (400, "bad_request")
+    assert (refused.status, refused.code) == (400, "bad_request")
     assert "\n" not in str(refused)
 
 
@@ -47,8 +47,8 @@ def test_any_body_is_a_request_or_a_refusal_of_one_line(raw: bytes) -> None:
 def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None:
     said = {**ROAD, **changes}
     try:
-        ask = parsed(json.dumps(said).encode())
-    except Refused:
+        ask = parse_body(json.dumps(said).encode())
+    except RequestRejected:
         return
     members = {"profile", "scope", "consumer_org", "resource", "authorization_details"}
     assert said.keys() <= members
@@ -78,10 +78,10 @@ def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None
     ],
 )
 def test_each_of_these_differs_from_a_request_in_one_thing(raw: bytes) -> None:
-    with pytest.raises(Refused):
-        parsed(raw)
+    with pytest.raises(RequestRejected):
+        parse_body(raw)
     twin = {**ROAD, "consumer_org": None, "resource": None}
-    assert parsed(json.dumps(twin).encode()) == Ask("acme", "road")
+    assert parse_body(json.dumps(twin).encode()) == GrantRequest("acme", "road")
 
 
 def sent(host: RunningHost, raw: bytes, *, hang_up: bool = False) -> bytes:
@@ -183,7 +183,7 @@ def test_one_connection_carries_one_request(running_host: RunningHost) -> None:
 def test_the_ninth_connection_of_an_account_is_told_to_come_again(
     running_host: RunningHost,
 ) -> None:
-    held = [socket.socket(socket.AF_UNIX) for _ in range(doors.OF_ONE)]
+    held = [socket.socket(socket.AF_UNIX) for _ in range(connections.MAX_PER_CALLER)]
     for one in held:
         one.connect(str(running_host.socket))
     reply = running_host.ask()

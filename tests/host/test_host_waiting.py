@@ -11,7 +11,7 @@ import pytest
 
 from hsmtoll.errors import TryAgainLater
 from hsmtoll.host.peers import Peer
-from hsmtoll.host.policy import Ask
+from hsmtoll.host.policy import GrantRequest
 from tests.kit.own_device import workers
 from tests.kit.signing_host import ME, PROFILE, RunningService, entry, eventually
 
@@ -26,7 +26,9 @@ PATIENCE = 60.0
 def crowd(service: RunningService, size: int) -> list[concurrent.futures.Future[dict[str, object]]]:
     """As many grants, asked for at once."""
     me = Peer.local(os.geteuid(), os.getegid())
-    return [service.grant(me, Ask("acme", "road"), gone=lambda: False) for _ in range(size)]
+    return [
+        service.grant(me, GrantRequest("acme", "road"), gone=lambda: False) for _ in range(size)
+    ]
 
 
 def test_first_come_first_served(service: RunningService) -> None:
@@ -93,7 +95,7 @@ def test_who_leaves_takes_nobody_along_who_waits_for_the_same_renewal(
     service: RunningService, host: RunningHost
 ) -> None:
     cache = service.profile().cache
-    me, road = Peer.local(os.geteuid(), os.getegid()), Ask("acme", "road")
+    me, road = Peer.local(os.geteuid(), os.getegid()), GrantRequest("acme", "road")
 
     def gone() -> bool:
         """It leaves when its turn at the device has come, and another one waits with it."""
@@ -116,7 +118,7 @@ def test_at_the_end_nobody_is_left_waiting(service: RunningService, host: Runnin
     host.faults.set("slow", ms=1000, function="C_SignInit")
     waiting = crowd(service, 7)
     me = Peer.local(os.geteuid(), os.getegid())
-    waiting.append(service.token(me, Ask("acme", "road"), gone=lambda: False))
+    waiting.append(service.token(me, GrantRequest("acme", "road"), gone=lambda: False))
     eventually(lambda: len(host.records("intent")) >= 4)
     service.close()
     for each in waiting:

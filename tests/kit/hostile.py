@@ -29,7 +29,7 @@ from hsmtoll.customs import errors as customs_errors
 from hsmtoll.customs import routing, submissions
 from hsmtoll.errors import HsmTollError, foreign
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
-from hsmtoll.host.doors import Refused, parsed
+from hsmtoll.host.connections import RequestRejected, parse_body
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.http_messages import Answer
 from hsmtoll.jsonio import read_lenient
@@ -413,7 +413,7 @@ class Reader:
 
     def __call__(self, raw: bytes) -> None:
         """Read, whatever comes of it but a mistake of ours."""
-        with contextlib.suppress(HsmTollError, ValueError, Refused):
+        with contextlib.suppress(HsmTollError, ValueError, RequestRejected):
             self.read(raw)
 
 
@@ -579,7 +579,7 @@ READERS: Final[dict[str, Reader]] = {
     "an assertion": Reader(
         lambda raw: jws.read_unverified(raw.decode("latin-1")), 64 * KIB, _GRANTS),
     "a grant of a host": Reader(_proven, 64 * KIB, _GRANTS),
-    "a request to a host": Reader(parsed, 16 * KIB, ANSWERS),
+    "a request to a host": Reader(parse_body, 16 * KIB, ANSWERS),
     "a stored token": Reader(_stored, 256 * KIB, ANSWERS),
     "a certificate": Reader(_whole_certificate, MAX_DER, CERTIFICATES),
     "a certificate below a CA": Reader(_allowed, MAX_DER, CERTIFICATES),

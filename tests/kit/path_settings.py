@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.app import App
 from hsmtoll.host.audit import Audit
-from hsmtoll.host.doors import server_context
+from hsmtoll.host.connections import server_context
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
 from hsmtoll.hsm.module import GATE, opened

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from hsmtoll.host.peers import Peer
-    from hsmtoll.host.policy import Ask
+    from hsmtoll.host.policy import GrantRequest
     from hsmtoll.host.profiles import Profile
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
@@ -321,11 +321,15 @@ class RunningService:
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
 
-    def grant(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[dict[str, Any]]:
+    def grant(
+        self, peer: Peer, ask: GrantRequest, *, gone: Callable[[], bool]
+    ) -> Future[dict[str, Any]]:
         """The reply to /v1/grant."""
         return self._asked(RequestContext(peer, ask, "grant", gone))
 
-    def token(self, peer: Peer, ask: Ask, *, gone: Callable[[], bool]) -> Future[dict[str, Any]]:
+    def token(
+        self, peer: Peer, ask: GrantRequest, *, gone: Callable[[], bool]
+    ) -> Future[dict[str, Any]]:
         """The reply to /v1/token."""
         return self._asked(RequestContext(peer, ask, "token", gone))
 
