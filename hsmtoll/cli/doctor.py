@@ -60,7 +60,7 @@ def doctor(
         if evidence:
             # It would show an auditor settings that nobody has made.
             raise
-        report = checks.unsettled(exc)
+        report = checks.report_settings_error(exc)
     else:
         with contextlib.closing(app):
             report = checks.run(app, online=online, signing=sign, scopes=scopes, crl=crl)

@@ -1,11 +1,11 @@
 """
-What Maskinporten and Customs will say, foretold from the device outward.
+Checks the setup, from the device to the services, and predicts their answers.
 
     facts ──► Way of each key ──► on_settings, on_device, on_certificates, on_services ──► Report
 
-A check has a name; what it found has a stable code. The first broken link ends the way: what
-hangs on it is skipped. No PIN is spent beyond the one login that signing needs, nothing is
-signed offline unless the user asks for it, and no secret enters a report.
+Each check has a name, each result a stable code. After the first failure the checks that depend
+on it are skipped. The PIN is used for one login only, as for signing. Offline nothing is signed
+unless the user asks for it. No secret enters a report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from hsmtoll.doctor.facts import Facts, Seen, ask, gather, revocation_of, sign
+from hsmtoll.doctor.facts import Facts, Seen, gather, query_services, revocation_of, sign
 from hsmtoll.doctor.findings import Check
 from hsmtoll.doctor.report import Report, examine, first_failure, signing_chain, signing_key
 from hsmtoll.settings import Settings
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hsmtoll.app import App
     from hsmtoll.errors import ConfigurationError
 
-__all__ = ["Check", "Facts", "Report", "Seen", "examine", "run", "unsettled"]
+__all__ = ["Check", "Facts", "Report", "Seen", "examine", "report_settings_error", "run"]
 
 
 def run(
@@ -38,27 +38,27 @@ def run(
     crl: Path | None = None,
 ) -> Report:
     """
-    Ask everything that can be asked, and judge it. Nothing is sent unless *online*.
+    Run all checks. Nothing is sent unless *online*.
 
-    *signing*: the key makes one signature, over what is no grant. *scopes* are APIs or scopes
-    to be asked for; *crl* is a revocation list in a file. Never
-    raises for what is wrong with the setup: that is what it reports.
+    *signing*: make one signature, over data that is no grant. *scopes* are APIs or scopes to
+    request; *crl* is a file with a revocation list. Never raises for an error of the setup: it
+    is reported.
     """
     facts = gather(app, scopes=tuple(scopes))
-    if signing and (place := signing_key(facts)) is not None:
-        facts = sign(app, facts, place)
+    if signing and (index := signing_key(facts)) is not None:
+        facts = sign(app, facts, index)
     checks = examine(facts)
     chain = signing_chain(facts)
     if chain is not None and (crl is not None or online):
         facts = replace(facts, revocation=revocation_of(app, chain, crl=crl, online=online))
         checks = examine(facts)
     if online and not first_failure(checks):
-        facts = replace(facts, answers=ask(app, facts))
+        facts = replace(facts, answers=query_services(app, facts))
         checks = examine(facts)
     return Report(checks, facts)
 
 
-def unsettled(problem: ConfigurationError) -> Report:
-    """The report where *problem* keeps the settings from being read: that and no more."""
+def report_settings_error(problem: ConfigurationError) -> Report:
+    """The report if the settings cannot be read because of *problem*."""
     facts = Facts(settings=Settings.model_construct(), now=datetime.now(UTC), error=problem)
     return Report(examine(facts), facts)

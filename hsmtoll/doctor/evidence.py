@@ -1,7 +1,7 @@
 """
-What an auditor files: the key as the module reports it, the chain, the device, the settings.
+Evidence for auditors: the key as the module reports it, the chain, the device, the settings.
 
-No secret enters: of settings that hold one, only that they are set.
+No secret enters: of a secret setting it says only that it is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["KEY_FLAGS", "TIME_FORMAT", "certificate_members", "evidence"]
 #: RFC 3339, UTC.
 TIME_FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 _PACKAGES: Final = ("hsmtoll", "python-pkcs11", "cryptography", "asn1crypto", "httpx")
-#: What a module reports of a key's protection, by the names of `hsm.facts.KeyFacts`.
+#: Attributes of a key's protection, by their names in `hsm.facts.KeyFacts`.
 KEY_FLAGS: Final = (
     "sensitive",
     "always_sensitive",
@@ -37,7 +37,7 @@ KEY_FLAGS: Final = (
 
 
 def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
-    """The report's members beside its checks; None where something is not known."""
+    """The members of the report besides its checks; None for unknown values."""
     return {
         "made_at": facts.now.strftime(TIME_FORMAT),
         "versions": {
@@ -57,7 +57,7 @@ def evidence(facts: Facts, chain: Chain | None) -> dict[str, Any]:
 
 
 def certificate_members(certificate: Certificate) -> dict[str, str]:
-    """A certificate of the chain, as JSON has it everywhere."""
+    """A certificate of the chain, in the form that all JSON output uses."""
     return {
         "subject": certificate.subject,
         "issuer": certificate.issuer,

@@ -1,8 +1,8 @@
 """
-What the settings, the devices, the files and the services show: gathered here, judged elsewhere.
+Collects the facts of settings, devices, files and services; the checks judge them.
 
-No PIN is spent beyond the one login that signing needs; the network is used by `ask` and
-`revocation_of` alone, which run only where the user says so.
+The PIN is used for one login only, as for signing. Only `query_services` and `revocation_of` use
+the network, and they run only at the user's request.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ __all__ = [
     "Facts",
     "Revocation",
     "Seen",
-    "ask",
     "candidates_of",
     "gather",
     "metadata_wrong",
     "pool_of",
+    "query_services",
     "revocation_of",
     "scopes_asked",
     "sign",
@@ -61,9 +61,9 @@ __all__ = [
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """
-    What one key of the list showed. *error* is the first thing that went wrong on the way to
-    the key; everything behind it is empty then. *signed*: whether the signature that was made
-    was verified, or why there is none; None where none was asked for.
+    The facts of one key of the list. *error* is the first error on the way to the key; all facts
+    behind it are empty then. *signed*: whether the requested signature was verified, or why it
+    could not be made; None if none was requested. *spied*: pkcs11-spy logs the calls.
     """
 
     uri: KeyUri
@@ -82,11 +82,11 @@ class Seen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
     """
-    What the services answered; an error stands where an answer would.
+    The answers of the services, or the errors instead.
 
-    *offset*: seconds that Maskinporten's clock is ahead. *consumer* and *amr* are read from
-    the token of the self-test, for diagnosis alone. *scopes*: each one asked for, with what
-    was said to it, None for yes.
+    *offset*: seconds by which Maskinporten's clock is ahead. *consumer* and *amr* are read from
+    the token of the self-test, for diagnosis only. *scopes*: each requested scope with its
+    error, None if granted.
     """
 
     metadata: dict[str, Any] | HsmTollError | None = None
@@ -100,7 +100,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revocation:
-    """What was learned of one certificate of the chain: a *status*, or why there is none."""
+    """Revocation of one certificate of the chain: its *status*, or the *problem* instead."""
 
     certificate: Certificate
     status: Status | None = None
@@ -110,11 +110,11 @@ class Revocation:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """
-    Everything a check may look at. *seen* has one entry for each key named; *pem* are the
-    certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* words as the user gave them. *answers*
-    is None offline, *revocation* where nothing was asked. *hosts*: what each signing host showed,
-    and *skew* what is known here of Maskinporten's clock, in seconds. *unused_proxy*: the variable
-    that names a proxy for Maskinporten, where no proxy is used.
+    The input of all checks. *seen* has one entry for each configured key; *pem* are the
+    certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* as given by the user. *answers* is None
+    offline, *revocation* if it was not queried. *hosts*: the state of each signing host; *skew*:
+    known offset of Maskinporten's clock, in seconds. *unused_proxy*: the environment variable of a
+    proxy for Maskinporten that the settings do not use.
     """
 
     settings: Settings
@@ -131,7 +131,7 @@ class Facts:
 
 
 def gather(app: App, *, scopes: tuple[str, ...] = ()) -> Facts:
-    """What the settings, the environment, the devices and the files show."""
+    """Collect the facts of settings, environment, devices and files."""
     found = _gathered(app, scopes=scopes)
     if missing(app.settings):
         return found
@@ -151,7 +151,7 @@ def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
     except HsmTollError as exc:
         return Facts(settings=settings, now=now, scopes=scopes, error=exc)
     try:
-        # The App's own devices: what is asked later needs no second login, and no second prompt.
+        # The App's own devices: later steps need no second login and no second prompt.
         devices = app.devices
     except HsmTollError as exc:
         seen = tuple(Seen(uri=uri, error=exc) for uri in uris)
@@ -167,7 +167,7 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
         path = Path(app.module(uri))
         found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
         source = app.signing_pin(uri)
-        # A pinpad has nobody at it for every signature.
+        # Nobody can enter a PIN at a pinpad for every signature.
         found["pin_given"] = source is not None and not isinstance(source, PinPad)
 
         stored = device.certificates()
@@ -193,7 +193,7 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
 
 
 def sign(app: App, facts: Facts, place: int) -> Facts:
-    """*facts* with one signature of the key at *place*, over what is no grant."""
+    """Return *facts* after one signature by key number *place*, over data that is no grant."""
     seen = facts.seen[place]
     publics = [seen.key.public] if seen.key else []
     publics += [each.public_key for each in candidates_of(facts, seen)]
@@ -224,8 +224,8 @@ def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
     return next((each for each in fitting if each.initialized), None)
 
 
-def ask(app: App, facts: Facts) -> Answers:
-    """Ask the services what they say; nothing that they answer is obeyed."""
+def query_services(app: App, facts: Facts) -> Answers:
+    """Query the services; their answers are only reported, no setting is changed by them."""
     http_client, issuer = app.http_client, app.endpoints.issuer
     base = issuer if issuer.endswith("/") else f"{issuer}/"
     found: dict[str, Any] = {}
@@ -240,7 +240,7 @@ def ask(app: App, facts: Facts) -> Answers:
         return Answers(metadata=exc)
     far_off = abs(found["offset"] or 0.0) > MAX_SKEW
     if far_off or metadata_wrong(app.settings, found["metadata"]) is not None:
-        # Its answers would say nothing new, and a grant is for the right Maskinporten alone.
+        # Further answers would add nothing, and a grant must go to the right Maskinporten only.
         return Answers(**found)
     try:
         found["health"] = http_client.get(f"{base}health", leg="Maskinporten").status
@@ -249,20 +249,20 @@ def ask(app: App, facts: Facts) -> Answers:
     if app.family == "eseal" and app.settings.signer.mode == "grant":
         try:
             subject = _granted(app, http_client, apis.SELF_TEST_SCOPE)
-            found["consumer"], found["amr"] = _consumer(subject.value)
+            found["consumer"], found["amr"] = _consumer_of(subject.value)
         except HsmTollError as exc:
             found["self_test"] = exc
-            # A signing host's policy that denies the self-test may allow what was asked for.
+            # A signing host's policy may deny the self-test and permit the requested scopes.
             if exc.code != "policy-denied":
                 return Answers(**found)
     found["scopes"] = tuple(
-        (scope, _tried(app, http_client, scope)) for scope in scopes_asked(facts)
+        (scope, _try_scope(app, http_client, scope)) for scope in scopes_asked(facts)
     )
     return Answers(**found)
 
 
 def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
-    """What in the metadata is not as the settings say, in words (RFC 8414 section 3.3, M51)."""
+    """The first difference between metadata and settings, in words (RFC 8414 section 3.3, M51)."""
     expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
     issuer = expected.issuer if expected else settings.endpoints.issuer
     token = expected.token if expected else settings.endpoints.token
@@ -288,7 +288,7 @@ def _object(answer: Answer) -> dict[str, Any]:
 
 
 def _granted(app: App, http_client: HttpClient, scope: str) -> exchange.Issued:
-    """One real grant: a signature of the budget, and leg one."""
+    """Request one real access token of Maskinporten; counts as a signature of the budget."""
     grant = app.renewal_by(app.signer).sign(_request(app, scope))
     post = exchange.grant_post(app.endpoints, grant.assertion)
     return exchange.read_subject(http_client.post(post), post, scope=scope)
@@ -298,7 +298,7 @@ def _request(app: App, scope: str) -> TokenRequest:
     return TokenRequest(scope, app.settings.resource, app.settings.consumer_org)
 
 
-def _tried(app: App, http_client: HttpClient, scope: str) -> HsmTollError | None:
+def _try_scope(app: App, http_client: HttpClient, scope: str) -> HsmTollError | None:
     try:
         if app.gives_tokens:
             app.renewal.renew(
@@ -314,8 +314,8 @@ def _tried(app: App, http_client: HttpClient, scope: str) -> HsmTollError | None
     return None
 
 
-def _consumer(token: str) -> tuple[str | None, str | None]:
-    """``consumer.ID`` and ``client_amr`` of a token. *Not verified*, and opaque to all but us."""
+def _consumer_of(token: str) -> tuple[str | None, str | None]:
+    """``consumer.ID`` and ``client_amr`` of a token, *not verified*: for the report only."""
     try:
         claims = jws.read_unverified(token)[1]
     except ValueError:
@@ -329,7 +329,7 @@ def _consumer(token: str) -> tuple[str | None, str | None]:
 def revocation_of(
     app: App, chain: path_building.Chain, *, crl: Path | None, online: bool
 ) -> tuple[Revocation, ...]:
-    """What the issuers say of the certificates below the root."""
+    """The revocation status of the certificates below the root, by a file or by the issuers."""
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     pairs = list(itertools.pairwise(chain.certificates))
     if crl is not None:
@@ -402,7 +402,7 @@ def candidates_of(facts: Facts, seen: Seen) -> tuple[Certificate, ...]:
 
 
 def scopes_asked(facts: Facts) -> tuple[str, ...]:
-    """The scopes asked for, each once; errors as `apis.scope_of`."""
+    """The requested scopes, each once. Raises as `apis.scope_of`."""
     settings = facts.settings
     words = [*([settings.scope] if settings.scope else ()), *facts.scopes]
     family = settings.identity or "eseal"

@@ -1,5 +1,5 @@
 """
-One finding, and the way that leads to it: the facts of one key with the chain it would send.
+The result of one check, and the facts it is based on: one key and the chain it would send.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_DEVICE",
     "Check",
+    "KeyDiagnosis",
     "Verdict",
-    "Way",
-    "broken_at",
+    "diagnose",
     "failed",
+    "failure_of",
     "ok",
     "skip",
     "warn",
-    "way_of",
 ]
 
 Verdict = Literal["ok", "warn", "fail", "skip"]
@@ -41,8 +41,8 @@ NO_DEVICE: Final = "a signing host signs, no device of this machine"
 @dataclass(frozen=True, slots=True)
 class Check:
     """
-    One finding. *check* is which question was asked, *code* what was found: the same word
-    where all is well. *exit_code* is that of the error class it would become.
+    The result of one check. *check* is its name, *code* the result, equal to the name if all is
+    well. *exit_code* is that of the corresponding error class. *who* must act.
     """
 
     check: str
@@ -55,13 +55,13 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """The facts of one key, with the chain that would be sent or the error instead."""
+class KeyDiagnosis:
+    """The facts of one key, with the chain that would be sent, or *chain_error*."""
 
     facts: Facts
     seen: Seen | None
     chain: path_building.Chain | None = None
-    trouble: CertificateError | None = None
+    chain_error: CertificateError | None = None
 
     @property
     def settings(self) -> Settings:
@@ -85,9 +85,9 @@ class Way:
         return candidates_of(self.facts, self.seen) if self.seen else ()
 
 
-def way_of(facts: Facts, seen: Seen | None) -> Way:
+def diagnose(facts: Facts, seen: Seen | None) -> KeyDiagnosis:
     if seen is None or seen.key is None or facts.settings.kid is not None:
-        return Way(facts=facts, seen=seen)
+        return KeyDiagnosis(facts=facts, seen=seen)
     hsm = facts.settings.hsm
     try:
         chain = leaf_choice.checked(
@@ -102,8 +102,8 @@ def way_of(facts: Facts, seen: Seen | None) -> Way:
             unread=seen.unread,
         )
     except CertificateError as exc:
-        return Way(facts=facts, seen=seen, trouble=exc)
-    return Way(facts=facts, seen=seen, chain=chain)
+        return KeyDiagnosis(facts=facts, seen=seen, chain_error=exc)
+    return KeyDiagnosis(facts=facts, seen=seen, chain=chain)
 
 
 def ok(check: str, line: str) -> Check:
@@ -124,12 +124,12 @@ def failed(check: str, exc: HsmTollError) -> Check:
 
 
 def _hint(lines: Iterable[str]) -> str | None:
-    """Without the advice to ask the doctor, which is asked already."""
+    """Join *lines*, without the advice to run `hsmtoll doctor`."""
     return "\n".join(line for line in lines if "hsmtoll doctor" not in line) or None
 
 
-# Codes of the device → the check that they answer. What is not named answers the check *key*.
-_ANSWERS: Final = {
+# Code of an error → the check that reports it. Other codes belong to the caller's fallback.
+_CHECK_OF_CODE: Final = {
     "setting-missing": "module",
     "module-path": "module",
     "module-load": "module",
@@ -171,11 +171,11 @@ _ANSWERS: Final = {
 }
 
 
-def broken_at(way: Way, check: str, fallback: str) -> Check | None:
-    """The failure that belongs to *check*, if the way broke there."""
-    exc: HsmTollError | None = way.trouble
-    if way.seen is not None and way.seen.error is not None:
-        exc = way.seen.error
-    if exc is None or _ANSWERS.get(exc.code, fallback) != check:
+def failure_of(diagnosis: KeyDiagnosis, check: str, fallback: str) -> Check | None:
+    """The failure of *check*, if the key's first error belongs to it."""
+    exc: HsmTollError | None = diagnosis.chain_error
+    if diagnosis.seen is not None and diagnosis.seen.error is not None:
+        exc = diagnosis.seen.error
+    if exc is None or _CHECK_OF_CODE.get(exc.code, fallback) != check:
         return None
     return failed(check, exc)

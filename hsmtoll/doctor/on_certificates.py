@@ -1,5 +1,5 @@
 """
-Checks of the leaf and its chain, by the functions that the signer uses: they cannot disagree.
+Checks of the leaf and its chain, with the functions that the signer itself uses.
 """
 
 from __future__ import annotations
@@ -8,7 +8,16 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.doctor.facts import candidates_of, pool_of
-from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
+from hsmtoll.doctor.findings import (
+    NO_DEVICE,
+    Check,
+    KeyDiagnosis,
+    failed,
+    failure_of,
+    ok,
+    skip,
+    warn,
+)
 from hsmtoll.errors import CertificateError, foreign
 from hsmtoll.x509 import leaf_choice
 
@@ -25,21 +34,23 @@ WARN_DAYS: Final = 60
 _NO_CERTIFICATE: Final = "a key registered with a kid needs no certificate"
 
 
-def of_the_leaf(
+def leaf_check(
     check: str,
-) -> Callable[[Callable[[Way, Certificate], Check]], Callable[[Way], Check]]:
-    """A check of the leaf: skipped with a kid, failed where the way to the chain broke on it."""
+) -> Callable[[Callable[[KeyDiagnosis, Certificate], Check]], Callable[[KeyDiagnosis], Check]]:
+    """Decorate a check of the leaf: skip it with a kid, fail it with the chain's error."""
 
-    def decorated(judge: Callable[[Way, Certificate], Check]) -> Callable[[Way], Check]:
-        def asked(way: Way) -> Check:
-            if way.kid:
+    def decorated(
+        judge: Callable[[KeyDiagnosis, Certificate], Check],
+    ) -> Callable[[KeyDiagnosis], Check]:
+        def asked(diagnosis: KeyDiagnosis) -> Check:
+            if diagnosis.kid:
                 return skip(check, _NO_CERTIFICATE)
-            if way.seen is None:
+            if diagnosis.seen is None:
                 return skip(check, NO_DEVICE)
-            if broken := broken_at(way, check, "chain"):
+            if broken := failure_of(diagnosis, check, "chain"):
                 return broken
-            leaf = way.chain.leaf if way.chain else _nearest(way)
-            return judge(way, leaf) if leaf else skip(check, "no certificate to look at")
+            leaf = diagnosis.chain.leaf if diagnosis.chain else _intended_leaf(diagnosis)
+            return judge(diagnosis, leaf) if leaf else skip(check, "no certificate to look at")
 
         asked.__doc__ = judge.__doc__
         return asked
@@ -47,27 +58,27 @@ def of_the_leaf(
     return decorated
 
 
-def _nearest(way: Way) -> Certificate | None:
-    """The leaf meant where its chain does not hold."""
-    hsm = way.settings.hsm
+def _intended_leaf(diagnosis: KeyDiagnosis) -> Certificate | None:
+    """The leaf that the settings mean, although no chain of it is valid."""
+    hsm = diagnosis.settings.hsm
     try:
         return leaf_choice.choose(
-            way.candidates,
-            identity=way.identity,
-            now=way.facts.now,
+            diagnosis.candidates,
+            identity=diagnosis.identity,
+            now=diagnosis.facts.now,
             pinned_sha256=hsm.certificate_sha256,
         )
     except CertificateError:
-        found = sorted(way.candidates, key=lambda each: each.not_before, reverse=True)
+        found = sorted(diagnosis.candidates, key=lambda each: each.not_before, reverse=True)
         return found[0] if found else None
 
 
-@of_the_leaf("certificate")
-def check_certificate(way: Way, leaf: Certificate) -> Check:
-    """There is a certificate for the key, and why this one of several."""
-    why = "; ".join(way.chain.notes) if way.chain else ""
+@leaf_check("certificate")
+def check_certificate(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
+    """There is a certificate for the key; says why this one was chosen."""
+    why = "; ".join(diagnosis.chain.notes) if diagnosis.chain else ""
     told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
-    unread = [each.where for seen in way.facts.seen for each in seen.unread]
+    unread = [each.where for seen in diagnosis.facts.seen for each in seen.unread]
     on_device = [where for where in unread if where.endswith(" on the device")]
     for place, found in (("on the device", on_device), ("in the file", set(unread) - {*on_device})):
         if found:
@@ -75,7 +86,7 @@ def check_certificate(way: Way, leaf: Certificate) -> Check:
             why = "; ".join(
                 filter(None, (why, f"{len(found)} {place} cannot be read ({foreign(named)})"))
             )
-    for each in way.chain.certificates if way.chain else (leaf,):
+    for each in diagnosis.chain.certificates if diagnosis.chain else (leaf,):
         if each.unreadable:
             names = foreign(", ".join(each.unreadable_names))
             return warn(
@@ -88,31 +99,33 @@ def check_certificate(way: Way, leaf: Certificate) -> Check:
     return ok("certificate", f"{told}; {why}" if why else told)
 
 
-@of_the_leaf("certificate-key")
-def check_certificate_key(way: Way, leaf: Certificate) -> Check:
+@leaf_check("certificate-key")
+def check_certificate_key(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """Its key is RSA and large enough (M33)."""
-    del way
+    del diagnosis
     return ok("certificate-key", f"RSA, {leaf.key_bits} bits")
 
 
-@of_the_leaf("certificate-kind")
-def check_certificate_kind(way: Way, leaf: Certificate) -> Check:
+@leaf_check("certificate-kind")
+def check_certificate_kind(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """It is not self-signed and not a CA's (M34)."""
-    del way
+    del diagnosis
     return ok("certificate-kind", f"issued by {leaf.issuer}")
 
 
-@of_the_leaf("consumer-id")
-def check_consumer(way: Way, leaf: Certificate) -> Check:
-    """Whom Maskinporten will name in ``consumer.ID`` (M74, M75, M85, M86)."""
-    return ok("consumer-id", f"Maskinporten will say {foreign(leaf.consumer_id(way.identity))}")
+@leaf_check("consumer-id")
+def check_consumer(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
+    """The ``consumer.ID`` that Maskinporten will report (M74, M75, M85, M86)."""
+    return ok(
+        "consumer-id", f"Maskinporten will say {foreign(leaf.consumer_id(diagnosis.identity))}"
+    )
 
 
-@of_the_leaf("certificate-usage")
-def check_certificate_usage(way: Way, leaf: Certificate) -> Check:
-    """keyUsage lets it sign; a Norwegian one's is critical, as Digdir's validator wants it."""
+@leaf_check("certificate-usage")
+def check_certificate_usage(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
+    """keyUsage permits signing; it is critical where Digdir's validator requires that."""
     usage = leaf.key_usage
-    if way.identity == "norwegian" and (usage is None or "2.5.29.15" not in leaf.critical):
+    if diagnosis.identity == "norwegian" and (usage is None or "2.5.29.15" not in leaf.critical):
         return warn(
             "certificate-usage",
             "certificate-usage-critical",
@@ -123,20 +136,20 @@ def check_certificate_usage(way: Way, leaf: Certificate) -> Check:
     return ok("certificate-usage", ", ".join(sorted(usage)) if usage else "no keyUsage, so any")
 
 
-@of_the_leaf("certificate-critical")
-def check_certificate_critical(way: Way, leaf: Certificate) -> Check:
+@leaf_check("certificate-critical")
+def check_certificate_critical(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """No critical extension that Maskinporten does not know (M35)."""
-    del way, leaf
+    del diagnosis, leaf
     return ok("certificate-critical", "no critical extension that Maskinporten does not know")
 
 
-@of_the_leaf("certificate-validity")
-def check_validity(way: Way, leaf: Certificate) -> Check:
-    """It is valid now, and for how long (M29, C25)."""
-    now = way.facts.now
+@leaf_check("certificate-validity")
+def check_validity(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
+    """It is valid now; warns before it expires (M29, C25)."""
+    now = diagnosis.facts.now
     days = leaf.days_left(now)
     until = f"valid until {leaf.not_after:%Y-%m-%d}, {days} days left"
-    waiting = next_of(way, leaf)
+    waiting = successor_of(diagnosis, leaf)
     if days >= WARN_DAYS or waiting is not None:
         return ok("certificate-validity", until)
     return warn(
@@ -147,17 +160,17 @@ def check_validity(way: Way, leaf: Certificate) -> Check:
     )
 
 
-def next_of(way: Way, leaf: Certificate) -> Certificate | None:
-    """The certificate that takes over from *leaf* by itself, of this key or the next ones."""
-    facts = way.facts
+def successor_of(diagnosis: KeyDiagnosis, leaf: Certificate) -> Certificate | None:
+    """The certificate, of any configured key, that replaces *leaf* without a change of settings."""
+    facts = diagnosis.facts
     later = [
         each
         for seen in facts.seen
         for each in candidates_of(facts, seen)
         if each.not_after > leaf.not_after
-        and each.consumer_id(way.identity) == leaf.consumer_id(way.identity)
+        and each.consumer_id(diagnosis.identity) == leaf.consumer_id(diagnosis.identity)
         and each.not_before <= leaf.not_after
-        and _will_do(way, pool_of(facts, seen), each)
+        and _usable_from_first_day(diagnosis, pool_of(facts, seen), each)
     ]
     pinned = facts.settings.hsm.certificate_sha256
     if pinned is not None:
@@ -165,44 +178,46 @@ def next_of(way: Way, leaf: Certificate) -> Certificate | None:
     return min(later, key=lambda each: each.not_before, default=None)
 
 
-def _will_do(way: Way, pool: Iterable[Certificate], leaf: Certificate) -> bool:
-    """Whether *leaf* and its chain hold from its first day on, as the signer will judge them."""
-    settings = way.settings
+def _usable_from_first_day(
+    diagnosis: KeyDiagnosis, pool: Iterable[Certificate], leaf: Certificate
+) -> bool:
+    """Whether the signer will accept *leaf* and its chain from its first day on."""
+    settings = diagnosis.settings
     try:
         leaf_choice.checked(
             [leaf],
             pool,
-            identity=way.identity,
-            now=max(leaf.not_before, way.facts.now),
+            identity=diagnosis.identity,
+            now=max(leaf.not_before, diagnosis.facts.now),
             mode=settings.x5c_mode,
             root_sha256=settings.hsm.root_sha256,
-            preferred=frozenset(each.sha256 for each in way.facts.pem),
+            preferred=frozenset(each.sha256 for each in diagnosis.facts.pem),
         )
     except CertificateError:
         return False
     return True
 
 
-@of_the_leaf("roll-over")
-def check_roll_over(way: Way, leaf: Certificate) -> Check:
-    """Which certificate takes over next, and when."""
-    following = next_of(way, leaf)
+@leaf_check("roll-over")
+def check_roll_over(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
+    """The certificate that will be used next, and from when."""
+    following = successor_of(diagnosis, leaf)
     if following is None:
         end = f"{leaf.not_after:%Y-%m-%d}"
         return ok("roll-over", f"no certificate is waiting; this one ends on {end}")
     # An older one waits until this one ends (`leaf_choice.ranked`: the newest is best).
     newer = following.not_before > leaf.not_before
-    when = max(following.not_before, way.facts.now) if newer else leaf.not_after
+    when = max(following.not_before, diagnosis.facts.now) if newer else leaf.not_after
     return ok(
         "roll-over", f"sha256 {following.sha256[:16]} takes over at {when:%Y-%m-%d %H:%M} UTC"
     )
 
 
-@of_the_leaf("qualified")
-def check_qualified(way: Way, leaf: Certificate) -> Check:
+@leaf_check("qualified")
+def check_qualified(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """The ``client_amr`` that Maskinporten will report (M85, M87); QcType (EN 319 412-5)."""
-    amr = leaf.client_amr(way.identity)
-    if way.identity == "eseal":
+    amr = leaf.client_amr(diagnosis.identity)
+    if diagnosis.identity == "eseal":
         kinds = leaf.qc.types
         wrong = leaf.qc.semantics == "natural person" or {"esign", "web"} & set(kinds)
         if leaf.qc.compliance and wrong:
@@ -220,19 +235,19 @@ def check_qualified(way: Way, leaf: Certificate) -> Check:
     return ok("qualified", f"client_amr will be {amr}{held}")
 
 
-def check_chain(way: Way) -> Check:
+def check_chain(diagnosis: KeyDiagnosis) -> Check:
     """The chain is complete, valid and proven (M26 to M28)."""
-    if way.kid:
+    if diagnosis.kid:
         return skip("chain", _NO_CERTIFICATE)
-    if way.seen is None:
+    if diagnosis.seen is None:
         return skip("chain", NO_DEVICE)
-    if broken := broken_at(way, "chain", "chain"):
+    if broken := failure_of(diagnosis, "chain", "chain"):
         return broken
-    chain = way.chain
+    chain = diagnosis.chain
     if chain is None:
         return skip("chain", "no certificate to look at")
-    if way.settings.x5c == "leaf" or leaf_choice.ALONE in chain.notes:
-        why = "HSMTOLL_X5C=leaf" if way.settings.x5c == "leaf" else leaf_choice.ALONE
+    if diagnosis.settings.x5c == "leaf" or leaf_choice.ALONE in chain.notes:
+        why = "HSMTOLL_X5C=leaf" if diagnosis.settings.x5c == "leaf" else leaf_choice.ALONE
         return ok("chain", f"{why}; Customs' guide has the certificate, Digdir's page the chain")
     if chain.cut_short:
         return warn(
@@ -242,9 +257,9 @@ def check_chain(way: Way) -> Check:
             "name the chain in HSMTOLL_HSM__CERTIFICATES",
         )
     end = chain.root.subject if chain.root else "no root"
-    sent = len(chain.x5c(way.settings.x5c_mode))
+    sent = len(chain.x5c(diagnosis.settings.x5c_mode))
     weakest = chain.weakest_not_after
-    if weakest < min(chain.leaf.not_after, way.facts.now + timedelta(days=WARN_DAYS)):
+    if weakest < min(chain.leaf.not_after, diagnosis.facts.now + timedelta(days=WARN_DAYS)):
         return warn(
             "chain",
             "chain-ends-soon",
@@ -297,19 +312,19 @@ def _issued_for(leaf: Certificate) -> str | None:
     return "test" if "test" in name else "prod"
 
 
-@of_the_leaf("environment")
-def check_environment(way: Way, leaf: Certificate) -> Check:
+@leaf_check("environment")
+def check_environment(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """Norwegian certificates fit the environment (M31, M36); eSeals are the same in both (M32)."""
-    environment = "prod" if way.settings.environment == "prod" else "test"
+    environment = "prod" if diagnosis.settings.environment == "prod" else "test"
     told = _issued_for(leaf)
-    if way.identity == "eseal" and told == "test":
+    if diagnosis.identity == "eseal" and told == "test":
         exc = CertificateError(
             f"'{leaf.subject}' is of a test CA, which no EU trusted list knows (MP-120)",
             hint="eSeals use their production certificate in test as well",
             code="certificate-environment",
         )
         return failed("environment", exc)
-    if way.identity == "eseal":
+    if diagnosis.identity == "eseal":
         return ok("environment", "an eSeal's certificate serves test and prod alike")
     other = "test" if environment == "prod" else "prod"
     if told == other:
@@ -320,7 +335,7 @@ def check_environment(way: Way, leaf: Certificate) -> Check:
             code="certificate-environment",
         )
         return failed("environment", exc)
-    # The lists are Digdir's as they were copied: Maskinporten may take what they do not have yet.
+    # The lists are a copy of Digdir's: Maskinporten may accept more by now.
     listed = foreign(", ".join(leaf.policies) or "none")
     if not _accepted(leaf, environment) and _accepted(leaf, other):
         return warn(
@@ -339,19 +354,19 @@ def check_environment(way: Way, leaf: Certificate) -> Check:
     return ok("environment", f"a certificate for {environment}")
 
 
-#: Where the European Commission shows all trusted lists.
+#: The European Commission's browser of all trusted lists.
 _TRUSTED_LISTS: Final = "https://eidas.ec.europa.eu/efda/trust-services/browse/eidas/tls"
 
 
-@of_the_leaf("trusted-list")
-def check_trusted_list(way: Way, leaf: Certificate) -> Check:
+@leaf_check("trusted-list")
+def check_trusted_list(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """
-    Whether an EU trusted list has the issuer: no certificate shows that, and of one provider's
-    services some may be listed and others not. Maskinporten's answer to a grant shows it.
+    The issuer is on an EU trusted list. A certificate does not show that, and a provider may have
+    listed and unlisted services; only Maskinporten's answer to a grant does.
     """
-    if way.identity != "eseal":
+    if diagnosis.identity != "eseal":
         return skip("trusted-list", "Norwegian certificates are known by their policy")
-    answers = way.facts.answers
+    answers = diagnosis.facts.answers
     if answers is not None and answers.self_test is None and answers.consumer is not None:
         return ok("trusted-list", "Maskinporten accepts the issuer")
     return skip(
@@ -361,12 +376,14 @@ def check_trusted_list(way: Way, leaf: Certificate) -> Check:
     )
 
 
-def check_revocation(way: Way) -> Check:
-    """No certificate of the chain was taken back (M30)."""
-    learned = way.facts.revocation
-    if way.kid or learned is None or way.chain is None:
-        return skip("revocation", _NO_CERTIFICATE if way.kid else "asked with --crl or --online")
-    mine = [each for each in learned if each.certificate in way.chain.certificates]
+def check_revocation(diagnosis: KeyDiagnosis) -> Check:
+    """No certificate of the chain is revoked (M30)."""
+    learned = diagnosis.facts.revocation
+    if diagnosis.kid or learned is None or diagnosis.chain is None:
+        return skip(
+            "revocation", _NO_CERTIFICATE if diagnosis.kid else "asked with --crl or --online"
+        )
+    mine = [each for each in learned if each.certificate in diagnosis.chain.certificates]
     for each in mine:
         status = each.status
         if status is not None and status.revoked_at is not None:

@@ -6,47 +6,56 @@ from __future__ import annotations
 
 from typing import Final
 
-from hsmtoll.doctor.findings import NO_DEVICE, Check, Way, broken_at, failed, ok, skip, warn
+from hsmtoll.doctor.findings import (
+    NO_DEVICE,
+    Check,
+    KeyDiagnosis,
+    failed,
+    failure_of,
+    ok,
+    skip,
+    warn,
+)
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, foreign
 
 __all__ = ["CHECKS"]
 
 
-def check_module(way: Way) -> Check:
+def check_module(diagnosis: KeyDiagnosis) -> Check:
     """The module loads."""
-    if way.seen is None:
+    if diagnosis.seen is None:
         return skip("module", NO_DEVICE)
-    if broken := broken_at(way, "module", "key"):
+    if broken := failure_of(diagnosis, "module", "key"):
         return broken
-    module = way.seen.module
+    module = diagnosis.seen.module
     if module is None:
         return ok("module", "loads")
     made = f"{foreign(module.description)} {module.version[0]}.{module.version[1]}".strip()
     return ok("module", f"{foreign(module.path)} loads ({made})")
 
 
-def check_spy(way: Way) -> Check:
-    """Nothing between us and the device writes the PIN to a log."""
-    if way.seen is None:
+def check_spy(diagnosis: KeyDiagnosis) -> Check:
+    """No pkcs11-spy logs the PIN."""
+    if diagnosis.seen is None:
         return skip("module-spy", NO_DEVICE)
-    if not way.seen.spied:
+    if not diagnosis.seen.spied:
         return ok("module-spy", "no pkcs11-spy between hsmtoll and the device")
     line = "pkcs11-spy is between hsmtoll and the device: it writes every PIN to its log"
     hint = "unset PKCS11SPY, and name the device's own module in HSMTOLL_HSM__MODULE"
-    if way.settings.environment == "sandbox":
+    if diagnosis.settings.environment == "sandbox":
         return warn("module-spy", "module-spy", line, hint)
     return failed("module-spy", ConfigurationError(line, hint=hint, code="module-spy"))
 
 
-def check_device(way: Way) -> Check:
-    """The p11_token that the URI names is there."""
-    if way.seen is None:
+def check_device(diagnosis: KeyDiagnosis) -> Check:
+    """The PKCS#11 token that the URI names is present."""
+    if diagnosis.seen is None:
         return skip("device", NO_DEVICE)
-    if broken := broken_at(way, "device", "key"):
+    if broken := failure_of(diagnosis, "device", "key"):
         return broken
-    token = way.seen.token
+    token = diagnosis.seen.token
     if token is None:
-        return ok("device", f"{foreign(way.seen.uri.device_only())} is there")
+        return ok("device", f"{foreign(diagnosis.seen.uri.device_only())} is there")
     firmware = ".".join(map(str, token.firmware))
     return ok("device", f"{foreign(token.uri)} is there, firmware {firmware}")
 
@@ -57,31 +66,31 @@ _PIN_WARNINGS: Final = {
 }
 
 
-def check_pin(way: Way) -> Check:
+def check_pin(diagnosis: KeyDiagnosis) -> Check:
     """The PIN is there, accepted, and not about to be locked."""
-    if way.seen is None:
+    if diagnosis.seen is None:
         return skip("pin", NO_DEVICE)
-    if broken := broken_at(way, "pin", "key"):
+    if broken := failure_of(diagnosis, "pin", "key"):
         return broken
-    token = way.seen.token
+    token = diagnosis.seen.token
     if token is not None and token.pin_state in _PIN_WARNINGS:
         code, line = _PIN_WARNINGS[token.pin_state]
         hint = "see that no other program has an old PIN; two more wrong ones may lock the device"
         return warn("pin", code, line, hint)
     if token is not None and not token.login_required:
         return ok("pin", "the device wants none")
-    if not way.seen.logged_in:
+    if not diagnosis.seen.logged_in:
         return ok("pin", "logged in by other code of this process; this PIN was not proven")
     return ok("pin", "accepted")
 
 
-def check_key(way: Way) -> Check:
-    """There is one private key of that name, and its public half is known."""
-    if way.seen is None:
+def check_key(diagnosis: KeyDiagnosis) -> Check:
+    """The URI matches one private key, and its public key is known."""
+    if diagnosis.seen is None:
         return skip("key", NO_DEVICE)
-    if broken := broken_at(way, "key", "key"):
+    if broken := failure_of(diagnosis, "key", "key"):
         return broken
-    key = way.key
+    key = diagnosis.key
     if key is not None and key.public is None:
         return warn(
             "key",
@@ -93,36 +102,40 @@ def check_key(way: Way) -> Check:
     return ok("key", f"{foreign(key.uri)} is there" if key else "there")
 
 
-def check_key_type(way: Way) -> Check:
-    """RSA, because Maskinporten takes RS256, RS384 and RS512 alone (M20)."""
-    if way.seen is None:
+def check_key_type(diagnosis: KeyDiagnosis) -> Check:
+    """The key is RSA: Maskinporten accepts only RS256, RS384 and RS512 (M20)."""
+    if diagnosis.seen is None:
         return skip("key-type", NO_DEVICE)
-    return broken_at(way, "key-type", "key") or ok(
-        "key-type", f"RSA, which {way.settings.alg} needs"
+    return failure_of(diagnosis, "key-type", "key") or ok(
+        "key-type", f"RSA, which {diagnosis.settings.alg} needs"
     )
 
 
-def check_key_size(way: Way) -> Check:
-    """2048 bits or more (M33)."""
-    if way.seen is None:
+def check_key_size(diagnosis: KeyDiagnosis) -> Check:
+    """The key has 2048 bits or more (M33)."""
+    if diagnosis.seen is None:
         return skip("key-size", NO_DEVICE)
-    bits = way.key.bits if way.key else None
-    return broken_at(way, "key-size", "key") or ok(
+    bits = diagnosis.key.bits if diagnosis.key else None
+    return failure_of(diagnosis, "key-size", "key") or ok(
         "key-size", f"{bits} bits" if bits else "not told; the certificate's is checked below"
     )
 
 
-def check_key_usage(way: Way) -> Check:
-    """The device lets the key sign, and the PIN for each signature is there."""
-    if way.seen is None:
+def check_key_usage(diagnosis: KeyDiagnosis) -> Check:
+    """The key may sign (CKA_SIGN); a PIN is available if it is needed for each signature."""
+    if diagnosis.seen is None:
         return skip("key-usage", NO_DEVICE)
-    if broken := broken_at(way, "key-usage", "key"):
+    if broken := failure_of(diagnosis, "key-usage", "key"):
         return broken
-    if way.key is not None and way.key.always_authenticate and not way.seen.pin_given:
+    if (
+        diagnosis.key is not None
+        and diagnosis.key.always_authenticate
+        and not diagnosis.seen.pin_given
+    ):
         return failed(
             "key-usage",
             DeviceError(
-                f"the key {foreign(way.key.uri)} wants a PIN for every signature",
+                f"the key {foreign(diagnosis.key.uri)} wants a PIN for every signature",
                 hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here",
                 code="signing-pin",
             ),
@@ -130,13 +143,13 @@ def check_key_usage(way: Way) -> Check:
     return ok("key-usage", "it may sign")
 
 
-def check_key_protection(way: Way) -> Check:
+def check_key_protection(diagnosis: KeyDiagnosis) -> Check:
     """The key is not extractable and never was (CKA_EXTRACTABLE, CKA_NEVER_EXTRACTABLE)."""
-    if way.seen is None:
+    if diagnosis.seen is None:
         return skip("key-protection", NO_DEVICE)
-    if broken := broken_at(way, "key-protection", "key"):
+    if broken := failure_of(diagnosis, "key-protection", "key"):
         return broken
-    key = way.key
+    key = diagnosis.key
     if key is not None and not key.protected:
         return warn(
             "key-protection",
@@ -154,15 +167,15 @@ def check_key_protection(way: Way) -> Check:
     return ok("key-protection", "made on the device, never extractable, as the module reports")
 
 
-def check_mechanism(way: Way) -> Check:
-    """The device can sign with HSMTOLL_ALG, whole or from a DigestInfo."""
-    if way.key is None:
+def check_mechanism(diagnosis: KeyDiagnosis) -> Check:
+    """The device has a mechanism for HSMTOLL_ALG: with the hash, or CKM_RSA_PKCS (DigestInfo)."""
+    if diagnosis.key is None:
         return skip("mechanism", NO_DEVICE)
-    alg = way.settings.alg
+    alg = diagnosis.settings.alg
     whole = f"SHA{alg.removeprefix('RS')}_RSA_PKCS"
-    if whole in way.key.mechanisms:
+    if whole in diagnosis.key.mechanisms:
         return ok("mechanism", f"the device has {whole} for {alg}")
-    if "RSA_PKCS" in way.key.mechanisms:
+    if "RSA_PKCS" in diagnosis.key.mechanisms:
         return ok("mechanism", f"the device has RSA_PKCS: {alg} by a DigestInfo made here")
     return failed(
         "mechanism",
@@ -174,17 +187,17 @@ def check_mechanism(way: Way) -> Check:
     )
 
 
-def check_signature(way: Way) -> Check:
-    """The device signs as much as a grant with x5c holds, where the user asks for that."""
-    if way.seen is None:
+def check_signature(diagnosis: KeyDiagnosis) -> Check:
+    """The device signs data of the size of a grant with x5c (only at the user's request)."""
+    if diagnosis.seen is None:
         return skip("signature", NO_DEVICE)
-    signed = way.seen.signed
+    signed = diagnosis.seen.signed
     if isinstance(signed, HsmTollError):
         return failed("signature", signed)
     if signed is not None:
         proven = "it verifies" if signed else "no public key is known to verify it with"
         return ok("signature", f"made over a text as large as a grant with x5c, and {proven}")
-    if way.facts.answers is not None:
+    if diagnosis.facts.answers is not None:
         return skip("signature", "made for the grants of --online alone; --sign makes one before")
     return skip("signature", "no signature was made: `hsmtoll doctor --sign` makes one")
 

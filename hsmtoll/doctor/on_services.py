@@ -1,5 +1,5 @@
 """
-Checks of what Maskinporten and Customs answered. Nothing they say is obeyed, only compared.
+Checks of the answers of Maskinporten and Customs, which are compared with the settings.
 """
 
 from __future__ import annotations
@@ -9,21 +9,22 @@ from typing import Final
 from hsmtoll import apis
 from hsmtoll.clock import MAX_SKEW
 from hsmtoll.doctor.facts import metadata_wrong
-from hsmtoll.doctor.findings import Check, Way, failed, ok, skip, warn
+from hsmtoll.doctor.findings import Check, KeyDiagnosis, failed, ok, skip, warn
 from hsmtoll.errors import ClockError, ConfigurationError, HsmTollError, foreign
 
 __all__ = ["CHECKS", "check_granted"]
 
-#: Seconds. The Date header is whole seconds old and a round trip away (C07).
-_NOTICED: Final = 5.0
+#: Seconds of clock skew before a warning: a Date header has whole seconds and is a round trip
+#: old (C07).
+_WARN_SKEW: Final = 5.0
 _OFFLINE: Final = "asked with --online"
 
 
-def check_proxy(way: Way) -> Check:
-    """A proxy that is set in the environment and not used may be the one that is needed."""
-    answers = way.facts.answers
-    unused = way.facts.unused_proxy
-    if way.settings.proxy is not None:
+def check_proxy(diagnosis: KeyDiagnosis) -> Check:
+    """A proxy in the environment that hsmtoll does not use may be the one that is needed."""
+    answers = diagnosis.facts.answers
+    unused = diagnosis.facts.unused_proxy
+    if diagnosis.settings.proxy is not None:
         return ok("proxy", "HSMTOLL_PROXY is set")
     if unused is None:
         return ok("proxy", "none is set")
@@ -33,14 +34,14 @@ def check_proxy(way: Way) -> Check:
     return warn("proxy", "proxy-unused", line, "HSMTOLL_PROXY=environment uses it")
 
 
-def check_metadata(way: Way) -> Check:
-    """Maskinporten calls itself what the settings call it, byte for byte (RFC 8414, M51)."""
-    answers = way.facts.answers
+def check_metadata(diagnosis: KeyDiagnosis) -> Check:
+    """The metadata has exactly the endpoints of the settings (RFC 8414, M51)."""
+    answers = diagnosis.facts.answers
     if answers is None:
         return skip("metadata", _OFFLINE)
     if isinstance(answers.metadata, HsmTollError):
         return failed("metadata", answers.metadata)
-    wrong = metadata_wrong(way.settings, answers.metadata or {})
+    wrong = metadata_wrong(diagnosis.settings, answers.metadata or {})
     if wrong is None:
         return ok("metadata", "Maskinporten calls itself what the settings call it")
     exc = ConfigurationError(
@@ -51,9 +52,9 @@ def check_metadata(way: Way) -> Check:
     return failed("metadata", exc)
 
 
-def check_clock(way: Way) -> Check:
-    """This machine's clock and Maskinporten's agree (A.5, C07)."""
-    answers = way.facts.answers
+def check_clock(diagnosis: KeyDiagnosis) -> Check:
+    """This machine's clock and Maskinporten's agree (C07)."""
+    answers = diagnosis.facts.answers
     if answers is None:
         return skip("clock", _OFFLINE)
     offset = answers.offset
@@ -65,16 +66,16 @@ def check_clock(way: Way) -> Check:
     if abs(offset) > MAX_SKEW:
         hint = f"synchronise the clock (NTP); up to {MAX_SKEW:.0f} s would have been corrected"
         return failed("clock", ClockError(told, hint=hint, code="clock-skew"))
-    if abs(offset) > _NOTICED:
+    if abs(offset) > _WARN_SKEW:
         return warn(
             "clock", "clock-differs", f"{told}; grants are corrected", "synchronise it (NTP)"
         )
     return ok("clock", "agrees with Maskinporten's")
 
 
-def check_health(way: Way) -> Check:
-    """Maskinporten says that it is well."""
-    answers = way.facts.answers
+def check_health(diagnosis: KeyDiagnosis) -> Check:
+    """Maskinporten's health endpoint answers 200."""
+    answers = diagnosis.facts.answers
     if answers is None:
         return skip("health", _OFFLINE)
     if answers.health == 200:
@@ -85,14 +86,14 @@ def check_health(way: Way) -> Check:
     return warn("health", "health-bad", line, "try again later; see status.digdir.no")
 
 
-def check_self_test(way: Way) -> Check:
-    """One real grant that opens nothing, and whom Maskinporten took us for (C27)."""
-    answers = way.facts.answers
+def check_self_test(diagnosis: KeyDiagnosis) -> Check:
+    """One real grant without access to any API; shows the identity that Maskinporten sees (C27)."""
+    answers = diagnosis.facts.answers
     if answers is None:
         return skip("self-test", _OFFLINE)
-    if way.identity != "eseal":
+    if diagnosis.identity != "eseal":
         return skip("self-test", f"{apis.SELF_TEST_SCOPE} is for eSeals")
-    if way.settings.signer.mode == "token":
+    if diagnosis.settings.signer.mode == "token":
         return skip("self-test", "the signing host makes the grants, and gives tokens alone")
     if answers.self_test is not None and answers.self_test.code == "policy-denied":
         tried = ", ".join(scope for scope, _ in answers.scopes) or "nothing: name one with --scope"
@@ -100,8 +101,12 @@ def check_self_test(way: Way) -> Check:
     if answers.self_test is not None:
         return failed("self-test", answers.self_test)
     took = f"consumer.ID {foreign(answers.consumer)}, client_amr {foreign(answers.amr)}"
-    leaf = way.chain.leaf if way.chain else None
-    foretold = (leaf.consumer_id(way.identity), leaf.client_amr(way.identity)) if leaf else None
+    leaf = diagnosis.chain.leaf if diagnosis.chain else None
+    foretold = (
+        (leaf.consumer_id(diagnosis.identity), leaf.client_amr(diagnosis.identity))
+        if leaf
+        else None
+    )
     if foretold is not None and foretold != (answers.consumer, answers.amr):
         return warn(
             "self-test",
@@ -112,9 +117,9 @@ def check_self_test(way: Way) -> Check:
     return ok("self-test", f"granted, with {took}")
 
 
-def check_granted(way: Way) -> tuple[Check, ...]:
-    """Each scope asked for: granted by both services, or who must act."""
-    answers = way.facts.answers
+def check_granted(diagnosis: KeyDiagnosis) -> tuple[Check, ...]:
+    """One check for each requested scope: granted by both services, or who must act."""
+    answers = diagnosis.facts.answers
     if answers is None:
         return ()
     return tuple(

@@ -1,5 +1,5 @@
 """
-All checks in the order of the way, and what is made of them: lines, JSON, evidence.
+All checks in order, and their report as lines, JSON or evidence.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.doctor import on_certificates, on_device, on_services, on_settings
 from hsmtoll.doctor.evidence import evidence
-from hsmtoll.doctor.findings import Check, Verdict, Way, failed, ok, skip, warn, way_of
+from hsmtoll.doctor.findings import Check, KeyDiagnosis, Verdict, diagnose, failed, ok, skip, warn
 from hsmtoll.errors import CertificateError, foreign
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHECKS", "Report", "examine", "first_failure", "signing_chain", "signing_key"]
 
-#: The way from the device outward, in order.
-CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
+#: In the order in which they run: from the device to the services.
+CHECKS: Final[tuple[tuple[str, Callable[[KeyDiagnosis], Check]], ...]] = (
     ("settings", on_settings.check_settings),
     ("signing-host", on_settings.check_host),
     *on_device.CHECKS,
@@ -34,24 +34,24 @@ CHECKS: Final[tuple[tuple[str, Callable[[Way], Check]], ...]] = (
 )
 
 
-#: The code of a check that hangs on one that failed.
+#: The code of a check that was skipped because an earlier one failed.
 _NOT_REACHED: Final = "not-reached"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All findings, in the order of the way from the device to Customs."""
+    """The results of all checks, in order."""
 
     checks: tuple[Check, ...]
     facts: Facts = field(repr=False)
 
     @property
     def exit_code(self) -> int:
-        """That of the first failure's class, 0 where nothing fails."""
+        """The exit code of the first failure's class; 0 without a failure."""
         return next((each.exit_code for each in self.checks if each.verdict == "fail"), 0)
 
     def as_json(self) -> dict[str, Any]:
-        """For a program."""
+        """The report as JSON members."""
         return {
             "schema": 1,
             "exit_code": self.exit_code,
@@ -70,18 +70,17 @@ class Report:
         }
 
     def evidence(self) -> dict[str, Any]:
-        """As `as_json`, with what an auditor asks for: key, chain, device, settings, versions."""
+        """As `as_json`, with key, chain, device, settings and versions for an auditor."""
         return {**self.as_json(), **evidence(self.facts, signing_chain(self.facts))}
 
     def lines(self) -> tuple[str, ...]:
         """
-        For a person: one line a check, its hint below it where something is to be done. The
-        failures stand together at the end, above the summary; what they kept from being reached
-        is one line.
+        The report as text: one line for each check, with a hint below it if there is something to
+        do. Failures follow at the end, above the summary; skipped checks are one line.
         """
         failures = [each for each in self.checks if each.verdict == "fail"]
         unreached = [each for each in self.checks if each.code == _NOT_REACHED]
-        told = [
+        lines = [
             line
             for each in self.checks
             if each not in failures and each not in unreached
@@ -89,23 +88,23 @@ class Report:
         ]
         if unreached:
             what = "1 check" if len(unreached) == 1 else f"{len(unreached)} checks"
-            told.append(f"skip  {what} {unreached[0].line}")
-        told += [line for each in failures for line in _lines(each)]
+            lines.append(f"skip  {what} {unreached[0].line}")
+        lines += [line for each in failures for line in _lines(each)]
         counts = self._counts()
         warnings = "1 warning" if counts["warn"] == 1 else f"{counts['warn']} warnings"
-        told.append(
+        lines.append(
             f"{counts['ok']} ok, {warnings}, {counts['fail']} failed, {counts['skip']} skipped"
         )
         if first := self._first():
-            told.append(f"first: {first}")
-        return tuple(told)
+            lines.append(f"first: {first}")
+        return tuple(lines)
 
     def _counts(self) -> dict[str, int]:
         verdicts: tuple[Verdict, ...] = ("ok", "warn", "fail", "skip")
         return {name: sum(each.verdict == name for each in self.checks) for name in verdicts}
 
     def _first(self) -> str | None:
-        """What to do before all else."""
+        """The first thing to do."""
         failure = first_failure(self.checks)
         if failure is None:
             return None
@@ -123,14 +122,14 @@ def _lines(check: Check) -> tuple[str, ...]:
 
 def examine(facts: Facts) -> tuple[Check, ...]:
     """
-    Every check over *facts*. Of several keys, the first usable one is judged in full, as it
-    is the one that signs; what keeps the others from it is a warning.
+    Run every check on *facts*. Of several keys all checks are reported for the one that signs,
+    the first usable one; the errors of the others are warnings.
     """
-    ways = [way_of(facts, seen) for seen in facts.seen] or [way_of(facts, None)]
-    results = [_walk(way) for way in ways]
-    chosen = _signing(ways)
+    diagnoses = [diagnose(facts, seen) for seen in facts.seen] or [diagnose(facts, None)]
+    results = [_run_checks(diagnosis) for diagnosis in diagnoses]
+    chosen = _index_of_signing_key(diagnoses)
     others = [
-        _other_key(ways[n], result, before=n < chosen, with_key=ways[chosen])
+        _other_key(diagnoses[n], result, before=n < chosen, with_key=diagnoses[chosen])
         for n, result in enumerate(results)
         if n != chosen
     ]
@@ -138,48 +137,55 @@ def examine(facts: Facts) -> tuple[Check, ...]:
 
 
 def signing_chain(facts: Facts) -> path_building.Chain | None:
-    """The chain of the key that signs; None with a kid, or where no key is usable."""
-    ways = [way_of(facts, seen) for seen in facts.seen]
-    return ways[_signing(ways)].chain if ways else None
+    """The chain of the key that signs; None with a kid, or if no key is usable."""
+    diagnoses = [diagnose(facts, seen) for seen in facts.seen]
+    return diagnoses[_index_of_signing_key(diagnoses)].chain if diagnoses else None
 
 
 def signing_key(facts: Facts) -> int | None:
-    """The place of the key that signs; None where its device or the key has a failure."""
-    ways = [way_of(facts, seen) for seen in facts.seen]
-    place = _signing(ways)
-    if not ways or any(
-        each.check == "signature" and each.code == _NOT_REACHED for each in _walk(ways[place])
+    """The index of the key that signs; None if the device or the key has a failure."""
+    diagnoses = [diagnose(facts, seen) for seen in facts.seen]
+    index = _index_of_signing_key(diagnoses)
+    if not diagnoses or any(
+        each.check == "signature" and each.code == _NOT_REACHED
+        for each in _run_checks(diagnoses[index])
     ):
         return None
-    return place
+    return index
 
 
-def _signing(ways: Sequence[Way]) -> int:
-    """The place of the first key that has a device and a certificate: it signs."""
-    usable = (n for n, way in enumerate(ways) if way.key and (way.kid or way.chain))
+def _index_of_signing_key(diagnoses: Sequence[KeyDiagnosis]) -> int:
+    """The index of the first key with a device and a certificate: the one that signs."""
+    usable = (
+        n
+        for n, diagnosis in enumerate(diagnoses)
+        if diagnosis.key and (diagnosis.kid or diagnosis.chain)
+    )
     return next(usable, 0)
 
 
-def _walk(way: Way) -> tuple[Check, ...]:
+def _run_checks(diagnosis: KeyDiagnosis) -> tuple[Check, ...]:
     found: list[Check] = []
     broken: str | None = None
     for name, judge in CHECKS:
         if broken is not None:
             found.append(skip(name, f"not reached: {broken} comes first", code=_NOT_REACHED))
             continue
-        result = judge(way)
+        result = judge(diagnosis)
         found.append(result)
         if result.verdict == "fail":
             broken = result.check
-    return tuple(found) if broken else (*found, *on_services.check_granted(way))
+    return tuple(found) if broken else (*found, *on_services.check_granted(diagnosis))
 
 
 def first_failure(result: Iterable[Check]) -> Check | None:
     return next((each for each in result if each.verdict == "fail"), None)
 
 
-def _other_key(way: Way, result: tuple[Check, ...], *, before: bool, with_key: Way) -> Check | None:
-    named = foreign(way.seen.uri) if way.seen else ""
+def _other_key(
+    diagnosis: KeyDiagnosis, result: tuple[Check, ...], *, before: bool, with_key: KeyDiagnosis
+) -> Check | None:
+    named = foreign(diagnosis.seen.uri) if diagnosis.seen else ""
     failure = first_failure(result)
     if failure is not None:
         what = "passed over" if before else "cannot take over"
@@ -189,11 +195,15 @@ def _other_key(way: Way, result: tuple[Check, ...], *, before: bool, with_key: W
         return warn(
             "other-key", "key-unusable", f"{named} {what}: {failure.line}", failure.hint or ""
         )
-    mine, theirs = (each.chain.leaf if each.chain else None for each in (with_key, way))
-    if mine and theirs and mine.consumer_id(way.identity) != theirs.consumer_id(way.identity):
+    mine, theirs = (each.chain.leaf if each.chain else None for each in (with_key, diagnosis))
+    if (
+        mine
+        and theirs
+        and mine.consumer_id(diagnosis.identity) != theirs.consumer_id(diagnosis.identity)
+    ):
         exc = CertificateError(
-            f"{named} is of {foreign(theirs.consumer_id(way.identity))}, the key that signs of "
-            f"{foreign(mine.consumer_id(way.identity))}",
+            f"{named} is of {foreign(theirs.consumer_id(diagnosis.identity))}, the key that signs "
+            f"of {foreign(mine.consumer_id(diagnosis.identity))}",
             hint="all keys of HSMTOLL_HSM__KEY carry the same organizationIdentifier",
             code="keys-differ",
         )
