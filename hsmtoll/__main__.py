@@ -8,11 +8,11 @@ import os
 def main() -> None:
     """Run the command line and leave with its code."""
     _fill_gaps()
-    from hsmtoll.cli import leave, obey_signals, own_streams, run  # noqa: PLC0415 - importing is not running
+    from hsmtoll.cli import hard_exit, install_signal_handlers, install_streams, run  # noqa: PLC0415 - importing is not running
 
-    own_streams()
-    obey_signals()
-    leave(run())
+    install_streams()
+    install_signal_handlers()
+    hard_exit(run())
 
 
 def _fill_gaps() -> None:

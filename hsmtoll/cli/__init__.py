@@ -1,15 +1,15 @@
 """
-argv in; result on stdout, everything else on stderr, an exit code out.
+The command line: result on stdout, everything else on stderr, prompts on the terminal.
 
-`commands` has the list of commands; they are in modules by noun, imported when they are named. What
-they share: `framework` (help, global options, completion), `options`, `input`, `streams` and
-`signals`. Prompts go to the terminal. Nothing is decided here that a program would need as well.
+`commands` lists the commands; each is in the module of its subject, imported on demand. Shared
+modules: `framework` (help, global options, completion), `options`, `input`, `streams` and
+`signals`. Logic that a program would need as well is not here.
 """
 
 from __future__ import annotations
 
 from hsmtoll.cli.commands import main, run
-from hsmtoll.cli.signals import leave, obey_signals
-from hsmtoll.cli.streams import own_streams
+from hsmtoll.cli.signals import hard_exit, install_signal_handlers
+from hsmtoll.cli.streams import install_streams
 
-__all__ = ["leave", "main", "obey_signals", "own_streams", "run"]
+__all__ = ["hard_exit", "install_signal_handlers", "install_streams", "main", "run"]

@@ -1,4 +1,4 @@
-"""`hsmtoll` itself: the list of its commands, and how one is run."""
+"""The list of commands, and how a command is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from hsmtoll.cli.framework import Group, completion_script, help_of, options_of, starting_with
 from hsmtoll.cli.options import GlobalOptions
 from hsmtoll.cli.signals import INTERRUPTED, Terminated, ended_by_signal
-from hsmtoll.cli.streams import ReaderLeft, StderrHandler, say, write_line
+from hsmtoll.cli.streams import StderrHandler, StdoutClosed, say, write_line
 from hsmtoll.errors import HsmTollError, UsageError, foreign
 from hsmtoll.suggestions import did_you_mean
 
@@ -35,7 +35,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     follows from one.
     """
     given = sys.argv[1:] if argv is None else list(argv)
-    # Read here and not by the commands: their command line itself may be what is wrong.
+    # Read here: click may fail before it has parsed the option.
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     try:
         code = main.main(args=argv, prog_name="hsmtoll", standalone_mode=False)
@@ -46,10 +46,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         write_line(exc.format_message())
         return UsageError.exit_code
     except click.UsageError as exc:
-        return _print_error(_misused(exc), as_json=as_json)
+        return _print_error(_usage_error(exc), as_json=as_json)
     except (click.Abort, KeyboardInterrupt, Terminated) as exc:
         return ended_by_signal(exc) or INTERRUPTED
-    except ReaderLeft:
+    except StdoutClosed:
         # It has read what it wanted, as `head` does; there is nobody to tell.
         return 0
     except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
@@ -61,14 +61,14 @@ def run(argv: Sequence[str] | None = None) -> int:
             at = at.tb_next
         where = f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}" if at else "?"
         bug = HsmTollError(
-            f"unexpected {type(exc).__name__} at {where}: a mistake in hsmtoll",
-            hint="please report this line with what was run",
+            f"internal error: {type(exc).__name__} at {where}",
+            hint="please report this line and the command that was run",
         )
         return _print_error(bug, as_json=as_json)
     return code if isinstance(code, int) else 0
 
 
-def _misused(exc: click.UsageError) -> UsageError:
+def _usage_error(exc: click.UsageError) -> UsageError:
     see = f"see `{exc.ctx.command_path if exc.ctx else 'hsmtoll'} --help`"
     if isinstance(exc, click.NoSuchOption):
         near = did_you_mean(exc.option_name, options_of(exc.ctx), see)
@@ -78,7 +78,7 @@ def _misused(exc: click.UsageError) -> UsageError:
 
 
 #: The commands as the help lists them: name, module, summary.
-_LISTED: Final = {
+_COMMANDS: Final = {
     "Set up": (
         ("doctor", "doctor", "Check settings, device, certificates and services."),
         ("objects", "device", "List devices, keys and certificates of the PKCS#11 module."),
@@ -119,7 +119,7 @@ _LISTED: Final = {
 @click.group(
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    listed=_LISTED,
+    listed=_COMMANDS,
     examples=("hsmtoll doctor", "hsmtoll help token", "hsmtoll sandbox -- hsmtoll test-auth road"),
 )
 @click.version_option(version("hsmtoll"), prog_name="hsmtoll")
@@ -216,7 +216,7 @@ def show_help(ctx: click.Context, *, names: tuple[str, ...]) -> None:
 
 
 def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
-    """*exc* on stderr, as lines for a person or as one JSON object. Returns its exit code."""
+    """Print *exc* on stderr, as lines or as one JSON object. Returns its exit code."""
     if as_json:
         names = ("hint", "who", "retryable", "retry_after", "trace_id", "correlation_id", "jti")
         told = {
@@ -226,7 +226,7 @@ def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
             "exit_code": exc.exit_code,
             **{name: getattr(exc, name) for name in names},
         }
-        # Escapes of JSON alone, whatever the locale: those of the stream are none.
+        # ASCII only: in another locale the stream's own escapes would not be valid JSON.
         write_line(json.dumps(told))
     else:
         say(f"{exc.code}: {exc}")

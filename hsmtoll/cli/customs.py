@@ -23,9 +23,9 @@ from hsmtoll.cli.options import (
     GlobalOptions,
     as_json_option,
     final_try_option,
-    for_whom,
+    grant_options,
     one_scope,
-    read_whom,
+    read_grant_options,
     scope_argument,
     scope_option,
 )
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 __all__ = ["call", "routing", "submit", "test_auth", "upload"]
 
-#: RFC 9110 section 5.6.2: what names of methods and headers are made of.
-_WORD: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+#: A token, the form of method and header names (RFC 9110 section 5.6.2).
+_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 #: Characters; RFC 9110 section 4.1 asks servers for no more than 8,000.
-_LONGEST_PATH: Final = 8_000
+_MAX_PATH: Final = 8_000
 
 
 def _complete_submittable(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
@@ -57,7 +57,7 @@ def _complete_levels(ctx: click.Context, _: click.Parameter, incomplete: str) ->
 
 
 def _complete_document_types(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    # Shells differ in how they quote a completion with a blank in it.
+    # Without names with blanks: shells differ in how they quote such completions.
     return starting_with(incomplete, (kind for kind in DOCUMENT_TYPES if " " not in kind))
 
 
@@ -92,7 +92,7 @@ def test_auth(
     Success is 200. API is one of `hsmtoll apis`; HSMTOLL_SCOPE where none is given.
     """
     app = options.app(use_final_try=use_final_try)
-    # As `token`: without a word the default, or an error.
+    # Without an argument: the default scope, or an error, as for `token`.
     word = one_scope(what, named) or app.settings.scope
     api = _test_api(word or app.token_service.request(None).scope)
     with app.client() as client:
@@ -155,7 +155,7 @@ def _checked(response: Any, api: catalogue.Api, app: App) -> None:
     "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
 )
 @scope_option
-@for_whom
+@grant_options
 @final_try_option
 @click.pass_obj
 def call(
@@ -181,12 +181,12 @@ def call(
     """
     if data is not None and json_data is not None:
         raise UsageError("--data and --json-data: one body at a time")
-    if not _WORD.fullmatch(method):
+    if not _TOKEN.fullmatch(method):
         raise UsageError(f"method {foreign(method)}: a word such as GET is expected")
     api = catalogue.at(path) if scope else catalogue.api_of_path(path)
-    if not path.isprintable() or len(path) > _LONGEST_PATH:
+    if not path.isprintable() or len(path) > _MAX_PATH:
         raise UsageError(
-            f"path {foreign(path)}: printable characters are expected, {_LONGEST_PATH} at most"
+            f"path {foreign(path)}: printable characters are expected, {_MAX_PATH} at most"
         )
     sent = [_header(line) for line in headers]
     body = read_body(data if data is not None else json_data)
@@ -198,11 +198,11 @@ def call(
                 f"--json-data: that is not JSON{place_of(exc)}", hint=no_json(json_data)
             ) from None
         sent.append(("Content-Type", "application/json"))
-    whom = read_whom(consumer_org, resource, details)
+    grant_args = read_grant_options(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
     with app.client() as client:
         response = client.call(
-            method.upper(), path, scope=scope, **whom, content=body, headers=sent
+            method.upper(), path, scope=scope, **grant_args, content=body, headers=sent
         )
     asked = method.upper() in SAFE
     with contextlib.nullcontext() if asked else after_sending(f"call to {api.name}"):
@@ -213,7 +213,7 @@ def call(
             sys.stdout.buffer.write(response.content)
             sys.stdout.buffer.flush()
         finally:
-            # What Customs refused is refused, whoever could read the reasons.
+            # Raise Customs' error even if the body could not be written.
             _checked(response, api, app)
         if not response.content and not include:
             say(f"{_status(response)}: the body of the answer is empty")
@@ -231,16 +231,22 @@ def _head(response: Any) -> str:
     return "\n".join([*lines, ""])
 
 
-#: Who calls whom, and where a request ends.
-_OUR_HEADERS: Final = ("authorization", "host", "cookie", "content-length", "transfer-encoding")
+#: Headers that a user may not set: credentials, routing and framing of the request.
+_FORBIDDEN_HEADERS: Final = (
+    "authorization",
+    "host",
+    "cookie",
+    "content-length",
+    "transfer-encoding",
+)
 
 
 def _header(line: str) -> tuple[str, str]:
     name, colon, value = line.partition(":")
     name = name.strip()
-    if not colon or not _WORD.fullmatch(name) or not line.isprintable() or not line.isascii():
+    if not colon or not _TOKEN.fullmatch(name) or not line.isprintable() or not line.isascii():
         raise UsageError("--header: NAME: VALUE is expected, in ASCII")
-    if name.lower() in _OUR_HEADERS:
+    if name.lower() in _FORBIDDEN_HEADERS:
         raise UsageError(f"--header {name}: hsmtoll sets it itself, or never")
     return name, value.strip()
 
@@ -261,7 +267,7 @@ def _header(line: str) -> tuple[str, str]:
               show_default=True, help="Seconds to wait for the result.")  # fmt: skip
 @as_json_option
 @scope_option
-@for_whom
+@grant_options
 @final_try_option
 @click.pass_obj
 def submit(
@@ -301,11 +307,11 @@ def submit(
     try:
         json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
-        # JSON can say both, by escapes and by digits, and they cannot be sent on.
+        # Both parse as JSON (an escape, many digits), but cannot be encoded again.
         raise UsageError(
             "submit: the message has half of a surrogate pair or too large a number in it"
         ) from None
-    whom = read_whom(consumer_org, resource, details)
+    grant_args = read_grant_options(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
     with app.client() as client:
         receipt = client.submit(
@@ -316,8 +322,8 @@ def submit(
             mrn=mrn,
             patience=timeout,
             scope=scope,
-            **whom,
-            # At once and before the first question, so that it can be asked for later.
+            **grant_args,
+            # Printed before polling, so that the user can query the result after an interruption.
             accepted=lambda request_id: say(f"accepted, requestId {request_id}"),
             waiting=_waiting,
         )
@@ -330,7 +336,7 @@ def submit(
 
 
 def _waiting(seconds: float) -> None:
-    """One line that is written over, for a person; a log gets none of it."""
+    """Show progress in one line that is overwritten; only on a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\rhsmtoll: waiting for the result, {seconds:.0f} s ")
         sys.stderr.flush()
@@ -407,7 +413,7 @@ def routing(
             taken = batch if left is None else batch[:left]
             for each in taken:
                 sys.stdout.write(f"{to_json(each, indent=None)}\n")
-            # The batch counts as taken when the next one is asked for.
+            # The marker is saved when the next batch is requested.
             sys.stdout.flush()
             if left is not None:
                 left -= len(taken)

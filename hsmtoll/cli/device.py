@@ -94,7 +94,7 @@ def objects(options: GlobalOptions, *, as_json: bool) -> None:
 
 
 def _raise_for_pin(seen: ModuleFacts) -> None:
-    """After what is there was printed: an error if keys are not in it because of the PIN."""
+    """Raise, after printing, if private keys are missing because of the PIN."""
     if isinstance(seen.login, ConfigurationError | PinIncorrect | PinNotTried):
         raise seen.login
 
@@ -144,7 +144,7 @@ def _certificate_row(uri: KeyUri, stored: StoredCertificate, now: float) -> dict
     }
 
 
-#: What the flags of a device say of its PIN; whether the one that is set is right shows at login.
+#: The PIN state by the flags of the token; a login is needed to know whether a PIN is right.
 _PIN_STATES: Final = {
     "ok": "not locked",
     "count-low": "not locked; a wrong one was given since the last login",
@@ -233,11 +233,11 @@ def key_generate(
     click.echo(str(uri))
     if to_set is not None:
         say("the settings do not select this key; to go on with it:")
-        say(_selecting(app.settings, to_set), "hint")
+        say(_export_line(app.settings, to_set), "hint")
 
 
-def _selecting(settings: Settings, uri: KeyUri) -> str:
-    """The variables to set for *uri*, as a shell takes them."""
+def _export_line(settings: Settings, uri: KeyUri) -> str:
+    """The shell command that selects *uri* in the settings."""
     if settings.hsm.key:
         return f"export HSMTOLL_HSM__KEY={shlex.quote(str(uri))}"
     told = f"export HSMTOLL_HSM__KEY_LABEL={shlex.quote(uri.object or '')}"
@@ -286,7 +286,7 @@ def key_import(options: GlobalOptions, *, chain: Path, use_final_try: bool) -> N
     data = read_content(str(chain), "key import:")
     with app.devices[0] as device:
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
-        # Without an identity the rules of eSeals judge: what they take, the others take.
+        # Without an identity use the rules of eSeals, which are the stricter ones.
         family = app.settings.identity or "eseal"
         done = enrolment.import_chain(
             device,
@@ -344,7 +344,7 @@ def pin_clear(options: GlobalOptions, *, as_json: bool) -> None:
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
     forgotten = app.ledger.clear(*found)
-    # Each device has a record of its user's PIN and one of its keys' own.
+    # A device has two records: of the user PIN and of the keys' own (context-specific) PINs.
     devices = len({replace(each, user="user") for each in found})
     print_result(
         {"forgotten": forgotten, "devices": devices},

@@ -1,6 +1,6 @@
 """
-What every command has in common: global options in any place, an example and its needs in the
-help, groups in the list of commands, and completion. Which commands there are is in
+Base classes of the commands: global options before or after the command, examples and needs in
+the help, lazily imported commands, and completion. The list of commands is in
 `hsmtoll.cli.commands`.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
     "starting_with",
 ]
 
-#: Where the global options are kept in the context of the command, which all commands share.
+#: Keys of the global options in click's shared `Context.meta`.
 CONFIG: Final = "hsmtoll_config"
 PROFILE: Final = "hsmtoll_profile"
 _VERBOSITY: Final = "hsmtoll_verbosity"
@@ -42,13 +42,13 @@ _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 _SHELLS: Final = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
 
-#: What the shell's script calls hsmtoll with to have a word completed.
+#: The environment variable by which the shell's script requests completions.
 _COMPLETE: Final = "_HSMTOLL_COMPLETE"
 
 
-def _keep(name: str) -> Any:
+def _store_in_meta(name: str) -> Any:
     def kept(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-        # The command's own place is read last, and wins.
+        # Options after the command are read last, and win.
         if value is not None:
             ctx.meta[name] = value
 
@@ -63,7 +63,7 @@ def _verbose(ctx: click.Context, _: click.Parameter, value: int) -> None:
 def _profiles(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     from hsmtoll.settings import profiles  # noqa: PLC0415 - 0.2 s that help does not need
 
-    # Nothing to say is no completion; a message would end up in the line that is typed.
+    # On an error complete nothing: a message would be inserted into the command line.
     try:
         return starting_with(incomplete, profiles(ctx.meta.get(CONFIG)))
     except HsmTollError:
@@ -74,7 +74,7 @@ class File(click.Path):
     """A path on the command line. Shells expand ``~`` at the start of a word, and not after =."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does, after a look at the first character."""
+        """As `click.Path.convert`, but reject a leading ``~``."""
         if str(value).startswith("~"):
             self.fail("~ is not expanded here; write the whole path", param, ctx)
         return super().convert(value, param, ctx)
@@ -86,14 +86,14 @@ _GLOBAL: Final = (
         metavar="FILE",
         type=File(),
         expose_value=False,
-        callback=_keep(CONFIG),
+        callback=_store_in_meta(CONFIG),
         help="Configuration file (TOML).",
     ),
     click.Option(
         ["--profile", PROFILE],
         metavar="NAME",
         expose_value=False,
-        callback=_keep(PROFILE),
+        callback=_store_in_meta(PROFILE),
         shell_complete=_profiles,
         help="Table [profile.NAME] of the configuration file.",
     ),
@@ -107,11 +107,11 @@ _GLOBAL: Final = (
 )
 
 
-class _Shared(click.Command):
+class _GlobalOptionsCommand(click.Command):
     """
-    A command that takes the global options as well, unless it has an option of that name itself.
+    A command with the global options, except those whose name it uses itself.
 
-    *needs* and *examples* are for its help.
+    *needs* and *examples* are shown in its help.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class _Shared(click.Command):
         return [*super().get_params(ctx), *self._global_options()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Two lists: its own options, and the global ones."""
+        """List its own options, then the global ones."""
         for title, params in (
             ("Options", super().get_params(ctx)),
             ("Global options, before or after the command", self._global_options()),
@@ -142,7 +142,7 @@ class _Shared(click.Command):
                     formatter.write_dl(rows)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What it needs, and the examples as they are."""
+        """Add what it needs, and its examples unwrapped."""
         super().format_epilog(ctx, formatter)
         if self.needs:
             formatter.write_paragraph()
@@ -152,17 +152,17 @@ class _Shared(click.Command):
                 formatter.write("".join(f"  {line}\n" for line in self.examples))
 
 
-class Command(_Shared):
+class Command(_GlobalOptionsCommand):
     """One command."""
 
 
-class Group(_Shared, click.Group):
+class Group(_GlobalOptionsCommand, click.Group):
     """
     Commands under one name.
 
-    *listed* is what its help lists, by title: each command's name, the module of this package
-    that is imported when it is named, and its summary, the first sentence of its own help. In
-    that module a function has the command's name. Without *listed* all commands are here.
+    *listed* is the list in its help, by title: for each command its name, its module in this
+    package, imported on demand, and its summary, the first sentence of its own help. The module has
+    a function with the command's name. Without *listed* the commands are added as usual.
     """
 
     command_class = Command
@@ -178,24 +178,24 @@ class Group(_Shared, click.Group):
         self._modules = {name: module for rows in self.listed.values() for name, module, _ in rows}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names of all commands, those that were not imported as well."""
+        """The names of all commands, including those not imported yet."""
         return list(self._modules) or super().list_commands(ctx)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported if it was not before."""
+        """The command of that name, imported on first use."""
         if cmd_name in self._modules and cmd_name not in self.commands:
             module = importlib.import_module(f"hsmtoll.cli.{self._modules[cmd_name]}")
             self.add_command(getattr(module, cmd_name.replace("-", "_")))
         return super().get_command(ctx, cmd_name)
 
     def summaries(self) -> dict[str, dict[str, str]]:
-        """Each command's summary, by the title of its list and by its name."""
+        """Title of the list → name of the command → summary."""
         if not self.listed:
             return {"Commands": {name: _summary(each) for name, each in self.commands.items()}}
         return {title: {row[0]: row[2] for row in rows} for title, rows in self.listed.items()}
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands by what they are listed as, so that none is imported; then options."""
+        """Complete commands from the list, without importing them; then options."""
         known = [
             CompletionItem(name, help=summary)
             for rows in self.summaries().values()
@@ -210,7 +210,7 @@ class Group(_Shared, click.Group):
         self.format_commands(ctx, formatter)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The commands by list, no summary cut."""
+        """List the commands by title, without shortening summaries."""
         width = max(map(len, self.list_commands(ctx)))
         for title, rows in self.summaries().items():
             with formatter.section(title):
@@ -219,7 +219,7 @@ class Group(_Shared, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that is named; UsageError with the nearest name otherwise."""
+        """Resolve the command; UsageError with the nearest name if there is none."""
         name = args[0]
         if (
             self.get_command(ctx, name) is None
@@ -246,7 +246,7 @@ def command(
 
 
 def group(name: str | None = None, **attributes: Any) -> Callable[[Callable[..., Any]], Group]:
-    """As `click.group`, in the same way."""
+    """As `click.group`, for a module that is imported when its command is named."""
     return click.group(name, cls=Group, **attributes)
 
 
@@ -257,7 +257,7 @@ def _summary(command: click.Command) -> str:
 
 
 def starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
-    """The words that a beginning may become."""
+    """Those of *words* that begin with *incomplete*."""
     return [word for word in words if word.startswith(incomplete)]
 
 
@@ -270,14 +270,14 @@ def options_of(ctx: click.Context | None) -> list[str]:
 
 
 def completion_script(shell: str, command: click.Command) -> str:
-    """The script that has *shell* (bash, zsh or fish) ask hsmtoll for completions."""
+    """The completion script for *shell* (bash, zsh or fish)."""
     made = _SHELLS[shell](command, {}, "hsmtoll", _COMPLETE)
-    # Not source(), which starts the shell to ask for its version.
+    # Not source(), which starts the shell to check its version.
     return made.source_template % made.source_vars()
 
 
 def help_of(ctx: click.Context, names: Sequence[str]) -> str:
-    """The help of the command called *names*, of hsmtoll itself without any."""
+    """The help of the command *names*; of hsmtoll itself if empty."""
     here = ctx.find_root()
     for name in names:
         group = here.command

@@ -1,4 +1,4 @@
-"""`hsmtoll sign` and `hsmtoll exchange`: the two halves of a token, on two machines."""
+"""`hsmtoll sign` and `hsmtoll exchange`: sign on one machine, get the token on another."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hsmtoll.cli.input import read_stdin
 from hsmtoll.cli.options import (
     GlobalOptions,
     final_try_option,
-    for_whom,
+    grant_options,
     one_scope,
-    read_whom,
+    read_grant_options,
     scope_argument,
 )
 from hsmtoll.cli.streams import print_json
@@ -37,7 +37,7 @@ _LARGEST_ASSERTION: Final = 64 * 1024
     examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange",),
 )
 @scope_argument
-@for_whom
+@grant_options
 @final_try_option
 @click.pass_obj
 def sign(
@@ -55,9 +55,9 @@ def sign(
 
     Nothing is sent. The assertion can be used once, within two minutes.
     """
-    whom = read_whom(consumer_org, resource, details)
+    grant_args = read_grant_options(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
-    request = app.token_service.request(one_scope(what, named), **whom)
+    request = app.token_service.request(one_scope(what, named), **grant_args)
     try:
         renewal = app.renewal_by(app.signer)
         try:
@@ -65,7 +65,7 @@ def sign(
         except HsmTollError as exc:
             if exc.code != "leaf-guessed":
                 raise
-            # The signature showed which certificate it is; the next one is for that.
+            # The first signature showed which certificate belongs to the key: sign with that one.
             grant = renewal.sign(request)
         click.echo(grant.assertion)
     finally:
@@ -89,7 +89,7 @@ def exchange(options: GlobalOptions, *, as_json: bool) -> None:
         )
     raw = read_stdin("exchange", _LARGEST_ASSERTION + 1)
     handed = OneTimeAssertion(raw.decode("ascii", "replace").strip(), audience=audience)
-    # It was counted where it was signed, and there is no other one.
+    # Not rate-limited here: the signature was counted where it was made.
     limit = RateLimit(MemoryStore(), app.clock, per_hour=1)
     renewal = replace(app.renewal_by(handed), rate_limit=limit, per_request=1)
     token = renewal.renew(

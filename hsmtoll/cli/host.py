@@ -108,7 +108,7 @@ def audit() -> None:
     """Verify and list the log of what was signed for whom."""
 
 
-class _Moment(click.DateTime):
+class _DateTime(click.DateTime):
     """A day or a time, as ISO 8601 writes them."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class _Moment(click.DateTime):
             )
 
 
-_moment = _Moment()
+_date_time = _DateTime()
 
 
 @audit.command(
@@ -143,7 +143,7 @@ _moment = _Moment()
 @click.option("--public-key", required=True, type=EXISTING_FILE, help="Of the audit key (PEM).")
 @click.option("--head", metavar="SEQ:HASH", help="From a reply or the system log.")
 @click.option(
-    "--since", type=_moment, metavar="WHEN", help="From the segment on in which WHEN (UTC) lies."
+    "--since", type=_date_time, metavar="WHEN", help="From the segment on in which WHEN (UTC) lies."
 )
 @click.argument("path", nargs=-1, type=click.Path(path_type=Path, exists=True), metavar="[PATH…]")
 @click.pass_obj
@@ -205,9 +205,9 @@ def _audit_place(options: GlobalOptions, path: Path | None) -> Path:
 @click.option("--caller", metavar="NAME", help="uid:N, gid:N, san:dns:NAME or san:uri:URI.")
 @click.option("--profile", metavar="P")
 @click.option(
-    "--since", type=_moment, metavar="WHEN", help="2026-11-01 or 2026-11-01T08:00:00, UTC."
+    "--since", type=_date_time, metavar="WHEN", help="2026-11-01 or 2026-11-01T08:00:00, UTC."
 )
-@click.option("--until", type=_moment, metavar="WHEN", help="Up to, and without, that moment.")
+@click.option("--until", type=_date_time, metavar="WHEN", help="Up to, and without, that moment.")
 @click.option("--json", "as_json", is_flag=True, help="The records whole, for a program.")
 @click.argument("path", type=click.Path(path_type=Path, exists=True), required=False)
 @click.pass_obj

@@ -25,7 +25,7 @@ __all__ = [
 _DEEPEST: Final = 100
 
 #: Characters. A longer text is no path.
-_LONGEST_PATH: Final = 4_096
+_MAX_PATH: Final = 4_096
 
 #: Why what looks like JSON may be none.
 NO_JSON: Final = (
@@ -87,5 +87,5 @@ def place_of(exc: ValueError) -> str:
 
 
 def no_json(given: str) -> str:
-    there = len(given) < _LONGEST_PATH and "\0" not in given and Path(given).is_file()
+    there = len(given) < _MAX_PATH and "\0" not in given and Path(given).is_file()
     return f"did you mean @{foreign(given)}?" if there else NO_JSON

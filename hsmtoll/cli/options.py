@@ -1,4 +1,4 @@
-"""Options and arguments that several commands have, and the values that they stand for."""
+"""Options and arguments shared by several commands, and the reading of their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 from hsmtoll import apis as catalogue
 from hsmtoll.cli.framework import CONFIG, PROFILE, File, starting_with
 from hsmtoll.cli.input import no_json, parse_json, place_of, read_body
-from hsmtoll.cli.streams import keep_for_results
+from hsmtoll.cli.streams import redirect_fd1_to_stderr
 from hsmtoll.errors import UsageError, foreign
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ __all__ = [
     "as_json_option",
     "complete_apis",
     "final_try_option",
-    "for_whom",
+    "grant_options",
     "one_scope",
-    "read_whom",
+    "read_grant_options",
     "scope_argument",
     "scope_option",
 ]
@@ -42,12 +42,12 @@ __all__ = [
 PATH: Final = File(path_type=Path)
 EXISTING_FILE: Final = File(path_type=Path, exists=True, dir_okay=False)
 
-#: What a device needs, for the help of the commands.
+#: What a command needs, for its help.
 NEEDS_DEVICE: Final = "a device: HSMTOLL_HSM__MODULE, HSMTOLL_HSM__KEY and its PIN"
 NEEDS_ACCESS: Final = "network, HSMTOLL_ENVIRONMENT; device or signing host unless cached"
 NEEDS_POLICY: Final = "HSMTOLL_HOST__POLICY (--config FILE); no device, no running host"
 
-#: What a command prints for programs, in place of its lines.
+#: Print the result as JSON instead of lines.
 as_json_option = click.option(
     "--json", "as_json", is_flag=True, help="The result as one JSON object."
 )
@@ -61,7 +61,7 @@ final_try_option = click.option(
 
 @dataclass(frozen=True, slots=True)
 class GlobalOptions:
-    """The global options, which may stand after the command as well: read when they are used."""
+    """The global options. Read lazily, as they may also follow the command."""
 
     given: Mapping[str, Any]
 
@@ -89,9 +89,9 @@ class GlobalOptions:
                 "HSMTOLL_HSM__PIN_FILE is safer"
             )
         for handler in logging.getLogger("hsmtoll").handlers:
-            # The command ends with the error itself, and asks the device no more.
+            # The error of the command says the same.
             handler.addFilter(lambda record: not record.getMessage().startswith("device-down: "))
-        keep_for_results()
+        redirect_fd1_to_stderr()
         return App(settings, one_shot=True, use_final_try=use_final_try)
 
 
@@ -100,7 +100,7 @@ def complete_apis(_: click.Context, __: click.Parameter, incomplete: str) -> lis
 
 
 def scope_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The API or scope asked for: a word, or --scope or --api, which mean the same."""
+    """The API or scope: an argument, or the equivalent option --scope or --api."""
     function = click.argument(
         "what", metavar="[API|SCOPE]", required=False, shell_complete=complete_apis
     )(function)
@@ -122,8 +122,8 @@ scope_option = click.option(
 )  # fmt: skip
 
 
-def for_whom(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of the grant that say for whom it is; `read_whom` reads them."""
+def grant_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of a grant on behalf of others, or for a resource; see `read_grant_options`."""
     for option in (
         click.option(
             "--authorization-details", "details", metavar="@F",
@@ -136,10 +136,10 @@ def for_whom(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def read_whom(
+def read_grant_options(
     consumer_org: str | None, resource: tuple[str, ...], details: str | None
 ) -> dict[str, Any]:
-    """The same as keywords of the client's methods."""
+    """The values of `grant_options` as keyword arguments of the client's methods."""
     given: Any = None
     if details is not None:
         try:

@@ -12,26 +12,26 @@ from typing import Final, NoReturn
 
 import click
 
-from hsmtoll.cli.streams import ReaderLeft, say
+from hsmtoll.cli.streams import StdoutClosed, say
 from hsmtoll.errors import HsmTollError
 
-__all__ = ["INTERRUPTED", "Terminated", "ended_by_signal", "leave", "obey_signals"]
+__all__ = ["INTERRUPTED", "Terminated", "ended_by_signal", "hard_exit", "install_signal_handlers"]
 
 INTERRUPTED: Final = 130
 _TERMINATED: Final = 143
 
-#: Seconds after SIGTERM.
-_TO_PUT_AWAY: Final = 10.0
+#: Seconds between SIGTERM and the forced exit.
+_CLEANUP_TIMEOUT: Final = 10.0
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """SIGTERM was received."""
 
 
 def ended_by_signal(exc: BaseException | None) -> int:
     """
-    The code where *exc* came of being told to end, said once; 0 where it did not. What goes wrong
-    while things are put away does not change why that was.
+    If a signal caused *exc*, report that on stderr and return the exit code, otherwise 0. The
+    context of *exc* counts, too: errors during the cleanup do not hide the signal.
     """
     while exc is not None:
         if isinstance(exc, Terminated):
@@ -44,10 +44,10 @@ def ended_by_signal(exc: BaseException | None) -> int:
     return 0
 
 
-def obey_signals() -> None:
+def install_signal_handlers() -> None:
     """
-    From now on SIGTERM ends the command as Ctrl-C does: what was begun is put away first, in 10
-    seconds at most. Neither waits for a PIN that is being typed.
+    Make SIGTERM end the command as Ctrl-C does: with cleanup, for 10 seconds at most. Both signals
+    cancel a PIN prompt.
     """
 
     def interrupt(*_: object) -> None:
@@ -55,58 +55,57 @@ def obey_signals() -> None:
         raise KeyboardInterrupt
 
     def end(*_: object) -> None:
-        # `timeout` sends it twice; what is being put away is not cut off by the second.
+        # timeout(1) sends SIGTERM twice; the second must not interrupt the cleanup.
         signal.signal(signal.SIGTERM, lambda *_: None)
         _restore_terminal()
         raise Terminated
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
-    # Whoever started us may have said that it is to be ignored.
+    # The parent process may have set SIGTERM to be ignored.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, end)
-        _end_in_time()
+        _start_exit_watchdog()
 
 
-def _end_in_time() -> None:
-    # A handler of Python's runs between two of its steps, and a module that hangs, or a reader
-    # that takes nothing more, lets none come. A thread hears of the signal all the same.
-    hears, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    os.set_blocking(hears, True)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+def _start_exit_watchdog() -> None:
+    # Python runs signal handlers between bytecodes only: never while a PKCS#11 module or a blocked
+    # write hangs. A thread that reads the wakeup descriptor gets the signal all the same.
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(read_end, True)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def watch() -> None:
-        while signal.SIGTERM not in os.read(hears, 64):
+        while signal.SIGTERM not in os.read(read_end, 64):
             pass
-        time.sleep(_TO_PUT_AWAY)
+        time.sleep(_CLEANUP_TIMEOUT)
         _restore_terminal()
         os._exit(_TERMINATED)
 
-    # Without it a command can do all else.
+    # Without this thread (thread limit reached) only the forced exit is missing.
     with contextlib.suppress(RuntimeError):
         threading.Thread(target=watch, name="hsmtoll-end", daemon=True).start()
 
 
 def _restore_terminal() -> None:
-    # Where no PIN was asked for, this is not loaded.
+    # Only if the module is loaded can there be a PIN prompt.
     pins = sys.modules.get("hsmtoll.hsm.pin")
-    if pins is not None and hasattr(pins, "hang_up"):
-        pins.hang_up()
+    if pins is not None and hasattr(pins, "cancel_prompt"):
+        pins.cancel_prompt()
 
 
-def leave(code: int) -> NoReturn:
+def hard_exit(code: int) -> NoReturn:
     """
-    End the process with *code*, at once.
+    End the process with *code* at once, without atexit handlers.
 
-    Modules of vendors are known to crash in their own clean-up at exit, and one that hangs
-    would keep the process: what had to be written is written.
+    Vendors' PKCS#11 modules are known to crash or hang in their own cleanup at exit.
     """
     _restore_terminal()
     if callable(signal.getsignal(signal.SIGTERM)):
-        # There is nothing left to put away.
+        # The cleanup is over: SIGTERM may end the process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
-        # What could not be written was told before, or there was nobody to tell.
-        with contextlib.suppress(OSError, HsmTollError, ReaderLeft):
+        # A write error was reported before, or the reader has closed the stream.
+        with contextlib.suppress(OSError, HsmTollError, StdoutClosed):
             stream.flush()
     os._exit(code)

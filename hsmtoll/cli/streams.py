@@ -21,43 +21,43 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 __all__ = [
-    "ReaderLeft",
     "StderrHandler",
+    "StdoutClosed",
     "after_sending",
-    "keep_for_results",
-    "own_streams",
+    "install_streams",
     "print_json",
     "print_result",
+    "redirect_fd1_to_stderr",
     "say",
     "to_json",
     "write_line",
 ]
 
-UNWRITTEN: Final = "result-unwritten"
+RESULT_UNWRITTEN: Final = "result-unwritten"
 
 
-class ReaderLeft(Exception):
-    """Nobody reads stdout any more."""
+class StdoutClosed(Exception):
+    """The reader has closed stdout (EPIPE)."""
 
 
-class _Result(io.FileIO):
-    """stdout: what cannot be written is told as what it is, whichever command wrote it."""
+class _ResultStdout(io.FileIO):
+    """stdout; write errors are ConfigurationError, a closed pipe StdoutClosed."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            raise ReaderLeft from None
+            raise StdoutClosed from None
         except OSError as exc:
             raise ConfigurationError(
                 f"the result cannot be written ({exc.strerror})",
                 hint="see where stdout goes: is it open, and is there room?",
-                code=UNWRITTEN,
+                code=RESULT_UNWRITTEN,
             ) from exc
 
 
-class _Remarks(io.FileIO):
-    """stderr: what cannot be told there changes no outcome."""
+class _TolerantStderr(io.FileIO):
+    """stderr; write errors (EPIPE, ENOSPC) are ignored."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
@@ -66,16 +66,16 @@ class _Remarks(io.FileIO):
             return memoryview(data).nbytes
 
 
-def own_streams() -> None:
-    """From now on stdout and stderr are ours: neither crashes, whatever they lead to."""
+def install_streams() -> None:
+    """Replace stdout and stderr by streams that handle write errors and closed descriptors."""
     if sys.stdin is None:
-        # It was closed: whoever reads it is told so by the system.
+        # Descriptor 0 is closed: let reads from it raise OSError.
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as the process lives
     for number in (1, 2):
-        # Another program that has them as well, such as node, may have set them otherwise.
+        # Another process that shares them, such as node, may have made them non-blocking.
         os.set_blocking(number, True)
-    sys.stdout = _text(_Result(1, "w", closefd=False), sys.stdout)
-    sys.stderr = _text(_Remarks(2, "w", closefd=False), sys.stderr)
+    sys.stdout = _text(_ResultStdout(1, "w", closefd=False), sys.stdout)
+    sys.stderr = _text(_TolerantStderr(2, "w", closefd=False), sys.stderr)
 
 
 def _text(raw: io.FileIO, before: TextIO | None) -> TextIO:
@@ -87,18 +87,18 @@ def _text(raw: io.FileIO, before: TextIO | None) -> TextIO:
 @contextlib.contextmanager
 def after_sending(what: str) -> Iterator[None]:
     """
-    Where *what* was sent and the answer cannot be written, OutcomeUnknown: another code would
-    look as if it could be sent again.
+    Raise OutcomeUnknown if the answer to *what* cannot be written: with another exit code the
+    user might send it again.
     """
     try:
         yield
     except ConfigurationError as exc:
-        if exc.code != UNWRITTEN:
+        if exc.code != RESULT_UNWRITTEN:
             raise
         raise OutcomeUnknown(
             f"{what}: was sent, and {exc}",
             hint=f"look it up and do not repeat it; {exc.hint}",
-            code=UNWRITTEN,
+            code=RESULT_UNWRITTEN,
         ) from exc
 
 
@@ -107,26 +107,26 @@ def say(line: str, prefix: str = "hsmtoll") -> None:
 
 
 def write_line(line: str) -> None:
-    # One write for all of it: two threads would mix their lines.
+    # A single write, so that lines of several threads do not mix.
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 
-def keep_for_results() -> None:
-    """From now on descriptor 1 leads where stderr does: modules write where they like."""
-    # Somebody else's stdout (a test's) stays what it is.
+def redirect_fd1_to_stderr() -> None:
+    """Redirect descriptor 1 to stderr, so that PKCS#11 modules cannot write into the result."""
+    # Only for a stdout of `install_streams`; a test's is not changed.
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if not isinstance(raw, _Result) or raw.fileno() != 1:
+    if not isinstance(raw, _ResultStdout) or raw.fileno() != 1:
         return
     sys.stdout.flush()
-    # Never 2, which would lead here again.
+    # From 3 on: descriptor 2 may be closed, and is stderr.
     kept = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
     os.dup2(2, 1)
-    sys.stdout = _text(_Result(kept, "w"), sys.stdout)
+    sys.stdout = _text(_ResultStdout(kept, "w"), sys.stdout)
 
 
 class StderrHandler(logging.Handler):
-    """Log records as lines of ours, wherever stderr points at that moment."""
+    """Writes log records to the current sys.stderr, in the format of other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(f"{record.levelname.lower()}: {foreign(record.getMessage())}")
@@ -137,7 +137,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def print_result(value: dict[str, Any], *lines: str, as_json: bool) -> None:
-    """*value* for programs, or *lines* for a person."""
+    """Print *value* as JSON, or *lines*."""
     if as_json:
         print_json(value)
     else:
@@ -145,7 +145,7 @@ def print_result(value: dict[str, Any], *lines: str, as_json: bool) -> None:
 
 
 def to_json(value: Any, *, indent: int | None = 2) -> str:
-    """JSON for stdout; with escapes of its own where the locale does not hold a character."""
+    """JSON for stdout; non-ASCII is escaped if the encoding of stdout lacks a character."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
         text.encode(sys.stdout.encoding or "utf-8")

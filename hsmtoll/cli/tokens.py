@@ -1,4 +1,4 @@
-"""`hsmtoll token` and `hsmtoll apis`. A token in the cache is printed by what this file imports."""
+"""`hsmtoll token` and `hsmtoll apis`. Few imports: a cached token is printed fast."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hsmtoll.cli.options import (
     GlobalOptions,
     as_json_option,
     final_try_option,
-    for_whom,
+    grant_options,
     one_scope,
-    read_whom,
+    read_grant_options,
     scope_argument,
 )
 from hsmtoll.cli.streams import print_json
@@ -38,7 +38,7 @@ __all__ = ["apis", "token"]
 @click.option("--min-life", type=click.FloatRange(min=0), default=0.0, metavar="S",
               help="Seconds for which the token must remain valid.")  # fmt: skip
 @click.option("--renew", is_flag=True, help="Get a new token even if one is cached.")
-@for_whom
+@grant_options
 @final_try_option
 @click.pass_obj
 def token(
@@ -64,11 +64,11 @@ def token(
         raise UsageError("--json and --header: one form at a time")
     if not math.isfinite(min_life):
         raise UsageError(f"--min-life {min_life}: seconds are expected")
-    whom = read_whom(consumer_org, resource, details)
+    grant_args = read_grant_options(consumer_org, resource, details)
     app = options.app(use_final_try=use_final_try)
     with contextlib.closing(app):
         token_service = app.token_service
-        request = token_service.request(one_scope(what, named), **whom)
+        request = token_service.request(one_scope(what, named), **grant_args)
         got = token_service.token(request, token_service.requirements(min_life, renew=renew))
         left = int(got.remaining(app.clock.now()))
     if as_json:

@@ -44,7 +44,7 @@ __all__ = [
     "PinSource",
     "PinTerminal",
     "PinValue",
-    "hang_up",
+    "cancel_prompt",
     "source_of",
 ]
 
@@ -343,7 +343,7 @@ class _Typing:
     over = False
 
 
-def hang_up() -> None:
+def cancel_prompt() -> None:
     """
     End the question for a typed PIN, whichever thread asks it, and show again what is typed: for
     a program that was told to end, or does.

@@ -37,7 +37,7 @@ def shell(command: str) -> tuple[int, str, str]:
     )
     os.close(dead)
     assert "Traceback" not in done.stderr
-    assert "a mistake in hsmtoll" not in done.stderr
+    assert "internal error" not in done.stderr
     return done.returncode, done.stdout, done.stderr
 
 

@@ -25,7 +25,7 @@ PROGRAM = """
 import json, sys
 from hsmtoll import files
 from hsmtoll.tokens import stores
-from hsmtoll.cli import leave, run
+from hsmtoll.cli import hard_exit, run
 
 reads, checks = [], []
 real_get, real_loose = stores.FileStore.get, files.first_untrusted_component
@@ -43,7 +43,7 @@ directory = sys.argv.pop(1)
 code = run(sys.argv[1:])
 # Those of the rate limit are another matter: a renewal counts its signature.
 print(json.dumps([reads, checks.count(directory)]), file=sys.stderr, flush=True)
-leave(code)
+hard_exit(code)
 """
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 PROGRAM = """
 import sys
-from hsmtoll.cli import leave, run
+from hsmtoll.cli import hard_exit, run
 code = run(["token", "road"])
 print(*sorted(sys.modules), file=sys.stderr, flush=True)
-leave(code)
+hard_exit(code)
 """
 HEAVY = {
     "asn1crypto",
