@@ -1,7 +1,8 @@
 """
-The strict local Maskinporten and Customs: what the services are documented to do, on this machine.
+A strict local simulator of Maskinporten and Customs, as documented by the services.
 
-It shares no code with the client it judges: `cryptography`, aiohttp and the standard library.
+It uses `cryptography`, aiohttp and the standard library, and shares no code with the client that
+it tests: a common error would cancel out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, stranger
+    from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, unrelated_ca
     from hsmtoll.sandbox.server import Sandbox, run
     from hsmtoll.sandbox.settings import Profile, Settings
     from hsmtoll.sandbox.state import Client
@@ -23,10 +24,10 @@ __all__ = [
     "eseal_authority",
     "norwegian_authority",
     "run",
-    "stranger",
+    "unrelated_ca",
 ]
 
-_ROOMS = {
+_MODULES = {
     "Authority": "pki",
     "Client": "state",
     "Profile": "settings",
@@ -35,14 +36,14 @@ _ROOMS = {
     "eseal_authority": "pki",
     "norwegian_authority": "pki",
     "run": "server",
-    "stranger": "pki",
+    "unrelated_ca": "pki",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that making certificates does not cost the import of a web server.
+    # Imported lazily: whoever only issues certificates needs no web server.
     import importlib  # noqa: PLC0415 -- see above
 
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

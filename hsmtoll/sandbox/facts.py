@@ -1,5 +1,5 @@
 """
-What a request says, taken apart leniently, so that each rule alone decides what is refused.
+Lenient parsing of requests, so that the rules alone decide what is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QC: Final = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.3")
 
 @dataclass(frozen=True, slots=True)
 class Jws:
-    """A compact JWS in parts. *malformed* says what a strict reader would refuse (M07)."""
+    """A compact JWS in parts. *malformed*: why a strict parser would refuse it (M07)."""
 
     text: str
     header: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +131,7 @@ def _x5c(found: object) -> tuple[tuple[x509.Certificate, ...], str | None]:
             der = _lenient(entry)
         try:
             certificate = x509.load_der_x509_certificate(der)
-            # Read when asked for: what cannot be read is found here, and not inside a rule.
+            # Parsed lazily by cryptography: raise here and not inside a rule.
             _ = certificate.extensions
             certificates.append(certificate)
         except _UNREADABLE:
@@ -231,8 +231,8 @@ def rsa_key(certificate: x509.Certificate) -> rsa.RSAPublicKey | None:
 @dataclass(frozen=True, slots=True)
 class Route:
     """
-    Where a call goes. *mode* is the transport mode, *refs* what the path carries; an empty *scope*
-    is any.
+    The endpoint of a call. *mode* is the transport mode, *refs* the parameters in the path; an
+    empty *scope* means any scope.
     """
 
     kind: str
@@ -258,7 +258,7 @@ class Call:
 
     @property
     def org(self) -> str:
-        """Whose token it is."""
+        """The organisation of the token."""
         return str((self.claims or {}).get("sub", ""))
 
     def message(self) -> dict[str, Any] | None:
@@ -289,7 +289,7 @@ _VERSION = r"(?P<version>v\d)"
 _BASE = rf"/api/movement/{_MODE}/{_VERSION}"
 _QUERY = rf"/api/movement/{_MODE}/status/{_VERSION}"
 _ENTRY: Final = "movement/entry"
-#: Below its base, the paths of arrival stand in its Swagger alone: taken are those of its siblings.
+#: The paths below this base are documented in Swagger only; those of similar APIs are assumed.
 _ARRIVAL = r"/api/movement/arrival/v1"
 _SSNN = r"/api/movement/(?P<mode>maritime-ssnn)"
 _SSNN_LEVEL = r"(?P<level>transport|declaration-of-goods|relationship)"
@@ -387,6 +387,6 @@ def _scope(path: str, kind: str, mode: str) -> str:
         named = {"road": "movement/road/v2", "maritime-ssnn": "movement/maritimessnn"}
         return named.get(mode, f"movement/{mode}")
     if path.startswith(_ARRIVAL):
-        # The guide names no scope: the token of any API is taken.
+        # The guide names no scope: the token of any API is accepted.
         return ""
     return "goodsdeclaration/document.write" if kind == "upload" else _ENTRY

@@ -1,7 +1,7 @@
 """
-Just enough JOSE for the sandbox: segments, RSA keys as JWK, PKCS#1 v1.5 signatures.
+Minimal JOSE for the sandbox: segments, RSA keys as JWK, PKCS#1 v1.5 signatures.
 
-Its own, on purpose: a mistake shared with the client would cancel out.
+Deliberately no code of the client: an error in common code would cancel out.
 """
 
 from __future__ import annotations

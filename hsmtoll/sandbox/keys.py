@@ -1,8 +1,8 @@
 """
-The sandbox's own signing keys: made once, kept in the process and in the user's cache directory.
+The sandbox's signing keys, cached in the process and in the user's cache directory.
 
-They sign nothing but the sandbox's tokens. That is why a file is good enough for them; a file that
-cannot be used is no error, only slower.
+They sign the sandbox's tokens only, so a file is secure enough. If it cannot be read or written,
+keys are generated again, which is slower.
 """
 
 from __future__ import annotations

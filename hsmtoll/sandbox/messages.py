@@ -1,8 +1,8 @@
 """
-What Customs' APIs answer at once to a message (400), and to an upload.
+Synchronous validation errors (400) of Customs' APIs, for messages and uploads.
 
-Judged is what the guide's pages say is required or forbidden, by API; each error names its page in
-``see``, which the real answers do not have. What no page forbids is taken.
+Checked is what the guide requires or forbids, for each API. Each error names the guide's page in
+``see``, which real answers do not have. What no page forbids is accepted.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _one_of(message: object, path: str) -> Error | None:
 
 
 def identity(level: str, message: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a message is known by."""
+    """The members that identify a message."""
     return tuple(str(at(message, path)) for path in _KEYS.get(level, ()))
 
 

@@ -1,8 +1,8 @@
 """
-Made-up authorities: for eSeals (ETSI EN 319 412), Norwegian enterprises (SEID 2.0), and TLS.
+Test authorities: for eSeals (ETSI EN 319 412), Norwegian enterprises (SEID 2.0), and TLS.
 
-Everything is a value made by `cryptography`. No real authority or organisation appears, and private
-keys of authorities stay in memory unless a caller writes them.
+No real authority or organisation is named. Private keys of authorities stay in memory unless the
+caller writes them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ __all__ = [
     "issue_tls",
     "norwegian_authority",
     "pem",
-    "stranger",
     "tls_authority",
+    "unrelated_ca",
 ]
 
 Environment = Literal["test", "prod"]
@@ -75,9 +75,9 @@ def _now() -> datetime:
 @dataclass(frozen=True, slots=True)
 class Authority:
     """
-    A root, an intermediate that it issued, and the power to issue leaves.
+    A root and an intermediate CA, which issues leaves.
 
-    *kind* is ``eseal`` or ``norwegian``; *environment* matters for Norwegian ones alone.
+    *kind* is ``eseal`` or ``norwegian``; *environment* is used for Norwegian ones only.
     """
 
     kind: Literal["eseal", "norwegian"]
@@ -89,7 +89,7 @@ class Authority:
 
     @property
     def chain(self) -> tuple[x509.Certificate, x509.Certificate]:
-        """What stands above a leaf: (intermediate, root)."""
+        """The CA certificates above a leaf: (intermediate, root)."""
         return self.intermediate, self.root
 
     def issue(
@@ -114,7 +114,7 @@ class Authority:
         self_signed_by: PrivateKey | None = None,
     ) -> x509.Certificate:
         """
-        A leaf for *public_key* (a key, or DER of its SubjectPublicKeyInfo).
+        Issue a leaf for *public_key* (a key, or DER of its SubjectPublicKeyInfo).
 
         *organization_id* becomes organizationIdentifier: empty for the example organisation,
         None for none at all, a sequence for several. *key_usage* holds X.509's own names;
@@ -180,7 +180,7 @@ def eseal_authority(
     not_before: datetime | None = None,
     not_after: datetime | None = None,
 ) -> Authority:
-    """A new authority for eSeals; *algorithm* is what its signatures are made with."""
+    """A new authority for eSeals; *algorithm* is that of its signatures."""
     return _authority("eseal", "test", name, "SE", algorithm, bits, not_before, not_after)
 
 
@@ -219,8 +219,8 @@ def _authority(  # noqa: PLR0917 -- the same order in two calls
     return Authority(kind, environment, root, intermediate, key, pss)
 
 
-def stranger(name: str = "Helt Annen Rot") -> x509.Certificate:
-    """A CA certificate that has nothing to do with anybody."""
+def unrelated_ca(name: str = "Helt Annen Rot") -> x509.Certificate:
+    """A CA certificate that belongs to no chain."""
     key = _new_key("ec", 0)
     subject = _subject("DK", name, f"{name} CA", (), None)
     begin = _now() - 30 * _DAY
@@ -356,7 +356,7 @@ def _policy(oids: Sequence[str]) -> x509.CertificatePolicies:
 
 
 def _pointers(builder: x509.CertificateBuilder) -> x509.CertificateBuilder:
-    # Required by EN 319 412-2; the names end in .invalid, so that nobody is ever asked.
+    # Required by EN 319 412-2; names under .invalid never resolve (RFC 2606).
     where = "http://authority.invalid"
     return builder.add_extension(
         x509.AuthorityInformationAccess(

@@ -1,8 +1,8 @@
 """
-The playground's static data, and what Customs' guide says about the content of a message.
+Static data of Customs' playground, and the guide's rules for the content of a message.
 
-Facts of the guide's pages (https://toll.github.io), each error with the page it stands on. What no
-page mentions is taken. Pages: mo-eksempler (test data), ufullstendig-dokumentasjon and
+From the guide (https://toll.github.io); each error names its page. What no page mentions is
+accepted. Pages: mo-eksempler (test data), ufullstendig-dokumentasjon and
 asynkrone-valideringsfeil (errors found later), mo-kodeverk (code lists), ics2-forsendelser.
 """
 
@@ -170,7 +170,7 @@ def _filled(value: object) -> bool:
 
 
 def content_errors(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is found after the 202: code lists, contradictions, and the playground's data."""
+    """Errors found after the 202: code lists, contradictions, and the playground's data."""
     found = [error for path, holder in _walk(message, "") for error in _of_object(path, holder)]
     house = message.get("consignmentHouseLevel")
     if isinstance(house, dict):
@@ -206,7 +206,7 @@ def _of_object(path: str, holder: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _is_office(code: object) -> bool:
-    """Of Norwegian offices the guide has the list, of the others their form is known."""
+    """Whether *code* is on the guide's list of Norwegian offices, or has a foreign one's form."""
     text = str(code)
     if re.fullmatch(r"NO\d{6}", text):
         return text in _OFFICES
@@ -306,7 +306,7 @@ def _of_exports(top: str, exports: list[tuple[int, Mapping[str, Any]]]) -> Itera
 
 
 def _repeated(values: list[tuple[int, Any]]) -> Iterator[tuple[int, str]]:
-    """Those that came before, each time that they come again."""
+    """The values that occur again, at each repetition."""
     seen: Counter[str] = Counter()
     for index, value in values:
         if _filled(value):
@@ -340,8 +340,8 @@ def _number(value: object) -> float | None:
 
 def incomplete(message: Mapping[str, Any]) -> list[str]:
     """
-    What a house consignment lacks that may come until the border is reached, as codes of
-    IncompleteDocumentationReason (mo-kodeverk).
+    Documentation of a house consignment that is missing and may follow until the border is
+    reached, as codes of IncompleteDocumentationReason (mo-kodeverk).
     """
     house = message.get("consignmentHouseLevel")
     if not isinstance(house, dict):
@@ -402,7 +402,7 @@ def arrival(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def arrival_errors(message: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What an arrival must include, by beskrivelse-av-ankomst-api."""
+    """Required content of an arrival that is missing (beskrivelse-av-ankomst-api)."""
     found = arrival(message)
     return [
         {"field": name, "error": "must not be blank", "see": page(_ARRIVAL)}
@@ -448,7 +448,7 @@ def _presented(message: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unidentified(level: str, message: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The member by which the goods of *level* are known, if the message has none."""
+    """An error if the message lacks the member that identifies the goods of *level*."""
     column = {
         "entry-summary-declaration": {"ens"},
         "receptacle": {"receptacle"},
@@ -469,7 +469,7 @@ def presentation_errors(level: str, message: Mapping[str, Any]) -> list[dict[str
     named = _presented(message)
     columns = ("ens", "receptacle", "document", "type", "container")
     rows = [dict(zip(columns, row, strict=False)) for row in _GOODS]
-    # The table has no master consignments: whichever is named is taken.
+    # The table has no master consignments: any is accepted.
     fits = level == "master-consignment" or any(named.items() <= row.items() for row in rows)
     if not fits:
         found.append(_error("Reference is not found", _IDENTIFIED_BY[level], _ICS2))

@@ -1,8 +1,8 @@
 """
-The sandbox on the wire: three HTTPS ports on this machine, its own CA, an event loop in a thread.
+The sandbox's HTTPS servers: three local ports, a CA of their own, an event loop in a thread.
 
-Maskinporten, Customs and the admin endpoint have a port each, because they are different origins in
-the real world (a bearer must not cross) and because one of them can be down while the others live.
+Maskinporten, Customs and the admin endpoint have one port each: the real services are different
+origins, between which a token must not leak, and one can be down while the others work.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ class Sandbox:
 
     @property
     def issuer(self) -> str:
-        """With its trailing slash."""
+        """Maskinporten's issuer identifier, with its trailing slash."""
         return self._services.issuer
 
     @property
     def token_endpoint(self) -> str:
-        """Maskinporten's."""
+        """Maskinporten's token endpoint."""
         return f"{self.issuer}token"
 
     @property
@@ -150,12 +150,12 @@ class Sandbox:
 
     @property
     def received(self) -> list[Received]:
-        """What came in, oldest first."""
+        """The requests received so far, oldest first."""
         with self.state.lock:
             return list(self.state.received)
 
     def environ(self) -> dict[str, str]:
-        """The variables that point hsmtoll here."""
+        """The environment variables with which hsmtoll uses this sandbox."""
         return {
             "HSMTOLL_ENVIRONMENT": "sandbox",
             "HSMTOLL_ENDPOINTS__ISSUER": self.issuer,
@@ -165,7 +165,7 @@ class Sandbox:
         }
 
     def admin_environ(self) -> dict[str, str]:
-        """The variables by which the admin endpoint is reached."""
+        """The environment variables for the admin endpoint."""
         return {"SANDBOX_ADMIN": self.admin, "SANDBOX_ADMIN_SECRET": self.admin_secret}
 
     def trust(
@@ -201,12 +201,12 @@ class Sandbox:
         return client
 
     def allow(self, org: str, *scopes: str) -> None:
-        """From now on *org* has exactly these scopes, and those of earlier calls (M65)."""
+        """Grant *scopes* to *org*, in addition to earlier calls; others are refused (M65)."""
         with self.state.lock:
             self.state.allowed.setdefault(org, set()).update(scopes)
 
     def delegate(self, consumer_org: str, supplier: str, *scopes: str) -> None:
-        """*consumer_org* lets *supplier* act for it with these scopes (MP-251 otherwise)."""
+        """Delegate *scopes* of *consumer_org* to *supplier* (without that: MP-251)."""
         with self.state.lock:
             self.state.delegations |= {(consumer_org, supplier, scope) for scope in scopes}
 
@@ -223,10 +223,10 @@ class Sandbox:
             self.state.signals.append((org, item))
         return marker
 
-    # --- life -------------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Listens; returns when it does. Raises OSError if a port is taken."""
+        """Start the servers; return when they listen. Raises OSError if a port is taken."""
         self._folder = Path(tempfile.mkdtemp(prefix="hsmtoll-sandbox-"))
         self._tls = self._tls_context()
         ready = threading.Event()
@@ -241,7 +241,7 @@ class Sandbox:
         return self
 
     def stop(self) -> None:
-        """Stops listening and removes its files. A second call does nothing."""
+        """Stop the servers and remove the files. A second call does nothing."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -263,7 +263,7 @@ class Sandbox:
         self.stop()
 
     def refresh(self) -> None:
-        """Makes ``refuse`` faults true on the ports; called after faults were set or cleared."""
+        """Close or reopen the ports after ``refuse`` faults were set or cleared."""
         if self._loop is not None and self._thread is not None:
             asyncio.run_coroutine_threadsafe(self._listen_or_not(), self._loop).result()
 
@@ -276,13 +276,13 @@ class Sandbox:
         after: int = 0,
         **options: Any,
     ) -> Fault:
-        """`Faults.set`, in force when it returns."""
+        """As `Faults.set`; in force when it returns."""
         fault = self.faults.set(name, endpoint, times=times, after=after, **options)
         self.refresh()
         return fault
 
     def heal(self) -> None:
-        """Clears all faults; in force when it returns."""
+        """Clear all faults; in force when it returns."""
         self.faults.clear()
         self.refresh()
 
@@ -309,7 +309,7 @@ class Sandbox:
 
     async def _serve(self, ready: threading.Event) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        # Handshakes that fail are the client's news, not this process's.
+        # Do not log failed handshakes: the client reports them.
         self._loop.set_exception_handler(lambda _, __: None)
         try:
             for side in ("maskinporten", "customs", "admin"):
@@ -325,7 +325,7 @@ class Sandbox:
                     if connection.transport is not None:
                         connection.transport.abort()
                 await runner.cleanup()
-            # What was aborted, here or by a fault, is closed in the loop's next turns.
+            # Aborted connections are closed in the next iterations of the loop.
             await asyncio.sleep(0.05)
 
     async def _listen(self, side: Side) -> None:
@@ -501,7 +501,7 @@ def _shown(one: Received) -> dict[str, Any]:
 
 
 def _instead(fault: Fault | None, asked: Request) -> Reply | None:  # noqa: PLR0911 -- a table
-    """Answers that replace the real one, which then has no effect."""
+    """The answer of a fault that replaces the real one, which then has no effect."""
     html = {"Content-Type": "text/html"}
     match fault.name if fault else "":
         case "reset":
@@ -532,7 +532,7 @@ def _instead(fault: Fault | None, asked: Request) -> Reply | None:  # noqa: PLR0
 
 
 def _spoiled(fault: Fault | None, reply: Reply) -> Reply:
-    """The real answer with a wrong value in it."""
+    """The real answer, with a wrong value from a fault."""
     if fault is None or reply.status != 200 or fault.name not in {"newline-token", "expires-in"}:
         return reply
     try:
@@ -670,7 +670,7 @@ def run(
         names=names,
         ports=ports_from(port),
     )
-    # Not an Event: its lock may be held by this very thread when the signal comes.
+    # Not an Event: the signal may arrive while this thread holds the Event's lock.
     over: SimpleQueue[int] = SimpleQueue()
     before = {
         number: signal.signal(number, lambda ended, _: over.put(ended))
@@ -691,7 +691,7 @@ def run(
 
 
 def ports_from(port: int) -> tuple[int, int, int]:
-    """Those of Maskinporten, Customs and admin, one after another from *port*; 0: free ones."""
+    """Ports of Maskinporten, Customs and admin: *port* and the next two; 0: any free ones."""
     return (port, port + 1, port + 2) if port else (0, 0, 0)
 
 
@@ -717,7 +717,7 @@ def _lines(variables: Mapping[str, str]) -> str:
 
 
 def write_env(path: Path, variables: Mapping[str, str]) -> None:
-    """``NAME=value`` lines, for this user alone (0600). Raises ConfigurationError (10)."""
+    """Write ``NAME=value`` lines, mode 0600. Raises ConfigurationError (10)."""
     try:
         files.replace(path, _lines(variables).encode(), fsync=False)
     except OSError as error:

@@ -44,7 +44,7 @@ _PAGE: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What came over the wire. Header names are lower case; *target* is path and query."""
+    """An HTTP request. Header names are lower case; *target* is path and query."""
 
     method: str
     target: str
@@ -68,7 +68,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What goes back, and what is remembered of it."""
+    """An HTTP response, and its entry in the log of received requests."""
 
     status: int
     body: bytes = b""
@@ -98,12 +98,12 @@ class Services:
         self.rotate()
 
     def now(self, endpoint: str) -> float:
-        """This side's clock, faults included."""
+        """The time of this service, faults included."""
         return self._clock() + self.offset(endpoint)
 
     def rotate(self) -> None:
-        """A new signing key for Maskinporten; the earlier ones stay published."""
-        # Two keys in turn: making a third would cost seconds and prove nothing more.
+        """Change Maskinporten's signing key; the earlier one stays published."""
+        # Two keys in turn: generating more would take seconds and test nothing new.
         key = signing_key(f"maskinporten-{self._rotations % 2}", self.settings.signing_bits)
         self._rotations += 1
         public = key.public_key()
@@ -113,7 +113,7 @@ class Services:
         self._published[kid] = key, _own_chain(key)
 
     def world(self, endpoint: str) -> World:
-        """What rules see."""
+        """The context in which rules are evaluated."""
         keys = {kid: key.public_key() for kid, (key, _) in self._published.items()}
         return World(self.state, self.settings, self.issuer, self.now(endpoint), keys)
 
@@ -213,7 +213,7 @@ class Services:
             claims = customs_claims(asked, world, self.customs)
             header = {"alg": "RS512"} | ({} if world.on("T08") else {"kid": "customs"})
             token = jose.compact(header, claims, self._customs_key)
-            # Without a jti, two tokens of one second are the same bytes: a new one is alive again.
+            # Tokens have no jti: two of the same second are identical, so un-revoke a new one.
             self.state.dead_tokens.discard(token)
             answer: dict[str, Any] = {
                 "issued_token_type": "access_token",
@@ -277,7 +277,7 @@ class Services:
         )
 
     def _own(self, bearer: str) -> Mapping[str, Any] | None:
-        """The claims of a token that Customs made; None for any other."""
+        """The claims of a token that this Customs has issued; None for any other."""
         jws = Jws.read(bearer)
         if jws.malformed or jws.header.get("alg") != "RS512":
             return None
@@ -447,7 +447,7 @@ class Services:
         return json_reply(201, {"documentId": str(uuid.uuid4())})
 
 
-#: Rules that look at a grant which was good as a grant: it is spent (M58).
+#: Rules that are checked after the grant itself was valid: its jti is used up (M58).
 _AFTER_REPLAY: Final = frozenset(("M70", "M71", "M72", "M73", "M64", "M66", "M67", "M63", "M65"))
 
 
@@ -467,7 +467,7 @@ def _seen(
 
 
 def _safe(headers: Mapping[str, str]) -> dict[str, str]:
-    # A bearer is a secret even here: the log is shown by the admin endpoint.
+    # Without bearer tokens: the admin endpoint shows this log.
     return {name: value for name, value in headers.items() if name != "authorization"}
 
 

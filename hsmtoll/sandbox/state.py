@@ -65,7 +65,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A trusted certificate; *environment* where it is good in one of them alone (M31)."""
+    """A trusted certificate; *environment* if it is accepted in only one of them (M31)."""
 
     certificate: x509.Certificate
     environment: Literal["test", "prod"] | None = None
@@ -73,7 +73,7 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A message that has an MRN: whose it is, what it is known by, and what PUT may not change."""
+    """A message with an MRN: its organisation, its key, and the members that PUT may not change."""
 
     org: str
     level: str
@@ -104,7 +104,7 @@ class Submission:
 @dataclass(frozen=True, slots=True)
 class Received:
     """
-    One request that came in, and what was answered.
+    One received request, and its answer.
 
     *kind*: ``grant``, ``exchange`` or ``call``. For grants, *header* and *claims* are those of
     the assertion; for the others *claims* are those of the token. *refused_by* is a rule's id.
@@ -125,7 +125,7 @@ class Received:
 
 @dataclass(slots=True)
 class State:
-    """Everything that changes while the sandbox runs. *lock* guards what two threads touch."""
+    """The mutable state of the sandbox. *lock* guards members that several threads use."""
 
     anchors: list[Anchor] = field(default_factory=list)
     pinned: list[x509.Certificate] = field(default_factory=list)
@@ -148,5 +148,5 @@ class State:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def forget_used(self, now: float) -> None:
-        """Drops replay keys of grants that could not be used any more (M58)."""
+        """Drop the replay keys of expired grants (M58)."""
         self.used = {key: until for key, until in self.used.items() if until >= now}

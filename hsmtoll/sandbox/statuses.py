@@ -1,6 +1,6 @@
 """
-What the query APIs tell of messages that were submitted (beskrivelse-av-sporre-api-EN): one object
-for one consignment, lists with ``received`` for what a transport or a master consignment refers to.
+Answers of the query APIs about submitted messages (beskrivelse-av-sporre-api-EN): one object for a
+consignment; for a transport or a master consignment a list of references, with ``received``.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _HOLDER: Final[Mapping[str, str]] = {
 
 
 def one(document: Document) -> dict[str, Any]:
-    """The status of one message that was received."""
-    return _told(document.key, document)
+    """The status of one received message."""
+    return _status_of(document.key, document)
 
 
-def _told(key: tuple[str, ...], document: Document | None) -> dict[str, Any]:
+def _status_of(key: tuple[str, ...], document: Document | None) -> dict[str, Any]:
     number, kind = (*key, "", "")[:2]
-    told: dict[str, Any] = {
+    status: dict[str, Any] = {
         "documentNumber": number,
         "type": kind,
         "received": document is not None,
     }
     if document is not None:
         reasons = playground.incomplete(document.message)
-        told["documentStatus"] = "INCOMPLETE" if reasons else "SUCCESS"
-        told["incompleteDocumentationReasonList"] = reasons
-    return told
+        status["documentStatus"] = "INCOMPLETE" if reasons else "SUCCESS"
+        status["incompleteDocumentationReasonList"] = reasons
+    return status
 
 
 def below(mrn: str, documents: Mapping[str, Document], level: str) -> list[dict[str, Any]]:
-    """What the message *mrn* refers to at *level*, whether it was received or not."""
+    """The references of the message *mrn* at *level*, whether received or not."""
     keys = dict.fromkeys(_references(mrn, documents, level))
     known = {each.key: each for each in documents.values() if each.level == level}
-    return [_told(key, known.get(key)) for key in keys]
+    return [_status_of(key, known.get(key)) for key in keys]
 
 
 def _references(

@@ -1,10 +1,10 @@
 """
-For tests, yours and ours: throw-away devices, identities, and the sandbox as fixtures.
+Test support for hsmtoll and its users: temporary devices, identities, and pytest fixtures.
 
-    provision   runs in a child process: keys and certificates onto a p11_token
-    softhsm     a SoftHSM device of one's own, without root, slot numbers or leftovers
-    identity    an eSeal, a Norwegian certificate, a Norwegian key: device and settings together
-    plugin      the same as pytest fixtures, each prefixed toll_
+    provision   a child process that creates keys and certificates on a PKCS#11 token
+    softhsm     a temporary SoftHSM device, without root or slot ids
+    identity    an eSeal, a Norwegian certificate or a Norwegian key, with device and settings
+    plugin      the same as pytest fixtures, with the prefix toll_
 
 Importing the package imports none of them.
 """

@@ -1,4 +1,4 @@
-"""A clock that stands still until it is moved: suspend, drift and years in no time."""
+"""A simulated clock for tests, which only moves when it is told to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["SettableClock"]
 
 class SettableClock:
     """
-    Both clocks of a machine, in seconds. Sleeping moves them, so nothing waits.
+    Wall clock and boot clock of a machine, in seconds. `sleep` advances them without waiting.
 
-    `advance` is time that passes, awake or asleep; `set_wall` is somebody who sets the clock;
-    `reboot` starts the boot clock anew.
+    `advance` lets time pass on both, as while suspended; `set_wall` sets the wall clock only;
+    `reboot` restarts the boot clock.
     """
 
     def __init__(self, wall: float, boot: float = 1000.0) -> None:
@@ -25,30 +25,30 @@ class SettableClock:
 
     @classmethod
     def at_real_time(cls) -> SettableClock:
-        """Standing at the time it is."""
+        """A clock that is set to the current time."""
         return cls(time.time())
 
     def now(self) -> ClockReading:
-        """Both clocks."""
+        """Read both clocks."""
         return self._moment
 
     def sleep(self, seconds: float) -> None:
-        """Returns at once; the time has passed."""
+        """Advance both clocks and return at once."""
         self.advance(seconds)
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance both clocks."""
         with self._lock:
             at = self._moment
             self._moment = ClockReading(at.wall + seconds, at.boot + seconds, at.boot_id)
 
     def set_wall(self, wall: float) -> None:
-        """Set the wall clock; the boot clock knows nothing of it."""
+        """Set the wall clock; the boot clock does not change."""
         with self._lock:
             self._moment = ClockReading(wall, self._moment.boot, self._moment.boot_id)
 
     def reboot(self) -> None:
-        """Start the machine again."""
+        """Restart the boot clock, with a new boot id."""
         with self._lock:
             self._boots += 1
             self._moment = ClockReading(self._moment.wall, 10.0, f"boot-{self._boots}")

@@ -1,8 +1,8 @@
 """
-A SoftHSM device in a container, as a fixture for projects that have pytest-docker.
+A SoftHSM device in a container, as a fixture for projects with pytest-docker.
 
-The process under test reaches it as a real one: through a module that is not SoftHSM's (p11-kit's
-client) and a socket. Nothing but pytest is imported before the fixture is asked for.
+The process under test uses p11-kit's client module and a socket, as for a remote device. Nothing
+but pytest is imported before the fixture is used.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["DockerSoftHsm", "docker_softhsm", "find_client", "toll_softhsm_docker"]
 
 IMAGE_FOLDER: Final = Path(__file__).parent / "softhsm_image"
-_PATIENCE: Final = 60.0
-_PLACES: Final = (
+_START_TIMEOUT: Final = 60.0
+_MODULE_PATHS: Final = (
     "/usr/lib/x86_64-linux-gnu/pkcs11/p11-kit-client.so",
     "/usr/lib/aarch64-linux-gnu/pkcs11/p11-kit-client.so",
     "/usr/lib64/pkcs11/p11-kit-client.so",
@@ -37,8 +37,8 @@ _PLACES: Final = (
 
 
 def find_client() -> Path:
-    """The module p11-kit-client.so of this machine. DeviceError without one."""
-    for place in _PLACES:
+    """The path of p11-kit-client.so on this machine. DeviceError if there is none."""
+    for place in _MODULE_PATHS:
         if Path(place).is_file():
             return Path(place)
     raise DeviceError(
@@ -90,7 +90,7 @@ def docker_softhsm(
     folder.chmod(0o700)
     device = DockerSoftHsm(folder, find_client(), "toll", secrets.token_hex(8))
     (folder / "p11").mkdir(exist_ok=True)
-    # The container's user is another one; the folder above keeps everybody else out of both.
+    # For the container's user; the parent directory (0700) keeps other accounts out.
     (folder / "p11").chmod(0o777)
     shared = folder / "pin-of-the-container"
     for path, mode in ((device.pin_file, 0o600), (shared, 0o644)):
@@ -113,7 +113,7 @@ def _service(folder: Path, pin: Path) -> dict[str, object]:
     given = os.environ.get("TOLL_SOFTHSM_IMAGE")
     source: dict[str, object] = {"image": given or "hsmtoll-softhsm-fixture"}
     if not given:
-        # Without a value, an argument is taken from the environment.
+        # A build argument without a value is taken from the environment.
         source["build"] = {"context": str(IMAGE_FOLDER), "args": {"TOLL_BASE": None}}
     return {
         **source,
@@ -137,7 +137,7 @@ def _wait(docker: object) -> None:
             return False
         return True
 
-    Services(docker).wait_until_responsive(answers, _PATIENCE, 0.2)
+    Services(docker).wait_until_responsive(answers, _START_TIMEOUT, 0.2)
 
 
 @pytest.fixture(scope="session")

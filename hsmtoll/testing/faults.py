@@ -1,8 +1,8 @@
 """
-Device faults by name, at the PKCS#11 call itself, and counts of what a device was asked.
+Named device faults, injected at the PKCS#11 call, and counts of calls.
 
-Between hsmtoll and the real module stands a small module of ours (shim.c), compiled when it is
-first wanted. Orders and counts lie in shared memory: they hold at once, in every process.
+A small PKCS#11 module (shim.c), compiled on first use, forwards calls to the real one. Faults and
+counts are in shared memory: they apply at once, in every process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FUNCTIONS: Final = (
     "C_WaitForSlotEvent",
 )  # fmt: skip
 
-#: Every fault, with what it does and its options.
+#: Name of a fault → its effect and options.
 NAMES: Final[Mapping[str, str]] = {
     "pin-wrong": "C_Login answers CKR_PIN_INCORRECT to every PIN; the device is not asked",
     "pin-count-low": "the flag CKF_USER_PIN_COUNT_LOW",

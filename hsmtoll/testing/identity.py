@@ -1,8 +1,8 @@
 """
-Identities for the sandbox: a key made on a device, its certificates beside it, its settings.
+Identities for the sandbox: a key generated on a device, its certificates, and the settings.
 
-The three ways there are: a foreign eSeal, a Norwegian enterprise certificate, a Norwegian key
-that is registered under a kid. Nobody in them exists.
+There are three kinds: a foreign eSeal, a Norwegian enterprise certificate, and a Norwegian key
+registered under a kid. The organisations do not exist.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ __all__ = ["ThrowAway", "eseal", "introduce", "norwegian", "norwegian_key", "run
 @dataclass(frozen=True, slots=True)
 class ThrowAway:
     """
-    Who signs: a key called *key_label* on *device*, and what makes the sandbox believe it.
+    A signing identity: the key *key_label* on *device*, and its registration at the sandbox.
 
-    *chain* is (leaf, intermediate, root), empty for a key with a kid. *authority* is what the
-    sandbox must trust, *client* what it must know; each None where it is not needed.
+    *chain* is (leaf, intermediate, root), empty for a key with a kid. The sandbox must trust
+    *authority* and know *client*; each is None if not needed.
     """
 
     device: SoftHsm
@@ -70,8 +70,8 @@ def eseal(
     device: SoftHsm, *, label: str = "eseal", authority: Authority | None = None
 ) -> ThrowAway:
     """
-    A foreign business with an eSeal: a protected RSA key made on the device, and the chain of
-    three stored in a scrambled order with a stranger among them, as real devices hold them.
+    A foreign business with an eSeal: a protected RSA key generated on the device, and a chain of
+    three, stored in no order together with an unrelated CA, as on real devices.
     """
     issuer = authority or pki.eseal_authority()
     chain = _certified(device, label, issuer)
@@ -119,9 +119,9 @@ def run_as(
     admin: bool = False,
 ) -> int:
     """
-    Run *command* as a throw-away ``eseal``, ``norwegian`` or ``norwegian-key`` at a sandbox of
-    its own, and return its exit code; 128+N where signal N has ended it, as a shell does.
-    Everything made is removed, however it ends.
+    Run *command* with a temporary identity (``eseal``, ``norwegian`` or ``norwegian-key``) and a
+    sandbox of its own. Returns its exit code, 128+N if signal N has ended it, as a shell does.
+    All temporary files are removed.
 
     *port* is as for `hsmtoll.sandbox.run`; *env_file* gets the variables that *command* gets,
     and stays. *admin*: *command* gets the variables of the admin endpoint as well. Raises
@@ -189,7 +189,7 @@ def _certified(
     leaf = authority.issue(device.generate_key(label, key_id))
     intermediate, root = authority.chain
     with device.batch():
-        for at, each in enumerate((root, pki.stranger(), leaf, intermediate)):
+        for at, each in enumerate((root, pki.unrelated_ca(), leaf, intermediate)):
             device.store_certificate(
                 each.public_bytes(Encoding.DER),
                 label=label if each is leaf else f"{label}-ca-{at}",

@@ -1,13 +1,13 @@
 """
 pytest fixtures for projects that use hsmtoll: a device, identities, services, a client.
 
-Loaded by every pytest run of an environment that has hsmtoll, so nothing but pytest is
-imported before a fixture is asked for. Every fixture is prefixed ``toll_``.
+Every pytest run in an environment with hsmtoll loads this module, so nothing but pytest is
+imported before a fixture is used. All fixtures have the prefix ``toll_``.
 
-A device is made once a session under a random label and lives in pytest's own temporary
-directory, so parallel workers (pytest-xdist) have one each. SoftHSM finds its device by
-SOFTHSM2_CONF: `toll_softhsm` sets it for the session and puts it back at the end; a module
-that the process has loaded before is initialised again, which ends its sessions.
+A device is created once per session with a random label in pytest's own temporary directory, so
+parallel workers (pytest-xdist) have one each. `toll_softhsm` sets SOFTHSM2_CONF for the session and
+restores it at the end; a module that the process has loaded before is initialised again, which
+ends its sessions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hsmtoll.testing.identity import ThrowAway
     from hsmtoll.testing.softhsm import SoftHsm
 
-#: Variables that say who signs, with what and where: a shell's own would contradict ours.
+#: Variables that define identity, device and services: those of the user's shell are removed.
 _WHO: Final = re.compile(
     r"HSMTOLL_(HSM__(?!ISOLATION|ALLOW)|SIGNER__|ENDPOINTS__"
     r"|(ENVIRONMENT|IDENTITY|ISS|KID|PROFILE|CONSUMER_ORG|RESOURCE)$)",
@@ -105,7 +105,7 @@ def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
 
 @pytest.fixture(scope="session")
 def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
-    """A foreign business with an eSeal: key on the device, chain of three, a stranger."""
+    """A foreign business with an eSeal: key, chain of three and an unrelated CA on the device."""
     with _the_sandbox():
         from hsmtoll.testing.identity import eseal
 

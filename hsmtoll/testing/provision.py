@@ -1,9 +1,9 @@
 """
-Puts keys and certificates on a p11_token, in a process of its own.
+Creates keys and certificates on a PKCS#11 token, in a process of its own.
 
-A module is loaded once a process and keeps its configuration: whoever wants a device made
-must not load it. Orders come as JSON on stdin, the PIN among them, and never on argv; public
-keys go out as JSON on stdout.
+A process loads a module once and keeps its configuration, so the calling process must not load it.
+Commands and PIN are read as JSON from stdin, never from argv; public keys are written as JSON to
+stdout.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hsmtoll.der import certificate_fields
 
 
 def main() -> None:
-    """Carry out the orders of stdin."""
+    """Execute the commands from stdin."""
     orders = json.load(sys.stdin)
     token = pkcs11.lib(orders["module"]).get_token(token_label=orders["token_label"])
     with token.open(rw=True, user_pin=orders["pin"]) as session:
         made = [_DO[order.pop("what")](session, **order) for order in orders["do"]]
     json.dump(made, sys.stdout)
     sys.stdout.flush()
-    # The module's own clean-up at exit is not ours to test.
+    # Skip the module's own cleanup at exit.
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
 """
-A SoftHSM device of one's own: its own directory, label and PIN; no root, no slot numbers.
+A temporary SoftHSM device with its own directory, label and PIN; needs neither root nor slot ids.
 
-It is made without loading the module into the caller's process. SoftHSM finds its directory
-by SOFTHSM2_CONF, which it reads when it is first loaded in a process: set `environ` before.
+It is created without loading the module into the calling process. SoftHSM reads SOFTHSM2_CONF when
+it is first loaded in a process: set the variables of `environ` before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SoftHsm", "find_module"]
 
-_PLACES: Final = (
+_MODULE_PATHS: Final = (
     "/usr/lib/softhsm/libsofthsm2.so",
     "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
     "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
@@ -39,9 +39,9 @@ _PLACES: Final = (
 
 
 def find_module() -> Path:
-    """SoftHSM's module: SOFTHSM2_MODULE, or where systems put it. DeviceError without one."""
+    """SoftHSM's module: SOFTHSM2_MODULE, or a usual path. DeviceError if there is none."""
     given = os.environ.get("SOFTHSM2_MODULE")
-    for place in (given,) if given else _PLACES:
+    for place in (given,) if given else _MODULE_PATHS:
         if Path(place).is_file():
             return Path(place)
     raise DeviceError(
@@ -51,7 +51,7 @@ def find_module() -> Path:
     )
 
 
-#: How SoftHSM names the attribute of its files that holds the flags of a token.
+#: SoftHSM's vendor attribute for the flags of a token, as stored in its files.
 _TOKEN_FLAGS: Final = (0x8000534B).to_bytes(8, "big")
 _COUNT_LOW: Final = 0x10000
 
@@ -59,17 +59,17 @@ _COUNT_LOW: Final = 0x10000
 @dataclass(frozen=True, slots=True)
 class SoftHsm:
     """
-    One throw-away device. *directory* (0700) holds everything; remove it and the device is gone.
+    One temporary device. *directory* (0700) holds everything; to delete the device, remove it.
 
-    Public keys are DER of SubjectPublicKeyInfo. What is asked for inside `batch` is done by
-    one child process at its end.
+    Public keys are DER of SubjectPublicKeyInfo. Commands inside `batch` are executed by one child
+    process at its end.
     """
 
     directory: Path
     module: Path
     label: str
     pin: str = field(repr=False)
-    _orders: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    _commands: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
     @classmethod
     def create(
@@ -91,31 +91,31 @@ class SoftHsm:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
         (directory / "tokens").mkdir(mode=0o700)
-        made = cls(
+        device = cls(
             directory,
             module,
             label or f"toll-{secrets.token_hex(4)}",
             pin or f"{secrets.randbelow(10**8):08d}",
         )
-        made._private("softhsm2.conf", made._configuration())
-        made._private("pin", made.pin)
-        # softhsm2-util takes PINs on argv alone, where others can see them: this one is over
+        device._private("softhsm2.conf", device._configuration())
+        device._private("pin", device.pin)
+        # softhsm2-util takes PINs only on argv, where others can see them: this one is replaced
         # before the device is used.
         first = f"{secrets.randbelow(10**8):08d}"
         _run(
             [
-                *(tool, "--init-token", "--free", "--label", made.label, "--pin", first),
+                *(tool, "--init-token", "--free", "--label", device.label, "--pin", first),
                 *("--so-pin", f"{secrets.randbelow(10**8):08d}"),
             ],
             {**os.environ, "SOFTHSM2_CONF": str(directory / "softhsm2.conf")},
         )
-        made._do([{"what": "pin", "old": first, "new": made.pin}], pin=first)
-        return made
+        device._do([{"what": "pin", "old": first, "new": device.pin}], pin=first)
+        return device
 
     def settle(self) -> None:
         """
-        Log in with the right PIN where the device says that a wrong one was given since the last
-        login: another state directory would leave that to a person (``pin-count-low``).
+        Log in with the right PIN if the token has the flag COUNT_LOW, which clears it. Otherwise a
+        process with another state directory would not try the PIN (``pin-count-low``).
         """
         for file in (self.directory / "tokens").glob("*/token.object"):
             data = file.read_bytes()
@@ -170,7 +170,7 @@ class SoftHsm:
         sensitive: bool = True,
         always_authenticate: bool = False,
     ) -> bytes:
-        """A new RSA key that can sign and is protected unless asked otherwise; its public half."""
+        """Generate an RSA signing key, protected by default. Returns its public key."""
         private = {"SENSITIVE": sensitive, "EXTRACTABLE": extractable}
         if always_authenticate:
             private["ALWAYS_AUTHENTICATE"] = True
@@ -179,12 +179,12 @@ class SoftHsm:
         )
 
     def generate_ec_key(self, label: str, key_id: bytes) -> bytes:
-        """A new P-256 key, which Maskinporten does not take; its public half."""
+        """Generate a P-256 key, which Maskinporten does not accept. Returns its public key."""
         return self._key(what="ec-key", label=label, key_id=key_id.hex())
 
     def store_certificate(self, der: bytes, *, label: str, key_id: bytes) -> None:
-        """A certificate object; a leaf has the id of its key."""
-        self._order(
+        """Store a certificate object; for a leaf, *key_id* is that of its key."""
+        self._command(
             what="certificate",
             label=label,
             key_id=key_id.hex(),
@@ -192,46 +192,46 @@ class SoftHsm:
         )
 
     def delete(self, label: str) -> None:
-        """Every object called *label*."""
-        self._order(what="delete", label=label)
+        """Delete every object with *label*."""
+        self._command(what="delete", label=label)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
-        """Certificates stored and objects deleted inside are sent together at the end."""
-        self._orders.append({"what": "batch"})
+        """Execute the enclosed `store_certificate` and `delete` calls together at the end."""
+        self._commands.append({"what": "batch"})
         try:
             yield
-            orders = [each for each in self._orders if each["what"] != "batch"]
+            commands = [each for each in self._commands if each["what"] != "batch"]
         finally:
-            # What was asked for before an error is not done: all of it, or nothing.
-            self._orders.clear()
-        if orders:
-            self._do(orders)
+            # After an error none of the commands is executed.
+            self._commands.clear()
+        if commands:
+            self._do(commands)
 
     def _key(self, **order: Any) -> bytes:
-        if self._orders:
+        if self._commands:
             raise UsageError("a key is made at once: not inside a batch")
         return base64.b64decode(self._do([order])[0])
 
-    def _order(self, **order: Any) -> None:
-        if self._orders:
-            self._orders.append(order)
+    def _command(self, **order: Any) -> None:
+        if self._commands:
+            self._commands.append(order)
         else:
             self._do([order])
 
-    def _do(self, orders: list[dict[str, Any]], *, pin: str | None = None) -> list[Any]:
-        told = {
+    def _do(self, commands: list[dict[str, Any]], *, pin: str | None = None) -> list[Any]:
+        request = {
             "module": str(self.module),
             "token_label": self.label,
             "pin": pin or self.pin,
-            "do": orders,
+            "do": commands,
         }
         environment = {**os.environ, "SOFTHSM2_CONF": str(self.conf)}
-        said = _run(
-            [sys.executable, "-m", "hsmtoll.testing.provision"], environment, json.dumps(told)
+        output = _run(
+            [sys.executable, "-m", "hsmtoll.testing.provision"], environment, json.dumps(request)
         )
-        made: list[Any] = json.loads(said)
-        return made
+        results: list[Any] = json.loads(output)
+        return results
 
 
 def _run(argv: list[str], environment: dict[str, str], stdin: str = "") -> str:

@@ -259,7 +259,7 @@ def two_hundred(stage: Stage) -> Row:
     from hsmtoll.x509 import leaf_choice
     from hsmtoll.x509.certificate import Certificate
 
-    others = [pki.stranger(f"Rot {number}") for number in range(197)]
+    others = [pki.unrelated_ca(f"Rot {number}") for number in range(197)]
     every = [*others[:100], *stage.who.chain, *others[100:]]
     ders = [each.public_bytes(Encoding.DER) for each in every]
     pems = b"".join(each.public_bytes(Encoding.PEM) for each in every)

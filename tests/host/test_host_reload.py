@@ -153,7 +153,7 @@ def test_a_profile_goes_on_with_the_old_key_until_the_new_one_has_proven_itself(
 def test_a_device_that_is_busy_keeps_no_policy_from_counting(
     service: RunningService, host: RunningHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hsmtoll.host.profiles._TAKING_OVER", 0.0)
+    monkeypatch.setattr("hsmtoll.host.profiles._TAKEOVER_TIMEOUT", 0.0)
     proofs = Proofs(monkeypatch)
     before = host.signatures()
     host.write_policy(entry(ME, mode=["token"]), before=CHANGED)

@@ -185,7 +185,7 @@ def test_a_chain_with_a_stranger_or_out_of_order_is_refused(
     host: LyingHost, tmp_path: Path
 ) -> None:
     x5c = Notary().x5c
-    stranger = base64.b64encode(pki.stranger().public_bytes(Encoding.DER)).decode()
+    stranger = base64.b64encode(pki.unrelated_ca().public_bytes(Encoding.DER)).decode()
     app = app_of(host.url, state=tmp_path)
     for shown, taken in (
         (x5c, True),

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, stranger
+from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, unrelated_ca
 from hsmtoll.sandbox.state import Client
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def grants() -> list[Twins]:
         Twins("M23", e, e.but(x5c=[*whole, 7]), code="MP-123"),
         Twins("M24", e, e.but(x5c=url), code="MP-123"),
         Twins("M25", e, e.but(chain=_other_key()), code="MP-124"),
-        Twins("M26", e, e.but(chain=(*e.chain[:2], stranger(), e.chain[2])), code="MP-120"),
+        Twins("M26", e, e.but(chain=(*e.chain[:2], unrelated_ca(), e.chain[2])), code="MP-120"),
         Twins("M27", e, e.but(chain=e.chain[:1]), code="MP-120"),
         Twins("M28", c.but(chain=c.chain[:1]), c.but(chain=_of_nobody()), code="MP-120"),
         Twins(

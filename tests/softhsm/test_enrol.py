@@ -16,7 +16,7 @@ from hsmtoll import doctor, enrolment
 from hsmtoll.cli import main
 from hsmtoll.cli.device import key
 from hsmtoll.errors import CertificateError, ConfigurationError, DeviceError, UsageError
-from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, stranger
+from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, pem, unrelated_ca
 from tests.kit.own_device import PIN, Lab, make_lab
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def test_a_chain_is_imported_once_and_then_serves_without_a_file(
     app: App, lab: Lab, state: Path, authority: Authority
 ) -> None:
     leaf = certified(app, authority)
-    given = pem(authority.root, stranger(), leaf, authority.intermediate)
+    given = pem(authority.root, unrelated_ca(), leaf, authority.intermediate)
     done = enrolment.import_chain(app.devices[0], given, now=NOW)
     assert [len(each) for each in (done.written, done.present, done.left)] == [3, 0, 0]
     listed = lab.listed()

@@ -14,8 +14,8 @@ from hsmtoll.sandbox.pki import (
     issue_tls,
     norwegian_authority,
     pem,
-    stranger,
     tls_authority,
+    unrelated_ca,
 )
 from tests.kit.rule_cases import key
 
@@ -76,7 +76,7 @@ def test_openssl_verifies_a_leaf_and_refuses_it_under_another_root(
 ) -> None:
     leaf = authority.issue(key().public_key())
     assert verified(tmp_path, leaf, *authority.chain)
-    assert not verified(tmp_path, leaf, authority.intermediate, stranger())
+    assert not verified(tmp_path, leaf, authority.intermediate, unrelated_ca())
 
 
 @pytest.mark.parametrize(
