@@ -1,10 +1,10 @@
 """
-From an empty device to one with a key, a certificate and its chain.
+Enrolment: create a key on the device, request its certificate, import certificate and chain.
 
     generate ──► URI ──► csr ──► (the issuer) ──► import_chain ──► hsmtoll doctor
                     └──► jwk ──► (Samarbeidsportalen, for a client known by a kid)
 
-Signing requests are built here and signed on the device; a private key's value never enters.
+Certificate requests are built here and signed on the device, which never returns the private key.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ _WHOLE_CHAIN: Final = (
 @dataclass(frozen=True, slots=True)
 class Imported:
     """
-    What `import_chain` did: certificates *written* now, *present* before, and *left* because
-    the device had no room; the last ones belong into a file (HSMTOLL_HSM__CERTIFICATES).
+    The result of `import_chain`: certificates *written* now, *present* before, and *left* out
+    because the device had no room; name the latter in a file (HSMTOLL_HSM__CERTIFICATES).
     """
 
     chain: path_building.Chain
@@ -94,12 +94,12 @@ def generate(
     always_authenticate: bool = False,
 ) -> KeyUri:
     """
-    An RSA key made on *device*: sensitive, never extractable, for signing and nothing else.
+    Generate an RSA key on *device*: sensitive, never extractable, for signing only.
 
-    *label* and *id* default to those of the device's URI, the id to a random one. Returns the
-    key's URI, for HSMTOLL_HSM__KEY. Raises UsageError, for a label that is not one line of
-    printable characters too, DeviceError ``key-exists`` (nothing is overwritten),
-    ``key-refused`` or ``key-too-able``, and the errors of the login.
+    *label* and *id* default to those of the device's URI; without either the id is random.
+    Returns the key's URI, for HSMTOLL_HSM__KEY. Raises UsageError (also for a label with
+    unprintable characters), DeviceError ``key-exists`` (nothing is overwritten), ``key-refused``
+    or ``key-too-able``, and the errors of the login.
     """
     if bits not in BITS:
         listed = ", ".join(map(str, sorted(BITS)))
@@ -111,7 +111,7 @@ def generate(
             hint="put object=LABEL into HSMTOLL_HSM__KEY, or set HSMTOLL_HSM__KEY_LABEL",
         )
     if not named.isprintable():
-        # Bytes that are no UTF-8 among them, of which python-pkcs11 dies.
+        # Includes surrogates (invalid UTF-8), with which python-pkcs11 would crash.
         raise UsageError("key generate: a label is one line of printable characters, in UTF-8")
     return device.generate(
         bits=bits,
@@ -123,8 +123,8 @@ def generate(
 
 def uri_to_set(device: Device, made: KeyUri) -> KeyUri | None:
     """
-    The URI that selects the key *made* on *device*; None where the device's own URI does so
-    already. Another key that fits as well would leave it open which of them is meant.
+    The URI that selects the new key *made* on *device*; None if the device's own URI already
+    selects exactly that key.
     """
     try:
         found = device.key().uri
@@ -151,8 +151,8 @@ def csr(
     A PKCS#10 request (RFC 2986) for the device's key, signed there, as PEM.
 
     The subject is a legal person's (EN 319 412-3): *organization_identifier* such as
-    ``NTRSE-5566778899``, as the issuer registers it. Raises UsageError for values that no
-    name can hold, and the device's errors.
+    ``NTRSE-5566778899``, as registered with the issuer. Raises UsageError for values that a
+    distinguished name cannot hold, and the device's errors.
     """
     if not _LEGAL_PERSON.fullmatch(organization_identifier):
         _log.warning(
@@ -205,15 +205,15 @@ def import_chain(
     root_sha256: str | None = None,
 ) -> Imported:
     """
-    Write the leaf and its chain, in any order in the file *data*, beside the key that they
-    belong to. *name* is what an error calls it, *file* where it is for good, if it is a file.
+    Store a leaf and its chain, given in any order in *data*, on the device that has the leaf's
+    key. *name* is the name of the data in errors, *file* its path, if it is a file.
 
-    The leaf gets the key's label and CKA_ID. What is there already stays as it is, so that a
-    second time changes nothing; what was written is read back. Raises ConfigurationError for a
-    file that cannot be read, CertificateError ``certificate-foreign`` where no key on the device
-    has the public key of any of them, those of the chain's and the leaf's faults (not yet valid
-    is none), and DeviceError: ``certificate-refused`` where not even the leaf is taken,
-    ``certificate-lost`` where the device did not keep all that it took, or had before.
+    The leaf gets the key's label and CKA_ID. Certificates that are present are not changed, so
+    that a second import changes nothing; new ones are read back. Raises ConfigurationError for
+    unreadable data, CertificateError ``certificate-foreign`` if no key on the device belongs to
+    any of them, the errors of leaf and chain (except not yet valid), and DeviceError
+    ``certificate-refused`` if not even the leaf is accepted, ``certificate-lost`` if one that was
+    written or present is missing afterwards.
     """
     bundle = bundle_in(data, name)
     given = tuple(dict.fromkeys(bundle.certificates))
@@ -251,7 +251,7 @@ def import_chain(
 
 
 def _in_a_file(file: Path | None) -> str:
-    """What to do where the device does not hold the certificates."""
+    """The hint if the device cannot store the certificates."""
     where = foreign(file.absolute()) if file is not None else "a file with the whole chain"
     return (
         f"the device need not hold certificates: set HSMTOLL_HSM__CERTIFICATES to {where}; or store"
@@ -283,7 +283,7 @@ def _public(device: Device) -> RsaPublicKey:
     stored = device.certificates()
     facts = device.key(candidates=_public_keys(stored))
     if facts.public is None:
-        # Before the login a device may show less than after it.
+        # A device may show more certificates after the login.
         stored = device.certificates()
         beside = [
             each
@@ -307,7 +307,7 @@ def _public_keys(stored: Iterable[StoredCertificate]) -> tuple[RsaPublicKey, ...
 
 
 def _proven(device: Device, candidates: tuple[RsaPublicKey, ...]) -> RsaPublicKey | None:
-    """The one of *candidates* that belongs to the device's key, as a signature proves."""
+    """The one of *candidates* that verifies a signature of the device's key."""
     if not candidates:
         return None
     try:
@@ -328,12 +328,12 @@ def _matching(
 def _hidden_match(
     device: Device, given: Sequence[Certificate]
 ) -> list[tuple[Certificate, KeyFacts]]:
-    """The leaf of *given* for the device's key, where the device hides that one's public half."""
+    """The leaf of *given* for the device's key, if the device hides the public key."""
     candidates = tuple(each.public_key for each in given if each.public_key and not each.is_ca)
     try:
         key = device.key(candidates=candidates)
     except DeviceError:
-        return []  # what can be said of the certificates is said by the caller
+        return []  # the caller reports that no certificate matches
     public = None if key.public else _proven(device, candidates)
     return [(each, key) for each in given if public is not None and each.public_key == public]
 
