@@ -1,7 +1,7 @@
 """
-Where the parts are put together: settings in, a client or a device out. No decisions.
+Composition root: creates clients, devices and stores from the settings.
 
-Nothing is opened here: what is made connects, logs in and reads files when it is used.
+Nothing is opened here: the objects connect, log in and read files when they are used.
 """
 
 from __future__ import annotations

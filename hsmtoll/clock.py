@@ -1,7 +1,7 @@
 """
-The time of this machine, and how far it is from Maskinporten's.
+This machine's clocks, and their difference to Maskinporten's.
 
-The only room that reads a clock. What time means for a token is decided in tokens.
+Only this module reads a clock; other modules get the time as a value.
 """
 
 from __future__ import annotations

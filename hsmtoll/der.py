@@ -1,5 +1,5 @@
 """
-DER (X.690) as slices of the bytes that it came in: nothing that was signed is encoded again.
+DER (X.690) parsing into slices of the original bytes: signed data is never encoded again.
 
 asn1crypto encodes a value anew when it is dumped and its length ends in the byte 0x80
 (https://github.com/wbond/asn1crypto/issues/249), so signed bytes are never taken from it.

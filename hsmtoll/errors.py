@@ -1,5 +1,5 @@
 """
-What can go wrong, in one tree, and how foreign words are shown. This room imports nothing of ours.
+The exceptions of hsmtoll, and the sanitizing of untrusted text (`foreign`). Imports nothing of ours.
 
     HsmTollError
     ├── UsageError              2  the command line makes no sense

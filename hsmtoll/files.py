@@ -1,5 +1,5 @@
 """
-Who may change a file, in one rule with three roles; how files are read, and how they are replaced.
+Permission checks for files, in one rule with three roles; reading and atomic replacement.
 
 ``trust``: code, or what decides whom to trust: root or this account owns it and each directory and
 link on the way, and nobody else may write there. ``secret``: nobody else may read it either.

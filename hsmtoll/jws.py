@@ -1,7 +1,7 @@
 """
-Header and claims → signing input; with a signature → the compact form; and back.
+JWS (RFC 7515): signing input and compact serialization of header and claims, and parsing.
 
-Values only. A private key, a certificate or a device never enters this room.
+Values only. No private key, certificate or device is used here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-What operators see: how a client stands, as a value and as metrics for Prometheus.
+The status of a client, as a value and as Prometheus metrics.
 
-Read from what the process has seen anyway: neither the device nor the network is asked.
+Uses only what the process knows already: no access to the device or the network.
 """
 
 from __future__ import annotations

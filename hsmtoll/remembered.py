@@ -1,7 +1,7 @@
 """
-A small fact that this machine remembers from one process to the next, in a file of its own.
+A short text that is kept from one process to the next in a file of its own.
 
-Nothing secret and nothing that must not be lost: what cannot be kept is learned again.
+Not for secrets, nor for data that must not be lost: what cannot be written is learned again.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ __all__ = ["PersistedText"]
 
 @dataclass(slots=True)
 class PersistedText:
-    """Text at *path*, replaced whole, 0600; without a path, or a disk, in memory."""
+    """A text in the file *path* (0600, replaced atomically); in memory if there is no path."""
 
     path: Path | None = None
     text: str | None = None
 
     def read(self) -> str | None:
-        """What is known now, by this process or another one."""
+        """The current text, as written by this or another process."""
         if self.path is not None:
             with contextlib.suppress(OSError, ValueError):
                 self.text = self.path.read_text(encoding="ascii").strip() or self.text
         return self.text
 
     def write(self, text: str) -> None:
-        """Keep *text*; a disk that is full or closed costs the next process a lesson, no more."""
+        """Write *text*; if that fails, it is kept in memory and the next process learns it anew."""
         if text == self.read():
             return
         self.text = text

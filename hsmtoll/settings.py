@@ -1,5 +1,5 @@
 """
-HSMTOLL_… and a TOML file → validated values. Nothing here does anything with them.
+Settings: validated values from HSMTOLL_… variables, a TOML file and arguments.
 
 Arguments win over the environment, the environment over ``[profile.NAME]`` of the file, and
 that over the file's top level. Every name that is not known is an error.

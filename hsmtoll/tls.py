@@ -1,5 +1,5 @@
 """
-The TLS contexts of ours: whom this machine trusts, and what the user adds.
+TLS contexts with the system's trusted CAs and those that the user adds.
 
 Made by hand and in one place, so that no library's default (a key log, an older version, a
 certificate that is not checked) slips in.

@@ -1,7 +1,7 @@
 """
-A signature is a value: `grant` says what is signed, `signer` who signs, here or elsewhere.
+Signed grants: `grant` builds the claims, `signer` signs them on a device, `remote` on another host.
 
     TokenRequest ──► Signer.sign ──► SignedGrant
 
-`remote` asks a signing host, and `verification` believes nothing that it answers.
+`verification` verifies every grant that a signing host returns.
 """

@@ -1,7 +1,7 @@
 """
-What Maskinporten wants in a JWT grant (RFC 7523): header, claims, limits.
+Header, claims and limits of a JWT grant for Maskinporten (RFC 7523).
 
-Signing and sending never enter; neither does a clock.
+Values only: nothing is signed or sent here, and no clock is read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ORGNO = re.compile(r"\d{9}")
 @dataclass(frozen=True)
 class Grant:
     """
-    A grant that is right by construction; only time, jti and signature are missing.
+    A grant without time, jti and signature, validated on construction.
 
     *audience* is the issuer byte for byte (M51). Exactly one of *kid* and *x5c* is set
     (M21, M22); x5c is standard base64 of DER, leaf first (RFC 7515 section 4.1.6).
@@ -130,9 +130,9 @@ class Read:
 
 def read_grant(alg: str, unsigned: bytes) -> Read:
     """
-    What *unsigned* asks to be signed with *alg*. ValueError, without a value in its text, unless
-    it is a grant byte for byte as `Grant.unsigned` makes them: what two readers could take for two
-    different things is none.
+    Parse a signing input that is to be signed with *alg*. ValueError, without any value in its
+    text, unless it equals byte for byte what `Grant.unsigned` makes: input that two parsers could
+    read differently is refused.
     """
     first, _, second = unsigned.partition(b".")
     kid, x5c, leaf = _read_header(alg, first)

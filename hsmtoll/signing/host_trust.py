@@ -43,8 +43,8 @@ def trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
         directory = path.parent.stat().st_uid
         owner = path.lstat().st_uid
         _check_path_permissions(path, own, directory, name)
-        # The path as written is where a link could be changed, the path it leads to is where a
-        # socket could.
+        # Check the path as written, where a link could be replaced, and the resolved path, where
+        # the socket could be replaced.
         _check_path_permissions(Path(os.path.realpath(path, strict=True)), own, directory, name)
     except PermissionError as exc:
         raise no_access(name) from exc
@@ -67,7 +67,7 @@ def _check_path_permissions(path: Path, own: set[int], directory: int, name: str
     for place in path.parents:
         seen = place.stat()
         owners = own | {directory} if below is None else own
-        # In a sticky one such as /tmp anybody may make a directory; ours in there stays ours.
+        # In a sticky directory such as /tmp, others cannot rename or remove our directory.
         sticky = seen.st_mode & stat.S_ISVTX and below in own
         below = seen.st_uid
         if seen.st_uid not in owners or (seen.st_mode & 0o022 and not sticky):

@@ -1,10 +1,10 @@
 """
-A signer that is a signing host: asked for a grant or a token, believed as far as it is proven.
+A Signer backed by a remote signing host; every grant is verified before use.
 
-    kernel or TLS: who answers ──► one request ──► proof: claims, signature, whose it is ──► grant
+    peer credentials or TLS ──► one request ──► verification: claims, signature, owner ──► grant
 
-Who answers is known before a byte is sent. No key, no PIN and no claims of ours enter; what a
-host says in its answers is foreign text.
+The host is authenticated before anything is sent. Neither keys nor PINs are used here, and all
+text in the host's responses is untrusted.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ __all__ = [
 _log = logging.getLogger("hsmtoll.signing.remote")
 _T = TypeVar("_T")
 
-#: The version of the wire that is spoken here; a host may be one older or one newer.
+#: Protocol version of this client; a host's may be one older or one newer.
 VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostProbe:
-    """What a host showed without signing: its wire's *version*, and how far *ahead* it is (s)."""
+    """Result of a probe without signing: protocol *version*; seconds its clock is *ahead*."""
 
     name: str
     version: int | None = None
@@ -77,10 +77,10 @@ class HostProbe:
 
 class SigningHost:
     """
-    One address of a signing host: how it is reached, and whether it is who it should be.
+    One address of a signing host: connects, and authenticates the host.
 
-    *timeout* bounds each wait, *deadline* one whole request, in seconds. Neither proxies nor
-    redirects are followed.
+    *timeout* limits each wait, *deadline* a whole request, in seconds. No proxy is used, and
+    redirects are not followed.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class SigningHost:
 
     def ask(self, what: str, body: Mapping[str, Any]) -> Answer:
         """
-        The answer 200 to one request for a ``grant`` or a ``token``.
+        Request a ``grant`` or a ``token``; returns the response with status 200.
 
-        Raises PolicyDenied for a host that is not the one it should be and for its own no,
-        NetworkError where none answers, and by its word the errors of its device (30), clock
-        (50), legs (60, 70), time (75) and audit (91).
+        Raises PolicyDenied if the host cannot be authenticated or its policy refuses, NetworkError
+        if no host responds, and the errors that the host reports: of its device (30), clock (50),
+        the token requests (60, 70), rate limits (75) and audit (91).
         """
         url, said = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
         answer = self._send(
@@ -121,7 +121,7 @@ class SigningHost:
         return answer
 
     def probe(self) -> HostProbe:
-        """Who answers, and what its clock says; nothing is signed and nothing refused."""
+        """Check version, authentication and clock of the host; nothing is signed."""
         sent = self._clock.now()
         try:
             answer = self._send(lambda http_client: http_client.get(f"{self._base}/v1", leg=_LEG))
@@ -132,7 +132,7 @@ class SigningHost:
         return HostProbe(name=self.name, version=version, ahead=ahead)
 
     def _send(self, send: Callable[[HttpClient], Answer]) -> Answer:
-        # A door for each request: a certificate that was renewed is shown the next time.
+        # New connection options for each request: a renewed client certificate is read again.
         try:
             http_client = HttpClient(
                 connection_options=self._connection_options(),
@@ -182,7 +182,7 @@ class SigningHost:
         return version
 
     def _refused(self, answer: Answer) -> HsmTollError:
-        """What the host said instead of what was asked for, as an error of ours."""
+        """The host's error response as an error of this package."""
         body = object_in(answer)
         reply = replies.read(answer.status, body.get("error"))
         what = foreign(body.get("error_description") or "it gives no reason")
@@ -199,7 +199,7 @@ class SigningHost:
         )
 
     def _unreached(self, exc: NetworkError) -> HsmTollError:
-        """The same trouble in words about this host; whom TLS does not believe is not believed."""
+        """Name the host in a network error; PolicyDenied if its TLS certificate is not trusted."""
         cause = _tls_reason(exc)
         if exc.code == "tls-untrusted" and _is_other_name(exc):
             return PolicyDenied(
@@ -253,8 +253,8 @@ _HINTS: Final = {
     "answer-compressed": "something between answers: a signing host is spoken to directly",
 }
 
-#: What another host may be asked instead of. A no of policy, stop or quota is a no, and a host
-#: that is not believed is an alarm: neither is gone around.
+#: Scopes of errors after which the next host is tried. Never after a refusal (policy, stop, quota),
+#: and never after a host failed authentication or verification, which needs attention.
 _ELSEWHERE: Final = ("device", "service", "attempt")
 
 
@@ -264,7 +264,7 @@ def object_in(answer: Answer) -> dict[str, Any]:
 
 
 def _tls_reason(exc: BaseException) -> str:
-    """OpenSSL's word for what went wrong, if it was in TLS; or nothing."""
+    """OpenSSL's reason for a TLS error, or ``""``."""
     found: BaseException | None = exc
     while found is not None:
         if isinstance(found, ssl.SSLError):
@@ -273,7 +273,7 @@ def _tls_reason(exc: BaseException) -> str:
     return ""
 
 
-#: What OpenSSL says of a certificate for another host name, or another address
+#: OpenSSL's verify codes for a certificate of another host name or address
 #: (X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH).
 _OTHER_NAME: Final = (62, 64)
 
@@ -313,9 +313,9 @@ _LONGEST_REST: Final = 10.0
 
 class FailoverHosts:
     """
-    Several addresses in order: the first one that works answers, and is asked first again once
-    it has rested. Where all rest they are asked all the same: who waits and how often is decided
-    where the tokens are kept. One line of the log for each change.
+    Several hosts in order of preference: the first one that works is used. A host that failed is
+    tried after the others until its back-off has passed. If all have failed they are still tried:
+    the token cache has the back-off for all. Logs one line for each change of host.
     """
 
     def __init__(self, hosts: Sequence[SigningHost], clock: Clock) -> None:
@@ -326,7 +326,7 @@ class FailoverHosts:
         self._in_use = 0
 
     def first(self, ask: Callable[[SigningHost], _T]) -> _T:
-        """What *ask* returns of the first host that is there; the first error if none is."""
+        """The result of *ask* for the first host that works; raises the first error if none."""
         now = self._clock.now().boot
         order = sorted(range(len(self.all)), key=lambda n: now < self._rests[n].until)
         failed: dict[int, HsmTollError] = {}
@@ -367,8 +367,8 @@ class FailoverHosts:
 
     def provisional_identity(self) -> str:
         """
-        A name for who signs as long as no certificate has shown it: of these sockets on this
-        machine since its start, so that no other machine's tokens are ever taken for ours.
+        A name for the signer while its certificate is not known: made of the boot id and the
+        sockets, so that tokens of other machines are never used here.
         """
         parts = [self._clock.now().boot_id]
         for host in self.all:
@@ -394,10 +394,10 @@ def request_body(profile: str, request: TokenRequest) -> dict[str, Any]:
 
 class RemoteSigner:
     """
-    Grants of a signing host, each proven before it is given out.
+    Grants from signing hosts, each verified before it is returned.
 
-    *hosts* in order; *skew* is what this machine knows of Maskinporten's clock. All hosts and
-    all grants of one process are for one organisation.
+    *hosts*: in order of preference. *skew*: difference to Maskinporten's clock. All hosts must sign
+    for the same organisation while the process lives.
     """
 
     def __init__(
@@ -414,19 +414,19 @@ class RemoteSigner:
         self._used: deque[str] = deque(maxlen=1000)
 
     def known_identity(self) -> str | None:
-        """As the last grant proved it; ``None`` before there was one."""
+        """The signer of the last verified grant; ``None`` before the first."""
         return self._identity
 
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         """
-        One grant, made there, proven here. Its jti is the host's: *jti* is not sent.
-        Raises as `SigningHost.ask` and `verify_grant`.
+        Request a grant and verify it. The host chooses the jti; *jti* is not sent. Raises as
+        `SigningHost.ask` and `verify_grant`.
         """
         del jti
         return self.hosts.first(partial(self._asked, request))
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
-        """False: which certificate signs is the host's to choose."""
+        """False: the host chooses the certificate."""
         del grant, code
         return False
 
@@ -440,7 +440,7 @@ class RemoteSigner:
             body.get("assertion"),
             request,
             self._expected,
-            # The boot clock measures the way: the wall clock may be set meanwhile.
+            # Measured with the boot clock: the wall clock may be set during the request.
             sent=received.wall + skew - max(0.0, received.boot - sent.boot),
             received=received.wall + skew,
             name=host.name,

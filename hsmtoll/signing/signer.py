@@ -75,33 +75,33 @@ class Signer(Protocol):
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
         """
-        Told that Maskinporten did not take the certificate of *grant*, with *code* of its own:
-        whether another grant may do.
+        Called when Maskinporten rejected the certificate of *grant* with *code*. Returns whether a
+        new grant may be accepted.
         """
 
 
 @dataclass(slots=True)
 class KeyListState:
     """
-    What the keys of one list share while the process lives: the *organization* they sign for,
-    learned at first contact, and the leaves that Maskinporten *refused*, by SHA-256, with the
-    wall time until which an older one is preferred.
+    State shared by all keys of HSMTOLL_HSM__KEY. *organization*: that they sign for, learned from
+    the first certificate. *refused*: leaves that Maskinporten rejected, by SHA-256, with the time
+    (epoch seconds) until which an older leaf is preferred.
     """
 
     organization: str | None = None
     refused: dict[str, float] = field(default_factory=dict)
 
     def unwanted(self, now: float) -> frozenset[str]:
-        """The leaves that were refused lately."""
+        """The leaves that are not to be used at *now*."""
         return frozenset(sha256 for sha256, until in self.refused.items() if now < until)
 
 
 @dataclass(frozen=True, slots=True)
 class _ProvenChain:
     """
-    A chain, its *x5c*, and how long they may be used without looking again: until *boot*, or
-    *wall*, when a certificate that was seen becomes valid or ends, as long as the device's
-    handles live, and as long as the same is *supplied*.
+    A verified chain, its *x5c*, and the conditions for using it again without reading the device:
+    before *boot* (boot clock) and *wall* (epoch seconds, when a known certificate becomes valid or
+    expires), the same *generation* of device handles, and the same *supplied* bundle.
     """
 
     chain: path_building.Chain
@@ -177,10 +177,10 @@ class LocalSigner:
 
     def chain(self) -> path_building.Chain:
         """
-        The proven chain of the device's key; CertificateError without one.
+        The verified chain of the device's key; CertificateError if there is none.
 
-        Read and proven anew every 60 s, after the device was opened again, and when one of
-        its certificates becomes valid or ends: so a new one takes over by itself.
+        Read again every 60 s, after the device was reopened, and when a certificate becomes valid
+        or expires, so that a new certificate is used without a restart.
         """
         return self._current_chain().chain
 
@@ -197,7 +197,7 @@ class LocalSigner:
         at = datetime.fromtimestamp(now.wall, UTC)
         errors: list[CertificateError] = []
         for stored, key in read_certificates_and_key(self.device, given, near=True):
-            # Where the device hides the public half, the grant's own signature proves the leaf.
+            # If the device hides the public key, the grant's signature shows which leaf is right.
             self._candidate_keys = () if key.public else _keys([*readable(stored), *given])
             try:
                 chain, pool = self._build_with_fallback(
@@ -207,7 +207,7 @@ class LocalSigner:
             except CertificateError as exc:
                 errors.append(exc)
         else:
-            # The first look may have left certificates out; the second has seen all.
+            # The first read may be incomplete; the second includes all certificates.
             raise errors[1]
         self._set_active_leaf(chain.leaf, now.wall)
         edges = {end.timestamp() for c in pool for end in (c.not_before, c.not_after)}
@@ -287,7 +287,7 @@ class LocalSigner:
     def _candidate_leaves(
         self, stored: Sequence[StoredCertificate], supplied: Bundle, key: KeyFacts
     ) -> list[Certificate]:
-        """Leaves that lie with the key: by CKA_ID, else by label, else all there are."""
+        """Leaves that match the key by CKA_ID, else by label, else all leaves."""
         for named in (
             readable(each for each in stored if key.id and each.id == key.id),
             readable(each for each in stored if key.label and each.label == key.label),
@@ -310,14 +310,14 @@ class LocalSigner:
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
         """
-        As `Signer.rejected`. A leaf in its first day steps back behind the older ones, with a
-        warning; another grant may do where this device has another leaf that lives.
+        As `Signer.rejected`. If the rejected leaf became active less than 24 h ago, an older valid
+        leaf is preferred from now on, with a warning. Returns whether the device has one.
         """
         leaf, now = self._leaf, self.clock.now().wall
         if leaf is None:
             return False
         if leaf.sha256 != grant.identity or self.rejected_lately():
-            # Another renewal may have made it step back meanwhile.
+            # A concurrent renewal may have switched to an older leaf already.
             unwanted = self._key_list_state.unwanted(now)
             return grant.identity in unwanted and leaf.sha256 not in unwanted
         began = max(leaf.not_before.timestamp(), self._since[leaf.sha256])
@@ -342,8 +342,8 @@ class LocalSigner:
 
     def chain_without_pin(self) -> path_building.Chain:
         """
-        The chain as far as it shows to nobody in particular: the leaf is taken by the label or
-        id of the key named, else by its looks, and not proven to be that key's.
+        The chain without login: the leaf is chosen by the label or id of the key, and *not
+        verified* to belong to the private key.
         """
         stored = self.device.certificates()
         supplied = self._supplied()
@@ -352,7 +352,7 @@ class LocalSigner:
         pool = [*readable(stored), *supplied.certificates]
         beside = readable(named)
         keys = {each.public_key for each in beside if each.public_key and not each.is_ca}
-        # A renewed one may stand in the file alone.
+        # A renewed certificate may be in the file only.
         beside += [each for each in supplied.certificates if each.public_key in keys]
         leaves = beside or [each for each in pool if not each.is_ca]
         now = datetime.fromtimestamp(self.clock.now().wall, UTC)
@@ -385,7 +385,7 @@ class LocalSigner:
 
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         """
-        One grant: claims built here, signed by the device, and proven to be of the key it names.
+        Build a grant, sign it on the device, and verify the signature with the public key.
 
         ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
         signing is not given out (RFC 7523 section 3).
@@ -393,7 +393,7 @@ class LocalSigner:
         try:
             return self._sign_once(request, jti)
         except HsmTollError as exc:
-            # The device is looked at afresh the next time.
+            # Read the device again next time.
             self._proven = self._bare_public_key = None
             if exc.code == "signature-wrong":
                 self._verified_key = None
@@ -403,7 +403,7 @@ class LocalSigner:
         try:
             leaf, key, grant = self._prepare(request)
         except HsmTollError as exc:
-            # Whatever the device could not be asked for: no signature was among it.
+            # The error occurred before signing.
             exc.signed = False
             raise
         began = self.clock.now()
@@ -473,7 +473,7 @@ class LocalSigner:
         return made
 
     def _public_key(self) -> jws.RsaPublicKey:
-        """With a kid: read anew as often as a chain is."""
+        """The public key, for a grant with kid; read as often as a chain."""
         now = self.clock.now()
         known = self._cached_public_key(now)
         if known is not None:
@@ -536,7 +536,7 @@ def read_certificates_and_key(
         generation = device.generation
         key = device.key(candidates=_keys([*readable(stored), *given]))
         if device.generation != generation:
-            # A login was made in between: there may be more to see.
+            # A login in between may have made more certificates visible.
             stored = device.certificates(near=near)
         return stored, key
 
@@ -559,7 +559,7 @@ def read_certificates_and_key(
 
 
 def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
-    """What parses: a device holds objects of all kinds, and one bad one hides no other."""
+    """The certificates that can be parsed; others are skipped."""
     return [each for _, each, _ in _parsed(stored) if each is not None]
 
 
@@ -613,8 +613,8 @@ def _keys(certificates: Iterable[Certificate]) -> tuple[jws.RsaPublicKey, ...]:
     return tuple({c.public_key for c in certificates if c.public_key is not None})
 
 
-#: Trouble of one device or its certificate: another device may do. A wrong PIN is not among
-#: them: that is the user's to mend before it is tried elsewhere.
+#: Errors after which the next key is tried. A wrong PIN is not among them: the user must correct it
+#: first.
 _FAILOVER_ERRORS: Final = (DeviceError, CertificateError)
 
 
@@ -640,7 +640,7 @@ class FailoverSigner:
             try:
                 grant = signer.sign(request, jti=jti)
             except _FAILOVER_ERRORS as exc:
-                # The first one's error speaks for all of them.
+                # The first key's error is raised if all fail.
                 first = first or exc
                 first.signed |= exc.signed
             else:
@@ -669,7 +669,7 @@ class FailoverSigner:
 
 class OneTimeAssertion:
     """
-    A grant that was signed elsewhere and handed in: it is given out once.
+    A grant that was signed elsewhere and read from stdin; it can be used once.
 
     UsageError for what is not an assertion, ConfigurationError (code ``audience``) for one that
     was made for another environment: it would be refused there, and told to a stranger on the way.

@@ -1,7 +1,7 @@
 """
-Whether a grant that was made elsewhere is the one that was asked for: claims, signature, time.
+Verification of a grant that another host signed: claims, signature, certificates, time.
 
-Values only. Where it came from, and how, is not known here.
+Values only: no network here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_CLOCK_DIFFERENCE", "Expected", "verification_error", "verify_grant", "wrong_clock"]
 
-#: Seconds that a host's clock may be apart from Maskinporten's, as far as it is known here:
-#: Maskinporten itself takes no more (M53).
+#: Seconds. Maximum difference between the host's clock and Maskinporten's (M53).
 MAX_CLOCK_DIFFERENCE: Final = 10.0
 
 #: Characters. An assertion with a chain of certificates is some ten kilobytes.
@@ -45,7 +44,7 @@ _THUMBPRINT: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
     """
-    What every grant must show, whoever made it.
+    Expected properties of every grant.
 
     *audience* is the environment's issuer byte for byte. *issuer* (iss), *kid* (or
     ``thumbprint``), *public_key*, *organization* (organizationIdentifier, or the Norwegian
@@ -63,7 +62,7 @@ class Expected:
 
 
 class _VerificationFailed(Exception):
-    """Why a grant is not the one that was asked for; *code* is stable."""
+    """The reason why a grant failed verification; *code* is stable."""
 
     def __init__(self, what: str, code: str) -> None:
         super().__init__(what)
@@ -80,18 +79,18 @@ def verify_grant(
     name: str = "the signing host",
 ) -> tuple[SignedGrant, str | None]:
     """
-    *assertion* as a grant, and the organisation that it is signed for (``None`` with a kid);
-    PolicyDenied if it is not the grant that was asked for.
+    Verify *assertion*: returns the grant and the organisation that it is signed for (``None`` with
+    a kid). PolicyDenied if it is not the grant that was requested.
 
-    *sent* and *received* are Maskinporten's time as far as it is known, in epoch seconds,
-    around the request. ClockError for a grant that is right but for its time.
+    *sent*, *received*: time of request and response by Maskinporten's clock, in epoch seconds.
+    ClockError if only the time is wrong.
     """
     try:
         header, claims, unsigned, signature = _parts(assertion)
         identity, leaf = _signed_by(header, unsigned, signature, expected, received)
         _check_claims(claims, request, expected)
     except _VerificationFailed as exc:
-        # `from None`: what was refused stays out of every traceback.
+        # `from None`: keep the rejected values out of tracebacks.
         raise verification_error(name, str(exc), exc.code) from None
     _check_times(claims, sent=sent, received=received, name=name)
     grant = SignedGrant(
@@ -107,7 +106,7 @@ def verify_grant(
 
 
 def verification_error(name: str, what: str, code: str) -> PolicyDenied:
-    """The error for a grant of the host *name* that is not what was asked for."""
+    """The error for a grant of the host *name* that failed verification."""
     return PolicyDenied(
         f"{name}: its grant is not believed: {what}",
         hint="nothing was sent on; ask the host's custodian what signs there",
@@ -131,7 +130,7 @@ def _parts(assertion: object) -> tuple[dict[str, Any], dict[str, Any], bytes, by
 
 def _object(part: str, name: str) -> dict[str, Any]:
     try:
-        # A name that is there twice is read once by us and perhaps otherwise by Maskinporten.
+        # Strictly: Maskinporten may take the other value of a duplicate member.
         value = read_strict(_unb64url(part))
     except ValueError:
         value = None
@@ -189,7 +188,7 @@ def _signed_by(
 def _known_by_kid(
     kid: object, alg: str, unsigned: bytes, signature: bytes, expected: Expected
 ) -> str:
-    """Who a kid stands for. An eSeal has no client that a key could be registered on (M22)."""
+    """The identity for a kid. Keys cannot be registered for an eSeal (M22)."""
     key, wanted = expected.public_key, expected.kid
     if expected.family == "eseal" or expected.organization is not None:
         raise _VerificationFailed("it shows a kid, and no certificate", "grant-header")
@@ -216,7 +215,7 @@ def _known_by_kid(
                 "its signature is not by HSMTOLL_HSM__PUBLIC_KEY", "grant-signature"
             )
         return hashlib.sha256(key.spki()).hexdigest()
-    # Without its public key the signature is Maskinporten's to judge: a kid opens nothing alone.
+    # Without the public key only Maskinporten can verify the signature; a kid alone gives nothing.
     return hashlib.sha256(f"kid {kid}".encode()).hexdigest()
 
 
@@ -231,7 +230,7 @@ def _certificates(x5c: object) -> tuple[Certificate, ...]:
 
 
 def _verify_chain(certificates: tuple[Certificate, ...], expected: Expected, now: datetime) -> None:
-    """x5c is the proven chain of its first certificate, and holds nothing else (M26)."""
+    """Verify that x5c is exactly the chain of its first certificate (M26)."""
     leaf = certificates[0]
     pin = expected.certificate_sha256
     if pin is not None and leaf.sha256 != pin:
@@ -253,7 +252,7 @@ def _verify_chain(certificates: tuple[Certificate, ...], expected: Expected, now
 
 
 def _check_claims(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> None:
-    """The claims are those that were asked for, and no others."""
+    """Verify that the claims are those that were requested, and no others."""
     asked: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
     if expected.issuer is not None:
         asked["iss"] = expected.issuer

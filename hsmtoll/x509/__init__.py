@@ -1,5 +1,5 @@
 """
-Certificates, the chain that is proven from them, and which one signs.
+X.509: parsing certificates, building a verified chain, choosing the signing certificate.
 
     certificate_files ──► certificate ──► path_building ──► certificate_checks ──► leaf_choice
     PEM, DER, PKCS#7      what it says    signatures         what is refused        which one

@@ -1,8 +1,8 @@
 """
-What one certificate says. It is read here, whole, and not judged.
+X.509 parsing: DER to an immutable value. No validation.
 
-DER in, a frozen value out: no file, no clock, no device and no trust enters this room.
-Which certificates belong together is said in `hsmtoll.x509.path_building`.
+No file, clock or device is used, and nothing is trusted.
+Chains are built in `hsmtoll.x509.path_building`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """
-What Maskinporten refuses about a certificate, and about the chain above it.
+Checks for everything that makes Maskinporten reject a certificate or its chain.
 
-A check finds faults and raises nothing: what signs raises the first one, a doctor shows all.
+Checks return faults and raise nothing: a signer raises the first fault, the doctor shows all.
 """
 
 from __future__ import annotations

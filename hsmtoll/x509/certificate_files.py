@@ -1,7 +1,7 @@
 """
-Certificates in the forms in which issuers deliver them: PEM, DER and PKCS#7.
+Certificate files in the formats that issuers deliver: PEM, DER and PKCS#7.
 
-Bytes of a file in, certificates out, each the bytes that it came in; nothing is proven here.
+Bytes in, certificates out, each with its original encoding; *no signature is verified*.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-A file of certificates that is followed: what is put in its place is used, if it can be.
+A certificate file that is read again when it changes; an unusable new file is not used.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Which certificate of a key signs: the best one that Maskinporten takes and whose chain holds.
+Choice of the signing certificate of a key: acceptable to Maskinporten, with a verified chain.
 """
 
 from __future__ import annotations

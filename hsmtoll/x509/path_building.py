@@ -1,8 +1,8 @@
 """
-Certificates in any order, with strangers → the one proven chain of a leaf.
+Path building: from an unordered pool, which may have unrelated certificates, to one verified chain.
 
-Values only: no file, no clock and no device. Nothing is trusted here, trust is
-Maskinporten's part; every link is proven by a signature.
+Values only: no file, no clock and no device. Each link is verified by its signature; there is no
+trust anchor, because Maskinporten decides about trust.
 
 The rules of a path, from the leaf upwards. Each next certificate
 

@@ -1,7 +1,7 @@
 """
-Whether an issuer has taken a certificate back: its lists (CRL) and its answers (OCSP), proven.
+Revocation status from CRLs and OCSP responses, with their signatures verified.
 
-Bytes in, a verdict out: no socket, no file and no clock enter this room.
+Bytes in, status out: no network, no file and no clock.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ MAX_ANSWER = 64 * 1024
 @dataclass(frozen=True, slots=True)
 class Status:
     """
-    What the issuer said of one certificate. *revoked_at* None means that it stands. *source*
-    is ``CRL`` or ``OCSP``; *next_update* is until when the word is good, *stale* that this has
-    passed.
+    The revocation status of one certificate. *revoked_at*: ``None`` if it is not revoked. *source*:
+    ``CRL`` or ``OCSP``. *next_update*: end of validity of the answer; *stale*: that has passed.
     """
 
     source: str
@@ -50,9 +49,9 @@ class Status:
 
 def by_crl(data: bytes, certificate: Certificate, issuer: Certificate, *, now: datetime) -> Status:
     """
-    What a CRL, DER or PEM, says of *certificate*.
+    The status of *certificate* in a CRL, DER or PEM.
 
-    Raises ValueError for what is not a list, is another issuer's, or is not signed by *issuer*.
+    Raises ValueError if *data* is not a CRL or is not signed by *issuer*.
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES // 1024} KiB")
@@ -73,13 +72,13 @@ def by_crl(data: bytes, certificate: Certificate, issuer: Certificate, *, now: d
     try:
         reason = found.extensions.get_extension_for_class(x509.CRLReason).value.reason.value
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
-        # It is revoked, whatever is said of why.
+        # It is revoked, even if the reason cannot be read.
         reason = None
     return Status("CRL", found.revocation_date_utc, reason, until, stale)
 
 
 def ocsp_url(base: str, certificate: Certificate, issuer: Certificate) -> str:
-    """The address of a question by GET (RFC 6960 appendix A.1)."""
+    """The URL of an OCSP request by GET (RFC 6960 appendix A.1)."""
     builder = ocsp.OCSPRequestBuilder().add_certificate(
         x509.load_der_x509_certificate(certificate.der),
         x509.load_der_x509_certificate(issuer.der),
@@ -92,7 +91,7 @@ def ocsp_url(base: str, certificate: Certificate, issuer: Certificate) -> str:
 
 def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: datetime) -> Status:
     """
-    What an OCSP answer says of *certificate*.
+    The status of *certificate* in an OCSP response.
 
     Signed by *issuer*, or by a responder with its certificate for that purpose (RFC 6960
     section 4.2.2.2). Raises ValueError for everything else, an unknown certificate included.
