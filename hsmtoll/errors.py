@@ -1,5 +1,5 @@
 """
-The exceptions of hsmtoll, and the sanitizing of untrusted text (`foreign`). Imports nothing of ours.
+The exceptions of hsmtoll, and `foreign`, which sanitizes untrusted text. Imports nothing of ours.
 
     HsmTollError
     ├── UsageError              2  the command line makes no sense
