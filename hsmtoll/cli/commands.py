@@ -120,7 +120,12 @@ _COMMANDS: Final = {
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     listed=_COMMANDS,
-    examples=("hsmtoll doctor", "hsmtoll help token", "hsmtoll sandbox -- hsmtoll test-auth road"),
+    examples=(
+        "hsmtoll doctor",
+        "hsmtoll help token",
+        "hsmtoll help topics",
+        "hsmtoll sandbox -- hsmtoll test-auth road",
+    ),
 )
 @click.version_option(version("hsmtoll"), prog_name="hsmtoll")
 @click.pass_context
