@@ -38,6 +38,10 @@ _WORDS: Final = {
         r"\b(?:pip3?|pipx|uv|poetry|pdm) (?:pip |tool )?(?:install|download|wheel|run|add)\b"
         r"(?!.*--no-index)[^#\n]*[\s'\"]hsmtol[l](?=[\[\s'\"=<>~!;,]|$)"
     ),
+    # A reader of the repository cannot open these: cite an RFC, a public page or a rule's id.
+    "a citation of a document outside the repository": (
+        r"\b(?:DESIG[N]|PROTOCO[L])\b|\b(?:HS[M]|FEATURE[S]|STYL[E]|FIELD_TERM[S])\.md\b"
+    ),
     "the host of a package registry": r"deb\.debia[n]\.org|pyp[i]\.org|pythonhoste[d]|npmj[s]",
 }
 #: A suppression has its reason beside it: after a dash, or in the comment on the line above.

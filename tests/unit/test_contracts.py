@@ -271,6 +271,25 @@ def test_no_text_installs_hsmtoll_by_a_name_that_anybody_may_register(
     assert list(words(tmp_path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("# Seconds ({} 4.9).".format("DESIG" + "N"), True),
+        ('"""Leg one ({} A.7)."""'.format("PROTOCO" + "L"), True),
+        ("# see {}".format("HS" + "M.md"), True),
+        ("context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)", False),
+        ("# Seconds (C11, RFC 6749 section 5.1).", False),
+    ],
+)
+def test_no_text_cites_a_document_outside_the_repository(
+    tmp_path: Path, line: str, refused: bool
+) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "some.py").write_text(line + "\n", "utf-8")
+    expected = ["some.py:1: a citation of a document outside the repository"] if refused else []
+    assert list(words(tmp_path)) == expected
+
+
 def test_the_units_are_where_an_installed_package_has_them() -> None:
     units = resources.files("hsmtoll") / "host" / "systemd"
     assert {each.name for each in units.iterdir()} == {
