@@ -36,7 +36,7 @@ class _Shared:
         self._token_service = token_service
         self._close = close
         self._refreshers: list[BackgroundRefresher] = []
-        # Whose clients they are is said by the colour.
+        # Any: httpx.Client in TollClient, httpx.AsyncClient in AsyncTollClient.
         self._clients: dict[tuple[str, int], Any] = {}
         self._open_clients: list[Any] = []
 

@@ -55,7 +55,7 @@ class Deadline:
         sending = event.endswith("send_request_headers.started")
         # The CONNECT request to a proxy contains nothing of the request itself.
         self.sent |= sending and info["request"].method != b"CONNECT"
-        # The name of its logger tells TLS inside the tunnel from TLS with the proxy.
+        # The prefix of the event distinguishes TLS inside the tunnel from TLS to the proxy.
         self.past_proxy |= self.sent or event == "proxy.start_tls.started"
         if event.endswith("response_closed.started"):
             self.end = None

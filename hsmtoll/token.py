@@ -37,7 +37,7 @@ class ClockReading(NamedTuple):
     One reading of both clocks.
 
     *wall* is seconds since the epoch, UTC; it can be set. *boot* is seconds since the
-    machine started, suspend included; it cannot. *boot_id* tells one start from the next.
+    machine started, suspend included; it cannot. *boot_id* identifies the start of the machine.
     """
 
     wall: float

@@ -1,8 +1,8 @@
 """
-Where issued tokens lie between calls: memory, files, Redis, behind one protocol of three methods.
+Stores for tokens: memory, files, Redis, with one interface of three methods.
 
-A store keeps bytes under a key and never looks into them. What is fresh, who renews and what
-an unreadable value means is decided in cache.
+A store keeps bytes under a key and does not interpret them. Freshness, renewal and unreadable
+values are handled in cache.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ _KEY_BYTES: Final = 32
 
 #: Seconds of one wait for Redis.
 _WAIT: Final = 5.0
-#: Seconds that a check of the cache's directory holds: in most cases as long as one renewal.
+#: Seconds for which a check of the cache directory is valid: usually as long as one renewal.
 _CHECK_HOLDS: Final = 10.0
 
-#: A stored value is a token of some kilobytes; more is not ours.
+#: Bytes. A stored value has a few kilobytes; larger ones are ignored.
 _LARGEST: Final = 256 * 1024
 
 
 class StoredValue(NamedTuple):
-    """A *value*, and the seconds that are *left* of it where the store itself counts time."""
+    """A *value*, and its remaining seconds (*left*) if the store itself counts time."""
 
     value: bytes
     left: float | None = None
@@ -67,27 +67,26 @@ class Store(Protocol):
     """
     Bytes by key. *key* is hexadecimal text; *ttl* is in seconds.
 
-    None of the methods raises for trouble that passes: an unreadable value is a miss, a value
-    that cannot be kept is not kept, and where nobody can be asked for a lock the caller
-    carries on alone.
+    No method raises for transient errors: an unreadable value is a miss, a value that cannot be
+    written is dropped, and without a lock service the caller proceeds as if it had the lock.
     """
 
     def get(self, key: str) -> StoredValue | None:
         """What was put, or ``None``."""
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep *value*, whole or not at all."""
+        """Store *value* atomically."""
 
     def lock(self, key: str, *, patience: float) -> AbstractContextManager[bool]:
         """
-        Hold the lock of *key* while the context lasts; at most *patience* seconds of waiting.
+        Hold the lock of *key* during the context; wait for it at most *patience* seconds.
 
-        Yields False if somebody else holds it still. A holder that dies frees it.
+        Yields False if another holder still has it. The lock is released if its holder dies.
         """
 
 
 class MemoryStore:
-    """The process alone."""
+    """Keeps values in this process only."""
 
     def __init__(self) -> None:
         self._kept: dict[str, bytes] = {}
@@ -401,11 +400,11 @@ def _ms(time: Any) -> int:
 
 
 def _name(key: str) -> str:
-    """Where *key* lies in Redis, and what its value is bound to: name and version."""
+    """The Redis key for *key*; also the associated data (AEAD) of its value."""
     return f"hsmtoll:2:{key}"
 
 
-#: What is asked of Redis, for those who allow single commands (ACL SETUSER).
+#: The Redis commands in use, for ACL SETUSER.
 COMMANDS: Final = "GET GETRANGE SET DEL PTTL PEXPIRE TIME WATCH UNWATCH MULTI EXEC"
 
 
@@ -442,7 +441,7 @@ _bounds: ContextVar[_Bounds | None] = ContextVar("hsmtoll-redis", default=None)
 
 @contextlib.contextmanager
 def _bounded(seconds: float) -> Iterator[None]:
-    """Bound all that this thread reads from Redis meanwhile."""
+    """Limit time and size of all that this thread reads from Redis in the context."""
     before = _bounds.set(_Bounds(time.monotonic() + seconds))
     try:
         yield
@@ -628,5 +627,5 @@ def _unsafe(path: Path, why: str, hint: str | None = None) -> ConfigurationError
 
 
 def name_of(*parts: object) -> str:
-    """A key for *parts*: hexadecimal, unambiguous, telling nothing of them."""
+    """A key for *parts*: a SHA-256 in hexadecimal, which does not reveal them."""
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()
