@@ -1,8 +1,8 @@
 """
 Customs tokens, signed with a key that never leaves its device.
 
-`connect` and `aconnect` give a client; `Settings` says what they can be told; everything
-that goes wrong is an `HsmTollError`. What is not in ``__all__`` is internal.
+`connect` and `aconnect` return a client; `Settings` lists the settings that they accept; all errors
+are subclasses of `HsmTollError`. Names that are not in ``__all__`` are internal.
 `hsmtoll/docs/architecture.md` (`hsmtoll help architecture`) is a map of the whole.
 """
 
@@ -54,7 +54,7 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-#: Seconds that a program which ends waits for what is under way in threads of ours.
+#: Seconds that interpreter exit waits for our threads.
 _AT_EXIT = 5.0
 
 

@@ -121,7 +121,7 @@ class App:
 
     @cached_property
     def skew(self) -> Skew:
-        """Of the Maskinporten that is spoken to."""
+        """The clock correction for the configured Maskinporten."""
         name = hashlib.sha256(self.endpoints.issuer.encode()).hexdigest()[:16]
         return Skew(self.state / f"skew-{name}.json")
 

@@ -140,7 +140,7 @@ class Counting(MemoryStore):
         return super().get(key)
 
 
-def landed(cache: Cache) -> None:
+def wait_until_renewed(cache: Cache) -> None:
     """Wait for the flight in the air, if there is one."""
     for pending in list(cache._pending.values()):
         assert pending.done.wait(10)
@@ -298,7 +298,7 @@ def test_a_stale_token_is_given_while_one_renews(clock: HandClock, well: Well) -
     well.hold = threading.Event()
     assert [cache.get(REQUEST, well) for _ in range(50)] == [first] * 50
     well.hold.set()
-    landed(cache)
+    wait_until_renewed(cache)
     assert cache.get(REQUEST, well).value == "token-2"
     assert well.fetched == 2
 
@@ -665,7 +665,7 @@ def test_if_all_who_waited_are_gone_the_token_is_kept(clock: HandClock, well: We
 
     asyncio.run(crowd())
     well.hold.set()
-    landed(cache)
+    wait_until_renewed(cache)
     assert cache.get(REQUEST, well).value == "token-1"
     assert well.fetched == 1
 
@@ -772,7 +772,7 @@ def test_a_device_that_hangs_is_told_after_the_patience_of_the_first(
     with pytest.raises(HsmTollError):
         asyncio.run(cache.aget(REQUEST, well))
     well.hold.set()
-    landed(cache)
+    wait_until_renewed(cache)
     # What came late is not lost.
     assert cache.get(REQUEST, well).value == "token-1"
     assert well.fetched == 1

@@ -79,7 +79,7 @@ def test_both_clocks_must_agree_that_a_token_lives(
         (TokenRequirements(since=later(1)), False),
     ],
 )
-def test_a_wish_is_met_or_not(requirements: TokenRequirements, met: bool) -> None:
+def test_a_token_meets_requirements_or_does_not(requirements: TokenRequirements, met: bool) -> None:
     assert requirements.satisfied_by(token(), later(100)) is met
 
 
