@@ -66,4 +66,4 @@ def _at_exit() -> None:
     if "hsmtoll.tokens.single_flight" in sys.modules:
         left = sys.modules["hsmtoll.tokens.single_flight"].join_renewal_threads(left)
     if "hsmtoll.hsm.module" in sys.modules:
-        sys.modules["hsmtoll.hsm.module"].GATE.end(left)
+        sys.modules["hsmtoll.hsm.module"].PKCS11_LOCK.end(left)

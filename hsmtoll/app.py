@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import ModuleFacts
     from hsmtoll.hsm.pin import PinSource
-    from hsmtoll.hsm.pin_log import Ledger, Place
+    from hsmtoll.hsm.pin_log import PinLog, TokenUser
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.signing.remote import FailoverHosts
@@ -174,11 +174,11 @@ class App:
         return str(given)
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def pin_log(self) -> PinLog:
         """Of refused PINs. Only throw-away devices are unlocked without one."""
-        from hsmtoll.hsm.pin_log import Ledger
+        from hsmtoll.hsm.pin_log import PinLog
 
-        return Ledger(self.state, optional=self.settings.environment == "sandbox")
+        return PinLog(self.state, optional=self.settings.environment == "sandbox")
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
@@ -204,7 +204,7 @@ class App:
         settings, path = self.settings, Path(self.module(uri))
         told |= {
             "pin": self.pin(uri),
-            "ledger": self.ledger,
+            "pin_log": self.pin_log,
             "user_type": settings.hsm.user_type,
         }
         if settings.hsm.isolation == "none":
@@ -229,12 +229,12 @@ class App:
         with self._device(self._named_uris()[0]) as device:
             return device.inspect()
 
-    def places(self) -> tuple[Place, ...]:
+    def token_users(self) -> tuple[TokenUser, ...]:
         """The PIN ledger's places of the devices that are named, or of all."""
-        found: list[Place] = []
+        found: list[TokenUser] = []
         for uri in self._named_uris():
             with self._device(uri) as device:
-                found += device.places()
+                found += device.token_users()
         return tuple(found)
 
     def _named_uris(self) -> tuple[KeyUri, ...]:

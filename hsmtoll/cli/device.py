@@ -340,10 +340,10 @@ def pin_clear(options: GlobalOptions, *, as_json: bool) -> None:
     For after the device was unblocked to the same PIN, which would not be tried again otherwise.
     """
     app = options.app()
-    found = app.places()
+    found = app.token_users()
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
-    forgotten = app.ledger.clear(*found)
+    forgotten = app.pin_log.clear(*found)
     # A device has two records: of the user PIN and of the keys' own (context-specific) PINs.
     devices = len({replace(each, user="user") for each in found})
     print_result(

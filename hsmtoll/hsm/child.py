@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import Pin
     from hsmtoll.hsm.pipe import Opening
 
-__all__ = ["Child"]
+__all__ = ["WorkerProcess"]
 
 #: Seconds that a person may take at a pinpad, on top of the deadline.
 _AT_THE_PINPAD: Final = 120.0
@@ -47,7 +47,7 @@ _NOT_HANDED_DOWN: Final = frozenset(
 )
 
 
-class Child:
+class WorkerProcess:
     """
     One worker process, started when it is first asked and after it was killed. *program* is the
     module that it runs; an answer may take *deadline* seconds.

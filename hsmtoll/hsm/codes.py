@@ -33,7 +33,7 @@ __all__ = [
     "number",
     "recoverable",
     "said",
-    "speaking",
+    "translate_pkcs11_errors",
     "translated",
     "untried",
 ]
@@ -370,7 +370,7 @@ def recoverable(exc: BaseException) -> bool:
     return isinstance(source, p11.PKCS11Error) and _meaning(source).recoverable
 
 
-class speaking:  # noqa: N801 - it reads as what it does, as those of contextlib do
+class translate_pkcs11_errors:  # noqa: N801 - it reads as what it does, as those of contextlib do
     """
     Around calls of the module: what it raises leaves as one of our errors. *doing* as for
     `translated`. A class, because every signature passes here.

@@ -10,7 +10,7 @@ What python-pkcs11 does not do by itself where a module answers oddly.
     closed      a session, although C_Logout is refused
     able        a private key that signs, although CKA_SIGN cannot be read
 
-Everything here is called with `hsmtoll.hsm.module.GATE` held.
+Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
 
 from __future__ import annotations

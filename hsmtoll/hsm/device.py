@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
-from hsmtoll.hsm.pin_log import Place
+from hsmtoll.hsm.pin_log import TokenUser
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
 
@@ -71,7 +71,7 @@ class Device(Protocol):
         One that cannot be read, or is larger than 64 KiB, is there without its DER.
         """
 
-    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+    def other_certificates(self) -> tuple[StoredCertificate, ...]:
         """
         The certificates that the module's other devices show without a login, each with its
         device's URI for a label.
@@ -125,7 +125,7 @@ class Device(Protocol):
     def inspect(self, *, log_in: bool = True) -> ModuleFacts:
         """As `hsmtoll.hsm.inspect.inspect`; with *log_in* this device is logged in to."""
 
-    def places(self) -> tuple[Place, ...]:
+    def token_users(self) -> tuple[TokenUser, ...]:
         """The PIN ledger's places of the devices that the URI names."""
 
     def close(self) -> None:

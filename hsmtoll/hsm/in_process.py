@@ -5,7 +5,7 @@ The device whose module runs in this process: find it, log in, prove the key, si
                                                                   │
                   signature, verified ◄── C_SignInit, C_Sign ◄── proven by its public half
 
-Everything that touches the module happens with `GATE` held. A private key's value never
+Everything that touches the module happens with `PKCS11_LOCK` held. A private key's value never
 enters this process: only handles do.
 """
 
@@ -30,13 +30,13 @@ from hsmtoll.hsm.codes import (
     knows_no_context_login,
     recoverable,
     said,
-    speaking,
+    translate_pkcs11_errors,
 )
 from hsmtoll.hsm.facts import Signature, StoredCertificate
 from hsmtoll.hsm.login import NO_ROOM, Handles, Login, PinLogin, state_after
-from hsmtoll.hsm.module import GATE, current, loaded, opened, restart, restarted
+from hsmtoll.hsm.module import PKCS11_LOCK, current, loaded, opened, restart, restarted
 from hsmtoll.hsm.reading import certificates_of, device_uri, login_key, named
-from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, Breaker, cured
+from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, CircuitBreaker, should_retry
 from hsmtoll.hsm.select import KeySelector, on_others
 from hsmtoll.hsm.signatures import SELF_TEST, Signable, Verifier
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Stored
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import PinSource
-    from hsmtoll.hsm.pin_log import Ledger, Place
+    from hsmtoll.hsm.pin_log import PinLog, TokenUser
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey, SigningInput
     from hsmtoll.signing.grant import Read
@@ -93,7 +93,7 @@ class InProcessDevice:
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None = None,
-        ledger: Ledger,
+        pin_log: PinLog,
         public_key: RsaPublicKey | None = None,
         use_final_try: bool = False,
         allow_exportable_key: bool = False,
@@ -119,7 +119,7 @@ class InProcessDevice:
             uri,
             pin=pin,
             signing_pin=signing_pin,
-            ledger=ledger,
+            pin_log=pin_log,
             use_final_try=use_final_try,
             user_type=user_type,
             warn=self._warn,
@@ -130,7 +130,7 @@ class InProcessDevice:
         self._lock_timeout = lock_timeout
         self._boot = boot
         self._sleep = sleep
-        self._breaker = Breaker(uri, boot=boot) if back_off else None
+        self._breaker = CircuitBreaker(uri, boot=boot) if back_off else None
         self._openings = 0
         self._open: Handles | None = None
         self._shared: Login | None = None
@@ -185,7 +185,7 @@ class InProcessDevice:
 
     def _log_in(self, here: Handles, *, force: bool) -> None:
         if force:
-            self._login.log_in_anyway(here)
+            self._login.force_log_in(here)
         else:
             self._login.log_in(here)
 
@@ -207,7 +207,7 @@ class InProcessDevice:
                 raise
             return (StoredCertificate(b"", "", b"", f"the search was answered {said(exc)}"),)
 
-    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+    def other_certificates(self) -> tuple[StoredCertificate, ...]:
         """As `Device.elsewhere`."""
 
         def certificates(session: Session) -> list[StoredCertificate]:
@@ -230,7 +230,7 @@ class InProcessDevice:
             return here.facts
         found = self._select.keys(here.session)
         # Some show private keys to nobody, and do not say that they want a login.
-        if not found and self._login.log_in_anyway(here):
+        if not found and self._login.force_log_in(here):
             found = self._select.keys(here.session)
         if not found:
             raise self._select.missing(
@@ -302,18 +302,18 @@ class InProcessDevice:
 
         return inspect(
             self.module_path,
-            ledger=self._login.ledger,
+            pin_log=self._login.pin_log,
             uri=self.uri,
             pin=self._login.pin if log_in else None,
             user_type=self._login.user_type,
             lock_timeout=self._lock_timeout,
         )
 
-    def places(self) -> tuple[Place, ...]:
+    def token_users(self) -> tuple[TokenUser, ...]:
         """As `Device.places`."""
-        from hsmtoll.hsm.inspect import places  # noqa: PLC0415 - as above
+        from hsmtoll.hsm.inspect import token_users  # noqa: PLC0415 - as above
 
-        return places(
+        return token_users(
             self.module_path,
             self.uri,
             user_type=self._login.user_type,
@@ -328,9 +328,9 @@ class InProcessDevice:
         """
         # What a start anew cures is cured before anything is written: no write is made again.
         self._ask(doing, self._login.log_in)
-        with self._admitted(doing), GATE.held(self._lock_timeout):
+        with self._admitted(doing), PKCS11_LOCK.held(self._lock_timeout):
             try:
-                with speaking(f"{doing} ({self._name})"):
+                with translate_pkcs11_errors(f"{doing} ({self._name})"):
                     here = self._opened()
                     self._login.log_in(here)
                     session = self._read_write(here) if rw else here.session
@@ -358,12 +358,12 @@ class InProcessDevice:
         here.session = here.login.anchor or here.token.open(rw=True)
         return here.session
 
-    def start_module_anew(self) -> None:
+    def reinitialize_module(self) -> None:
         """
         For `hsmtoll.hsm.objects`: so that what is read next comes from the device. Nothing is done
         where somebody else would lose a login by it, or a person would have to log in again.
         """
-        with GATE.held(self._lock_timeout):
+        with PKCS11_LOCK.held(self._lock_timeout):
             login, module = self._shared, loaded(self.module_path)
             if login is None or module is None or len(login.users) > 1:
                 return
@@ -374,7 +374,7 @@ class InProcessDevice:
 
     def close(self) -> None:
         """Give the sessions back; the last device on a p11_token logs out."""
-        with GATE.held(self._lock_timeout):
+        with PKCS11_LOCK.held(self._lock_timeout):
             here, self._open = self._open, None
             login, self._shared = self._shared, None
             if here is not None:
@@ -459,29 +459,29 @@ class InProcessDevice:
         What *work* returns, after whatever it takes to have the device answer. Not asked while
         the device is known to be down; what is said here is judged.
         """
-        with self._admitted(doing), GATE.held(self._lock_timeout):
+        with self._admitted(doing), PKCS11_LOCK.held(self._lock_timeout):
             if self._breaker:
                 # The one before may have found out while this one waited.
                 self._breaker.admit()
             self._login.undecided = self._logged_in_anew = False
-            steps = self._cures(loaded(self.module_path), old=self._open is not None)
+            steps = self._recovery_steps(loaded(self.module_path), old=self._open is not None)
             while True:
                 try:
-                    with speaking(f"{doing} ({self._name})"):
+                    with translate_pkcs11_errors(f"{doing} ({self._name})"):
                         here = self._opened()
                         answer = work(here)
                         self._known = self._known or named(here.token)
                         return answer
                 except HsmTollError as exc:
                     self._drop()
-                    if not cured(exc, steps):
+                    if not should_retry(exc, steps):
                         self._login.pin_state = state_after(exc) or self._login.pin_state
                         raise
                 except BaseException:
                     self._drop()
                     raise
 
-    def _cures(
+    def _recovery_steps(
         self, there: Module | None, *, old: bool
     ) -> Iterator[Callable[[HsmTollError], bool]]:
         """What may help a call that found the module *there*, with a session that is *old*."""

@@ -16,12 +16,12 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import said, speaking
+from hsmtoll.hsm.codes import said, translate_pkcs11_errors
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.login import Login
-from hsmtoll.hsm.module import GATE, Module, opened
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.module import PKCS11_LOCK, Module, opened
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.hsm.reading import (
     certificates_of,
     device_facts,
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
     from hsmtoll.hsm.pin import PinSource
 
-__all__ = ["inspect", "places"]
+__all__ = ["inspect", "token_users"]
 
 
 def inspect(
     module_path: Path,
     *,
-    ledger: Ledger,
+    pin_log: PinLog,
     uri: KeyUri | None = None,
     pin: PinSource | None = None,
     user_type: int | None = None,
@@ -59,12 +59,12 @@ def inspect(
     Raises ConfigurationError and DeviceError for the module itself.
     """
     wanted = uri or KeyUri()
-    with GATE.held(lock_timeout):
+    with PKCS11_LOCK.held(lock_timeout):
         with contextlib.ExitStack() as stack:
             problem: HsmTollError | None = None
             if pin is not None:
                 device = InProcessDevice(
-                    module_path, wanted.device_only(), pin=pin, ledger=ledger,
+                    module_path, wanted.device_only(), pin=pin, pin_log=pin_log,
                     user_type=user_type, lock_timeout=lock_timeout,
                 )  # fmt: skip
                 stack.callback(device.close)
@@ -75,7 +75,7 @@ def inspect(
                     problem = exc
             # After the login, which starts a module again that read half of its device.
             module = opened(module_path)
-            tokens = [_token(module, slot, token, ledger) for slot, token in module.slots()]
+            tokens = [_token(module, slot, token, pin_log) for slot, token in module.slots()]
         if problem is not None:
             tokens = [
                 replace(one, problem=str(problem))
@@ -94,14 +94,14 @@ def inspect(
     )
 
 
-def places(
+def token_users(
     module_path: Path, uri: KeyUri, *, user_type: int | None = None, lock_timeout: float = 60.0
-) -> tuple[Place, ...]:
+) -> tuple[TokenUser, ...]:
     """The ledger's places of the devices that *uri* names, for `hsmtoll pin clear`."""
-    with GATE.held(lock_timeout):
+    with PKCS11_LOCK.held(lock_timeout):
         module = opened(module_path)
         return tuple(
-            _place(token, user)
+            _token_user(token, user)
             for slot, token in module.slots()
             if not isinstance(token, PKCS11Error)
             and uri.matches(**device_facts(module, slot, token))
@@ -109,7 +109,7 @@ def places(
         )
 
 
-def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledger) -> TokenFacts:
+def _token(module: Module, slot: Slot, token: Token | PKCS11Error, pin_log: PinLog) -> TokenFacts:
     if isinstance(token, PKCS11Error):
         return TokenFacts(
             uri=KeyUri(slot_id=slot.slot_id),
@@ -118,7 +118,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
             problem=f"the slot answers {said(token)}",
         )
     flags = token.flags
-    refused, unresolved = ledger.refusals(_place(token, "user"))
+    refused, unresolved = pin_log.refusals(_token_user(token, "user"))
     seen = TokenFacts(
         uri=device_uri(token),
         slot_id=slot.slot_id,
@@ -132,7 +132,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, ledger: Ledge
         firmware=token.firmware_version,
     )
     try:
-        with speaking("reading the objects"):
+        with translate_pkcs11_errors("reading the objects"):
             return _objects(module, token, seen)
     except HsmTollError as exc:
         # There is nothing to be read on one that was never initialised. Some that were do not
@@ -149,12 +149,16 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
         stored = tuple(certificates_of(session))
     finally:
         login.give_back(session)
-    place = device_uri(token)
-    named = tuple((replace(place, object=one.label, id=one.id, type="cert"), one) for one in stored)
+    device = device_uri(token)
+    named = tuple(
+        (replace(device, object=one.label, id=one.id, type="cert"), one) for one in stored
+    )
     there = not seen.login_required or login.there
     return replace(seen, keys=keys, certificates=named, logged_in=there)
 
 
-def _place(token: Token, user: str) -> Place:
+def _token_user(token: Token, user: str) -> TokenUser:
     uri = device_uri(token)
-    return Place(uri.manufacturer or "", uri.model or "", uri.serial or "", uri.token or "", user)
+    return TokenUser(
+        uri.manufacturer or "", uri.model or "", uri.serial or "", uri.token or "", user
+    )

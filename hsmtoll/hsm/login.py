@@ -2,7 +2,7 @@
 Logging in, once a device and process, under the rules of the PIN ledger: a PIN is tried once per
 value, its flags are read first, and what became of a try is written down before anything else.
 
-Everything here is called with `hsmtoll.hsm.module.GATE` held.
+Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import REFUSED, translated, untried
-from hsmtoll.hsm.pin_log import Ledger, Page, Place
+from hsmtoll.hsm.pin_log import PinLog, PinRecord, TokenUser
 from hsmtoll.hsm.reading import called, named, pin_state, user_name
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class PinLogin:
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None,
-        ledger: Ledger,
+        pin_log: PinLog,
         use_final_try: bool,
         user_type: int | None,
         warn: Callable[[str, str], None],
@@ -154,7 +154,7 @@ class PinLogin:
         self._uri = uri
         self.pin = pin
         self.signing_pin = signing_pin if signing_pin is not pin else None
-        self.ledger = ledger
+        self.pin_log = pin_log
         self._use_final_try = use_final_try
         self.user_type = user_type
         self._warn = warn
@@ -174,7 +174,7 @@ class PinLogin:
         flags = self._flags(here)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
-        place = Place(*named(here.token), user=user_name(self.user_type))
+        owner = TokenUser(*named(here.token), user=user_name(self.user_type))
         # What the device took before needs no asking again.
         pin = login.pin or self.pin.read(device=called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
@@ -183,10 +183,10 @@ class PinLogin:
                 hint="Give the PIN another way: HSMTOLL_HSM__PIN_FILE, or PIN_PROMPT=terminal.",
                 code="no-pinpad",
             )
-        with self.ledger.held(place) as page:
+        with self.pin_log.held(owner) as pin_record:
             # Another process may have used the tries up while this one waited.
             login.pin = None
-            seen = self._intend(page, pin, here)
+            seen = self._intend(pin_record, pin, here)
             login.pin, login.source = pin, self.pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
@@ -194,7 +194,7 @@ class PinLogin:
                 user: Any = self.user_type
                 login.anchor = _login_session(here, rw=rw, user_pin=value, user_type=user)
             except p11.UserAlreadyLoggedIn:
-                page.withdraw()
+                pin_record.withdraw()
                 login.by_others = True
                 _log.warning(
                     "other code of this process is logged in to %s: the PIN was not proven",
@@ -202,23 +202,23 @@ class PinLogin:
                 )
             except p11.PinExpired:
                 # It was right, and will be when it is tried again.
-                page.accept(pin)
+                pin_record.accept(pin)
                 raise
             except REFUSED as exc:
-                page.refuse(pin)
+                pin_record.refuse(pin)
                 login.pin = None
                 raise self._failed(here, pin, exc) from exc
             except p11.PKCS11Error as exc:
                 if not untried(exc):
-                    page.doubt(pin)
+                    pin_record.mark_unknown(pin)
                     self.undecided = True
                     self.pin_state = "unresolved"
                     raise
                 if self._locked_by(exc, here):
-                    page.refuse(pin)
+                    pin_record.refuse(pin)
                     login.pin = None
                 else:
-                    page.withdraw()
+                    pin_record.withdraw()
                 # A person who said no is not asked again for the same call.
                 self.undecided = isinstance(exc, (p11.FunctionCancelled, p11.FunctionRejected))
                 error = self._failed(here, pin, exc)
@@ -227,11 +227,11 @@ class PinLogin:
                     error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
                 raise error from exc
             else:
-                page.accept(pin)
+                pin_record.accept(pin)
                 self.accepted += 1
                 self.pin_state = pin_state(seen)
 
-    def log_in_anyway(self, here: Handles) -> bool:
+    def force_log_in(self, here: Handles) -> bool:
         """
         Log in whatever the flags say, and say whether that was done; a device that has no login
         is left as it is.
@@ -263,46 +263,46 @@ class PinLogin:
                 code="signing-pin",
             )
         user = "signing" if self.signing_pin else user_name(self.user_type)
-        with self.ledger.held(Place(*named(here.token), user=user)) as page:
-            seen = self._intend(page, pin, here)
+        with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
+            seen = self._intend(pin_record, pin, here)
             key = cryptoki.able(here.key)
             try:
                 data = wanted.input_for(mechanism)
                 signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
             except p11.PinExpired:
-                page.accept(pin)
+                pin_record.accept(pin)
                 raise
             except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
-                page.refuse(pin)
+                pin_record.refuse(pin)
                 self._signing = None
                 raise self._failed(here, pin, exc) from exc
             except p11.PKCS11Error as exc:
                 # "Not logged in" is said of a login that was lost, and by some to a wrong PIN.
-                lost = isinstance(exc, p11.UserNotLoggedIn) and page.accepted_before
+                lost = isinstance(exc, p11.UserNotLoggedIn) and pin_record.accepted_before
                 if self._locked_by(exc, here):
-                    page.refuse(pin)
+                    pin_record.refuse(pin)
                     self._signing = None
                 elif untried(exc) or lost or isinstance(exc, _OF_THE_SIGNATURE):
-                    page.withdraw()
+                    pin_record.withdraw()
                 else:
-                    page.doubt(pin)
+                    pin_record.mark_unknown(pin)
                     self.undecided = True
                     self.pin_state = "unresolved"
                 raise
-            page.accept(pin)
+            pin_record.accept(pin)
             self._signing = pin
             self.pin_state = pin_state(seen)
             return signed
 
-    def _intend(self, page: Page, pin: Pin, here: Handles) -> TokenFlag:
+    def _intend(self, pin_record: PinRecord, pin: Pin, here: Handles) -> TokenFlag:
         """Write down that *pin* is about to be tried; the flags as they are at that moment."""
         makers = (here.module.lib.manufacturer_id, here.token.manufacturer_id)
         flags = self._flags(here)
-        page.intend(
+        pin_record.intend(
             pin,
             count_low=bool(flags & TokenFlag.USER_PIN_COUNT_LOW),
             keeps_flags=any(maker.startswith(_KEEPS_FLAGS) for maker in makers),
-            vouched=self._use_final_try,
+            user_confirmed=self._use_final_try,
         )
         return flags
 

@@ -1,9 +1,9 @@
 """
-The PKCS#11 library: opened once per process, used under one lock, and what a fork does to it.
+PKCS#11 modules: initialised once per process, used under one lock, reinitialised after a fork.
 
-python-pkcs11 initialises modules without asking them for locking and releases the GIL: two
-threads on two sessions crash some of them within a second. So every call in this room is made
-with `GATE` held, and it is held over a fork as well.
+python-pkcs11 initialises modules without CKF_OS_LOCKING_OK and releases the GIL: two threads with
+two sessions crash some modules within a second. So every call to a module is made with
+`PKCS11_LOCK` held, which is also held during a fork.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pkcs11.exceptions import PKCS11Error
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.files import first_untrusted_component
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import said, speaking
+from hsmtoll.hsm.codes import said, translate_pkcs11_errors
 from hsmtoll.hsm.makers import maker_of
 
 if TYPE_CHECKING:
@@ -29,17 +29,26 @@ if TYPE_CHECKING:
 
     from pkcs11 import Session, Slot, Token
 
-__all__ = ["GATE", "Module", "check_path", "current", "loaded", "opened", "restart", "restarted"]
+__all__ = [
+    "PKCS11_LOCK",
+    "Module",
+    "check_path",
+    "current",
+    "loaded",
+    "opened",
+    "restart",
+    "restarted",
+]
 
-# A forked child can start these afresh without harm to its parent (measured). With a TPM or a
-# smartcard the child's C_Finalize ends the parent's device; of others nothing is known.
+# Modules that a forked child can initialise again without effect on its parent (measured). With a
+# TPM or a smartcard the child's C_Finalize ends the parent's sessions; others are not tested.
 _FORK_HARMLESS: Final = frozenset({"SoftHSM", "IBM", "Mozilla Foundation"})
-# Its manufacturer is the one of what it reaches; the client itself reconnects in a child.
+# p11-kit-client reports the remote module's manufacturer, so match it by file name.
 _FORK_HARMLESS_FILES: Final = frozenset({"p11-kit-client.so"})
 
 
-class Gate:
-    """The one lock of the process around PKCS#11, with a deadline for those who wait."""
+class Pkcs11Lock:
+    """The lock of this process around all PKCS#11 calls, with a timeout for waiters."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -50,20 +59,20 @@ class Gate:
             before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child
         )
 
-    def held(self, timeout: float) -> _Turn:
-        """Hold it. Raises DeviceError (``device-busy``) after *timeout* seconds of waiting."""
-        return _Turn(self._lock, timeout)
+    def held(self, timeout: float) -> _HeldLock:
+        """Acquire it for a block. DeviceError (``device-busy``) after *timeout* seconds."""
+        return _HeldLock(self._lock, timeout)
 
     def end(self, seconds: float) -> None:
         """
-        Wait so long for the call of a thread, and let no further one begin, in a program that
-        ends: a login that is cut off is a try of which nobody knows what became.
+        At interpreter exit: acquire it for good, after *seconds* at most, so that no call is cut
+        off or begun. An interrupted login would leave a PIN attempt without a result.
         """
         self._lock.acquire(timeout=seconds)
 
     def _before_fork(self) -> None:
-        # Forked in the middle of a call, the child would inherit a module in pieces. A call
-        # that hangs must not stop the fork for ever, though.
+        # A fork during a call would give the child a module in an inconsistent state. But a call
+        # that hangs must not block the fork forever.
         self._over_fork = self._lock.acquire(timeout=10)
 
     def _in_parent(self) -> None:
@@ -76,8 +85,8 @@ class Gate:
             forget()
 
 
-class _Turn:
-    """One time inside; a class, because every signature passes here."""
+class _HeldLock:
+    """The context manager of `held`; a class, because it is faster than a generator."""
 
     __slots__ = ("_lock", "_timeout")
 
@@ -101,14 +110,14 @@ class _Turn:
         self._lock.release()
 
 
-GATE: Final = Gate()
+PKCS11_LOCK: Final = Pkcs11Lock()
 
 
 @dataclass(slots=True)
 class Module:
     """
-    One loaded and initialised library. *logins* holds what this process has opened on each of
-    its p11_tokens; whoever kept another Module than `opened` returns has stale handles.
+    One loaded and initialised module. *logins*: the logins of this process, by token. If `opened`
+    returns another Module than before, all handles are stale.
     """
 
     path: str
@@ -117,10 +126,10 @@ class Module:
 
     def slots(self) -> Iterator[tuple[Slot, Token | PKCS11Error]]:
         """
-        Every slot with its p11_token, or with the error it answers with: a slot that is
-        broken does not hide the others. Empty slots are left out.
+        Every slot with its token, or with its error: a broken slot does not hide the others.
+        Empty slots are omitted.
         """
-        with speaking(f"asking {foreign(self.path)} for its slots"):
+        with translate_pkcs11_errors(f"asking {foreign(self.path)} for its slots"):
             seen = cryptoki.slots(self.lib, self.path)
         for slot, problem in seen:
             if problem is not None:
@@ -134,40 +143,40 @@ class Module:
                 yield slot, exc
 
     def close(self, session: Session | None) -> None:
-        """Close *session*, unless it was void after a fork or a restart: it is not ours then."""
+        """Close *session*, unless a fork or a restart has made its handle stale."""
         if session is not None and current(self):
             cryptoki.closed(session, self.path)
 
 
 _opened: dict[str, Module] = {}
-# The real file behind a path that was given, as long as that module is open.
+# Given path → real path, while that module is open.
 _real: dict[Path, str] = {}
 _inherited: dict[str, Module] = {}
-# What answered with an error when it was to end, and may be initialised still.
+# Modules whose C_Finalize failed: they may still be initialised.
 _unended: dict[str, Module] = {}
-# When each was ended because nothing else helped.
+# When each module was last restarted by `restarted`.
 _ended: dict[str, float] = {}
 
 
 def opened(path: Path) -> Module:
     """
-    The module at *path*, loaded and initialised once per process. Call it with `GATE` held.
+    The module at *path*, loaded and initialised once per process. Call it with `PKCS11_LOCK` held.
 
-    Raises ConfigurationError (``module-path``) for a path that is not one, DeviceError
-    (``module-load``, ``forked``) for what happens behind it.
+    Raises ConfigurationError (``module-path``) for an invalid path, DeviceError (``module-load``,
+    ``forked``) if the module cannot be loaded or initialised.
     """
     name = _name(path)
     if name in _opened:
         return _opened[name]
     if name in _inherited:
-        _start_afresh(_inherited[name])
+        _reinitialize_after_fork(_inherited[name])
         del _inherited[name]
     else:
         check_path(path)
     try:
         lib = pkcs11.lib(str(path))
     except PKCS11Error as exc:
-        # python-pkcs11 takes what would not end for ended: it is gone on with as it is.
+        # C_Finalize had failed, but python-pkcs11 has dropped its state: use the module as it is.
         if name not in _unended or "already initialized" not in str(exc):
             raise _not_loaded(path, exc) from exc
         lib = _unended[name].lib
@@ -178,7 +187,7 @@ def opened(path: Path) -> Module:
 
 
 def _name(path: Path) -> str:
-    # Two paths of one file are one library, which can be initialised only once.
+    # Two paths of one file are one module, which can be initialised only once.
     known = _real.get(path)
     if known is None or known not in _opened:
         known = _real[path] = os.path.realpath(path) if path.is_absolute() else str(path)
@@ -186,18 +195,18 @@ def _name(path: Path) -> str:
 
 
 def current(module: Module) -> bool:
-    """Whether *module* is still what this process uses: no fork, no restart since."""
+    """Whether *module* is still in use: there was no fork and no restart since."""
     return _opened.get(module.path) is module
 
 
 def restart(path: Path) -> None:
     """
-    End the module, so that the next call initialises it again; every handle on it is void.
-    Call it with `GATE` held.
+    Finalize the module, so that the next call initialises it again; all its handles are stale.
+    Call it with `PKCS11_LOCK` held.
     """
     module = _opened.pop(_name(path), None)
     if module is not None:
-        # Some answer "not initialised" where the other side died; it is what was wanted.
+        # Some answer "not initialised" if their service has ended, which is fine.
         try:
             module.lib.finalize()
         except PKCS11Error:
@@ -211,9 +220,9 @@ def loaded(path: Path) -> Module | None:
 
 def restarted(module: Module, *, now: float, pause: float) -> bool:
     """
-    End *module* as `restart` does, unless that was done less than *pause* seconds ago, or would
-    take away a login that still serves another device. Whether it was done. Call it with `GATE`
-    held.
+    Finalize *module* as `restart` does, unless that was done less than *pause* seconds ago, or
+    would end a login that another device still uses. Returns whether it was done. Call it with
+    `PKCS11_LOCK` held.
     """
     if not current(module):
         return True
@@ -282,7 +291,7 @@ def _how_it_starts(path: Path) -> str:
     return f"for {maker.name} see {maker.needs}{running}"
 
 
-def _start_afresh(module: Module) -> None:
+def _reinitialize_after_fork(module: Module) -> None:
     lib, path = module.lib, Path(module.path)
     if lib.manufacturer_id not in _FORK_HARMLESS and path.name not in _FORK_HARMLESS_FILES:
         raise DeviceError(
@@ -292,14 +301,14 @@ def _start_afresh(module: Module) -> None:
             " 'spawn'), or set HSMTOLL_HSM__ISOLATION=process.",
             code="forked",
         )
-    # p11-kit and opencryptoki notice the fork themselves and answer "not initialised".
+    # p11-kit and opencryptoki detect the fork and answer "not initialised".
     with contextlib.suppress(PKCS11Error):
         lib.finalize()
 
 
-def _forget_parents() -> None:
+def _invalidate_after_fork() -> None:
     _inherited.update(_unended | _opened)
     _opened.clear()
 
 
-GATE.after_fork.append(_forget_parents)
+PKCS11_LOCK.after_fork.append(_invalidate_after_fork)

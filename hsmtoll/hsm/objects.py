@@ -179,7 +179,7 @@ def store(
         lost = before.union(written) - _there(session)
     if written and not lost:
         # A module may show what it has in memory: the device's own word is asked for.
-        device.start_module_anew()
+        device.reinitialize_module()
         with device.writing("reading the certificates back", rw=False) as (_, _, session):
             lost = before.union(written) - _there(session)
     kept = [der for der in written if der not in lost]

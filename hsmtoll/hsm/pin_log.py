@@ -1,17 +1,17 @@
 """
-Which PINs a device has refused, on disk, so that no value is tried twice: not by the next
-start, not by twenty processes at once, not by the process after a crash.
+The log of PIN attempts: a write-ahead record on disk, so that a refused PIN is never tried twice,
+by later processes, by concurrent ones, or after a crash.
 
-A PIN enters this room only to be hashed after the device has judged it; before a login nothing
-derived from it is written.
+Only a salted hash of a PIN is stored, and only after the device has accepted or refused it; before
+the login nothing derived from the PIN is written.
 
     held (flock) ── intend ──► C_Login ──┬─► accept    a salted hash is all that is kept
                       │                  ├─► refuse    a salted hash is added
                       │                  ├─► withdraw  the device did not look at the PIN
-                      │                  ├─► doubt     it answered, and nobody knows whether it did
-                      │                  └─► (nothing) the process ended: the intent stays
-                      ├─► PinNotTried    refused before, or its fate is unknown
-                      └─► DeviceError    accepted before, and the device was away a moment ago
+                      │                  ├─► mark_unknown  the answer does not say whether it did
+                      │                  └─► (crash)   the intent stays: the outcome is unknown
+                      ├─► PinNotTried    refused before, or the outcome is unknown
+                      └─► DeviceError    accepted before, but the device failed a moment ago
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ if TYPE_CHECKING:
 
     from hsmtoll.hsm.pin import Pin
 
-__all__ = ["Ledger", "Page", "Place"]
+__all__ = ["PinLog", "PinRecord", "TokenUser"]
 
 _log = logging.getLogger(__name__)
 
-#: Unresolved tries: of one source as it was read, and in all, whatever was changed meanwhile.
-#: A TPM locks after three and shows no flags.
-_UNRESOLVED_SAME: Final = 2
-_UNRESOLVED_ALL: Final = 3
+#: Limits of tries without a result: of one unchanged source, and in total. A TPM locks after three
+#: failed tries and has no flags.
+_MAX_UNRESOLVED_SAME_SOURCE: Final = 2
+_MAX_UNRESOLVED: Final = 3
 _LOCK_SECONDS: Final = 60.0
-#: Seconds between two tries of a PIN that is not at fault: the first pause, and the longest.
+#: Seconds between two tries of a PIN that is not the cause of the failure: minimum and maximum.
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 120.0
-#: Seconds between two tries of a PIN that may be at fault, at a device that keeps no flags.
-_ONE_TRY: Final = 3600.0
-#: Different values that may be refused within an hour, before nothing but a typed one is tried: a
-#: command that prints something new each time, such as an error with the time in it, ends there.
-_MOST_REFUSED: Final = 5
-#: How many answers that leave the PIN's fate open are remembered.
-_REMEMBERED: Final = 16
+#: Seconds between two tries of a PIN that may be wrong, at a device without PIN flags.
+_UNKNOWN_PIN_INTERVAL: Final = 3600.0
+#: Different values that may be refused within an hour; then only a typed PIN is tried. It limits a
+#: PIN command that prints a different error message (with a time stamp) on each run.
+_MAX_REFUSED_PER_HOUR: Final = 5
+#: Number of answers with an unknown outcome that are kept.
+_MAX_UNKNOWN_KEPT: Final = 16
 _CLEAR: Final = "If the device was unblocked to the same PIN, run `hsmtoll pin clear`."
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Whose PIN: one p11_token and one user of it (``user``, or ``signing`` for one key's own)."""
+class TokenUser:
+    """A PKCS#11 token and a user of it (``user``, or ``signing`` for a context-specific PIN)."""
 
     manufacturer: str
     model: str
@@ -70,18 +70,18 @@ class Place:
 
     @property
     def name(self) -> str:
-        """The file's name: the same on every start, whatever the label is made of."""
+        """The file name of the record: a hash, as labels may contain any character."""
         words = [self.manufacturer, self.model, self.serial, self.label, self.user]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class PinLog:
     """
-    One record per device and user, in files of mode 0600 in *directory* (mode 0700).
+    The records of all tokens and users: files of mode 0600 in *directory* (mode 0700).
 
-    *directory* None, or one that cannot be written, means that no PIN is tried: PinNotTried,
-    except where *optional* is set (the sandbox, where devices are throw-away).
+    If *directory* is None or cannot be written, no PIN is tried (PinNotTried), unless *optional*
+    is set (for the sandbox with its temporary devices).
     """
 
     directory: Path | None
@@ -90,39 +90,41 @@ class Ledger:
     now: Callable[[], float] = field(default=time.time, repr=False, compare=False)
 
     @contextlib.contextmanager
-    def held(self, place: Place) -> Iterator[Page]:
+    def held(self, owner: TokenUser) -> Iterator[PinRecord]:
         """
-        The record of *place*, held until the block ends against every other process that wants
-        it or that of another user of the same device: logins of the two disturb each other.
+        The record of *owner*, locked until the block ends. Other users of the same device share
+        the lock, because their logins interfere with each other.
 
         Raises PinNotTried (``ledger``) where nothing can be written.
         """
         with contextlib.ExitStack() as stack:
             try:
-                path = stack.enter_context(self._locked(place))
-                page = Page(place=place, path=path, record=_read(path), now=self.now)
+                path = stack.enter_context(self._locked(owner))
+                pin_record = PinRecord(owner=owner, path=path, record=_read(path), now=self.now)
             except OSError as exc:
                 if not self.optional:
                     raise _unusable(self.directory, exc) from exc
-                page = Page(place=place, path=None, record={})
-            yield page
+                pin_record = PinRecord(owner=owner, path=None, record={})
+            yield pin_record
 
-    def refusals(self, place: Place) -> tuple[int, int]:
-        """How many values were refused, and how many tries have an unknown fate: (n, n)."""
+    def refusals(self, owner: TokenUser) -> tuple[int, int]:
+        """The number of refused values, and of tries with an unknown outcome."""
         try:
-            record = _read(self._folder() / place.name)
+            record = _read(self._folder() / owner.name)
         except OSError:
             return 0, 0
         tries = [*record.get("intents", ()), *record.get("doubts", ())]
         return len(record.get("refused", ())), len(tries)
 
-    def clear(self, *places: Place) -> int:
-        """Forget what is known about *places*. Returns how many had refused or unresolved PINs."""
+    def clear(self, *owners: TokenUser) -> int:
+        """Forget what is known about *owners*. Returns how many had refused or unresolved PINs."""
         cleared = 0
-        for place in places:
-            with self.held(place) as page:
-                cleared += any(page.record.get(name) for name in ("refused", "intents", "doubts"))
-                page.vouch()
+        for owner in owners:
+            with self.held(owner) as pin_record:
+                cleared += any(
+                    pin_record.record.get(name) for name in ("refused", "intents", "doubts")
+                )
+                pin_record.reset()
         return cleared
 
     def _folder(self) -> Path:
@@ -131,7 +133,7 @@ class Ledger:
         return self.directory / "pin"
 
     @contextlib.contextmanager
-    def _locked(self, place: Place) -> Iterator[Path]:
+    def _locked(self, owner: TokenUser) -> Iterator[Path]:
         folder = self._folder()
         files.make_directory(folder)
         for each in (folder.parent, folder):
@@ -144,74 +146,75 @@ class Ledger:
             raise PermissionError(
                 1, f"others can {may} this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
             )
-        # Whoever can move a record away can have a refused PIN tried again.
+        # An account that can remove a record can cause a refused PIN to be tried again.
         if (place_of := files.first_untrusted_component(folder, own=True)) is not None:
             raise PermissionError(1, f"others can change {foreign(place_of)}")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(folder / f"{replace(place, user='user').name}.lock", flags, 0o600)
+        lock = os.open(folder / f"{replace(owner, user='user').name}.lock", flags, 0o600)
         _locks.add(lock)
         try:
-            _wait_for(lock, place)
-            yield folder / place.name
+            _wait_for(lock, owner)
+            yield folder / owner.name
         finally:
             if lock in _locks:
                 _locks.remove(lock)
                 os.close(lock)
 
 
-# A forked child closes its copies: they would hold what the parent has long released. One that was
-# forked inside the block does not close them again: the number may be another file's by then.
+# A forked child closes its copies, which would keep the lock after the parent's release. If it was
+# forked inside `held`, it must not close them again: the descriptor may be another file by then.
 _locks: set[int] = set()
 
 
-def _let_go() -> None:
+def _close_inherited_locks() -> None:
     while _locks:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 @dataclass(slots=True)
-class Page:
-    """One record while it is held. *path* is None where nothing is remembered (sandbox)."""
+class PinRecord:
+    """A record while it is locked. *path* is None if nothing is stored (sandbox)."""
 
-    place: Place
+    owner: TokenUser
     path: Path | None
     record: dict[str, Any] = field(repr=False)
     #: Wall time, in seconds.
     now: Callable[[], float] = time.time
-    #: Whether the device took the PIN of `intend` before, and has not refused it since.
+    #: Whether the device accepted the PIN of `intend` before, and has not refused it since.
     accepted_before: bool = False
     _before: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def intend(
-        self, pin: Pin, *, count_low: bool, keeps_flags: bool = False, vouched: bool = False
+        self, pin: Pin, *, count_low: bool, keeps_flags: bool = False, user_confirmed: bool = False
     ) -> None:
         """
-        Write down that *pin* is about to be tried; fsynced when this returns.
+        Record that *pin* is about to be tried; synced to disk on return.
 
-        *count_low* is what the device's flags say now; *keeps_flags* that it is of a kind that
-        sets them; *vouched* that a person answers for this try. Raises PinNotTried:
-        ``pin-refused`` for a value that was refused, ``pin-unresolved`` for one whose last try
-        has no result, ``pin-count-low`` where somebody else gave a wrong one; DeviceError
-        (``device-down``) where a PIN that was accepted before is to wait, because the device was
-        away at the last try.
+        *count_low*: the device reports a wrong PIN since the last login; *keeps_flags*: it is of
+        a kind that reports it; *user_confirmed*: the user has requested this try. Raises
+        PinNotTried: ``pin-refused`` for a refused value, ``pin-unresolved`` if the last try has
+        no result, ``pin-count-low`` if another program gave a wrong PIN; DeviceError
+        (``device-down``) for a PIN accepted before, shortly after the device has failed.
         """
         keeps_flags = keeps_flags or count_low or bool(self.record.get("flags"))
         judged = bool(self.record.get("refused") or self.record.get("accepted"))
         mine = _hash(pin, self.record) if judged else ""
         if judged and mine in self.record.get("refused", ()):
-            raise self._spent(f"the PIN from {pin.source} was refused before", code="pin-refused")
+            raise self._not_tried(
+                f"the PIN from {pin.source} was refused before", code="pin-refused"
+            )
         self.accepted_before = accepted = judged and mine == self.record.get("accepted")
-        if not (accepted or vouched or pin.typed):
+        if not (accepted or user_confirmed or pin.typed):
             self._check_refusals(pin)
         self._check_open_tries(pin, accepted=accepted, count_low=count_low, flags=keeps_flags)
         ours = any(self.record.get(name) for name in ("refused", "intents", "doubts", "cleared"))
-        known = accepted or ours or vouched or pin.typed
+        known = accepted or ours or user_confirmed or pin.typed
         if count_low and not known and self.path is not None:
             raise PinNotTried(
-                f"the PIN of '{foreign(self.place.label)}' was not tried: the device says that a"
+                f"the PIN of '{foreign(self.owner.label)}' was not tried: the device says that a"
                 " wrong one was given, and not from here",
                 hint="Log in once with the device's own tool, or type the PIN"
                 " (HSMTOLL_HSM__PIN_PROMPT=terminal). If it is known to be right, run"
@@ -228,52 +231,60 @@ class Page:
             raise _unusable(self.path, exc) from exc
 
     def _check_refusals(self, pin: Pin) -> None:
-        """Refuse where many values were wrong lately: the next one will be as well."""
-        recent = [at for at in self.record.get("times", ()) if 0 <= self.now() - at < _ONE_TRY]
-        if len(recent) < _MOST_REFUSED:
+        """PinNotTried if too many different values were refused within an hour."""
+        recent = [
+            at
+            for at in self.record.get("times", ())
+            if 0 <= self.now() - at < _UNKNOWN_PIN_INTERVAL
+        ]
+        if len(recent) < _MAX_REFUSED_PER_HOUR:
             return
         raise PinNotTried(
-            f"the PIN of '{foreign(self.place.label)}' was not tried: {len(recent)} others"
+            f"the PIN of '{foreign(self.owner.label)}' was not tried: {len(recent)} others"
             f" were refused within an hour, and what {pin.source} gives is another one",
             hint="see what the file holds or the command prints; a typed PIN is tried at once"
             f" (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
             code="pin-refused",
-            retry_after=recent[0] + _ONE_TRY - self.now(),
+            retry_after=recent[0] + _UNKNOWN_PIN_INTERVAL - self.now(),
         )
 
     def _check_open_tries(self, pin: Pin, *, accepted: bool, count_low: bool, flags: bool) -> None:
-        """Refuse where tries of *pin* have no result, and another could be one too many."""
+        """Raise if earlier tries of *pin* have no result and another one could lock the device."""
         intents: list[str] = self.record.get("intents", [])
         doubts: list[tuple[str, float]] = self.record.get("doubts", [])
         same = intents.count(pin.origin)
         mine = [at for origin, at in doubts if origin == pin.origin]
-        # A wrong PIN was given after all, as the device counts.
-        spent = (same or mine) and count_low
+        # By the device's count the try was made, with a wrong PIN.
+        tries_used_up = (same or mine) and count_low
         if not accepted:
-            spent = spent or same >= _UNRESOLVED_SAME or len(intents) >= _UNRESOLVED_ALL
-        if spent:
-            raise self._spent(
+            tries_used_up = (
+                tries_used_up
+                or same >= _MAX_UNRESOLVED_SAME_SOURCE
+                or len(intents) >= _MAX_UNRESOLVED
+            )
+        if tries_used_up:
+            raise self._not_tried(
                 f"what became of the last try with the PIN from {pin.source} is not known",
                 code="pin-unresolved",
             )
-        last = mine if len(doubts) < _UNRESOLVED_ALL else [at for _, at in doubts]
+        last = mine if len(doubts) < _MAX_UNRESOLVED else [at for _, at in doubts]
         if not last:
             return
         pause = min(_FIRST_PAUSE * 2 ** (len(last) - 1), _LONGEST_PAUSE)
-        innocent = accepted or flags
-        left = max(last) + (pause if innocent else _ONE_TRY) - self.now()
-        # A clock that was set back is no reason to wait longer.
-        if not 0 < left <= _ONE_TRY:
+        pin_trusted = accepted or flags
+        left = max(last) + (pause if pin_trusted else _UNKNOWN_PIN_INTERVAL) - self.now()
+        # Outside of this range the clock was changed: do not wait.
+        if not 0 < left <= _UNKNOWN_PIN_INTERVAL:
             return
-        if innocent:
+        if pin_trusted:
             raise DeviceError(
-                f"the device '{foreign(self.place.label)}' did not take the login a moment ago",
+                f"the device '{foreign(self.owner.label)}' did not take the login a moment ago",
                 hint="It is tried again by itself: seconds after the first time, minutes later on.",
                 code="device-down",
                 signed=False,
                 retry_after=left,
             )
-        error = self._spent(
+        error = self._not_tried(
             f"what became of the last try with the PIN from {pin.source} is not known, and this"
             " device keeps no count of wrong ones: one try an hour",
             code="pin-unresolved",
@@ -282,77 +293,77 @@ class Page:
         raise error
 
     def accept(self, pin: Pin) -> None:
-        """The device took the PIN: everything before it is void, and it is known to be right."""
+        """The device accepted *pin*: store its hash, and drop everything before it."""
         if self.path is None:
             return
         record: dict[str, Any] = {"flags": True} if self._before.get("flags") else {}
         if not pin.on_pinpad:
             record["salt"] = self._before.get("salt") or _salt()
             record["accepted"] = _hash(pin, record)
-        with self._noted("accepted"):
+        with self._log_if_unwritten("accepted"):
             if record:
                 self._write(record)
             else:
                 self.forget()
 
-    def vouch(self) -> None:
-        """A person says that the next PIN may be tried: nothing else is known any more."""
+    def reset(self) -> None:
+        """Drop the record at the user's request, and permit the next try."""
         self._write({"cleared": True})
 
     def forget(self) -> None:
-        """Delete what is known."""
+        """Delete the record."""
         self.record = {}
         if self.path is not None:
             self.path.unlink(missing_ok=True)
             files.sync_directory(self.path.parent)
 
     def refuse(self, pin: Pin) -> None:
-        """The device refused *pin*: its value is not tried again."""
-        record = {"salt": _salt(), **self._without(pin)}
+        """The device refused *pin*: store its hash, so that it is not tried again."""
+        record = {"salt": _salt(), **self._without_tries_of(pin)}
         mine = _hash(pin, record)
         record["refused"] = [*record.get("refused", ()), mine]
-        record["times"] = [*record.get("times", ()), self.now()][-_MOST_REFUSED:]
+        record["times"] = [*record.get("times", ()), self.now()][-_MAX_REFUSED_PER_HOUR:]
         if record.get("accepted") == mine:
             del record["accepted"]
-        with self._noted("refused"):
+        with self._log_if_unwritten("refused"):
             self._write(record)
 
     def withdraw(self) -> None:
-        """The device did not look at the PIN: as before."""
-        with self._noted("not looked at"):
+        """The device did not check the PIN: restore the record before `intend`."""
+        with self._log_if_unwritten("not looked at"):
             if self._before:
                 self._write(self._before)
             else:
                 self.forget()
 
-    def doubt(self, pin: Pin) -> None:
-        """The device answered, and the answer does not say whether it looked at the PIN."""
+    def mark_unknown(self, pin: Pin) -> None:
+        """The device's answer does not say whether it has checked the PIN."""
         doubts = [*self._before.get("doubts", ()), [pin.origin, self.now()]]
-        with self._noted("perhaps looked at"):
-            self._write({**self._before, "doubts": doubts[-_REMEMBERED:]})
+        with self._log_if_unwritten("perhaps looked at"):
+            self._write({**self._before, "doubts": doubts[-_MAX_UNKNOWN_KEPT:]})
 
     @contextlib.contextmanager
-    def _noted(self, fate: str) -> Iterator[None]:
-        """What the device said counts, also where the disk is full: the intent stays on it then."""
+    def _log_if_unwritten(self, fate: str) -> Iterator[None]:
+        """Log write errors instead of raising them; the intent then stays on disk."""
         try:
             yield
         except OSError as exc:
             _log.warning(
                 "the PIN of '%s' was %s, which cannot be written down (%s): the next try counts as"
                 " one whose fate is not known",
-                foreign(self.place.label), fate, exc.strerror,
+                foreign(self.owner.label), fate, exc.strerror,
             )  # fmt: skip
 
-    def _without(self, pin: Pin) -> dict[str, Any]:
-        # What this source held is known now; a corrected value must not find its old tries.
+    def _without_tries_of(self, pin: Pin) -> dict[str, Any]:
+        # The result of this source is known: its old tries must not count for a corrected PIN.
         record = {name: value for name, value in self._before.items() if name != "cleared"}
         record["intents"] = [each for each in record.get("intents", ()) if each != pin.origin]
         record["doubts"] = [each for each in record.get("doubts", ()) if each[0] != pin.origin]
         return record
 
-    def _spent(self, why: str, *, code: str) -> PinNotTried:
+    def _not_tried(self, why: str, *, code: str) -> PinNotTried:
         return PinNotTried(
-            f"the PIN of '{foreign(self.place.label)}' was not tried: {why}",
+            f"the PIN of '{foreign(self.owner.label)}' was not tried: {why}",
             hint=f"A corrected PIN is tried at once. {_CLEAR}",
             code=code,
         )
@@ -361,8 +372,13 @@ class Page:
         self.record = record = {name: value for name, value in record.items() if value}
         if self.path is None:
             return
-        place = self.place
-        words = {"schema": 1, "device": place.label, "serial": place.serial, "user": place.user}
+        owner = self.owner
+        words = {
+            "schema": 1,
+            "device": owner.label,
+            "serial": owner.serial,
+            "user": owner.user,
+        }
         files.replace(self.path, json.dumps({**words, **record}).encode("ascii"))
 
 
@@ -407,7 +423,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, RecursionError) as exc:
-        # A record that cannot be read may have held a refusal: guessing would burn a PIN.
+        # It may contain a refusal: do not try a PIN without knowing.
         raise OSError(5, f"{path.name} cannot be read") from exc
     return {name: value for name, value in record.items() if value}
 
@@ -423,7 +439,7 @@ def _salt() -> str:
 
 
 def _hash(pin: Pin, record: dict[str, Any]) -> str:
-    # A pinpad's PIN has no value we know: a refusal there counts for whatever is typed next.
+    # The value of a PIN from a pinpad is unknown: a refusal counts for every later entry.
     if "salt" not in record:
         return ""
     value = (pin.reveal() or "").encode()
@@ -431,7 +447,7 @@ def _hash(pin: Pin, record: dict[str, Any]) -> str:
     return hashlib.scrypt(value, salt=salt, n=2**12, r=8, p=1, dklen=32).hex()
 
 
-def _wait_for(lock: int, place: Place) -> None:
+def _wait_for(lock: int, owner: TokenUser) -> None:
     until = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -439,7 +455,7 @@ def _wait_for(lock: int, place: Place) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 raise DeviceError(
-                    f"another process has been logging in to '{foreign(place.label)}' for a minute",
+                    f"another process has been logging in to '{foreign(owner.label)}' for a minute",
                     hint="Its module may hang: end that process.",
                     code="login-busy",
                     signed=False,

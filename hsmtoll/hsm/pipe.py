@@ -88,8 +88,8 @@ class Opening:
     uri: KeyUri
     pin: bool
     signing_pin: bool
-    ledger: Path | None
-    ledger_optional: bool
+    pin_log: Path | None
+    pin_log_optional: bool
     public_key: RsaPublicKey | None
     use_final_try: bool
     allow_exportable_key: bool

@@ -17,12 +17,12 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried, foreign
-from hsmtoll.hsm.child import Child
+from hsmtoll.hsm.child import WorkerProcess
 from hsmtoll.hsm.codec import encode, hints
 from hsmtoll.hsm.device import Device
-from hsmtoll.hsm.module import GATE
+from hsmtoll.hsm.module import PKCS11_LOCK
 from hsmtoll.hsm.pipe import Opening
-from hsmtoll.hsm.recovery import SIGNING, Breaker
+from hsmtoll.hsm.recovery import SIGNING, CircuitBreaker
 from hsmtoll.hsm.signatures import Verifier
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
     from hsmtoll.hsm.pin import Pin, PinSource
-    from hsmtoll.hsm.pin_log import Ledger, Place
+    from hsmtoll.hsm.pin_log import PinLog, TokenUser
     from hsmtoll.hsm.pipe import Reply
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey, SigningInput
@@ -64,7 +64,7 @@ class WorkerDevice:
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None = None,
-        ledger: Ledger,
+        pin_log: PinLog,
         public_key: RsaPublicKey | None = None,
         use_final_try: bool = False,
         allow_exportable_key: bool = False,
@@ -86,8 +86,8 @@ class WorkerDevice:
             uri=uri,
             pin=pin is not None,
             signing_pin=signing_pin is not None,
-            ledger=ledger.directory and ledger.directory.absolute(),
-            ledger_optional=ledger.optional,
+            pin_log=pin_log.directory and pin_log.directory.absolute(),
+            pin_log_optional=pin_log.optional,
             public_key=public_key,
             use_final_try=use_final_try,
             allow_exportable_key=allow_exportable_key,
@@ -99,17 +99,17 @@ class WorkerDevice:
         self._program = program
         self._deadline = deadline
         self._workers = workers
-        self._breaker = Breaker(uri, boot=boot)
+        self._breaker = CircuitBreaker(uri, boot=boot)
         self._verifier = Verifier(self._name)
         self._closings = 0
         #: As `Device.generation`.
         self.generation = 0
         self._last: Reply | None = None
-        self._children: list[Child] = []
-        self._start_afresh()
+        self._children: list[WorkerProcess] = []
+        self._create_workers()
         _every.add(self)
 
-    def _start_afresh(self) -> None:
+    def _create_workers(self) -> None:
         # A forked process has no part in the conversations before, nor in what is waited for there.
         for child in self._children:
             child.forget()
@@ -118,7 +118,7 @@ class WorkerDevice:
         # Around what is free, and who waits for it.
         self._turn = threading.Condition()
         self._children = [
-            Child(self._opening, program=self._program, deadline=self._deadline)
+            WorkerProcess(self._opening, program=self._program, deadline=self._deadline)
             for _ in range(self._workers)
         ]
         self._free = list(self._children)
@@ -155,10 +155,10 @@ class WorkerDevice:
         )
         return found
 
-    def elsewhere(self) -> tuple[StoredCertificate, ...]:
+    def other_certificates(self) -> tuple[StoredCertificate, ...]:
         """As `Device.elsewhere`."""
         found: tuple[StoredCertificate, ...] = self._ask(
-            "reading certificates of other devices", "elsewhere"
+            "reading certificates of other devices", "other_certificates"
         )
         return found
 
@@ -222,9 +222,9 @@ class WorkerDevice:
         facts: ModuleFacts = self._ask("looking behind the module", "inspect", log_in=log_in)
         return facts
 
-    def places(self) -> tuple[Place, ...]:
+    def token_users(self) -> tuple[TokenUser, ...]:
         """As `Device.places`."""
-        found: tuple[Place, ...] = self._ask("looking for devices", "places")
+        found: tuple[TokenUser, ...] = self._ask("looking for devices", "token_users")
         return found
 
     def close(self) -> None:
@@ -278,7 +278,7 @@ class WorkerDevice:
             logging.getLogger(name).log(level, "%s", message)
         return reply, answer
 
-    def _take(self, doing: str) -> Child:
+    def _take(self, doing: str) -> WorkerProcess:
         with self._turn:
             self.wanted += 1
             try:
@@ -294,7 +294,7 @@ class WorkerDevice:
             scope="attempt",
         )
 
-    def _put(self, child: Child) -> None:
+    def _put(self, child: WorkerProcess) -> None:
         with self._turn:
             self._free.append(child)
             self._turn.notify()
@@ -313,9 +313,9 @@ class WorkerDevice:
 _every: weakref.WeakSet[WorkerDevice] = weakref.WeakSet()
 
 
-def _after_fork() -> None:
+def _recreate_after_fork() -> None:
     for device in _every:
-        device._start_afresh()  # noqa: SLF001 - of this room
+        device._create_workers()  # noqa: SLF001 - of this room
 
 
-GATE.after_fork.append(_after_fork)
+PKCS11_LOCK.after_fork.append(_recreate_after_fork)

@@ -1,7 +1,7 @@
 """
 What is read of devices, keys and certificates: PKCS#11 in, the values of `hsmtoll.hsm.facts` out.
 
-Everything here is called with `hsmtoll.hsm.module.GATE` held.
+Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from hsmtoll.hsm.codes import recoverable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["RESTART_PAUSE", "SIGNING", "Breaker", "cured"]
+__all__ = ["RESTART_PAUSE", "SIGNING", "CircuitBreaker", "should_retry"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _LONGEST_PAUSE: Final = 10.0
 _OF_THE_PROCESS: Final = frozenset({"device-hung", "module-crashed"})
 
 
-def cured(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], bool]]) -> bool:
+def should_retry(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], bool]]) -> bool:
     """
     Whether the call that ended in *exc* is worth making again: as soon as one of the *steps* that
     are left, in their order and each at most once, says that it changed something.
@@ -53,7 +53,7 @@ def cured(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], bool]]) ->
     return taken is not None
 
 
-class Breaker:
+class CircuitBreaker:
     """
     Says ``device-down`` at once instead of letting callers queue at a device that is.
 

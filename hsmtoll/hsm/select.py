@@ -3,7 +3,7 @@ Which device and which key a URI means: by class with label or id, proven by the
 never by a slot's number alone. None, several and "not logged in" are different errors, which list
 what was found as URIs.
 
-Everything here is called with `hsmtoll.hsm.module.GATE` held.
+Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
 
 from __future__ import annotations

@@ -136,10 +136,10 @@ def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:
     if name in _REFUSED:
         raise _wrong(f"'{name}' is refused: {_REFUSED[name]}", hint=_INSTEAD[name])
     if name not in known:
-        elsewhere = name in _PATH or name in _QUERY
+        other_certificates = name in _PATH or name in _QUERY
         why = (
             "stands on the wrong side of the '?'"
-            if elsewhere
+            if other_certificates
             else "is not an attribute of RFC 7512"
         )
         raise _wrong(f"'{foreign(name)}' {why}")

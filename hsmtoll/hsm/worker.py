@@ -24,7 +24,7 @@ from hsmtoll.hsm.codec import decode, encode, hints
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import Pin
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pipe import Opening, Pipe, Reply
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 
@@ -38,14 +38,16 @@ if TYPE_CHECKING:
 _GRACE: Final = 2.0
 #: What is answered, by the names of Device's methods. What a program with rules answers is enough
 #: to sign grants, and to see that the device works.
-_FOR_GRANTS: Final = frozenset({"certificates", "elsewhere", "key", "sign", "self_test", "close"})
+_FOR_GRANTS: Final = frozenset(
+    {"certificates", "other_certificates", "key", "sign", "self_test", "close"}
+)
 _QUESTIONS: Final = _FOR_GRANTS | {
     "sign_request",
     "generate",
     "private_keys",
     "store",
     "inspect",
-    "places",
+    "token_users",
 }
 
 
@@ -145,7 +147,7 @@ def _device(there: Pipe, opening: Opening, check: Callable[[Read], None] | None)
         opening.uri,
         pin=source("user", opening.pin),
         signing_pin=source("signing", opening.signing_pin),
-        ledger=Ledger(opening.ledger, optional=opening.ledger_optional),
+        pin_log=PinLog(opening.pin_log, optional=opening.pin_log_optional),
         public_key=opening.public_key,
         use_final_try=opening.use_final_try,
         allow_exportable_key=opening.allow_exportable_key,

@@ -550,7 +550,7 @@ def read_certificates_and_key(
         stored, key = seen()
         yield stored, key
     try:
-        others = device.elsewhere()
+        others = device.other_certificates()
     except DeviceError:
         return
     if others:

@@ -204,9 +204,9 @@ def _loaded_again(module: Path) -> None:
     import sys
 
     if "hsmtoll.hsm.module" in sys.modules:
-        from hsmtoll.hsm.module import GATE, _ended, restart
+        from hsmtoll.hsm.module import PKCS11_LOCK, _ended, restart
 
-        with GATE.held(60):
+        with PKCS11_LOCK.held(60):
             restart(module)
             # What an earlier test had to start again is no reason to start nothing in this one.
             _ended.clear()

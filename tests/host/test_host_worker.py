@@ -134,7 +134,7 @@ def test_nor_does_it_answer_what_signing_grants_does_not_need(taken: Taken) -> N
         "store": {"certificates": (), "hint": ""},
         "private_keys": {},
         "inspect": {},
-        "places": {},
+        "token_users": {},
     }
     for do, told in asked.items():
         with pytest.raises(DeviceError) as caught:

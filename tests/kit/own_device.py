@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll.app import App
-from hsmtoll.hsm.module import GATE, restart
+from hsmtoll.hsm.module import PKCS11_LOCK, restart
 from hsmtoll.settings import Settings
 from hsmtoll.token import ClockReading
 from tests.soak.measure import children
@@ -91,7 +91,7 @@ class Lab:
 
     def seen_anew(self) -> None:
         """SoftHSM looks at its directory when it is initialised."""
-        with GATE.held(10):
+        with PKCS11_LOCK.held(10):
             restart(self.module)
 
     def app(self, key: str, state: Path, **settings: Any) -> App:

@@ -26,9 +26,9 @@ from hsmtoll.host.audit import Audit
 from hsmtoll.host.connections import server_context
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
-from hsmtoll.hsm.module import GATE, opened
+from hsmtoll.hsm.module import PKCS11_LOCK, opened
 from hsmtoll.hsm.pin import PinCommand, PinFile
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.settings import load
 from hsmtoll.tls import client_context, host_context
 from hsmtoll.tokens.stores import FileStore, read_key
@@ -133,7 +133,7 @@ class Material:
 
 def module(path: Path) -> None:
     """HSMTOLL_HSM__MODULE: loaded as the device does it."""
-    with GATE.held(60):
+    with PKCS11_LOCK.held(60):
         opened(path)
 
 
@@ -177,7 +177,7 @@ def users_of_directories(material: Material) -> Mapping[str, Callable[[Path], ob
         Audit(path, material.audit_key, now=lambda: 0.0, noted=noted).close()
 
     def state(path: Path) -> None:
-        with Ledger(path).held(Place("maker", "model", "1", "label", "user")):
+        with PinLog(path).held(TokenUser("maker", "model", "1", "label", "user")):
             pass
 
     def cache(path: Path) -> None:

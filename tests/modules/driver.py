@@ -19,7 +19,7 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.clock import SettableClock
 from tests.kit.grants import a_grant
@@ -31,13 +31,13 @@ class Driver:
     def __init__(self, told: dict[str, Any]) -> None:
         self.clock = SettableClock.at_real_time()
         self.module = Path(told["module"])
-        self.ledger = Ledger(Path(told["state"]))
+        self.pin_log = PinLog(Path(told["state"]))
         self.pin = PinValue.of(told["pin"])
         self.device = InProcessDevice(
             self.module,
             KeyUri.parse(told["uri"]),
             pin=self.pin,
-            ledger=self.ledger,
+            pin_log=self.pin_log,
             use_final_try=told.get("use_final_try", False),
             boot=lambda: self.clock.now().boot,
         )
@@ -80,7 +80,7 @@ class Driver:
         return str(made)
 
     def objects(self, _order: dict[str, Any]) -> list[str]:
-        seen = inspect(self.module, ledger=self.ledger, uri=self.device.uri, pin=self.pin)
+        seen = inspect(self.module, pin_log=self.pin_log, uri=self.device.uri, pin=self.pin)
         return [str(key.uri) for each in seen.tokens for key in each.keys]
 
     def advance(self, order: dict[str, Any]) -> None:

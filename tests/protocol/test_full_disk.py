@@ -15,7 +15,7 @@ from hsmtoll.errors import AuditBroken, PinNotTried
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.audit_log import segments_of, verify
 from hsmtoll.hsm.pin import Pin
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.tokens.stores import FileStore, name_of
 from tests.kit.accounts import NEEDS_NAMESPACES
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.needs_root
 
-PLACE = Place("Maker", "X1", "0042", "lab")
+PLACE = TokenUser("Maker", "X1", "0042", "lab")
 WRONG = Pin("4711-canary", source="SETTING")
 KEY = name_of("a key")
 NOW = 1_790_000_000.0
@@ -73,52 +73,56 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def test_no_pin_is_tried_that_could_not_be_remembered(disk: Disk) -> None:
-    ledger = Ledger(disk.at / "state")
-    with ledger.held(PLACE) as page:
-        page.intend(WRONG, count_low=False)
-        page.refuse(WRONG)
+    pin_log = PinLog(disk.at / "state")
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(WRONG, count_low=False)
+        pin_record.refuse(WRONG)
     known = disk.names()
     other = Pin("another", source="SETTING")
     with disk:
-        with pytest.raises(PinNotTried) as caught, ledger.held(PLACE) as page:
-            page.intend(other, count_low=False)
+        with pytest.raises(PinNotTried) as caught, pin_log.held(PLACE) as pin_record:
+            pin_record.intend(other, count_low=False)
         assert (caught.value.code, caught.value.exit_code) == ("ledger", 21)
         assert "No space left on device" in str(caught.value)
         assert disk.names() == known
         # What was refused before is refused still.
-        with pytest.raises(PinNotTried) as caught, ledger.held(PLACE) as page:
-            page.intend(WRONG, count_low=False)
+        with pytest.raises(PinNotTried) as caught, pin_log.held(PLACE) as pin_record:
+            pin_record.intend(WRONG, count_low=False)
         assert caught.value.code == "pin-refused"
     # With room again it is tried.
-    with ledger.held(PLACE) as page:
-        page.intend(other, count_low=False)
-        page.accept(other)
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(other, count_low=False)
+        pin_record.accept(other)
 
 
 def test_a_pin_whose_refusal_could_not_be_written_down_is_not_known_to_be_right(
     disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = Ledger(disk.at / "state")
-    with ledger.held(PLACE) as page:
-        page.intend(WRONG, count_low=False)
+    pin_log = PinLog(disk.at / "state")
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(WRONG, count_low=False)
         known = disk.names()
         with disk:
-            page.refuse(WRONG)
+            pin_record.refuse(WRONG)
             assert disk.names() == known
     assert "refused, which cannot be written down (No space left on device)" in caplog.text
-    assert ledger.refusals(PLACE) == (0, 1)
+    assert pin_log.refusals(PLACE) == (0, 1)
     # The device counts a wrong one, and the intent is there: it is not tried again.
-    with pytest.raises(PinNotTried) as caught, ledger.held(PLACE) as page:
-        page.intend(WRONG, count_low=True)
+    with pytest.raises(PinNotTried) as caught, pin_log.held(PLACE) as pin_record:
+        pin_record.intend(WRONG, count_low=True)
     assert caught.value.code == "pin-unresolved"
 
 
 def test_the_first_pin_of_a_machine_whose_disk_is_full_is_not_tried(disk: Disk) -> None:
-    with disk, pytest.raises(PinNotTried) as caught, Ledger(disk.at / "state").held(PLACE) as page:
-        page.intend(WRONG, count_low=False)
+    with (
+        disk,
+        pytest.raises(PinNotTried) as caught,
+        PinLog(disk.at / "state").held(PLACE) as pin_record,
+    ):
+        pin_record.intend(WRONG, count_low=False)
     assert caught.value.code == "ledger"
-    with Ledger(disk.at / "state").held(PLACE) as page:
-        page.intend(WRONG, count_low=False)
+    with PinLog(disk.at / "state").held(PLACE) as pin_record:
+        pin_record.intend(WRONG, count_low=False)
 
 
 def opened(disk: Disk, key: Ed25519PrivateKey, *, log: Path | None = None) -> Audit:

@@ -58,12 +58,12 @@ import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 for label in ("ours", "control"):
     with InProcessDevice(Path(sys.argv[1]), KeyUri.parse("pkcs11:token=lab;object=" + label),
-                pin=PinValue.of("1234"), ledger=Ledger(Path(sys.argv[2]))) as device:
+                pin=PinValue.of("1234"), pin_log=PinLog(Path(sys.argv[2]))) as device:
         try:
             facts = device.key()
             device.sign("RS256", a_grant())

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.module import GATE, restart
+from hsmtoll.hsm.module import PKCS11_LOCK, restart
 from hsmtoll.hsm.pin import Pin, PinSource, PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.faults import FUNCTIONS
 
@@ -119,7 +119,7 @@ class DeviceSoftHsm:
             # As typed: other tests of the room give wrong ones, and the device counts them.
             pin=PinValue(Pin(pin, source="a test", typed=True)) if isinstance(pin, str) else pin,
             signing_pin=signing_pin,
-            ledger=Ledger(state),
+            pin_log=PinLog(state),
             public_key=public_key,
             allow_exportable_key=allow_exportable_key,
         )
@@ -189,7 +189,7 @@ _made = pytest.StashKey[DeviceSoftHsm]()
 def _let_see(conf: str) -> None:
     if os.environ.get("SOFTHSM2_CONF") != conf:
         os.environ["SOFTHSM2_CONF"] = conf
-        with GATE.held(10):
+        with PKCS11_LOCK.held(10):
             restart(SOFTHSM)
 
 

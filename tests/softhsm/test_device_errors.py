@@ -16,7 +16,7 @@ from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translat
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.hsm.module import check_path
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def test_a_refusal_and_a_pin_that_was_not_looked_at_are_never_the_same() -> None
 
 
 def refusal(module: Path, state: Path) -> HsmTollError:
-    device = InProcessDevice(module, KeyUri.parse("pkcs11:"), pin=None, ledger=Ledger(state))
+    device = InProcessDevice(module, KeyUri.parse("pkcs11:"), pin=None, pin_log=PinLog(state))
     with pytest.raises(HsmTollError) as caught:
         device.certificates()
     assert "\n" not in str(caught.value)

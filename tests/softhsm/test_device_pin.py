@@ -16,9 +16,9 @@ import pytest
 
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import places
+from hsmtoll.hsm.inspect import token_users
 from hsmtoll.hsm.pin import Pin, PinPad, PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from tests.kit.grants import DEFINED, a_grant
 from tests.kit.own_device import accepted
@@ -46,7 +46,7 @@ import os, sys
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinFile, PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, key, pin, signing = sys.argv[1:]
@@ -54,7 +54,7 @@ source = PinFile(Path(pin)) if pin.startswith("/") else PinValue.of(pin)
 device = InProcessDevice(
     Path(module), KeyUri.parse("pkcs11:token=lab;object=" + key), pin=source,
     signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
-    ledger=Ledger(Path(state)),
+    pin_log=PinLog(Path(state)),
 )
 try:
     print(len(device.sign("RS256", a_grant()).value))
@@ -140,20 +140,20 @@ def test_without_a_ledger_five_starts_with_a_wrong_pin_are_no_login_at_all(bench
 def test_a_process_killed_before_the_answer_does_not_cost_the_right_pin(bench: Bench) -> None:
     dying = """
 from contextlib import contextmanager
-class Dying(Ledger):
+class Dying(PinLog):
     @contextmanager
     def held(self, place):
         with super().held(place) as page:
-            class Page(type(page)):
+            class Record(type(page)):
                 def intend(self, pin, **flags):
                     super().intend(pin, **flags)
                     os.kill(os.getpid(), 9)
-            yield Page(page.place, page.path, page.record)
+            yield Record(page.place, page.path, page.record)
 """
     program = _SIGN.replace("module, state", dying + "module, state", 1)
     argv = [str(SOFTHSM), str(bench.state), "acme", "1234", ""]
     killed = subprocess.run(
-        [sys.executable, "-c", program.replace("ledger=Ledger(", "ledger=Dying("), *argv],
+        [sys.executable, "-c", program.replace("pin_log=PinLog(", "pin_log=Dying("), *argv],
         env=bench.softhsm.environment,
         check=False,
     )
@@ -225,7 +225,9 @@ def test_a_login_by_other_code_of_the_process_proves_nothing_about_the_pin(
         assert accepted(device) is False
         assert device.key().label == "acme"
     assert "the PIN was not proven" in caplog.text
-    assert Ledger(tmp_path).refusals(places(device_softhsm.module, KeyUri(token="lab"))[0]) == (
+    assert PinLog(tmp_path).refusals(
+        token_users(device_softhsm.module, KeyUri(token="lab"))[0]
+    ) == (
         0,
         0,
     )
@@ -252,7 +254,7 @@ def test_no_pin_shows_itself_when_it_is_refused(
             device_softhsm.module,
             KeyUri.parse("pkcs11:token=lab;object=acme"),
             pin=PinValue.of("4711-canary"),
-            ledger=Ledger(tmp_path),
+            pin_log=PinLog(tmp_path),
         )
         with pytest.raises((PinIncorrect, PinNotTried)) as caught:
             accepted(device)

@@ -11,10 +11,10 @@ import pytest
 
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect, places
+from hsmtoll.hsm.inspect import inspect, token_users
 from hsmtoll.hsm.objects import keys
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from tests.kit.grants import a_grant
@@ -65,7 +65,7 @@ def test_no_key_says_which_keys_there_are_ready_to_paste(
     listed = [line for line in (error.hint or "").split() if line.startswith("pkcs11:")]
     wanted = next(KeyUri.parse(line) for line in listed if "object=acme" in line)
     with InProcessDevice(
-        device_softhsm.module, wanted, pin=PinValue.of("1234"), ledger=Ledger(tmp_path)
+        device_softhsm.module, wanted, pin=PinValue.of("1234"), pin_log=PinLog(tmp_path)
     ) as device:
         assert device.key().label == "acme"
 
@@ -96,7 +96,7 @@ def test_the_uri_of_every_key_names_it_alone_whatever_it_lacks(
 
     def device(uri: KeyUri) -> InProcessDevice:
         pin = PinValue.of(toll_softhsm.pin)
-        return InProcessDevice(toll_softhsm.module, uri, pin=pin, ledger=Ledger(tmp_path))
+        return InProcessDevice(toll_softhsm.module, uri, pin=pin, pin_log=PinLog(tmp_path))
 
     with device(KeyUri(token=toll_softhsm.label)) as one:
         found = keys(one)
@@ -219,7 +219,7 @@ def test_no_device_says_which_devices_there_are(
         device_softhsm.module,
         KeyUri.parse(f"pkcs11:{wrong};object=acme"),
         pin=PinValue.of("1234"),
-        ledger=Ledger(tmp_path),
+        pin_log=PinLog(tmp_path),
     )
     error = refused(device)
     assert error.code == "device-missing"
@@ -239,32 +239,32 @@ def test_certificates_are_read_without_a_login_and_one_that_is_too_large_hides_n
 def test_inspection_shows_more_with_a_pin_and_every_uri_finds_its_object(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     module = device_softhsm.module
     uri = KeyUri.parse("pkcs11:token=lab")
-    before = next(t for t in inspect(module, ledger=ledger).tokens if t.uri.token == "lab")
+    before = next(t for t in inspect(module, pin_log=pin_log).tokens if t.uri.token == "lab")
     assert (before.keys, before.logged_in, before.pin_state) == ((), False, "ok")
     named, _ = sorted(before.certificates, key=lambda each: each[1].label, reverse=True)
     assert (named[0].object, named[0].type) == ("leaf", "cert")
-    seen = inspect(module, ledger=ledger, uri=uri, pin=PinValue.of("1234"))
+    seen = inspect(module, pin_log=pin_log, uri=uri, pin=PinValue.of("1234"))
     after = next(t for t in seen.tokens if t.uri.token == "lab")
     assert after.logged_in
     assert {key.label for key in after.keys} >= {"acme", "curve", "loose", "imported"}
     acme = next(key for key in after.keys if key.label == "acme")
-    with InProcessDevice(module, acme.uri, pin=PinValue.of("1234"), ledger=ledger) as device:
+    with InProcessDevice(module, acme.uri, pin=PinValue.of("1234"), pin_log=pin_log) as device:
         assert device.key().id == b"\x01"
 
 
 def test_inspection_with_a_wrong_pin_still_shows_what_can_be_seen(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     uri = KeyUri.parse("pkcs11:token=lab")
-    seen = inspect(device_softhsm.module, ledger=ledger, uri=uri, pin=PinValue.of("9999"))
+    seen = inspect(device_softhsm.module, pin_log=pin_log, uri=uri, pin=PinValue.of("9999"))
     lab = next(t for t in seen.tokens if t.uri.token == "lab")
     assert "PinIncorrect" in (lab.problem or "")
     assert (lab.refused, lab.pin_state) == (1, "count-low")
     assert lab.certificates
-    assert ledger.clear(*places(device_softhsm.module, uri)) == 1
+    assert pin_log.clear(*token_users(device_softhsm.module, uri)) == 1
     with device_softhsm.device("object=acme", tmp_path) as device:  # clears the device's flag
         assert accepted(device)

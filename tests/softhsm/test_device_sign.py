@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.signatures import Signable
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey
@@ -98,7 +98,7 @@ def allowed(softhsm: SoftHsm, key: str, mechanism: str) -> None:
 
 def of_faults(softhsm: SoftHsm, faults: Faults, key: str, state: Path) -> InProcessDevice:
     uri, pin = KeyUri.parse(softhsm.uri(key)), PinValue.of(softhsm.pin)
-    return InProcessDevice(faults.module, uri, pin=pin, ledger=Ledger(state))
+    return InProcessDevice(faults.module, uri, pin=pin, pin_log=PinLog(state))
 
 
 def test_a_key_that_may_be_used_by_the_raw_mechanism_alone_signs(
@@ -217,11 +217,11 @@ def test_a_deleted_key_is_an_error_once_and_a_new_one_is_found_afterwards(
 def test_a_restarted_module_is_found_again_without_reading_the_pin_twice(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    from hsmtoll.hsm.module import GATE, restart
+    from hsmtoll.hsm.module import PKCS11_LOCK, restart
 
     with device_softhsm.device("object=acme", tmp_path) as device:
         device.sign("RS256", UNSIGNED)
-        with GATE.held(1):
+        with PKCS11_LOCK.held(1):
             restart(device_softhsm.module)
         device.sign("RS256", UNSIGNED)
 

@@ -25,14 +25,14 @@ _THREADS = (
 import sys, threading, time
 from pathlib import Path
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, threads, seconds = sys.argv[1:]
 keys = ["object=acme", "object=nopublic", "id=%02", "id=%03"]
 devices = [
     InProcessDevice(Path(module), KeyUri.parse("pkcs11:token=lab;" + key), pin=PinValue.of("1234"),
-           ledger=Ledger(Path(state)))
+           pin_log=PinLog(Path(state)))
     for key in keys
 ]
 until, good, bad = time.monotonic() + float(seconds), [], []
@@ -118,15 +118,15 @@ def test_a_thread_that_waits_too_long_is_told_so_and_the_other_goes_on(
 
     from hsmtoll.errors import DeviceError
     from hsmtoll.hsm.in_process import InProcessDevice
-    from hsmtoll.hsm.module import GATE
-    from hsmtoll.hsm.pin_log import Ledger
+    from hsmtoll.hsm.module import PKCS11_LOCK
+    from hsmtoll.hsm.pin_log import PinLog
     from hsmtoll.hsm.uri import KeyUri
 
     device = InProcessDevice(
         device_softhsm.module,
         KeyUri.parse("pkcs11:token=lab"),
         pin=None,
-        ledger=Ledger(tmp_path),
+        pin_log=PinLog(tmp_path),
         lock_timeout=0.05,
     )
     caught: list[DeviceError] = []
@@ -137,7 +137,7 @@ def test_a_thread_that_waits_too_long_is_told_so_and_the_other_goes_on(
         except DeviceError as error:
             caught.append(error)
 
-    with GATE.held(1):
+    with PKCS11_LOCK.held(1):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()

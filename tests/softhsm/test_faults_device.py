@@ -17,7 +17,7 @@ from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollCl
 from hsmtoll.app import App
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
@@ -140,7 +140,7 @@ def with_pins(
         KeyUri.parse(softhsm.uri("each" if signing else "toll")),
         pin=PinValue.of(pin),
         signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
-        ledger=Ledger(state),
+        pin_log=PinLog(state),
     )
 
 

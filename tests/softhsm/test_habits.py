@@ -22,7 +22,7 @@ from hsmtoll.app import App
 from hsmtoll.hsm.codes import NOT_TRIED
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.module import opened
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
@@ -548,7 +548,7 @@ def test_a_device_that_does_not_say_that_it_is_initialised_is_read_all_the_same(
     toll_faults.set("token-unflagged")
     with program("none") as app:
         assert signed(app)
-        seen = inspect(toll_faults.module, ledger=Ledger(tmp_path))
+        seen = inspect(toll_faults.module, pin_log=PinLog(tmp_path))
     assert any(token.certificates for token in seen.tokens)
     assert toll_softhsm.label
 

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 import hsmtoll
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from tests.kit.grants import DEFINED, a_grant
@@ -280,7 +280,7 @@ def device(
         toll_eseal.device.module,
         KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label)),
         pin=PinValue.of(toll_eseal.device.pin, name="a test"),
-        ledger=Ledger(tmp_path / "state"),
+        pin_log=PinLog(tmp_path / "state"),
         deadline=30.0,
     )
     yield made

@@ -19,9 +19,9 @@ import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
-from hsmtoll.hsm.child import Child
+from hsmtoll.hsm.child import WorkerProcess
 from hsmtoll.hsm.pin import Pin
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
@@ -80,9 +80,9 @@ def make(
 
     def device(*, deadline: float = 30.0, workers: int = 1) -> WorkerDevice:
         uri = KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label))
-        ledger = Ledger(tmp_path / "state")
+        pin_log = PinLog(tmp_path / "state")
         one = WorkerDevice(
-            toll_faults.module, uri, pin=pin, ledger=ledger, deadline=deadline, workers=workers
+            toll_faults.module, uri, pin=pin, pin_log=pin_log, deadline=deadline, workers=workers
         )
         made.append(one)
         return one
@@ -418,13 +418,13 @@ def test_a_cold_assertion_asks_the_child_three_questions_and_a_warm_one_a_single
 ) -> None:
     del toll_settings
     asked: list[str] = []
-    ask = Child.ask
+    ask = WorkerProcess.ask
 
-    def counted(child: Child, question: dict[str, Any], *rest: Any, **more: Any) -> Any:
+    def counted(child: WorkerProcess, question: dict[str, Any], *rest: Any, **more: Any) -> Any:
         asked.append(question["do"])
         return ask(child, question, *rest, **more)
 
-    monkeypatch.setattr(Child, "ask", counted)
+    monkeypatch.setattr(WorkerProcess, "ask", counted)
     app = App(load(hsm__isolation="process"))
     request = TokenRequest("toll:eu/movement/road/v2")
     try:

@@ -58,12 +58,12 @@ import os, sys
 from pathlib import Path
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
 device = InProcessDevice(
-    Path(module), KeyUri.parse(uri), pin=PinValue.of(pin), ledger=Ledger(Path(state))
+    Path(module), KeyUri.parse(uri), pin=PinValue.of(pin), pin_log=PinLog(Path(state))
 )
 for _ in range(2):
     device.sign("RS256", a_grant())
@@ -84,11 +84,11 @@ from pathlib import Path
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
-told = {"pin": PinValue.of(pin), "ledger": Ledger(Path(state))}
+told = {"pin": PinValue.of(pin), "pin_log": PinLog(Path(state))}
 with InProcessDevice(Path(module), KeyUri.parse(uri), **told) as device:
     try:
         device.sign("RS256", a_grant())

@@ -10,7 +10,7 @@ from hsmtoll import HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.uri import KeyUri
 from tests.kit.grants import a_grant
@@ -41,7 +41,7 @@ def make(
     ) -> Device:
         uri = KeyUri.parse(toll_softhsm.uri(key))
         one: Device = request.param(
-            toll_faults.module, uri, pin=PinValue.of(pin), ledger=Ledger(state)
+            toll_faults.module, uri, pin=PinValue.of(pin), pin_log=PinLog(state)
         )
         made.append(one)
         return one

@@ -17,9 +17,9 @@ import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.module import GATE, restart
+from hsmtoll.hsm.module import PKCS11_LOCK, restart
 from hsmtoll.hsm.pin import Pin, PinFile, PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.testing.clock import SettableClock
@@ -87,7 +87,7 @@ def make(
             toll_faults.module,
             KeyUri.parse(uri or toll_softhsm.uri(label)),
             pin=source,
-            ledger=Ledger(tmp_path / "state"),
+            pin_log=PinLog(tmp_path / "state"),
             boot=lambda: clock.now().boot,
         )
         made.append(one)
@@ -188,7 +188,7 @@ from pathlib import Path
 import pkcs11
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.testing.faults import Faults
@@ -196,7 +196,7 @@ real, folder, uri, pin, fails = sys.argv[1:]
 boot = [1000.0]
 with Faults(Path(real), Path(folder) / "faults") as faults:
     device = InProcessDevice(faults.module, KeyUri.parse(uri), pin=PinValue.of(pin),
-                    ledger=Ledger(Path(folder) / "state"), boot=lambda: boot[0])
+                    pin_log=PinLog(Path(folder) / "state"), boot=lambda: boot[0])
     device.sign("RS256", a_grant())
     faults.set("token-removed")
     if fails == "fails":
@@ -295,13 +295,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toll_faults: Faults) ->
     made = SoftHsm.create(tmp_path / "own")
     made.generate_key("k", b"\x01")
     monkeypatch.setenv("SOFTHSM2_CONF", str(made.conf))
-    _let_go(made.module)
+    _restart_module(made.module)
     yield made
-    _let_go(made.module)
+    _restart_module(made.module)
 
 
-def _let_go(module: Path) -> None:
-    with GATE.held(60):
+def _restart_module(module: Path) -> None:
+    with PKCS11_LOCK.held(60):
         restart(module)
 
 
@@ -312,7 +312,7 @@ def plain(
         own.module,
         KeyUri.parse(own.uri("k")),
         pin=pin or PinValue.of(own.pin),
-        ledger=Ledger(state),
+        pin_log=PinLog(state),
         boot=lambda: clock.now().boot,
     )
 
@@ -360,7 +360,7 @@ def test_a_pin_that_another_process_changed_costs_one_try_and_the_new_one_works(
     device = plain(own, tmp_path, clock, PinFile(own.pin_file))
     device.sign("RS256", DATA)
     own._do([{"what": "pin", "old": own.pin, "new": "87651234"}])
-    _let_go(own.module)
+    _restart_module(own.module)
     assert isinstance(refused(device), PinIncorrect)
     assert isinstance(refused(device), PinNotTried)
     own.pin_file.write_text("87651234\n")
@@ -405,7 +405,7 @@ def test_a_server_that_was_killed_and_started_again_is_used_again(
         CLIENT,
         KeyUri.parse(own.uri("k")),
         pin=asked,
-        ledger=Ledger(tmp_path),
+        pin_log=PinLog(tmp_path),
         boot=lambda: clock.now().boot,
     )
     with served(own, socket):
@@ -421,4 +421,4 @@ def test_a_server_that_was_killed_and_started_again_is_used_again(
         assert device.sign("RS256", DATA).value == first
         assert asked.asked == 1
         device.close()
-    _let_go(CLIENT)
+    _restart_module(CLIENT)

@@ -77,7 +77,7 @@ class Bench:
             self.lab.module,
             plain.uri,
             pin=made.pin(plain.uri),
-            ledger=made.ledger,
+            pin_log=made.pin_log,
         )
 
     def issue(self, key: str, **options: Any) -> x509.Certificate:

@@ -16,7 +16,7 @@ import pytest
 
 from hsmtoll import DeviceError, GrantRefused, HsmTollError, NetworkError, TryAgainLater
 from hsmtoll.app import App
-from hsmtoll.hsm.module import GATE
+from hsmtoll.hsm.module import PKCS11_LOCK
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
 from hsmtoll.testing.identity import introduce
@@ -125,7 +125,7 @@ def test_a_device_that_is_busy_spends_no_signature_and_one_that_fails_to_sign_do
     hourly = toll_settings.budget.model_copy(update={"per_hour": 1})
     settings = toll_settings.model_copy(update={"budget": hourly})
     with contextlib.closing(App(settings.model_copy(update={"deadline": 0.05}))) as hurried:
-        with ThreadPoolExecutor(1) as another, GATE.held(60):
+        with ThreadPoolExecutor(1) as another, PKCS11_LOCK.held(60):
             for _ in range(3):
                 asked = another.submit(hurried.renewal_by(hurried.signer).sign, request)
                 with pytest.raises(DeviceError) as caught:

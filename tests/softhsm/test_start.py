@@ -14,7 +14,7 @@ from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinSource, PinValue
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from tests.kit.grants import DEFINED, a_grant
@@ -52,7 +52,7 @@ def make(
             toll_faults.module,
             KeyUri.parse(toll_softhsm.uri(key)),
             pin=pin or PinValue.of(toll_softhsm.pin),
-            ledger=Ledger(tmp_path / "state"),
+            pin_log=PinLog(tmp_path / "state"),
             sleep=sleep,
         )
         made.append(one)
@@ -247,7 +247,7 @@ def test_an_inspection_that_began_at_such_a_moment_shows_the_keys(
     uri = KeyUri.parse(toll_softhsm.uri(key)).device_only()
     toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
     seen = inspect(
-        toll_faults.module, ledger=Ledger(tmp_path), uri=uri, pin=PinValue.of(toll_softhsm.pin)
+        toll_faults.module, pin_log=PinLog(tmp_path), uri=uri, pin=PinValue.of(toll_softhsm.pin)
     )
     assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 2
     (device,) = [each for each in seen.tokens if each.uri.token == uri.token]
@@ -274,9 +274,9 @@ def test_a_device_that_has_no_pin_yet_is_asked_once(
     pinless: str, toll_faults: Faults, tmp_path: Path
 ) -> None:
     slept: list[float] = []
-    ledger = Ledger(tmp_path / "state")
+    pin_log = PinLog(tmp_path / "state")
     device = InProcessDevice(
-        toll_faults.module, KeyUri.parse(pinless), pin=PinValue.of("1234"), ledger=ledger,
+        toll_faults.module, KeyUri.parse(pinless), pin=PinValue.of("1234"), pin_log=pin_log,
         sleep=slept.append,
     )  # fmt: skip
     assert error(device).code == "pin-state"
@@ -312,14 +312,14 @@ import json, sys
 from pathlib import Path
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
-from hsmtoll.hsm.pin_log import Ledger
+from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri
 
 told = json.loads(sys.stdin.readline())
 device = InProcessDevice(
     Path(told["module"]), KeyUri.parse(told["uri"]),
-    pin=PinFile(Path(told["pin_file"]), name="PIN"), ledger=Ledger(Path(told["state"])),
+    pin=PinFile(Path(told["pin_file"]), name="PIN"), pin_log=PinLog(Path(told["state"])),
 )
 print("here", flush=True)
 sys.stdin.readline()

@@ -11,7 +11,7 @@ from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.codes import recoverable, translated
-from hsmtoll.hsm.recovery import Breaker, cured
+from hsmtoll.hsm.recovery import CircuitBreaker, should_retry
 from hsmtoll.testing.clock import SettableClock
 
 GONE = DeviceError("Signing: the module answered DeviceRemoved", code="device-gone", retryable=True)
@@ -53,11 +53,11 @@ def clock() -> SettableClock:
 
 
 @pytest.fixture
-def breaker(clock: SettableClock) -> Breaker:
-    return Breaker("pkcs11:token=lab", boot=lambda: clock.now().boot)
+def breaker(clock: SettableClock) -> CircuitBreaker:
+    return CircuitBreaker("pkcs11:token=lab", boot=lambda: clock.now().boot)
 
 
-def down(breaker: Breaker) -> bool:
+def down(breaker: CircuitBreaker) -> bool:
     try:
         breaker.admit()
     except DeviceError as exc:
@@ -77,7 +77,7 @@ def test_the_list_of_what_may_be_cured_is_complete_over_every_class_there_is() -
 
 
 def test_after_a_failure_the_next_callers_are_told_at_once_and_why(
-    breaker: Breaker, clock: SettableClock
+    breaker: CircuitBreaker, clock: SettableClock
 ) -> None:
     assert not down(breaker)
     breaker.judge(GONE)
@@ -87,7 +87,7 @@ def test_after_a_failure_the_next_callers_are_told_at_once_and_why(
 
 
 def test_it_lets_one_caller_try_by_itself_and_closes_when_that_one_is_answered(
-    breaker: Breaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
+    breaker: CircuitBreaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     breaker.judge(GONE)
     clock.advance(1)
@@ -105,7 +105,7 @@ def test_it_lets_one_caller_try_by_itself_and_closes_when_that_one_is_answered(
 
 
 def test_its_pauses_grow_to_ten_seconds_and_start_anew_after_success(
-    breaker: Breaker, clock: SettableClock
+    breaker: CircuitBreaker, clock: SettableClock
 ) -> None:
     pauses = []
     for _ in range(6):
@@ -123,7 +123,7 @@ def test_its_pauses_grow_to_ten_seconds_and_start_anew_after_success(
 
 
 def test_it_says_once_that_the_device_is_down(
-    breaker: Breaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
+    breaker: CircuitBreaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
         breaker.judge(GONE)
@@ -137,13 +137,15 @@ def test_it_says_once_that_the_device_is_down(
     [PinIncorrect("no", code="pin-incorrect"), PinNotTried("no", code="pin-locked"), MISSING],
     ids=str,
 )
-def test_a_device_that_answers_no_is_not_down(breaker: Breaker, answer: HsmTollError) -> None:
+def test_a_device_that_answers_no_is_not_down(
+    breaker: CircuitBreaker, answer: HsmTollError
+) -> None:
     breaker.judge(answer)
     assert not breaker.open
 
 
 def test_a_trial_that_was_interrupted_is_left_to_the_next_caller(
-    breaker: Breaker, clock: SettableClock
+    breaker: CircuitBreaker, clock: SettableClock
 ) -> None:
     breaker.judge(GONE)
     clock.advance(1)
@@ -158,7 +160,7 @@ def test_a_trial_that_was_interrupted_is_left_to_the_next_caller(
 
 @pytest.mark.parametrize("code", ["module-crashed", "device-hung"])
 def test_a_process_that_died_or_hung_once_is_the_next_callers_new_process(
-    breaker: Breaker, code: str
+    breaker: CircuitBreaker, code: str
 ) -> None:
     died = DeviceError("signing: the process died", code=code)
     breaker.failed(died)
@@ -186,7 +188,7 @@ def test_each_step_is_taken_once_in_order() -> None:
 
     steps = iter((first, helpless, last))
     errors = [DeviceError(f"number {n}", code="device-gone", retryable=True) for n in range(1, 4)]
-    assert [cured(each, steps) for each in errors] == [True, True, False]
+    assert [should_retry(each, steps) for each in errors] == [True, True, False]
     assert taken == ["first after number 1", "last after number 2"]
 
 
@@ -198,7 +200,7 @@ def test_no_step_is_taken_after_an_error_about_a_pin(kind: type[HsmTollError]) -
         taken.append(exc)
         return True
 
-    assert not cured(kind("the PIN", code="pin"), iter((step,)))
+    assert not should_retry(kind("the PIN", code="pin"), iter((step,)))
     assert not taken
     # The control: nobody looked at it, and it says that another try is worth it.
-    assert cured(kind("the PIN", code="pin", retryable=True), iter((step,)))
+    assert should_retry(kind("the PIN", code="pin", retryable=True), iter((step,)))

@@ -13,7 +13,7 @@ from hsmtoll.errors import DeviceError, HsmTollError, PinNotTried
 from hsmtoll.hsm.codec import decode, encode, hints
 from hsmtoll.hsm.device import Device
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Stored, StoredCertificate
-from hsmtoll.hsm.pin_log import Place
+from hsmtoll.hsm.pin_log import TokenUser
 from hsmtoll.hsm.pipe import Opening, Reply
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey, SigningInput
@@ -45,7 +45,7 @@ def crossed(kind: Any, value: Any) -> Any:
         (KeyFacts, key_facts(public=None, bits=None, sign=None, mechanisms=frozenset())),
         (tuple[StoredCertificate, ...], (ODD, StoredCertificate(b"", "", b"\xff\x00"))),
         (Stored, Stored((b"a", b"b"), (), (b"",), (b"\x80",))),
-        (tuple[Place, ...], (Place("maker", "model", "1", "label"),)),
+        (tuple[TokenUser, ...], (TokenUser("maker", "model", "1", "label"),)),
         (Flags, Flags(1 << 60, 1.0, None, frozenset({"a", "b"}))),
         (RsaPublicKey | None, None),
         (SigningInput, SigningInput(b"eyJ9.e30")),
@@ -118,7 +118,7 @@ def test_an_error_of_no_class_of_ours_is_one_of_the_device() -> None:
 def test_every_question_and_answer_of_a_device_has_types_that_cross() -> None:
     """None of its methods returns or takes what only its own process could hold."""
     asked = {name for name, each in vars(Device).items() if callable(each) and name[0] != "_"}
-    assert asked >= {"certificates", "key", "sign", "generate", "inspect", "places", "close"}
+    assert asked >= {"certificates", "key", "sign", "generate", "inspect", "token_users", "close"}
     for name in asked:
         for kind in hints(getattr(Device, name)).values():
             # One that is no value of the type either way: it is judged, and not let through.

@@ -20,7 +20,7 @@ PACKAGE: Final = Path(errors.__file__).parent
 PROPER: Final = re.compile(r"(Maskinporten|Customs|SoftHSM)\b|[A-Z0-9_#+]{2,}\b")
 
 #: Where a message begins that is put together elsewhere: the function, and which argument.
-BEGINS: Final = {"translated": 1, "speaking": 0, "writing": 0, "_ask": 0, "Fault": 1}
+BEGINS: Final = {"translated": 1, "translate_pkcs11_errors": 0, "writing": 0, "_ask": 0, "Fault": 1}
 
 
 def messages(source: str) -> Iterator[tuple[int, str, str]]:

@@ -14,7 +14,7 @@ import pytest
 
 from hsmtoll.errors import ConfigurationError, PinNotTried
 from hsmtoll.files import exposed, first_untrusted_component
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.tokens.stores import FileStore, read_key
 from tests.kit.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 needs_root = pytest.mark.skipif(not is_root(), reason=NEEDS_ROOT)
-PLACE = Place("maker", "model", "1", "label", "user")
+PLACE = TokenUser("maker", "model", "1", "label", "user")
 OURS = 43210
 
 
@@ -81,12 +81,12 @@ def test_state_and_cache_of_ours_are_taken_back_from_fsgroup(tmp_path: Path) -> 
     state, cache = tmp_path / "state", tmp_path / "cache"
     for _ in range(2):
         # A program each: the volume is given to the group before one starts.
-        store, ledger = FileStore(cache), Ledger(state)
+        store, pin_log = FileStore(cache), PinLog(state)
         store.put("ab", b"token", ttl=60)
         kept = store.get("ab")
         assert kept is not None
         assert kept.value == b"token"
-        with ledger.held(PLACE):
+        with pin_log.held(PLACE):
             pass
         modes = {stat.S_IMODE(each.stat().st_mode) for each in (cache, state, state / "pin")}
         assert modes == {0o700}
@@ -116,7 +116,7 @@ def test_what_was_opened_otherwise_is_refused_by_what_others_can_do(
     assert f"file://{cache}/hsmtoll" in (caught.value.hint or "")
     (state / "pin").chmod(bits)
     with pytest.raises(PinNotTried, match=f"others can {words} this directory") as refused:
-        Ledger(state).held(PLACE).__enter__()
+        PinLog(state).held(PLACE).__enter__()
     assert "below its root" in (refused.value.hint or "")
 
 
@@ -127,7 +127,7 @@ from tests.kit.accounts import become, import_all
 import_all()
 become(int(sys.argv[2]), int(sys.argv[3]))
 from hsmtoll.errors import ConfigurationError, PinNotTried
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.tokens.stores import FileStore
 at = Path(sys.argv[1])
 try:
@@ -136,7 +136,7 @@ try:
 except ConfigurationError as exc:
     print(exc.code)
 try:
-    with Ledger(at / "state").held(Place("maker", "model", "1", "label", "user")):
+    with PinLog(at / "state").held(TokenUser("maker", "model", "1", "label", "user")):
         print("held")
 except PinNotTried as exc:
     print(exc.code)

@@ -14,29 +14,29 @@ import pytest
 
 from hsmtoll.errors import DeviceError, PinNotTried
 from hsmtoll.hsm.pin import Pin
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from tests.kit.accounts import OTHER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from hsmtoll.hsm.pin_log import Page
+    from hsmtoll.hsm.pin_log import PinRecord
 
-PLACE = Place("Maker", "X1", "0042", "lab")
+PLACE = TokenUser("Maker", "X1", "0042", "lab")
 WRONG = Pin("4711-canary", source="SETTING")
 RIGHT = Pin("1234", source="SETTING")
 
 
-def refuse(ledger: Ledger, pin: Pin, place: Place = PLACE) -> None:
-    with ledger.held(place) as page:
-        page.intend(pin, count_low=False)
-        page.refuse(pin)
+def refuse(pin_log: PinLog, pin: Pin, owner: TokenUser = PLACE) -> None:
+    with pin_log.held(owner) as pin_record:
+        pin_record.intend(pin, count_low=False)
+        pin_record.refuse(pin)
 
 
-def die(ledger: Ledger, pin: Pin, *, count_low: bool = False) -> None:
-    with ledger.held(PLACE) as page:
-        page.intend(pin, count_low=count_low)
+def die(pin_log: PinLog, pin: Pin, *, count_low: bool = False) -> None:
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(pin, count_low=count_low)
 
 
 def written(state: Path) -> str:
@@ -44,65 +44,65 @@ def written(state: Path) -> str:
 
 
 def test_a_refused_value_is_not_tried_again_and_another_is(tmp_path: Path) -> None:
-    refuse(Ledger(tmp_path), WRONG)
+    refuse(PinLog(tmp_path), WRONG)
     with pytest.raises(PinNotTried) as caught:
-        die(Ledger(tmp_path), WRONG)
+        die(PinLog(tmp_path), WRONG)
     assert caught.value.code == "pin-refused"
     assert "hsmtoll pin clear" in (caught.value.hint or "")
     assert "4711-canary" not in f"{caught.value}{caught.value.hint}"
-    die(Ledger(tmp_path), RIGHT)
+    die(PinLog(tmp_path), RIGHT)
 
 
 def test_the_same_value_from_another_source_is_refused_too(tmp_path: Path) -> None:
-    refuse(Ledger(tmp_path), WRONG)
+    refuse(PinLog(tmp_path), WRONG)
     with pytest.raises(PinNotTried, match="pin-source was refused before"):
-        die(Ledger(tmp_path), Pin("4711-canary", source="pin-source", version="inode 1 mtime 1"))
+        die(PinLog(tmp_path), Pin("4711-canary", source="pin-source", version="inode 1 mtime 1"))
 
 
 def test_every_refused_value_is_remembered_not_only_the_last(tmp_path: Path) -> None:
-    refuse(Ledger(tmp_path), WRONG)
-    refuse(Ledger(tmp_path), Pin("0000", source="SETTING"))
+    refuse(PinLog(tmp_path), WRONG)
+    refuse(PinLog(tmp_path), Pin("0000", source="SETTING"))
     for value in ("4711-canary", "0000"):
         with pytest.raises(PinNotTried):
-            die(Ledger(tmp_path), Pin(value, source="SETTING"))
+            die(PinLog(tmp_path), Pin(value, source="SETTING"))
 
 
 def test_before_a_refusal_nothing_derived_from_the_pin_is_on_disk(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    die(ledger, WRONG)
+    pin_log = PinLog(tmp_path)
+    die(pin_log, WRONG)
     one = written(tmp_path)
     assert json.loads(one)["intents"] == ["SETTING"]
     assert not {"salt", "refused"} & set(json.loads(one))
     # the same record whatever the PIN is: it cannot be derived from it
-    other = Ledger(tmp_path / "other")
+    other = PinLog(tmp_path / "other")
     die(other, Pin("something else", source="SETTING"))
     assert written(tmp_path / "other") == one
 
 
 def test_a_refusal_is_salted(tmp_path: Path) -> None:
-    refuse(Ledger(tmp_path / "a"), WRONG)
-    refuse(Ledger(tmp_path / "b"), WRONG)
+    refuse(PinLog(tmp_path / "a"), WRONG)
+    refuse(PinLog(tmp_path / "b"), WRONG)
     a, b = (json.loads(written(tmp_path / name)) for name in "ab")
     assert a["refused"] != b["refused"]
     assert "4711-canary" not in written(tmp_path)
 
 
 def test_acceptance_leaves_nothing_but_a_salted_hash_of_what_was_accepted(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    refuse(ledger, WRONG)
-    assert ledger.refusals(PLACE) == (1, 0)
-    with ledger.held(PLACE) as page:
-        page.intend(RIGHT, count_low=True)
-        page.accept(RIGHT)
-    assert ledger.refusals(PLACE) == (0, 0)
+    pin_log = PinLog(tmp_path)
+    refuse(pin_log, WRONG)
+    assert pin_log.refusals(PLACE) == (1, 0)
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(RIGHT, count_low=True)
+        pin_record.accept(RIGHT)
+    assert pin_log.refusals(PLACE) == (0, 0)
     record = json.loads(written(tmp_path))
     assert {"accepted", "salt"} <= set(record)
     assert not {"refused", "intents", "doubts"} & set(record)
     assert "1234" not in record["accepted"]
     # And nothing at all of a PIN that has no value here.
-    with ledger.held(PLACE) as page:
-        page.intend(Pin(None, source="PINPAD"), count_low=False)
-        page.accept(Pin(None, source="PINPAD"))
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(Pin(None, source="PINPAD"), count_low=False)
+        pin_record.accept(Pin(None, source="PINPAD"))
     assert "accepted" not in written(tmp_path)
 
 
@@ -121,207 +121,209 @@ def hours() -> Hours:
     return Hours()
 
 
-def doubt(ledger: Ledger, pin: Pin, *, count_low: bool = False, flags: bool = False) -> None:
-    with ledger.held(PLACE) as page:
-        page.intend(pin, count_low=count_low, keeps_flags=flags)
-        page.doubt(pin)
+def mark_unknown(
+    pin_log: PinLog, pin: Pin, *, count_low: bool = False, flags: bool = False
+) -> None:
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(pin, count_low=count_low, keeps_flags=flags)
+        pin_record.mark_unknown(pin)
 
 
-def accept(ledger: Ledger, pin: Pin) -> None:
-    with ledger.held(PLACE) as page:
-        page.intend(pin, count_low=False)
-        page.accept(pin)
+def accept(pin_log: PinLog, pin: Pin) -> None:
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(pin, count_low=False)
+        pin_record.accept(pin)
 
 
 def test_a_pin_that_was_accepted_before_outlives_any_number_of_outages(
     tmp_path: Path, hours: Hours
 ) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    accept(ledger, RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    accept(pin_log, RIGHT)
     waited = []
     for _ in range(12):
-        doubt(ledger, RIGHT)
+        mark_unknown(pin_log, RIGHT)
         with pytest.raises(DeviceError) as caught:
-            doubt(ledger, RIGHT)
+            mark_unknown(pin_log, RIGHT)
         assert caught.value.code == "device-down"
         waited.append(caught.value.retry_after)
         hours.at += caught.value.retry_after or 0
     assert waited == [1, 2, 4, 8, 16, 32, 64, 120, 120, 120, 120, 120]
-    accept(ledger, RIGHT)
-    assert ledger.refusals(PLACE) == (0, 0)
+    accept(pin_log, RIGHT)
+    assert pin_log.refusals(PLACE) == (0, 0)
 
 
 def test_another_pin_than_the_accepted_one_has_one_try_an_hour_where_no_flags_are_kept(
     tmp_path: Path, hours: Hours
 ) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    accept(ledger, RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    accept(pin_log, RIGHT)
     other = Pin("4321", source="SETTING")
-    doubt(ledger, other)
+    mark_unknown(pin_log, other)
     for minutes in (0, 1, 58):
         hours.at += 60 * minutes
         with pytest.raises(PinNotTried, match="one try an hour") as caught:
-            doubt(ledger, other)
+            mark_unknown(pin_log, other)
         assert caught.value.code == "pin-unresolved"
     hours.at += 61
-    doubt(ledger, other)
+    mark_unknown(pin_log, other)
 
 
 def test_where_flags_are_kept_they_say_whether_a_try_was_spent(
     tmp_path: Path, hours: Hours
 ) -> None:
-    ledger = Ledger(tmp_path, now=hours)
+    pin_log = PinLog(tmp_path, now=hours)
     for _ in range(5):
-        doubt(ledger, RIGHT, flags=True)
+        mark_unknown(pin_log, RIGHT, flags=True)
         hours.at += 120
     with pytest.raises(PinNotTried) as caught:
-        doubt(ledger, RIGHT, flags=True, count_low=True)
+        mark_unknown(pin_log, RIGHT, flags=True, count_low=True)
     assert caught.value.code == "pin-unresolved"
 
 
 def test_a_device_that_showed_a_flag_once_is_known_to_keep_them(
     tmp_path: Path, hours: Hours
 ) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    with ledger.held(PLACE) as page:
-        page.intend(Pin("1234", source="SETTING", typed=True), count_low=True)
-        page.accept(RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(Pin("1234", source="SETTING", typed=True), count_low=True)
+        pin_record.accept(RIGHT)
     other = Pin("4321", source="SETTING")
-    doubt(ledger, other)
+    mark_unknown(pin_log, other)
     hours.at += 2
-    doubt(ledger, other)
+    mark_unknown(pin_log, other)
 
 
 def test_an_accepted_pin_that_the_device_counts_as_wrong_is_not_tried_again(
     tmp_path: Path, hours: Hours
 ) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    accept(ledger, RIGHT)
-    doubt(ledger, RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    accept(pin_log, RIGHT)
+    mark_unknown(pin_log, RIGHT)
     hours.at += 3600
     with pytest.raises(PinNotTried):
-        doubt(ledger, RIGHT, count_low=True)
+        mark_unknown(pin_log, RIGHT, count_low=True)
 
 
 def test_an_accepted_pin_that_is_refused_is_accepted_no_more(tmp_path: Path, hours: Hours) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    accept(ledger, RIGHT)
-    refuse(ledger, RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    accept(pin_log, RIGHT)
+    refuse(pin_log, RIGHT)
     assert "accepted" not in json.loads(written(tmp_path))
     with pytest.raises(PinNotTried):
-        doubt(ledger, RIGHT)
+        mark_unknown(pin_log, RIGHT)
 
 
 def test_a_clock_that_was_set_back_does_not_lock_a_pin_out(tmp_path: Path, hours: Hours) -> None:
-    ledger = Ledger(tmp_path, now=hours)
-    doubt(ledger, RIGHT)
+    pin_log = PinLog(tmp_path, now=hours)
+    mark_unknown(pin_log, RIGHT)
     hours.at -= 86_400
-    doubt(ledger, RIGHT)
+    mark_unknown(pin_log, RIGHT)
 
 
 def test_a_count_that_is_low_and_not_by_us_is_for_a_person_to_judge(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     with pytest.raises(PinNotTried) as caught:
-        die(ledger, RIGHT, count_low=True)
+        die(pin_log, RIGHT, count_low=True)
     assert caught.value.code == "pin-count-low"
     # Typed just now, vouched for, or accepted here before: that is known, or a person's risk.
-    die(ledger, Pin("1234", source="PROMPT", typed=True), count_low=True)
-    Ledger(tmp_path).clear(PLACE)
-    die(ledger, RIGHT, count_low=True)
-    other = Ledger(tmp_path / "other")
+    die(pin_log, Pin("1234", source="PROMPT", typed=True), count_low=True)
+    PinLog(tmp_path).clear(PLACE)
+    die(pin_log, RIGHT, count_low=True)
+    other = PinLog(tmp_path / "other")
     accept(other, RIGHT)
     die(other, RIGHT, count_low=True)
 
 
 def test_a_pin_that_was_not_looked_at_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     for _ in range(5):
-        with ledger.held(PLACE) as page:
-            page.intend(RIGHT, count_low=False)
-            page.withdraw()
-    refuse(ledger, WRONG)
+        with pin_log.held(PLACE) as pin_record:
+            pin_record.intend(RIGHT, count_low=False)
+            pin_record.withdraw()
+    refuse(pin_log, WRONG)
     before = written(tmp_path)
-    with ledger.held(PLACE) as page:
-        page.intend(RIGHT, count_low=False)
-        page.withdraw()
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(RIGHT, count_low=False)
+        pin_record.withdraw()
     assert written(tmp_path) == before
 
 
 def test_an_unknown_result_allows_one_more_try_and_then_none(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    die(ledger, RIGHT)
-    die(ledger, RIGHT)
+    pin_log = PinLog(tmp_path)
+    die(pin_log, RIGHT)
+    die(pin_log, RIGHT)
     with pytest.raises(PinNotTried) as caught:
-        die(ledger, RIGHT)
+        die(pin_log, RIGHT)
     assert caught.value.code == "pin-unresolved"
     assert caught.value.exit_code == 21
 
 
 def test_an_unknown_result_allows_none_where_the_device_says_count_low(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    die(ledger, RIGHT)
+    pin_log = PinLog(tmp_path)
+    die(pin_log, RIGHT)
     with pytest.raises(PinNotTried, match="not known"):
-        die(ledger, RIGHT, count_low=True)
-    die(ledger, RIGHT)  # the control: without the flag there is one more
+        die(pin_log, RIGHT, count_low=True)
+    die(pin_log, RIGHT)  # the control: without the flag there is one more
 
 
 def test_a_changed_file_is_tried_but_a_third_unknown_result_is_the_last(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     for time in (1, 1, 2):
-        die(ledger, Pin("1234", source="FILE", version=f"inode 1 mtime {time}"))
+        die(pin_log, Pin("1234", source="FILE", version=f"inode 1 mtime {time}"))
     with pytest.raises(PinNotTried):
-        die(ledger, Pin("1234", source="FILE", version="inode 1 mtime 3"))
+        die(pin_log, Pin("1234", source="FILE", version="inode 1 mtime 3"))
 
 
 def test_a_corrected_setting_works_after_a_crash_and_a_refusal(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    die(ledger, WRONG)
-    refuse(ledger, WRONG)
-    die(ledger, RIGHT, count_low=True)
+    pin_log = PinLog(tmp_path)
+    die(pin_log, WRONG)
+    refuse(pin_log, WRONG)
+    die(pin_log, RIGHT, count_low=True)
 
 
 def test_a_pinpad_refusal_counts_for_whatever_is_typed_next(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    refuse(ledger, Pin(None, source="PINPAD"))
+    pin_log = PinLog(tmp_path)
+    refuse(pin_log, Pin(None, source="PINPAD"))
     with pytest.raises(PinNotTried):
-        die(ledger, Pin(None, source="PINPAD"))
-    ledger.clear(PLACE)
-    die(ledger, Pin(None, source="PINPAD"))
+        die(pin_log, Pin(None, source="PINPAD"))
+    pin_log.clear(PLACE)
+    die(pin_log, Pin(None, source="PINPAD"))
 
 
 def test_devices_and_users_are_told_apart_and_clear_forgets_only_what_is_named(
     tmp_path: Path,
 ) -> None:
-    ledger = Ledger(tmp_path)
+    pin_log = PinLog(tmp_path)
     others = [
-        Place("Maker", "X1", "0043", "lab"),
-        Place("Maker", "X1", "0042", "lab", "signing"),
-        Place("Maker", "X10", "042", "lab"),
+        TokenUser("Maker", "X1", "0043", "lab"),
+        TokenUser("Maker", "X1", "0042", "lab", "signing"),
+        TokenUser("Maker", "X10", "042", "lab"),
     ]
-    refuse(ledger, WRONG)
-    for place in others:
-        assert ledger.refusals(place) == (0, 0)
-        refuse(ledger, WRONG, place)
-    assert ledger.clear(PLACE) == 1
-    assert ledger.clear(PLACE) == 0
-    die(ledger, WRONG)
-    assert ledger.refusals(others[0]) == (1, 0)
-    assert ledger.clear(PLACE) == 1  # a try whose fate is not known
+    refuse(pin_log, WRONG)
+    for owner in others:
+        assert pin_log.refusals(owner) == (0, 0)
+        refuse(pin_log, WRONG, owner)
+    assert pin_log.clear(PLACE) == 1
+    assert pin_log.clear(PLACE) == 0
+    die(pin_log, WRONG)
+    assert pin_log.refusals(others[0]) == (1, 0)
+    assert pin_log.clear(PLACE) == 1  # a try whose fate is not known
 
 
 def test_clear_counts_no_device_whose_pin_was_accepted_and_none_refused(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    accept(ledger, RIGHT)
-    assert ledger.clear(PLACE) == 0
-    refuse(ledger, WRONG)
-    assert ledger.clear(PLACE) == 1
+    pin_log = PinLog(tmp_path)
+    accept(pin_log, RIGHT)
+    assert pin_log.clear(PLACE) == 0
+    refuse(pin_log, WRONG)
+    assert pin_log.clear(PLACE) == 1
 
 
 def test_files_are_0600_in_a_directory_of_0700(tmp_path: Path) -> None:
     os.umask(before := os.umask(0))
     os.umask(0)
     try:
-        refuse(Ledger(tmp_path), WRONG)
+        refuse(PinLog(tmp_path), WRONG)
     finally:
         os.umask(before)
     assert (tmp_path / "pin").stat().st_mode & 0o777 == 0o700
@@ -334,13 +336,13 @@ def test_without_a_place_to_write_no_pin_is_tried_outside_the_sandbox(tmp_path: 
     blocked = tmp_path / "file"
     blocked.write_text("")
     for directory in (None, blocked):
-        with pytest.raises(PinNotTried) as caught, Ledger(directory).held(PLACE):
+        with pytest.raises(PinNotTried) as caught, PinLog(directory).held(PLACE):
             pass
         assert "HSMTOLL_STATE" in (caught.value.hint or "")
         assert caught.value.code == "ledger"
-        with Ledger(directory, optional=True).held(PLACE) as page:
-            page.intend(RIGHT, count_low=False)
-            page.accept(RIGHT)
+        with PinLog(directory, optional=True).held(PLACE) as pin_record:
+            pin_record.intend(RIGHT, count_low=False)
+            pin_record.accept(RIGHT)
 
 
 @pytest.mark.parametrize(
@@ -350,40 +352,40 @@ def test_a_directory_that_others_can_enter_is_not_trusted(
     tmp_path: Path, mode: int, words: str
 ) -> None:
     (tmp_path / "pin").mkdir(mode=0o700)
-    die(Ledger(tmp_path), RIGHT)
+    die(PinLog(tmp_path), RIGHT)
     (tmp_path / "pin").chmod(mode)
     with pytest.raises(PinNotTried, match=f"others can {words}"):
-        die(Ledger(tmp_path), RIGHT)
+        die(PinLog(tmp_path), RIGHT)
 
 
 @pytest.mark.needs_root
 def test_the_directory_of_another_account_is_left_to_that_account(tmp_path: Path) -> None:
-    die(Ledger(tmp_path), RIGHT)
+    die(PinLog(tmp_path), RIGHT)
     for each in (tmp_path, tmp_path / "pin"):
         os.chown(each, OTHER, OTHER)
     with pytest.raises(PinNotTried, match="belongs to another account") as caught:
-        die(Ledger(tmp_path), RIGHT)
+        die(PinLog(tmp_path), RIGHT)
     # One of its own would not know which PINs were refused.
     assert caught.value.hint == f"run this as the account that owns the directory (uid {OTHER})"
 
 
 def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path) -> None:
-    refuse(Ledger(tmp_path), WRONG)
+    refuse(PinLog(tmp_path), WRONG)
     (record,) = [path for path in (tmp_path / "pin").iterdir() if path.suffix != ".lock"]
     record.write_text("{")
     with pytest.raises(PinNotTried):
-        die(Ledger(tmp_path), RIGHT)
+        die(PinLog(tmp_path), RIGHT)
 
 
 _TRY = """
 import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError, PinNotTried
-from hsmtoll.hsm.pin_log import Ledger, Place
+from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.hsm.pin import Pin
 pin = Pin("wrong", source="SETTING")
 try:
-    with Ledger(Path(sys.argv[1])).held(Place("m", "m", "s", "l")) as page:
+    with PinLog(Path(sys.argv[1])).held(TokenUser("m", "m", "s", "l")) as page:
         page.intend(pin, count_low=False)
         print("C_Login")
         page.refuse(pin)
@@ -418,8 +420,8 @@ def another_finds(state: Path) -> str:
 
 def test_a_forked_child_holds_nothing_that_its_parent_holds(tmp_path: Path) -> None:
     wait, end = os.pipe()
-    ledger = Ledger(tmp_path)
-    with ledger.held(PLACE):
+    pin_log = PinLog(tmp_path)
+    with pin_log.held(PLACE):
         child = os.fork()
         if child == 0:
             os.close(end)
@@ -438,7 +440,7 @@ def test_who_was_forked_while_it_held_the_record_closes_nobodys_file_at_the_end(
     tmp_path: Path,
 ) -> None:
     with contextlib.ExitStack() as stack:
-        stack.enter_context(Ledger(tmp_path).held(PLACE))
+        stack.enter_context(PinLog(tmp_path).held(PLACE))
         child = os.fork()
         if child == 0:
             code = 1
@@ -447,24 +449,24 @@ def test_who_was_forked_while_it_held_the_record_closes_nobodys_file_at_the_end(
                 other = os.open(os.devnull, os.O_RDONLY)
                 stack.close()
                 os.fstat(other)
-                with Ledger(tmp_path / "other").held(PLACE):
+                with PinLog(tmp_path / "other").held(PLACE):
                     code = 0
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_the_users_of_one_device_take_turns_and_have_a_record_each(tmp_path: Path) -> None:
-    ledger, signing = Ledger(tmp_path), replace(PLACE, user="signing")
-    with ledger.held(signing) as page:
-        page.intend(WRONG, count_low=False)
+    pin_log, signing = PinLog(tmp_path), replace(PLACE, user="signing")
+    with pin_log.held(signing) as pin_record:
+        pin_record.intend(WRONG, count_low=False)
         assert another_finds(tmp_path) == "held"
-        page.refuse(WRONG)
-    with ledger.held(PLACE):
+        pin_record.refuse(WRONG)
+    with pin_log.held(PLACE):
         # One lock for the two of them.
         assert another_finds(tmp_path) == "held"
-    assert ledger.refusals(signing) == (1, 0)
-    assert ledger.refusals(PLACE) == (0, 0)
-    with ledger.held(replace(PLACE, serial="0043")):
+    assert pin_log.refusals(signing) == (1, 0)
+    assert pin_log.refusals(PLACE) == (0, 0)
+    with pin_log.held(replace(PLACE, serial="0043")):
         assert len(list((tmp_path / "pin").glob("*.lock"))) == 2
 
 
@@ -472,10 +474,10 @@ def test_a_killed_process_frees_the_record(tmp_path: Path) -> None:
     program = _TRY.replace('print("C_Login")', "import os, signal; os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert done.returncode == -9
-    place = Place("m", "m", "s", "l")
-    assert Ledger(tmp_path).refusals(place) == (0, 1)
-    with Ledger(tmp_path).held(place) as page:
-        page.intend(Pin("1234", source="SETTING"), count_low=False)
+    owner = TokenUser("m", "m", "s", "l")
+    assert PinLog(tmp_path).refusals(owner) == (0, 1)
+    with PinLog(tmp_path).held(owner) as pin_record:
+        pin_record.intend(Pin("1234", source="SETTING"), count_low=False)
 
 
 @pytest.mark.parametrize(
@@ -486,36 +488,36 @@ def test_a_killed_process_frees_the_record(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_record_of_an_odd_shape_may_have_held_a_refusal(tmp_path: Path, odd: str) -> None:
-    ledger = Ledger(tmp_path)
-    refuse(ledger, WRONG)
+    pin_log = PinLog(tmp_path)
+    refuse(pin_log, WRONG)
     (record,) = [path for path in (tmp_path / "pin").iterdir() if path.suffix != ".lock"]
     record.write_text(odd)
     with pytest.raises(PinNotTried) as caught:
-        die(ledger, RIGHT)
+        die(pin_log, RIGHT)
     assert caught.value.code == "ledger"
-    assert ledger.refusals(PLACE) == (0, 0)
+    assert pin_log.refusals(PLACE) == (0, 0)
     record.write_text("{}")
-    die(ledger, RIGHT)
+    die(pin_log, RIGHT)
 
 
 def test_what_the_device_said_counts_though_the_disk_is_full_and_the_intent_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = Ledger(tmp_path)
-    ends: tuple[Callable[[Page], None], ...] = (
-        lambda page: page.refuse(WRONG),
-        lambda page: page.doubt(WRONG),
-        lambda page: page.withdraw(),
-        lambda page: page.accept(WRONG),
+    pin_log = PinLog(tmp_path)
+    ends: tuple[Callable[[PinRecord], None], ...] = (
+        lambda pin_record: pin_record.refuse(WRONG),
+        lambda pin_record: pin_record.mark_unknown(WRONG),
+        lambda pin_record: pin_record.withdraw(),
+        lambda pin_record: pin_record.accept(WRONG),
     )
     for end in ends:
-        ledger.clear(PLACE)
-        with ledger.held(PLACE) as page:
-            page.intend(WRONG, count_low=False)
+        pin_log.clear(PLACE)
+        with pin_log.held(PLACE) as pin_record:
+            pin_record.intend(WRONG, count_low=False)
             with monkeypatch.context() as full:
                 full.setattr(os, "fsync", _no_space)
-                end(page)
-        assert ledger.refusals(PLACE) == (0, 1)
+                end(pin_record)
+        assert pin_log.refusals(PLACE) == (0, 1)
     assert caplog.text.count("cannot be written down (No space left on device)") == len(ends)
 
 
@@ -525,26 +527,26 @@ def _no_space(descriptor: int) -> None:
 
 def test_a_source_that_gives_another_wrong_value_each_time_ends(tmp_path: Path) -> None:
     time = 1_800_000_000.0
-    ledger = Ledger(tmp_path, now=lambda: time)
+    pin_log = PinLog(tmp_path, now=lambda: time)
 
     def value(number: int, *, typed: bool = False) -> Pin:
         return Pin(f"9{number:04}", source="HSMTOLL_HSM__PIN_COMMAND", typed=typed)
 
     for number in range(5):
-        refuse(ledger, value(number))
+        refuse(pin_log, value(number))
         time += 60
     for number in range(5, 9):
         with pytest.raises(PinNotTried, match="5 others were refused") as caught:
-            refuse(ledger, value(number))
+            refuse(pin_log, value(number))
     assert caught.value.retry_after == 3600 - 300
-    assert ledger.refusals(PLACE) == (5, 0)
+    assert pin_log.refusals(PLACE) == (5, 0)
     # A person may, and so may who comes an hour after.
-    refuse(ledger, value(10, typed=True))
+    refuse(pin_log, value(10, typed=True))
     time += 3600
-    refuse(ledger, value(11))
+    refuse(pin_log, value(11))
     # One that was right before is tried, and ends the count.
-    with ledger.held(PLACE) as page:
-        page.intend(RIGHT, count_low=False)
-        page.accept(RIGHT)
-    refuse(ledger, value(12))
-    assert ledger.refusals(PLACE) == (1, 0)
+    with pin_log.held(PLACE) as pin_record:
+        pin_record.intend(RIGHT, count_low=False)
+        pin_record.accept(RIGHT)
+    refuse(pin_log, value(12))
+    assert pin_log.refusals(PLACE) == (1, 0)
