@@ -230,7 +230,7 @@ class App:
             return device.inspect()
 
     def token_users(self) -> tuple[TokenUser, ...]:
-        """The PIN ledger's places of the devices that are named, or of all."""
+        """The PIN log's keys for the configured tokens, or for all."""
         found: list[TokenUser] = []
         for uri in self._named_uris():
             with self._device(uri) as device:

@@ -94,7 +94,7 @@ class Stored:
 class TokenFacts:
     """
     One p11_token. *pin_state* is the worst of ``ok count-low to-be-changed final-try locked
-    unset``; *refused* and *unresolved* count what the ledger remembers. *logged_in* says
+    unset``; *refused* and *unresolved* count the entries of the PIN log. *logged_in* says
     whether private keys could be seen; *problem* is why not, or why nothing could be read.
     """
 

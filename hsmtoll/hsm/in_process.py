@@ -1,12 +1,12 @@
 """
-The device whose module runs in this process: find it, log in, prove the key, sign with it.
+A device with the PKCS#11 module in this process: find the token, log in, find the key, sign.
 
-    question ── module ── p11_token by URI ── login (ledger) ── key by class + id/label
-                                                                  │
-                  signature, verified ◄── C_SignInit, C_Sign ◄── proven by its public half
+    call ── module ── token by URI ── login (PIN log) ── key by class + id/label
+                                                           │
+             signature, verified ◄── C_SignInit, C_Sign ◄── matched with its public key
 
-Everything that touches the module happens with `PKCS11_LOCK` held. A private key's value never
-enters this process: only handles do.
+All calls to the module are made with `PKCS11_LOCK` held. This process never has the value of a
+private key, only handles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hsmtoll.hsm.codes import (
     translate_pkcs11_errors,
 )
 from hsmtoll.hsm.facts import Signature, StoredCertificate
-from hsmtoll.hsm.login import NO_ROOM, Handles, Login, PinLogin, state_after
+from hsmtoll.hsm.login import SESSION_LIMIT_ERRORS, Handles, Login, PinLogin, pin_state_after
 from hsmtoll.hsm.module import PKCS11_LOCK, current, loaded, opened, restart, restarted
 from hsmtoll.hsm.reading import certificates_of, device_uri, login_key, named
 from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, CircuitBreaker, should_retry
@@ -60,9 +60,9 @@ __all__ = ["InProcessDevice"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: Seconds, from and to, before each new start of a module that found no device at its very start.
-#: Together longer than the workers of a server need, on a busy machine, to log in side by side.
-_START_PAUSES: Final = ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0))
+#: Ranges of seconds before the module is initialised again because it found no device at first.
+#: In total longer than the concurrent logins of a server's workers take on a busy machine.
+_START_DELAYS: Final = ((0.1, 0.5), (0.2, 1.0), (0.4, 2.0))
 _HASHED: Final = {
     "RS256": Mechanism.SHA256_RSA_PKCS,
     "RS384": Mechanism.SHA384_RSA_PKCS,
@@ -70,20 +70,20 @@ _HASHED: Final = {
 }
 _HASHED_NAMES: Final = frozenset(each.name for each in _HASHED.values())
 
-#: What `named` returns, in words.
-_NAMES: Final = ("manufacturer", "model", "serial", "label")
+#: The fields of the tuple that `named` returns.
+_IDENTITY_FIELDS: Final = ("manufacturer", "model", "serial", "label")
 
 
 class InProcessDevice:
     """
     As `hsmtoll.hsm.device.Device`, with the module in this process.
 
-    A call waits at most *lock_timeout* seconds for its turn. After an error the handles are
-    dropped; what a new session, a new login or a restart of the module cures is cured within the
-    call, and a device that is not there when the module starts is looked for again, at most three
-    times. *audience* is that of the grants to be signed, *rules* raise for other grants that are
-    not to be. *back_off*: whether callers are told ``device-down`` where nothing helped; not in a
-    worker, for which the other side does it. *boot* is a clock in seconds that never goes back.
+    A call waits at most *lock_timeout* seconds for the lock. After an error it discards its
+    handles and tries again with a new session, a new login, and a restarted module, in this
+    order. If a module finds no device when it is first initialised, that is repeated, at most
+    three times. *audience* is that of the grants to sign; *rules* raise for grants that must not
+    be signed. *back_off*: use a circuit breaker (``device-down``); not in a worker, whose parent
+    has one. *boot* is a monotonic clock in seconds.
     """
 
     def __init__(
@@ -134,11 +134,11 @@ class InProcessDevice:
         self._openings = 0
         self._open: Handles | None = None
         self._shared: Login | None = None
-        # Who answered the first question; another one is not taken in its place.
-        self._known: tuple[str, str, str, str] | None = None
-        # The login was made again for this call, because the device had ended it.
-        self._logged_in_anew = False
-        # The device has shown that it knows no PIN for a single signature.
+        # The token that was used first; another one in its place is refused.
+        self._first_identity: tuple[str, str, str, str] | None = None
+        # This call has logged in again, because the device had ended the login.
+        self._relogged_in = False
+        # The device has no context-specific login.
         self._without_context_login = False
 
     def __repr__(self) -> str:
@@ -166,7 +166,7 @@ class InProcessDevice:
         login = self._shared
         return login is not None and login.anchor is not None and login.source == self._login.pin
 
-    # ------------------------------------------------------------------ the three questions
+    # ------------------------------------------------------------------ certificates, key, signing
 
     def certificates(
         self, *, near: bool = False, force_login: bool = False
@@ -180,7 +180,7 @@ class InProcessDevice:
         return self._ask("reading certificates", look)
 
     def log_in(self, *, force: bool = False) -> None:
-        """Log in where the device wants it, or with *force* whatever its flags say."""
+        """Log in if the device requires it, or with *force* regardless of its flags."""
         self._ask("logging in", partial(self._log_in, force=force))
 
     def _log_in(self, here: Handles, *, force: bool) -> None:
@@ -195,8 +195,8 @@ class InProcessDevice:
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
-            # A device that is gone says so here. One whose certificates alone cannot be searched
-            # does not matter where they are all in a file.
+            # Raises if the device is gone. If only the search for certificates fails, that does
+            # not matter as long as they are all in a file.
             here.token.slot.get_token()
             _log.info("reading certificates once more after: %s", said(exc))
         here.new_session()
@@ -229,7 +229,7 @@ class InProcessDevice:
         if here.facts is not None and here.found_with is here.login.anchor:
             return here.facts
         found = self._select.keys(here.session)
-        # Some show private keys to nobody, and do not say that they want a login.
+        # Some tokens hide private keys before a login without CKF_LOGIN_REQUIRED.
         if not found and self._login.force_log_in(here):
             found = self._select.keys(here.session)
         if not found:
@@ -252,8 +252,8 @@ class InProcessDevice:
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> Signature:
         """
-        As `sign`, for a caller in another process, who verifies what comes out of this one: *by*
-        is the public half that the device shows.
+        As `sign`, without verification: the parent process verifies. *by* of the result is the
+        public key that the device shows.
         """
         wanted = Signable(alg, unsigned)
         wanted.check_grant(self._audience, self._rules)
@@ -323,12 +323,12 @@ class InProcessDevice:
     @contextlib.contextmanager
     def writing(self, doing: str, *, rw: bool = True) -> Iterator[tuple[Module, Token, Session]]:
         """
-        A session after login, read-write unless not *rw*, for `hsmtoll.hsm.objects`, until the
-        end. What this device knows about its key is forgotten: it may be another one now.
+        A session after login for `hsmtoll.hsm.objects`, read-write if *rw*. Afterwards the key is
+        looked up again, as it may have changed.
         """
-        # What a start anew cures is cured before anything is written: no write is made again.
+        # Recover from failures now: a write is never repeated.
         self._ask(doing, self._login.log_in)
-        with self._admitted(doing), PKCS11_LOCK.held(self._lock_timeout):
+        with self._breaker_guard(doing), PKCS11_LOCK.held(self._lock_timeout):
             try:
                 with translate_pkcs11_errors(f"{doing} ({self._name})"):
                     here = self._opened()
@@ -341,18 +341,18 @@ class InProcessDevice:
                         if session is not here.session:
                             here.module.close(session)
                         elif rw:
-                            self._drop()
+                            self._discard_handles()
                             here.login.end()
             except BaseException:
-                self._drop()
+                self._discard_handles()
                 raise
 
     def _read_write(self, here: Handles) -> Session:
-        """A session that writes; it is the only one, the login's, where the device wants that."""
+        """A read-write session; if the device permits no further one, it is the login's."""
         try:
             return here.token.open(rw=True)
-        except NO_ROOM:
-            here.login.give_back(here.session)
+        except SESSION_LIMIT_ERRORS:
+            here.login.release(here.session)
             here.login.end()
         self._login.log_in(here, rw=True)
         here.session = here.login.anchor or here.token.open(rw=True)
@@ -360,25 +360,28 @@ class InProcessDevice:
 
     def reinitialize_module(self) -> None:
         """
-        For `hsmtoll.hsm.objects`: so that what is read next comes from the device. Nothing is done
-        where somebody else would lose a login by it, or a person would have to log in again.
+        For `hsmtoll.hsm.objects`: discard the module's caches, so that the next read comes from the
+        device. Does nothing if another device would lose its login, or if the user would have to
+        enter the PIN again.
         """
         with PKCS11_LOCK.held(self._lock_timeout):
             login, module = self._shared, loaded(self.module_path)
             if login is None or module is None or len(login.users) > 1:
                 return
-            if login.by_others or (login.there and (login.pin is None or login.pin.on_pinpad)):
+            if login.logged_in_by_others or (
+                login.there and (login.pin is None or login.pin.on_pinpad)
+            ):
                 return
             login.end()
             restarted(module, now=self._boot(), pause=0)
 
     def close(self) -> None:
-        """Give the sessions back; the last device on a p11_token logs out."""
+        """Close the session; the last device on a token logs out."""
         with PKCS11_LOCK.held(self._lock_timeout):
             here, self._open = self._open, None
             login, self._shared = self._shared, None
             if here is not None:
-                here.login.give_back(here.session)
+                here.login.release(here.session)
             if login is not None:
                 login.users.discard(self)
                 if not login.users:
@@ -398,16 +401,16 @@ class InProcessDevice:
             try:
                 return Signature(self._sign_once(here, offered, wanted, ways[0]), facts.public)
             except p11.PKCS11Error as exc:
-                if len(ways) < 2 or self._login.undecided or about_the_key_or_pin(exc):
+                if len(ways) < 2 or self._login.pin_outcome_unknown or about_the_key_or_pin(exc):
                     raise
                 first = exc
-            # Listed, but for verifying alone, or not for this key, or not for this much data.
+            # The mechanism is listed, but only for verifying, or not for this key or data size.
             here.new_session()
             facts = self._key(here, offered)
             try:
                 signature = self._sign_once(here, offered, wanted, ways[1])
             except p11.PKCS11Error as exc:
-                spoken = about_the_key_or_pin(exc) or self._login.undecided
+                spoken = about_the_key_or_pin(exc) or self._login.pin_outcome_unknown
                 raise exc if spoken else first from None
             here.login.raw = True
             here.facts = replace(facts, mechanisms=facts.mechanisms - _HASHED_NAMES)
@@ -422,7 +425,7 @@ class InProcessDevice:
         wanted: Signable,
         mechanism: Mechanism,
     ) -> bytes:
-        """A signature, with a PIN of its own where the key, or the settings, want one."""
+        """Sign, with a context-specific login if the key or the settings require one."""
         facts, plain = self._key(here, offered), self._without_context_login
         own_pin = self._login.signing_pin is not None
         if not plain and (facts.always_authenticate or own_pin):
@@ -438,7 +441,7 @@ class InProcessDevice:
             data = wanted.input_for(mechanism)
             signed: bytes = cryptoki.able(here.key).sign(data, mechanism=mechanism)
         except p11.UserNotLoggedIn as exc:
-            if not self._logged_in_anew or own_pin:
+            if not self._relogged_in or own_pin:
                 raise
             raise DeviceError(
                 f"signing: the module answered {said(exc)} right after a login: the key"
@@ -449,63 +452,66 @@ class InProcessDevice:
         self._without_context_login = plain
         return signed
 
-    # ------------------------------------------------------------------ asking, and recovery
+    # ------------------------------------------------------------------ calls, and recovery
 
-    def _admitted(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    def _breaker_guard(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return self._breaker.trying(doing) if self._breaker else contextlib.nullcontext()
 
     def _ask(self, doing: str, work: Callable[[Handles], _T]) -> _T:
         """
-        What *work* returns, after whatever it takes to have the device answer. Not asked while
-        the device is known to be down; what is said here is judged.
+        Return the result of *work*, with automatic recovery. DeviceError (``device-down``) while
+        the circuit breaker is open, which also counts the result.
         """
-        with self._admitted(doing), PKCS11_LOCK.held(self._lock_timeout):
+        with self._breaker_guard(doing), PKCS11_LOCK.held(self._lock_timeout):
             if self._breaker:
-                # The one before may have found out while this one waited.
+                # The breaker may have opened while this call waited for the lock.
                 self._breaker.admit()
-            self._login.undecided = self._logged_in_anew = False
+            self._login.pin_outcome_unknown = self._relogged_in = False
             steps = self._recovery_steps(loaded(self.module_path), old=self._open is not None)
             while True:
                 try:
                     with translate_pkcs11_errors(f"{doing} ({self._name})"):
                         here = self._opened()
                         answer = work(here)
-                        self._known = self._known or named(here.token)
+                        self._first_identity = self._first_identity or named(here.token)
                         return answer
                 except HsmTollError as exc:
-                    self._drop()
+                    self._discard_handles()
                     if not should_retry(exc, steps):
-                        self._login.pin_state = state_after(exc) or self._login.pin_state
+                        self._login.pin_state = pin_state_after(exc) or self._login.pin_state
                         raise
                 except BaseException:
-                    self._drop()
+                    self._discard_handles()
                     raise
 
     def _recovery_steps(
         self, there: Module | None, *, old: bool
     ) -> Iterator[Callable[[HsmTollError], bool]]:
-        """What may help a call that found the module *there*, with a session that is *old*."""
-        # A generator, because what is in it is made for the calls that fail alone.
+        """
+        The recovery steps of one call, in order. *there* is the module if it was loaded before the
+        call, *old* whether the session was opened before it.
+        """
+        # A generator, because only failed calls need the steps.
 
-        pauses = list(_START_PAUSES)
+        pauses = list(_START_DELAYS)
 
         def started_once_more(exc: HsmTollError) -> bool:
-            # SoftHSM rewrites the file of a device at each login: a process that starts at that
-            # moment reads half of it. A login that was made is not made again for it.
+            # SoftHSM rewrites a token's file at each login, so a process that starts at that moment
+            # reads half of it. Not after a login: that would have to be made again.
             login = self._shared
             made = login is not None and login.there and current(login.module)
-            tried = self._login.undecided or made
+            tried = self._login.pin_outcome_unknown or made
             if there is not None or tried or not recoverable(exc) or not pauses:
                 return False
             if isinstance(exc, PinNotTried):
-                # It was given the PIN, though it did not look at it: once more, and no more.
+                # The PIN was sent, although not checked: repeat only once.
                 del pauses[1:]
             self._sleep(random.uniform(*pauses.pop(0)))  # noqa: S311 - jitter, not a secret
             restart(self.module_path)
             return True
 
         def new_session(exc: HsmTollError) -> bool:
-            # What is not seen, or not allowed, is a matter of the login.
+            # A missing key or permission needs a new login instead.
             needless = exc.code in ("key-missing", "not-logged-in")
             return old and self._may_help(exc) and not needless
 
@@ -514,32 +520,32 @@ class InProcessDevice:
             if login is None or not self._may_help(exc):
                 return False
             if exc.code == "not-logged-in":
-                # The device has ended the login, or wants one that its flags do not speak of.
-                login.wanted = self._logged_in_anew = True
+                # The device has ended the login, or requires one without CKF_LOGIN_REQUIRED.
+                login.wanted = self._relogged_in = True
             elif not login.there:
                 return False
             login.end()
             return True
 
         def module_started_again(exc: HsmTollError) -> bool:
-            # One that was loaded for this very call is as fresh as it gets.
+            # Useless if the module was loaded for this very call.
             if there is None or not recoverable(exc):
                 return False
             if self._shared is not None:
                 self._shared.end()
             done = restarted(there, now=self._boot(), pause=RESTART_PAUSE)
-            # After a login whose fate is unknown it is the next call that gains by it.
-            return done and not self._login.undecided
+            # With an unknown login outcome this call must not log in again; the next one may.
+            return done and not self._login.pin_outcome_unknown
 
-        yield from (started_once_more for _ in _START_PAUSES)
+        yield from (started_once_more for _ in _START_DELAYS)
         yield from (new_session, new_login, module_started_again)
 
     def _may_help(self, exc: HsmTollError) -> bool:
-        # A PIN whose try has an unknown fate is not tried again for the same call.
-        if self._login.undecided:
+        # A PIN with an unknown outcome is not tried again by the same call.
+        if self._login.pin_outcome_unknown:
             return False
-        # A login that the device has lost looks like a key that is not there.
-        lost = exc.code == "key-missing" and self._known is not None
+        # After a lost login, private keys seem to be missing.
+        lost = exc.code == "key-missing" and self._first_identity is not None
         others = self._shared is not None and len(self._shared.users) > 0
         ended = exc.code == "not-logged-in" and self._login.pin is not None
         return recoverable(exc) or (lost and not others) or ended
@@ -550,11 +556,11 @@ class InProcessDevice:
         if here is not None and here.module is module:
             return here
         token = self._select.token(module)
-        self._same(token)
+        self._check_same_token(token)
         login = module.logins.setdefault(login_key(token), Login(module))
         before = self._shared
-        if before is not None and before is not login and self._known is not None:
-            # The module was started again: the PIN that this device took is still good.
+        if before is not None and before is not login and self._first_identity is not None:
+            # The module was restarted: reuse the PIN that this device has accepted.
             login.pin, login.source = login.pin or before.pin, login.source or before.source
         self._open = Handles(module=module, token=token, login=login, session=login.session(token))
         self._shared = login
@@ -562,13 +568,15 @@ class InProcessDevice:
         self._openings += 1
         return self._open
 
-    def _same(self, token: Token) -> None:
-        """Refuse a device that has taken the place of the one that was used before."""
-        known, now = self._known, named(token)
+    def _check_same_token(self, token: Token) -> None:
+        """DeviceError (``device-changed``) if the token is not the one that was used before."""
+        known, now = self._first_identity, named(token)
         if known is None or known == now:
             return
-        changed = [each for each in zip(_NAMES, known, now, strict=True) if each[1] != each[2]]
-        # What was there and is empty now was read while another process wrote it.
+        changed = [
+            each for each in zip(_IDENTITY_FIELDS, known, now, strict=True) if each[1] != each[2]
+        ]
+        # A field that is empty now was read while another process was writing it.
         half = any(was and not word for _, was, word in changed)
         told = ", ".join(
             f"{what} '{foreign(word)}', was '{foreign(was)}'" for what, was, word in changed
@@ -580,11 +588,11 @@ class InProcessDevice:
             retryable=half,
         )
 
-    def _drop(self) -> None:
+    def _discard_handles(self) -> None:
         here, self._open = self._open, None
         if here is None or not current(here.module):
             return
-        here.login.give_back(here.session)
+        here.login.release(here.session)
         here.login.users.discard(self)
 
     def _warn(self, code: str, text: str) -> None:
@@ -594,7 +602,7 @@ class InProcessDevice:
 
 
 def _mechanisms(alg: str, there: frozenset[str]) -> list[Mechanism]:
-    """The mechanisms for *alg* that the device lists: the one that hashes first."""
+    """The device's mechanisms for *alg*; first the one that includes the hash."""
     found = [each for each in (_HASHED[alg], Mechanism.RSA_PKCS) if each.name in there]
     if not found:
         raise DeviceError(

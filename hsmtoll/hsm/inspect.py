@@ -97,7 +97,7 @@ def inspect(
 def token_users(
     module_path: Path, uri: KeyUri, *, user_type: int | None = None, lock_timeout: float = 60.0
 ) -> tuple[TokenUser, ...]:
-    """The ledger's places of the devices that *uri* names, for `hsmtoll pin clear`."""
+    """The PIN log's keys for the tokens that *uri* names, for `hsmtoll pin clear`."""
     with PKCS11_LOCK.held(lock_timeout):
         module = opened(module_path)
         return tuple(
@@ -148,7 +148,7 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
         keys = tuple(key_facts(module, session, found))
         stored = tuple(certificates_of(session))
     finally:
-        login.give_back(session)
+        login.release(session)
     device = device_uri(token)
     named = tuple(
         (replace(device, object=one.label, id=one.id, type="cert"), one) for one in stored

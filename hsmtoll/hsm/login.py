@@ -1,6 +1,6 @@
 """
-Logging in, once a device and process, under the rules of the PIN ledger: a PIN is tried once per
-value, its flags are read first, and what became of a try is written down before anything else.
+Login, once per token and process. Each PIN value is tried once: the token's PIN flags are read
+first, and the result of each try is written to the PIN log before anything else happens.
 
 Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.signatures import Signable
     from hsmtoll.hsm.uri import KeyUri
 
-__all__ = ["NO_ROOM", "Handles", "Login", "PinLogin", "state_after"]
+__all__ = ["SESSION_LIMIT_ERRORS", "Handles", "Login", "PinLogin", "pin_state_after"]
 
 _log = logging.getLogger(__name__)
 
-# What C_SignInit and C_Sign say about the key, the mechanism or the data, and none to a PIN.
-_OF_THE_SIGNATURE: Final = (
+# Errors of C_SignInit and C_Sign about the key, the mechanism or the data; none is about a PIN.
+_SIGNATURE_ERRORS: Final = (
     p11.DataInvalid,
     p11.DataLenRange,
     p11.DeviceMemory,
@@ -47,65 +47,65 @@ _OF_THE_SIGNATURE: Final = (
     p11.MechanismInvalid,
     p11.MechanismParamInvalid,
 )
-#: There are devices that have one session, or let nobody read while somebody writes.
-NO_ROOM: Final = (
+#: Some devices have a single session, or no read-only sessions beside a read-write one.
+SESSION_LIMIT_ERRORS: Final = (
     p11.SessionCount,
     p11.SessionExists,
     p11.SessionReadOnlyExists,
     p11.SessionReadWriteSOExists,
 )
-#: What the maker of a module, or of a device, begins with where the PIN's flags are kept.
-_KEEPS_FLAGS: Final = ("SoftHSM", "OpenSC", "IBM")
+#: Prefixes of the manufacturers of modules or tokens that maintain the PIN flags.
+_MAKERS_WITH_PIN_FLAGS: Final = ("SoftHSM", "OpenSC", "IBM")
 
 
 @dataclass(slots=True, eq=False)
 class Login:
-    """What this process holds on one p11_token, shared by all devices on it."""
+    """The login of this process on one PKCS#11 token, shared by all devices on it."""
 
     module: Module
-    #: The session that logged in: closing it logs everybody out.
+    #: The session that logged in; closing it logs out all sessions on the token.
     anchor: Session | None = None
-    by_others: bool = False
+    logged_in_by_others: bool = False
     pin: Pin | None = field(default=None, repr=False)
     source: PinSource | None = field(default=None, repr=False)
     #: The devices of this process that use it.
     users: WeakSet[Any] = field(default_factory=WeakSet)
-    #: The device wants a login, although its flags do not say so.
+    #: A login is required although the token has no flag CKF_LOGIN_REQUIRED.
     wanted: bool = False
-    #: It does not take a whole assertion with the hashing mechanism: the digest is made here.
+    #: The mechanism that includes the hash fails: hash here and sign with CKM_RSA_PKCS.
     raw: bool = False
 
     @property
     def there(self) -> bool:
-        """Whether anybody of this process is logged in."""
-        return self.anchor is not None or self.by_others
+        """Whether this process is logged in to the token."""
+        return self.anchor is not None or self.logged_in_by_others
 
     def end(self) -> None:
-        """Log out: every session of the process on this p11_token loses its private keys."""
+        """Log out; all sessions of the process on this token lose their private keys."""
         self.module.close(self.anchor)
-        self.anchor, self.by_others = None, False
+        self.anchor, self.logged_in_by_others = None, False
 
     def session(self, token: Token) -> Session:
-        """A session for one's own use, or the login's where the device has room for no other."""
+        """Open a session, or return the login's if the device has no further one."""
         try:
             return token.open()
-        except NO_ROOM:
+        except SESSION_LIMIT_ERRORS:
             if self.anchor is None:
                 raise
             return self.anchor
 
-    def give_back(self, session: Session) -> None:
+    def release(self, session: Session) -> None:
         """Close what `session` returned, unless it is the login's."""
         if session is not self.anchor:
             self.module.close(session)
 
     def alive(self) -> bool:
-        """Whether a restart of the module would take a login away that serves somebody."""
+        """Whether the login still works, so that a restart of the module would end it."""
         if self.anchor is None:
-            return self.by_others
+            return self.logged_in_by_others
         try:
             self.anchor.token.slot.get_token()
-            # What is asked for is not there: it costs the same on a device full of objects.
+            # Search for an object that does not exist: fast, even on a device with many objects.
             cryptoki.found(
                 self.anchor, {Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: "hsmtoll"}
             )
@@ -116,7 +116,7 @@ class Login:
 
 @dataclass(slots=True, eq=False)
 class Handles:
-    """What one device has open. All of it is void when the module or the login is another one."""
+    """The handles of one device. All are stale after a restart of the module or a new login."""
 
     module: Module
     token: Token
@@ -127,17 +127,16 @@ class Handles:
     facts: KeyFacts | None = None
 
     def new_session(self) -> None:
-        """Another session in the place of one that a module may have left in pieces."""
-        self.login.give_back(self.session)
+        """Replace the session, which a failed operation may have left in an undefined state."""
+        self.login.release(self.session)
         self.key = self.facts = None
         self.session = self.login.session(self.token)
 
 
 class PinLogin:
     """
-    How one device is logged in to: with the PIN of *pin*, and for each signature with that of
-    *signing_pin* where one is given. *user_type* ``None`` is CKU_USER. *warn* gets a code and a
-    sentence.
+    Logs in to one device with the PIN of *pin*, and for each signature with that of *signing_pin*,
+    if given. *user_type* ``None`` is CKU_USER. *warn* is called with a code and a sentence.
     """
 
     def __init__(
@@ -158,16 +157,16 @@ class PinLogin:
         self._use_final_try = use_final_try
         self.user_type = user_type
         self._warn = warn
-        #: How often a PIN was accepted: what was read before may not have been all.
+        #: Number of accepted PINs. After a login the device may show more objects.
         self.accepted = 0
-        #: A try has an unknown fate: none is made again for the same call.
-        self.undecided = False
+        #: The outcome of a try is unknown: the same call makes no further one.
+        self.pin_outcome_unknown = False
         #: As `Device.pin_state`.
         self.pin_state: str | None = None
         self._signing: Pin | None = None
 
     def log_in(self, here: Handles, *, rw: bool = False) -> None:
-        """Log in where the device wants it and nobody is; with *rw* by a session that writes."""
+        """Log in if that is required and not done yet; with *rw* in a read-write session."""
         login = here.login
         if login.there or self.pin is None:
             return
@@ -175,7 +174,7 @@ class PinLogin:
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
         owner = TokenUser(*named(here.token), user=user_name(self.user_type))
-        # What the device took before needs no asking again.
+        # A PIN that the device has accepted is not read again.
         pin = login.pin or self.pin.read(device=called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             raise DeviceError(
@@ -184,46 +183,48 @@ class PinLogin:
                 code="no-pinpad",
             )
         with self.pin_log.held(owner) as pin_record:
-            # Another process may have used the tries up while this one waited.
+            # Check again: another process may have used up the tries while this one waited.
             login.pin = None
-            seen = self._intend(pin_record, pin, here)
+            seen = self._record_intent(pin_record, pin, here)
             login.pin, login.source = pin, self.pin
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
-                # A maker's own role is a bare number, which its type hints leave out.
+                # A vendor-defined user type is an int, which python-pkcs11's hints omit.
                 user: Any = self.user_type
                 login.anchor = _login_session(here, rw=rw, user_pin=value, user_type=user)
             except p11.UserAlreadyLoggedIn:
                 pin_record.withdraw()
-                login.by_others = True
+                login.logged_in_by_others = True
                 _log.warning(
                     "other code of this process is logged in to %s: the PIN was not proven",
                     called(here.token),
                 )
             except p11.PinExpired:
-                # It was right, and will be when it is tried again.
+                # The PIN was correct.
                 pin_record.accept(pin)
                 raise
             except REFUSED as exc:
                 pin_record.refuse(pin)
                 login.pin = None
-                raise self._failed(here, pin, exc) from exc
+                raise self._login_error(here, pin, exc) from exc
             except p11.PKCS11Error as exc:
                 if not untried(exc):
                     pin_record.mark_unknown(pin)
-                    self.undecided = True
+                    self.pin_outcome_unknown = True
                     self.pin_state = "unresolved"
                     raise
-                if self._locked_by(exc, here):
+                if self._was_last_try(exc, here):
                     pin_record.refuse(pin)
                     login.pin = None
                 else:
                     pin_record.withdraw()
-                # A person who said no is not asked again for the same call.
-                self.undecided = isinstance(exc, (p11.FunctionCancelled, p11.FunctionRejected))
-                error = self._failed(here, pin, exc)
+                # The user has cancelled (pinpad): do not prompt again for the same call.
+                self.pin_outcome_unknown = isinstance(
+                    exc, (p11.FunctionCancelled, p11.FunctionRejected)
+                )
+                error = self._login_error(here, pin, exc)
                 if isinstance(exc, p11.UserPinNotInitialized):
-                    # Against its own flags: the module read half of what the device holds.
+                    # Contradicts the flags: the module has read a half-written token.
                     error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
                 raise error from exc
             else:
@@ -233,8 +234,8 @@ class PinLogin:
 
     def force_log_in(self, here: Handles) -> bool:
         """
-        Log in whatever the flags say, and say whether that was done; a device that has no login
-        is left as it is.
+        Log in regardless of CKF_LOGIN_REQUIRED. Returns whether that was done: False if the device
+        has no login.
         """
         if here.login.there or self.pin is None:
             return False
@@ -264,7 +265,7 @@ class PinLogin:
             )
         user = "signing" if self.signing_pin else user_name(self.user_type)
         with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
-            seen = self._intend(pin_record, pin, here)
+            seen = self._record_intent(pin_record, pin, here)
             key = cryptoki.able(here.key)
             try:
                 data = wanted.input_for(mechanism)
@@ -275,18 +276,18 @@ class PinLogin:
             except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
                 pin_record.refuse(pin)
                 self._signing = None
-                raise self._failed(here, pin, exc) from exc
+                raise self._login_error(here, pin, exc) from exc
             except p11.PKCS11Error as exc:
-                # "Not logged in" is said of a login that was lost, and by some to a wrong PIN.
+                # Means a lost login, but some devices answer it to a wrong PIN.
                 lost = isinstance(exc, p11.UserNotLoggedIn) and pin_record.accepted_before
-                if self._locked_by(exc, here):
+                if self._was_last_try(exc, here):
                     pin_record.refuse(pin)
                     self._signing = None
-                elif untried(exc) or lost or isinstance(exc, _OF_THE_SIGNATURE):
+                elif untried(exc) or lost or isinstance(exc, _SIGNATURE_ERRORS):
                     pin_record.withdraw()
                 else:
                     pin_record.mark_unknown(pin)
-                    self.undecided = True
+                    self.pin_outcome_unknown = True
                     self.pin_state = "unresolved"
                 raise
             pin_record.accept(pin)
@@ -294,34 +295,34 @@ class PinLogin:
             self.pin_state = pin_state(seen)
             return signed
 
-    def _intend(self, pin_record: PinRecord, pin: Pin, here: Handles) -> TokenFlag:
-        """Write down that *pin* is about to be tried; the flags as they are at that moment."""
+    def _record_intent(self, pin_record: PinRecord, pin: Pin, here: Handles) -> TokenFlag:
+        """Record that *pin* is about to be tried. Returns the token's current flags."""
         makers = (here.module.lib.manufacturer_id, here.token.manufacturer_id)
         flags = self._flags(here)
         pin_record.intend(
             pin,
             count_low=bool(flags & TokenFlag.USER_PIN_COUNT_LOW),
-            keeps_flags=any(maker.startswith(_KEEPS_FLAGS) for maker in makers),
+            keeps_flags=any(maker.startswith(_MAKERS_WITH_PIN_FLAGS) for maker in makers),
             user_confirmed=self._use_final_try,
         )
         return flags
 
-    def _locked_by(self, exc: p11.PKCS11Error, here: Handles) -> bool:
+    def _was_last_try(self, exc: p11.PKCS11Error, here: Handles) -> bool:
         """
-        Whether the try that *exc* answers was a wrong PIN, and the last: OpenSC says PinLocked to
-        it. It is not tried at a device whose flag said so before; a TPM, which says it to a try
-        that it does not make, has no flag.
+        Whether *exc* means that the last try was used up by a wrong PIN. OpenSC answers PinLocked
+        to that try. A token that was locked before has a flag for it and is not tried; a TPM,
+        which answers PinLocked without checking the PIN, has no flag.
         """
         if not isinstance(exc, p11.PinLocked):
             return False
         try:
             flags: TokenFlag = here.token.slot.get_token().flags
         except p11.PKCS11Error:
-            return True  # nobody knows, and a right PIN is freed by `hsmtoll pin clear`
+            return True  # unknown: the safe answer; `hsmtoll pin clear` permits a correct PIN again
         return bool(flags & TokenFlag.USER_PIN_LOCKED)
 
     def _flags(self, here: Handles) -> TokenFlag:
-        """The PIN's state as the device reports it now; refuses where a try could be the last."""
+        """The token's current flags. PinNotTried if the PIN is locked or has its last try left."""
         flags: TokenFlag = here.token.slot.get_token().flags
         device = called(here.token)
         if flags & TokenFlag.USER_PIN_LOCKED:
@@ -342,7 +343,7 @@ class PinLogin:
             self._warn("pin-to-be-changed", f"the PIN of {device} is to be changed")
         return flags
 
-    def _failed(self, here: Handles, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
+    def _login_error(self, here: Handles, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
         doing = f"the PIN of {called(here.token)} from {pin.source}"
         error = translated(kind, doing, login=True)
@@ -352,28 +353,28 @@ class PinLogin:
 
 
 def _login_session(here: Handles, *, rw: bool, **login: Any) -> Session:
-    """A session that logs in; the only one where the device has room for no other."""
+    """Log in with a new session, or with the only one if the device has no further one."""
     try:
         return cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
-    except NO_ROOM:
-        if _has_room(here.token):
-            raise  # the login was answered so, and not the session
+    except SESSION_LIMIT_ERRORS:
+        if _can_open_session(here.token):
+            raise  # the error is the login's, not that of opening the session
         here.module.close(here.session)
     here.key = here.facts = None
     here.session = cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
     return here.session
 
 
-def _has_room(token: Token) -> bool:
+def _can_open_session(token: Token) -> bool:
     try:
         token.open().close()
-    except NO_ROOM:
+    except SESSION_LIMIT_ERRORS:
         return False
     return True
 
 
-def state_after(exc: HsmTollError) -> str | None:
-    """What *exc* says of the PIN, in the words of `Device.pin_state`; ``None`` if nothing."""
+def pin_state_after(exc: HsmTollError) -> str | None:
+    """The `Device.pin_state` that follows from *exc*; ``None`` if it is not about the PIN."""
     if isinstance(exc, PinIncorrect):
         return "refused"
     if isinstance(exc, PinNotTried):
