@@ -1,6 +1,6 @@
 """
-One worker process as the device that uses it sees it: started when it is first asked, given the
-PIN when it asks for it, and ended where it hangs or says what cannot be understood.
+The parent's side of one worker process: starts it on first use, sends the PIN on request, and kills
+it if it hangs or sends an invalid message.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerProcess"]
 
-#: Seconds that a person may take at a pinpad, on top of the deadline.
-_AT_THE_PINPAD: Final = 120.0
-#: Seconds that a child may take to log out.
-_GOODBYE: Final = 1.0
-#: Seconds that Python may take to start on a machine that is busy.
-_STARTING: Final = 30.0
-#: Of the service that this process is, set by its service manager: the worker is no service.
-#: Everything else is handed down, because makers' modules read variables of many names.
-_NOT_HANDED_DOWN: Final = frozenset(
+#: Seconds for the user to enter a PIN at a pinpad, in addition to the deadline.
+_PINPAD_TIMEOUT: Final = 120.0
+#: Seconds for a child to log out and end.
+_LOGOUT_TIMEOUT: Final = 1.0
+#: Seconds for Python to start on a busy machine.
+_START_TIMEOUT: Final = 30.0
+#: Variables of the service manager for this process, which do not concern the worker. All others
+#: are inherited, because vendors' modules read various variables.
+_NOT_INHERITED: Final = frozenset(
     {
         *("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES"),
         *("MAINPID", "WATCHDOG_PID", "WATCHDOG_USEC", "CREDENTIALS_DIRECTORY", "FDSTORE"),
@@ -49,8 +49,8 @@ _NOT_HANDED_DOWN: Final = frozenset(
 
 class WorkerProcess:
     """
-    One worker process, started when it is first asked and after it was killed. *program* is the
-    module that it runs; an answer may take *deadline* seconds.
+    One worker process, started on first use and again after it was killed. *program* is the module
+    that it runs; each answer may take *deadline* seconds.
     """
 
     def __init__(self, opening: Opening, *, program: str, deadline: float) -> None:
@@ -58,56 +58,56 @@ class WorkerProcess:
         self._program = program
         self._deadline = deadline
         self._process: subprocess.Popen[bytes] | None = None
-        self._there: Pipe | None = None
-        # Whether the process has said anything, and what Python wrote before it did.
-        self._met = False
-        self._words: IO[bytes] | None = None
-        #: As of its last answer.
+        self._pipe: Pipe | None = None
+        # Whether the process has sent a message, and Python's stderr until then.
+        self._responded = False
+        self._startup_output: IO[bytes] | None = None
+        #: `Device.generation` of its last answer.
         self.generation = 0
         weakref.finalize(self, _ended, self.__dict__)
 
     @property
     def running(self) -> bool:
-        """Whether there is a process that has been asked before."""
+        """Whether the process is started."""
         return self._process is not None
 
     def ask(
         self,
-        question: dict[str, Any],
-        wanted: Any,
+        call: dict[str, Any],
+        result_type: Any,
         *,
         doing: str,
         pins: Callable[[str, str], Pin],
         more: float = 0.0,
     ) -> tuple[Reply, Any]:
         """
-        The reply, and the answer to *question* as a value of the type *wanted*, unless the reply is
-        an error. *more*: seconds on top of the deadline.
+        Send *call*. Returns the reply and, unless that has an error, the result as *result_type*.
+        *more*: seconds in addition to the deadline.
 
-        Raises DeviceError (``device-hung``, ``module-crashed``) where there is none,
-        ConfigurationError (``worker-start``) where no module was reached, and what *pins* raises.
+        Raises DeviceError (``device-hung``, ``module-crashed``) without a reply, ConfigurationError
+        (``worker-start``) if the process could not be started, and the errors of *pins*.
         """
         deadline = self._deadline + more
         try:
-            there = self._started()
-            # The time that Python takes to start is not the module's.
-            until = time.monotonic() + deadline + (0.0 if self._met else _STARTING)
-            there.socket.settimeout(self._deadline)
-            there.send(question)
+            pipe = self._started()
+            # The start of Python does not count against the deadline.
+            until = time.monotonic() + deadline + (0.0 if self._responded else _START_TIMEOUT)
+            pipe.socket.settimeout(self._deadline)
+            pipe.send(call)
             while True:
-                said = there.receive(until=until)
-                if not self._met:
-                    self._met = True
-                    self._forget_words()
+                message = pipe.receive(until=until)
+                if not self._responded:
+                    self._responded = True
+                    self._discard_startup_output()
                     until = time.monotonic() + deadline
-                if "hello" in said:
+                if "hello" in message:
                     continue
-                if "pin" not in said:
-                    return _answer(said, wanted)
-                typing = self._hand_over(there, said, pins)
+                if "pin" not in message:
+                    return _answer(message, result_type)
+                typing = self._send_pin(pipe, message, pins)
                 until = time.monotonic() + deadline + typing
         except TimeoutError:
-            if not self._met:
+            if not self._responded:
                 raise self._not_started(doing) from None
             raise DeviceError(
                 f"{doing}: the module did not answer within {deadline:g} s, and its process"
@@ -116,61 +116,61 @@ class WorkerProcess:
                 code="device-hung",
             ) from None
         except (EOFError, OSError, ValueError, TypeError, KeyError):
-            if not self._met:
+            if not self._responded:
                 raise self._not_started(doing) from None
             raise DeviceError(
-                f"{doing}: the module's process {self._fate()}",
+                f"{doing}: the module's process {self._exit_status()}",
                 hint="The next call starts a new one. Ask the module's maker, with its log.",
                 code="module-crashed",
             ) from None
 
     def _not_started(self, doing: str) -> HsmTollError:
-        """The error for a process that ended, or was silent, before a module was loaded."""
-        fate = self._fate()
-        said = ""
-        if self._words is not None:
-            self._words.seek(0)
-            lines = self._words.read(64 * 1024).decode("utf-8", "replace").split("\n")
-            said = next((line for line in reversed(lines) if line.strip()), "")
-            self._forget_words()
+        """The error for a process that ended, or did not respond, before a module was loaded."""
+        fate = self._exit_status()
+        message = ""
+        if self._startup_output is not None:
+            self._startup_output.seek(0)
+            lines = self._startup_output.read(64 * 1024).decode("utf-8", "replace").split("\n")
+            message = next((line for line in reversed(lines) if line.strip()), "")
+            self._discard_startup_output()
         return ConfigurationError(
             f"{doing}: the isolating process could not be started: "
-            + (foreign(said.strip()) if said else f"it {fate}"),
+            + (foreign(message.strip()) if message else f"it {fate}"),
             hint=f"{foreign(_interpreter())} was to run it; no module was loaded. "
             "HSMTOLL_HSM__ISOLATION=none runs the module in this process",
             code="worker-start",
         )
 
-    def _forget_words(self) -> None:
-        if self._words is not None:
-            self._words.close()
-            self._words = None
+    def _discard_startup_output(self) -> None:
+        if self._startup_output is not None:
+            self._startup_output.close()
+            self._startup_output = None
 
-    def _hand_over(
-        self, there: Pipe, said: dict[str, Any], pins: Callable[[str, str], Pin]
+    def _send_pin(
+        self, pipe: Pipe, message: dict[str, Any], pins: Callable[[str, str], Pin]
     ) -> float:
-        """Answer the question for a PIN; the seconds that a person may take for it."""
+        """Send the requested PIN. Returns the seconds that the user may take (pinpad)."""
         try:
-            pin = pins(str(said["pin"]), str(said["device"]))
+            pin = pins(str(message["pin"]), str(message["device"]))
         except HsmTollError as exc:
-            there.socket.settimeout(self._deadline)
-            there.send({"error": encode(exc)})
+            pipe.socket.settimeout(self._deadline)
+            pipe.send({"error": encode(exc)})
             return 0.0
-        there.socket.settimeout(self._deadline)
+        pipe.socket.settimeout(self._deadline)
         version = pin.origin.removeprefix(pin.source).strip()
         value = {"value": pin.reveal(), "source": pin.source, "version": version}
-        there.send(value | {"typed": pin.typed})
-        return _AT_THE_PINPAD if pin.on_pinpad else 0.0
+        pipe.send(value | {"typed": pin.typed})
+        return _PINPAD_TIMEOUT if pin.on_pinpad else 0.0
 
     def _started(self) -> Pipe:
-        if self._there is not None:
-            return self._there
+        if self._pipe is not None:
+            return self._pipe
         python, path = _interpreter(), _import_path()
         ours, theirs = socket.socketpair()
-        # gevent's sockets are not blocking, and say so to nobody.
+        # gevent's sockets are non-blocking, which socket.gettimeout() does not show.
         os.set_blocking(theirs.fileno(), True)
-        # What Python says before there is a worker is for the error; later it is the module's own.
-        words = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has spoken
+        # Python's messages before the worker runs are for the error; later stderr is the module's.
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has spoken
         stderr = _stderr()
         try:
             with theirs:
@@ -181,79 +181,79 @@ class WorkerProcess:
                     ],
                     pass_fds=[theirs.fileno(), stderr],
                     stdin=subprocess.DEVNULL,
-                    # Modules write where they like; results are ours to write.
+                    # PKCS#11 modules may write to stdout, which is for results.
                     stdout=subprocess.DEVNULL,
-                    stderr=words,
+                    stderr=output,
                     env=_environment(),
-                    # Ctrl-C at the terminal is for the caller, who says what becomes of the call.
+                    # Ctrl-C at the terminal must reach the parent only, which ends the worker.
                     start_new_session=True,
                 )
         except OSError as exc:
-            words.write(str(exc.strerror).encode())
+            output.write(str(exc.strerror).encode())
             raise
         finally:
             os.close(stderr)
-            # Not before: gevent forks in Python, and what is ours is let go of in a fork.
-            self._words = words
-        self._met = False
-        self._there = there = Pipe(ours)
+            # Assigned only now: gevent forks in Python, and `abandon` in the child would close it.
+            self._startup_output = output
+        self._responded = False
+        self._pipe = pipe = Pipe(ours)
         self.generation = 0
-        there.send(self._opening)
-        return there
+        pipe.send(self._opening)
+        return pipe
 
-    def _fate(self) -> str:
+    def _exit_status(self) -> str:
         if self._process is None:
             return "could not be started"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(_GOODBYE)
+            code = self._process.wait(_LOGOUT_TIMEOUT)
             if code < 0:
                 return f"was ended by {signal.Signals(-code).name}"
             return f"ended with {code}"
         return "said nothing that can be understood"
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         _ended(self.__dict__)
 
-    def forget(self) -> None:
-        """It is another process's: let go of it, and leave it in peace."""
-        if self._there is not None:
-            self._there.socket.close()
-        self._there = self._process = None
-        self._forget_words()
+    def abandon(self) -> None:
+        """In a forked process: drop the parent's worker without ending it."""
+        if self._pipe is not None:
+            self._pipe.socket.close()
+        self._pipe = self._process = None
+        self._discard_startup_output()
 
     def end(self) -> None:
-        """Let it log out and end, or end it."""
-        if self._there is not None and self._process is not None:
+        """Request logout and exit, then kill the process if necessary."""
+        if self._pipe is not None and self._process is not None:
             with contextlib.suppress(OSError, EOFError, ValueError, subprocess.TimeoutExpired):
-                self._there.socket.settimeout(_GOODBYE)
-                self._there.send({"do": "close"})
-                self._there.receive(until=time.monotonic() + _GOODBYE)
-                self._process.wait(_GOODBYE)
+                self._pipe.socket.settimeout(_LOGOUT_TIMEOUT)
+                self._pipe.send({"do": "close"})
+                self._pipe.receive(until=time.monotonic() + _LOGOUT_TIMEOUT)
+                self._process.wait(_LOGOUT_TIMEOUT)
         self.kill()
 
 
-def _answer(said: dict[str, Any], wanted: Any) -> tuple[Reply, Any]:
-    """*said*, if it is an answer at all: TypeError for what a module gone wrong may say."""
-    reply = decode(Reply, {name: each for name, each in said.items() if name != "answer"})
-    return reply, decode(wanted, said["answer"]) if reply.error is None else None
+def _answer(message: dict[str, Any], result_type: Any) -> tuple[Reply, Any]:
+    """*message*, if it is an answer at all: TypeError for what a module gone wrong may say."""
+    reply = decode(Reply, {name: each for name, each in message.items() if name != "answer"})
+    return reply, decode(result_type, message["answer"]) if reply.error is None else None
 
 
 def _ended(parts: dict[str, Any]) -> None:
     process, parts["_process"] = parts.get("_process"), None
-    there, parts["_there"] = parts.get("_there"), None
-    words, parts["_words"] = parts.get("_words"), None
-    if words is not None:
-        words.close()
-    if there is not None:
-        there.socket.close()
-    # Only who started a process may end it: a forked child knows its number too.
+    pipe, parts["_pipe"] = parts.get("_pipe"), None
+    output, parts["_startup_output"] = parts.get("_startup_output"), None
+    if output is not None:
+        output.close()
+    if pipe is not None:
+        pipe.socket.close()
+    # poll() is None only in the process that started it: a forked child must not kill it.
     if process is not None and process.poll() is None:
         process.kill()
         process.wait()
 
 
-#: What a worker runs: its module, the path of imports, and the two descriptors, are its arguments.
+#: The worker's code. Arguments: its module, descriptor of stderr, import path, socket.
 _BOOT: Final = (
     "import importlib, sys; sys.path[:] = dict.fromkeys([*sys.argv[3:-1], *sys.path]); "
     "importlib.import_module(sys.argv[1]).main(int(sys.argv[-1]), int(sys.argv[2]))"
@@ -261,7 +261,7 @@ _BOOT: Final = (
 
 
 def _interpreter() -> str:
-    """A Python for the worker: not every program that has one in it is one (uWSGI)."""
+    """A Python executable for the worker; sys.executable may be another program (uWSGI)."""
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if re.match(r"python|pypy", Path(sys.executable or "").name):
         return sys.executable
@@ -276,16 +276,16 @@ def _interpreter() -> str:
 
 def _import_path() -> list[str]:
     """
-    Where this program imports from, and hsmtoll itself was, as absolute paths; never the working
-    directory as such.
+    The import path of this program, including that of hsmtoll, as absolute paths; never the
+    working directory as such.
     """
-    # An archive that was named by a relative path is where it was when the program started.
-    own = _AT_THE_START / Path(__file__).parents[2]
+    # A relative path of an archive refers to the initial working directory.
+    own = _INITIAL_DIRECTORY / Path(__file__).parents[2]
     return [str(own), *(_absolute(each) for each in sys.path if each)]
 
 
 def _absolute(path: str) -> str:
-    return str(_AT_THE_START / path)
+    return str(_INITIAL_DIRECTORY / path)
 
 
 def _working_directory() -> Path:
@@ -295,12 +295,12 @@ def _working_directory() -> Path:
         return Path("/")
 
 
-#: The working directory when this was imported: relative places are meant from there.
-_AT_THE_START: Final = _working_directory()
+#: The working directory at import; relative import paths refer to it.
+_INITIAL_DIRECTORY: Final = _working_directory()
 
 
 def _stderr() -> int:
-    """A copy of the program's own, or of nothing where it was closed."""
+    """A duplicate of descriptor 2, or /dev/null if that is closed."""
     try:
         return os.dup(2)
     except OSError:
@@ -311,5 +311,5 @@ def _environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.upper().startswith("HSMTOLL_") and name not in _NOT_HANDED_DOWN
+        if not name.upper().startswith("HSMTOLL_") and name not in _NOT_INHERITED
     }

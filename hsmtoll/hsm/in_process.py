@@ -36,7 +36,7 @@ from hsmtoll.hsm.facts import Signature, StoredCertificate
 from hsmtoll.hsm.login import SESSION_LIMIT_ERRORS, Handles, Login, PinLogin, pin_state_after
 from hsmtoll.hsm.module import PKCS11_LOCK, current, loaded, opened, restart, restarted
 from hsmtoll.hsm.reading import certificates_of, device_uri, login_key, named
-from hsmtoll.hsm.recovery import RESTART_PAUSE, SIGNING, CircuitBreaker, should_retry
+from hsmtoll.hsm.recovery import MIN_RESTART_INTERVAL, SIGNING, CircuitBreaker, should_retry
 from hsmtoll.hsm.select import KeySelector, on_others
 from hsmtoll.hsm.signatures import SELF_TEST, Signable, Verifier
 
@@ -455,7 +455,7 @@ class InProcessDevice:
     # ------------------------------------------------------------------ calls, and recovery
 
     def _breaker_guard(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        return self._breaker.trying(doing) if self._breaker else contextlib.nullcontext()
+        return self._breaker.guard(doing) if self._breaker else contextlib.nullcontext()
 
     def _ask(self, doing: str, work: Callable[[Handles], _T]) -> _T:
         """
@@ -533,7 +533,7 @@ class InProcessDevice:
                 return False
             if self._shared is not None:
                 self._shared.end()
-            done = restarted(there, now=self._boot(), pause=RESTART_PAUSE)
+            done = restarted(there, now=self._boot(), pause=MIN_RESTART_INTERVAL)
             # With an unknown login outcome this call must not log in again; the next one may.
             return done and not self._login.pin_outcome_unknown
 

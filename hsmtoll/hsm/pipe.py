@@ -1,6 +1,6 @@
 """
-What a device and the process that isolates it say to each other: frames, JSON objects with their
-length before them, and the two values that are in them besides questions and answers.
+The protocol between a device and its worker process: JSON objects prefixed with their length, and
+the two values in them besides calls and results.
 
     device   Opening ──► question ──────────────────────────► …
     worker           hello ──► (pin? ──► PIN) ──► answer, Reply
@@ -45,8 +45,8 @@ class Pipe:
 
     def receive(self, *, until: float | None = None) -> dict[str, Any]:
         """
-        One message. EOFError where the other side ended, TimeoutError after *until*, ValueError
-        or TypeError for what is none.
+        Receive one message. EOFError if the other side has ended, TimeoutError after *until*,
+        ValueError or TypeError for an invalid message.
         """
         while (message := self._whole()) is None:
             if until is not None:
@@ -61,7 +61,7 @@ class Pipe:
         return message
 
     def _whole(self) -> dict[str, Any] | None:
-        """The next message, if all of it has come."""
+        """The next message, if it was received completely."""
         if len(self._got) < _HEAD.size:
             return None
         (size,) = _HEAD.unpack_from(self._got)
@@ -80,8 +80,8 @@ class Pipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
     """
-    The settings of the worker's device: all but the PINs, of which it is told whether there is one
-    (*pin*, *signing_pin*). *rules* are its program's.
+    The settings of the worker's device. *pin* and *signing_pin* are only whether there is a source.
+    *rules* are the parameters of its program.
     """
 
     module_path: Path
@@ -102,8 +102,8 @@ class Opening:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """
-    What comes with an answer, or in its place as an *error*: how the device stands, as
-    `hsmtoll.hsm.device.Device` has it, and what is to be logged: logger, level, message.
+    The state of the device after a call, by `hsmtoll.hsm.device.Device`, the records to *log*
+    (logger, level, message), and the *error* if the call failed.
     """
 
     generation: int

@@ -1,6 +1,5 @@
 """
-The device whose module runs in worker processes: one that hangs is ended, one that crashes takes
-nobody with it.
+A device with the PKCS#11 module in worker processes: a hang is killed, a crash is contained.
 
     caller ── free child? ── question ──► worker: InProcessDevice ── module
                  │              │  ◄── PIN, when it is asked for
@@ -39,22 +38,22 @@ if TYPE_CHECKING:
 
 __all__ = ["WorkerDevice"]
 
-#: Seconds that a child waits for another one's start, before it starts all the same.
-_START: Final = 5.0
-#: Seconds that making a key may take on top of the deadline: small devices take minutes.
+#: Seconds to wait for the start of another worker before starting one concurrently.
+_SERIAL_START_TIMEOUT: Final = 5.0
+#: Seconds for generating a key in addition to the deadline: small devices take minutes.
 _KEY_GENERATION: Final = 600.0
 
 
 class WorkerDevice:
     """
-    As `hsmtoll.hsm.device.Device`, answered by *workers* child processes, each call within
-    *deadline* seconds; reading a PIN is not counted.
+    As `hsmtoll.hsm.device.Device`, with *workers* child processes. Each call may take *deadline*
+    seconds, not counting the reading of a PIN.
 
-    Raises, on top of a device's errors, DeviceError: ``device-hung`` where the deadline was over,
-    ``module-crashed`` where the child died; the next call gets a new child. PINs are read here
-    and handed over when the device wants one; what was accepted is handed over again. What is
-    written is written in the child, and what it would log is logged here. *program* is the module
-    that a child runs, and *rules* what it is told about what it may sign.
+    In addition to a device's errors it raises DeviceError ``device-hung`` after the deadline and
+    ``module-crashed`` if the child died; the next call starts a new child. PINs are read in this
+    process and sent when the child requests them, an accepted one again to the next child. The
+    child writes the PIN log; its log records are logged here. *program* is the module that a child
+    runs, *rules* its parameters for what it may sign.
     """
 
     def __init__(
@@ -107,23 +106,23 @@ class WorkerDevice:
         self._last: Reply | None = None
         self._children: list[WorkerProcess] = []
         self._create_workers()
-        _every.add(self)
+        _instances.add(self)
 
     def _create_workers(self) -> None:
-        # A forked process has no part in the conversations before, nor in what is waited for there.
+        # After a fork the children and waiting callers are those of the parent process.
         for child in self._children:
-            child.forget()
+            child.abandon()
         self._reading = threading.Lock()
         self._starting = threading.Lock()
-        # Around what is free, and who waits for it.
-        self._turn = threading.Condition()
+        # Guards the free children; notified when one is returned.
+        self._changed = threading.Condition()
         self._children = [
             WorkerProcess(self._opening, program=self._program, deadline=self._deadline)
             for _ in range(self._workers)
         ]
         self._free = list(self._children)
-        #: Callers that wait for a child at this moment.
-        self.wanted = 0
+        #: Number of callers that are waiting for a child.
+        self.waiting = 0
 
     def __repr__(self) -> str:
         return f"WorkerDevice({self._name})"
@@ -144,7 +143,7 @@ class WorkerDevice:
         """As `Device.pin_accepted`, of the child that answered last."""
         return self._last is not None and self._last.pin_accepted
 
-    # ------------------------------------------------------------------ the three questions
+    # ------------------------------------------------------------------ certificates, key, signing
 
     def certificates(
         self, *, near: bool = False, force_login: bool = False
@@ -170,7 +169,7 @@ class WorkerDevice:
     def sign(
         self, alg: str, unsigned: SigningInput, *, candidates: Iterable[RsaPublicKey] = ()
     ) -> Signature:
-        """As `Device.sign`; what a child says is checked here."""
+        """As `Device.sign`; the child's signature is verified here."""
         offered = tuple(candidates)
         made = self._ask(SIGNING, "sign", alg=alg, unsigned=unsigned, candidates=offered)
         return self._verifier.verified(alg, unsigned, made, offered)
@@ -228,44 +227,44 @@ class WorkerDevice:
         return found
 
     def close(self) -> None:
-        """Log out and end the children; one that is asked something, when it has answered."""
+        """Log out and end the children; a busy one after its answer."""
         self._closings += 1
-        with self._turn:
+        with self._changed:
             idle, self._free = self._free, []
         for child in idle:
             child.end()
-            # For those who ask all the same: they would wait for it in vain.
-            self._put(child)
+            # Return it: later calls start its process again.
+            self._return(child)
         self._pins.clear()
 
     # ------------------------------------------------------------------ children
 
     def _ask(self, doing: str, do: str, *, more: float = 0.0, **told: Any) -> Any:
-        question = {"do": do, **{name: encode(each) for name, each in told.items()}}
-        wanted = hints(getattr(Device, do))["return"]
-        with self._breaker.trying(doing):
-            reply, answer = self._answered(f"{doing} ({self._name})", question, wanted, more)
+        call = {"do": do, **{name: encode(each) for name, each in told.items()}}
+        result_type = hints(getattr(Device, do))["return"]
+        with self._breaker.guard(doing):
+            reply, answer = self._result_of(f"{doing} ({self._name})", call, result_type, more)
             if reply.error is not None:
                 if isinstance(reply.error, PinIncorrect | PinNotTried):
                     self._pins.clear()
                 raise reply.error
         return answer
 
-    def _answered(
-        self, doing: str, question: dict[str, Any], wanted: Any, more: float
+    def _result_of(
+        self, doing: str, call: dict[str, Any], result_type: Any, more: float
     ) -> tuple[Reply, Any]:
         closings = self._closings
-        child = self._take(doing)
-        # Tokens in files are rewritten at login: two that start at once may each miss it.
-        starting = not child.running and self._starting.acquire(timeout=_START)
+        child = self._acquire(doing)
+        # SoftHSM rewrites token files at login: workers that start concurrently may not find it.
+        starting = not child.running and self._starting.acquire(timeout=_SERIAL_START_TIMEOUT)
         try:
-            reply, answer = child.ask(question, wanted, doing=doing, pins=self._read, more=more)
+            reply, answer = child.ask(call, result_type, doing=doing, pins=self._read, more=more)
             self._last = reply
             if reply.generation != child.generation:
                 child.generation = reply.generation
                 self.generation += 1
         except BaseException:
-            # Half a conversation cannot be gone on with.
+            # An interrupted exchange of messages cannot be continued.
             child.kill()
             raise
         finally:
@@ -273,19 +272,19 @@ class WorkerDevice:
                 self._starting.release()
             if closings != self._closings:
                 child.end()
-            self._put(child)
+            self._return(child)
         for name, level, message in reply.log:
             logging.getLogger(name).log(level, "%s", message)
         return reply, answer
 
-    def _take(self, doing: str) -> WorkerProcess:
-        with self._turn:
-            self.wanted += 1
+    def _acquire(self, doing: str) -> WorkerProcess:
+        with self._changed:
+            self.waiting += 1
             try:
-                if self._turn.wait_for(lambda: self._free, self._deadline):
+                if self._changed.wait_for(lambda: self._free, self._deadline):
                     return self._free.pop()
             finally:
-                self.wanted -= 1
+                self.waiting -= 1
         raise DeviceError(
             f"{doing}: no process of the device was free within {self._deadline:g} s",
             hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
@@ -294,13 +293,13 @@ class WorkerDevice:
             scope="attempt",
         )
 
-    def _put(self, child: WorkerProcess) -> None:
-        with self._turn:
+    def _return(self, child: WorkerProcess) -> None:
+        with self._changed:
             self._free.append(child)
-            self._turn.notify()
+            self._changed.notify()
 
     def _read(self, user: str, device: str) -> Pin:
-        # One prompt, however many children want to log in.
+        # Serialised: a single prompt for all children.
         with self._reading:
             pin, source = self._pins.get(user), self._sources.get(user)
             if pin is None and source is not None:
@@ -310,11 +309,11 @@ class WorkerDevice:
         return pin
 
 
-_every: weakref.WeakSet[WorkerDevice] = weakref.WeakSet()
+_instances: weakref.WeakSet[WorkerDevice] = weakref.WeakSet()
 
 
 def _recreate_after_fork() -> None:
-    for device in _every:
+    for device in _instances:
         device._create_workers()  # noqa: SLF001 - of this room
 
 

@@ -1,11 +1,11 @@
 """
-Back by itself: which steps may cure a device that failed, and when it is left in peace.
+Automatic recovery: a sequence of recovery steps after an error, and a circuit breaker.
 
     call ── error ──► new session ──► new login ──► module started again ──► error
       ▲                   │                │                  │                │
       └───────────────────┴────────────────┴──────────────────┘        breaker: device-down
 
-No module is touched here, and no PIN is seen: the steps belong to the caller.
+The steps are the caller's: there are no calls to a module here, and no PINs.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from hsmtoll.hsm.codes import recoverable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["RESTART_PAUSE", "SIGNING", "CircuitBreaker", "should_retry"]
+__all__ = ["MIN_RESTART_INTERVAL", "SIGNING", "CircuitBreaker", "should_retry"]
 
 _log = logging.getLogger(__name__)
 
-#: What a signature is called here: a device that makes one is up.
+#: The name of the operation *doing* for a signature; its success closes the breaker.
 SIGNING: Final = "signing"
-#: Seconds. A module is not started again more often.
-RESTART_PAUSE: Final = 30.0
-_FIRST_PAUSE: Final = 1.0
-_LONGEST_PAUSE: Final = 10.0
-# What the next caller's new process may do better, once.
-_OF_THE_PROCESS: Final = frozenset({"device-hung", "module-crashed"})
+#: Seconds between two restarts of a module.
+MIN_RESTART_INTERVAL: Final = 30.0
+_MIN_BACKOFF: Final = 1.0
+_MAX_BACKOFF: Final = 10.0
+# Errors of one worker process, after which one new process is tried.
+_WORKER_ERRORS: Final = frozenset({"device-hung", "module-crashed"})
 
 
 def should_retry(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], bool]]) -> bool:
     """
-    Whether the call that ended in *exc* is worth making again: as soon as one of the *steps* that
-    are left, in their order and each at most once, says that it changed something.
+    Run the remaining recovery *steps*, in order and each at most once, until one returns True:
+    it has changed something, and the call that raised *exc* should be made again.
 
-    A step is given the error and decides for itself whether it can help. Errors about a PIN
-    never reach one, unless nobody looked at it and they say that another try is worth it.
+    Each step gets the error and decides whether it can help. Errors about a PIN run no step,
+    unless they are retryable because the PIN was not checked.
     """
     if exc.exit_code != DeviceError.exit_code and not exc.retryable:
         return False
@@ -55,12 +55,11 @@ def should_retry(exc: HsmTollError, steps: Iterable[Callable[[HsmTollError], boo
 
 class CircuitBreaker:
     """
-    Says ``device-down`` at once instead of letting callers queue at a device that is.
+    Circuit breaker: while open, calls fail at once with ``device-down`` instead of queueing.
 
-    It opens when nothing helped, or the second process in a row died or hung; lets one caller
-    try after 1 s, then 2, 4, … 10 s, and closes when what failed worked, or a signature was made.
-    *boot* is a clock in seconds that never goes back. `trying` admits, and judges what the call
-    inside came to.
+    It opens if recovery has failed, or if two worker processes in a row died or hung. Half-open,
+    it admits one caller after 1 s, then 2, 4, … 10 s. It closes when the failed operation, or a
+    signature, succeeds. *boot* is a monotonic clock in seconds. Use it by `guard`.
     """
 
     def __init__(self, name: object, *, boot: Callable[[], float]) -> None:
@@ -68,96 +67,96 @@ class CircuitBreaker:
         self._boot = boot
         self._lock = threading.Lock()
         # No failure: closed.
-        self._rest = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
+        self._backoff = Backoff(_MIN_BACKOFF, _MAX_BACKOFF)
         # One process died or hung: the next that does opens it.
         self._warned = False
-        self._trying: tuple[int, int] | None = None
+        self._probing: tuple[int, int] | None = None
         self._failed_at = ""
         self._why = ""
 
     @contextlib.contextmanager
-    def trying(self, doing: str) -> Iterator[None]:
-        """Around a call, which is *doing* something to the device."""
+    def guard(self, doing: str) -> Iterator[None]:
+        """Admit a call to the device, named *doing*, and record its result."""
         self.admit()
         try:
             yield
         except BaseException as exc:
-            self.judge(exc, doing)
+            self.record_error(exc, doing)
             raise
         self.worked(doing)
 
     @property
     def open(self) -> bool:
-        """Whether the device counts as down."""
-        return self._rest.failures > 0
+        """Whether the breaker is open: the device counts as down."""
+        return self._backoff.failures > 0
 
     def admit(self) -> None:
-        """Raises DeviceError (``device-down``) while the device is left in peace."""
+        """DeviceError (``device-down``) while open, except for one caller when a probe is due."""
         if not self.open:
             return
         me = (os.getpid(), threading.get_ident())
         with self._lock:
-            left = self._rest.until - self._boot()
-            # After a fork nobody of the parent's tries here.
-            free = self._trying is None or self._trying[0] != me[0]
-            if self._trying == me or (free and left <= 0):
-                self._trying = me
+            left = self._backoff.until - self._boot()
+            # A probe by the parent process does not count after a fork.
+            free = self._probing is None or self._probing[0] != me[0]
+            if self._probing == me or (free and left <= 0):
+                self._probing = me
                 return
         raise DeviceError(
             f"{foreign(self._name)} is down: {self._why}",
             hint="It is asked again by itself; living tokens are served meanwhile.",
             code="device-down",
             signed=False,
-            retry_after=max(left, _FIRST_PAUSE),
+            retry_after=max(left, _MIN_BACKOFF),
         )
 
     def worked(self, doing: str = SIGNING) -> None:
         """
-        The device did what it was asked. That it shows a certificate, or takes a login, says
-        nothing about what it failed at.
+        Record a success. It closes the breaker only for a signature or the operation that had
+        failed: reading a certificate says nothing about signing.
         """
         if not (self.open or self._warned):
             return
         if doing not in (self._failed_at, SIGNING):
-            self.undecided()
+            self.record_inconclusive()
             return
         with self._lock:
-            was_open, self._warned, self._trying = self.open, False, None
-            self._rest.worked()
+            was_open, self._warned, self._probing = self.open, False, None
+            self._backoff.worked()
         if was_open:
             _log.warning("device-back: %s works again", foreign(self._name))
 
-    def undecided(self) -> None:
-        """What was learned says nothing about it: the next caller may try."""
-        self._trying = None
+    def record_inconclusive(self) -> None:
+        """Record an inconclusive result: the next caller may probe the device."""
+        self._probing = None
 
     def failed(self, exc: HsmTollError, doing: str = SIGNING) -> None:
-        """The device did not answer, and nothing helped."""
+        """Record that the device failed and recovery did not help."""
         with self._lock:
-            was_open, self._trying = self.open, None
-            if was_open or self._warned or exc.code not in _OF_THE_PROCESS:
-                self._rest.failed(self._boot())
+            was_open, self._probing = self.open, None
+            if was_open or self._warned or exc.code not in _WORKER_ERRORS:
+                self._backoff.failed(self._boot())
             self._warned = True
             self._failed_at = doing
             self._why = str(exc)
             tell = self.open and not was_open
         if tell:
-            # Why is in the error itself, which the caller sees.
+            # The reason is in the error itself, which the caller gets.
             name = foreign(self._name)
             _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)
 
-    def judge(self, exc: BaseException, doing: str = SIGNING) -> None:
+    def record_error(self, exc: BaseException, doing: str = SIGNING) -> None:
         """
-        Count *exc* if it says that the device is down; one about the attempt alone, such as Ctrl-C,
-        says nothing. Only a success says that it is back.
+        Classify *exc*: the device is down, or it has answered with an error, or inconclusive (an
+        error of the attempt, such as Ctrl-C). Only a success closes an open breaker.
         """
         if not isinstance(exc, HsmTollError) or exc.scope == "attempt":
-            self.undecided()
-        elif exc.code in _OF_THE_PROCESS or (
+            self.record_inconclusive()
+        elif exc.code in _WORKER_ERRORS or (
             exc.exit_code == DeviceError.exit_code and recoverable(exc)
         ):
             self.failed(exc, doing)
         elif self.open:
-            self.undecided()
+            self.record_inconclusive()
         else:
             self._warned = False

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.signing.grant import Read
 
-#: Seconds that a call may still take once nobody waits for it any more.
-_GRACE: Final = 2.0
-#: What is answered, by the names of Device's methods. What a program with rules answers is enough
-#: to sign grants, and to see that the device works.
-_FOR_GRANTS: Final = frozenset(
+#: Seconds that a call may still take after the parent has ended.
+_ORPHAN_GRACE: Final = 2.0
+#: Device methods that may be called. A program with rules permits only those for signing grants
+#: and for testing the device.
+_METHODS_FOR_GRANTS: Final = frozenset(
     {"certificates", "other_certificates", "key", "sign", "self_test", "close"}
 )
-_QUESTIONS: Final = _FOR_GRANTS | {
+_METHODS: Final = _METHODS_FOR_GRANTS | {
     "sign_request",
     "generate",
     "private_keys",
@@ -51,25 +51,28 @@ _QUESTIONS: Final = _FOR_GRANTS | {
 }
 
 
-class _Asked:
-    """The PIN source of the other side."""
+class _PinFromParent:
+    """A PIN source that requests the PIN from the parent process."""
 
-    def __init__(self, there: Pipe, user: str) -> None:
-        self._there = there
+    def __init__(self, pipe: Pipe, user: str) -> None:
+        self._pipe = pipe
         self._user = user
 
     def read(self, *, device: str) -> Pin:
-        self._there.send({"pin": self._user, "device": device})
-        said = self._there.receive()
-        if "error" in said:
-            raise decode(HsmTollError, said["error"])
+        self._pipe.send({"pin": self._user, "device": device})
+        message = self._pipe.receive()
+        if "error" in message:
+            raise decode(HsmTollError, message["error"])
         return Pin(
-            said["value"], source=said["source"], version=said["version"], typed=said["typed"]
+            message["value"],
+            source=message["source"],
+            version=message["version"],
+            typed=message["typed"],
         )
 
 
 class _Records(logging.Handler):
-    """What would be logged here, for the other side to log."""
+    """Collects log records, which the parent process logs."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -79,7 +82,7 @@ class _Records(logging.Handler):
         self._records.append((record.name, record.levelno, record.getMessage()))
 
     def taken(self) -> tuple[tuple[str, int, str], ...]:
-        """All of them; the next time those that came since."""
+        """Return the records since the last call."""
         taken, self._records = self._records, []
         return tuple(taken)
 
@@ -91,11 +94,11 @@ def main(
     rules: Callable[[dict[str, Any]], Callable[[Read], None]] | None = None,
 ) -> None:
     """
-    Serve one device over the socket *descriptor* until the other side ends. *stderr*, where it is
-    given, becomes the standard error from here on. *rules* makes of what it is told a check of
-    each grant before it is signed, which raises for what is not to be.
+    Serve one device over the socket *descriptor* until the parent ends. The descriptor *stderr*, if
+    given, becomes the standard error. *rules* returns, for the parent's parameters, a function that
+    raises for a grant that must not be signed.
     """
-    # It has the PIN and the login. A core file of a module that crashed would show them as well.
+    # This process has the PIN: disable core files, as modules may crash.
     keep_secrets_in_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     records = _Records()
@@ -106,17 +109,17 @@ def main(
         os.dup2(stderr, 2)
         os.close(stderr)
     with socket.socket(fileno=descriptor) as connection:
-        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-        there = Pipe(connection)
+        threading.Thread(target=_exit_with_parent, args=(connection,), daemon=True).start()
+        pipe = Pipe(connection)
         with contextlib.suppress(EOFError, OSError):
-            there.send({"hello": os.getpid()})
-            opening: Opening = decode(Opening, there.receive())
+            pipe.send({"hello": os.getpid()})
+            opening: Opening = decode(Opening, pipe.receive())
             check = rules(opening.rules or {}) if rules is not None else None
-            questions = _QUESTIONS if rules is None else _FOR_GRANTS
-            with _device(there, opening, check) as device:
+            permitted = _METHODS if rules is None else _METHODS_FOR_GRANTS
+            with _device(pipe, opening, check) as device:
                 while True:
-                    question = there.receive()
-                    answer, error = _answered(device, question, questions)
+                    call = pipe.receive()
+                    answer, error = _result_of(device, call, permitted)
                     reply = Reply(
                         generation=device.generation,
                         pin_state=device.pin_state,
@@ -124,23 +127,23 @@ def main(
                         log=records.taken(),
                         error=error,
                     )
-                    there.send({"answer": encode(answer), **encode(reply)})
-                    if question["do"] == "close":
+                    pipe.send({"answer": encode(answer), **encode(reply)})
+                    if call["do"] == "close":
                         return
 
 
-def _end_with(connection: socket.socket) -> None:
-    """A call that hangs does not outlive those who asked."""
+def _exit_with_parent(connection: socket.socket) -> None:
+    """End this process soon after its parent, even if a call hangs."""
     poll = select.poll()
     poll.register(connection, 0)
     poll.poll()
-    time.sleep(_GRACE)
+    time.sleep(_ORPHAN_GRACE)
     os._exit(1)
 
 
-def _device(there: Pipe, opening: Opening, check: Callable[[Read], None] | None) -> InProcessDevice:
+def _device(pipe: Pipe, opening: Opening, check: Callable[[Read], None] | None) -> InProcessDevice:
     def source(user: str, given: bool) -> PinSource | None:
-        return _Asked(there, user) if given else None
+        return _PinFromParent(pipe, user) if given else None
 
     return InProcessDevice(
         opening.module_path,
@@ -159,17 +162,17 @@ def _device(there: Pipe, opening: Opening, check: Callable[[Read], None] | None)
     )
 
 
-def _answered(
-    device: InProcessDevice, question: dict[str, Any], questions: frozenset[str]
+def _result_of(
+    device: InProcessDevice, call: dict[str, Any], permitted: frozenset[str]
 ) -> tuple[Any, HsmTollError | None]:
-    """The answer, or why there is none."""
+    """The result of the call, or its error."""
     try:
-        do = question["do"]
-        if do not in questions:
+        do = call["do"]
+        if do not in permitted:
             return None, DeviceError("the device's process does not answer this", code="worker")
         kinds = hints(getattr(Device, do))
-        told = {name: decode(kinds[name], question[name]) for name in question.keys() - {"do"}}
-        # Who asks for a signature verifies it, on the other side.
+        told = {name: decode(kinds[name], call[name]) for name in call.keys() - {"do"}}
+        # The parent verifies signatures.
         return getattr(device, "unverified" if do == "sign" else do)(**told), None
     except HsmTollError as exc:
         return None, exc

@@ -504,7 +504,7 @@ def test_those_who_waited_at_the_fork_are_not_waited_for_in_the_forked_process(
     with ThreadPoolExecutor(3) as pool:
         before = toll_faults.count("C_SignInit")
         asked = [pool.submit(signed, device) for _ in range(3)]
-        while toll_faults.count("C_SignInit") == before or device.wanted < 2:
+        while toll_faults.count("C_SignInit") == before or device.waiting < 2:
             time.sleep(0.01)
         assert in_a_fork(three_at_once)
         assert [each.result() for each in asked] == [expected] * 3

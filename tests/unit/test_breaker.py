@@ -80,7 +80,7 @@ def test_after_a_failure_the_next_callers_are_told_at_once_and_why(
     breaker: CircuitBreaker, clock: SettableClock
 ) -> None:
     assert not down(breaker)
-    breaker.judge(GONE)
+    breaker.record_error(GONE)
     clock.advance(0.9)
     with pytest.raises(DeviceError, match="is down: Signing: the module answered DeviceRemoved"):
         breaker.admit()
@@ -89,7 +89,7 @@ def test_after_a_failure_the_next_callers_are_told_at_once_and_why(
 def test_it_lets_one_caller_try_by_itself_and_closes_when_that_one_is_answered(
     breaker: CircuitBreaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    breaker.judge(GONE)
+    breaker.record_error(GONE)
     clock.advance(1)
     assert not down(breaker)
     told: list[bool] = []
@@ -109,7 +109,7 @@ def test_its_pauses_grow_to_ten_seconds_and_start_anew_after_success(
 ) -> None:
     pauses = []
     for _ in range(6):
-        breaker.judge(GONE)
+        breaker.record_error(GONE)
         waited = 0
         while down(breaker):
             clock.advance(1)
@@ -117,7 +117,7 @@ def test_its_pauses_grow_to_ten_seconds_and_start_anew_after_success(
         pauses.append(waited)
     assert pauses == [1, 2, 4, 8, 10, 10]
     breaker.worked()
-    breaker.judge(GONE)
+    breaker.record_error(GONE)
     clock.advance(1)
     assert not down(breaker)
 
@@ -126,7 +126,7 @@ def test_it_says_once_that_the_device_is_down(
     breaker: CircuitBreaker, clock: SettableClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
-        breaker.judge(GONE)
+        breaker.record_error(GONE)
         clock.advance(20)
         breaker.admit()
     assert caplog.text.count("device-down") == 1
@@ -140,17 +140,17 @@ def test_it_says_once_that_the_device_is_down(
 def test_a_device_that_answers_no_is_not_down(
     breaker: CircuitBreaker, answer: HsmTollError
 ) -> None:
-    breaker.judge(answer)
+    breaker.record_error(answer)
     assert not breaker.open
 
 
 def test_a_trial_that_was_interrupted_is_left_to_the_next_caller(
     breaker: CircuitBreaker, clock: SettableClock
 ) -> None:
-    breaker.judge(GONE)
+    breaker.record_error(GONE)
     clock.advance(1)
     breaker.admit()
-    breaker.judge(KeyboardInterrupt())
+    breaker.record_error(KeyboardInterrupt())
     told: list[bool] = []
     other = threading.Thread(target=lambda: told.append(down(breaker)))
     other.start()
