@@ -142,13 +142,13 @@ def test_a_process_killed_before_the_answer_does_not_cost_the_right_pin(bench: B
 from contextlib import contextmanager
 class Dying(PinLog):
     @contextmanager
-    def held(self, place):
-        with super().held(place) as page:
+    def held(self, owner):
+        with super().held(owner) as page:
             class Record(type(page)):
                 def intend(self, pin, **flags):
                     super().intend(pin, **flags)
                     os.kill(os.getpid(), 9)
-            yield Record(page.place, page.path, page.record)
+            yield Record(page.owner, page.path, page.record)
 """
     program = _SIGN.replace("module, state", dying + "module, state", 1)
     argv = [str(SOFTHSM), str(bench.state), "acme", "1234", ""]
