@@ -243,7 +243,7 @@ def test_the_pipe_to_a_worker_answers_the_same_questions_and_no_others(
 
 
 def _asked(device: Any, do: str, **told: Any) -> Any:
-    reply, answer = device._answered("signing", {"do": do, **told}, object, 0.0)
+    reply, answer = device._result_of("signing", {"do": do, **told}, object, 0.0)
     if reply.error is not None:
         raise reply.error
     return answer
