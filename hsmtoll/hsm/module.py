@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -47,11 +48,18 @@ _FORK_HARMLESS: Final = frozenset({"SoftHSM", "IBM", "Mozilla Foundation"})
 _FORK_HARMLESS_FILES: Final = frozenset({"p11-kit-client.so"})
 
 
+#: Seconds: enough for another thread to wake up and take a lock.
+_LET_FORK_GO_FIRST: Final = 0.002
+
+
 class Pkcs11Lock:
     """The lock of this process around all PKCS#11 calls, with a timeout for waiters."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        #: Whether a fork waits for the lock. Locks of Python are not fair: threads that sign one
+        #: grant after the other would take it again before whoever forks has woken up.
+        self.fork_waits = False
         self._over_fork = False
         #: Called in a forked child, before anything else runs there.
         self.after_fork: list[Callable[[], None]] = []
@@ -61,26 +69,28 @@ class Pkcs11Lock:
 
     def held(self, timeout: float) -> _HeldLock:
         """Acquire it for a block. DeviceError (``device-busy``) after *timeout* seconds."""
-        return _HeldLock(self._lock, timeout)
+        return _HeldLock(self, timeout)
 
     def end(self, seconds: float) -> None:
         """
         At interpreter exit: acquire it for good, after *seconds* at most, so that no call is cut
         off or begun. An interrupted login would leave a PIN attempt without a result.
         """
-        self._lock.acquire(timeout=seconds)
+        self.lock.acquire(timeout=seconds)
 
     def _before_fork(self) -> None:
         # A fork during a call would give the child a module in an inconsistent state. But a call
         # that hangs must not block the fork forever.
-        self._over_fork = self._lock.acquire(timeout=10)
+        self.fork_waits = True
+        self._over_fork = self.lock.acquire(timeout=10)
+        self.fork_waits = False
 
     def _in_parent(self) -> None:
         if self._over_fork:
-            self._lock.release()
+            self.lock.release()
 
     def _in_child(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         for forget in self.after_fork:
             forget()
 
@@ -88,10 +98,11 @@ class Pkcs11Lock:
 class _HeldLock:
     """The context manager of `held`; a class, because it is faster than a generator."""
 
-    __slots__ = ("_lock", "_timeout")
+    __slots__ = ("_lock", "_owner", "_timeout")
 
-    def __init__(self, lock: threading.RLock, timeout: float) -> None:
-        self._lock = lock
+    def __init__(self, owner: Pkcs11Lock, timeout: float) -> None:
+        self._owner = owner
+        self._lock = owner.lock
         self._timeout = timeout
 
     def __enter__(self) -> None:
@@ -108,6 +119,8 @@ class _HeldLock:
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
+        if self._owner.fork_waits:
+            time.sleep(_LET_FORK_GO_FIRST)
 
 
 PKCS11_LOCK: Final = Pkcs11Lock()
