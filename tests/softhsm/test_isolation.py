@@ -567,7 +567,8 @@ there = socket.socket(fileno=int(sys.argv[-1]))
 there.recv(65536)
 body = json.dumps({said}).encode()
 there.sendall(struct.pack(">I", len(body)) + body)
-there.recv(65536)
+while there.recv(65536):
+    pass
 """
 _REPLY: dict[str, Any] = {
     "generation": 0,
