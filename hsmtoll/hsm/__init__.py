@@ -16,6 +16,11 @@ PKCS#11: the only package that uses a device, a private key or a PIN.
     pool        the device with the module in workers: child, pipe, codec; worker is their program
     objects     writes to a token: a key pair, certificates
     inspect     everything that a module shows, for users who look for the right URI
+    reading     reads tokens, keys and certificates into the values of facts
+    cryptoki    what python-pkcs11 does not do by itself where a module answers oddly
+    answers     names and meanings of the CKR codes that python-pkcs11 has no class for
+    makers      how each maker's module finds its device, and the tool that makes a key there
+    protect     keeps other processes from reading the memory of one that holds a PIN
 
 A private key's value never leaves the token: this package has handles only. It knows the form of a
 grant, because it signs nothing else. Importing the package loads neither a module nor
