@@ -329,7 +329,11 @@ def _printable(line: str) -> str:
 
 _CUT: Final = 300
 _RUN: Final = 12
-_JWT = re.compile(r"eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*")
+#: ``eyJ`` inside a word is a JWT only with a second part: a key's thumbprint may hold these letters.
+_JWT = re.compile(
+    r"(?<![A-Za-z0-9_\-])eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*"
+    r"|eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]+)+"
+)
 _LEFT_OUT: Final = "[left out]"
 
 

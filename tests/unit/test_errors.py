@@ -179,6 +179,17 @@ def test_whatever_looks_like_a_jwt_is_left_out_although_nobody_named_it() -> Non
     assert "eyJ" not in foreign("got eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln here")
 
 
+@pytest.mark.parametrize("before", ["token", "%3D", "a", "_", "-"])
+def test_a_jwt_that_follows_a_letter_is_left_out(before: str) -> None:
+    jwt = "eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln"
+    assert foreign(f"got {before}{jwt} here") == f"got {before}[left out] here"
+
+
+def test_a_thumbprint_that_holds_the_first_letters_of_a_jwt_is_shown() -> None:
+    thumbprint = "NO3eyJk2-15VjG-zVZ3VKF-lWtPUdl1DhusBZ8LcH-g"
+    assert foreign(f"kid {thumbprint}; posted.") == f"kid {thumbprint}; posted."
+
+
 def test_a_jwt_with_the_header_of_a_secret_is_left_out_with_all_its_parts() -> None:
     header = "eyJhbGciOiJSUzI1NiJ9"
     other = f"{header}.eyJzdWIiOiJhIn0.c3ViamVjdC10b2tlbg"
