@@ -329,7 +329,7 @@ def _printable(line: str) -> str:
 
 _CUT: Final = 300
 _RUN: Final = 12
-#: ``eyJ`` inside a word is a JWT only with a second part: a key's thumbprint may hold these letters.
+#: Inside a word ``eyJ`` is a JWT only with a second part: a key's thumbprint may hold the letters.
 _JWT = re.compile(
     r"(?<![A-Za-z0-9_\-])eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*"
     r"|eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]+)+"
