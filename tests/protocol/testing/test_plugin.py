@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-TOP = HERE.parents[1]
+TOP = HERE.parents[2]
 
 
 @pytest.fixture(scope="module")
