@@ -93,12 +93,6 @@ def test_the_sample_with_a_proxy_is_understood(tmp_path: Path) -> None:
     assert proxy.get_secret_value() == "http://proxy.acme.example:3128"
 
 
-def test_the_table_of_settings_is_complete_and_names_nothing_else() -> None:
-    named = [cells[0] for cells in rows(section("Settings"))[1:]]
-    assert len(named) == len(set(named))
-    assert set(named) == variables()
-
-
 def test_no_variable_is_named_that_does_not_exist() -> None:
     named = set(re.findall(r"HSMTOLL_[A-Z0-9_]*[A-Z0-9]", manual())) - {"HSMTOLL_ENVIROMENT"}
     assert named <= variables()
@@ -214,7 +208,7 @@ def test_the_modules_that_the_readme_calls_tested_are_those_that_ran() -> None:
     assert found
     assert re.split(r", (?:and )?", " ".join(found[1].split())) == ran
     # Who is called imitated is so by what the row names: faults are those that tests set.
-    tests = "".join(path.read_text("utf-8") for path in (TOP / "tests" / "softhsm").glob("*.py"))
+    tests = "".join(path.read_text("utf-8") for path in (TOP / "tests" / "softhsm").rglob("*.py"))
     for word in (word for word in known.values() if word.startswith("imitated")):
         assert re.fullmatch(r"imitated \(.+\)", word)
         for fault in re.findall(r"`(.+?)`", word):
