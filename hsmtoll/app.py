@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from hsmtoll.tokens import exchange
 if TYPE_CHECKING:
     from hsmtoll.apis import Identity
     from hsmtoll.client import AsyncTollClient, TollClient
-    from hsmtoll.hsm.device import Device
+    from hsmtoll.hsm.device import Device, DeviceSettings
     from hsmtoll.hsm.facts import ModuleFacts
     from hsmtoll.hsm.pin import PinSource
     from hsmtoll.hsm.pin_log import PinLog, TokenUser
@@ -189,32 +189,51 @@ class App:
 
     def device(self, uri: KeyUri) -> Device:
         """The device of one key; with HSMTOLL_HSM__ISOLATION=process in processes of its own."""
-        hsm = self.settings.hsm
         return self._device(
-            uri,
+            replace(
+                self._token_settings(uri),
+                public_key=self._public_key(),
+                use_final_try=self.use_final_try,
+                allow_exportable_key=self.settings.hsm.allow_exportable_key,
+                audience=self._audience,
+            ),
             signing_pin=self._own_signing_pin(),
-            public_key=self._public_key(),
-            use_final_try=self.use_final_try,
-            allow_exportable_key=hsm.allow_exportable_key,
-            audience=self._audience,
-            boot=lambda: self.clock.now().boot,
         )
 
-    def _device(self, uri: KeyUri, **told: Any) -> Device:
-        settings, path = self.settings, Path(self.module(uri))
-        told |= {
-            "pin": self.pin(uri),
-            "pin_log": self.pin_log,
-            "user_type": settings.hsm.user_type,
-        }
-        if settings.hsm.isolation == "none":
+    def _token_settings(self, uri: KeyUri) -> DeviceSettings:
+        """What is needed to look at a token; not what only its key needs, such as files."""
+        from hsmtoll.hsm.device import DeviceSettings
+
+        return DeviceSettings(
+            Path(self.module(uri)),
+            uri,
+            user_type=self.settings.hsm.user_type,
+            deadline=self.settings.deadline,
+        )
+
+    def _device(self, settings: DeviceSettings, signing_pin: PinSource | None = None) -> Device:
+        pin, pin_log = self.pin(settings.uri), self.pin_log
+
+        def boot() -> float:
+            return self.clock.now().boot
+
+        if self.settings.hsm.isolation == "none":
             from hsmtoll.hsm.in_process import InProcessDevice
 
-            return InProcessDevice(path, uri, lock_timeout=settings.deadline, **told)
+            return InProcessDevice(
+                settings, pin=pin, signing_pin=signing_pin, pin_log=pin_log, boot=boot
+            )
         from hsmtoll.hsm.pool import WorkerDevice
 
-        told |= {"workers": settings.host.workers, **self.isolated_in}
-        return WorkerDevice(path, uri, deadline=settings.deadline, **told)
+        return WorkerDevice(
+            settings,
+            pin=pin,
+            signing_pin=signing_pin,
+            pin_log=pin_log,
+            boot=boot,
+            workers=self.settings.host.workers,
+            **self.isolated_in,
+        )
 
     @property
     def _audience(self) -> str | None:
@@ -226,14 +245,14 @@ class App:
 
     def inspect(self) -> ModuleFacts:
         """What is behind the module, seen from where `device` would put it."""
-        with self._device(self._named_uris()[0]) as device:
+        with self._device(self._token_settings(self._named_uris()[0])) as device:
             return device.inspect()
 
     def token_users(self) -> tuple[TokenUser, ...]:
         """The PIN log's keys for the configured tokens, or for all."""
         found: list[TokenUser] = []
         for uri in self._named_uris():
-            with self._device(uri) as device:
+            with self._device(self._token_settings(uri)) as device:
                 found += device.token_users()
         return tuple(found)
 

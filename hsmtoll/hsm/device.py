@@ -12,6 +12,8 @@ arguments and results for the pipe to a worker by them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
@@ -22,7 +24,30 @@ from hsmtoll.jws import RsaPublicKey, SigningInput
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Device"]
+__all__ = ["Device", "DeviceSettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSettings:
+    """
+    The settings of a device, whether its module runs in this process or in a worker.
+
+    *uri* selects the token and the key. *public_key* is the key's public half, for tokens that hide
+    it. *use_final_try* permits the last try before the token locks the PIN; *allow_exportable_key*
+    permits a key that can leave the token. *user_type* is the CKU_ constant to log in with, None
+    for CKU_USER. Only grants whose ``aud`` is *audience* are signed; any if it is None. *deadline*,
+    in seconds, limits the wait for the module's lock, and in a worker the whole call.
+    """
+
+    module_path: Path
+    uri: KeyUri
+    _: KW_ONLY
+    public_key: RsaPublicKey | None = None
+    use_final_try: bool = False
+    allow_exportable_key: bool = False
+    user_type: int | None = None
+    audience: str | None = None
+    deadline: float = 60.0
 
 
 class Device(Protocol):

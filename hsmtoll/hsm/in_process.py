@@ -42,11 +42,11 @@ from hsmtoll.hsm.signatures import SELF_TEST, Signable, Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
     from typing import Self
 
     from pkcs11 import Session, Token
 
+    from hsmtoll.hsm.device import DeviceSettings
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Stored
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import PinSource
@@ -78,59 +78,39 @@ class InProcessDevice:
     """
     As `hsmtoll.hsm.device.Device`, with the module in this process.
 
-    A call waits at most *lock_timeout* seconds for the lock. After an error it discards its
-    handles and tries again with a new session, a new login, and a restarted module, in this
-    order. If a module finds no device when it is first initialised, that is repeated, at most
-    three times. *audience* is that of the grants to sign; *rules* raise for grants that must not
-    be signed. *back_off*: use a circuit breaker (``device-down``); not in a worker, whose parent
-    has one. *boot* is a monotonic clock in seconds.
+    After an error a call discards its handles and tries again with a new session, a new login, and
+    a restarted module, in this order. If a module finds no device when it is first initialised,
+    that is repeated, at most three times. *rules* raise for grants that must not be signed.
+    *back_off*: use a circuit breaker (``device-down``); not in a worker, whose parent has one.
+    *boot* is a monotonic clock in seconds.
     """
 
     def __init__(
         self,
-        module_path: Path,
-        uri: KeyUri,
+        settings: DeviceSettings,
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None = None,
         pin_log: PinLog,
-        public_key: RsaPublicKey | None = None,
-        use_final_try: bool = False,
-        allow_exportable_key: bool = False,
-        user_type: int | None = None,
-        audience: str | None = None,
         rules: Callable[[Read], None] | None = None,
-        lock_timeout: float = 60.0,
         back_off: bool = True,
         boot: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.module_path = module_path
-        self.uri = uri
-        self._name = foreign(uri)
+        self._settings = settings
+        self.module_path = settings.module_path
+        self.uri = settings.uri
+        self._name = foreign(settings.uri)
         self._warned: set[str] = set()
-        self._select = KeySelector(
-            uri,
-            public_key=public_key,
-            allow_exportable_key=allow_exportable_key,
-            warn=self._warn,
-        )
+        self._select = KeySelector(settings, warn=self._warn)
         self._login = PinLogin(
-            uri,
-            pin=pin,
-            signing_pin=signing_pin,
-            pin_log=pin_log,
-            use_final_try=use_final_try,
-            user_type=user_type,
-            warn=self._warn,
+            settings, pin=pin, signing_pin=signing_pin, pin_log=pin_log, warn=self._warn
         )
         self._verifier = Verifier(self._name)
-        self._audience = audience
         self._rules = rules
-        self._lock_timeout = lock_timeout
         self._boot = boot
         self._sleep = sleep
-        self._breaker = CircuitBreaker(uri, boot=boot) if back_off else None
+        self._breaker = CircuitBreaker(settings.uri, boot=boot) if back_off else None
         self._openings = 0
         self._open: Handles | None = None
         self._shared: Login | None = None
@@ -208,7 +188,7 @@ class InProcessDevice:
             return (StoredCertificate(b"", "", b"", f"the search was answered {said(exc)}"),)
 
     def other_certificates(self) -> tuple[StoredCertificate, ...]:
-        """As `Device.elsewhere`."""
+        """As `Device.other_certificates`."""
 
         def certificates(session: Session) -> list[StoredCertificate]:
             where = str(device_uri(session.token))
@@ -256,7 +236,7 @@ class InProcessDevice:
         public key that the device shows.
         """
         wanted = Signable(alg, unsigned)
-        wanted.check_grant(self._audience, self._rules)
+        wanted.check_grant(self._settings.audience, self._rules)
         return self._signed(wanted, tuple(candidates))
 
     def self_test(
@@ -305,19 +285,19 @@ class InProcessDevice:
             pin_log=self._login.pin_log,
             uri=self.uri,
             pin=self._login.pin if log_in else None,
-            user_type=self._login.user_type,
-            lock_timeout=self._lock_timeout,
+            user_type=self._settings.user_type,
+            lock_timeout=self._settings.deadline,
         )
 
     def token_users(self) -> tuple[TokenUser, ...]:
-        """As `Device.places`."""
+        """As `Device.token_users`."""
         from hsmtoll.hsm.inspect import token_users  # noqa: PLC0415 - as above
 
         return token_users(
             self.module_path,
             self.uri,
-            user_type=self._login.user_type,
-            lock_timeout=self._lock_timeout,
+            user_type=self._settings.user_type,
+            lock_timeout=self._settings.deadline,
         )
 
     @contextlib.contextmanager
@@ -328,7 +308,7 @@ class InProcessDevice:
         """
         # Recover from failures now: a write is never repeated.
         self._ask(doing, self._login.log_in)
-        with self._breaker_guard(doing), PKCS11_LOCK.held(self._lock_timeout):
+        with self._breaker_guard(doing), PKCS11_LOCK.held(self._settings.deadline):
             try:
                 with translate_pkcs11_errors(f"{doing} ({self._name})"):
                     here = self._opened()
@@ -364,7 +344,7 @@ class InProcessDevice:
         device. Does nothing if another device would lose its login, or if the user would have to
         enter the PIN again.
         """
-        with PKCS11_LOCK.held(self._lock_timeout):
+        with PKCS11_LOCK.held(self._settings.deadline):
             login, module = self._shared, loaded(self.module_path)
             if login is None or module is None or len(login.users) > 1:
                 return
@@ -377,7 +357,7 @@ class InProcessDevice:
 
     def close(self) -> None:
         """Close the session; the last device on a token logs out."""
-        with PKCS11_LOCK.held(self._lock_timeout):
+        with PKCS11_LOCK.held(self._settings.deadline):
             here, self._open = self._open, None
             login, self._shared = self._shared, None
             if here is not None:
@@ -462,7 +442,7 @@ class InProcessDevice:
         Return the result of *work*, with automatic recovery. DeviceError (``device-down``) while
         the circuit breaker is open, which also counts the result.
         """
-        with self._breaker_guard(doing), PKCS11_LOCK.held(self._lock_timeout):
+        with self._breaker_guard(doing), PKCS11_LOCK.held(self._settings.deadline):
             if self._breaker:
                 # The breaker may have opened while this call waited for the lock.
                 self._breaker.admit()

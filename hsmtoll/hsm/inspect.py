@@ -17,6 +17,7 @@ from pkcs11.exceptions import PKCS11Error
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, translate_pkcs11_errors
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.login import Login
@@ -64,9 +65,15 @@ def inspect(
             problem: HsmTollError | None = None
             if pin is not None:
                 device = InProcessDevice(
-                    module_path, wanted.device_only(), pin=pin, pin_log=pin_log,
-                    user_type=user_type, lock_timeout=lock_timeout,
-                )  # fmt: skip
+                    DeviceSettings(
+                        module_path,
+                        wanted.device_only(),
+                        user_type=user_type,
+                        deadline=lock_timeout,
+                    ),
+                    pin=pin,
+                    pin_log=pin_log,
+                )
                 stack.callback(device.close)
                 try:
                     # Some keep private keys back, and do not say that they want a login.

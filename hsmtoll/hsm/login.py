@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from pkcs11 import Mechanism, Object, Session, Token
 
+    from hsmtoll.hsm.device import DeviceSettings
     from hsmtoll.hsm.facts import KeyFacts
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.hsm.signatures import Signable
-    from hsmtoll.hsm.uri import KeyUri
 
 __all__ = ["SESSION_LIMIT_ERRORS", "Handles", "Login", "PinLogin", "pin_state_after"]
 
@@ -136,26 +136,24 @@ class Handles:
 class PinLogin:
     """
     Logs in to one device with the PIN of *pin*, and for each signature with that of *signing_pin*,
-    if given. *user_type* ``None`` is CKU_USER. *warn* is called with a code and a sentence.
+    if given. *warn* is called with a code and a sentence.
     """
 
     def __init__(
         self,
-        uri: KeyUri,
+        settings: DeviceSettings,
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None,
         pin_log: PinLog,
-        use_final_try: bool,
-        user_type: int | None,
         warn: Callable[[str, str], None],
     ) -> None:
-        self._uri = uri
+        self._uri = settings.uri
         self.pin = pin
         self.signing_pin = signing_pin if signing_pin is not pin else None
         self.pin_log = pin_log
-        self._use_final_try = use_final_try
-        self.user_type = user_type
+        self._use_final_try = settings.use_final_try
+        self._user_type = settings.user_type
         self._warn = warn
         #: Number of accepted PINs. After a login the device may show more objects.
         self.accepted = 0
@@ -173,7 +171,7 @@ class PinLogin:
         flags = self._flags(here)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
-        owner = TokenUser(*named(here.token), user=user_name(self.user_type))
+        owner = TokenUser(*named(here.token), user=user_name(self._user_type))
         # A PIN that the device has accepted is not read again.
         pin = login.pin or self.pin.read(device=called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
@@ -190,7 +188,7 @@ class PinLogin:
             value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
                 # A vendor-defined user type is an int, which python-pkcs11's hints omit.
-                user: Any = self.user_type
+                user: Any = self._user_type
                 login.anchor = _login_session(here, rw=rw, user_pin=value, user_type=user)
             except p11.UserAlreadyLoggedIn:
                 pin_record.withdraw()
@@ -263,7 +261,7 @@ class PinLogin:
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )
-        user = "signing" if self.signing_pin else user_name(self.user_type)
+        user = "signing" if self.signing_pin else user_name(self._user_type)
         with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
             seen = self._record_intent(pin_record, pin, here)
             key = cryptoki.able(here.key)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import HsmTollError
-from hsmtoll.hsm.uri import KeyUri
-from hsmtoll.jws import RsaPublicKey
+from hsmtoll.hsm.device import DeviceSettings
 
 if TYPE_CHECKING:
     import socket
@@ -80,22 +79,16 @@ class Pipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
     """
-    The settings of the worker's device. *pin* and *signing_pin* are only whether there is a source.
-    *rules* are the parameters of its program.
+    The first message to a worker: its device. *pin* and *signing_pin*: whether there is a source,
+    which the parent reads. *pin_log* and *pin_log_optional* are the fields of `PinLog`, *rules* the
+    parameters of the worker's program.
     """
 
-    module_path: Path
-    uri: KeyUri
+    settings: DeviceSettings
     pin: bool
     signing_pin: bool
     pin_log: Path | None
     pin_log_optional: bool
-    public_key: RsaPublicKey | None
-    use_final_try: bool
-    allow_exportable_key: bool
-    user_type: int | None
-    audience: str | None
-    lock_timeout: float
     rules: dict[str, str | bool | None] | None
 
 

@@ -26,9 +26,9 @@ from hsmtoll.hsm.signatures import Verifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
     from typing import Self
 
+    from hsmtoll.hsm.device import DeviceSettings
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, Signature, Stored, StoredCertificate
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.hsm.pin_log import PinLog, TokenUser
@@ -46,8 +46,8 @@ _KEY_GENERATION: Final = 600.0
 
 class WorkerDevice:
     """
-    As `hsmtoll.hsm.device.Device`, with *workers* child processes. Each call may take *deadline*
-    seconds, not counting the reading of a PIN.
+    As `hsmtoll.hsm.device.Device`, with *workers* child processes. Each call may take
+    *settings.deadline* seconds, not counting the reading of a PIN.
 
     In addition to a device's errors it raises DeviceError ``device-hung`` after the deadline and
     ``module-crashed`` if the child died; the next call starts a new child. PINs are read in this
@@ -58,47 +58,33 @@ class WorkerDevice:
 
     def __init__(
         self,
-        module_path: Path,
-        uri: KeyUri,
+        settings: DeviceSettings,
         *,
         pin: PinSource | None,
         signing_pin: PinSource | None = None,
         pin_log: PinLog,
-        public_key: RsaPublicKey | None = None,
-        use_final_try: bool = False,
-        allow_exportable_key: bool = False,
-        user_type: int | None = None,
-        audience: str | None = None,
-        deadline: float = 60.0,
         workers: int = 1,
         program: str = "hsmtoll.hsm.worker",
         rules: dict[str, Any] | None = None,
         boot: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.uri = uri
-        self._name = foreign(uri)
+        self.uri = settings.uri
+        self._name = foreign(settings.uri)
         signing_pin = signing_pin if signing_pin is not pin else None
         self._sources = {"user": pin, "signing": signing_pin}
         self._pins: dict[str, Pin] = {}
         self._opening = Opening(
-            module_path=module_path,
-            uri=uri,
+            settings=settings,
             pin=pin is not None,
             signing_pin=signing_pin is not None,
             pin_log=pin_log.directory and pin_log.directory.absolute(),
             pin_log_optional=pin_log.optional,
-            public_key=public_key,
-            use_final_try=use_final_try,
-            allow_exportable_key=allow_exportable_key,
-            user_type=user_type,
-            audience=audience,
-            lock_timeout=deadline,
             rules=rules,
         )
         self._program = program
-        self._deadline = deadline
+        self._deadline = settings.deadline
         self._workers = workers
-        self._breaker = CircuitBreaker(uri, boot=boot)
+        self._breaker = CircuitBreaker(settings.uri, boot=boot)
         self._verifier = Verifier(self._name)
         self._closings = 0
         #: As `Device.generation`.
@@ -155,7 +141,7 @@ class WorkerDevice:
         return found
 
     def other_certificates(self) -> tuple[StoredCertificate, ...]:
-        """As `Device.elsewhere`."""
+        """As `Device.other_certificates`."""
         found: tuple[StoredCertificate, ...] = self._ask(
             "reading certificates of other devices", "other_certificates"
         )
@@ -222,7 +208,7 @@ class WorkerDevice:
         return facts
 
     def token_users(self) -> tuple[TokenUser, ...]:
-        """As `Device.places`."""
+        """As `Device.token_users`."""
         found: tuple[TokenUser, ...] = self._ask("looking for devices", "token_users")
         return found
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from pkcs11 import Object, Session, Slot, Token
 
+    from hsmtoll.hsm.device import DeviceSettings
     from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.uri import KeyUri
@@ -63,21 +64,13 @@ _SHOWN: Final = 10
 
 class KeySelector:
     """
-    The device and the key that *uri* means. *public_key* is the key's public half where the
-    settings give it. *warn* gets a code and a sentence.
+    Selects the token and the key by the settings. *warn* is called with a code and a sentence.
     """
 
-    def __init__(
-        self,
-        uri: KeyUri,
-        *,
-        public_key: RsaPublicKey | None,
-        allow_exportable_key: bool,
-        warn: Callable[[str, str], None],
-    ) -> None:
-        self._uri = uri
-        self._public_key = public_key
-        self._allow_exportable_key = allow_exportable_key
+    def __init__(self, settings: DeviceSettings, *, warn: Callable[[str, str], None]) -> None:
+        self._uri = settings.uri
+        self._public_key = settings.public_key
+        self._allow_exportable_key = settings.allow_exportable_key
         self._warn = warn
 
     def token(self, module: Module) -> Token:

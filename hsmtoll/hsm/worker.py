@@ -146,18 +146,11 @@ def _device(pipe: Pipe, opening: Opening, check: Callable[[Read], None] | None) 
         return _PinFromParent(pipe, user) if given else None
 
     return InProcessDevice(
-        opening.module_path,
-        opening.uri,
+        opening.settings,
         pin=source("user", opening.pin),
         signing_pin=source("signing", opening.signing_pin),
         pin_log=PinLog(opening.pin_log, optional=opening.pin_log_optional),
-        public_key=opening.public_key,
-        use_final_try=opening.use_final_try,
-        allow_exportable_key=opening.allow_exportable_key,
-        user_type=opening.user_type,
-        audience=opening.audience,
         rules=check,
-        lock_timeout=opening.lock_timeout,
         back_off=False,
     )
 

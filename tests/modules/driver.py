@@ -16,6 +16,7 @@ from typing import Any
 
 from hsmtoll import enrolment
 from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinValue
@@ -34,11 +35,13 @@ class Driver:
         self.pin_log = PinLog(Path(told["state"]))
         self.pin = PinValue.of(told["pin"])
         self.device = InProcessDevice(
-            self.module,
-            KeyUri.parse(told["uri"]),
+            DeviceSettings(
+                self.module,
+                KeyUri.parse(told["uri"]),
+                use_final_try=told.get("use_final_try", False),
+            ),
             pin=self.pin,
             pin_log=self.pin_log,
-            use_final_try=told.get("use_final_try", False),
             boot=lambda: self.clock.now().boot,
         )
 

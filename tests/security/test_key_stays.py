@@ -57,12 +57,14 @@ _OURS = (
 import sys
 from pathlib import Path
 from hsmtoll.errors import DeviceError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 for label in ("ours", "control"):
-    with InProcessDevice(Path(sys.argv[1]), KeyUri.parse("pkcs11:token=lab;object=" + label),
+    uri = KeyUri.parse("pkcs11:token=lab;object=" + label)
+    with InProcessDevice(DeviceSettings(Path(sys.argv[1]), uri),
                 pin=PinValue.of("1234"), pin_log=PinLog(Path(sys.argv[2]))) as device:
         try:
             facts = device.key()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.module import PKCS11_LOCK, restart
 from hsmtoll.hsm.pin import Pin, PinSource, PinValue
@@ -114,14 +115,16 @@ class DeviceSoftHsm:
     ) -> InProcessDevice:
         """A device for one key (path attributes without the device's) of this one."""
         return InProcessDevice(
-            module or self.module,
-            KeyUri.parse(f"pkcs11:token=lab;{key}"),
+            DeviceSettings(
+                module or self.module,
+                KeyUri.parse(f"pkcs11:token=lab;{key}"),
+                public_key=public_key,
+                allow_exportable_key=allow_exportable_key,
+            ),
             # As typed: other tests of the room give wrong ones, and the device counts them.
             pin=PinValue(Pin(pin, source="a test", typed=True)) if isinstance(pin, str) else pin,
             signing_pin=signing_pin,
             pin_log=PinLog(state),
-            public_key=public_key,
-            allow_exportable_key=allow_exportable_key,
         )
 
     def util(self, *arguments: str) -> None:

@@ -13,6 +13,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.hsm.module import check_path
@@ -180,7 +181,9 @@ def test_a_refusal_and_a_pin_that_was_not_looked_at_are_never_the_same() -> None
 
 
 def refusal(module: Path, state: Path) -> HsmTollError:
-    device = InProcessDevice(module, KeyUri.parse("pkcs11:"), pin=None, pin_log=PinLog(state))
+    device = InProcessDevice(
+        DeviceSettings(module, KeyUri.parse("pkcs11:")), pin=None, pin_log=PinLog(state)
+    )
     with pytest.raises(HsmTollError) as caught:
         device.certificates()
     assert "\n" not in str(caught.value)

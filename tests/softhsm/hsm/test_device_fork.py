@@ -21,6 +21,7 @@ _HEAD = (
 import os, sys, threading, time
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
@@ -28,7 +29,9 @@ from hsmtoll.hsm.uri import KeyUri
 module, state = Path(sys.argv[1]), Path(sys.argv[2])
 def make():
     uri = KeyUri.parse("pkcs11:token=lab;object=acme")
-    return InProcessDevice(module, uri, pin=PinValue.of("1234"), pin_log=PinLog(state))
+    return InProcessDevice(
+        DeviceSettings(module, uri), pin=PinValue.of("1234"), pin_log=PinLog(state)
+    )
 def check(device):
     for n in range(20):
         data = a_grant(str(n))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import token_users
 from hsmtoll.hsm.pin import Pin, PinPad, PinValue
@@ -45,6 +46,7 @@ _SIGN = (
 import os, sys
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinFile, PinValue
@@ -52,7 +54,7 @@ from hsmtoll.hsm.uri import KeyUri
 module, state, key, pin, signing = sys.argv[1:]
 source = PinFile(Path(pin)) if pin.startswith("/") else PinValue.of(pin)
 device = InProcessDevice(
-    Path(module), KeyUri.parse("pkcs11:token=lab;object=" + key), pin=source,
+    DeviceSettings(Path(module), KeyUri.parse("pkcs11:token=lab;object=" + key)), pin=source,
     signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
     pin_log=PinLog(Path(state)),
 )
@@ -251,8 +253,7 @@ def test_no_pin_shows_itself_when_it_is_refused(
     said = []
     for _ in range(2):
         device = InProcessDevice(
-            device_softhsm.module,
-            KeyUri.parse("pkcs11:token=lab;object=acme"),
+            DeviceSettings(device_softhsm.module, KeyUri.parse("pkcs11:token=lab;object=acme")),
             pin=PinValue.of("4711-canary"),
             pin_log=PinLog(tmp_path),
         )

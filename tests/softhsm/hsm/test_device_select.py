@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.errors import ConfigurationError, DeviceError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect, token_users
 from hsmtoll.hsm.objects import keys
@@ -65,7 +66,9 @@ def test_no_key_says_which_keys_there_are_ready_to_paste(
     listed = [line for line in (error.hint or "").split() if line.startswith("pkcs11:")]
     wanted = next(KeyUri.parse(line) for line in listed if "object=acme" in line)
     with InProcessDevice(
-        device_softhsm.module, wanted, pin=PinValue.of("1234"), pin_log=PinLog(tmp_path)
+        DeviceSettings(device_softhsm.module, wanted),
+        pin=PinValue.of("1234"),
+        pin_log=PinLog(tmp_path),
     ) as device:
         assert device.key().label == "acme"
 
@@ -95,8 +98,10 @@ def test_the_uri_of_every_key_names_it_alone_whatever_it_lacks(
     subprocess.run([sys.executable, "-c", _NAMELESS, *argv], check=True)
 
     def device(uri: KeyUri) -> InProcessDevice:
-        pin = PinValue.of(toll_softhsm.pin)
-        return InProcessDevice(toll_softhsm.module, uri, pin=pin, pin_log=PinLog(tmp_path))
+        settings = DeviceSettings(toll_softhsm.module, uri)
+        return InProcessDevice(
+            settings, pin=PinValue.of(toll_softhsm.pin), pin_log=PinLog(tmp_path)
+        )
 
     with device(KeyUri(token=toll_softhsm.label)) as one:
         found = keys(one)
@@ -216,8 +221,7 @@ def test_no_device_says_which_devices_there_are(
     device_softhsm: DeviceSoftHsm, tmp_path: Path, wrong: str
 ) -> None:
     device = InProcessDevice(
-        device_softhsm.module,
-        KeyUri.parse(f"pkcs11:{wrong};object=acme"),
+        DeviceSettings(device_softhsm.module, KeyUri.parse(f"pkcs11:{wrong};object=acme")),
         pin=PinValue.of("1234"),
         pin_log=PinLog(tmp_path),
     )
@@ -251,7 +255,9 @@ def test_inspection_shows_more_with_a_pin_and_every_uri_finds_its_object(
     assert after.logged_in
     assert {key.label for key in after.keys} >= {"acme", "curve", "loose", "imported"}
     acme = next(key for key in after.keys if key.label == "acme")
-    with InProcessDevice(module, acme.uri, pin=PinValue.of("1234"), pin_log=pin_log) as device:
+    with InProcessDevice(
+        DeviceSettings(module, acme.uri), pin=PinValue.of("1234"), pin_log=pin_log
+    ) as device:
         assert device.key().id == b"\x01"
 
 

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
@@ -98,7 +99,7 @@ def allowed(softhsm: SoftHsm, key: str, mechanism: str) -> None:
 
 def of_faults(softhsm: SoftHsm, faults: Faults, key: str, state: Path) -> InProcessDevice:
     uri, pin = KeyUri.parse(softhsm.uri(key)), PinValue.of(softhsm.pin)
-    return InProcessDevice(faults.module, uri, pin=pin, pin_log=PinLog(state))
+    return InProcessDevice(DeviceSettings(faults.module, uri), pin=pin, pin_log=PinLog(state))
 
 
 def test_a_key_that_may_be_used_by_the_raw_mechanism_alone_signs(

@@ -24,6 +24,7 @@ _THREADS = (
     + """
 import sys, threading, time
 from pathlib import Path
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
@@ -31,8 +32,8 @@ from hsmtoll.hsm.uri import KeyUri
 module, state, threads, seconds = sys.argv[1:]
 keys = ["object=acme", "object=nopublic", "id=%02", "id=%03"]
 devices = [
-    InProcessDevice(Path(module), KeyUri.parse("pkcs11:token=lab;" + key), pin=PinValue.of("1234"),
-           pin_log=PinLog(Path(state)))
+    InProcessDevice(DeviceSettings(Path(module), KeyUri.parse("pkcs11:token=lab;" + key)),
+           pin=PinValue.of("1234"), pin_log=PinLog(Path(state)))
     for key in keys
 ]
 until, good, bad = time.monotonic() + float(seconds), [], []
@@ -117,17 +118,16 @@ def test_a_thread_that_waits_too_long_is_told_so_and_the_other_goes_on(
     import threading
 
     from hsmtoll.errors import DeviceError
+    from hsmtoll.hsm.device import DeviceSettings
     from hsmtoll.hsm.in_process import InProcessDevice
     from hsmtoll.hsm.module import PKCS11_LOCK
     from hsmtoll.hsm.pin_log import PinLog
     from hsmtoll.hsm.uri import KeyUri
 
     device = InProcessDevice(
-        device_softhsm.module,
-        KeyUri.parse("pkcs11:token=lab"),
+        DeviceSettings(device_softhsm.module, KeyUri.parse("pkcs11:token=lab"), deadline=0.05),
         pin=None,
         pin_log=PinLog(tmp_path),
-        lock_timeout=0.05,
     )
     caught: list[DeviceError] = []
 

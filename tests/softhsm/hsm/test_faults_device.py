@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried, TollClient, connect
 from hsmtoll.app import App
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
@@ -43,8 +44,8 @@ DATA = a_grant()
 def device(toll_settings: Settings, toll_faults: Faults) -> Any:
     del toll_faults
     app = App(toll_settings)
-    # One that is told no audience.
-    with app._device(app.uris()[0]) as made:
+    # Without an audience: the grants of this file have one of their own.
+    with app._device(app._token_settings(app.uris()[0])) as made:
         yield made
 
 
@@ -136,8 +137,7 @@ def with_pins(
     softhsm: SoftHsm, faults: Faults, state: Path, pin: str, signing: str | None = None
 ) -> InProcessDevice:
     return InProcessDevice(
-        faults.module,
-        KeyUri.parse(softhsm.uri("each" if signing else "toll")),
+        DeviceSettings(faults.module, KeyUri.parse(softhsm.uri("each" if signing else "toll"))),
         pin=PinValue.of(pin),
         signing_pin=PinValue.of(signing, name="SIGNING") if signing else None,
         pin_log=PinLog(state),

@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import hsmtoll
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pool import WorkerDevice
@@ -277,11 +278,13 @@ def device(
 ) -> Iterator[WorkerDevice]:
     monkeypatch.setenv("SOFTHSM2_CONF", str(toll_eseal.device.conf))
     made = WorkerDevice(
-        toll_eseal.device.module,
-        KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label)),
+        DeviceSettings(
+            toll_eseal.device.module,
+            KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label)),
+            deadline=30.0,
+        ),
         pin=PinValue.of(toll_eseal.device.pin, name="a test"),
         pin_log=PinLog(tmp_path / "state"),
-        deadline=30.0,
     )
     yield made
     made.close()

@@ -20,6 +20,7 @@ import pytest
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
 from hsmtoll.hsm.child import WorkerProcess
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.pin import Pin
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pool import WorkerDevice
@@ -81,9 +82,8 @@ def make(
     def device(*, deadline: float = 30.0, workers: int = 1) -> WorkerDevice:
         uri = KeyUri.parse(toll_eseal.device.uri(toll_eseal.key_label))
         pin_log = PinLog(tmp_path / "state")
-        one = WorkerDevice(
-            toll_faults.module, uri, pin=pin, pin_log=pin_log, deadline=deadline, workers=workers
-        )
+        settings = DeviceSettings(toll_faults.module, uri, deadline=deadline)
+        one = WorkerDevice(settings, pin=pin, pin_log=pin_log, workers=workers)
         made.append(one)
         return one
 

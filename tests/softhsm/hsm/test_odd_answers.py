@@ -57,13 +57,15 @@ _USED_TWICE = (
 import os, sys
 from pathlib import Path
 from hsmtoll import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
 device = InProcessDevice(
-    Path(module), KeyUri.parse(uri), pin=PinValue.of(pin), pin_log=PinLog(Path(state))
+    DeviceSettings(Path(module), KeyUri.parse(uri)),
+    pin=PinValue.of(pin), pin_log=PinLog(Path(state)),
 )
 for _ in range(2):
     device.sign("RS256", a_grant())
@@ -82,6 +84,7 @@ _ASK = (
 import sys
 from pathlib import Path
 from hsmtoll import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin_log import PinLog
@@ -89,7 +92,7 @@ from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
 told = {"pin": PinValue.of(pin), "pin_log": PinLog(Path(state))}
-with InProcessDevice(Path(module), KeyUri.parse(uri), **told) as device:
+with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **told) as device:
     try:
         device.sign("RS256", a_grant())
         print("public" if device.key().public else "hidden")

@@ -8,6 +8,7 @@ import pytest
 
 from hsmtoll import HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.app import App
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
@@ -40,9 +41,8 @@ def make(
         pin: str = toll_softhsm.pin, state: Path | None = tmp_path / "state", key: str = ""
     ) -> Device:
         uri = KeyUri.parse(toll_softhsm.uri(key))
-        one: Device = request.param(
-            toll_faults.module, uri, pin=PinValue.of(pin), pin_log=PinLog(state)
-        )
+        settings = DeviceSettings(toll_faults.module, uri)
+        one: Device = request.param(settings, pin=PinValue.of(pin), pin_log=PinLog(state))
         made.append(one)
         return one
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.module import PKCS11_LOCK, restart
 from hsmtoll.hsm.pin import Pin, PinFile, PinValue
@@ -84,8 +85,7 @@ def make(
 
     def device(label: str = "mended", source: PinSource = pin, uri: str = "") -> InProcessDevice:
         one = InProcessDevice(
-            toll_faults.module,
-            KeyUri.parse(uri or toll_softhsm.uri(label)),
+            DeviceSettings(toll_faults.module, KeyUri.parse(uri or toll_softhsm.uri(label))),
             pin=source,
             pin_log=PinLog(tmp_path / "state"),
             boot=lambda: clock.now().boot,
@@ -187,6 +187,7 @@ import sys
 from pathlib import Path
 import pkcs11
 from hsmtoll import HsmTollError
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
@@ -195,8 +196,9 @@ from hsmtoll.testing.faults import Faults
 real, folder, uri, pin, fails = sys.argv[1:]
 boot = [1000.0]
 with Faults(Path(real), Path(folder) / "faults") as faults:
-    device = InProcessDevice(faults.module, KeyUri.parse(uri), pin=PinValue.of(pin),
-                    pin_log=PinLog(Path(folder) / "state"), boot=lambda: boot[0])
+    device = InProcessDevice(DeviceSettings(faults.module, KeyUri.parse(uri)),
+                    pin=PinValue.of(pin), pin_log=PinLog(Path(folder) / "state"),
+                    boot=lambda: boot[0])
     device.sign("RS256", a_grant())
     faults.set("token-removed")
     if fails == "fails":
@@ -309,8 +311,7 @@ def plain(
     own: SoftHsm, state: Path, clock: SettableClock, pin: PinSource | None = None
 ) -> InProcessDevice:
     return InProcessDevice(
-        own.module,
-        KeyUri.parse(own.uri("k")),
+        DeviceSettings(own.module, KeyUri.parse(own.uri("k"))),
         pin=pin or PinValue.of(own.pin),
         pin_log=PinLog(state),
         boot=lambda: clock.now().boot,
@@ -402,8 +403,7 @@ def test_a_server_that_was_killed_and_started_again_is_used_again(
     monkeypatch.setenv("P11_KIT_SERVER_ADDRESS", f"unix:path={socket}")
     asked = Counted(own.pin)
     device = InProcessDevice(
-        CLIENT,
-        KeyUri.parse(own.uri("k")),
+        DeviceSettings(CLIENT, KeyUri.parse(own.uri("k"))),
         pin=asked,
         pin_log=PinLog(tmp_path),
         boot=lambda: clock.now().boot,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinSource, PinValue
@@ -49,8 +50,7 @@ def make(
 
     def device(sleep: Callable[[float], None], pin: PinSource | None = None) -> InProcessDevice:
         one = InProcessDevice(
-            toll_faults.module,
-            KeyUri.parse(toll_softhsm.uri(key)),
+            DeviceSettings(toll_faults.module, KeyUri.parse(toll_softhsm.uri(key))),
             pin=pin or PinValue.of(toll_softhsm.pin),
             pin_log=PinLog(tmp_path / "state"),
             sleep=sleep,
@@ -276,9 +276,11 @@ def test_a_device_that_has_no_pin_yet_is_asked_once(
     slept: list[float] = []
     pin_log = PinLog(tmp_path / "state")
     device = InProcessDevice(
-        toll_faults.module, KeyUri.parse(pinless), pin=PinValue.of("1234"), pin_log=pin_log,
+        DeviceSettings(toll_faults.module, KeyUri.parse(pinless)),
+        pin=PinValue.of("1234"),
+        pin_log=pin_log,
         sleep=slept.append,
-    )  # fmt: skip
+    )
     assert error(device).code == "pin-state"
     device.close()
     assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 1
@@ -310,6 +312,7 @@ _CHILD = (
     + """
 import json, sys
 from pathlib import Path
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin_log import PinLog
@@ -318,7 +321,7 @@ from hsmtoll.hsm.uri import KeyUri
 
 told = json.loads(sys.stdin.readline())
 device = InProcessDevice(
-    Path(told["module"]), KeyUri.parse(told["uri"]),
+    DeviceSettings(Path(told["module"]), KeyUri.parse(told["uri"])),
     pin=PinFile(Path(told["pin_file"]), name="PIN"), pin_log=PinLog(Path(told["state"])),
 )
 print("here", flush=True)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.clock import Skew
 from hsmtoll.errors import CertificateError, GrantRefused
+from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
@@ -74,8 +75,7 @@ class Bench:
         made = self.lab.app(key, self.state)
         (plain,) = made.devices
         return Counting(
-            self.lab.module,
-            plain.uri,
+            DeviceSettings(self.lab.module, plain.uri),
             pin=made.pin(plain.uri),
             pin_log=made.pin_log,
         )
