@@ -90,7 +90,7 @@ def test_nor_is_a_grant_of_another_audience_issuer_scope_or_time(taken: Taken) -
         ({"scope": f"{ROAD_SCOPE} {AIR_SCOPE}"}, "no caller"),
         ({"consumer_org": "987654321"}, "no caller"),
         ({"resource": ["https://example.org"]}, "no caller"),
-        ({"exp": now + 121}, "not those of a grant"),
+        ({"iat": now, "exp": now + 121}, "not those of a grant"),
         ({"iat": now - 3600, "exp": now - 3480}, "iat"),
         ({"iat": now + 3600, "exp": now + 3720}, "iat"),
         ({"sub": "somebody"}, "not those of a grant"),
