@@ -4,7 +4,7 @@ The folder is the room; a room asked for by name never skips; nobody's settings 
 ``TOLL_ROOMS`` names the rooms that were asked for, as `scripts/test` sets it. In those a missing
 tool ends the run before it begins, and a skip, or a failure that is expected, fails it. The tests
 marked ``needs_root`` are the exception: without root, or what root needs for them, they skip
-everywhere.
+everywhere. With pytest-xdist the rules hold in the process that reports.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import hypothesis
 import pytest
@@ -80,7 +80,12 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("any-load")
     config.stash[_skips] = []
-    config.stash[_index] = _package_index()
+    # A worker of pytest-xdist begins in the home that its controller made.
+    given = getattr(config, "workerinput", {})
+    config.stash[_index] = given.get("package_index") or _package_index()
+    for room in ASKED_FOR:
+        if missing := _missing(room):
+            raise pytest.UsageError(f"room {room} was asked for, and misses {missing}")
     for name in [name for name in os.environ if is_ours(name)]:
         del os.environ[name]
     # The engine's own client looks for its plugins and contexts in the real home.
@@ -95,6 +100,20 @@ def pytest_configure(config: pytest.Config) -> None:
     # What tools print, and how they encode it, is compared here and there.
     os.environ.pop("LANGUAGE", None)
     os.environ["LC_ALL"] = "C.UTF-8"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """What a worker of pytest-xdist is told by its controller."""
+    node.workerinput["package_index"] = node.config.stash[_index]
+
+
+def _missing(room: str) -> str:
+    """What the room cannot do without and this machine has not, and how to get it; or nothing."""
+    needs = NEEDS.get(room, {})
+    tools = [tool for tool in needs if shutil.which(tool) is None]
+    packages = " ".join(needs[tool] for tool in tools)
+    return f"{', '.join(tools)} (apt-get install {packages})" if tools else ""
 
 
 def _package_index() -> dict[str, str]:
@@ -157,22 +176,13 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """A tool that is missing ends the run in a room that was asked for; elsewhere it skips."""
+    """Skip what needs a tool that is missing, in a room that nobody asked for by name."""
+    missing = {room: _missing(room) for room in NEEDS}
     for item in items:
         if item.get_closest_marker("needs_root") and not is_root():
             item.add_marker(pytest.mark.skip(reason=NEEDS_ROOT))
-        room = room_of(item.path) or ""
-        missing = {
-            tool: package
-            for tool, package in NEEDS.get(room, {}).items()
-            if shutil.which(tool) is None
-        }
-        if not missing:
-            continue
-        told = f"{', '.join(missing)} (apt-get install {' '.join(missing.values())})"
-        if room in ASKED_FOR:
-            raise pytest.UsageError(f"room {room} was asked for, and misses {told}")
-        item.add_marker(pytest.mark.skip(reason=f"missing: {told}"))
+        if told := missing.get(room_of(item.path) or ""):
+            item.add_marker(pytest.mark.skip(reason=f"missing: {told}"))
 
 
 class _NoSkips:
