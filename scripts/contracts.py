@@ -83,9 +83,11 @@ def lock(top: Path) -> Iterator[str]:
     project, groups = stated["project"], stated["dependency-groups"]
     running = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     building = stated["build-system"]["requires"]
+    own = {group: groups.pop(group) for group in ("vectors", "mutation") if group in groups}
     seen: dict[str, str] = {}
     for name, wanted in (
         ("scripts/requirements.txt", [*running, *building, *chain(*groups.values())]),
+        *((f"scripts/requirements-{group}.txt", needed) for group, needed in own.items()),
         ("scripts/requirements-run.txt", running),
         ("scripts/requirements-build.txt", building),
         ("docker/tools/requirements.txt", building),
