@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from hsmtoll.errors import CertificateError
@@ -35,6 +35,7 @@ from hsmtoll.x509.signatures import is_signed_by
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from datetime import datetime
 
     from hsmtoll.x509.certificate import Certificate
 
@@ -53,10 +54,8 @@ __all__ = [
 MAX_DEPTH: Final = 10
 #: Signatures of certificates looked at in one search.
 MAX_VERIFICATIONS: Final = 2_000
-#: Links followed in one search. Without it, cross-signed CAs cost a factorial of their number.
-MAX_STEPS: Final = 5_000
-
-_NEVER: Final = datetime.max.replace(tzinfo=UTC)
+#: Steps of one search of paths. Without it, cross-signed CAs cost a factorial of their number.
+MAX_STEPS: Final = 10_000
 
 #: What the header carries; ``available`` is the chain if it is complete, else the leaf alone.
 X5cMode = Literal["full", "without-root", "leaf", "available"]
@@ -150,34 +149,29 @@ def build(
 
 
 class _Merit(NamedTuple):
-    """The criteria of a path in their order; more is better."""
+    """What is compared between paths of the same validity and kind of end; more is better."""
 
-    pinned: bool
-    valid: bool
-    rooted: bool
     preferred: int
     weakest: datetime
     nearness: int
 
-    def after(self, other: _Merit) -> _Merit:
-        """What *other* is worth when these certificates stand before it."""
+    def below(self, above: _Merit) -> _Merit:
+        """The merit of these certificates together with those *above* them."""
         return _Merit(
-            other.pinned,
-            self.valid and other.valid,
-            other.rooted,
-            self.preferred + other.preferred,
-            min(self.weakest, other.weakest),
-            self.nearness + other.nearness,
+            self.preferred + above.preferred,
+            min(self.weakest, above.weakest),
+            self.nearness + above.nearness,
         )
 
 
 class _Search:
     """
-    One search: the proven links first, then the best path over them.
+    One search: the proven links first, then the best path over them, by branch and bound.
 
-    The second half is a depth-first walk that leaves a branch when the best it could
-    still come to (`_outlook`, which ignores loops and pathLenConstraint and so is never
-    too low) is not better than what was found.
+    The first three criteria limit which certificates may be on a path and where it may end; of
+    these classes of paths, the first that has one decides. In a class, a depth-first search leaves
+    a branch when the upper bound of its merit (`_bounds`) is not better than the best path found:
+    without that, six layers of twelve equal CAs have three million paths.
     """
 
     def __init__(
@@ -188,45 +182,37 @@ class _Search:
         pin: str | None,
         preferred: frozenset[str | None],
     ) -> None:
-        others = {certificate.der: certificate for certificate in pool}
-        others.pop(leaf.der, None)
         # From here on nothing depends on the order in which they came.
-        self._others = sorted(others.values(), key=lambda certificate: certificate.sha256)
+        self._others = sorted({*pool} - {leaf}, key=lambda certificate: certificate.sha256)
         self._leaf = leaf
         self._now = now
         self._pin = pin
         self._preferred = preferred
         self._keys: dict[bytes, Any] = {}
         self._proofs: dict[tuple[bytes, str], bool] = {}
-        self._issuers: dict[str, list[Certificate]] = {}
-        self._ends: dict[str, bool] = {}
-        self._outlooks: dict[str, dict[tuple[bool, bool, bool], _Merit]] = {}
+        self._issuers: dict[Certificate, list[Certificate]] = {}
+        self._ends: dict[Certificate, bool] = {}
+        self._bounds: dict[Certificate, _Merit] = {}
         self._best: tuple[Certificate, ...] = ()
-        self._best_merit: _Merit | None = None
+        self._best_merit = _Merit(0, now, 0)
+        self._by_length = False
         self._steps = 0
-        self._coarse = False
         self._cut_short = False
 
     def run(self) -> Chain:
         self._link()
-        # First by pin, validity, root and length alone: the outlook is then exact but for
-        # loops, and what is found keeps the real search short, or stands if that is cut off.
-        for self._coarse in (True, False):
-            self._outlooks, self._steps = {}, 0
-            self._look_ahead()
-            self._best_merit = self._merit(self._best) if self._best else None
-            self._walk((self._leaf,), self._worth(self._leaf))
-        last = self._best[-1]
-        if self._pin is not None and (last.sha256 != self._pin or not self._ends[last.sha256]):
+        self._find()
+        if not self._best:
             raise CertificateError(
                 f"building the chain of '{self._leaf.subject}': "
-                f"it does not lead to the pinned root {self._pin[:16]}…",
+                f"it does not lead to the pinned root {str(self._pin)[:16]}…",
                 code="chain-pin",
                 hint="check HSMTOLL_HSM__ROOT_SHA256, and that this root and the intermediates "
                 "are on the device or in the file of HSMTOLL_HSM__CERTIFICATES",
                 who="you",
             )
-        complete = self._ends[last.sha256]
+        last = self._best[-1]
+        complete = self._ends[last]
         named = [other for other in self._others if other.subject_key == last.issuer_key]
         return Chain(
             self._best,
@@ -245,25 +231,25 @@ class _Search:
             if _is_ca(other) or _is_old_root(other):
                 by_name.setdefault(other.subject_key, []).append(other)
         level = [self._leaf]
-        self._ends[self._leaf.sha256] = self._is_end(self._leaf)
+        self._ends[self._leaf] = self._is_end(self._leaf)
         for _ in range(MAX_DEPTH):
-            self._issuers |= {subject.sha256: [] for subject in level}
-            found: dict[str, Certificate] = {}
+            self._issuers |= {subject: [] for subject in level}
             pairs = [
                 (issuer, subject)
                 for subject in level
-                if not self._ends[subject.sha256]
+                if not self._ends[subject]
                 for issuer in by_name.get(subject.issuer_key, ())
             ]
+            level = []
             for issuer, subject in sorted(pairs, key=self._order):
                 # A root of version 1 cannot say that it is a CA: its own signature has to.
                 trusted = _is_ca(issuer) or self._is_end(issuer)
                 if trusted and self._proven(issuer, subject):
-                    self._issuers[subject.sha256].append(issuer)
-                    found[issuer.sha256] = issuer
-                    # At once: behind many others there may be nothing left to spend.
-                    self._ends.setdefault(issuer.sha256, self._is_end(issuer))
-            level = [found[sha256] for sha256 in sorted(found) if sha256 not in self._issuers]
+                    self._issuers[subject].append(issuer)
+                    if issuer not in self._ends:
+                        # At once: behind many others there may be nothing left to spend.
+                        self._ends[issuer] = self._is_end(issuer)
+                        level.append(issuer)
 
     def _order(self, pair: tuple[Certificate, Certificate]) -> tuple[Any, ...]:
         # Which is looked at first, for there is a bound: what a user named, then what key
@@ -291,76 +277,81 @@ class _Search:
             self._proofs[asked] = is_signed_by(subject, issuer, self._keys)
         return self._proofs[asked]
 
-    def _worth(self, certificate: Certificate) -> _Merit:
-        return _Merit(
-            pinned=False,
-            valid=certificate.valid_at(self._now),
-            rooted=False,
-            preferred=int(not self._coarse and certificate.sha256 in self._preferred),
-            weakest=_NEVER if self._coarse else certificate.not_after,
-            nearness=-1,
-        )
+    def _find(self) -> None:
+        for valid in (True, False):
+            usable = [each for each in self._ends if not valid or each.valid_at(self._now)]
+            roots = [
+                each
+                for each in usable
+                if self._ends[each] and (self._pin is None or each.sha256 == self._pin)
+            ]
+            # Without a pin a path may also end at any certificate, if nothing can follow.
+            for ends in [roots] if self._pin else [roots, usable]:
+                # A short path first: it stands if the search by all criteria is cut short.
+                for self._by_length in (True, False):
+                    self._set_bounds(usable, ends)
+                    self._steps = 0
+                    if self._best:
+                        self._best_merit = reduce(_Merit.below, map(self._merit, self._best))
+                    if self._leaf in self._bounds:
+                        self._extend((self._leaf,), self._merit(self._leaf), frozenset(ends))
+                if self._best:
+                    return
 
-    def _end(self, certificate: Certificate) -> _Merit:
-        return self._worth(certificate)._replace(
-            pinned=certificate.sha256 == self._pin, rooted=self._ends.get(certificate.sha256, False)
-        )
+    def _merit(self, certificate: Certificate) -> _Merit:
+        if self._by_length:
+            return _Merit(0, self._now, -1)
+        return _Merit(int(certificate.sha256 in self._preferred), certificate.not_after, -1)
 
-    def _merit(self, path: Sequence[Certificate]) -> _Merit:
-        merit = self._end(path[-1])
-        for certificate in reversed(path[:-1]):
-            merit = self._worth(certificate).after(merit)
-        return merit
-
-    def _look_ahead(self) -> None:
-        nodes = {other.sha256: other for other in (self._leaf, *self._others)}
-        known = {sha256: nodes[sha256] for sha256 in self._issuers}
-        for sha256, certificate in known.items():
-            end = self._end(certificate)
-            self._outlooks[sha256] = {end[:3]: end}
+    def _set_bounds(self, usable: list[Certificate], ends: list[Certificate]) -> None:
+        """
+        The upper bound of each certificate with what may stand above it, over *usable* ones to
+        *ends*. It ignores loops, pathLenConstraint and name constraints, and so is never too low.
+        """
+        self._bounds = own = {end: self._merit(end) for end in ends}
         for _ in range(MAX_DEPTH):
-            changed = False
-            for sha256, certificate in known.items():
-                mine = self._outlooks[sha256]
-                for issuer in self._issuers[sha256]:
-                    for other in tuple(self._outlooks.get(issuer.sha256, {}).values()):
-                        changed |= _widen(mine, self._worth(certificate).after(other))
-            if not changed:
-                break
+            before, self._bounds = self._bounds, dict(own)
+            for subject in usable:
+                above = [before[each] for each in self._issuers.get(subject, ()) if each in before]
+                if above:
+                    through = self._merit(subject).below(_upper_bound(above))
+                    self._bounds[subject] = _upper_bound([own.get(subject, through), through])
+            if self._bounds == before:
+                return
 
-    def _outlook(self, so_far: _Merit, certificate: Certificate) -> _Merit:
-        outlooks = self._outlooks.get(certificate.sha256)
-        ahead = outlooks.values() if outlooks else (self._end(certificate),)
-        return max(so_far.after(other) for other in ahead)
-
-    def _walk(self, path: tuple[Certificate, ...], so_far: _Merit) -> None:
+    def _extend(
+        self, path: tuple[Certificate, ...], so_far: _Merit, ends: frozenset[Certificate]
+    ) -> None:
         following = self._following(path)
-        if not following:
-            merit = self._merit(path)
-            if self._better(merit, path):
-                self._best, self._best_merit = path, merit
-            return
-        hopes = [(self._outlook(so_far, issuer), issuer) for issuer in following]
-        # Best hope first, lowest SHA-256 among equals: the sort is stable.
-        for hope, issuer in sorted(hopes, key=lambda pair: pair[0], reverse=True):
+        if not following and path[-1] in ends and self._is_better(so_far, path):
+            self._best, self._best_merit = path, so_far
+        bounded = [
+            (so_far.below(self._bounds[issuer]), issuer)
+            for issuer in following
+            if issuer in self._bounds
+        ]
+        # Highest bound first, lowest SHA-256 among equals: the sort is stable.
+        for bound, issuer in sorted(bounded, key=lambda pair: pair[0], reverse=True):
             self._steps += 1
-            if self._best and not self._better(hope, (*path, issuer)):
+            if not self._is_better(bound, (*path, issuer)):
                 continue
-            if self._best and self._steps > MAX_STEPS:
+            if self._steps > MAX_STEPS:
                 self._cut_short = True
                 return
-            self._walk((*path, issuer), so_far.after(self._worth(issuer)))
+            self._extend((*path, issuer), so_far.below(self._merit(issuer)), ends)
+            if self._by_length and self._best:
+                return
 
-    def _better(self, merit: _Merit, path: Sequence[Certificate]) -> bool:
-        if self._best_merit is None or merit != self._best_merit:
-            return self._best_merit is None or merit > self._best_merit
+    def _is_better(self, merit: _Merit, path: Sequence[Certificate]) -> bool:
+        if not self._best or merit != self._best_merit:
+            return not self._best or merit > self._best_merit
         # A beginning that is equal so far may still become the lower one.
         mine = [certificate.sha256 for certificate in path]
         return mine <= [certificate.sha256 for certificate in self._best[: len(mine)]]
 
     def _following(self, path: tuple[Certificate, ...]) -> list[Certificate]:
         last = path[-1]
-        if len(path) >= MAX_DEPTH or self._ends.get(last.sha256, False):
+        if len(path) >= MAX_DEPTH or self._ends[last]:
             return []
         seen = {(passed.subject_key, passed.spki_der) for passed in path}
         # RFC 5280 section 4.2.1.9: self-issued certificates and the leaf do not count.
@@ -368,7 +359,7 @@ class _Search:
         return sorted(
             (
                 issuer
-                for issuer in self._issuers.get(last.sha256, ())
+                for issuer in self._issuers.get(last, ())
                 if (issuer.subject_key, issuer.spki_der) not in seen
                 and (issuer.path_length is None or len(counted) <= issuer.path_length)
                 and all(issuer.allows(each) for each in (path[0], *counted))
@@ -377,20 +368,9 @@ class _Search:
         )
 
 
-def _widen(mine: dict[tuple[bool, bool, bool], _Merit], other: _Merit) -> bool:
-    """Let *mine* promise at least what *other* does; whether that changed it."""
-    kind = other[:3]
-    old = mine.get(kind)
-    new = other
-    if old is not None:
-        new = _Merit(
-            *kind,
-            max(old.preferred, other.preferred),
-            max(old.weakest, other.weakest),
-            max(old.nearness, other.nearness),
-        )
-    mine[kind] = new
-    return new != old
+def _upper_bound(merits: Iterable[_Merit]) -> _Merit:
+    preferred, weakest, nearness = zip(*merits, strict=True)
+    return _Merit(max(preferred), max(weakest), max(nearness))
 
 
 def _is_ca(certificate: Certificate) -> bool:
