@@ -153,8 +153,9 @@ def _row(row: object) -> str:
 
 
 def citations(top: Path) -> Iterator[tuple[str, str]]:
-    """Each id that is cited, with the file that cites it. Neither the page nor its two sources."""
-    own = {PAGE, Path("scripts/rules_page.py"), Path("hsmtoll/sandbox/rules.py")}
+    """Each id that is cited, with the file that cites it. Neither the page nor its sources."""
+    own = {PAGE, Path("scripts/rules_page.py")}
+    own |= {path.relative_to(top) for path in (top / "hsmtoll/sandbox").glob("*rules.py")}
     folders = (top / name for name in ("hsmtoll", "tests", "scripts", "docker"))
     files = [path for folder in folders for path in folder.rglob("*")]
     for path in sorted([top / "README.md", *files]):

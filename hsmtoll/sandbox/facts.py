@@ -95,6 +95,13 @@ class TokenRequest:
         scope = self.jws.claims.get("scope")
         return scope.split() if isinstance(scope, str) else []
 
+    @property
+    def consumer(self) -> str:
+        """The organisation in a Maskinporten token, as Customs writes it into ``sub``."""
+        consumer = self.jws.claims.get("consumer")
+        found = str(consumer.get("ID", "")) if isinstance(consumer, dict) else ""
+        return found.removeprefix("0192:")
+
     def number(self, claim: str, default: float) -> float:
         """*claim* as a number, wherever a lenient reader finds one."""
         found = self.jws.claims.get(claim, default)

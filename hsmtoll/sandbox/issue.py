@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 from cryptography.x509.oid import NameOID
 
 from hsmtoll.sandbox import facts
-from hsmtoll.sandbox.rules import INTERNAL, organisation, subject
+from hsmtoll.sandbox.customs_rules import INTERNAL
 
 if TYPE_CHECKING:
     from hsmtoll.sandbox.facts import TokenRequest
-    from hsmtoll.sandbox.rules import World
+    from hsmtoll.sandbox.rule import World
 
 __all__ = ["access_claims", "customs_claims", "grant_answer"]
 
@@ -85,7 +85,7 @@ def _norwegian(request: TokenRequest, world: World) -> dict[str, Any]:
         "client_amr": "private_key_jwt" if kid else "virksomhetssertifikat",
         "consumer": {
             "authority": "iso6523-actorid-upis",
-            "ID": f"{prefix}{organisation(request, world)}",
+            "ID": f"{prefix}{world.organisation(request)}",
         },
     }
 
@@ -99,7 +99,7 @@ def _eseal(request: TokenRequest, world: World) -> dict[str, Any]:
     consumer["authority"] = (
         world.settings.eseal_authority if world.on("M88") else "iso6523-actorid-upis"
     )
-    verbatim = organisation(request, world)
+    verbatim = world.organisation(request)
     consumer["ID"] = verbatim if world.on("M86") else verbatim.upper().replace(" ", "")
     qualified = facts.qc_statements(leaf) >= _QUALIFIED
     serial = f"{leaf.serial_number:x}"
@@ -131,7 +131,7 @@ def customs_claims(request: TokenRequest, world: World, host: str) -> dict[str, 
     details = request.jws.claims.get("authorization_details")
     return {
         **({"authorization_details": details} if details else {}),
-        "sub": subject(request),
+        "sub": request.consumer,
         "iat": int(world.now),
         "exp": exp if world.on("T07") else exp + 100,
         "iss": f"{host}{_CUSTOMS_ISSUER}",
