@@ -8,21 +8,25 @@ import http
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import httpx
 
 from hsmtoll import apis, files
-from hsmtoll.customs.conversation import NoResponse
+from hsmtoll.customs.conversation import NoResponse, Outcome, Send
 from hsmtoll.customs.errors import status_error
 from hsmtoll.customs.limits import asend_with_deadline, send_with_deadline
 from hsmtoll.errors import NetworkError, UsageError, foreign
 from hsmtoll.jsonio import read_lenient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-
-    import httpx
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
     from hsmtoll.apis import Api
     from hsmtoll.transport import HttpClient
+
+    Batch = tuple[Any, ...]
+    Feed = Generator[Send | Batch, Outcome, None]
 
 __all__ = ["Marker", "arouting", "marker_of", "routing"]
 
@@ -89,7 +93,7 @@ def routing(
     *,
     now: Callable[[], float],
     http_client: HttpClient,
-) -> Iterator[tuple[Any, ...]]:
+) -> Iterator[Batch]:
     """
     Batches of routing signals after *marker*, at most 1,000 each, until the feed is empty.
 
@@ -97,22 +101,19 @@ def routing(
     *http_client* applies to each request. Raises what a call raises, UsageError for an unusable
     marker, NetworkError for a response that is not a feed.
     """
-    api = apis.named("routing")
-    at = marker.read()
-    while True:
-        try:
-            params = {"marker": at} if at else {}
-            response = send_with_deadline(
-                client, "GET", f"/{level}", http_client=http_client, params=params
-            )
-        except NoResponse as exc:
-            raise _no_response_error(api, exc) from exc
-        signals, last = _batch(response, api, at, now())
-        if last is None:
-            return
-        yield signals
-        marker.write(last)
-        at = last
+    feed = _feed(level, marker, now)
+    outcome: Outcome = None
+    while (step := _next(feed, outcome)) is not None:
+        outcome = None
+        if isinstance(step, Send):
+            try:
+                outcome = send_with_deadline(
+                    client, step.method, step.path, http_client=http_client
+                )
+            except NoResponse as exc:
+                outcome = exc
+        else:
+            yield step
 
 
 async def arouting(
@@ -122,19 +123,34 @@ async def arouting(
     *,
     now: Callable[[], float],
     http_client: HttpClient,
-) -> AsyncIterator[tuple[Any, ...]]:
+) -> AsyncIterator[Batch]:
     """As routing, for tasks."""
+    feed = _feed(level, marker, now)
+    outcome: Outcome = None
+    while (step := _next(feed, outcome)) is not None:
+        outcome = None
+        if isinstance(step, Send):
+            try:
+                outcome = await asend_with_deadline(
+                    client, step.method, step.path, http_client=http_client
+                )
+            except NoResponse as exc:
+                outcome = exc
+        else:
+            yield step
+
+
+def _feed(level: str, marker: Marker, now: Callable[[], float]) -> Feed:
+    """Yields each request, to be answered with its outcome, and each batch."""
     api = apis.named("routing")
     at = marker.read()
     while True:
-        try:
-            params = {"marker": at} if at else {}
-            response = await asend_with_deadline(
-                client, "GET", f"/{level}", http_client=http_client, params=params
-            )
-        except NoResponse as exc:
-            raise _no_response_error(api, exc) from exc
-        signals, last = _batch(response, api, at, now())
+        query = f"?{urlencode({'marker': at})}" if at else ""
+        outcome = yield Send("GET", f"/{level}{query}")
+        if isinstance(outcome, NoResponse):
+            raise _no_response_error(api, outcome) from outcome
+        assert isinstance(outcome, httpx.Response)  # noqa: S101 - a Send is always answered
+        signals, last = _batch(outcome, api, at, now())
         if last is None:
             return
         yield signals
@@ -142,9 +158,17 @@ async def arouting(
         at = last
 
 
+def _next(feed: Feed, outcome: Outcome) -> Send | Batch | None:
+    """The next step of *feed*; None at its end."""
+    try:
+        return feed.send(outcome)
+    except StopIteration:
+        return None
+
+
 def _batch(
     response: httpx.Response, api: Api, at: str | None, now: float
-) -> tuple[tuple[Any, ...], str | None]:
+) -> tuple[Batch, str | None]:
     """
     The signals after *at*, and the marker of the last one; no signals and ``None`` at the end.
 
