@@ -40,6 +40,11 @@ class _Shared:
         self._clients: dict[tuple[str, int], Any] = {}
         self._open_clients: list[Any] = []
 
+    @property
+    def token_service(self) -> TokenService:
+        """Where the tokens of this client come from; for this package's own use."""
+        return self._token_service
+
     def status(self) -> Status:
         """The current state; uses neither the device nor the network."""
         return status_of(self._token_service)

@@ -96,6 +96,7 @@ _Path = Annotated[Path, AfterValidator(_path)]
 _Text = Annotated[str, AfterValidator(_one_line)]
 _Words = Annotated[tuple[_Text, ...], BeforeValidator(_words)]
 _Seconds = Annotated[float, Field(gt=0, le=3600)]
+_Uid = Annotated[int, Field(ge=0, lt=2**32 - 1)]
 _Prompt = Literal["terminal", "pinpad"]
 
 
@@ -153,8 +154,16 @@ class SignerHost(_Group):
     client_cert: _Path | None = None
     client_key: _Path | None = None
     ca_file: _Path | None = None
-    uid: Annotated[int, Field(ge=0, lt=2**32 - 1)] | None = None
+    uid: _Uid | None = None
     organization: _Text | None = None
+
+
+class LocalProxy(_Group):
+    """`hsmtoll proxy`: where it listens, which accounts may call, and which further paths."""
+
+    listen: _Text = "127.0.0.1:8880"
+    uids: Annotated[tuple[_Uid, ...], BeforeValidator(_words)] = ()
+    paths: _Words = ()
 
 
 class Host(_Group):
@@ -214,6 +223,7 @@ class Settings(BaseSettings):
     state: _Path | None = None
     signer: SignerHost = SignerHost()
     host: Host = Host()
+    local_proxy: LocalProxy = LocalProxy()
 
     @property
     def x5c_mode(self) -> Literal["full", "without-root", "leaf", "available"]:

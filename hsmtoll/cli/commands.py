@@ -94,6 +94,7 @@ _COMMANDS: Final = {
         ("submit", "customs", "Submit a message and wait for its result: SUCCESS and the MRN."),
         ("upload", "customs", "Upload a document to a declaration."),
         ("routing", "customs", "Print the routing feed, one JSON line a signal."),
+        ("proxy", "proxy", "Put the token on requests of local programs that only speak HTTP."),
         ("sign", "grants", "Print one signed assertion, to be exchanged on another machine."),
         ("exchange", "grants", "Exchange an assertion, read from stdin, for a Customs token."),
     ),

@@ -78,7 +78,8 @@ class GlobalOptions:
 
         return load(config=self.config, profile=self.profile)
 
-    def app(self, *, use_final_try: bool = False) -> App:
+    def app(self, *, use_final_try: bool = False, one_shot: bool = True) -> App:
+        """The parts for a command that ends (*one_shot*), or for one that goes on."""
         from hsmtoll.app import App  # noqa: PLC0415 - as above
 
         settings = self.settings()
@@ -90,9 +91,12 @@ class GlobalOptions:
             )
         for handler in logging.getLogger("hsmtoll").handlers:
             # The error of the command says the same.
-            handler.addFilter(lambda record: not record.getMessage().startswith("device-down: "))
+            if one_shot:
+                handler.addFilter(
+                    lambda record: not record.getMessage().startswith("device-down: ")
+                )
         redirect_fd1_to_stderr()
-        return App(settings, one_shot=True, use_final_try=use_final_try)
+        return App(settings, one_shot=one_shot, use_final_try=use_final_try)
 
 
 def complete_apis(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:

@@ -5,6 +5,7 @@ Sends one request over an httpx client and reads the response, with limits for t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,15 +15,20 @@ from hsmtoll.customs.conversation import NoResponse
 from hsmtoll.deadline import Deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from hsmtoll.transport import HttpClient
+
+    _Trace = Callable[[str, Mapping[str, Any]], Awaitable[None]]
 
 __all__ = [
     "alimit_response_size",
     "asend_with_deadline",
+    "keep_location",
     "limit_response_size",
+    "location_of",
     "send_with_deadline",
+    "within_deadline",
 ]
 
 #: Bytes, decompressed. Documents have 10 MB at most, a batch of the feed less.
@@ -77,8 +83,22 @@ async def asend_with_deadline(
     client: httpx.AsyncClient, method: str, url: str, *, http_client: HttpClient, **request: Any
 ) -> httpx.Response:
     """As send_with_deadline, for tasks."""
+    async with within_deadline(http_client, _extensions(request).get("trace")) as trace:
+        prepared = _request_options(request, trace)
+        return _with_location(await client.request(method, url, **prepared))
+
+
+@contextlib.asynccontextmanager
+async def within_deadline(
+    http_client: HttpClient, user_trace: _Trace | None = None
+) -> AsyncIterator[_Trace]:
+    """
+    Bound one request of a task, and the reading of its response, by the deadline of *http_client*.
+
+    Gives the extension ``trace`` of the request, which calls *user_trace* as well. Raises
+    NoResponse if there is no whole response, and what obtaining a token raises.
+    """
     deadline, scope = Deadline(http_client.deadline), asyncio.timeout(None)
-    user_trace = _extensions(request).get("trace")
 
     async def trace(event: str, info: Mapping[str, Any]) -> None:
         before = deadline.end
@@ -89,10 +109,9 @@ async def asend_with_deadline(
         if user_trace is not None:
             await user_trace(event, info)
 
-    prepared = _request_options(request, trace)
     try:
         async with scope:
-            return _with_location(await client.request(method, url, **prepared))
+            yield trace
     except httpx.HTTPError as exc:
         raise _no_response(http_client, deadline, exc) from exc
     except TimeoutError as exc:
@@ -132,9 +151,7 @@ def _extensions(request: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _start_body(response: httpx.Response) -> bytearray:
     """Before the body is read: remove the redirect, refuse codings that httpx decodes unbounded."""
-    if response.is_redirect and "location" in response.headers:
-        # Redirects are not followed, and httpx raises on a malformed Location.
-        response.extensions[_LOCATION] = response.headers.pop("location")
+    _keep_location(response)
     words = response.headers.get("content-encoding", "").lower().split(",")
     packings = [word.strip() for word in words if word.strip() in _PACKINGS]
     bodiless = response.request.method == "HEAD"
@@ -161,6 +178,23 @@ async def _aread_limited(response: httpx.Response) -> None:
     async for part in response.aiter_bytes():
         _append(body, part)
     response._content = bytes(body)  # noqa: SLF001 - as above
+
+
+def _keep_location(response: httpx.Response) -> None:
+    if response.is_redirect and "location" in response.headers:
+        # Redirects are not followed, and httpx raises on a malformed Location.
+        response.extensions[_LOCATION] = response.headers.pop("location")
+
+
+async def keep_location(response: httpx.Response) -> None:
+    """Response hook of an AsyncClient: keep a redirect's address from httpx; see `location_of`."""
+    _keep_location(response)
+
+
+def location_of(response: httpx.Response) -> str | None:
+    """The header Location of a response that `keep_location` has seen."""
+    kept: str | None = response.extensions.get(_LOCATION, response.headers.get("location"))
+    return kept
 
 
 def _with_location(response: httpx.Response) -> httpx.Response:

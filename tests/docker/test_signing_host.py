@@ -89,3 +89,26 @@ def test_stop_and_resume_hold_for_the_containers(hosted: Stack) -> None:
     assert code == 0, said
     verify = "hsmtoll audit verify --public-key /run/callers/audit.pub /var/lib/hsmtoll/audit"
     assert hosted.do(f"exec -T host {verify}")
+
+
+def test_a_program_without_hsmtoll_gets_its_200_through_the_proxy(
+    hosted: Stack, docker_compose_command: str, context: Path
+) -> None:
+    files = [str(context / "docker" / name) for name in ("compose.host.yml", "compose.proxy.yml")]
+    compose = DockerComposeExecutor(docker_compose_command, files, f"{PROJECT}-host")
+    try:
+        compose.execute("up -d --no-deps --no-build proxy")
+        wait_for(Stack(compose, hosted.folder, "", "").container("proxy"), "healthy")
+        said = compose.execute("run --rm --no-deps program").decode()
+        assert "200" in said.split()
+        # The control: without the proxy's network there is nobody at that address.
+        code, said = run_app(
+            hosted,
+            "python",
+            "-c",
+            "'import urllib.request as u; u.urlopen(\"http://127.0.0.1:8880/live\")'",
+        )
+        assert code != 0
+        assert "refused" in said
+    finally:
+        compose.execute("rm --force --stop proxy")

@@ -13,13 +13,14 @@ from typing import Final
 
 import pytest
 
-UNITS: Final = Path(__file__).parents[2] / "hsmtoll" / "host" / "systemd"
+PACKAGE: Final = Path(__file__).parents[2] / "hsmtoll"
+UNITS: Final = PACKAGE / "host" / "systemd"
 
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """Both units, with a program that is there."""
-    for path in UNITS.iterdir():
+    """All units, with a program that is there."""
+    for path in (*UNITS.iterdir(), *(PACKAGE / "proxy" / "systemd").iterdir()):
         text = path.read_text("utf-8").replace("/opt/hsmtoll/bin/hsmtoll", sys.executable)
         (tmp_path / path.name).write_text(text, "utf-8")
     return tmp_path
@@ -38,12 +39,13 @@ def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
         )  # fmt: skip
 
 
-def test_the_units_are_what_systemd_understands_and_a_slip_is_seen(units: Path) -> None:
-    service = units / "hsmtoll-host.service"
-    paths = (units / "hsmtoll-host.socket", service)
+@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy"])
+def test_the_units_are_what_systemd_understands_and_a_slip_is_seen(units: Path, name: str) -> None:
+    service = units / f"{name}.service"
+    paths = (units / f"{name}.socket", service)
     done = analyze("verify", "--man=no", *paths)
     assert (done.returncode, done.stderr) == (0, "")
-    service.write_text(service.read_text().replace("WatchdogSec=60", "WatchdogSec=often"))
+    service.write_text(service.read_text().replace("RestartSec=5", "RestartSec=often"))
     assert "often" in analyze("verify", "--man=no", *paths).stderr
 
 
@@ -55,16 +57,18 @@ def exposure(unit: Path) -> float:
     return float(found[1])
 
 
-def test_the_sandbox_of_the_service_is_tight(units: Path) -> None:
-    service = units / "hsmtoll-host.service"
+@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy"])
+def test_the_sandbox_of_the_service_is_tight(units: Path, name: str) -> None:
+    service = units / f"{name}.service"
     assert exposure(service) <= 2.0
     text = service.read_text()
     service.write_text("\n".join(x for x in text.splitlines() if not x.startswith("SystemCall")))
     assert exposure(service) > 2.0
 
 
-def test_the_pin_comes_as_a_credential_and_no_core_is_ever_written() -> None:
-    text = (UNITS / "hsmtoll-host.service").read_text("utf-8")
+@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy"])
+def test_the_pin_comes_as_a_credential_and_no_core_is_ever_written(units: Path, name: str) -> None:
+    text = (units / f"{name}.service").read_text("utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert "LoadCredential=pin:/etc/hsmtoll/secret/pin" in lines
     assert "Environment=HSMTOLL_HSM__PIN_FILE=%d/pin" in lines

@@ -1,0 +1,57 @@
+"""The command `hsmtoll proxy`."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from hsmtoll import required
+from hsmtoll.cli.framework import command
+from hsmtoll.cli.options import NEEDS_ACCESS, GlobalOptions
+from hsmtoll.cli.streams import say
+from hsmtoll.errors import UsageError, install_extra
+
+__all__ = ["proxy"]
+
+
+@command(
+    needs=f"{NEEDS_ACCESS}, the extra host",
+    examples=(
+        "hsmtoll proxy",
+        "hsmtoll proxy --listen unix:/run/hsmtoll/proxy.sock",
+        "curl http://127.0.0.1:8880/api/movement/road/v2/test-auth",
+    ),
+)
+@click.option(
+    "--listen", metavar="unix:PATH|127.0.0.1:PORT",
+    help="Instead of HSMTOLL_LOCAL_PROXY__LISTEN.",
+)  # fmt: skip
+@click.pass_obj
+def proxy(options: GlobalOptions, *, listen: str | None) -> int:
+    """
+    Put the token on requests of local programs that only speak HTTP.
+
+    Forwards requests for the paths of `hsmtoll apis` to Customs, with the token of the path's
+    scope. SIGTERM ends it. `hsmtoll help local-proxy` has the rules.
+    """
+    try:
+        from hsmtoll.proxy import server  # noqa: PLC0415 - aiohttp may not be installed
+    except ImportError as exc:
+        raise UsageError("proxy: its server is not installed", hint=install_extra("host")) from exc
+    app = options.app(one_shot=False)
+    if (missing := required.missing(app.settings)) is not None:
+        raise missing
+    settings = app.settings.local_proxy
+    if listen is not None:
+        settings = settings.model_copy(update={"listen": listen})
+    # One line a request, unless -v asks for more.
+    logger = logging.getLogger("hsmtoll.proxy")
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    return server.serve(
+        app.aclient(),
+        settings,
+        grace=app.settings.deadline,
+        ready=lambda where: say(f"proxy: listening on {where}"),
+    )

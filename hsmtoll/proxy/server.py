@@ -1,0 +1,214 @@
+"""
+The daemon: listens on the loopback or a Unix socket, until SIGTERM or SIGINT.
+
+`/live`, `/ready` and `/metrics` are answered here; Customs' paths begin with `/api/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.host import system
+from hsmtoll.host.connections import listen_tcp, listen_unix
+from hsmtoll.peer_credentials import OVERFLOW, credentials
+from hsmtoll.proxy.admission import Admission, Rejected, paths_by_prefix
+from hsmtoll.proxy.forward import Forwarder, error_reply
+from hsmtoll.proxy.measures import Measures
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hsmtoll.client import AsyncTollClient
+    from hsmtoll.settings import LocalProxy
+
+__all__ = ["serve"]
+
+_log = logging.getLogger("hsmtoll.proxy")
+
+_LISTEN: Final = "HSMTOLL_LOCAL_PROXY__LISTEN"
+
+
+def serve(
+    client: AsyncTollClient,
+    settings: LocalProxy,
+    *,
+    grace: float,
+    ready: Callable[[str], None] = lambda _: None,
+) -> int:
+    """
+    Serve until SIGTERM or SIGINT; requests that have begun get *grace* seconds then.
+
+    *ready* is called with the address once connections are accepted. Raises ConfigurationError if
+    the proxy cannot listen or *settings* do not fit together. Returns 0.
+    """
+    given = [each.socket for each in system.given_sockets()]
+    listening = given or [_listen(settings.listen)]
+    # The service manager's own sockets stay.
+    made = [] if given else [each.getsockname() for each in listening if _is_unix(each)]
+    try:
+        asyncio.run(_Proxy(client, settings, listening).run(grace, ready))
+    finally:
+        for path in made:
+            Path(path).unlink(missing_ok=True)
+        for each in listening:
+            each.close()
+    return 0
+
+
+def _is_unix(listening: socket.socket) -> bool:
+    return listening.family == socket.AF_UNIX
+
+
+def _listen(where: str) -> socket.socket:
+    if where.startswith("unix:"):
+        path = where.removeprefix("unix:").removeprefix("//")
+        if not path.startswith("/"):
+            raise ConfigurationError(
+                f"{_LISTEN}: {foreign(where)}: an absolute path is expected", hint="unix:/PATH"
+            )
+        return listen_unix(Path(path), _LISTEN)
+    return listen_tcp(where, _LISTEN, local=True)
+
+
+class _Proxy:
+    """Event loop, connections and the pages of the proxy itself, around one `Forwarder`."""
+
+    def __init__(
+        self, client: AsyncTollClient, settings: LocalProxy, listening: list[socket.socket]
+    ) -> None:
+        self._client = client
+        self._listening = listening
+        self._callers = frozenset({os.geteuid(), 0, *settings.uids}) - OVERFLOW
+        self._admission = Admission(_hosts(listening), paths_by_prefix(settings.paths))
+        self._measures = Measures(client.status)
+
+    async def run(self, grace: float, ready: Callable[[str], None]) -> None:
+        """Serve until a signal ends it."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        async with self._client, contextlib.AsyncExitStack() as stack:
+            forwarder = Forwarder(self._client.token_service, self._admission, self._measures)
+            stack.push_async_callback(forwarder.close)
+            server = _Server(partial(self._answer, forwarder))
+            servers = [await loop.create_server(server, sock=each) for each in self._listening]
+            system.notify("READY=1")
+            ready(", ".join(map(_shown, self._listening)))
+            await ended.wait()
+            system.notify("STOPPING=1")
+            for each in servers:
+                each.close()
+            await server.shutdown(grace)
+
+    async def _answer(self, forwarder: Forwarder, request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            caller = self._caller(request)
+            page = request.raw_path.partition("?")[0]
+            if request.method in ("GET", "HEAD") and page in ("/live", "/ready", "/metrics"):
+                self._admission.check_origin(request.headers)
+                return await self._page(forwarder, page, request)
+        except Rejected as exc:
+            _log.warning("%s: %s", exc.code, exc)
+            return error_reply(exc)
+        return await forwarder.handle(request, caller)
+
+    def _caller(self, request: web.BaseRequest) -> str:
+        """Who asks, for the log. Raises Rejected for an account that may not."""
+        connection = request.get_extra_info("socket")
+        if connection is None or not _is_unix(connection):
+            return "on the loopback"
+        known = credentials(connection)
+        if known is None or known[0] not in self._callers:
+            name = "unknown" if known is None else f"uid {known[0]}"
+            raise Rejected(
+                403, "caller-refused", f"account {name}: may not call here",
+                "HSMTOLL_LOCAL_PROXY__UIDS lists who may, beside the proxy's own account and root",
+            )  # fmt: skip
+        return f"uid {known[0]}"
+
+    async def _page(
+        self, forwarder: Forwarder, page: str, request: web.BaseRequest
+    ) -> web.Response:
+        headers = {"Cache-Control": "no-store", "Server": "hsmtoll"}
+        if page == "/metrics":
+            body, kind = self._measures.exposition(request.headers.get("Accept", ""))
+            return web.Response(body=body, headers={**headers, "Content-Type": kind})
+        if page == "/live":
+            return web.json_response({"live": True}, headers=headers)
+        why = await forwarder.not_ready()
+        return web.json_response(
+            {"ready": not why, "why": why}, status=503 if why else 200, headers=headers
+        )
+
+
+class _Server(web.Server):
+    """Connections with replies of ours to what is not HTTP, and bodies as they come."""
+
+    def __call__(self) -> web.RequestHandler:
+        return _Handler(
+            self,
+            loop=asyncio.get_running_loop(),
+            access_log=_silent,
+            logger=_silent,
+            auto_decompress=False,
+        )
+
+
+class _Handler(web.RequestHandler):
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Reply without the message of the library, which may quote what was sent."""
+        del message
+        if status < 500:
+            wrong = Rejected(400, "request-invalid", "not a valid HTTP/1.1 request", "see RFC 9112")
+        else:
+            _log.error("%s: internal error (%s)", request.method, type(exc).__name__)
+            wrong = Rejected(500, "internal", "internal error of the proxy", "its log has the kind")
+        response = error_reply(wrong)
+        response.force_close()
+        return response
+
+
+#: Discards the log of aiohttp: it quotes input that could not be parsed.
+_silent = logging.getLogger("hsmtoll.proxy.http")
+_silent.addHandler(logging.NullHandler())
+_silent.propagate = False
+_silent.setLevel(logging.CRITICAL)
+
+
+def _hosts(listening: list[socket.socket]) -> frozenset[str]:
+    """What the header Host may be: names of this machine's loopback, with the port if it is TCP."""
+    names = ("localhost", "127.0.0.1", "[::1]")
+    hosts: set[str] = set()
+    for each in listening:
+        if _is_unix(each):
+            hosts.update(names)
+        else:
+            address, port = each.getsockname()[:2]
+            literal = f"[{address}]" if ":" in address else address
+            hosts.update(f"{name}:{port}" for name in (*names, literal))
+    return frozenset(hosts)
+
+
+def _shown(listening: socket.socket) -> str:
+    if _is_unix(listening):
+        return f"unix:{listening.getsockname()}"
+    address, port = listening.getsockname()[:2]
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
