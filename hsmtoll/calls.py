@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import threading
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,11 @@ from hsmtoll.customs.routing import Marker, arouting, routing
 from hsmtoll.customs.submissions import submission
 from hsmtoll.customs.uploads import upload
 from hsmtoll.errors import UsageError, foreign
+from hsmtoll.fork import notice_fork
 from hsmtoll.transport import CONNECTIONS
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     import httpx
@@ -47,8 +48,8 @@ class Calls(Protocol):
     """For threads."""
 
     _token_service: TokenService
-    # By API, and by process: a TLS connection cannot be shared with a child of fork.
-    _clients: dict[tuple[str, int], tuple[httpx.Client, threading.Semaphore]]
+    # By API.
+    _clients: dict[str, tuple[httpx.Client, threading.Semaphore]]
     _open_clients: list[httpx.Client]
 
     def api(self, name: str) -> httpx.Client:
@@ -106,12 +107,12 @@ class Calls(Protocol):
 
     def _pooled_client(self, api: Api) -> tuple[httpx.Client, threading.Semaphore]:
         """One client an API, and a turn for each of its connections."""
-        key = (api.name, os.getpid())
-        if key not in self._clients:
+        notice_fork()
+        if api.name not in self._clients:
             base = f"{self._token_service.endpoints.customs}{api.base}"
             made = limit_response_size(self._open(base)), threading.Semaphore(CONNECTIONS)
-            self._clients.setdefault(key, made)
-        return self._clients[key]
+            self._clients.setdefault(api.name, made)
+        return self._clients[api.name]
 
     def submit(
         self,
@@ -173,6 +174,7 @@ class Calls(Protocol):
             )
 
     def _close_clients(self) -> None:
+        notice_fork()
         self._clients.clear()
         while self._open_clients:
             self._open_clients.pop().close()
@@ -230,6 +232,7 @@ class AsyncCalls(Protocol):
 
     def _pooled_client(self, api: Api) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
         """One client an API, and a turn for each of its connections."""
+        notice_fork()
         key = (api.name, id(asyncio.get_running_loop()))
         if key not in self._clients:
             base = f"{self._token_service.endpoints.customs}{api.base}"
@@ -292,6 +295,7 @@ class AsyncCalls(Protocol):
                 yield batch
 
     async def _close_clients(self) -> None:
+        notice_fork()
         self._clients.clear()
         while self._open_clients:
             # One that was used in a loop that is over has no connection left to close.

@@ -14,6 +14,7 @@ from hsmtoll import apis
 from hsmtoll.auth import AsyncTollAuth, TollAuth
 from hsmtoll.calls import AsyncCalls, Calls
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.fork import after_fork
 from hsmtoll.metrics import Status, status_of
 from hsmtoll.tokens.refresher import BackgroundRefresher
 
@@ -36,8 +37,13 @@ class _Shared:
         self._token_service = token_service
         self._close = close
         self._refreshers: list[BackgroundRefresher] = []
+        self._forget_clients()
+        after_fork(self._forget_clients)
+
+    def _forget_clients(self) -> None:
+        # A TLS connection cannot be shared with a forked child, nor closed by it.
         # Any: httpx.Client in TollClient, httpx.AsyncClient in AsyncTollClient.
-        self._clients: dict[tuple[str, int], Any] = {}
+        self._clients: dict[Any, Any] = {}
         self._open_clients: list[Any] = []
 
     @property

@@ -21,12 +21,13 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.files import first_untrusted_component
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, translate_pkcs11_errors
 from hsmtoll.hsm.makers import maker_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pkcs11 import Session, Slot, Token
 
@@ -56,19 +57,20 @@ class Pkcs11Lock:
     """The lock of this process around all PKCS#11 calls, with a timeout for waiters."""
 
     def __init__(self) -> None:
+        self._start_afresh()
+        after_fork(self._start_afresh)
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._in_parent)
+
+    def _start_afresh(self) -> None:
         self.lock = threading.RLock()
         #: Whether a fork waits for the lock. Locks of Python are not fair: threads that sign one
         #: grant after the other would take it again before whoever forks has woken up.
         self.fork_waits = False
         self._over_fork = False
-        #: Called in a forked child, before anything else runs there.
-        self.after_fork: list[Callable[[], None]] = []
-        os.register_at_fork(
-            before=self._before_fork, after_in_parent=self._in_parent, after_in_child=self._in_child
-        )
 
     def held(self, timeout: float) -> _HeldLock:
         """Acquire it for a block. DeviceError (``device-busy``) after *timeout* seconds."""
+        notice_fork()
         return _HeldLock(self, timeout)
 
     def end(self, seconds: float) -> None:
@@ -88,11 +90,6 @@ class Pkcs11Lock:
     def _in_parent(self) -> None:
         if self._over_fork:
             self.lock.release()
-
-    def _in_child(self) -> None:
-        self.lock = threading.RLock()
-        for forget in self.after_fork:
-            forget()
 
 
 class _HeldLock:
@@ -324,4 +321,4 @@ def _invalidate_after_fork() -> None:
     _opened.clear()
 
 
-PKCS11_LOCK.after_fork.append(_invalidate_after_fork)
+after_fork(_invalidate_after_fork)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import files
 from hsmtoll.errors import DeviceError, PinNotTried, foreign
+from hsmtoll.fork import after_fork, notice_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,6 +135,7 @@ class PinLog:
 
     @contextlib.contextmanager
     def _locked(self, owner: TokenUser) -> Iterator[Path]:
+        notice_fork()
         folder = self._folder()
         files.make_directory(folder)
         for each in (folder.parent, folder):
@@ -171,7 +173,7 @@ def _close_inherited_locks() -> None:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_close_inherited_locks)
+after_fork(_close_inherited_locks)
 
 
 @dataclass(slots=True)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm.child import WorkerProcess
 from hsmtoll.hsm.codec import encode, hints
 from hsmtoll.hsm.device import Device
-from hsmtoll.hsm.module import PKCS11_LOCK
 from hsmtoll.hsm.pipe import Opening
 from hsmtoll.hsm.recovery import SIGNING, CircuitBreaker
 from hsmtoll.hsm.signatures import Verifier
@@ -92,7 +91,7 @@ class WorkerDevice:
         self._last: Reply | None = None
         self._children: list[WorkerProcess] = []
         self._create_workers()
-        _instances.add(self)
+        after_fork(self._create_workers)
 
     def _create_workers(self) -> None:
         # After a fork the children and waiting callers are those of the parent process.
@@ -214,6 +213,7 @@ class WorkerDevice:
 
     def close(self) -> None:
         """Log out and end the children; a busy one after its answer."""
+        notice_fork()
         self._closings += 1
         with self._changed:
             idle, self._free = self._free, []
@@ -293,14 +293,3 @@ class WorkerDevice:
         if pin is None:
             raise DeviceError("the device's process asked for a PIN that is not its", code="worker")
         return pin
-
-
-_instances: weakref.WeakSet[WorkerDevice] = weakref.WeakSet()
-
-
-def _recreate_after_fork() -> None:
-    for device in _instances:
-        device._create_workers()  # noqa: SLF001 - of this room
-
-
-PKCS11_LOCK.after_fork.append(_recreate_after_fork)

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.backoff import Backoff
 from hsmtoll.errors import DeviceError, HsmTollError, foreign
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm.codes import recoverable
 
 if TYPE_CHECKING:
@@ -65,14 +65,19 @@ class CircuitBreaker:
     def __init__(self, name: object, *, boot: Callable[[], float]) -> None:
         self._name = name
         self._boot = boot
-        self._lock = threading.Lock()
         # No failure: closed.
         self._backoff = Backoff(_MIN_BACKOFF, _MAX_BACKOFF)
         # One process died or hung: the next that does opens it.
         self._warned = False
-        self._probing: tuple[int, int] | None = None
         self._failed_at = ""
         self._why = ""
+        self._start_afresh()
+        after_fork(self._start_afresh)
+
+    def _start_afresh(self) -> None:
+        self._lock = threading.Lock()
+        # The thread that probes the device: none after a fork.
+        self._probing: int | None = None
 
     @contextlib.contextmanager
     def guard(self, doing: str) -> Iterator[None]:
@@ -92,14 +97,13 @@ class CircuitBreaker:
 
     def admit(self) -> None:
         """DeviceError (``device-down``) while open, except for one caller when a probe is due."""
+        notice_fork()
         if not self.open:
             return
-        me = (os.getpid(), threading.get_ident())
+        me = threading.get_ident()
         with self._lock:
             left = self._backoff.until - self._boot()
-            # A probe by the parent process does not count after a fork.
-            free = self._probing is None or self._probing[0] != me[0]
-            if self._probing == me or (free and left <= 0):
+            if self._probing == me or (self._probing is None and left <= 0):
                 self._probing = me
                 return
         raise DeviceError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from hsmtoll import errors
 from hsmtoll.backoff import Backoff, jitter
 from hsmtoll.errors import HsmTollError, UsageError
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.token import NO_REQUIREMENTS, AccessToken, Freshness
 from hsmtoll.tokens import records
 from hsmtoll.tokens.single_flight import (
@@ -105,10 +105,10 @@ class Cache:
         #: Number of tokens returned, by source: memory (fresh or stale), store, renewal.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
         self._start_afresh()
+        after_fork(self._start_afresh)
 
     def _start_afresh(self) -> None:
-        # A lock that another thread held and a flight whose thread is gone do not survive fork.
-        self._pid = os.getpid()
+        # After a fork the threads of the renewals in progress are the parent's.
         self._guard = threading.Lock()
         self._pending: dict[TokenRequest, PendingRenewal] = {}
         # What the last renewal failed with, and until when there is no other.
@@ -191,8 +191,7 @@ class Cache:
         self, request: TokenRequest, renewer: Callable[[], Renewer], requirements: TokenRequirements
     ) -> tuple[PendingRenewal | None, AccessToken | None, bool]:
         """A token at once, or the renewal to wait for and whether this caller started it."""
-        if self._pid != os.getpid():
-            self._start_afresh()
+        notice_fork()
         with self._guard:
             now = self._clock.now()
             token = self.unexpired_in_memory(request, requirements)

@@ -6,16 +6,19 @@ A device may charge for each signature, and a request that always fails must not
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.errors import TryAgainLater
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.tokens.stores import name_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hsmtoll.clock import Clock
     from hsmtoll.tokens.stores import Store
 
@@ -34,19 +37,23 @@ class RateLimit:
         self._store = store
         self._clock = clock
         self._per_hour = per_hour
-        self._guard, self._pid = threading.Lock(), os.getpid()
         self._own: dict[str, list[float]] = {}
+        self._start_afresh()
+        after_fork(self._start_afresh)
 
-    def _alone(self) -> threading.Lock:
-        # One that another thread held at a fork has no owner in the child.
-        if self._pid != os.getpid():
-            self._guard, self._pid = threading.Lock(), os.getpid()
-        return self._guard
+    def _start_afresh(self) -> None:
+        self._guard = threading.Lock()
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        notice_fork()
+        with self._guard, self._store.lock(key, patience=2.0):
+            yield
 
     def acquire(self, identity: str) -> None:
         """Count one signature of *identity*; TryAgainLater if the limit is reached."""
         key = name_of("budget", identity)
-        with self._alone(), self._store.lock(key, patience=2.0):
+        with self._locked(key):
             now = self._clock.now().wall
             shared, own = self._counts(key, now)
             # If the store is down or its file was removed, this process's own counts still apply.
@@ -70,7 +77,7 @@ class RateLimit:
     def record(self, identity: str) -> None:
         """Count one signature of *identity*, known only afterwards, without checking the limit."""
         key = name_of("budget", identity)
-        with self._alone(), self._store.lock(key, patience=2.0):
+        with self._locked(key):
             now = self._clock.now().wall
             shared, own = self._counts(key, now)
             self._own[key] = [*own, now]
@@ -79,7 +86,7 @@ class RateLimit:
     def give_back(self, identity: str) -> None:
         """Undo the last `acquire`: nothing was signed."""
         key = name_of("budget", identity)
-        with self._alone(), self._store.lock(key, patience=2.0):
+        with self._locked(key):
             kept = self._store.get(key)
             shared = _times(kept.value) if kept else []
             own = self._own.get(key, [])

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, Typ
 from hsmtoll import files
 from hsmtoll.backoff import Backoff
 from hsmtoll.errors import ConfigurationError, foreign, install_extra
+from hsmtoll.fork import after_fork, notice_fork
 
 if TYPE_CHECKING:
     import socket
@@ -90,7 +91,11 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._kept: dict[str, bytes] = {}
-        self._locks: dict[tuple[int, str], threading.Lock] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        after_fork(self._locks_afresh)
+
+    def _locks_afresh(self) -> None:
+        self._locks = {}
 
     def get(self, key: str) -> StoredValue | None:
         """What was put, or ``None``."""
@@ -105,8 +110,8 @@ class MemoryStore:
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
         """Hold the lock of *key* within this process."""
-        # By process: a lock that a thread held when it forked has no owner in the child.
-        lock = self._locks.setdefault((os.getpid(), key), threading.Lock())
+        notice_fork()
+        lock = self._locks.setdefault(key, threading.Lock())
         held = lock.acquire(timeout=patience)
         try:
             yield held

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.kit.accounts import importable
 from tests.kit.grants import DEFINED
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _HEAD = (
     DEFINED
     + """
 import os, sys, threading, time
+from tests.kit.forks import fork_in_c
 from pathlib import Path
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.device import DeviceSettings
@@ -113,6 +115,33 @@ done.set()
 assert not bad, bad
 """
 
+# No hook runs, so nobody has waited for the lock: here a thread of the parent has it.
+_WITHOUT_HOOKS = """
+from hsmtoll.hsm.module import PKCS11_LOCK
+device = make()
+check(device)
+held, end = threading.Event(), threading.Event()
+def hold():
+    with PKCS11_LOCK.held(60):
+        held.set()
+        end.wait()
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+pid = fork_in_c()
+if not pid:
+    try:
+        child(device)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+assert os.waitpid(pid, 0)[1] == 0
+end.set()
+thread.join()
+check(device)
+"""
+
 _MULTIPROCESSING = """
 import multiprocessing
 def task(n):
@@ -159,7 +188,8 @@ def run(softhsm: DeviceSoftHsm, folder: Path, program: str, *more: str) -> str:
     script.write_text(_HEAD + program)
     done = subprocess.run(
         [sys.executable, str(script), str(softhsm.module), str(folder / "state"), *more],
-        env=softhsm.environment, capture_output=True, text=True, timeout=100, check=False,
+        env={**softhsm.environment, **importable()},
+        capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -181,6 +211,12 @@ def test_a_fork_in_the_middle_of_signing_threads_is_safe(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
     run(device_softhsm, tmp_path, _BUSY)
+
+
+def test_workers_of_a_server_that_runs_no_hooks_of_python_sign(
+    device_softhsm: DeviceSoftHsm, tmp_path: Path
+) -> None:
+    run(device_softhsm, tmp_path, _WITHOUT_HOOKS)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])

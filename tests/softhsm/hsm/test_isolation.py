@@ -30,6 +30,7 @@ from hsmtoll.settings import load
 from hsmtoll.signing.signer import new_jti
 from hsmtoll.token import TokenRequest
 from tests.kit.accounts import OTHER, importable
+from tests.kit.forks import FORKS, in_a_fork
 from tests.kit.grants import a_grant
 from tests.kit.own_device import accepted, ended, workers
 from tests.kit.signing_host import eventually
@@ -468,25 +469,32 @@ def test_who_finds_no_child_free_in_time_is_told_so(
     assert set(codes) <= {"device-busy", "device-hung"}
 
 
-def in_a_fork(work: Callable[[], bool]) -> bool:
-    """What *work* comes to in a forked child, where it may take 30 s."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
+@pytest.mark.parametrize("fork", FORKS)
 def test_a_forked_process_starts_children_of_its_own(
-    make: Callable[..., WorkerDevice],
+    make: Callable[..., WorkerDevice], fork: Callable[[], int]
 ) -> None:
     device = make()
     first = device.sign("RS256", DATA).value
-    assert in_a_fork(lambda: device.sign("RS256", DATA).value == first)
+    assert in_a_fork(lambda: device.sign("RS256", DATA).value == first, fork)
     assert device.sign("RS256", DATA).value == first
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_a_forked_process_that_only_closes_leaves_the_parents_children_alone(
+    make: Callable[..., WorkerDevice], fork: Callable[[], int]
+) -> None:
+    device = make()
+    device.sign("RS256", DATA)
+    (child,) = device._children
+    process = child._process
+
+    def closed() -> bool:
+        device.close()
+        return True
+
+    assert in_a_fork(closed, fork)
+    device.sign("RS256", DATA)
+    assert child._process is process
 
 
 def test_those_who_waited_at_the_fork_are_not_waited_for_in_the_forked_process(

@@ -303,17 +303,6 @@ def test_a_directory_in_its_place_is_refused_and_leaks_nothing(
     assert len(list(opened.iterdir())) == before
 
 
-def test_a_fork_in_the_middle_of_a_count_stops_no_child() -> None:
-    limit = RateLimit(MemoryStore(), SettableClock(1_800_000_000.0), per_hour=2)
-    with limit._guard:
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(5)
-            limit.acquire("me")
-            os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-
-
 def test_a_redis_cache_without_its_library_is_told_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
