@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsmtoll import directories, files, required
 from hsmtoll.clock import Clock, Skew, SystemClock
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, foreign, install_extra
 from hsmtoll.remembered import PersistedText
 from hsmtoll.settings import Settings, load, not_set, variable
 from hsmtoll.token import TokenRequest
@@ -141,7 +141,15 @@ class App:
         key_file = self.settings.cache_key_file
         if key_file is None:
             raise not_set({"HSMTOLL_CACHE_KEY_FILE": "values in Redis are encrypted with it"})
-        return stores.RedisStore.at(
+        try:
+            from hsmtoll.tokens.redis_store import RedisStore
+        except ImportError as exc:
+            raise ConfigurationError(
+                "HSMTOLL_CACHE: redis-py is not installed",
+                hint=install_extra("redis"),
+                code="extra-missing",
+            ) from exc
+        return RedisStore.at(
             url, key_file=key_file, ca_file=self.settings.ca_file, clock=self.clock
         )
 

@@ -31,7 +31,8 @@ from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.settings import load
 from hsmtoll.tls import client_context, host_context
-from hsmtoll.tokens.stores import FileStore, read_key
+from hsmtoll.tokens.redis_store import read_key
+from hsmtoll.tokens.stores import FileStore
 from hsmtoll.x509.followed import CertificateFile
 from tests.kit.signing_host import Authority
 

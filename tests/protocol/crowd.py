@@ -30,8 +30,9 @@ from hsmtoll.signing.grant import LIFETIME, Grant, SignedGrant
 from hsmtoll.tokens.cache import Cache
 from hsmtoll.tokens.exchange import Endpoints
 from hsmtoll.tokens.rate_limit import RateLimit
+from hsmtoll.tokens.redis_store import RedisStore
 from hsmtoll.tokens.renewal import Renewal
-from hsmtoll.tokens.stores import FileStore, RedisStore, Store
+from hsmtoll.tokens.stores import FileStore, Store
 from hsmtoll.tokens.token_service import Counts, TokenService
 from hsmtoll.transport import HttpClient
 

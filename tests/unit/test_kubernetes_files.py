@@ -15,7 +15,8 @@ import pytest
 from hsmtoll.errors import ConfigurationError, PinNotTried
 from hsmtoll.files import exposed, first_untrusted_component
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
-from hsmtoll.tokens.stores import FileStore, read_key
+from hsmtoll.tokens.redis_store import read_key
+from hsmtoll.tokens.stores import FileStore
 from tests.kit.accounts import NEEDS_NAMESPACES, NEEDS_ROOT, OTHER, importable, is_root
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from hsmtoll.clock import SystemClock
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.sandbox.pki import issue_tls, pem, tls_authority
 from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens.stores import COMMANDS, RedisStore, name_of
+from hsmtoll.tokens.redis_store import COMMANDS, RedisStore
+from hsmtoll.tokens.stores import name_of
 from tests.kit.crowds import Crowd, fresh_key
 from tests.kit.own_device import free_port
 from tests.kit.soft_client import engine_of
@@ -200,7 +201,7 @@ def test_a_holder_who_lives_keeps_the_lock_longer_than_its_lease(
         LEASE = 6.0
 
     def at() -> Short:
-        return Short(server.client, secret=key_file.read_bytes(), clock=SystemClock())
+        return Short(server.client(), secret=key_file.read_bytes(), clock=SystemClock())
 
     first, second = at(), at()
     with first.lock(KEY, patience=1), raw(server) as client:
@@ -360,7 +361,7 @@ def test_a_redis_that_hangs_is_asked_once_and_then_left_alone(
     server: Server, key_file: Path
 ) -> None:
     clock = SettableClock.at_real_time()
-    store = RedisStore(server.client, secret=key_file.read_bytes(), clock=clock)
+    store = RedisStore(server.client(), secret=key_file.read_bytes(), clock=clock)
     store.put(KEY, b"value", ttl=100)
     assert server._process is not None
     server._process.send_signal(signal.SIGSTOP)

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from hsmtoll.app import App
 from hsmtoll.errors import ConfigurationError, TryAgainLater, install_extra
+from hsmtoll.settings import load
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.tokens.rate_limit import RateLimit
-from hsmtoll.tokens.stores import (
-    FileStore,
-    MemoryStore,
-    RedisStore,
-    Store,
-    StoredValue,
-    name_of,
-    read_key,
-)
+from hsmtoll.tokens.redis_store import read_key
+from hsmtoll.tokens.stores import FileStore, MemoryStore, Store, StoredValue, name_of
 from tests.kit.accounts import OTHER, importable
 
 KEY = name_of("a key")
@@ -310,13 +305,13 @@ def test_a_redis_cache_without_its_library_is_told_what_to_install(
     key_file.touch(mode=0o600)
     key_file.write_bytes(os.urandom(32))
     url = f"unix://{tmp_path}/nobody"
+    settings = load(cache=url, cache_key_file=key_file)
     # The control: a server that is not there is a miss.
-    clock = SettableClock.at_real_time()
-    assert RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock).get(KEY) is None
+    assert App(settings).store.get(KEY) is None
 
+    monkeypatch.delitem(sys.modules, "hsmtoll.tokens.redis_store")
     monkeypatch.setitem(sys.modules, "redis", None)
-    store = RedisStore.at(url, key_file=key_file, ca_file=None, clock=clock)
     with pytest.raises(ConfigurationError, match="not installed") as caught:
-        store.get(KEY)
+        _ = App(settings).store
     assert caught.value.code == "extra-missing"
     assert caught.value.hint == install_extra("redis")
