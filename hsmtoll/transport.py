@@ -1,7 +1,7 @@
 """
-How bytes travel to a token endpoint: one leg a call, our own TLS, one deadline for all of it.
+HTTP to the token endpoints: one request a call, our own TLS, one deadline for all of it.
 
-Nothing is known here of what a leg means; the user's own httpx clients never carry one.
+What a request means is not known here; the user's own httpx clients never carry one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import ipaddress
 import os
 import re
 import ssl
-import threading
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -42,6 +41,8 @@ CONNECTIONS: Final = 20
 
 #: Bytes. A token endpoint's response has a few kilobytes.
 _LARGEST: Final = 1024 * 1024
+
+_JSON: Final = {"accept": "application/json", "accept-encoding": "identity"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +74,10 @@ class Reason:
 
 class HttpClient:
     """
-    How bytes travel: one leg a call, no redirects, no cookies, one total deadline.
+    Sends single requests: no redirects, no cookies, one total deadline.
 
-    *timeout* bounds each wait for the network, in seconds; *deadline* bounds the whole leg.
-    *proxy* is a URL, ``environment``, or ``None`` for none. *connection_options*: for a signing
-    host.
+    *timeout* bounds each wait for the network, in seconds; *deadline* the whole request. *proxy* is
+    a URL, ``environment``, or ``None`` for none. *connection_options*: for a signing host.
     """
 
     def __init__(
@@ -93,15 +93,9 @@ class HttpClient:
         self._proxy = proxy
         # One wait lasts no longer than all of them, connecting included.
         self._timeout = min(timeout, deadline)
-        self._deadline = deadline
+        #: Seconds for one exchange in all.
+        self.deadline = deadline
         self._connection_options = connection_options or ConnectionOptions()
-        self._lock = threading.Lock()
-        self._context: ssl.SSLContext | None = None
-
-    @property
-    def deadline(self) -> float:
-        """Seconds for one exchange in all."""
-        return self._deadline
 
     def options(self, url: str = "https://") -> dict[str, Any]:
         """
@@ -109,9 +103,6 @@ class HttpClient:
 
         Raises ConfigurationError for a CA file or a proxy that cannot be used; sends nothing.
         """
-        with self._lock:
-            if self._context is None:
-                self._context = self._new_context()
         jar = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         name, via = self._proxy_for(url)
         return {
@@ -120,13 +111,14 @@ class HttpClient:
             # Its proxies were looked up above: a library would meet them with TLS of its own.
             "trust_env": False,
             # Waiting for a connection of our own pool is not the network's fault.
-            "timeout": httpx.Timeout(self._timeout, pool=self._deadline),
+            "timeout": httpx.Timeout(self._timeout, pool=self.deadline),
             "limits": httpx.Limits(max_connections=CONNECTIONS),
             "follow_redirects": False,
             "cookies": jar,
         }
 
-    def _new_context(self) -> ssl.SSLContext:
+    @cached_property
+    def _context(self) -> ssl.SSLContext:
         if self._connection_options.uds is not None:
             # Nothing is asked of it on a Unix socket, and an empty one is made quickly.
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -168,18 +160,11 @@ class HttpClient:
         Raises NetworkError: connection refused, unknown host, untrusted certificate, connection
         lost, deadline exceeded, response too large. Transient errors are retryable.
         """
-        return self._send(
-            post.leg,
-            "POST",
-            post.url,
-            data=dict(post.form),
-            headers={"accept": "application/json", "accept-encoding": "identity"},
-        )
+        return self._send(post.leg, "POST", post.url, data=dict(post.form), headers=_JSON)
 
     def post_json(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
         """Send *value* as JSON and read the response; otherwise as post."""
-        said = {"accept": "application/json", "accept-encoding": "identity", **headers}
-        return self._send(leg, "POST", url, json=value, headers=said)
+        return self._send(leg, "POST", url, json=value, headers=_JSON | headers)
 
     def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
         """
@@ -233,7 +218,7 @@ class HttpClient:
         check_connection: Callable[[socket.socket], None] | None = None,
         **request: Any,
     ) -> Answer:
-        deadline, hooks = Deadline(self._deadline), {"response": [_strip_location]}
+        deadline, hooks = Deadline(self.deadline), {"response": [_strip_location]}
         try:
             # One client per request: no cookie and no connection is shared between services.
             with (
@@ -278,7 +263,7 @@ class HttpClient:
         if unused := self.unused_proxy(url):
             hints.append(_UNUSED.format(unused))
         return NetworkError(
-            f"{leg} ({httpx.URL(url).host}): no whole answer within {self._deadline:.0f} s",
+            f"{leg} ({httpx.URL(url).host}): no whole answer within {self.deadline:.0f} s",
             hint="\n".join(hints),
             code="deadline",
             signed=sent,
@@ -407,59 +392,13 @@ def _reason(
     # For tasks, the system's error text is only in the cause.
     causes = " ".join(map(str, _causes(exc)))
     if isinstance(exc, httpx.ProxyError):
-        wants = said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}")
-        knows = (
-            "it does not take the user and password in it, or not by Basic authentication"
-            if secrets
-            else "it wants a user and a password: http://USER:PASSWORD@HOST:PORT"
-        )
-        return Reason(
-            text=f"it refused, {foreign(said, *secrets)}",
-            code="proxy-refused",
-            hint=f"{proxy} names it" + (f"; {knows}" if wants else ""),
-            retryable=False,
-        )
-    if "certificate verify failed" in causes.lower() or "CERTIFICATE_VERIFY_FAILED" in causes:
-        found = _VERIFY.search(causes)
-        why = found[1] if found else ""
-        ca = "HSMTOLL_CA_FILE names the CA that it is from" if proxy else _CA
-        return Reason(
-            text="its TLS certificate is not trusted"
-            + (f": {foreign(why, *secrets)}" if why else ""),
-            code="tls-untrusted",
-            hint=next((hint for part, hint in _UNTRUSTED.items() if part in why.lower()), ca),
-            retryable=False,
-        )
+        return _refused_by_proxy(said, proxy, secrets)
+    if "certificate verify failed" in causes.lower():
+        return _not_trusted(causes, proxy, secrets)
     if isinstance(exc, httpx.ConnectError):
-        text, code = next(
-            (known for part, known in _REASONS.items() if part in causes.lower()),
-            ("cannot be reached", "unreachable"),
-        )
-        return Reason(
-            text=text,
-            code=code,
-            hint=f"check {proxy}, which names it"
-            + ("; most proxies are named by http://" if code == "tls" else "")
-            + "; nothing was sent"
-            if proxy
-            else "check the network, HSMTOLL_PROXY and the firewall; nothing was sent",
-            retryable=code != "unknown-host",
-        )
-    if isinstance(exc, httpx.TimeoutException) and said and "timed out" not in said.lower():
-        # Not a network time-out: pytest-httpx raises this for a request without a mocked response.
-        return Reason(
-            text=f"no answer: {foreign(said, *secrets)}",
-            code="mocked",
-            hint="something in this program answers for the network: let this host through",
-            retryable=False,
-        )
+        return _not_connected(causes.lower(), proxy)
     if isinstance(exc, httpx.TimeoutException):
-        return Reason(
-            text=f"no answer within {timeout:.0f} s",
-            code="timeout",
-            hint="HSMTOLL_TIMEOUT sets how long to wait"
-            + (f"; {proxy} names the proxy" if proxy else ""),
-        )
+        return _no_answer(said, timeout, proxy, secrets)
     return Reason(
         text=f"the connection broke ({type(exc).__name__})",
         code="broken",
@@ -467,6 +406,60 @@ def _reason(
         if proxy
         else "try again; if it stays, look at what lies between",
     )
+
+
+def _refused_by_proxy(said: str, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
+    hint = f"{proxy} names it"
+    if said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}"):
+        hint += (
+            "; it does not take the user and password in it, or not by Basic authentication"
+            if secrets
+            else "; it wants a user and a password: http://USER:PASSWORD@HOST:PORT"
+        )
+    text = f"it refused, {foreign(said, *secrets)}"
+    return Reason(text=text, code="proxy-refused", hint=hint, retryable=False)
+
+
+def _not_trusted(causes: str, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
+    found = _VERIFY.search(causes)
+    why = found[1] if found else ""
+    ca = "HSMTOLL_CA_FILE names the CA that it is from" if proxy else _CA
+    return Reason(
+        text="its TLS certificate is not trusted" + (f": {foreign(why, *secrets)}" if why else ""),
+        code="tls-untrusted",
+        hint=next((hint for part, hint in _UNTRUSTED.items() if part in why.lower()), ca),
+        retryable=False,
+    )
+
+
+def _not_connected(causes: str, proxy: str | None) -> Reason:
+    text, code = next(
+        (known for part, known in _NOT_CONNECTED.items() if part in causes),
+        ("cannot be reached", "unreachable"),
+    )
+    check = "check the network, HSMTOLL_PROXY and the firewall"
+    if proxy:
+        plain = "; most proxies are named by http://" if code == "tls" else ""
+        check = f"check {proxy}, which names it{plain}"
+    return Reason(
+        text=text,
+        code=code,
+        hint=f"{check}; nothing was sent",
+        retryable=code != "unknown-host",
+    )
+
+
+def _no_answer(said: str, timeout: float, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
+    if said and "timed out" not in said.lower():
+        # Not a network time-out: pytest-httpx raises this for a request without a mocked response.
+        return Reason(
+            text=f"no answer: {foreign(said, *secrets)}",
+            code="mocked",
+            hint="something in this program answers for the network: let this host through",
+            retryable=False,
+        )
+    hint = "HSMTOLL_TIMEOUT sets how long to wait" + (f"; {proxy} names the proxy" if proxy else "")
+    return Reason(text=f"no answer within {timeout:.0f} s", code="timeout", hint=hint)
 
 
 #: OpenSSL's reason, as Python quotes it.
@@ -480,8 +473,8 @@ _UNTRUSTED: Final = {
     "not yet valid": "this machine's clock may be wrong",
     "mismatch": "it was issued for another name: check the address, or what lies between",
 }
-_REASONS: Final = {
-    # As asyncio words it.
+#: By what the system, asyncio or OpenSSL says, in lower case: text and code.
+_NOT_CONNECTED: Final = {
     f"[errno {errno.ECONNREFUSED}]": ("connection refused", "refused"),
     "connection refused": ("connection refused", "refused"),
     "name or service not known": ("unknown host", "unknown-host"),
