@@ -8,6 +8,7 @@ How a token is obtained is in renewal, how it is stored in stores and records.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
@@ -211,10 +212,11 @@ class Cache:
                     self.hits["stale"] += 1
                     return None, token, False
                 pending, led = PendingRenewal(now.boot, requirements), True
-                # A daemon thread outside any pool: a hanging device must not keep the process.
+                # A daemon thread outside any pool: a hanging device must not keep the process. In
+                # the caller's context, so that traces show the renewal below what asked for it.
                 thread = threading.Thread(
-                    target=self._run_renewal,
-                    args=(request, renewer, pending),
+                    target=contextvars.copy_context().run,
+                    args=(self._run_renewal, request, renewer, pending),
                     name=THREAD,
                     daemon=True,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from dataclasses import dataclass, field
@@ -922,3 +923,41 @@ def test_a_living_token_is_given_where_no_thread_is_to_be_had(
 
     monkeypatch.setattr(threading.Thread, "start", full)
     assert cache.get(REQUEST, well).value == "token-1"
+
+
+SPAN: contextvars.ContextVar[str] = contextvars.ContextVar("span", default="none")
+
+
+class Traced(Well):
+    """A renewer that notes below which span it works, as tracing of HTTP clients does."""
+
+    def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
+        self.name = SPAN.get()
+        SPAN.set("a span of the renewal's own")
+        return super().renew(request, pending)
+
+
+def test_a_renewal_works_in_the_context_of_the_thread_that_asked_for_it(clock: HandClock) -> None:
+    well, cache = Traced(clock), cache_of(clock)
+    for span in ("first", "second"):
+        token = SPAN.set(span)
+        cache.get(REQUEST, well)
+        assert (well.name, SPAN.get()) == (span, span)
+        SPAN.reset(token)
+        clock.pass_(600)
+    assert well.fetched == 2
+
+
+def test_a_renewal_works_in_the_context_of_the_task_that_asked_for_it(clock: HandClock) -> None:
+    well, cache = Traced(clock), cache_of(clock)
+
+    async def asked(span: str) -> str:
+        SPAN.set(span)
+        await cache.aget(REQUEST, well)
+        return SPAN.get()
+
+    async def asked_by_two_tasks() -> list[str]:
+        return [*await asyncio.gather(asked("first"), asked("second"))]
+
+    assert asyncio.run(asked_by_two_tasks()) == ["first", "second"]
+    assert (well.name, well.fetched) == ("first", 1)
