@@ -1,34 +1,62 @@
 """
-TollClient and AsyncTollClient: tokens and calls, for threads and for tasks.
+TollClient and AsyncTollClient: tokens and calls to Customs, for threads and for tasks.
 
-Both share the token service. PKCS#11, environment variables and argv are not used here.
+What both do stands once in their common base, which hands what is to be sent to one of them; the
+sequences of requests are in customs. PKCS#11, environment variables and argv are not used here.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, Unpack
+import asyncio
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 import httpx
 
 from hsmtoll import apis
 from hsmtoll.auth import AsyncTollAuth, TollAuth
-from hsmtoll.calls import AsyncCalls, Calls
-from hsmtoll.errors import ConfigurationError
-from hsmtoll.fork import after_fork
+from hsmtoll.customs.conversation import NoResponse, Receipt, arun_conversation, run_conversation
+from hsmtoll.customs.errors import no_response_error
+from hsmtoll.customs.limits import (
+    alimit_response_size,
+    asend_with_deadline,
+    limit_response_size,
+    send_with_deadline,
+)
+from hsmtoll.customs.routing import Marker, arouting, routing
+from hsmtoll.customs.submissions import submission
+from hsmtoll.customs.uploads import upload
+from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.metrics import Status, status_of
+from hsmtoll.token import AccessToken
 from hsmtoll.tokens.refresher import BackgroundRefresher
+from hsmtoll.transport import CONNECTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import TracebackType
+    import os
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
-    from hsmtoll.token import AccessToken, ForWhom
+    from hsmtoll.apis import Api
+    from hsmtoll.customs.conversation import Conversation
+    from hsmtoll.token import Details, ForWhom, TokenRequest, TokenRequirements
     from hsmtoll.tokens.token_service import TokenService
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
+# The results for threads; for tasks, httpx.AsyncClient and coroutines of the same results.
+_HttpxClient = TypeVar("_HttpxClient", httpx.Client, httpx.AsyncClient)
+_Token = TypeVar("_Token")
+_Response = TypeVar("_Response")
+_Receipt = TypeVar("_Receipt")
 
-class _Shared:
+
+class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
     """The common part of the sync and the async client."""
 
     def __init__(
@@ -37,14 +65,14 @@ class _Shared:
         self._token_service = token_service
         self._close = close
         self._refreshers: list[BackgroundRefresher] = []
-        self._forget_clients()
-        after_fork(self._forget_clients)
+        self._forget_connections()
+        after_fork(self._forget_connections)
 
-    def _forget_clients(self) -> None:
-        # A TLS connection cannot be shared with a forked child, nor closed by it.
-        # Any: httpx.Client in TollClient, httpx.AsyncClient in AsyncTollClient.
-        self._clients: dict[Any, Any] = {}
-        self._open_clients: list[Any] = []
+    def _forget_connections(self) -> None:
+        # A forked child can neither use nor close the TLS connections of its parent.
+        # By API and event loop: connections belong to the loop that they were made in.
+        self._pools: dict[tuple[str, int], tuple[_HttpxClient, Any]] = {}
+        self._open_clients: list[_HttpxClient] = []
 
     @property
     def token_service(self) -> TokenService:
@@ -67,31 +95,6 @@ class _Shared:
         self._refreshers.append(refresher)
         return refresher
 
-    def _track_client(self, client: Any) -> None:
-        """Remember *client*, to close it with this one unless it is closed before."""
-        self._open_clients = [*(each for each in self._open_clients if not each.is_closed), client]
-
-    def _release(self) -> None:
-        while self._refreshers:
-            self._refreshers.pop().stop()
-        self._close()
-
-    def _base(self, name: str) -> str:
-        api = apis.named(name)
-        if not api.base:
-            # One that is not ready says so.
-            api.scope(self._token_service.family)
-            raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
-        return f"{self._token_service.endpoints.customs}{api.base}"
-
-
-class TollClient(_Shared, Calls):
-    """
-    Customs tokens and calls, for threads. Opens neither device nor connection before first use.
-
-    Every method raises the errors of `hsmtoll.errors`, each with an exit code and a hint.
-    """
-
     def token(
         self,
         scope: str | None = None,
@@ -99,124 +102,295 @@ class TollClient(_Shared, Calls):
         min_life: float = 0.0,
         renew: bool = False,
         **whom: Unpack[ForWhom],
-    ) -> AccessToken:
+    ) -> _Token:
         """
         An unexpired Customs token for an API or a scope.
 
         *min_life*: minimum remaining lifetime in seconds. *renew*: obtain a new token in any case.
         *whom*: see `hsmtoll.token.ForWhom`; each combination has a token of its own.
         """
-        token_service = self._token_service
-        request = token_service.request(scope, **whom)
-        return token_service.token(request, token_service.requirements(min_life, renew=renew))
+        request = self._token_service.request(scope, **whom)
+        return self._obtain(request, self._token_service.requirements(min_life, renew=renew))
 
-    def auth(
-        self,
-        scope: str | None = None,
-        **whom: Unpack[ForWhom],
-    ) -> TollAuth:
+    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> TollAuth:
         """
         httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. *whom*
         as for `token`.
         """
-        request = self._token_service.request(scope, **whom)
-        return TollAuth(self._token_service, request)
+        return TollAuth(self._token_service, self._token_service.request(scope, **whom))
 
-    def api(
-        self,
-        name: str,
-        *,
-        scope: str | None = None,
-        **whom: Unpack[ForWhom],
-    ) -> httpx.Client:
+    def api(self, name: str, *, scope: str | None = None, **whom: Unpack[ForWhom]) -> _HttpxClient:
         """
-        An httpx.Client for the API called *name*: base URL, bearer token, proxy, CA. It is closed
+        An httpx client for the API called *name*: base URL, bearer token, proxy, CA. It is closed
         with this client at the latest. *scope*: instead of the API's own; *whom* as for `token`.
         """
-        base = self._base(name)
-        auth = self.auth(scope or name, **whom)
-        return self._open(base, auth)
+        api = apis.named(name)
+        if not api.base:
+            # One that is not ready says so.
+            api.scope(self._token_service.family)
+            raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
+        return self._open(api, self.auth(scope or name, **whom))
 
-    def _open(self, base: str, auth: TollAuth | None = None) -> httpx.Client:
-        made = self._token_service.http_client.client(base, base_url=base, auth=auth)
-        self._track_client(made)
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        scope: str | None = None,
+        consumer_org: str | None = None,
+        resource: Sequence[str] | str | None = None,
+        authorization_details: Details | None = None,
+        **request: Any,
+    ) -> _Response:
+        """
+        One call; the scope is found from *path*. With *scope*, *path* is any below Customs'
+        origin, whether the catalogue has it or not. For whom, as for `token`; other arguments as
+        for httpx.Client.request.
+
+        Returns the complete response, of at most 64 MiB, within HSMTOLL_DEADLINE; the caller checks
+        its status. Without a response: NetworkError for GET, HEAD, OPTIONS and for requests that
+        were not sent, OutcomeUnknown for the others. The number of concurrent calls per API is
+        limited; further calls wait.
+        """
+        api = apis.at(path) if scope else apis.api_of_path(path)
+        wanted = self._token_service.request(
+            scope or api.name,
+            consumer_org=consumer_org,
+            resource=resource,
+            authorization_details=authorization_details,
+        )
+        url = f"{self._token_service.endpoints.customs}{path}"
+        return self._called(api, wanted, method, url, **request)
+
+    def submit(
+        self,
+        api: str,
+        method: str,
+        level: str,
+        *,
+        json: Mapping[str, Any],
+        mrn: str | None = None,
+        patience: float = 120.0,
+        accepted: Callable[[str], None] = lambda _: None,
+        waiting: Callable[[float], None] = lambda _: None,
+        scope: str | None = None,
+        **whom: Unpack[ForWhom],
+    ) -> _Receipt:
+        """
+        A submission and its result: see `hsmtoll.customs.submissions`. *json*: the message.
+        *scope*: another one than the API's own; *whom* as for `token`.
+        """
+        named = apis.named(api)
+        conversation = submission(
+            named, method, level, json, mrn=mrn, patience=patience,
+            now=lambda: self._token_service.clock.now().boot,
+            accepted=accepted, waiting=waiting,
+        )  # fmt: skip
+        wanted = self._token_service.request(scope or api, **whom)
+        return self._run_conversation(named, wanted, conversation)
+
+    def upload(
+        self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
+    ) -> _Receipt:
+        """A document to a declaration, checked before it is sent: see `hsmtoll.customs.uploads`."""
+        path = Path(file)
+        try:
+            content = path.read_bytes()
+        except OSError as exc:
+            raise UsageError(f"upload of {foreign(path)}: cannot be read ({exc.strerror})") from exc
+        conversation = upload(declaration_id, path.name, content, document_type)
+        wanted = self._token_service.request("document")
+        return self._run_conversation(apis.named("document"), wanted, conversation)
+
+    def _feed(self, marker: str | os.PathLike[str] | None) -> dict[str, Any]:
+        """What both feeds need beside the client and the level."""
+        clock = self._token_service.clock
+        return {
+            "marker": Marker(None if marker is None else Path(marker)),
+            "now": lambda: clock.now().wall,
+            "http_client": self._token_service.http_client,
+        }
+
+    def _open(self, api: Api, auth: TollAuth | None = None) -> _HttpxClient:
+        """A client for *api*, closed with this one unless it is closed before."""
+        made = self._new_client(f"{self._token_service.endpoints.customs}{api.base}", auth)
+        self._open_clients = [each for each in self._open_clients if not each.is_closed]
+        self._open_clients.append(made)
         return made
+
+    def _pool(self, api: Api, loop: int = 0) -> tuple[_HttpxClient, Any]:
+        """One client for all calls to *api*, and a semaphore with a permit for each connection."""
+        # Where hundreds wait in the pool itself, it now and then closes a connection that it has
+        # just lent: that call would be lost, and a submission's fate unknown.
+        notice_fork()
+        key = api.name, loop
+        if key not in self._pools:
+            self._pools.setdefault(key, self._limited(self._open(api)))
+        return self._pools[key]
+
+    def _release(self) -> list[_HttpxClient]:
+        """Close all but the connections; returns the clients that have them."""
+        notice_fork()
+        while self._refreshers:
+            self._refreshers.pop().stop()
+        self._close()
+        left = self._open_clients
+        self._forget_connections()
+        return left
+
+    @abstractmethod
+    def _obtain(self, request: TokenRequest, requirements: TokenRequirements) -> _Token:
+        """The token."""
+
+    @abstractmethod
+    def _new_client(self, base: str, auth: TollAuth | None) -> _HttpxClient:
+        """A client of httpx."""
+
+    @abstractmethod
+    def _limited(self, client: _HttpxClient) -> tuple[_HttpxClient, Any]:
+        """*client* with a limit for answers, and its semaphore."""
+
+    @abstractmethod
+    def _called(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> _Response:
+        """The response, or the error for users where there is none."""
+
+    @abstractmethod
+    def _run_conversation(
+        self, api: Api, wanted: TokenRequest, conversation: Conversation
+    ) -> _Receipt:
+        """The result of *conversation* with *api*."""
+
+
+class TollClient(_Client[httpx.Client, AccessToken, httpx.Response, Receipt]):
+    """
+    Customs tokens and calls, for threads. Opens neither device nor connection before first use.
+
+    Every method raises the errors of `hsmtoll.errors`, each with an exit code and a hint.
+    """
+
+    def routing(
+        self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
+    ) -> Iterator[tuple[Any, ...]]:
+        """
+        Routing signals in batches; *marker* is the file that says how far they were taken, and
+        ``None`` none.
+        """
+        with limit_response_size(self.api("routing")) as client:
+            yield from routing(client, level, **self._feed(marker))
 
     def close(self) -> None:
         """Close the device and the connections. Tokens in a shared cache are kept."""
-        self._close_clients()
-        self._release()
+        for client in self._release():
+            client.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _obtain(self, request: TokenRequest, requirements: TokenRequirements) -> AccessToken:
+        return self._token_service.token(request, requirements)
 
-class AsyncTollClient(_Shared, AsyncCalls):
+    def _new_client(self, base: str, auth: TollAuth | None) -> httpx.Client:
+        return self._token_service.http_client.client(base, base_url=base, auth=auth)
+
+    def _limited(self, client: httpx.Client) -> tuple[httpx.Client, threading.Semaphore]:
+        return limit_response_size(client), threading.Semaphore(CONNECTIONS)
+
+    def _called(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
+        try:
+            return self._send(api, wanted, method, url, **request)
+        except NoResponse as exc:
+            raise no_response_error(exc, api, method) from exc
+
+    def _send(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
+        client, turn = self._pool(api)
+        # One pool of connections serves all whom it is for.
+        request["auth"] = TollAuth(self._token_service, wanted)
+        with turn:
+            return send_with_deadline(
+                client, method, url, http_client=self._token_service.http_client, **request
+            )
+
+    def _run_conversation(
+        self, api: Api, wanted: TokenRequest, conversation: Conversation
+    ) -> Receipt:
+        ask, origin = partial(self._send, api, wanted), self._token_service.endpoints.customs
+        return run_conversation(conversation, ask, origin, self._token_service.clock.sleep)
+
+
+class AsyncTollClient(
+    _Client[
+        httpx.AsyncClient,
+        Coroutine[Any, Any, AccessToken],
+        Coroutine[Any, Any, httpx.Response],
+        Coroutine[Any, Any, Receipt],
+    ]
+):
     """As TollClient, for tasks: tokens in memory are returned at once, waiting blocks no thread."""
 
-    async def token(
-        self,
-        scope: str | None = None,
-        *,
-        min_life: float = 0.0,
-        renew: bool = False,
-        **whom: Unpack[ForWhom],
-    ) -> AccessToken:
-        """As TollClient.token."""
-        token_service = self._token_service
-        request = token_service.request(scope, **whom)
-        return await token_service.atoken(
-            request, token_service.requirements(min_life, renew=renew)
-        )
-
-    def auth(
-        self,
-        scope: str | None = None,
-        **whom: Unpack[ForWhom],
-    ) -> AsyncTollAuth:
+    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> AsyncTollAuth:
         """As TollClient.auth."""
-        request = self._token_service.request(scope, **whom)
-        return AsyncTollAuth(self._token_service, request)
+        return AsyncTollAuth(self._token_service, self._token_service.request(scope, **whom))
 
-    def api(
-        self,
-        name: str,
-        *,
-        scope: str | None = None,
-        **whom: Unpack[ForWhom],
-    ) -> httpx.AsyncClient:
-        """As TollClient.api."""
-        base = self._base(name)
-        auth = self.auth(scope or name, **whom)
-        return self._open(base, auth)
-
-    def _open(self, base: str, auth: AsyncTollAuth | None = None) -> httpx.AsyncClient:
-        made = httpx.AsyncClient(
-            base_url=base, auth=auth, **self._token_service.http_client.options(base)
-        )
-        self._track_client(made)
-        return made
+    async def routing(
+        self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """As TollClient.routing."""
+        async with alimit_response_size(self.api("routing")) as client:
+            async for batch in arouting(client, level, **self._feed(marker)):
+                yield batch
 
     async def aclose(self) -> None:
         """As TollClient.close."""
-        await self._close_clients()
-        self._release()
+        for client in self._release():
+            # One that was used in a loop that is over has no connection left to close.
+            with contextlib.suppress(RuntimeError):
+                await client.aclose()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
+
+    async def _obtain(self, request: TokenRequest, requirements: TokenRequirements) -> AccessToken:
+        return await self._token_service.atoken(request, requirements)
+
+    def _new_client(self, base: str, auth: TollAuth | None) -> httpx.AsyncClient:
+        options = self._token_service.http_client.options(base)
+        return httpx.AsyncClient(base_url=base, auth=auth, **options)
+
+    def _limited(self, client: httpx.AsyncClient) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
+        return alimit_response_size(client), asyncio.Semaphore(CONNECTIONS)
+
+    async def _called(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
+        try:
+            return await self._send(api, wanted, method, url, **request)
+        except NoResponse as exc:
+            raise no_response_error(exc, api, method) from exc
+
+    async def _send(
+        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+    ) -> httpx.Response:
+        client, turn = self._pool(api, id(asyncio.get_running_loop()))
+        request["auth"] = AsyncTollAuth(self._token_service, wanted)
+        async with turn:
+            return await asend_with_deadline(
+                client, method, url, http_client=self._token_service.http_client, **request
+            )
+
+    async def _run_conversation(
+        self, api: Api, wanted: TokenRequest, conversation: Conversation
+    ) -> Receipt:
+        ask, origin = partial(self._send, api, wanted), self._token_service.endpoints.customs
+        return await arun_conversation(conversation, ask, origin, asyncio.sleep)
