@@ -37,16 +37,16 @@ class TollAuth(httpx.Auth):
     def __init__(self, token_service: TokenService, request: TokenRequest) -> None:
         self._token_service = token_service
         self._request = request
-        url = httpx.URL(token_service.endpoints.customs)
-        self._origin = _origin(url)
-        self._customs_url = url.scheme, url.netloc
+        self._customs = httpx.URL(token_service.endpoints.customs)
+        # httpx lower-cases both and leaves a default port out.
+        self._origin = self._customs.scheme, self._customs.netloc
 
     def _check(self, request: httpx.Request) -> None:
         """Before a token is requested, check the URL and the headers of the request."""
         url, netloc = request.url, request.url.netloc
-        if (url.scheme, netloc) != self._customs_url and _origin(url) != self._origin:
+        if (url.scheme, netloc) != self._origin:
             raise ConfigurationError(
-                f"call to {foreign(request.url.host)}: the token is for {self._origin[1]} alone",
+                f"call to {foreign(request.url.host)}: the token is for {self._customs.host} alone",
                 hint="use a client of your own for other hosts",
                 code="foreign-origin",
             )
@@ -120,7 +120,3 @@ class TollAuth(httpx.Auth):
 
 class AsyncTollAuth(TollAuth):
     """As TollAuth; returned by `AsyncTollClient.auth`."""
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int]:
-    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)

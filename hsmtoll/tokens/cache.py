@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hsmtoll.token import TokenRequest, TokenRequirements
     from hsmtoll.tokens.stores import Store
 
-__all__ = ["Cache", "PendingRenewal", "Renewer"]
+__all__ = ["Cache", "Renewer"]
 
 _log = logging.getLogger("hsmtoll.tokens.cache")
 
@@ -157,7 +157,8 @@ class Cache:
         with scope ``caller`` is raised only for the caller that started the renewal. UsageError if
         no token can meet *requirements*.
         """
-        while True:
+        token = self.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
+        while token is None:
             pending, token, led = self._join(request, renewer, requirements)
             if pending is not None:
                 try:
@@ -165,8 +166,7 @@ class Cache:
                 finally:
                     self._leave(pending)
                 token = self._result_for_waiter(request, pending, requirements, led=led)
-            if token is not None:
-                return token
+        return token
 
     async def aget(
         self,
@@ -177,7 +177,8 @@ class Cache:
         """As get, for tasks: waiting blocks no thread, and cancelling one task affects no other."""
         import asyncio  # noqa: PLC0415 - threads need none of it
 
-        while True:
+        token = self.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
+        while token is None:
             pending, token, led = self._join(request, renewer, requirements)
             if pending is not None:
                 try:
@@ -185,8 +186,7 @@ class Cache:
                 finally:
                     self._leave(pending)
                 token = self._result_for_waiter(request, pending, requirements, led=led)
-            if token is not None:
-                return token
+        return token
 
     def _join(
         self, request: TokenRequest, renewer: Callable[[], Renewer], requirements: TokenRequirements
@@ -203,37 +203,51 @@ class Cache:
                 most = self._max_remaining.get(request, requirements.min_life)
                 if most < requirements.min_life:
                     raise min_life_unattainable_error(requirements, most)
-            pending, led = self._pending.get(request), False
+            pending = self._pending.get(request)
+            led = pending is None
             if pending is None:
-                rest = self._rests.get(request)
-                if rest is not None and now.boot < rest[0].until:
-                    if token is None:
-                        raise records.copy_exception(rest[1])
-                    self.hits["stale"] += 1
-                    return None, token, False
-                pending, led = PendingRenewal(now.boot, requirements), True
-                # A daemon thread outside any pool: a hanging device must not keep the process. In
-                # the caller's context, so that traces show the renewal below what asked for it.
-                thread = threading.Thread(
-                    target=contextvars.copy_context().run,
-                    args=(self._run_renewal, request, renewer, pending),
-                    name=THREAD,
-                    daemon=True,
-                )
-                try:
-                    thread.start()
-                except RuntimeError:
-                    # The thread limit is reached, or the interpreter is shutting down.
-                    if token is None:
-                        raise
-                    self.hits["stale"] += 1
-                    return None, token, False
-                self._pending[request] = pending
-            if token is not None and self._background:
+                pending = self._start(request, renewer, requirements, token)
+            if pending is None or (token is not None and self._background):
                 self.hits["stale"] += 1
                 return None, token, False
             pending.waiting += 1
             return pending, None, led
+
+    def _start(
+        self,
+        request: TokenRequest,
+        renewer: Callable[[], Renewer],
+        requirements: TokenRequirements,
+        token: AccessToken | None,
+    ) -> PendingRenewal | None:
+        """
+        Start a renewal. If the last has just failed, or there is no thread for it: ``None`` where
+        *token* can be used instead, otherwise the error.
+        """
+        now = self._clock.now()
+        rest = self._rests.get(request)
+        if rest is not None and now.boot < rest[0].until:
+            if token is None:
+                raise records.copy_exception(rest[1])
+            return None
+        pending = PendingRenewal(now.boot, requirements)
+        # A daemon thread outside any pool: a hanging device must not keep the process. In the
+        # caller's context, so that traces show the renewal below what asked for it.
+        thread = threading.Thread(
+            target=contextvars.copy_context().run,
+            args=(self._run_renewal, request, renewer, pending),
+            name=THREAD,
+            daemon=True,
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            # The thread limit is reached, or the interpreter is shutting down.
+            if token is None:
+                raise
+            return None
+        self._pending[request] = pending
+        return pending
 
     def _leave(self, pending: PendingRenewal) -> None:
         with self._guard:

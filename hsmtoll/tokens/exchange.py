@@ -286,7 +286,7 @@ def _refused(
     lines.append(f"who must act: {who}")
     if row and row.doctor:
         lines.append("run `hsmtoll doctor`: it looks for the cause")
-    raise error(
+    return error(
         f"Maskinporten refused the grant: {answer.status}{f', {code}' if code else ''}, {text}",
         hint="\n".join(lines),
         code=code or "grant-refused",

@@ -11,7 +11,7 @@ from hsmtoll.http_messages import Post
 from hsmtoll.signing.remote import audit_place, object_in, request_body
 from hsmtoll.token import AccessToken
 from hsmtoll.tokens.exchange import read_issued
-from hsmtoll.tokens.renewal import pause_after
+from hsmtoll.tokens.renewal import with_retries
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
@@ -48,19 +48,14 @@ class RemoteTokens:
     def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
         """Obtain a token from a signing host. Raises as `SigningHost.ask`."""
         pending.phase = "the signing host"
-        for attempt in range(1, self._attempts + 1):
+
+        def attempt(_: int) -> AccessToken:
             asked = self._clock.now()
-            try:
-                issued = self.hosts.first(partial(self._asked, request))
-            except HsmTollError as exc:
-                pause = pause_after(exc, attempt)
-                if pause is None or attempt == self._attempts:
-                    raise
-            else:
-                pending.identity = self.hosts.provisional_identity()
-                return AccessToken(issued.value, request.scope, asked, issued.expires_in)
-            self._clock.sleep(pause)
-        raise AssertionError  # the loop returns or raises
+            issued = self.hosts.first(partial(self._asked, request))
+            pending.identity = self.hosts.provisional_identity()
+            return AccessToken(issued.value, request.scope, asked, issued.expires_in)
+
+        return with_retries(attempt, attempts=self._attempts, clock=self._clock)
 
     def _asked(self, request: TokenRequest, host: SigningHost) -> Issued:
         answer = host.ask("token", request_body(self._profile, request))

@@ -71,8 +71,7 @@ class RateLimit:
                     signed=False,
                     retry_after=wait,
                 )
-            self._own[key] = [*own, now]
-            self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
+            self._add(key, spent, own, now)
 
     def record(self, identity: str) -> None:
         """Count one signature of *identity*, known only afterwards, without checking the limit."""
@@ -80,8 +79,11 @@ class RateLimit:
         with self._locked(key):
             now = self._clock.now().wall
             shared, own = self._counts(key, now)
-            self._own[key] = [*own, now]
-            self._store.put(key, json.dumps([*max(shared, own, key=len), now]).encode(), ttl=_HOUR)
+            self._add(key, max(shared, own, key=len), own, now)
+
+    def _add(self, key: str, spent: list[float], own: list[float], now: float) -> None:
+        self._own[key] = [*own, now]
+        self._store.put(key, json.dumps([*spent, now]).encode(), ttl=_HOUR)
 
     def give_back(self, identity: str) -> None:
         """Undo the last `acquire`: nothing was signed."""

@@ -77,12 +77,11 @@ class BackgroundRefresher:
             # A new random value each time, so that two programs do not stay synchronised.
             self._early[request] = jitter(*_EARLY)
             min_life = min(held.lifetime - 1.0, before) if held else 0.0
-            token = token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
+            token_service.token(request, TokenRequirements(min_life=max(0.0, min_life)))
         except Exception as exc:  # noqa: BLE001 - the next attempt may succeed
             # The text of an exception that is not ours may contain a secret.
             reason = exc if isinstance(exc, HsmTollError) else type(exc).__name__
             _log.warning("renewal ahead of time failed: %s", reason)
             return _POLL_INTERVAL * jitter(0.5, 1.0)
         self.done += 1
-        del token
         return 0.2

@@ -11,7 +11,7 @@ import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 from urllib.parse import urlsplit
 
 from hsmtoll import apis
@@ -23,7 +23,7 @@ from hsmtoll.token import AccessToken
 from hsmtoll.tokens import exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.http_messages import Answer, Post
@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     from hsmtoll.signing.grant import SignedGrant
     from hsmtoll.signing.signer import Signer
     from hsmtoll.token import ClockReading, TokenRequest
-    from hsmtoll.tokens.cache import PendingRenewal
     from hsmtoll.tokens.exchange import Endpoints, Issued
     from hsmtoll.tokens.rate_limit import RateLimit
+    from hsmtoll.tokens.single_flight import PendingRenewal
     from hsmtoll.tokens.token_service import Counts
     from hsmtoll.transport import HttpClient
 
-__all__ = ["Renewal", "pause_after"]
+__all__ = ["Renewal", "pause_after", "with_retries"]
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger("hsmtoll.client")
 
@@ -72,32 +74,24 @@ class Renewal:
         return self.signer.known_identity()
 
     def renew(self, request: TokenRequest, pending: PendingRenewal) -> AccessToken:
-        """
-        Obtain a new token. A failed attempt is repeated with a new grant if its error is
-        retryable.
-        """
-        for attempt in range(1, self.per_request + 1):
-            try:
-                self._check_the_way()
-                pending.phase = self.signing
-                grant = self.sign(request)
-                pending.identity = grant.identity
-                asked = self.clock.now()
-                pending.phase = "Maskinporten"
-                subject = self._granted(grant, retried=attempt > 1)
-                if request.scope == apis.SELF_TEST_SCOPE:
-                    raise _self_test()
-                pending.phase = "Customs"
-                issued = self._exchanged(subject)
-                lifetime = min(issued.expires_in, subject.expires_in)
-                return AccessToken(issued.value, request.scope, asked, lifetime)
-            except HsmTollError as exc:
-                pause = pause_after(exc, attempt)
-                if pause is None or attempt == self.per_request:
-                    raise
-                _log.info("attempt %d of %d failed: %s", attempt, self.per_request, exc)
-            self.clock.sleep(pause)
-        raise AssertionError  # the loop returns or raises
+        """Obtain a new token. Each attempt has a new grant."""
+
+        def attempt(number: int) -> AccessToken:
+            self._check_the_way()
+            pending.phase = self.signing
+            grant = self.sign(request)
+            pending.identity = grant.identity
+            asked = self.clock.now()
+            pending.phase = "Maskinporten"
+            subject = self._granted(grant, retried=number > 1)
+            if request.scope == apis.SELF_TEST_SCOPE:
+                raise _self_test()
+            pending.phase = "Customs"
+            issued = self._exchanged(subject)
+            lifetime = min(issued.expires_in, subject.expires_in)
+            return AccessToken(issued.value, request.scope, asked, lifetime)
+
+        return with_retries(attempt, attempts=self.per_request, clock=self.clock)
 
     def sign(self, request: TokenRequest) -> SignedGrant:
         """One grant, within the rate limit. Raises TryAgainLater (``budget``) and as `Signer`."""
@@ -232,6 +226,23 @@ def _self_test() -> ExchangeRefused:
         "the key, its certificates and Maskinporten work together",
         code="self-test",
     )
+
+
+def with_retries(attempt: Callable[[int], _T], *, attempts: int, clock: Clock) -> _T:
+    """
+    What *attempt* returns, called with 1, 2, … *attempts* at most: again, after a pause, if its
+    error is retryable.
+    """
+    for number in range(1, attempts):
+        try:
+            return attempt(number)
+        except HsmTollError as exc:
+            pause = pause_after(exc, number)
+            if pause is None:
+                raise
+            _log.info("attempt %d of %d failed: %s", number, attempts, exc)
+        clock.sleep(pause)
+    return attempt(attempts)
 
 
 def pause_after(exc: HsmTollError, attempt: int) -> float | None:

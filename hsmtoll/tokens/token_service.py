@@ -134,15 +134,13 @@ class TokenService:
         self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
     ) -> AccessToken:
         """From memory, the store, or a renewal. Raises what the renewal raises."""
-        held = self.cache.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
-        return held or self.cache.get(request, self._renewal, requirements)
+        return self.cache.get(request, self._renewal, requirements)
 
     async def atoken(
         self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
     ) -> AccessToken:
         """As token, for tasks: a token in memory is returned at once, waiting blocks no thread."""
-        held = self.cache.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
-        return held or await self.cache.aget(request, self._renewal, requirements)
+        return await self.cache.aget(request, self._renewal, requirements)
 
     def worth_renewing(self, value: str, request: TokenRequest) -> bool:
         """

@@ -22,7 +22,8 @@ from hsmtoll.errors import GrantRefused, HsmTollError, NetworkError, UsageError
 from hsmtoll.remembered import PersistedText
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.token import NO_REQUIREMENTS, AccessToken, TokenRequest, TokenRequirements
-from hsmtoll.tokens.cache import Cache, PendingRenewal
+from hsmtoll.tokens.cache import Cache
+from hsmtoll.tokens.single_flight import PendingRenewal
 from hsmtoll.tokens.stores import FileStore
 
 REQUEST = TokenRequest("toll:eu/movement/road/v2")

@@ -30,8 +30,8 @@ from hsmtoll.token import (
     TokenRequirements,
 )
 from hsmtoll.tokens import records
-from hsmtoll.tokens.cache import Cache, PendingRenewal
-from hsmtoll.tokens.single_flight import THREAD
+from hsmtoll.tokens.cache import Cache
+from hsmtoll.tokens.single_flight import THREAD, PendingRenewal
 from hsmtoll.tokens.stores import FileStore, MemoryStore, Store, StoredValue, name_of
 
 if TYPE_CHECKING:
