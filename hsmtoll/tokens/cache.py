@@ -182,7 +182,8 @@ class Cache:
             pending, token, led = self._join(request, renewer, requirements)
             if pending is not None:
                 try:
-                    await self._completion(pending, asyncio.get_running_loop())
+                    # One task that is cancelled must not end the future of all.
+                    await asyncio.shield(self._future(pending, asyncio.get_running_loop()))
                 finally:
                     self._leave(pending)
                 token = self._result_for_waiter(request, pending, requirements, led=led)
@@ -304,12 +305,12 @@ class Cache:
             elif isinstance(outcome, Exception):
                 self._rest(request, outcome)
             pending.outcome = outcome
-            loops = list(pending.loops)
+            futures = dict(pending.futures)
         pending.done.set()
-        for loop in loops:
+        for loop, future in futures.items():
             # A closed event loop has no waiting tasks.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._wake, pending, loop)
+                loop.call_soon_threadsafe(_complete, future)
         # Waiting callers without a token get the exception; log only when a valid token masks it.
         if (
             isinstance(outcome, HsmTollError)
@@ -446,28 +447,22 @@ class Cache:
         # All waiting callers share the deadline of the first one.
         return max(0.05, pending.started + self._patience - self._clock.now().boot)
 
-    def _completion(
+    def _future(
         self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[None]:
-        """A future for one task, done when the renewal ends or exceeds its deadline."""
-        future = loop.create_future()
+        """For all tasks of *loop*: done when the renewal ends or exceeds its deadline."""
         with self._guard:
-            if loop not in pending.loops:
-                pending.loops[loop] = []
-                loop.call_later(self._seconds_left(pending), self._wake, pending, loop)
-            waiting = pending.loops[loop]
-            if waiting is None or pending.outcome is not None:
-                future.set_result(None)
-            else:
-                waiting.append(future)
+            future = pending.futures.get(loop)
+            if future is None:
+                future = pending.futures[loop] = loop.create_future()
+                seconds = self._seconds_left(pending) if pending.outcome is None else 0
+                loop.call_later(seconds, _complete, future)
         return future
 
-    def _wake(self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop) -> None:
-        with self._guard:
-            waiting, pending.loops[loop] = pending.loops[loop], None
-        for future in waiting or ():
-            if not future.done():
-                future.set_result(None)
+
+def _complete(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _negative_cache_ttl(exc: HsmTollError) -> float:

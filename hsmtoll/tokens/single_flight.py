@@ -44,11 +44,8 @@ class PendingRenewal:
     waiting: int = 0
     outcome: AccessToken | BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    # For each event loop, one future per waiting task, so that each task can be cancelled alone;
-    # None once they were woken.
-    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]] | None] = field(
-        default_factory=dict
-    )
+    #: As *done*, for the tasks of each event loop.
+    futures: dict[asyncio.AbstractEventLoop, asyncio.Future[None]] = field(default_factory=dict)
 
 
 def join_renewal_threads(seconds: float) -> float:
