@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -226,3 +227,70 @@ profile.acme = { scopes = ["road"], mode = ["grant"], authorization_details = [{
 """
     with pytest.raises(ConfigurationError, match="authorization_details"):
         Policy.parse(text.encode())
+
+
+def test_a_policy_is_known_by_the_hash_of_its_bytes_and_an_error_by_its_path(
+    tmp_path: Path,
+) -> None:
+    assert POLICY.sha256 == hashlib.sha256(TEXT.encode()).hexdigest()
+    file = tmp_path / "policy.toml"
+    file.write_text("nonsense = 1\n")
+    file.chmod(0o600)
+    with pytest.raises(ConfigurationError, match=f"policy {file}: nonsense"):
+        Policy.load(file)
+
+
+def test_certificates_that_are_revoked_above_and_below_a_caller_are_all_revoked() -> None:
+    first, second = "ab" * 32, ":".join(["CD"] * 32)
+    text = f"revoked_sha256 = ['{first}']\n{TEXT}[caller.'san:dns:a.example']\n"
+    policy = Policy.parse(f"{text}revoked_sha256 = ['{second}']\n".encode())
+    assert policy.revoked == {first, "cd" * 32}
+
+
+def test_a_policy_without_callers_is_one_and_lets_nobody_in() -> None:
+    policy = Policy.parse(TEXT.partition("[caller")[0].encode())
+    assert not decide(policy, PEER, ROAD, "grant", Counts()).allowed
+
+
+@pytest.mark.parametrize("environment", ["test", "prod", "sandbox"])
+def test_a_profile_is_of_one_of_three_environments(environment: str) -> None:
+    assert Policy.parse(TEXT.replace("prod", environment).encode()).profiles
+    with pytest.raises(ConfigurationError, match="test, prod or sandbox"):
+        Policy.parse(TEXT.replace("prod", environment.upper()).encode())
+
+
+@pytest.mark.parametrize("option", ["per_minute", "per_day"])
+@pytest.mark.parametrize("value", ["-1", "'6'", "6.0", "true", "[6]"])
+def test_a_quota_is_a_whole_number(option: str, value: str) -> None:
+    Policy.parse(TEXT.replace("per_minute = 6", f"{option} = 0").encode())
+    with pytest.raises(ConfigurationError, match=f"{option} must be a whole number"):
+        Policy.parse(TEXT.replace("per_minute = 6", f"{option} = {value}").encode())
+
+
+@pytest.mark.parametrize(
+    ("option", "counts", "span"),
+    [("per_minute", Counts(minute=6), "minute"), ("per_day", Counts(day=6), "day")],
+)
+def test_a_quota_that_is_used_up_is_told_apart_from_a_refusal(
+    option: str, counts: Counts, span: str
+) -> None:
+    policy = Policy.parse(TEXT.replace("per_minute", option).encode())
+    full = decide(policy, PEER, ROAD, "grant", counts)
+    assert (full.allowed, full.quota, full.caller, full.line) == (False, True, "uid:1001", 6)
+    assert full.why == f"the quota of 6 per {span} is used up"
+    # The twins: one less, and what the policy refuses whatever was used.
+    assert decide(policy, PEER, ROAD, "grant", Counts(minute=5, day=5)).allowed
+    refused = decide(policy, PEER, ROAD, "token", counts)
+    assert (refused.quota, refused.caller, refused.line) == (False, "uid:1001", 6)
+
+
+def test_a_refusal_names_the_line_that_it_comes_from() -> None:
+    def line(peer: Peer, ask: GrantRequest) -> int:
+        return decide(POLICY, peer, ask, "grant", Counts()).line
+
+    assert line(PEER, GrantRequest("acme", "air")) == 6
+    assert line(PEER, GrantRequest("acme", "there is no such scope")) == 6
+    # No line allows the profile, so it is the caller's; of two callers, the second.
+    assert line(PEER, GrantRequest("other", "road")) == 5
+    assert line(Peer.local(1001, 7), ROAD) == 5
+    assert line(Peer.local(1002, 1002), ROAD) == 0
