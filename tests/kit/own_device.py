@@ -1,14 +1,18 @@
-"""A device of one's own inside the room's SoftHSM, and clocks that can be moved."""
+"""
+Devices of one's own: inside the room's SoftHSM, or as a copy of one that was made before; and
+clocks that can be moved.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ from tests.soak.measure import children
 
 if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device
+    from hsmtoll.testing.softhsm import SoftHsm
 
 PIN = "24681012"
 
@@ -166,6 +171,14 @@ def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:
         "--so-pin", "13579113",
     )  # fmt: skip
     made.seen_anew()
+    return made
+
+
+def copied(device: SoftHsm, directory: Path) -> SoftHsm:
+    """A device with the keys, certificates, label and PIN of *device*, which nobody uses now."""
+    shutil.copytree(device.directory, directory)
+    made = replace(device, directory=directory, _commands=[])
+    made.conf.write_text(made._configuration())
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ class DeviceSoftHsm:
     module: Path = SOFTHSM
     pin: str = "1234"
 
+    def copy(self, folder: Path) -> DeviceSoftHsm:
+        """The same device in another directory; nobody uses this one meanwhile."""
+        shutil.copytree(self.folder / "tokens", folder / "tokens")
+        return _configured(folder)
+
     @property
     def environment(self) -> dict[str, str]:
         """What a process of its own needs to see this device."""
@@ -139,13 +145,17 @@ class DeviceSoftHsm:
         subprocess.run(argv, env=self.environment, check=True)
 
 
-def make_softhsm(folder: Path) -> DeviceSoftHsm:
-    """A device directory with the token 'lab', still empty."""
-    (folder / "tokens").mkdir(parents=True, mode=0o700)
+def _configured(folder: Path) -> DeviceSoftHsm:
     (folder / "softhsm2.conf").write_text(
         f"directories.tokendir = {folder}/tokens\nobjectstore.backend = file\nlog.level = ERROR\n"
     )
-    made = DeviceSoftHsm(folder)
+    return DeviceSoftHsm(folder)
+
+
+def make_softhsm(folder: Path) -> DeviceSoftHsm:
+    """A device directory with the token 'lab', still empty."""
+    (folder / "tokens").mkdir(parents=True, mode=0o700)
+    made = _configured(folder)
     made.util("--init-token", "--free", "--label", "lab", "--pin", made.pin, "--so-pin", "56785678")
     return made
 

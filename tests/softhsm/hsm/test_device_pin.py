@@ -95,12 +95,19 @@ class Bench:
         return text.count(": C_Login\n")
 
 
+@pytest.fixture(scope="module")
+def provisioned(tmp_path_factory: pytest.TempPathFactory) -> DeviceSoftHsm:
+    """What the device of each test is a copy of."""
+    made = make_softhsm(tmp_path_factory.mktemp("provisioned") / "device")
+    made.python(_PROVISION)
+    return made
+
+
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(provisioned: DeviceSoftHsm, tmp_path: Path) -> Bench:
     """A fresh device: SoftHSM never locks, so a right PIN always works there."""
     tmp_path.chmod(0o700)
-    softhsm = make_softhsm(tmp_path / "device")
-    softhsm.python(_PROVISION)
+    softhsm = provisioned.copy(tmp_path / "device")
     return Bench(softhsm, tmp_path / "spy.log", tmp_path / "state")
 
 

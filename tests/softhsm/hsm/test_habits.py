@@ -29,7 +29,7 @@ from hsmtoll.testing.identity import eseal, introduce
 from hsmtoll.testing.softhsm import SoftHsm
 from hsmtoll.token import TokenRequest
 from tests.kit.grants import a_grant
-from tests.kit.own_device import accepted
+from tests.kit.own_device import accepted, copied
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -802,17 +802,27 @@ def test_a_command_says_once_that_the_device_is_away(
 # ---------------------------------------------------------------------- big partitions
 
 
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> ThrowAway:
+    """What the device of each test here is a copy of."""
+    device = SoftHsm.create(
+        tmp_path_factory.mktemp("common") / "own", label="many", pin="4711471147"
+    )
+    return eseal(device, label="acme")
+
+
 @pytest.fixture
 def partition(
     toll_settings: Settings,
     toll_faults: Faults,
+    common: ThrowAway,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> SoftHsm:
     """A device of its own: what other tests left on the common one costs calls as well."""
     del toll_settings
-    own = SoftHsm.create(tmp_path / "own", label="many", pin="4711471147")
-    for name, value in (eseal(own, label="acme").environ() | toll_faults.environ()).items():
+    own = copied(common.device, tmp_path / "own")
+    for name, value in (own.environ("acme") | common.settings | toll_faults.environ()).items():
         monkeypatch.setenv(name, value)
     return own
 

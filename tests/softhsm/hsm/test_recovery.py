@@ -26,7 +26,7 @@ from hsmtoll.jws import RsaPublicKey
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.testing.softhsm import SoftHsm
 from tests.kit.grants import DEFINED, a_grant
-from tests.kit.own_device import listens
+from tests.kit.own_device import copied, listens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -290,12 +290,21 @@ def test_a_login_whose_fate_is_unknown_is_not_repeated_for_the_same_call(
 # ---------------------------------------------------------------------- changed by others
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
+    """What those are copies of that tests may ruin."""
+    made = SoftHsm.create(tmp_path_factory.mktemp("whole") / "own")
+    made.generate_key("k", b"\x01")
+    return made
+
+
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toll_faults: Faults) -> Iterator[SoftHsm]:
+def own(
+    whole: SoftHsm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toll_faults: Faults
+) -> Iterator[SoftHsm]:
     """A SoftHSM that a test may ruin."""
     del toll_faults
-    made = SoftHsm.create(tmp_path / "own")
-    made.generate_key("k", b"\x01")
+    made = copied(whole, tmp_path / "own")
     monkeypatch.setenv("SOFTHSM2_CONF", str(made.conf))
     _restart_module(made.module)
     yield made

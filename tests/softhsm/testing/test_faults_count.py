@@ -52,10 +52,18 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
     return made
 
 
-@pytest.fixture
-def faults(device: SoftHsm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+@pytest.fixture(scope="module")
+def shim(device: SoftHsm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
     with Faults(device.module, tmp_path_factory.mktemp("counts")) as made:
         yield made
+
+
+@pytest.fixture
+def faults(shim: Faults) -> Iterator[Faults]:
+    """From zero for each test."""
+    shim.reset_counts()
+    yield shim
+    shim.clear()
 
 
 def tells(module: Path, device: SoftHsm, program: str, faults: Faults | None = None) -> list[str]:
