@@ -625,12 +625,7 @@ def stacks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
         each.close()
 
 
-def each_of(*names: str) -> list[Any]:
-    """Parameters for tests of these stacks: pytest-xdist keeps those of one in one process."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-
-
-@pytest.fixture(params=each_of(*sorted(STACKS)))
+@pytest.fixture(params=sorted(STACKS))
 def stack(request: pytest.FixtureRequest, stacks: Callable[[str], Stack]) -> Stack:
     """Each stack in turn."""
     return stacks(request.param)

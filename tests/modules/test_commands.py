@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hsmtoll.sandbox import pki
-from tests.modules.conftest import CARDS, each_of
+from tests.modules.conftest import CARDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ def test_it_signs_on_after_other_code_in_the_process_logged_out(
         assert program.does("token")
 
 
-@pytest.mark.parametrize("name", each_of(*CARDS))
+@pytest.mark.parametrize("name", CARDS)
 def test_a_card_that_another_program_reset_signs_again(
     stacks: Callable[[str], Stack], tmp_path: Path, isolation: str, name: str
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_card_that_another_program_reset_signs_again(
         assert program.does("token")
 
 
-@pytest.mark.parametrize("name", each_of("softhsm", "p11-kit", "p11-kit-proxy", "opencryptoki"))
+@pytest.mark.parametrize("name", ["softhsm", "p11-kit", "p11-kit-proxy", "opencryptoki"])
 def test_certificates_that_show_after_the_login_alone_are_found(
     stacks: Callable[[str], Stack], tmp_path: Path, isolation: str, name: str
 ) -> None:
@@ -148,7 +148,7 @@ def certificates(stack: Stack) -> int:
     return listed.count("Certificate Object")
 
 
-@pytest.mark.parametrize("name", each_of("piv", "ykcs11"))
+@pytest.mark.parametrize("name", ["piv", "ykcs11"])
 def test_a_key_that_wants_the_pin_for_each_signature_is_given_it(
     stacks: Callable[[str], Stack], tmp_path: Path, isolation: str, name: str
 ) -> None:

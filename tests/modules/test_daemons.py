@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.modules.conftest import CARDS, each_of, wait_for
+from tests.modules.conftest import CARDS, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 SIGN = {"alg": "RS256", "jti": "one"}
 
 
-@pytest.fixture(params=each_of(*CARDS))
+@pytest.fixture(params=CARDS)
 def card(stacks: Callable[[str], Stack], request: pytest.FixtureRequest) -> Iterator[Smartcard]:
     made: Smartcard = stacks(request.param)  # type: ignore[assignment]  # as it is named
     yield made

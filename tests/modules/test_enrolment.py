@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.modules.conftest import each_of
-
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.mark.parametrize("name", each_of("softhsm", "p11-kit", "opencryptoki", "nss", "tpm"))
+@pytest.mark.parametrize("name", ["softhsm", "p11-kit", "opencryptoki", "nss", "tpm"])
 def test_a_key_is_made_that_stays_inside_and_signs(
     stacks: Callable[[str], Stack], tmp_path: Path, name: str
 ) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.modules.conftest import CARDS, each_of
+from tests.modules.conftest import CARDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +35,6 @@ def flagged(stacks: Callable[[str], Stack]) -> Iterator[Opencryptoki]:
     made.conf("-p", "-U", "12345678", "-n", made.pin)
 
 
-@pytest.mark.xdist_group("opencryptoki")
 def test_opencryptoki_says_low_then_final_then_locked_and_is_not_asked_again(
     flagged: Opencryptoki, tmp_path: Path
 ) -> None:
@@ -47,7 +46,6 @@ def test_opencryptoki_says_low_then_final_then_locked_and_is_not_asked_again(
     assert wrong(flagged, tmp_path, flagged.pin, use_final_try=True) == (21, "pin-locked")
 
 
-@pytest.mark.xdist_group("opencryptoki")
 def test_the_final_try_is_taken_where_a_person_says_so(
     flagged: Opencryptoki, tmp_path: Path
 ) -> None:
@@ -57,7 +55,6 @@ def test_the_final_try_is_taken_where_a_person_says_so(
         assert driver.does("sign", **SIGN)
 
 
-@pytest.mark.xdist_group("opencryptoki")
 def test_opencryptoki_has_raw_rsa_alone_and_the_digest_is_made_here(
     stacks: Callable[[str], Stack], tmp_path: Path
 ) -> None:
@@ -77,7 +74,6 @@ def chip(stacks: Callable[[str], Stack]) -> Iterator[Tpm]:
     made.unblock()
 
 
-@pytest.mark.xdist_group("tpm")
 def test_a_tpm_locks_after_three_different_wrong_pins_and_one_repeated_costs_one(
     chip: Tpm, tmp_path: Path
 ) -> None:
@@ -95,7 +91,7 @@ def test_a_tpm_locks_after_three_different_wrong_pins_and_one_repeated_costs_one
         assert driver.does("sign", **SIGN)
 
 
-@pytest.fixture(params=each_of(*CARDS))
+@pytest.fixture(params=CARDS)
 def card(stacks: Callable[[str], Stack], request: pytest.FixtureRequest) -> Iterator[Smartcard]:
     made: Smartcard = stacks(request.param)  # type: ignore[assignment]  # as it is named
     yield made
