@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.files import check_trusted, first_untrusted_component
-from hsmtoll.settings import variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -446,7 +445,7 @@ def source_of(hsm: Hsm, kind: str, uri: KeyUri | None) -> PinSource | None:
     Where the settings say that a PIN comes from: *kind* is ``pin`` or ``signing_pin``; *uri* may
     name a file. ``None`` where they name no source.
     """
-    name = variable("hsm", kind)
+    name = f"HSMTOLL_HSM__{kind.upper()}"
     value, file, command, prompt = (
         getattr(hsm, f"{kind}{part}") for part in ("", "_file", "_command", "_prompt")
     )
