@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -194,6 +195,16 @@ def stand_between(folder: Path, code: str, **functions: str) -> Path:
     source.write_text(_BETWEEN % {"code": code, "module": SOFTHSM, "replaced": replaced})
     subprocess.run(["cc", "-shared", "-fPIC", "-o", module, source, "-ldl"], check=True)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    A device that is not there at first is waited for, because another process may be logging in
+    to it. To a device of this process nobody else does: a hundredth of each pause is enough.
+    """
+    defaults = vars(InProcessDevice)["__init__"].__kwdefaults__
+    monkeypatch.setitem(defaults, "sleep", lambda seconds: time.sleep(seconds / 100))
 
 
 _made = pytest.StashKey[DeviceSoftHsm]()
