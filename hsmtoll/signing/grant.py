@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import jws
@@ -31,7 +31,7 @@ MIN_LEFT: Final = 30
 _ORGNO = re.compile(r"\d{9}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Grant:
     """
     A grant without time, jti and signature, validated on construction.
@@ -61,13 +61,7 @@ class Grant:
     @property
     def header(self) -> dict[str, Any]:
         """Exactly ``alg`` and one of ``kid`` and ``x5c``; no ``typ``."""
-        named: dict[str, Any] = {"kid": self.kid} if self.kid else {"x5c": list(self.x5c)}
-        return {"alg": self.alg, **named}
-
-    @cached_property
-    def _header_segment(self) -> bytes:
-        # Kilobytes of certificates that are the same from grant to grant.
-        return jws.segment(self.header)
+        return _header(self.alg, self.kid, self.x5c)
 
     def unsigned(self, *, now: float, jti: str) -> jws.SigningInput:
         """
@@ -76,7 +70,8 @@ class Grant:
         *now* is Maskinporten's time as far as known, in seconds since the epoch, taken
         after the device was unlocked. *jti* is used once: a second use is a replay (MP-012).
         """
-        unsigned = jws.signing_input(self._header_segment, self.claims(now=now, jti=jti))
+        header = _header_segment(self.alg, self.kid, self.x5c)
+        unsigned = jws.signing_input(header, self.claims(now=now, jti=jti))
         return jws.SigningInput(unsigned)
 
     def claims(self, *, now: float, jti: str) -> dict[str, Any]:
@@ -97,6 +92,17 @@ class Grant:
         if self.request.authorization_details:
             claims["authorization_details"] = self.request.details
         return claims
+
+
+def _header(alg: str, kid: str | None, x5c: tuple[str, ...]) -> dict[str, Any]:
+    return {"alg": alg, **({"kid": kid} if kid else {"x5c": list(x5c)})}
+
+
+# Kilobytes of certificates that are the same from grant to grant. No cached_property: that of
+# Python 3.11 has a lock, and a child that is forked while another thread holds it waits for ever.
+@lru_cache(maxsize=8)
+def _header_segment(alg: str, kid: str | None, x5c: tuple[str, ...]) -> bytes:
+    return jws.segment(_header(alg, kid, x5c))
 
 
 @dataclass(frozen=True, slots=True)
