@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_public_key,
 )
+from filelock import FileLock
 
 from hsmtoll.sandbox import pki
 from hsmtoll.testing.softhsm import SoftHsm
@@ -574,18 +575,19 @@ def card_environment() -> Path:
     """The virtual environment with the card; made when it is first wanted."""
     place = HERE.parent.parent / ".venv-card"
     python = place / "bin" / "python"
-    if not (place / "made").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-        install = [str(python), "-m", "pip", "install", "-q"]
-        subprocess.run([*install, "setuptools==84.2.1"], check=True)
-        # The card's own build asks for names that Python 3.12 no longer has.
-        (place / "shim").mkdir()
-        (place / "shim" / "sitecustomize.py").write_text(_FORMER_NAMES)
-        subprocess.run(
-            [*install, "--no-build-isolation", *CARD], check=True,
-            env={**os.environ, "PYTHONPATH": str(place / "shim")},
-        )  # fmt: skip
-        (place / "made").touch()
+    with FileLock(f"{place}.lock"):
+        if not (place / "made").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+            install = [str(python), "-m", "pip", "install", "-q"]
+            subprocess.run([*install, "setuptools==84.2.1"], check=True)
+            # The card's own build asks for names that Python 3.12 no longer has.
+            (place / "shim").mkdir()
+            (place / "shim" / "sitecustomize.py").write_text(_FORMER_NAMES)
+            subprocess.run(
+                [*install, "--no-build-isolation", *CARD], check=True,
+                env={**os.environ, "PYTHONPATH": str(place / "shim")},
+            )  # fmt: skip
+            (place / "made").touch()
     return python
 
 
