@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hsmtoll.jws import RsaPublicKey
 
 SOFTHSM = Path("/usr/lib/softhsm/libsofthsm2.so")
+#: Processes, or rounds, of a test that has a crowd of them; with scripts/soak there are twenty.
+CROWD = int(os.environ.get("TOLL_SOAK_CROWD", "5"))
 SPY = Path("/usr/lib/x86_64-linux-gnu/pkcs11/pkcs11-spy.so")
 
 # In a process of its own: this one initialises SoftHSM only when a test does.

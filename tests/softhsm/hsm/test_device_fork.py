@@ -10,6 +10,7 @@ import pytest
 
 from tests.kit.accounts import importable
 from tests.kit.grants import DEFINED
+from tests.softhsm.conftest import CROWD
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,7 @@ check(device)
 _CROWDS = """
 device = make()
 check(device)
-for _ in range(20):
+for _ in range(int(sys.argv[3])):
     ready, go = os.pipe()
     workers = []
     for n in range(8):
@@ -204,7 +205,7 @@ def test_workers_forked_from_a_preloaded_application_sign_and_so_does_the_parent
 def test_workers_that_all_begin_at_one_moment_find_their_device(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    run(device_softhsm, tmp_path, _CROWDS)
+    run(device_softhsm, tmp_path, _CROWDS, str(CROWD))
 
 
 def test_a_fork_in_the_middle_of_signing_threads_is_safe(

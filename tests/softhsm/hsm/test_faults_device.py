@@ -25,6 +25,7 @@ from hsmtoll.settings import load
 from hsmtoll.testing.identity import eseal, introduce
 from tests.kit.grants import a_grant
 from tests.kit.own_device import accepted
+from tests.softhsm.conftest import CROWD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,23 +178,23 @@ def test_an_answer_of_locked_without_the_flag_says_nothing_about_the_pin(
 
 
 @pytest.mark.usefixtures("toll_settings")
-def test_a_wrong_pin_in_ten_runs_is_tried_once(toll_faults: Faults) -> None:
+def test_a_wrong_pin_in_run_after_run_is_tried_once(toll_faults: Faults) -> None:
     toll_faults.set("pin-wrong")
-    codes = [_sign().returncode for _ in range(10)]
+    codes = [_sign().returncode for _ in range(CROWD)]
 
-    assert codes == [20] + [21] * 9
+    assert codes == [20] + [21] * (CROWD - 1)
     assert toll_faults.count("C_Login") == 1
 
 
 @pytest.mark.usefixtures("toll_settings")
-def test_a_wrong_pin_in_twenty_at_once_is_tried_once_and_the_right_one_works(
+def test_a_wrong_pin_in_a_crowd_is_tried_once_and_the_right_one_works(
     toll_faults: Faults, tmp_path: Path
 ) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("00000000")
     wrong.chmod(0o600)
-    with ThreadPoolExecutor(20) as pool:
-        done = list(pool.map(lambda _: _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)), range(20)))
+    with ThreadPoolExecutor(CROWD) as pool:
+        done = list(pool.map(lambda _: _sign(HSMTOLL_HSM__PIN_FILE=str(wrong)), range(CROWD)))
 
     codes = [each.returncode for each in done]
     # On a slow machine one may tire of waiting for its turn (30): it did not try either.
