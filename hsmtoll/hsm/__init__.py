@@ -8,11 +8,15 @@ PKCS#11: the only package that uses a device, a private key or a PIN.
     pin_log     refused PINs and open attempts, so that no PIN is tried twice
     codes       return values of a module, and the errors that they become
     module      the module: initialised once, used under one lock, reinitialised after a fork
+    connection  module, token, session and login of one device
     login       login, once per token and process, by the rules of the PIN log
     select      selects token and key by the URI
+    lookup      certificates and key, after the login
     signatures  which data may be signed, and the verification of signatures
-    recovery    recovery steps after an error, and the circuit breaker
-    in_process  the device with the module in this process
+    signing_key one signature by the key: mechanism and context-specific login
+    recovery    the circuit breaker, and the choice of a recovery step
+    calls       one call: circuit breaker, lock, and recovery after an error
+    in_process  the device with the module in this process: all of the above
     pool        the device with the module in workers: child, pipe, codec; worker is their program
     objects     writes to a token: a key pair, certificates
     inspect     everything that a module shows, for users who look for the right URI

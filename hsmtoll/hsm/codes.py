@@ -25,6 +25,7 @@ __all__ = [
     "MEANING",
     "NOT_TRIED",
     "REFUSED",
+    "SESSION_LIMIT_ERRORS",
     "Meaning",
     "about_the_device",
     "about_the_key_or_pin",
@@ -248,6 +249,13 @@ NOT_TRIED: Final = (
     p11.UserAlreadyLoggedIn,
     p11.UserPinNotInitialized,
     p11.UserTooManyTypes,
+)
+#: Some devices have a single session, or no read-only sessions beside a read-write one.
+SESSION_LIMIT_ERRORS: Final = (
+    p11.SessionCount,
+    p11.SessionExists,
+    p11.SessionReadOnlyExists,
+    p11.SessionReadWriteSOExists,
 )
 _USER_TYPE_INVALID: Final = 0x103
 _NOT_INITIALIZED: Final = 0x190

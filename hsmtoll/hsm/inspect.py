@@ -1,13 +1,12 @@
 """
-Everything that can be seen behind a module, as values: for people who look for the right URI,
-and for the doctor.
+Everything that a module shows, as values: for users who look for the right URI, and for the doctor.
 
-Works without a PIN, and then shows what can be seen without one. Nothing is signed.
+Works without a PIN, and then shows what needs no login. Nothing is signed. Everything here is
+called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,11 +16,9 @@ from pkcs11.exceptions import PKCS11Error
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import said, translate_pkcs11_errors
-from hsmtoll.hsm.device import DeviceSettings
+from hsmtoll.hsm.connection import Login
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
-from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.login import Login
-from hsmtoll.hsm.module import PKCS11_LOCK, Module, opened
+from hsmtoll.hsm.module import Module, opened
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.hsm.reading import (
     certificates_of,
@@ -39,57 +36,29 @@ if TYPE_CHECKING:
 
     from pkcs11 import Slot, Token
 
-    from hsmtoll.hsm.pin import PinSource
+    from hsmtoll.hsm.device import DeviceSettings
 
-__all__ = ["inspect", "token_users"]
+__all__ = ["module_facts", "token_users"]
 
 
-def inspect(
-    module_path: Path,
-    *,
-    pin_log: PinLog,
-    uri: KeyUri | None = None,
-    pin: PinSource | None = None,
-    user_type: int | None = None,
-    lock_timeout: float = 60.0,
+def module_facts(
+    path: Path, uri: KeyUri, pin_log: PinLog, problem: HsmTollError | None
 ) -> ModuleFacts:
     """
-    What is behind *module_path*. With *pin*, the one p11_token that *uri* names is logged in to,
-    under the rules of PinLogin; a PIN that is refused becomes its *problem*, and is not raised.
+    Everything that the module at *path* shows without a further login. *problem* is why the login
+    to the token of *uri* failed, if it did.
 
     Raises ConfigurationError and DeviceError for the module itself.
     """
-    wanted = uri or KeyUri()
-    with PKCS11_LOCK.held(lock_timeout):
-        with contextlib.ExitStack() as stack:
-            problem: HsmTollError | None = None
-            if pin is not None:
-                device = InProcessDevice(
-                    DeviceSettings(
-                        module_path,
-                        wanted.device_only(),
-                        user_type=user_type,
-                        deadline=lock_timeout,
-                    ),
-                    pin=pin,
-                    pin_log=pin_log,
-                )
-                stack.callback(device.close)
-                try:
-                    # Some keep private keys back, and do not say that they want a login.
-                    device.log_in(force=True)
-                except HsmTollError as exc:
-                    problem = exc
-            # After the login, which starts a module again that read half of its device.
-            module = opened(module_path)
-            tokens = [_token(module, slot, token, pin_log) for slot, token in module.slots()]
-        if problem is not None:
-            tokens = [
-                replace(one, problem=str(problem))
-                if wanted.matches(token=one.uri.token, serial=one.uri.serial)
-                else one
-                for one in tokens
-            ]
+    module = opened(path)
+    tokens = [_token(module, slot, token, pin_log) for slot, token in module.slots()]
+    if problem is not None:
+        tokens = [
+            replace(one, problem=str(problem))
+            if uri.matches(token=one.uri.token, serial=one.uri.serial)
+            else one
+            for one in tokens
+        ]
     return ModuleFacts(
         path=module.path,
         manufacturer=module.lib.manufacturer_id,
@@ -101,19 +70,16 @@ def inspect(
     )
 
 
-def token_users(
-    module_path: Path, uri: KeyUri, *, user_type: int | None = None, lock_timeout: float = 60.0
-) -> tuple[TokenUser, ...]:
-    """The PIN log's keys for the tokens that *uri* names, for `hsmtoll pin clear`."""
-    with PKCS11_LOCK.held(lock_timeout):
-        module = opened(module_path)
-        return tuple(
-            _token_user(token, user)
-            for slot, token in module.slots()
-            if not isinstance(token, PKCS11Error)
-            and uri.matches(**device_facts(module, slot, token))
-            for user in (user_name(user_type), "signing")
-        )
+def token_users(settings: DeviceSettings) -> tuple[TokenUser, ...]:
+    """The PIN log's keys for the tokens that the URI of *settings* names."""
+    module = opened(settings.module_path)
+    return tuple(
+        _token_user(token, user)
+        for slot, token in module.slots()
+        if not isinstance(token, PKCS11Error)
+        and settings.uri.matches(**device_facts(module, slot, token))
+        for user in (user_name(settings.user_type), "signing")
+    )
 
 
 def _token(module: Module, slot: Slot, token: Token | PKCS11Error, pin_log: PinLog) -> TokenFacts:

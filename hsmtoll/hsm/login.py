@@ -8,31 +8,28 @@ Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakSet
 
-from pkcs11 import PROTECTED_AUTH, Attribute, ObjectClass, TokenFlag
+from pkcs11 import PROTECTED_AUTH, TokenFlag
 from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import REFUSED, translated, untried
+from hsmtoll.hsm.codes import REFUSED, SESSION_LIMIT_ERRORS, translated, untried
 from hsmtoll.hsm.pin_log import PinLog, PinRecord, TokenUser
 from hsmtoll.hsm.reading import called, named, pin_state, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pkcs11 import Mechanism, Object, Session, Token
+    from pkcs11 import Mechanism, Session, Token
 
+    from hsmtoll.hsm.connection import Handles
     from hsmtoll.hsm.device import DeviceSettings
-    from hsmtoll.hsm.facts import KeyFacts
-    from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.pin import Pin, PinSource
     from hsmtoll.hsm.signatures import Signable
 
-__all__ = ["SESSION_LIMIT_ERRORS", "Handles", "Login", "PinLogin", "pin_state_after"]
+__all__ = ["PinLogin", "pin_state_after"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,90 +44,8 @@ _SIGNATURE_ERRORS: Final = (
     p11.MechanismInvalid,
     p11.MechanismParamInvalid,
 )
-#: Some devices have a single session, or no read-only sessions beside a read-write one.
-SESSION_LIMIT_ERRORS: Final = (
-    p11.SessionCount,
-    p11.SessionExists,
-    p11.SessionReadOnlyExists,
-    p11.SessionReadWriteSOExists,
-)
 #: Prefixes of the manufacturers of modules or tokens that maintain the PIN flags.
 _MAKERS_WITH_PIN_FLAGS: Final = ("SoftHSM", "OpenSC", "IBM")
-
-
-@dataclass(slots=True, eq=False)
-class Login:
-    """The login of this process on one PKCS#11 token, shared by all devices on it."""
-
-    module: Module
-    #: The session that logged in; closing it logs out all sessions on the token.
-    anchor: Session | None = None
-    logged_in_by_others: bool = False
-    pin: Pin | None = field(default=None, repr=False)
-    source: PinSource | None = field(default=None, repr=False)
-    #: The devices of this process that use it.
-    users: WeakSet[Any] = field(default_factory=WeakSet)
-    #: A login is required although the token has no flag CKF_LOGIN_REQUIRED.
-    wanted: bool = False
-    #: The mechanism that includes the hash fails: hash here and sign with CKM_RSA_PKCS.
-    raw: bool = False
-
-    @property
-    def there(self) -> bool:
-        """Whether this process is logged in to the token."""
-        return self.anchor is not None or self.logged_in_by_others
-
-    def end(self) -> None:
-        """Log out; all sessions of the process on this token lose their private keys."""
-        self.module.close(self.anchor)
-        self.anchor, self.logged_in_by_others = None, False
-
-    def session(self, token: Token) -> Session:
-        """Open a session, or return the login's if the device has no further one."""
-        try:
-            return token.open()
-        except SESSION_LIMIT_ERRORS:
-            if self.anchor is None:
-                raise
-            return self.anchor
-
-    def release(self, session: Session) -> None:
-        """Close what `session` returned, unless it is the login's."""
-        if session is not self.anchor:
-            self.module.close(session)
-
-    def alive(self) -> bool:
-        """Whether the login still works, so that a restart of the module would end it."""
-        if self.anchor is None:
-            return self.logged_in_by_others
-        try:
-            self.anchor.token.slot.get_token()
-            # Search for an object that does not exist: fast, even on a device with many objects.
-            cryptoki.found(
-                self.anchor, {Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: "hsmtoll"}
-            )
-        except p11.PKCS11Error:
-            return False
-        return True
-
-
-@dataclass(slots=True, eq=False)
-class Handles:
-    """The handles of one device. All are stale after a restart of the module or a new login."""
-
-    module: Module
-    token: Token
-    login: Login
-    session: Session
-    key: Object | None = None
-    found_with: Session | None = None
-    facts: KeyFacts | None = None
-
-    def new_session(self) -> None:
-        """Replace the session, which a failed operation may have left in an undefined state."""
-        self.login.release(self.session)
-        self.key = self.facts = None
-        self.session = self.login.session(self.token)
 
 
 class PinLogin:
@@ -159,9 +74,15 @@ class PinLogin:
         self.accepted = 0
         #: The outcome of a try is unknown: the same call makes no further one.
         self.pin_outcome_unknown = False
+        #: The same call has logged in again, because the device had ended the login.
+        self.relogged_in = False
         #: As `Device.pin_state`.
         self.pin_state: str | None = None
         self._signing: Pin | None = None
+
+    def begin_call(self) -> None:
+        """Reset what is known of the PIN tries of one call."""
+        self.pin_outcome_unknown = self.relogged_in = False
 
     def log_in(self, here: Handles, *, rw: bool = False) -> None:
         """Log in if that is required and not done yet; with *rw* in a read-write session."""
@@ -248,6 +169,17 @@ class PinLogin:
             here.login.wanted = False
             return False
         return True
+
+    def read_write_session(self, here: Handles) -> Session:
+        """A read-write session; if the device permits no further one, it is the login's."""
+        try:
+            return here.token.open(rw=True)
+        except SESSION_LIMIT_ERRORS:
+            here.login.release(here.session)
+            here.login.end()
+        self.log_in(here, rw=True)
+        here.session = here.login.anchor or here.token.open(rw=True)
+        return here.session
 
     def sign(self, here: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
         """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from pkcs11 import Object, Session, Token
 
+    from hsmtoll.hsm.calls import Calls
     from hsmtoll.hsm.facts import KeyFacts
-    from hsmtoll.hsm.in_process import InProcessDevice
     from hsmtoll.hsm.module import Module
     from hsmtoll.hsm.uri import KeyUri
 
@@ -86,7 +86,7 @@ _SHORT_ID: Final = 2
 
 
 def generate(
-    device: InProcessDevice,
+    calls: Calls,
     *,
     bits: int,
     label: str,
@@ -94,7 +94,7 @@ def generate(
     always_authenticate: bool,
 ) -> KeyUri:
     """
-    A new RSA key pair on *device*: sensitive, not extractable, for signing and nothing else.
+    A new RSA key pair on the device: sensitive, not extractable, for signing and nothing else.
 
     *key_id* None is a random one. What the device made is read back, and destroyed where it
     is not what was asked for. Raises DeviceError: ``key-exists`` for a label or id that is
@@ -103,8 +103,8 @@ def generate(
     """
     chosen = key_id or secrets.token_bytes(16)
     doing = f"generating the key '{foreign(label)}'"
-    tool = _own_tool(device.module_path)
-    with _writing(device, doing, tool, "key-refused") as (_, token, session):
+    tool = _own_tool(calls.module_path)
+    with _writing(calls, doing, tool, "key-refused") as (_, token, session):
         _refuse_taken(session, label, chosen)
         try:
             made = _pair(session, bits, label, chosen, always_authenticate=always_authenticate)
@@ -136,15 +136,15 @@ def generate(
         return object_uri(token, made[1], "private")
 
 
-def keys(device: InProcessDevice) -> tuple[KeyFacts, ...]:
+def keys(calls: Calls) -> tuple[KeyFacts, ...]:
     """What the device says about each of its private keys, after login."""
-    with device.writing("reading the keys", rw=False) as (module, _, session):
+    with calls.writing("reading the keys", rw=False) as (module, _, session):
         found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
         return tuple(key_facts(module, session, found))
 
 
 def store(
-    device: InProcessDevice,
+    calls: Calls,
     certificates: Iterable[tuple[bytes, str, bytes]],
     *,
     hint: str,
@@ -160,7 +160,7 @@ def store(
     present: list[bytes] = []
     left: list[bytes] = []
     doing = "writing certificates"
-    with _writing(device, doing, hint, "certificate-refused") as (_, _, session):
+    with _writing(calls, doing, hint, "certificate-refused") as (_, _, session):
         before = _there(session)
         for place, (der, label, key_id) in enumerate(certificates):
             if der in before:
@@ -179,8 +179,8 @@ def store(
         lost = before.union(written) - _there(session)
     if written and not lost:
         # A module may show what it has in memory: the device's own word is asked for.
-        device.reinitialize_module()
-        with device.writing("reading the certificates back", rw=False) as (_, _, session):
+        calls.reinitialize_module()
+        with calls.writing("reading the certificates back", rw=False) as (_, _, session):
             lost = before.union(written) - _there(session)
     kept = [der for der in written if der not in lost]
     return Stored(tuple(kept), tuple(present), tuple(left), tuple(lost))
@@ -188,11 +188,11 @@ def store(
 
 @contextlib.contextmanager
 def _writing(
-    device: InProcessDevice, doing: str, hint: str, code: str
+    calls: Calls, doing: str, hint: str, code: str
 ) -> Iterator[tuple[Module, Token, Session]]:
-    """`InProcessDevice.writing`, where a refusal to write at all gets *hint* and *code*."""
+    """`Calls.writing`, where a refusal to write at all gets *hint* and *code*."""
     try:
-        with device.writing(doing) as opened:
+        with calls.writing(doing) as opened:
             yield opened
     except DeviceError as exc:
         if not isinstance(exc.__cause__, p11.PKCS11Error) or away(exc.__cause__):

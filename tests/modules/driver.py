@@ -18,7 +18,6 @@ from hsmtoll import enrolment
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
@@ -83,7 +82,7 @@ class Driver:
         return str(made)
 
     def objects(self, _order: dict[str, Any]) -> list[str]:
-        seen = inspect(self.module, pin_log=self.pin_log, uri=self.device.uri, pin=self.pin)
+        seen = self.device.inspect()
         return [str(key.uri) for each in seen.tokens for key in each.keys]
 
     def advance(self, order: dict[str, Any]) -> None:

@@ -12,8 +12,6 @@ import pytest
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect, token_users
-from hsmtoll.hsm.objects import keys
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
@@ -104,7 +102,7 @@ def test_the_uri_of_every_key_names_it_alone_whatever_it_lacks(
         )
 
     with device(KeyUri(token=toll_softhsm.label)) as one:
-        found = keys(one)
+        found = one.private_keys()
     assert {"sister", "", "blank", "blank ", "of C"} <= {each.label for each in found}
     for each in found:
         # As it is printed, and pasted.
@@ -243,20 +241,20 @@ def test_certificates_are_read_without_a_login_and_one_that_is_too_large_hides_n
 def test_inspection_shows_more_with_a_pin_and_every_uri_finds_its_object(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    pin_log = PinLog(tmp_path)
-    module = device_softhsm.module
-    uri = KeyUri.parse("pkcs11:token=lab")
-    before = next(t for t in inspect(module, pin_log=pin_log).tokens if t.uri.token == "lab")
+    with device_softhsm.device("", tmp_path, pin=None) as device:
+        before = next(t for t in device.inspect().tokens if t.uri.token == "lab")
     assert (before.keys, before.logged_in, before.pin_state) == ((), False, "ok")
     named, _ = sorted(before.certificates, key=lambda each: each[1].label, reverse=True)
     assert (named[0].object, named[0].type) == ("leaf", "cert")
-    seen = inspect(module, pin_log=pin_log, uri=uri, pin=PinValue.of("1234"))
-    after = next(t for t in seen.tokens if t.uri.token == "lab")
+    with device_softhsm.device("", tmp_path) as device:
+        after = next(t for t in device.inspect().tokens if t.uri.token == "lab")
     assert after.logged_in
     assert {key.label for key in after.keys} >= {"acme", "curve", "loose", "imported"}
     acme = next(key for key in after.keys if key.label == "acme")
     with InProcessDevice(
-        DeviceSettings(module, acme.uri), pin=PinValue.of("1234"), pin_log=pin_log
+        DeviceSettings(device_softhsm.module, acme.uri),
+        pin=PinValue.of("1234"),
+        pin_log=PinLog(tmp_path),
     ) as device:
         assert device.key().id == b"\x01"
 
@@ -264,13 +262,13 @@ def test_inspection_shows_more_with_a_pin_and_every_uri_finds_its_object(
 def test_inspection_with_a_wrong_pin_still_shows_what_can_be_seen(
     device_softhsm: DeviceSoftHsm, tmp_path: Path
 ) -> None:
-    pin_log = PinLog(tmp_path)
-    uri = KeyUri.parse("pkcs11:token=lab")
-    seen = inspect(device_softhsm.module, pin_log=pin_log, uri=uri, pin=PinValue.of("9999"))
-    lab = next(t for t in seen.tokens if t.uri.token == "lab")
+    wrong = PinValue.of("9999")
+    with device_softhsm.device("", tmp_path, pin=wrong) as device:
+        lab = next(t for t in device.inspect().tokens if t.uri.token == "lab")
+        users = device.token_users()
     assert "PinIncorrect" in (lab.problem or "")
     assert (lab.refused, lab.pin_state) == (1, "count-low")
     assert lab.certificates
-    assert pin_log.clear(*token_users(device_softhsm.module, uri)) == 1
+    assert PinLog(tmp_path).clear(*users) == 1
     with device_softhsm.device("object=acme", tmp_path) as device:  # clears the device's flag
         assert accepted(device)

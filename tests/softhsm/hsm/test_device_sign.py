@@ -13,10 +13,11 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from hsmtoll.errors import ConfigurationError, DeviceError
 from hsmtoll.hsm.device import DeviceSettings
-from hsmtoll.hsm.in_process import InProcessDevice, _mechanisms
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.signatures import Signable
+from hsmtoll.hsm.signing_key import _mechanisms
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import ALGS, RsaPublicKey
 from tests.kit.grants import a_grant
@@ -160,7 +161,7 @@ def test_a_signature_that_does_not_fit_the_public_key_does_not_leave(
         # the control: a candidate that is right where the device hides its half
         assert facts.public is not None
         device._verifier._learned = strange
-        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
+        device._connection._handles.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
         with pytest.raises(DeviceError) as caught:
             device.sign("RS256", UNSIGNED)
         assert caught.value.code == "signature-wrong"
@@ -174,7 +175,7 @@ def test_where_the_public_half_is_hidden_the_signature_chooses_the_candidate(
         right = facts.public
         assert right is not None
         wrong = RsaPublicKey((1 << 2047) | 1, 65537)
-        device._open.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
+        device._connection._handles.facts = replace(facts, public=None)  # type: ignore[union-attr]  # it was just opened
         signature = device.sign("RS256", UNSIGNED, candidates=[wrong, right]).value
         device._verifier._learned = None
         with pytest.raises(DeviceError):

@@ -20,7 +20,8 @@ from pkcs11.exceptions import PinLocked
 from hsmtoll import CertificateError, DeviceError, HsmTollError, PinNotTried, doctor
 from hsmtoll.app import App
 from hsmtoll.hsm.codes import NOT_TRIED
-from hsmtoll.hsm.inspect import inspect
+from hsmtoll.hsm.device import DeviceSettings
+from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.module import opened
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
@@ -548,7 +549,8 @@ def test_a_device_that_does_not_say_that_it_is_initialised_is_read_all_the_same(
     toll_faults.set("token-unflagged")
     with program("none") as app:
         assert signed(app)
-        seen = inspect(toll_faults.module, pin_log=PinLog(tmp_path))
+        settings = DeviceSettings(toll_faults.module, KeyUri())
+        seen = InProcessDevice(settings, pin=None, pin_log=PinLog(tmp_path)).inspect()
     assert any(token.certificates for token in seen.tokens)
     assert toll_softhsm.label
 

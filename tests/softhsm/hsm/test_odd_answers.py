@@ -86,7 +86,6 @@ from pathlib import Path
 from hsmtoll import HsmTollError
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
@@ -98,7 +97,8 @@ with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **told) as
         print("public" if device.key().public else "hidden")
     except HsmTollError as error:
         print(error.exit_code, error.code)
-seen = inspect(Path(module), uri=KeyUri.parse(uri), **told)
+with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **told) as device:
+    seen = device.inspect()
 print(*[len(each.keys) for each in seen.tokens if each.problem is None and each.keys] or ["none"])
 """
 )

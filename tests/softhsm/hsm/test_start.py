@@ -13,7 +13,6 @@ import pytest
 from hsmtoll import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin import PinSource, PinValue
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
@@ -246,14 +245,17 @@ def test_an_inspection_that_began_at_such_a_moment_shows_the_keys(
 ) -> None:
     uri = KeyUri.parse(toll_softhsm.uri(key)).device_only()
     toll_faults.set("nth-call-fails", function="C_Login", rv=NO_PIN)
-    seen = inspect(
-        toll_faults.module, pin_log=PinLog(tmp_path), uri=uri, pin=PinValue.of(toll_softhsm.pin)
-    )
+    with InProcessDevice(
+        DeviceSettings(toll_faults.module, uri),
+        pin=PinValue.of(toll_softhsm.pin),
+        pin_log=PinLog(tmp_path),
+    ) as device:
+        seen = device.inspect()
     assert toll_faults.count("C_Initialize") == toll_faults.count("C_Login") == 2
-    (device,) = [each for each in seen.tokens if each.uri.token == uri.token]
-    assert device.problem is None
-    assert device.logged_in
-    assert key in {each.label for each in device.keys}
+    (token,) = [each for each in seen.tokens if each.uri.token == uri.token]
+    assert token.problem is None
+    assert token.logged_in
+    assert key in {each.label for each in token.keys}
 
 
 @pytest.fixture
@@ -314,7 +316,6 @@ import json, sys
 from pathlib import Path
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.inspect import inspect
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri

@@ -165,7 +165,7 @@ def test_certificates_are_found_where_a_card_filled_its_file_up(
         # The control: a field within it has another length, and no certificate is left.
         odd = chain[0].replace(b"\x17\x0d", b"\x17\x0e", 1)
         assert isinstance(device, InProcessDevice)
-        with device.writing("Writing as a card does") as (_, _, session):
+        with device._calls.writing("Writing as a card does") as (_, _, session):
             for value in (*filled, odd):
                 session.create_object(
                     {
