@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin_log import PinLog, TokenUser
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
+    from hsmtoll.signing.device_chain import DeviceChain, KeyListState
+    from hsmtoll.signing.local import LocalSigner
     from hsmtoll.signing.remote import FailoverHosts
-    from hsmtoll.signing.signer import KeyListState, LocalSigner, Signer
+    from hsmtoll.signing.signer import Signer
     from hsmtoll.tokens.cache import Renewer
     from hsmtoll.tokens.exchange import Endpoints
     from hsmtoll.tokens.rate_limit import RateLimit
@@ -318,7 +320,7 @@ class App:
         """The signing host of HSMTOLL_SIGNER__URL, or the first usable key of HSMTOLL_HSM__KEY."""
         if self.settings.signer.url:
             return self._remote()
-        from hsmtoll.signing.signer import FailoverSigner
+        from hsmtoll.signing.failover import FailoverSigner
 
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FailoverSigner(signers)
@@ -376,32 +378,39 @@ class App:
 
     def local_signer(self, device: Device) -> LocalSigner:
         """The signer of one device."""
-        return self._local(device, self.endpoints.issuer, self.family, self.skew)
+        from hsmtoll.signing.local import LocalSigner
+
+        settings = self.settings
+        return LocalSigner(
+            device,
+            self._device_chain(device, self.family),
+            audience=self.endpoints.issuer,
+            clock=self.clock,
+            skew=self.skew,
+            alg=settings.alg,
+            issuer=settings.iss,
+            kid=settings.kid,
+        )
 
     def chain(self) -> Chain:
         """The proven chain of the first key named; neither identity nor environment is needed."""
         # Without an identity the rules of eSeals judge: what they take, the others take.
         family = self.settings.identity or "eseal"
-        signer = self._local(self.devices[0], "", family, Skew())
+        chain = self._device_chain(self.devices[0], family)
         if self.pin(self.uris()[0]) is None:
-            return signer.chain_without_pin()
-        return signer.chain()
+            return chain.without_pin()
+        return chain.current().chain
 
-    def _local(self, device: Device, audience: str, family: Identity, skew: Skew) -> LocalSigner:
-        from hsmtoll.signing.signer import LocalSigner
+    def _device_chain(self, device: Device, family: Identity) -> DeviceChain:
+        from hsmtoll.signing.device_chain import DeviceChain
 
         settings = self.settings
         # Read now, so that a file that cannot be used is told before anything is asked.
         supplied = self.supplied()
-        return LocalSigner(
+        return DeviceChain(
             device,
-            audience=audience,
             identity=family,
             clock=self.clock,
-            skew=skew,
-            alg=settings.alg,
-            issuer=settings.iss,
-            kid=settings.kid,
             x5c=settings.x5c_mode,
             supplied=self.certificate_file or (lambda: supplied),
             root_sha256=settings.hsm.root_sha256,
@@ -411,7 +420,7 @@ class App:
 
     @cached_property
     def _key_list_state(self) -> KeyListState:
-        from hsmtoll.signing.signer import KeyListState
+        from hsmtoll.signing.device_chain import KeyListState
 
         return KeyListState()
 

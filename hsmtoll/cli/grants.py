@@ -20,7 +20,7 @@ from hsmtoll.cli.options import (
 )
 from hsmtoll.cli.streams import print_json
 from hsmtoll.errors import HsmTollError, UsageError
-from hsmtoll.signing.signer import OneTimeAssertion
+from hsmtoll.signing.one_time import OneTimeAssertion
 from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.single_flight import PendingRenewal

@@ -20,7 +20,7 @@ from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.hsm.pin import PinPad
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.required import missing
-from hsmtoll.signing.signer import read_certificates_and_key, readable, unread_of
+from hsmtoll.signing.device_certificates import read_certificates_and_key, readable, unread_of
 from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens import exchange
 from hsmtoll.tokens.single_flight import PendingRenewal

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from hsmtoll.backoff import Backoff
 from hsmtoll.errors import DeviceError, HsmTollError
-from hsmtoll.signing.signer import readable
+from hsmtoll.signing.device_certificates import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,7 +1,15 @@
 """
-Signed grants: `grant` builds the claims, `signer` signs them on a device, `remote` on another host.
+Signed grants, from the request to the verified JWS.
 
-    TokenRequest ──► Signer.sign ──► SignedGrant
-
-`verification` verifies every grant that a signing host returns.
+    grant                header and claims of a JWT grant, and the reader of one
+    signer               the Protocol: TokenRequest ──► Signer.sign ──► SignedGrant
+    local                signs with the key of a device
+    device_chain         the chain for x5c: which leaf, and for how long
+    device_certificates  certificates on a device, read in steps
+    failover             the first usable one of several local signers
+    one_time             a grant that was signed before
+    remote               grants of signing hosts
+    host_trust           who may listen at the Unix socket of a signing host
+    replies              error responses of a signing host
+    verification         verifies each grant that a signing host returns
 """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CertificateFile"]
 
-_log = logging.getLogger("hsmtoll.signing.signer")
+_log = logging.getLogger(__name__)
 
 #: Certificates that cannot be read are named up to this number, and counted beyond it.
 _SHOWN: Final = 10

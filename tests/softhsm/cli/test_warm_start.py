@@ -25,7 +25,7 @@ HEAVY = {
     "cryptography",
     "httpx",
     "hsmtoll.hsm.in_process",
-    "hsmtoll.signing.signer",
+    "hsmtoll.signing.local",
     "pkcs11",
 }
 

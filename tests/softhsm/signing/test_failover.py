@@ -48,11 +48,11 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     assert signer.sign(ROAD, jti="1").assertion
     assert toll_faults.count("C_SignInit") == 1
     toll_faults.set("token-removed")
-    with caplog.at_level(logging.WARNING, "hsmtoll.signing.signer"):
+    with caplog.at_level(logging.WARNING, "hsmtoll.signing.failover"):
         for _ in range(3):
             assert signer.sign(ROAD, jti="1").assertion
     assert [
-        each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signing.signer"
+        each.getMessage()[:22] for each in caplog.records if each.name == "hsmtoll.signing.failover"
     ] == ["key 2 of 2 signs now: "]
     before = toll_faults.count("C_SignInit")
 
@@ -61,7 +61,7 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     eventually(
         lambda: signer.sign(ROAD, jti="1").assertion and toll_faults.count("C_SignInit") > before
     )
-    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signing.signer"]
+    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signing.failover"]
     assert said == ["key 1 of 2 signs now"]
 
 

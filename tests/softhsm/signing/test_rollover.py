@@ -18,7 +18,9 @@ from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.sandbox import Sandbox
 from hsmtoll.sandbox.pki import Authority, eseal_authority, pem
-from hsmtoll.signing.signer import FailoverSigner, KeyListState, LocalSigner
+from hsmtoll.signing.device_chain import DeviceChain, KeyListState
+from hsmtoll.signing.failover import FailoverSigner
+from hsmtoll.signing.local import LocalSigner
 from hsmtoll.token import TokenRequest
 from hsmtoll.x509.certificate_files import Bundle
 from tests.kit.own_device import Lab, MovedClock, make_lab
@@ -88,15 +90,21 @@ class Bench:
 
     def signer(self, key: str, *leaves: x509.Certificate, **options: Any) -> LocalSigner:
         supplied = Bundle(tuple(_ours(each) for each in (*leaves, *self.authority.chain)))
-        return LocalSigner(
-            options.pop("device", None) or self.device(key),
-            audience="https://test.maskinporten.no/",
+        device = options.pop("device", None) or self.device(key)
+        chain = DeviceChain(
+            device,
             identity="eseal",
             clock=self.clock,
-            skew=Skew(),
             supplied=lambda: supplied,
             key_list_state=self.key_list_state,
             **options,
+        )
+        return LocalSigner(
+            device,
+            chain,
+            audience="https://test.maskinporten.no/",
+            clock=self.clock,
+            skew=Skew(),
         )
 
 
@@ -187,7 +195,7 @@ def test_a_new_certificate_that_is_refused_steps_back_once_for_its_first_day(
     new = bench.issue("old", not_before=START - timedelta(hours=1))
     signer = bench.signer("old", old, new)
     assert sent(signer) == new
-    with caplog.at_level(logging.WARNING, "hsmtoll.signing.signer"):
+    with caplog.at_level(logging.WARNING, "hsmtoll.signing.device_chain"):
         assert rejected(signer, "MP-120")
     assert "certificate-refused" in caplog.text
     assert sent(signer) == old
