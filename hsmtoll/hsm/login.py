@@ -8,7 +8,7 @@ Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from pkcs11 import PROTECTED_AUTH, TokenFlag
 from pkcs11 import exceptions as p11
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["PinLogin", "pin_state_after"]
 
 _log = logging.getLogger(__name__)
+
+#: What became of a PIN after a failed operation.
+_Outcome: TypeAlias = Literal["accepted", "refused", "unchecked", "unknown"]
 
 # Errors of C_SignInit and C_Sign about the key, the mechanism or the data; none is about a PIN.
 _SIGNATURE_ERRORS: Final = (
@@ -92,7 +95,6 @@ class PinLogin:
         flags = self._flags(here)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
-        owner = TokenUser(*named(here.token), user=user_name(self._user_type))
         # A PIN that the device has accepted is not read again.
         pin = login.pin or self.pin.read(device=called(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
@@ -101,16 +103,14 @@ class PinLogin:
                 hint="Give the PIN another way: HSMTOLL_HSM__PIN_FILE, or PIN_PROMPT=terminal.",
                 code="no-pinpad",
             )
+        owner = TokenUser(*named(here.token), user=user_name(self._user_type))
         with self.pin_log.held(owner) as pin_record:
             # Check again: another process may have used up the tries while this one waited.
             login.pin = None
-            seen = self._record_intent(pin_record, pin, here)
+            flags = self._record_intent(pin_record, pin, here)
             login.pin, login.source = pin, self.pin
-            value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
             try:
-                # A vendor-defined user type is an int, which python-pkcs11's hints omit.
-                user: Any = self._user_type
-                login.anchor = _login_session(here, rw=rw, user_pin=value, user_type=user)
+                login.anchor = _login_session(here, pin, rw=rw, user_type=self._user_type)
             except p11.UserAlreadyLoggedIn:
                 pin_record.withdraw()
                 login.logged_in_by_others = True
@@ -118,38 +118,43 @@ class PinLogin:
                     "other code of this process is logged in to %s: the PIN was not proven",
                     called(here.token),
                 )
-            except p11.PinExpired:
-                # The PIN was correct.
-                pin_record.accept(pin)
-                raise
-            except REFUSED as exc:
-                pin_record.refuse(pin)
-                login.pin = None
-                raise self._login_error(here, pin, exc) from exc
             except p11.PKCS11Error as exc:
-                if not untried(exc):
-                    pin_record.mark_unknown(pin)
-                    self.pin_outcome_unknown = True
-                    self.pin_state = "unresolved"
+                error = self._failed_login(here, pin_record, pin, flags, exc)
+                if error is None:
                     raise
-                if self._was_last_try(exc, here):
-                    pin_record.refuse(pin)
-                    login.pin = None
-                else:
-                    pin_record.withdraw()
-                # The user has cancelled (pinpad): do not prompt again for the same call.
-                self.pin_outcome_unknown = isinstance(
-                    exc, (p11.FunctionCancelled, p11.FunctionRejected)
-                )
-                error = self._login_error(here, pin, exc)
-                if isinstance(exc, p11.UserPinNotInitialized):
-                    # Contradicts the flags: the module has read a half-written token.
-                    error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
                 raise error from exc
             else:
-                pin_record.accept(pin)
+                self._record_accepted(pin_record, pin, flags)
                 self.accepted += 1
-                self.pin_state = pin_state(seen)
+
+    def _failed_login(
+        self,
+        here: Handles,
+        pin_record: PinRecord,
+        pin: Pin,
+        flags: TokenFlag,
+        exc: p11.PKCS11Error,
+    ) -> HsmTollError | None:
+        """
+        Record the answer *exc* to C_Login. Returns the error for it; None if the caller's is right,
+        because the answer is not about this PIN.
+        """
+        refused = isinstance(exc, REFUSED)
+        outcome = self._record_failure(
+            here, pin_record, pin, exc, refused=refused, unchecked=untried(exc)
+        )
+        if outcome in ("accepted", "unknown"):
+            return None
+        if outcome == "refused":
+            here.login.pin = None
+        # The user has cancelled (pinpad): do not prompt again for the same call.
+        if isinstance(exc, (p11.FunctionCancelled, p11.FunctionRejected)):
+            self.pin_outcome_unknown = True
+        error = self._login_error(here, pin, exc)
+        if isinstance(exc, p11.UserPinNotInitialized):
+            # If it contradicts the flags, the module has read a half-written token.
+            error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
+        return error
 
     def force_log_in(self, here: Handles) -> bool:
         """
@@ -183,6 +188,32 @@ class PinLogin:
 
     def sign(self, here: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
         """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""
+        pin = self._pin_for_signing(here)
+        user = "signing" if self.signing_pin else user_name(self._user_type)
+        with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
+            flags = self._record_intent(pin_record, pin, here)
+            key = cryptoki.able(here.key)
+            try:
+                data = wanted.input_for(mechanism)
+                signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
+            except p11.PKCS11Error as exc:
+                refused = isinstance(exc, (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange))
+                # Means a lost login, but some devices answer it to a wrong PIN.
+                lost = isinstance(exc, p11.UserNotLoggedIn) and pin_record.accepted_before
+                unchecked = untried(exc) or lost or isinstance(exc, _SIGNATURE_ERRORS)
+                outcome = self._record_failure(
+                    here, pin_record, pin, exc, refused=refused, unchecked=unchecked
+                )
+                if outcome == "refused":
+                    self._signing = None
+                if refused:
+                    raise self._login_error(here, pin, exc) from exc
+                raise
+            self._record_accepted(pin_record, pin, flags)
+            self._signing = pin
+            return signed
+
+    def _pin_for_signing(self, here: Handles) -> Pin:
         source = self.signing_pin or self.pin
         pin = self._signing if self.signing_pin else here.login.pin
         if pin is None and source is not None:
@@ -193,37 +224,39 @@ class PinLogin:
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )
-        user = "signing" if self.signing_pin else user_name(self._user_type)
-        with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
-            seen = self._record_intent(pin_record, pin, here)
-            key = cryptoki.able(here.key)
-            try:
-                data = wanted.input_for(mechanism)
-                signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
-            except p11.PinExpired:
-                pin_record.accept(pin)
-                raise
-            except (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange) as exc:
-                pin_record.refuse(pin)
-                self._signing = None
-                raise self._login_error(here, pin, exc) from exc
-            except p11.PKCS11Error as exc:
-                # Means a lost login, but some devices answer it to a wrong PIN.
-                lost = isinstance(exc, p11.UserNotLoggedIn) and pin_record.accepted_before
-                if self._was_last_try(exc, here):
-                    pin_record.refuse(pin)
-                    self._signing = None
-                elif untried(exc) or lost or isinstance(exc, _SIGNATURE_ERRORS):
-                    pin_record.withdraw()
-                else:
-                    pin_record.mark_unknown(pin)
-                    self.pin_outcome_unknown = True
-                    self.pin_state = "unresolved"
-                raise
+        return pin
+
+    def _record_accepted(self, pin_record: PinRecord, pin: Pin, flags: TokenFlag) -> None:
+        pin_record.accept(pin)
+        self.pin_state = pin_state(flags)
+
+    def _record_failure(
+        self,
+        here: Handles,
+        pin_record: PinRecord,
+        pin: Pin,
+        exc: p11.PKCS11Error,
+        *,
+        refused: bool,
+        unchecked: bool,
+    ) -> _Outcome:
+        """
+        Record what *exc*, the answer to *pin*, says about it. *refused*: it says that the PIN is
+        wrong; *unchecked*: it cannot come after the PIN was checked.
+        """
+        if isinstance(exc, p11.PinExpired):
             pin_record.accept(pin)
-            self._signing = pin
-            self.pin_state = pin_state(seen)
-            return signed
+            return "accepted"
+        if refused or self._was_last_try(exc, here):
+            pin_record.refuse(pin)
+            return "refused"
+        if unchecked:
+            pin_record.withdraw()
+            return "unchecked"
+        pin_record.mark_unknown(pin)
+        self.pin_outcome_unknown = True
+        self.pin_state = "unresolved"
+        return "unknown"
 
     def _record_intent(self, pin_record: PinRecord, pin: Pin, here: Handles) -> TokenFlag:
         """Record that *pin* is about to be tried. Returns the token's current flags."""
@@ -282,16 +315,19 @@ class PinLogin:
         return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)
 
 
-def _login_session(here: Handles, *, rw: bool, **login: Any) -> Session:
+def _login_session(here: Handles, pin: Pin, *, rw: bool, user_type: Any) -> Session:
     """Log in with a new session, or with the only one if the device has no further one."""
+    # A vendor-defined user type is an int, which python-pkcs11's hints omit.
+    value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
+    login = {"rw": rw, "user_pin": value, "user_type": user_type}
     try:
-        return cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
+        return cryptoki.logged_in(here.token, here.module.path, **login)
     except SESSION_LIMIT_ERRORS:
         if _can_open_session(here.token):
             raise  # the error is the login's, not that of opening the session
         here.module.close(here.session)
     here.key = here.facts = None
-    here.session = cryptoki.logged_in(here.token, here.module.path, rw=rw, **login)
+    here.session = cryptoki.logged_in(here.token, here.module.path, **login)
     return here.session
 
 
