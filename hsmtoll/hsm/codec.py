@@ -73,10 +73,10 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     return _READERS.get(kind) or partial(_of, kind or type(None))
 
 
-def _dataclass_reader(kind: type[_T]) -> Callable[[Any], _T]:
-    members = {each.name: _reader(hints(kind)[each.name]) for each in fields(kind)}  # type: ignore[arg-type]  # it is one
+def _dataclass_reader(kind: Any) -> Callable[[Any], Any]:
+    members = {each.name: _reader(hints(kind)[each.name]) for each in fields(kind)}
 
-    def read(said: Any) -> _T:
+    def read(said: Any) -> Any:
         if _of(dict, said).keys() - members.keys():
             raise TypeError(f"no {kind}")
         return kind(**{name: members[name](each) for name, each in said.items()})

@@ -378,11 +378,16 @@ def recoverable(exc: BaseException) -> bool:
     return isinstance(source, p11.PKCS11Error) and _meaning(source).recoverable
 
 
-class translate_pkcs11_errors:  # noqa: N801 - it reads as what it does, as those of contextlib do
+def translate_pkcs11_errors(doing: str) -> _Translation:
     """
-    Around calls of the module: what it raises leaves as one of our errors. *doing* as for
-    `translated`. A class, because every signature passes here.
+    A context manager for calls of the module: PKCS11Error is raised as HsmTollError. *doing* as for
+    `translated`.
     """
+    return _Translation(doing)
+
+
+class _Translation:
+    """The context manager of `translate_pkcs11_errors`; a class is faster than a generator."""
 
     __slots__ = ("_doing",)
 

@@ -121,8 +121,9 @@ class PinValue:
         """Wrap the text of a setting."""
         return cls(_pin(value, source=name))
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - the same call for every source
+    def read(self, *, device: str) -> Pin:
         """The value of the setting."""
+        del device
         return self.value
 
 
@@ -138,8 +139,9 @@ class PinFile:
     name: str = "HSMTOLL_HSM__PIN_FILE"
     timeout: float = 30.0
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
+    def read(self, *, device: str) -> Pin:
         """The file's line. A file that others may change is refused."""
+        del device
         try:
             # Without O_NONBLOCK a pipe that nobody writes to would be waited for in open().
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -199,11 +201,12 @@ class PinCommand:
     name: str = "HSMTOLL_HSM__PIN_COMMAND"
     timeout: float = 30.0
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
+    def read(self, *, device: str) -> Pin:
         """
-        What the command prints. Its words go to stderr; its argv is never shown, but for a file in
-        it that others may change, which is refused (``unsafe-file``).
+        What the command prints on stdout; its stderr is ours. Its argv is never shown, except for a
+        file in it that others may change, which is refused (``unsafe-file``).
         """
+        del device
         # What goes wrong here is said outside of the except blocks: the originals carry the
         # argv or the bytes, and would stay reachable as __context__.
         failed = None
@@ -382,8 +385,9 @@ class PinPad:
 
     name: str = "HSMTOLL_HSM__PIN_PROMPT=pinpad"
 
-    def read(self, *, device: str) -> Pin:  # noqa: ARG002 - as above
+    def read(self, *, device: str) -> Pin:
         """A PIN without a value."""
+        del device
         return Pin(None, source=self.name)
 
 

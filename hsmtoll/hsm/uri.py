@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.parse import unquote, urlsplit
 
 from hsmtoll.errors import ConfigurationError, foreign
@@ -81,14 +81,14 @@ class KeyUri:
                 hint="white space separates URIs; write a blank in a name as %20",
             )
         path, _, query = rest.partition("?")
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         for part, between, known in ((path, ";", _PATH), (query, "&", _QUERY)):
             for piece in filter(None, part.split(between)):
                 name, value = _attribute(piece, known)
                 if name in values:
                     raise _wrong(f"'{piece.partition('=')[0]}' stands there twice")
                 values[name] = value
-        return cls(**values)  # type: ignore[arg-type]  # the names and types come from the tables above
+        return cls(**values)
 
     def __str__(self) -> str:
         path = [f"{name}={shown}" for name in _PATH if (shown := self._shown(name)) is not None]
