@@ -1,6 +1,6 @@
 """
 The CKR codes that python-pkcs11 has no class for: those of PKCS#11 3.1, and those that makers of
-modules define. Data, with the name, what it means and who must act.
+modules define. Data: the name of each, what to do about it, and of what kind it is.
 
 Makers' codes are taken from headers that they publish (Thales Luna, SafeNet ProtectToolkit, NSS).
 Two makers may give one number two meanings, so the sentence names the maker.
@@ -193,7 +193,7 @@ ANSWERS: Final[dict[int, Answer]] = {
 
 
 def in_words(code: int) -> str:
-    """A code that has no class: its name, or whose it is, beside the number."""
+    """*code* with its name, or with the note that its maker defined it."""
     known = ANSWERS.get(code)
     if known is not None:
         return f"{known.name} ({code:#x})"

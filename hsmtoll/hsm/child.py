@@ -170,7 +170,7 @@ class WorkerProcess:
         # gevent's sockets are non-blocking, which socket.gettimeout() does not show.
         os.set_blocking(theirs.fileno(), True)
         # Python's messages before the worker runs are for the error; later stderr is the module's.
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has spoken
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed after the worker's first message
         stderr = _stderr()
         try:
             with theirs:
@@ -209,7 +209,7 @@ class WorkerProcess:
             if code < 0:
                 return f"was ended by {signal.Signals(-code).name}"
             return f"ended with {code}"
-        return "said nothing that can be understood"
+        return "sent no valid answer"
 
     def kill(self) -> None:
         """Kill the process."""
@@ -234,7 +234,7 @@ class WorkerProcess:
 
 
 def _answer(message: dict[str, Any], result_type: Any) -> tuple[Reply, Any]:
-    """*message*, if it is an answer at all: TypeError for what a module gone wrong may say."""
+    """Decode *message*. TypeError, ValueError or KeyError if it is not a valid answer."""
     reply = decode(Reply, {name: each for name, each in message.items() if name != "answer"})
     return reply, decode(result_type, message["answer"]) if reply.error is None else None
 

@@ -1,9 +1,8 @@
 """
-Values as JSON and back, by their types: what crosses the pipe between a device and its worker.
+Encodes values as JSON for the pipe between a device and its worker, and decodes them by type.
 
-`encode` takes dataclasses and what they are made of; `decode` is given the type that is expected,
-and raises TypeError or ValueError for anything else: a module gone wrong can send nonsense, but
-neither code nor a value that its annotation does not allow.
+`decode` raises TypeError or ValueError for anything but the expected type: a worker whose module
+has corrupted its memory can send neither code nor a value that the annotation does not allow.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ __all__ = ["decode", "encode", "hints"]
 
 _T = TypeVar("_T")
 
-#: Numbers that any reader of JSON takes whole; larger ones, as of RSA, go as hexadecimal text.
+#: JSON readers keep smaller integers exact; larger ones, as of RSA, are sent as hexadecimal text.
 _LARGEST: Final = 2**53
 
 
 def encode(value: Any) -> Any:
-    """*value* as what JSON has. Bytes are text of one character each (ISO 8859-1)."""
+    """*value* in the types of JSON; bytes become text, one character each (ISO 8859-1)."""
     if value is None or isinstance(value, str | bool | float):
         return value
     if isinstance(value, int):
@@ -63,7 +62,7 @@ def decode(kind: Any, said: Any) -> Any:
 
 @cache
 def _reader(kind: Any) -> Callable[[Any], Any]:
-    """What reads values of *kind*, made once: each signature is one."""
+    """The decoder for *kind*, made once, as each signature uses it."""
     if isinstance(kind, NewType):
         return _reader(kind.__supertype__)
     if isinstance(kind, type) and is_dataclass(kind):
@@ -87,7 +86,7 @@ def _dataclass_reader(kind: Any) -> Callable[[Any], Any]:
 def _generic_reader(origin: Any, kinds: tuple[Any, ...]) -> Callable[[Any], Any]:
     readers = [_reader(kind) for kind in kinds if kind is not ...]
     if origin in (Union, types.UnionType):
-        # ``None`` stands last where it is written, and is what is said most.
+        # None is written last in annotations, but is the most frequent value.
         return partial(_first_of, readers[::-1])
     if origin is dict:
         return lambda said: {
@@ -111,7 +110,7 @@ def _first_of(readers: list[Callable[[Any], Any]], said: Any) -> Any:
 
 
 def _of(kind: type[_T], said: Any) -> _T:
-    # Not isinstance: True is no number.
+    # Not isinstance, as True is an int.
     if type(said) is not kind:
         raise TypeError(f"no {kind.__name__}")
     return said
@@ -128,5 +127,5 @@ _READERS: Final[dict[Any, Callable[[Any], Any]]] = {
 
 @lru_cache
 def hints(of: Any) -> dict[str, Any]:
-    """The types of a dataclass' members, or of a function's arguments and its ``return``."""
+    """The types of a dataclass's fields, or of a function's arguments and its ``return``."""
     return get_type_hints(of)

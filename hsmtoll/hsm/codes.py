@@ -1,8 +1,8 @@
 """
-What a module can answer, and which of our errors it becomes. Data and two questions.
+The return values of a module (CKR codes), and the HsmTollError that each becomes.
 
-The table is complete over every class of ``pkcs11.exceptions``; a test walks them. A class
-that a later version adds is a DeviceError with its name in it. Codes without a class are in
+`MEANING` has every class of ``pkcs11.exceptions``, which a test verifies. A class that a later
+version adds becomes a DeviceError with its name in it. Codes without a class are in
 `hsmtoll.hsm.answers`.
 """
 
@@ -42,8 +42,9 @@ __all__ = [
 
 class Meaning(NamedTuple):
     """
-    Our class and code for one of theirs, what to do, and whether starting afresh may help. *away*:
-    the device cannot be asked for anything, be it what it may.
+    The HsmTollError for a CKR code: its class, *code*, *hint* and *scope*. *recoverable*: a new
+    session, a new login or a restarted module may help. *away*: every call fails like this one,
+    because the session or the device is lost.
     """
 
     error: type[HsmTollError]
@@ -117,9 +118,9 @@ _PIN_STATE: Final = Meaning(
 _NOT_OURS: Final = Meaning(
     DeviceError,
     "unexpected",
-    "an answer that does not belong to this call: ask the module's maker, with its log",
+    "this answer does not belong to this call: ask the module's maker, with its log",
 )
-#: What makers want a PIN to look like, for one that the module does not even look at.
+#: For a PIN that the module refuses without checking it.
 _PIN_FORM: Final = Meaning(
     DeviceError,
     "pin-form",
@@ -127,7 +128,7 @@ _PIN_FORM: Final = Meaning(
     " digits, then the password; CloudHSM: user:password; a device with a pinpad:"
     " HSMTOLL_HSM__PIN_PROMPT=pinpad",
 )
-#: By the kinds of `hsmtoll.hsm.answers`.
+#: By `Answer.kind`.
 _KINDS: Final = {
     "refused": _REQUEST,
     "away": _FAILED,
@@ -223,10 +224,10 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.WrappingKeyTypeInconsistent: _NOT_OURS,
 }
 
-#: Answers to C_Login that mean: this value is wrong. A card whose driver says "not logged in"
-#: to a login has refused the PIN as well.
+#: Answers to C_Login that mean that the PIN is wrong; the drivers of some cards answer
+#: CKR_USER_NOT_LOGGED_IN to a wrong PIN.
 REFUSED: Final = (p11.PinIncorrect, p11.PinInvalid, p11.PinLenRange, p11.UserNotLoggedIn)
-#: Answers to C_Login that mean: nobody looked at the PIN. Everything else leaves it open.
+#: Answers to C_Login that mean that the PIN was not checked. All others leave that open.
 NOT_TRIED: Final = (
     p11.AnotherUserAlreadyLoggedIn,
     p11.ArgumentsBad,
@@ -259,7 +260,7 @@ SESSION_LIMIT_ERRORS: Final = (
 )
 _USER_TYPE_INVALID: Final = 0x103
 _NOT_INITIALIZED: Final = 0x190
-# Codes about the session, the login, the token's presence or the module, and no single object.
+# About the session, the login, the token's presence or the module; not about a single object.
 _ABOUT_THE_DEVICE: Final = (
     p11.DeviceRemoved,
     p11.OperationActive,
@@ -271,9 +272,7 @@ _ABOUT_THE_DEVICE: Final = (
     p11.TokenNotRecognised,
     p11.UserNotLoggedIn,
 )
-
-
-# Handles that are void, and a person who said no.
+# Stale handles, and a refusal by the user at the device.
 _ABOUT_THE_KEY: Final = (
     p11.FunctionCancelled,
     p11.FunctionRejected,
@@ -283,41 +282,41 @@ _ABOUT_THE_KEY: Final = (
 
 
 def untried(exc: Exception) -> bool:
-    """Whether *exc*, the answer to a login, cannot come after the PIN was looked at."""
+    """Whether *exc*, the answer to a login, means that the PIN was not checked."""
     return isinstance(exc, NOT_TRIED) or number(exc) in (_USER_TYPE_INVALID, _NOT_INITIALIZED)
 
 
 def about_the_device(exc: Exception) -> bool:
-    """Whether *exc* is about session, login, device or module: nothing else can be asked then."""
+    """Whether *exc* is about session, login, device or module, so that every call would fail."""
     return isinstance(exc, _ABOUT_THE_DEVICE) or number(exc) == _NOT_INITIALIZED
 
 
 def about_the_key_or_pin(exc: Exception) -> bool:
     """
-    Whether *exc*, the answer to a signature, is about PIN, person, session or presence: then
-    another mechanism is no way out.
+    Whether *exc*, the answer to a signature, is about the PIN, the user, the session or the device,
+    so that another mechanism does not help.
     """
-    of_the_pin = _meaning(exc).error in (PinIncorrect, PinNotTried)
-    return of_the_pin or about_the_device(exc) or isinstance(exc, _ABOUT_THE_KEY)
+    about_the_pin = _meaning(exc).error in (PinIncorrect, PinNotTried)
+    return about_the_pin or about_the_device(exc) or isinstance(exc, _ABOUT_THE_KEY)
 
 
 def away(exc: Exception) -> bool:
-    """Whether *exc* is about the session or the presence of the device, and no single request."""
+    """Whether *exc* means that the session or the device is lost: `Meaning.away`."""
     return _meaning(exc).away
 
 
-def knows_no_context_login(exc: Exception, *, told: bool) -> bool:
+def knows_no_context_login(exc: Exception, *, required: bool) -> bool:
     """
-    Whether *exc*, the answer to a PIN for one signature, says that the device takes none. Where it
-    has *told* that the key wants one, a refusal of the arguments is about the PIN's form.
+    Whether *exc*, the answer to a context-specific login, means that the device has none. If it
+    is *required* for the key, CKR_ARGUMENTS_BAD is about the form of the PIN instead.
     """
     if isinstance(exc, p11.ArgumentsBad):
-        return not told
-    never = (p11.OperationNotInitialized, p11.FunctionNotSupported)
-    return isinstance(exc, never) or number(exc) == _USER_TYPE_INVALID
+        return not required
+    unsupported = (p11.OperationNotInitialized, p11.FunctionNotSupported)
+    return isinstance(exc, unsupported) or number(exc) == _USER_TYPE_INVALID
 
 
-#: What python-pkcs11 has no class for, by a part of its text.
+#: CKR codes that python-pkcs11 reports by text alone: a part of the text → code.
 _NUMBERS: Final = {
     "User type invalid": 0x103,
     "Buffer was too small": 0x150,
@@ -329,7 +328,7 @@ _UNMAPPED: Final = "Unmapped error code "
 
 
 def number(exc: Exception) -> int | None:
-    """The CKR code of an answer that python-pkcs11 has no class for."""
+    """The CKR code of *exc*, if python-pkcs11 has no class for it; else None."""
     text = str(exc)
     if type(exc) is not p11.PKCS11Error:
         return None
@@ -339,7 +338,7 @@ def number(exc: Exception) -> int | None:
 
 
 def said(exc: Exception) -> str:
-    """What the module answered, in a few words on one line."""
+    """The answer *exc* as text: one line, name or class first, untrusted parts escaped."""
     code = number(exc)
     if code is not None:
         return in_words(code)
@@ -357,8 +356,8 @@ def _meaning(exc: Exception) -> Meaning:
 
 def translated(exc: Exception, doing: str, *, login: bool = False) -> HsmTollError:
     """
-    Our error for theirs; *doing* begins the sentence, and their class name stays in it. *login*
-    says that it is the answer to a PIN.
+    The HsmTollError for *exc*; its text is *doing* and the name of the answer. *login*: *exc* is
+    the answer to a PIN.
     """
     meaning = _PIN_FORM if login and isinstance(exc, p11.ArgumentsBad) else _meaning(exc)
     return meaning.error(
@@ -371,7 +370,7 @@ def translated(exc: Exception, doing: str, *, login: bool = False) -> HsmTollErr
 
 
 def recoverable(exc: BaseException) -> bool:
-    """Whether a new session, login or module may cure *exc*; never after a PIN was looked at."""
+    """Whether a new session, a new login or a restarted module may help after *exc*."""
     if isinstance(exc, HsmTollError) and exc.retryable:
         return True
     source = exc.__cause__ if isinstance(exc, HsmTollError) else exc
@@ -405,7 +404,7 @@ class _Translation:
         if isinstance(exc, p11.PKCS11Error):
             raise translated(exc, self._doing) from exc
         if isinstance(exc, struct.error):
-            # An attribute of a length that its type does not have.
+            # The length of an attribute does not fit its type.
             raise DeviceError(
                 f"{self._doing}: the module answered with a value that cannot be read",
                 hint="ask the module's maker, with its log",

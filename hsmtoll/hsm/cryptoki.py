@@ -1,14 +1,14 @@
 """
-What python-pkcs11 does not do by itself where a module answers oddly.
+Workarounds: PKCS#11 functions through python-pkcs11, for modules that deviate from the standard.
 
-    found       a search that leaves no report of the interpreter on stderr behind
-    with_value  a search by value that one damaged object does not stop
-    read        one attribute, asked for twice where the answer says nothing about the device
-    at_once     several attributes by one question, where the module answers it
-    slots       every slot, although one of them answers C_GetSlotInfo with an error
-    logged_in   a session with a login, and none where the login is refused
-    closed      a session, although C_Logout is refused
-    able        a private key that signs, although CKA_SIGN cannot be read
+    found       objects by template; one unreadable object does not end the search
+    with_value  objects by one value, although one object makes C_FindObjects fail
+    read        one attribute; a second attempt if the first error is not about the device
+    at_once     several attributes with one C_GetAttributeValue, if the module supports that
+    slots       every slot, although C_GetSlotInfo fails for one
+    logged_in   a session after C_Login; closed if C_Login fails
+    closed      closes a session, although C_Logout fails
+    able        a private key with ``sign``, although CKA_SIGN cannot be read
 
 Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
     from pkcs11 import Object, ObjectClass, Session, Slot, Token
 
-#: Two names that python-pkcs11 does not document, and that nothing public takes the place of:
-#: SignMixin, because it gives ``sign`` to keys alone that show CKA_SIGN, and FunctionFailed, which
-#: is all that it passes over when it asks an object for its class (`able`, `_patient`).
-#: Its version is bounded in pyproject.toml; a test of each says what a new one lacks.
+#: Two undocumented names of python-pkcs11 are used, because no public ones serve: SignMixin, as
+#: only keys with a readable CKA_SIGN get ``sign`` (`able`), and FunctionFailed, the only error that
+#: it tolerates when it reads the class of an object (`_tolerant`). pyproject.toml bounds the
+#: version, and a test of each notices if a new version lacks it.
 _inner: Any = _pkcs11
 
 __all__ = [
@@ -53,10 +53,10 @@ __all__ = [
     "with_value",
 ]
 
-#: What the standard lets a module say to an attribute that it does not show.
+#: The answers of the standard for an attribute that cannot be read.
 _NOT_SHOWN: Final = (p11.AttributeTypeInvalid, p11.AttributeSensitive)
 _BUFFER_TOO_SMALL: Final = 0x150
-#: How often the list of slots is asked for while readers are plugged in.
+#: Attempts to list the slots while readers are being plugged in.
 _TRIES: Final = 3
 
 
@@ -71,18 +71,16 @@ def found(
     session: Session, wanted: dict[Attribute, Any], *, most: int | None = None
 ) -> list[Object]:
     """
-    The objects that match, *most* of them at the most. One that answers every question with an
-    error is among them.
-
-    Raises PKCS11Error where the search itself is refused.
+    The objects that match *wanted*, at most *most*; also those whose attributes cannot be read.
+    PKCS11Error if the search itself fails.
     """
-    with _quiet(), _patient():
+    with _without_reports(), _tolerant():
         try:
             search: Any = session.get_objects(wanted)
             with contextlib.closing(search):
                 return list(islice(search, most))
         except PKCS11Error as exc:
-            # C_FindObjectsFinal is called in any case, and its refusal hides the first one.
+            # C_FindObjectsFinal is called in any case, and its error hides the first one.
             first = exc.__context__
             raise (first if isinstance(first, PKCS11Error) else exc) from None
 
@@ -94,7 +92,7 @@ def with_value(session: Session, kind: ObjectClass, name: Attribute, value: Any)
     except PKCS11Error as exc:
         if about_the_device(exc):
             raise
-    # One object that is damaged stops a search by value, and no other.
+    # A damaged object makes a search by value fail, but no other search.
     return [one for one in found(session, {Attribute.CLASS: kind}) if _has(one, name, value)]
 
 
@@ -109,8 +107,8 @@ def read(thing: Object, name: Attribute) -> Any:
     """
     The value of the attribute *name*.
 
-    Raises Unreadable where the device does not show it, and PKCS11Error where the answer is
-    about the session, the login or the device, and not about this object.
+    Raises Unreadable if it cannot be read, and PKCS11Error if the error is about the session, the
+    login or the device instead of this object.
     """
     try:
         try:
@@ -120,7 +118,7 @@ def read(thing: Object, name: Attribute) -> Any:
         except PKCS11Error as exc:
             if about_the_device(exc):
                 raise
-            # A device that is gone says so here, in words that cannot be misunderstood.
+            # Raises an unambiguous error if the device is gone.
             thing.session.token.slot.get_token()
             return thing[name]
     except PKCS11Error as exc:
@@ -128,14 +126,14 @@ def read(thing: Object, name: Attribute) -> Any:
             raise
         raise Unreadable(said(exc)) from exc
     except (ValueError, NotImplementedError, MemoryError, struct.error) as exc:
-        # A maker's own value, or one of a length that its type does not have.
+        # A vendor-defined value, or one whose length does not fit its type.
         raise Unreadable("a value that cannot be understood") from exc
 
 
 def at_once(thing: Object, names: Sequence[Attribute]) -> Any:
     """
-    *thing*, with those of *names* that one question gets read already; the others are read when
-    they are asked for. Raises PKCS11Error as `read`.
+    *thing*, with the attributes *names* read in advance by one call, if the module can do that;
+    otherwise they are read on access. Raises PKCS11Error as `read`.
     """
     try:
         return _Known(thing, thing.get_attributes(list(names)))
@@ -148,7 +146,7 @@ def at_once(thing: Object, names: Sequence[Attribute]) -> Any:
 
 
 class _Known:
-    """An object of which some attributes are read already."""
+    """An object with some attributes read in advance."""
 
     def __init__(self, thing: Object, values: dict[Attribute, Any]) -> None:
         self.session = thing.session
@@ -160,17 +158,17 @@ class _Known:
 
 
 def able(key: Any) -> Any:
-    """*key* with python-pkcs11's ``sign``, which it has only where CKA_SIGN can be read."""
+    """*key* with a ``sign`` method, which python-pkcs11 adds only if CKA_SIGN can be read."""
     if hasattr(key, "sign"):
         return key
     return type("PrivateKey", (_inner.SignMixin, type(key)), {})(key.wrapper)
 
 
 @contextlib.contextmanager
-def _patient() -> Iterator[None]:
-    # python-pkcs11 asks each object for ten attributes at once, and then one by one, where it goes
-    # on after three codes alone. Modules answer with many others to an attribute that they do not
-    # know, and with any to an object that is damaged; without this nothing is found then.
+def _tolerant() -> Iterator[None]:
+    # python-pkcs11 reads ten attributes of each object at once, and after an error one by one,
+    # tolerating three codes. Modules return many others for an attribute that they do not know,
+    # and any for a damaged object; the whole search would fail.
     before = _inner.FunctionFailed
     _inner.FunctionFailed = PKCS11Error
     try:
@@ -180,9 +178,9 @@ def _patient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # A search that was refused at its beginning is ended all the same when it is collected; what
-    # the module says to that would be printed by the interpreter, in two parts.
+def _without_reports() -> Iterator[None]:
+    # If C_FindObjectsInit fails, python-pkcs11 still calls C_FindObjectsFinal when the search is
+    # garbage-collected; the interpreter would print the error of that to stderr.
     except_hook, unraisable_hook = sys.excepthook, sys.unraisablehook
 
     def printed(kind: Any, exc: BaseException, trace: Any) -> None:
@@ -206,18 +204,18 @@ _GET_SLOT_INFO, _OPEN_SESSION, _CLOSE_SESSION, _FUNCTIONS = 5, 12, 13, 68
 _Call = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_void_p)
 _Open = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, *[ctypes.c_void_p] * 3)
 _Close = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
-#: The text of a CK_SLOT_INFO, and all of it: flags and two versions follow.
+#: Bytes of the two texts of a CK_SLOT_INFO, and of the whole: flags and two versions follow.
 _SLOT_TEXT, _SLOT_INFO = 64 + 32, 64 + 32 + 8 + 4
 
 
 def slots(lib: Any, path: str) -> list[tuple[Slot, PKCS11Error | None]]:
-    """Every slot with a token in it, and the error that C_GetSlotInfo gives for it, if any."""
+    """Every slot with a token, and the error of C_GetSlotInfo for it, if any."""
     for left in reversed(range(_TRIES)):
         try:
             return [(slot, None) for slot in lib.get_slots(token_present=True)]
         except PKCS11Error as exc:
             if number(exc) == _BUFFER_TOO_SMALL and left:
-                continue  # one more was plugged in between its two questions
+                continue  # a reader was plugged in between the two calls of C_GetSlotList
             if about_the_device(exc):
                 raise
             return _slots_one_by_one(lib, path, exc)
@@ -227,8 +225,8 @@ def slots(lib: Any, path: str) -> list[tuple[Slot, PKCS11Error | None]]:
 def _slots_one_by_one(
     lib: Any, path: str, first: PKCS11Error
 ) -> list[tuple[Slot, PKCS11Error | None]]:
-    # python-pkcs11 gives no slot at all where one of them cannot be described. So, for one
-    # question, an empty description takes the place of the error.
+    # python-pkcs11 returns no slots at all if C_GetSlotInfo fails for one. So, for one listing,
+    # C_GetSlotInfo is replaced by a function that returns an empty description instead.
     broken: dict[int, int] = {}
 
     def described(real: Any, slot: int, info: int) -> int:
@@ -244,7 +242,7 @@ def _slots_one_by_one(
             raise first
         seen: list[Slot] = lib.get_slots(token_present=True)
     if not broken:
-        raise first  # it was about something else
+        raise first  # C_GetSlotInfo was not the cause
     return [(slot, _unmapped(broken.get(slot.slot_id))) for slot in seen]
 
 
@@ -254,18 +252,18 @@ def _unmapped(answer: int | None) -> PKCS11Error | None:
 
 def logged_in(token: Token, path: str, **login: Any) -> Session:
     """
-    A session of the module at *path*, with a login.
+    A session after C_Login, of the module at *path*.
 
-    python-pkcs11 opens the session first, and leaves it open where the login is refused, so that
-    each refusal would take one of those that the device has. It is closed here, unless the module
-    has a list of functions of its own for everybody, as p11-kit does.
+    python-pkcs11 opens the session first, and leaves it open if C_Login fails, so that each failure
+    would use up one of the device's sessions. It is closed here, unless the function list of the
+    module cannot be found, as with p11-kit, which returns a new one to each caller.
     """
     left: list[int] = []
     me = threading.get_ident()
 
     def opened(real: Any, slot: int, flags: int, *rest: Any) -> int:
         answer = int(real(slot, flags, *rest))
-        # Others in the process may use the module, too.
+        # Other code in this process may open sessions at the same time.
         if not answer and threading.get_ident() == me:
             left.append(ctypes.c_ulong.from_address(rest[-1]).value)
         return answer
@@ -282,8 +280,8 @@ def logged_in(token: Token, path: str, **login: Any) -> Session:
 @contextlib.contextmanager
 def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> Iterator[bool]:
     """
-    In the list of functions of the module at *path*, *ours* in the place of one of the type *kind*,
-    which it gets as its first argument. Yields whether the list lets that be done.
+    Replace the function at index *place* of the module's CK_FUNCTION_LIST by *ours*, which gets the
+    original, of type *kind*, as its first argument. Yields whether that was possible.
     """
     table = _table(path)
     if table is None or not _writable(ctypes.addressof(table)):
@@ -291,7 +289,7 @@ def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> I
         return
     before = table[place]
     real = kind(before)
-    # Held by its name: ctypes frees what nobody holds.
+    # A named reference, because ctypes frees a callback without one.
     entry = kind(lambda *given: ours(real, *given))
     table[place] = ctypes.cast(entry, ctypes.c_void_p).value
     try:
@@ -302,10 +300,10 @@ def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> I
 
 def closed(session: Any, path: str) -> None:
     """
-    Close *session* of the module at *path*; what is lost already is let go of.
+    Close *session* of the module at *path*; errors are ignored.
 
-    python-pkcs11 logs out first where the session was opened with a PIN, and leaves it open where
-    the module refuses that: after a login that the device has ended, each would stay for good.
+    python-pkcs11 calls C_Logout first if the session was opened with a PIN, and leaves it open if
+    that fails, as it does after the device has ended the login.
     """
     with contextlib.suppress(PKCS11Error):
         session.close()
@@ -321,7 +319,7 @@ def _close(path: str, handle: int) -> None:
 
 @lru_cache
 def _table(path: str) -> Any:
-    """The module's own list of functions. That of p11-kit is a new one for everybody who asks."""
+    """The module's CK_FUNCTION_LIST; a copy without effect for p11-kit. None if there is none."""
     try:
         get = ctypes.CDLL(path).C_GetFunctionList
     except (OSError, AttributeError):
@@ -329,7 +327,7 @@ def _table(path: str) -> Any:
     there = ctypes.c_void_p()
     if get(ctypes.byref(there)) or not there.value:
         return None
-    # Behind the version, which takes the room of a pointer.
+    # After the version, which is padded to the size of a pointer.
     return (ctypes.c_void_p * _FUNCTIONS).from_address(there.value + ctypes.sizeof(ctypes.c_void_p))
 
 

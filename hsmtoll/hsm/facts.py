@@ -1,8 +1,8 @@
 """
-What a device says of itself, its keys and its certificates, as values.
+What a module reports about itself, its tokens, keys and certificates, as values.
 
-They cross the pipe between processes as they are (`hsmtoll.hsm.codec`), so every annotation is a
-type at run time. Importing this loads neither a module nor python-pkcs11.
+`hsmtoll.hsm.codec` encodes them for the pipe between processes, so every annotation must exist at
+run time. Importing this loads neither a PKCS#11 module nor python-pkcs11.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["KeyFacts", "ModuleFacts", "Signature", "Stored", "StoredCertificate"
 @dataclass(frozen=True, slots=True)
 class StoredCertificate:
     """
-    A certificate object: its DER, CKA_LABEL and CKA_ID as the device gives them. *problem* is why
-    it cannot be read, and then *der* is empty.
+    A certificate object: its CKA_VALUE (DER), CKA_LABEL and CKA_ID. *problem* is the reason why it
+    cannot be read; *der* is empty then.
     """
 
     der: bytes
@@ -32,8 +32,8 @@ class StoredCertificate:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFacts:
     """
-    What the module reports about a private key; nothing of it is proven but *public*, where a
-    signature was checked. None means that the device does not say. *bits* is the modulus' size.
+    What the module reports about a private key; nothing of it is verified here. None means that
+    the attribute cannot be read. *bits* is the size of the modulus.
     """
 
     uri: KeyUri
@@ -62,15 +62,15 @@ class KeyFacts:
 
     @property
     def protected(self) -> bool:
-        """Whether the device says that the key cannot be taken out of it."""
+        """Whether the device reports that the key cannot be read out of it in plain text."""
         return self.sensitive is True and self.extractable is False
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
     """
-    RSASSA-PKCS1-v1_5 signature, and the public key that it was verified *by*: ``None`` where the
-    device hides its own and none was offered.
+    RSASSA-PKCS1-v1_5 signature, and the public key that it was verified *by*: None if the device
+    hides its public key and the caller has offered none.
     """
 
     value: bytes
@@ -80,8 +80,9 @@ class Signature:
 @dataclass(frozen=True, slots=True)
 class Stored:
     """
-    DERs that were *written*, were there before (*present*), and found no room (*left*). *lost*
-    are those that cannot be read back: the device did not keep them, or no longer.
+    The certificates (DER) that were *written*, those that were stored before (*present*), those
+    that the device refused (*left*), and those that it no longer has when they are read back
+    (*lost*).
     """
 
     written: tuple[bytes, ...]
@@ -93,9 +94,9 @@ class Stored:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFacts:
     """
-    One p11_token. *pin_state* is the worst of ``ok count-low to-be-changed final-try locked
-    unset``; *refused* and *unresolved* count the entries of the PIN log. *logged_in* says
-    whether private keys could be seen; *problem* is why not, or why nothing could be read.
+    One PKCS#11 token. *pin_state* is the most severe of ``ok count-low to-be-changed final-try
+    locked unset``; *refused* and *unresolved* count the entries of the PIN log. *logged_in*:
+    whether private keys are visible. *problem* is the error of the login or of reading the token.
     """
 
     uri: KeyUri
@@ -117,8 +118,8 @@ class TokenFacts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleFacts:
     """
-    One module and its p11_tokens, slots that answer with an error included. *login* is why nobody
-    could log in, where that was tried.
+    One module and its PKCS#11 tokens, including slots that return an error. *login* is the error
+    of the login, if one was tried and failed.
     """
 
     path: str

@@ -108,8 +108,8 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, pin_log: PinL
         with translate_pkcs11_errors("reading the objects"):
             return _objects(module, token, seen)
     except HsmTollError as exc:
-        # There is nothing to be read on one that was never initialised. Some that were do not
-        # say so, and they are read all the same.
+        # An uninitialised token has no objects. Some initialised ones lack the flag, so the attempt
+        # is made for all.
         return replace(seen, problem=str(exc)) if seen.initialized else seen
 
 

@@ -163,13 +163,13 @@ class PinLogin:
         """
         if here.login.there or self.pin is None:
             return False
-        says_so = here.login.wanted or bool(self._flags(here) & TokenFlag.LOGIN_REQUIRED)
+        required = here.login.wanted or bool(self._flags(here) & TokenFlag.LOGIN_REQUIRED)
         here.login.wanted = True
         try:
             self.log_in(here)
         except HsmTollError as exc:
             cause = exc.__cause__
-            if says_so or not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
+            if required or not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
                 raise
             here.login.wanted = False
             return False
@@ -187,7 +187,7 @@ class PinLogin:
         return here.session
 
     def sign(self, here: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
-        """C_SignInit, context login, C_Sign, with nothing between (CKA_ALWAYS_AUTHENTICATE)."""
+        """C_SignInit, context-specific C_Login, C_Sign (CKA_ALWAYS_AUTHENTICATE)."""
         pin = self._pin_for_signing(here)
         user = "signing" if self.signing_pin else user_name(self._user_type)
         with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
@@ -297,7 +297,7 @@ class PinLogin:
         if flags & TokenFlag.USER_PIN_FINAL_TRY and not self._use_final_try:
             raise PinNotTried(
                 f"one more wrong PIN would lock {device}: it was not tried",
-                hint="Log in once with the device's own tool, or say --use-final-try.",
+                hint="Log in once with the device's own tool, or use --use-final-try.",
                 code="pin-final-try",
             )
         if flags & TokenFlag.USER_PIN_COUNT_LOW:

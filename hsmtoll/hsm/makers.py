@@ -1,6 +1,6 @@
 """
-What makers' modules need, by the name of their file: how they are told where their device is, and
-which tool makes a key there. Data; `hsmtoll/docs/devices.md` says more of each.
+What the modules of each maker need, by file name: the configuration with which they find their
+device, and the tool that generates a key there. Data; `hsmtoll/docs/devices.md` describes each.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ __all__ = ["MAKERS", "Maker", "maker_of"]
 
 class Maker(NamedTuple):
     """
-    *files* is a pattern of file names; *name* the product's; *needs* what its module reads before
-    it starts, in words that follow "see"; *service* what must run or be reachable; *tool* the
-    command that makes a key there.
+    *files*: pattern of file names. *name*: of the product. *needs*: the configuration that the
+    module reads at its start; follows the word "see". *service*: what must run or be reachable.
+    *tool*: the command that generates a key.
     """
 
     files: str
@@ -176,6 +176,6 @@ MAKERS: Final = (
 
 
 def maker_of(module: Path) -> Maker | None:
-    """Whose *module* it is, by its file name without ``.so`` and what follows; None if unknown."""
+    """The maker of *module*, by its file name up to ``.so``; None if unknown."""
     stem = module.name.partition(".so")[0].removesuffix(".dll").removesuffix(".dylib")
     return next((each for each in MAKERS if re.fullmatch(each.files, stem)), None)

@@ -1,7 +1,6 @@
 """
-What is written to a device: a key pair made there, and certificates beside it.
-
-Read-write sessions live here and nowhere else. A private key's value never enters.
+Writes to a device: generates a key pair, and stores certificates. No other module uses read-write
+sessions. The value of a private key never leaves the device.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["generate", "keys", "store"]
 
-#: What the private key shall be.
+#: Required attributes of a new private key.
 _KEPT: Final = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.SIGN: True}
-#: What it shall not be able to do. SIGN_RECOVER is a signature, too.
+#: Operations that it must not permit. SIGN_RECOVER makes signatures as well.
 _DENIED: Final = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 _STRICT_PRIVATE: Final[dict[Attribute, Any]] = {
     **_KEPT,
@@ -49,7 +48,7 @@ _STRICT_PUBLIC: Final[dict[Attribute, Any]] = {
     Attribute.VERIFY: True,
     **dict.fromkeys((Attribute.ENCRYPT, Attribute.WRAP, Attribute.VERIFY_RECOVER), False),
 }
-#: What devices do not let a template say, left out group after group: from strict to plain.
+#: Attributes that some devices refuse in a template: after each refusal, another group is omitted.
 _LEFT_OUT: Final = (
     (),
     (Attribute.SIGN_RECOVER, Attribute.VERIFY_RECOVER),
@@ -61,7 +60,7 @@ _LEFT_OUT: Final = (
     (Attribute.SENSITIVE,),
     (Attribute.SIGN, Attribute.VERIFY, Attribute.PRIVATE),
 )
-#: Answers about the device, the login or the action as a whole: no other template helps.
+#: Errors about the device, the login or the operation, for which no other template helps.
 _FINAL: Final = (
     p11.DeviceMemory,
     p11.DeviceRemoved,
@@ -79,9 +78,9 @@ _FINAL: Final = (
     p11.TokenWriteProtected,
     p11.UserNotLoggedIn,
 )
-#: What a key is whose CKA_EXTRACTABLE the device does not show.
+#: For a key whose CKA_EXTRACTABLE cannot be read.
 _UNKNOWN: Final = "of unknown extractability"
-#: Bytes of a CKA_ID that every card takes.
+#: Bytes of a CKA_ID that every card accepts.
 _SHORT_ID: Final = 2
 
 
@@ -94,12 +93,13 @@ def generate(
     always_authenticate: bool,
 ) -> KeyUri:
     """
-    A new RSA key pair on the device: sensitive, not extractable, for signing and nothing else.
+    Generate an RSA key pair of *bits* bits on the device: sensitive, not extractable, only for
+    signing. Returns the URI of the private key.
 
-    *key_id* None is a random one. What the device made is read back, and destroyed where it
-    is not what was asked for. Raises DeviceError: ``key-exists`` for a label or id that is
-    taken, ``key-refused`` where the device makes none for a program, ``key-too-able`` for a key
-    that can do more than sign.
+    *key_id* None: a random CKA_ID. The attributes are read back, and the pair is destroyed if they
+    differ from those requested. Raises DeviceError: ``key-exists`` if label or id are in use,
+    ``key-refused`` if the device does not generate keys for programs, ``key-too-able`` for a key
+    that permits more than signing.
     """
     chosen = key_id or secrets.token_bytes(16)
     doing = f"generating the key '{foreign(label)}'"
@@ -137,7 +137,7 @@ def generate(
 
 
 def keys(calls: Calls) -> tuple[KeyFacts, ...]:
-    """What the device says about each of its private keys, after login."""
+    """As `Device.private_keys`."""
     with calls.writing("reading the keys", rw=False) as (module, _, session):
         found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
         return tuple(key_facts(module, session, found))
@@ -150,11 +150,11 @@ def store(
     hint: str,
 ) -> Stored:
     """
-    Write certificates, given as (DER, label, CKA_ID), the leaf first, and read them back.
+    Write *certificates*, each as (DER, label, CKA_ID), the leaf first, and read them back.
 
-    What is there already, byte for byte, is left alone. Only the first must find room: what
-    the device refuses after it is *left*. Raises DeviceError (``certificate-refused``) for the
-    first, with *hint*.
+    Those stored already, byte for byte, are not written again. DeviceError
+    (``certificate-refused``, with *hint*) if the device refuses the first; if it refuses a later
+    one, that is in `Stored.left`.
     """
     written: list[bytes] = []
     present: list[bytes] = []
@@ -178,7 +178,7 @@ def store(
                 written.append(der)
         lost = before.union(written) - _there(session)
     if written and not lost:
-        # A module may show what it has in memory: the device's own word is asked for.
+        # The module may have returned cached objects: read them from the device again.
         calls.reinitialize_module()
         with calls.writing("reading the certificates back", rw=False) as (_, _, session):
             lost = before.union(written) - _there(session)
@@ -190,7 +190,7 @@ def store(
 def _writing(
     calls: Calls, doing: str, hint: str, code: str
 ) -> Iterator[tuple[Module, Token, Session]]:
-    """`Calls.writing`, where a refusal to write at all gets *hint* and *code*."""
+    """`Calls.writing`, with *hint* and *code* for the error if the device refuses to write."""
     try:
         with calls.writing(doing) as opened:
             yield opened
@@ -204,12 +204,11 @@ def _refused(
     session: Session, exc: p11.PKCS11Error, doing: str, hint: str, code: str
 ) -> DeviceError:
     """
-    The error for what the device refused to write. Raises *exc* where the device is not there, or
-    has lost the session.
+    The error for a refused write. Raises *exc* if the device is gone or has lost the session.
     """
     if away(exc):
         with contextlib.suppress(p11.PKCS11Error):
-            # Some say "device error" to what they do not like.
+            # Some devices answer CKR_DEVICE_ERROR to a template that they refuse.
             session.token.slot.get_token()
             if isinstance(exc, p11.DeviceError):
                 return DeviceError(_answer(doing, exc), hint=hint, code=code)
@@ -253,14 +252,17 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
 def _pair(
     session: Session, bits: int, label: str, key_id: bytes, *, always_authenticate: bool
 ) -> tuple[Object, Object]:
-    """The pair, by the strictest template that the device takes. PKCS11Error if it takes none."""
+    """
+    Public and private key, by the strictest template that the device accepts. PKCS11Error if it
+    accepts none.
+    """
     public, private = dict(_STRICT_PUBLIC), dict(_STRICT_PRIVATE)
     if always_authenticate:
         private[Attribute.ALWAYS_AUTHENTICATE] = True
     failures: list[p11.PKCS11Error] = []
     for names in _LEFT_OUT:
         for name in names:
-            # Without it python-pkcs11 puts in a value of its own.
+            # Without DEFAULT, python-pkcs11 adds a value of its own.
             public[name] = private[name] = DEFAULT
         try:
             made: tuple[Object, Object] = session.generate_keypair(
@@ -274,11 +276,12 @@ def _pair(
             )
         except p11.PKCS11Error as exc:
             failures.append(exc)
-            # Codes that have a meaning of their own are about no template either, but for two.
-            numbered = number(exc) in ANSWERS.keys() - {0x1B, 0x68}
-            if numbered or isinstance(exc, _FINAL):
+            # Codes of `ANSWERS` are not about the template, except CKR_ACTION_PROHIBITED and
+            # CKR_KEY_FUNCTION_NOT_PERMITTED.
+            final = number(exc) in ANSWERS.keys() - {0x1B, 0x68}
+            if final or isinstance(exc, _FINAL):
                 break
-            # One that failed in its middle may have left a key; a device that is away says so.
+            # Raises if the device is gone, or if the failed attempt has left a key behind.
             session.token.slot.get_token()
             _refuse_taken(session, label, key_id)
         else:
@@ -287,22 +290,22 @@ def _pair(
 
 
 def _narrow(key: Object) -> None:
-    """Take away what the key can do besides signing, where the device lets it be taken away."""
+    """Remove other permissions than signing from the key, if the device permits that."""
     for name in _DENIED:
-        if _told(key, name):
+        if _flag(key, name):
             with contextlib.suppress(p11.PKCS11Error, AttributeError):
                 key[name] = False
 
 
 def _destroyed(made: Iterable[Object], uri: KeyUri) -> str:
-    """Destroy a pair that nobody wants; what became of it, in words."""
-    there = 0
+    """Destroy the pair. Returns a clause for the error: whether that succeeded."""
+    remaining = 0
     for each in made:
         try:
             each.destroy()
         except p11.PKCS11Error:
-            there += 1
-    if there:
+            remaining += 1
+    if remaining:
         return (
             f"it could not be destroyed and is still on the device: delete {foreign(uri)} with the"
             " device's own tool"
@@ -311,20 +314,23 @@ def _destroyed(made: Iterable[Object], uri: KeyUri) -> str:
 
 
 def _wrong(key: Object, *, always_authenticate: bool) -> str:
-    """What is not as asked for, in words; empty if all is. Unreadable counts as wrong for two."""
-    told = {name: _told(key, name) for name in (*_KEPT, *_DENIED)}
-    wrong = [f"not {n.name.lower()}" for n in (Attribute.SENSITIVE, Attribute.SIGN) if not told[n]]
-    if told[Attribute.EXTRACTABLE] is None:
+    """
+    The differences from the requested attributes, as text; empty if there are none. An unreadable
+    SENSITIVE, SIGN or EXTRACTABLE is a difference.
+    """
+    found = {name: _flag(key, name) for name in (*_KEPT, *_DENIED)}
+    wrong = [f"not {n.name.lower()}" for n in (Attribute.SENSITIVE, Attribute.SIGN) if not found[n]]
+    if found[Attribute.EXTRACTABLE] is None:
         wrong.append(_UNKNOWN)
-    elif told[Attribute.EXTRACTABLE]:
+    elif found[Attribute.EXTRACTABLE]:
         wrong.append("extractable")
-    wrong += [f"able to {name.name.lower()}" for name in _DENIED if told[name]]
-    if always_authenticate and _told(key, Attribute.ALWAYS_AUTHENTICATE) is not True:
+    wrong += [f"able to {name.name.lower()}" for name in _DENIED if found[name]]
+    if always_authenticate and _flag(key, Attribute.ALWAYS_AUTHENTICATE) is not True:
         wrong.append("usable without a PIN for each signature")
     return ", ".join(wrong)
 
 
-def _told(key: Object, name: Attribute) -> bool | None:
+def _flag(key: Object, name: Attribute) -> bool | None:
     try:
         return bool(key[name])
     except (p11.PKCS11Error, struct.error):

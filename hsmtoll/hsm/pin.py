@@ -1,7 +1,7 @@
 """
-Where a PIN comes from, and the one type it travels in.
+Sources of a PIN, and the type that holds one.
 
-A PIN is read when a login needs it, never before, and never on a command line.
+A PIN is read only when a login needs it. It is never taken from the command line.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ __all__ = [
 _log = logging.getLogger(__name__)
 #: Longer than any PIN or passphrase of a device; a larger file is not a PIN file.
 _LONGEST: Final = 1024
-#: Bytes: enough to see that it is longer, a line break included.
+#: Bytes: the longest PIN with a line break, and one more byte to notice that it is longer.
 _MOST_READ: Final = _LONGEST + 2
 
-#: Words of a command line that mean something to a shell alone, and how such words begin.
+#: Words that only a shell interprets, and beginnings of such words.
 _OPERATORS: Final = frozenset({"|", "||", "&&", "<", ">", ">>"})
 _FOR_SHELLS: Final = ("$", "`", "<", ">", "2>")
 _SHELL: Final = "put it into a script, or write sh -c '…'"
@@ -61,11 +61,11 @@ _SHELL: Final = "put it into a script, or write sh -c '…'"
 
 class Pin:
     """
-    A PIN and where it came from. It shows itself as ``Pin(from HSMTOLL_HSM__PIN)``.
+    A PIN and its source. Its repr is ``Pin(from HSMTOLL_HSM__PIN)``, without the value.
 
-    *origin* is the source's name, and of a file its inode and mtime; nothing in it is derived
-    from the value. *typed* says that a person has just entered it. A pinpad's PIN has no value:
-    the device asks for it itself.
+    *origin* is the name of the source, and for a file its inode and mtime; nothing in it is derived
+    from the value. *typed*: the user has just entered it. The PIN of a pinpad has no value, because
+    the device prompts for it itself.
     """
 
     __slots__ = ("_value", "origin", "source", "typed")
@@ -80,11 +80,11 @@ class Pin:
 
     @property
     def on_pinpad(self) -> bool:
-        """Whether the device asks for the PIN itself (protected authentication path)."""
+        """Whether the user enters the PIN at the device (protected authentication path)."""
         return self._value is None
 
     def reveal(self) -> str | None:
-        """The value, for C_Login and the hash of a refusal; None on a pinpad."""
+        """The value, for C_Login and for the hashes of the PIN log; None with a pinpad."""
         return self._value
 
     def __eq__(self, other: object) -> bool:
@@ -100,25 +100,28 @@ class Pin:
         return f"Pin(from {self.source})"
 
     def __reduce__(self) -> str:
-        raise TypeError("a PIN is not written anywhere")
+        raise TypeError("a PIN cannot be pickled or copied")
 
 
 class PinSource(Protocol):
-    """What can be asked for a PIN. *device* is how the device is called in a prompt."""
+    """A source of a PIN."""
 
     def read(self, *, device: str) -> Pin:
-        """The PIN. Raises ConfigurationError (``pin-source``) where there is none."""
+        """
+        The PIN; *device* is the name of the device for a prompt. ConfigurationError
+        (``pin-source``) if there is none.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class PinValue:
-    """A PIN given as a setting. *name* is the setting's."""
+    """A PIN that is the value of a setting."""
 
     value: Pin
 
     @classmethod
     def of(cls, value: str, *, name: str = "HSMTOLL_HSM__PIN") -> PinValue:
-        """Wrap the text of a setting."""
+        """*value* is the text of the setting *name*."""
         return cls(_pin(value, source=name))
 
     def read(self, *, device: str) -> Pin:
@@ -130,9 +133,9 @@ class PinValue:
 @dataclass(frozen=True, slots=True)
 class PinFile:
     """
-    A PIN in a file: one line, its newline not counted. Links are followed, so that systemd
-    credentials and Kubernetes secrets work. A named pipe has *timeout* seconds to be written to
-    and closed.
+    A PIN in a file of one line, with or without a line break. Links are followed, so that systemd
+    credentials and Kubernetes secrets work. From a named pipe, the PIN must come within *timeout*
+    seconds.
     """
 
     path: Path
@@ -143,13 +146,13 @@ class PinFile:
         """The file's line. A file that others may change is refused."""
         del device
         try:
-            # Without O_NONBLOCK a pipe that nobody writes to would be waited for in open().
+            # Without O_NONBLOCK, open() of a named pipe waits for a writer without limit.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
             with os.fdopen(os.open(self.path, flags), "rb", buffering=0) as file:
                 facts = os.fstat(file.fileno())
-                kept = stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)
-                # A writer could make us burn the PIN; a group is others as well for that.
-                if kept and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                checked = stat.S_ISREG(facts.st_mode) or stat.S_ISFIFO(facts.st_mode)
+                # Whoever can write a wrong PIN can lock the device; so can the file's group.
+                if checked and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                     raise ConfigurationError(
                         f"the PIN file {foreign(self.path)} can be written by others",
                         hint=f"chmod go-w {foreign(self.path)}",
@@ -176,7 +179,7 @@ class PinFile:
 
 
 def _whole(file: FileIO, timeout: float) -> bytes:
-    """What is in *file*, up to more than a PIN may have; TimeoutError after *timeout* seconds."""
+    """The content of *file*, at most _MOST_READ bytes. TimeoutError after *timeout* seconds."""
     data, until = b"", time.monotonic() + timeout
     ready = select.poll()
     ready.register(file, select.POLLIN)
@@ -193,8 +196,8 @@ def _whole(file: FileIO, timeout: float) -> bytes:
 @dataclass(frozen=True, slots=True, repr=False)
 class PinCommand:
     """
-    A command that prints the PIN: an argv, no shell, a time limit in seconds, no terminal,
-    and no HSMTOLL_ variable in its environment.
+    A command that prints the PIN. It runs without a shell, without a terminal, at most *timeout*
+    seconds, and without HSMTOLL_ variables in its environment.
     """
 
     command: str
@@ -207,8 +210,8 @@ class PinCommand:
         file in it that others may change, which is refused (``unsafe-file``).
         """
         del device
-        # What goes wrong here is said outside of the except blocks: the originals carry the
-        # argv or the bytes, and would stay reachable as __context__.
+        # Errors are raised outside of the except blocks: the original exceptions contain the argv
+        # or the output, and would stay reachable as __context__.
         failed = None
         try:
             argv = shlex.split(self.command)
@@ -216,13 +219,13 @@ class PinCommand:
             argv = []
         if not argv:
             raise self._failed("is not a command line")
-        # A program that takes it as an argument may print what is no PIN, which costs a try.
+        # A program that gets the operator as an argument may print other text than the PIN.
         if operator := next((word for word in argv if word in _OPERATORS), None):
             raise self._failed(f"has {operator} in it: it is run without a shell", hint=_SHELL)
         environment = {k: v for k, v in os.environ.items() if not k.upper().startswith("HSMTOLL_")}
         _check_files(argv, f"the PIN command ({self.name}):")
         try:
-            # A session of its own: the time limit then ends whatever the command started.
+            # A new session, so that its children are killed with it after the time limit.
             process = subprocess.Popen(
                 argv,
                 bufsize=0,
@@ -249,7 +252,7 @@ class PinCommand:
         return _pin(_line(out, name=self.name), source=self.name)
 
     def _printed(self, process: subprocess.Popen[bytes]) -> tuple[bytes, str | None]:
-        """What *process* printed before it ended, and why it was ended instead, if it was."""
+        """The output of *process*, and the reason if it was killed or printed too much."""
         out, failed, until = b"", None, time.monotonic() + self.timeout
         try:
             out = _whole(cast("FileIO", process.stdout), self.timeout)
@@ -275,22 +278,22 @@ class PinCommand:
 
 
 def _check_files(argv: list[str], what: str) -> None:
-    """It runs as this account, and a wrong PIN that it prints is spent."""
+    """ConfigurationError if other accounts can change what the command runs: it has our rights."""
     for path in _paths_in(argv):
         check_trusted(path, what)
 
 
 def _paths_in(argv: list[str]) -> Iterator[Path]:
     """
-    The files that the words of *argv* name, a shell's words included: a path, which may be one of
-    the working directory, or a program of the PATH.
+    The files that *argv* names, also within ``sh -c '…'``: paths, absolute or relative to the
+    working directory, and programs of the PATH.
     """
     for word in argv:
         for each in dict.fromkeys((word, *re.split(r"[\s=:;,&|<>()'\"`]+", word))):
             program = shutil.which(each) if each else None
             if program is not None:
                 yield Path(program)
-            # A device is not what others put into it.
+            # The permissions of a device file do not protect its content: skip it.
             if each and os.path.lexists(each) and not _is_device(each):
                 yield Path(each)
 
@@ -304,13 +307,13 @@ def _is_device(path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PinTerminal:
-    """A person at the terminal, asked once, on ``/dev/tty`` whatever stdin and stdout are."""
+    """A prompt on ``/dev/tty``, regardless of stdin and stdout, for a single attempt."""
 
     name: str = "HSMTOLL_HSM__PIN_PROMPT=terminal"
     what: str = "PIN"
 
     def read(self, *, device: str) -> Pin:
-        """What is typed, without echo."""
+        """The line that the user enters, without echo."""
         try:
             terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
@@ -339,7 +342,7 @@ class PinTerminal:
 
 
 class _Typing:
-    """Where a PIN is being typed, and how that terminal was before; whether that is over."""
+    """The open prompt: its terminal and the previous attributes; *over*: cancelled for good."""
 
     at: tuple[int, list[Any]] | None = None
     over = False
@@ -347,8 +350,8 @@ class _Typing:
 
 def cancel_prompt() -> None:
     """
-    End the question for a typed PIN, whichever thread asks it, and show again what is typed: for
-    a program that was told to end, or does.
+    Cancel the prompt for a PIN, whichever thread waits for it, and restore the terminal's echo. For
+    the end of the process: later prompts end at once.
     """
     _Typing.over = True
     if _Typing.at is not None:
@@ -358,8 +361,8 @@ def cancel_prompt() -> None:
 
 
 def _typed(terminal: int, prompt: str) -> bytes | None:
-    # Not getpass: its read ends for the person alone. Where another thread than the main one asks,
-    # Ctrl-C would wait for it, and the process would leave a terminal that shows nothing.
+    # Not getpass: only the user can end its read. In a thread other than the main one, Ctrl-C would
+    # wait for it, and the process would leave a terminal without echo.
     before = termios.tcgetattr(terminal)
     silent = [*before]
     silent[3] &= ~termios.ECHO
@@ -381,7 +384,7 @@ def _typed(terminal: int, prompt: str) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class PinPad:
-    """The device asks for the PIN itself."""
+    """The user enters the PIN at the device."""
 
     name: str = "HSMTOLL_HSM__PIN_PROMPT=pinpad"
 
@@ -404,9 +407,9 @@ def _pin(value: str, *, source: str, version: str = "", typed: bool = False) -> 
     wrong = (
         "is empty" if not value
         else "has a line break or a NUL in it" if set(value) & set("\0\n\r")
-        # Bytes of the environment that are no UTF-8: C_Login takes UTF-8 alone.
+        # Surrogates are bytes of the environment that are not UTF-8, which C_Login requires.
         else "is not UTF-8" if any("\ud800" <= one <= "\udfff" for one in value)
-        # Editors write it and do not show it; the device would count it as a wrong PIN.
+        # Some editors add it invisibly; the device would count it as a wrong PIN.
         else "begins with a byte order mark: save it without one" if value[0] == "\ufeff"
         else f"is longer than {_LONGEST} characters" if len(value) > _LONGEST
         else None
@@ -425,14 +428,14 @@ def _pin(value: str, *, source: str, version: str = "", typed: bool = False) -> 
     return Pin(value, source=source, version=version, typed=typed)
 
 
-#: A line of an environment file or of a letter instead of the PIN; base64 may end with "=" as well.
+#: A whole line of an environment file or a letter. A PIN in base64, which may end in "=", is none.
 _ASSIGNMENT: Final = re.compile(r"(?:export\s+)?\w*PIN\w*(?:\s*=\s*[^=\s]|:\s)", re.IGNORECASE)
 _COMMENT: Final = re.compile(r"\s#\s")
 _QUOTES: Final = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "\u00ab\u00bb")
 
 
 def _unlikely(value: str) -> str | None:
-    """Why *value* is probably not the PIN that was meant; a wrong one would cost a try."""
+    """Why *value* is probably not the PIN, so that it must not use up an attempt; else None."""
     if any(end.isspace() or not end.isprintable() for end in (value[0], value[-1])):
         return "begins or ends with a blank or a character that does not show"
     if len(value) > 1 and value[0] + value[-1] in _QUOTES:
@@ -446,8 +449,8 @@ def _unlikely(value: str) -> str | None:
 
 def source_of(hsm: Hsm, kind: str, uri: KeyUri | None) -> PinSource | None:
     """
-    Where the settings say that a PIN comes from: *kind* is ``pin`` or ``signing_pin``; *uri* may
-    name a file. ``None`` where they name no source.
+    The source of a PIN by the settings: *kind* is ``pin`` or ``signing_pin``. *uri* may name a file
+    (pin-source). None if there is no source.
     """
     name = f"HSMTOLL_HSM__{kind.upper()}"
     value, file, command, prompt = (

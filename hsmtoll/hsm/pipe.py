@@ -2,8 +2,8 @@
 The protocol between a device and its worker process: JSON objects prefixed with their length, and
 the two values in them besides calls and results.
 
-    device   Opening ──► question ──────────────────────────► …
-    worker           hello ──► (pin? ──► PIN) ──► answer, Reply
+    device   Opening ──► call ───────────────► PIN, if requested ──► …
+    worker           hello ──► PIN request ──────────► answer, Reply
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class Pipe:
             return None
         (size,) = _HEAD.unpack_from(self._got)
         if size > _LARGEST:
-            raise ValueError("a frame that is too large")
+            raise ValueError("the message is too large")
         end = _HEAD.size + size
         if len(self._got) < end:
             return None
         message = json.loads(self._got[_HEAD.size : end])
         del self._got[:end]
         if not isinstance(message, dict):
-            raise TypeError("a frame that is no message")
+            raise TypeError("the message is not a JSON object")
         return message
 
 

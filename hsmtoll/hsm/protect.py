@@ -1,4 +1,4 @@
-"""A process that holds a PIN or a login keeps its memory to itself."""
+"""Protects the memory of a process that has a PIN or a login from other processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PR_SET_DUMPABLE: Final = 4
 
 def keep_secrets_in_memory() -> None:
     """
-    No core file of this process, and no debugger or reader of /proc/PID/mem of its own account.
+    Disable core files, and the access of debuggers and of /proc/PID/mem by the same account.
 
-    prctl(2), PR_SET_DUMPABLE; execve(2) resets it, so each program calls this for itself.
+    It uses prctl(2), PR_SET_DUMPABLE, which execve(2) resets: each program must call it itself.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, AttributeError):

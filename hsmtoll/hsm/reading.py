@@ -1,5 +1,5 @@
 """
-What is read of devices, keys and certificates: PKCS#11 in, the values of `hsmtoll.hsm.facts` out.
+Reads tokens, keys and certificates: PKCS#11 objects become the values of `hsmtoll.hsm.facts`.
 
 Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
@@ -59,7 +59,7 @@ _PIN_FLAGS: Final = {
 
 
 def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
-    """What an RFC 7512 URI can ask of a device, by the names of KeyUri's fields."""
+    """The attributes of a token that an RFC 7512 URI can name, by the fields of KeyUri."""
     manufacturer, model, serial, label = named(token)
     return {
         "token": label,
@@ -76,41 +76,41 @@ def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
 
 
 def login_key(token: Token) -> tuple[object, ...]:
-    """Whose login it is. By slot as well: two devices may carry one label and no serial."""
+    """The key of `Module.logins`. With the slot: two tokens may have one label and no serial."""
     return (token.slot.slot_id, *named(token))
 
 
 def device_uri(token: Token) -> KeyUri:
-    """The URI of a p11_token, without its slot's number, which may change."""
+    """The URI of a PKCS#11 token, without its slot id, which may change."""
     manufacturer, model, serial, label = named(token)
     return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial or None)
 
 
 def object_uri(token: Token, thing: Object, kind: str) -> KeyUri:
-    """The URI of an object on *token*, ready to paste."""
-    # What is empty is named as well ("id=", RFC 7512): without it other objects would fit too.
+    """The URI of an object on *token*; it matches no other object."""
+    # An empty attribute is named as well ("id=", RFC 7512): without it other objects would match.
     return replace(device_uri(token), object=label_of(thing), id=id_of(thing), type=kind)
 
 
 def user_name(user_type: int | None) -> str:
-    """What the log of PINs calls a user of a device."""
+    """The name of a user type in the PIN log: `TokenUser.user`."""
     return "user" if user_type is None else f"user {user_type:#x}"
 
 
 def pin_state(flags: TokenFlag) -> str:
-    """The worst of ``ok count-low to-be-changed final-try locked``, or ``unset``."""
+    """The most severe of ``ok count-low to-be-changed final-try locked``, or ``unset``."""
     if not flags & TokenFlag.USER_PIN_INITIALIZED:
         return "unset"
     return next((word for flag, word in _PIN_FLAGS.items() if flags & flag), "ok")
 
 
 def key_facts(module: Module, session: Session, keys: Iterable[Object]) -> list[KeyFacts]:
-    """What the device says about the private *keys*."""
+    """The attributes of the private *keys*."""
     token = session.token
     manufacturer, model, serial, label = named(token)
     of_the_device: dict[str, Any] = {
         "mechanisms": frozenset(
-            # A vendor's own mechanism is a bare number.
+            # A vendor-defined mechanism is an int.
             getattr(one, "name", None) or hex(one)
             for one in token.slot.get_mechanisms()
         ),
@@ -148,7 +148,10 @@ def _key_facts(session: Session, key: Object, of_the_device: dict[str, Any]) -> 
 
 
 def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
-    """The key's own MODULUS, else the one public-key object with its id, else with its label."""
+    """
+    The public key: from the private key's own attributes, else from the only public-key object with
+    its CKA_ID, else from the only one with its label.
+    """
     own = _rsa(key)
     if own is not None:
         return own
@@ -172,7 +175,7 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
     if not modulus or not exponent:
         return None
     n, e = int.from_bytes(modulus, "big"), int.from_bytes(exponent, "big")
-    # What no RSA key has (RFC 8017 section 3.1) says nothing.
+    # Values that no RSA key has (RFC 8017 section 3.1) are ignored.
     return RsaPublicKey(n, e) if n & e & 1 and 3 <= e < n else None
 
 
@@ -200,7 +203,7 @@ def read_certificate(thing: Object) -> StoredCertificate:
 
 
 def _first_value(value: bytes) -> bytes:
-    # Cards keep files of a fixed size: what follows a certificate there is padding.
+    # Cards store files of a fixed size: bytes after the certificate are padding.
     with contextlib.suppress(ValueError):
         return ders.first(value)
     return value
@@ -214,7 +217,7 @@ def _attribute(thing: Object, name: Attribute) -> Any:
 
 
 def text_of(thing: Object) -> str:
-    # Some write the end of a string in C along with it, which no URI can say.
+    # Some labels include the terminating NUL of C, which a URI cannot have.
     return (cryptoki.read(thing, Attribute.LABEL) or "").partition("\0")[0]
 
 
@@ -230,7 +233,7 @@ def id_of(thing: Object) -> bytes:
 
 
 def unread(thing: Object) -> str | None:
-    """Why not even the label of *thing* can be read; ``None`` if it can."""
+    """The reason why the label of *thing* cannot be read; ``None`` if it can."""
     try:
         text_of(thing)
     except Unreadable as exc:
@@ -239,12 +242,12 @@ def unread(thing: Object) -> str | None:
 
 
 def cut(text: str) -> str:
-    # A fixed field is filled up with blanks; some end it as C does, and what follows is rubbish.
+    # Fixed fields are padded with blanks; some modules end them with NUL and undefined bytes.
     return text.partition("\0")[0].rstrip()
 
 
 def _serial(token: Token) -> str:
-    # Two numbers in binary may differ behind a zero only.
+    # Binary serial numbers may differ only after a zero byte, so NUL does not end them.
     return token.serial.decode("utf-8", "replace").rstrip(" \0").replace("\0", " ")
 
 

@@ -1,7 +1,7 @@
 """
-Which device and which key a URI means: by class with label or id, proven by the public half, and
-never by a slot's number alone. None, several and "not logged in" are different errors, which list
-what was found as URIs.
+Selects the token and the key that a URI names: objects by class with label or id; between several
+keys by the public key. No match, several matches and a missing login are different errors, which
+list the URIs of what was found.
 
 Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
@@ -56,9 +56,9 @@ _T = TypeVar("_T")
 _KEY: Final = ObjectClass.PRIVATE_KEY
 _CERTIFICATE: Final = ObjectClass.CERTIFICATE
 _SMALLEST_KEY: Final = 2048
-#: With more certificates on a device than this, those of other keys are left unread.
+#: On a device with more certificates, those that do not belong to the key are not read.
 _MANY: Final = 32
-#: How many objects a message names.
+#: Maximum number of objects named in an error.
 _SHOWN: Final = 10
 
 
@@ -74,7 +74,10 @@ class KeySelector:
         self._warn = warn
 
     def token(self, module: Module) -> Token:
-        """DeviceError (``device-missing``, ``device-ambiguous``) unless one device fits."""
+        """
+        The token that the URI names. DeviceError: ``device-missing`` if none matches,
+        ``device-ambiguous`` if several do.
+        """
         seen: list[tuple[Slot, Token]] = []
         broken: list[str] = []
         for slot, token in module.slots():
@@ -87,7 +90,7 @@ class KeySelector:
             for slot, token in seen
             if self._uri.matches(**device_facts(module, slot, token))
         ]
-        # Uninitialised slots have no name; they are meant only if nothing else fits.
+        # Uninitialised tokens have no label; they are selected only if no other one matches.
         ready = [found for found in fitting if found[1].flags & TokenFlag.TOKEN_INITIALIZED]
         fitting = ready or fitting
         if len(fitting) == 1:
@@ -102,7 +105,10 @@ class KeySelector:
         )
 
     def keys(self, session: Session) -> list[Object]:
-        """The private keys that fit. ConfigurationError (``uri``) for one that names no key."""
+        """
+        The private keys that match the URI. ConfigurationError (``uri``) if it names another type
+        of object.
+        """
         if self._uri.type not in {None, "private"}:
             raise ConfigurationError(
                 f"{foreign(self._uri)} names a {self._uri.type} object, not a private key",
@@ -113,8 +119,8 @@ class KeySelector:
 
     def certificates(self, session: Session, *, near: bool) -> tuple[StoredCertificate, ...]:
         """
-        All certificates that *session* shows; with *near*, where there are many, those that lie
-        with the key and their issuers, unless there are none.
+        All certificates that are visible in *session*; with *near*, if there are many, only those
+        with the label or id of the key, and their issuers, unless there are none.
         """
         if near:
             first = cryptoki.found(session, {Attribute.CLASS: _CERTIFICATE}, most=_MANY + 1)
@@ -133,11 +139,12 @@ class KeySelector:
         candidates: tuple[RsaPublicKey, ...],
     ) -> tuple[Object, KeyFacts]:
         """
-        The key meant, of those *found*, and what the device says of it. DeviceError where that is
-        left open (``key-ambiguous``), or the key is none to sign with (`Device.key`).
+        The key of those *found* that has a public key of the settings or of *candidates*, and its
+        attributes. DeviceError (``key-ambiguous``) if several remain, and those of `Device.key` for
+        a key that cannot be used.
         """
         proven = (self._public_key,) if self._public_key else candidates
-        # Where nothing chooses between them, they are named, and no more than are shown.
+        # Without a public key to choose by, only those named in the error are read.
         facts = key_facts(module, session, found if proven else found[:_SHOWN])
         if len(found) > 1 and proven:
             fits = [n for n, fact in enumerate(facts) if fact.public in proven]
@@ -153,8 +160,8 @@ class KeySelector:
     def missing(
         self, module: Module, token: Token, session: Session, *, logged_in: bool
     ) -> DeviceError:
-        """The error where no key fits: ``not-logged-in`` or ``key-missing``."""
-        # Without a login private keys are invisible, not forbidden.
+        """The error if no key matches: ``not-logged-in`` or ``key-missing``."""
+        # Without a login, private keys are invisible.
         if token.flags & TokenFlag.LOGIN_REQUIRED and not logged_in:
             return DeviceError(
                 f"the key {foreign(self._uri)} cannot be seen: nobody is logged in to"
@@ -175,7 +182,10 @@ class KeySelector:
         )
 
     def _matching(self, session: Session, kind: ObjectClass) -> list[Object]:
-        """The keys that fit the URI; all are looked through only where none is found by name."""
+        """
+        The objects of the class *kind* that match the URI, found by label and id, or if there are
+        none by reading all.
+        """
         wanted: dict[Attribute, Any] = {Attribute.CLASS: kind}
         narrow = {
             name: value
@@ -186,7 +196,7 @@ class KeySelector:
             try:
                 found = cryptoki.found(session, wanted | narrow)
             except p11.PKCS11Error as exc:
-                # One object that is damaged stops a search by value, and no other.
+                # A damaged object makes a search by value fail, but no other search.
                 if about_the_device(exc):
                     raise
                 found = []
@@ -202,7 +212,7 @@ class KeySelector:
         return self._uri.matches(object=label, id=key_id)
 
     def _on_another(self, module: Module, token: Token) -> str | None:
-        """The URI of another device with a key of that name, as far as it shows without a PIN."""
+        """The URI of another token with such a key, if that is visible without a login."""
         if not self._uri.names_object:
             return None
 
@@ -251,8 +261,8 @@ class KeySelector:
 
 def on_others(module: Module, token: Token, ask: Callable[[Session], _T]) -> Iterator[_T]:
     """
-    What *ask* returns for the module's devices other than *token*, without a login; one that
-    fails is left out.
+    The results of *ask* for the module's other tokens, without a login; tokens that fail are
+    skipped.
     """
     for _, other in module.slots():
         if isinstance(other, p11.PKCS11Error) or login_key(other) == login_key(token):
@@ -262,15 +272,15 @@ def on_others(module: Module, token: Token, ask: Callable[[Session], _T]) -> Ite
             session = other.open()
             yield ask(session)
         except p11.PKCS11Error as exc:
-            _log.info("%s is passed over: %s", called(other), said(exc))
+            _log.info("%s is skipped: %s", called(other), said(exc))
         finally:
             module.close(session)
 
 
 def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredCertificate]:
     """
-    The certificates that have an id or a label of *keys*, or that *uri* names, and those that
-    issued them, as far as a search by CKA_SUBJECT finds them.
+    The certificates with an id or a label of *keys* or of *uri*, and their issuers that are found
+    by CKA_SUBJECT.
     """
     names = {(Attribute.LABEL, uri.object), (Attribute.ID, uri.id)}
     for key in keys:
@@ -292,7 +302,7 @@ def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredC
 
 
 def _distinguished(devices: list[tuple[Slot, Token]]) -> list[str]:
-    """Their URIs, with the slot's description or number where the devices look the same."""
+    """Their URIs, with the slot's description or number if the URIs would be equal."""
     uris = [device_uri(token) for _, token in devices]
     described = [
         replace(uri, slot_description=cut(slot.slot_description)) if uris.count(uri) > 1 else uri
@@ -305,7 +315,7 @@ def _distinguished(devices: list[tuple[Slot, Token]]) -> list[str]:
 
 
 def _shown(value: bool | None) -> str:
-    return "not told" if value is None else str(value).lower()
+    return "unknown" if value is None else str(value).lower()
 
 
 def _list(before: str, names: list[str], none: str, *, more: int = 0) -> str:

@@ -1,12 +1,10 @@
 """
-What a device is asked to sign, checked right before the signature is made and in the process that
-makes it; and the proof of what came out.
+The data that a device may sign, checked immediately before the signature, in the process that makes
+it; and the verification of signatures. There are three kinds of such data:
 
-    a grant             header and claims byte for byte as `hsmtoll.signing.grant` makes them
-    a PKCS#10 request   for the key's own public half, and nothing else
-    the self-test       always the same bytes
-
-Nothing else is signed, whoever asks.
+    grant               header and claims byte for byte as `hsmtoll.signing.grant` makes them
+    PKCS#10 request     for the key's own public key
+    self-test           constant bytes
 """
 
 from __future__ import annotations
@@ -29,9 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SELF_TEST", "Signable", "Verifier"]
 
-#: What is signed to see that a device works. It is as large as a grant with x5c, because there are
-#: mechanisms that take less. A JWS has no blanks and begins with ``eyJ``, DER with 0x30 or 0x31, a
-#: TLS signature with random bytes, 64 blanks or a handshake message: it is none of them.
+#: The data of the self-test. It is as large as a grant with x5c, because some mechanisms accept
+#: only smaller data. It cannot be mistaken for other signed data: a JWS begins with ``eyJ`` and has
+#: no blanks, DER begins with 0x30 or 0x31, and the signed data of TLS with random bytes, 64 blanks
+#: or a handshake message.
 SELF_TEST: Final = b"hsmtoll self-test, not a grant".ljust(9216)
 
 _ATTRIBUTES: Final = 0xA0
@@ -40,11 +39,11 @@ _ATTRIBUTES: Final = 0xA0
 @dataclass(frozen=True, slots=True)
 class Signable:
     """
-    What may be signed with *alg*, and nothing else can be made into one: *data* is a grant, the
-    self-test, or with *request_for* a CertificationRequestInfo for that public key.
+    Data that may be signed with *alg*, validated on construction: *data* is a grant, the self-test,
+    or with *request_for* a CertificationRequestInfo for that public key.
 
     Raises PolicyDenied (``not-allowed``) for other data, ConfigurationError for another algorithm.
-    *grant* is the grant that was read back.
+    *grant* is the parsed grant; None for other data.
     """
 
     alg: str
@@ -64,8 +63,8 @@ class Signable:
 
     def check_request(self, public: RsaPublicKey) -> None:
         """
-        PolicyDenied unless it is a request (RFC 2986 section 4.1) for *public*, without attributes.
-        A TBSCertificate has other fields at these places.
+        PolicyDenied unless the data is a CertificationRequestInfo (RFC 2986 section 4.1) for
+        *public*, without attributes. A TBSCertificate, which has other fields, is refused.
         """
         try:
             ders.check_lengths(self.data)
@@ -84,17 +83,20 @@ class Signable:
             raise _refused("the request is for another public key")
 
     def check_grant(self, audience: str | None, rules: Callable[[Read], None] | None) -> None:
-        """PolicyDenied unless it is a grant, for *audience* if told; and what the *rules* raise."""
+        """
+        PolicyDenied unless the data is a grant, with *audience* as ``aud`` unless None; and the
+        errors that *rules* raise.
+        """
         if self.grant is None:
             raise _refused("it is no grant")
         if audience is not None and self.grant.grant.audience != audience:
-            told = foreign(self.grant.grant.audience)
-            raise _refused(f"aud is not the one of the settings: {told}")
+            found = foreign(self.grant.grant.audience)
+            raise _refused(f"aud is not the one of the settings: {found}")
         if rules is not None:
             rules(self.grant)
 
     def input_for(self, mechanism: Mechanism) -> bytes:
-        """What *mechanism* is given: the data, or its DigestInfo where it does not hash."""
+        """The input of C_Sign: the data, or its DigestInfo if *mechanism* does not hash."""
         raw = mechanism is Mechanism.RSA_PKCS
         return digest_info(self.alg, self.data) if raw else self.data
 
@@ -116,8 +118,8 @@ def _refused(why: str) -> PolicyDenied:
 
 class Verifier:
     """
-    Whether a signature is one, by the public half of the key that *name* means. Where the device
-    hides that half, the one that a signature showed to be it is kept.
+    Verifies signatures with the public key of the key *name*. If the device hides that, the public
+    key that has verified a signature is remembered.
     """
 
     def __init__(self, name: str) -> None:
@@ -128,20 +130,20 @@ class Verifier:
         self, alg: str, signed: bytes, made: Signature, offered: Iterable[RsaPublicKey]
     ) -> Signature:
         """
-        *made*, whole, with the key that verifies it: ``made.by``, which the device shows, or else
-        one of those *offered*. DeviceError (``signature-wrong``) if none does; ``by`` is ``None``
-        if there is none to ask.
+        *made*, padded to the size of the modulus, with the public key that verifies it: that of the
+        device (``made.by``), or else one of *offered*; ``by`` is None if there is no public key.
+        DeviceError (``signature-wrong``) if none verifies it.
         """
         learned = (self._learned,) if self._learned else ()
-        halves = (made.by,) if made.by else (*learned, *offered)
-        # What an earlier signature taught may have been another key by the same name.
+        public_keys = (made.by,) if made.by else (*learned, *offered)
+        # The remembered key may be that of an earlier private key with the same name.
         self._learned = None
-        for public in halves:
+        for public in public_keys:
             whole = public.padded(made.value)
             if public.verify(alg, signed, whole):
                 self._learned = public
                 return Signature(whole, public)
-        if halves:
+        if public_keys:
             raise DeviceError(
                 f"the device's signature does not fit the public key of {self._name}",
                 hint="The certificate belongs to another key, or the device is faulty.",

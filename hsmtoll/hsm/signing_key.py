@@ -90,7 +90,7 @@ class SigningKey:
             try:
                 return self._pin_login.sign(here, wanted, mechanism)
             except p11.PKCS11Error as exc:
-                if not knows_no_context_login(exc, told=facts.always_authenticate is True):
+                if not knows_no_context_login(exc, required=facts.always_authenticate is True):
                     raise
             here.new_session()
             self._lookup.key(here, candidates)

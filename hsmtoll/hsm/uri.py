@@ -1,7 +1,7 @@
 """
-RFC 7512: the name of a device and of an object on it, as text and as a value.
+PKCS#11 URIs (RFC 7512), which name a token and an object on it: parsing, text, comparison.
 
-A PIN never enters this room: ``pin-value`` is refused, ``pin-source`` names a file.
+``pin-value`` is refused; ``pin-source`` must name a file.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _REFUSED: Final = {
     "module-name": "a name is resolved differently on every machine; only a path is one file",
 }
 _TYPES: Final = ("public", "private", "cert", "secret-key", "data")
-# unreserved + pk11-res-avail; "&" would end a query attribute, "/" and "?" end nothing there.
+# unreserved + pk11-res-avail, without "&", which ends a query attribute.
 _PLAIN: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~:[]@!$'()*+,"
 
 
-#: What an attribute is compared with.
+#: The value of an attribute.
 Fact: TypeAlias = str | bytes | int | tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyUri:
     """
-    One ``pkcs11:`` URI. What is None matches everything.
+    One ``pkcs11:`` URI. A field that is None matches everything.
 
     *id* is bytes (CKA_ID); *slot_id* a number; *library_version* ``(major, minor)``, where M
     alone is M.0 (RFC 7512 section 2.3); *pin_source* an absolute path, without ``file:``.
@@ -72,10 +72,10 @@ class KeyUri:
 
     @classmethod
     def parse(cls, text: str) -> KeyUri:
-        """One URI. Raises ConfigurationError (``uri``) with one line that names the attribute."""
+        """Parse one URI. ConfigurationError (``uri``), which names the invalid attribute."""
         scheme, colon, rest = text.strip().partition(":")
         if not colon or scheme.lower() != "pkcs11":
-            # What stands there instead may be anything, a PIN included: it is not repeated.
+            # The text may be anything, even a PIN: do not repeat it.
             raise _wrong(
                 "it does not start with 'pkcs11:'",
                 hint="white space separates URIs; write a blank in a name as %20",
@@ -111,10 +111,9 @@ class KeyUri:
 
     def matches(self, **facts: Fact) -> bool:
         """
-        Whether what is asked for here agrees with *facts*, given by field name.
+        Whether the fields equal *facts*, which are given by field name; others are not compared.
 
-        Fields that are not among *facts* are not compared. Text of the fixed fields is compared
-        without the blanks that PKCS#11 pads them with; a label (*object*) is none of them.
+        Padding is ignored in the fixed-size fields of PKCS#11, which do not include *object*.
         """
         return all(
             _same(getattr(self, name), fact, padded=name != "object")
@@ -123,11 +122,11 @@ class KeyUri:
 
     @property
     def names_object(self) -> bool:
-        """Whether an object is named by label or id, not only a device."""
+        """Whether the URI has a label or id of an object."""
         return self.object is not None or self.id is not None
 
     def device_only(self) -> KeyUri:
-        """The same without the object: what names the device."""
+        """The URI of the token: without the attributes of an object."""
         return replace(self, object=None, id=None, type=None)
 
 
@@ -136,10 +135,10 @@ def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:
     if name in _REFUSED:
         raise _wrong(f"'{name}' is refused: {_REFUSED[name]}", hint=_INSTEAD[name])
     if name not in known:
-        other_certificates = name in _PATH or name in _QUERY
+        misplaced = name in _PATH or name in _QUERY
         why = (
             "stands on the wrong side of the '?'"
-            if other_certificates
+            if misplaced
             else "is not an attribute of RFC 7512"
         )
         raise _wrong(f"'{foreign(name)}' {why}")
@@ -183,8 +182,8 @@ def _value(name: str, raw: str) -> object:
 
 
 def _bytes(raw: str) -> bytes:
-    # Latin-1 keeps every decoded byte one character; raw non-ASCII letters become their UTF-8.
-    # What was no UTF-8 in the environment is the byte again that it was there.
+    # Latin-1 maps each byte to one character. Characters beyond ASCII become their UTF-8, and
+    # surrogates from the environment the bytes that they stand for.
     octets = raw.encode("utf-8", "surrogateescape")
     return unquote(octets.decode("latin-1"), encoding="latin-1").encode("latin-1")
 
@@ -196,7 +195,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _file(text: str) -> str:
-    # RFC 7512 lets pin-source name anything, a command in some programs included.
+    # RFC 7512 permits any value for pin-source; in some programs it is a command.
     if text.startswith("file:"):
         try:
             parts = urlsplit(text)

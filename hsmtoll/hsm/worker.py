@@ -1,10 +1,10 @@
 """
-The process that a device is isolated in.
+The program of a worker process: one device, with its module in this process.
 
-It is started by `hsmtoll.hsm.child`, speaks over one socket alone, and ends with it. It says
-hello before any module is loaded: what fails before that is no module's fault.
-Settings come as the first message and a PIN when a login needs it; neither environment nor
-argv has them.
+`hsmtoll.hsm.child` starts it. It communicates over one socket and ends when that is closed. It
+sends ``hello`` before it loads a module, so that earlier failures are not attributed to the module.
+The settings are the first message, and a PIN is sent when a login needs it; neither is in the
+environment or in argv.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ def _result_of(
         if do not in permitted:
             return None, DeviceError("the device's process does not answer this", code="worker")
         kinds = hints(getattr(Device, do))
-        told = {name: decode(kinds[name], call[name]) for name in call.keys() - {"do"}}
+        arguments = {name: decode(kinds[name], call[name]) for name in call.keys() - {"do"}}
         # The parent verifies signatures.
-        return getattr(device, "unverified" if do == "sign" else do)(**told), None
+        return getattr(device, "unverified" if do == "sign" else do)(**arguments), None
     except HsmTollError as exc:
         return None, exc
-    except Exception as exc:  # noqa: BLE001 - whatever it is, the other side must hear of it
+    except Exception as exc:  # noqa: BLE001 - the parent waits for a reply to every call
         kind = type(exc).__name__
         return None, DeviceError(f"the device's process: {kind}", code="worker")

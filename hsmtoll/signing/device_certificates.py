@@ -1,5 +1,5 @@
 """
-The certificates on a device, and its key: read in steps, from those with the key to all others.
+Reads the certificates on a device, and its key, in steps that read more if the chain is incomplete.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def read_certificates_and_key(
     device: Device, given: Sequence[Certificate], *, near: bool = False
 ) -> Iterator[tuple[tuple[StoredCertificate, ...], KeyFacts]]:
     """
-    What the *device* shows: its certificates, with *near* first those that lie with the key alone
-    (`Device.certificates`), and its key. For those whom that does not do: the same after a login
-    that its flags do not ask for; at last with the certificates of the module's other devices.
-    *given* is what a file has.
+    Yield the certificates on *device* and its key, each time with more certificates, for callers
+    that stop when they have a chain: with *near* first only those with the key (see
+    `Device.certificates`); then all; then all after a login, if the token did not require one; last
+    with those of the module's other tokens. *given*: certificates of a file, whose public keys
+    select between several private keys.
     """
 
     def seen(*, near: bool = False) -> tuple[tuple[StoredCertificate, ...], KeyFacts]:
@@ -57,7 +58,7 @@ def read_certificates_and_key(
     except DeviceError:
         return
     if others:
-        _log.info("looking for certificates on the module's other devices")
+        _log.info("using certificates of the module's other devices as well")
         yield (*stored, *others), key
 
 
@@ -69,7 +70,7 @@ def readable(stored: Iterable[StoredCertificate]) -> list[Certificate]:
 def _parsed(
     stored: Iterable[StoredCertificate],
 ) -> Iterator[tuple[StoredCertificate, Certificate | None, str]]:
-    """Each with its certificate, or with why it cannot be read."""
+    """Each with its parsed certificate, or None and the reason."""
     for one in stored:
         if one.problem is not None:
             yield one, None, one.problem
@@ -77,7 +78,7 @@ def _parsed(
         try:
             yield one, Certificate.load(one.der), ""
         except ValueError as exc:
-            _log.info("certificate %r is passed over: %s", foreign(one.label), exc)
+            _log.info("certificate %r is skipped: %s", foreign(one.label), exc)
             yield one, None, str(exc)
 
 
@@ -88,27 +89,27 @@ def unread_of(
     named: Sequence[StoredCertificate] = (),
 ) -> tuple[leaf_choice.Unread, ...]:
     """
-    The certificates that do not parse. One is taken for the *key*'s own by CKA_ID, label or
-    modulus, or where it is *named*.
+    The certificates that cannot be parsed. One counts as the *key*'s own if it is in *named*, or
+    has the CKA_ID, the label or the modulus of the key.
     """
     modulus = None
     if key is not None and key.public is not None:
         modulus = key.public.modulus.to_bytes((key.public.bits + 7) // 8, "big")
 
-    def of_key(raw: bytes) -> bool:
+    def has_modulus(raw: bytes) -> bool:
         return modulus is not None and modulus in raw
 
     found = []
     for each, certificate, why in _parsed(stored):
         if certificate is not None:
             continue
-        own = each in named or of_key(each.der)
+        own = each in named or has_modulus(each.der)
         if key is not None:
             own |= bool(key.id and each.id == key.id)
             own |= bool(key.label and each.label == key.label)
         where = f"certificate '{foreign(each.label)}' on the device"
         found.append(leaf_choice.Unread(where, why, own))
-    found += [leaf_choice.Unread(u.where, u.why, of_key(u.der)) for u in supplied.unreadable]
+    found += [leaf_choice.Unread(u.where, u.why, has_modulus(u.der)) for u in supplied.unreadable]
     return tuple(found)
 
 

@@ -1,5 +1,6 @@
 """
-The certificate chain of a device's key: which leaf, with which issuers, and for how long.
+The certificate chain of a device's key: chosen, verified, cached, and chosen again after
+Maskinporten has rejected a new leaf.
 """
 
 from __future__ import annotations
@@ -39,32 +40,33 @@ _log = logging.getLogger(__name__)
 #: Seconds. Certificates are read from the device at most this often.
 CERTIFICATE_CACHE_TTL: Final = 60.0
 
-#: Seconds. So long a certificate counts as new, and one that it replaced is fallen back on.
+#: Seconds after it became active in which a rejected certificate gives way to an older one.
 _NEW_CERTIFICATE_PERIOD: Final = 86_400.0
 
 
 @dataclass(slots=True)
 class KeyListState:
     """
-    State shared by all keys of HSMTOLL_HSM__KEY. *organization*: that they sign for, learned from
-    the first certificate. *refused*: leaves that Maskinporten rejected, by SHA-256, with the time
-    (epoch seconds) until which an older leaf is preferred.
+    State shared by all keys of HSMTOLL_HSM__KEY. *organization*: for which all of them must sign,
+    that of the first leaf used. *refused*: SHA-256 of each new leaf that Maskinporten has rejected
+    → time (epoch seconds) until which an older leaf is preferred.
     """
 
     organization: str | None = None
     refused: dict[str, float] = field(default_factory=dict)
 
     def unwanted(self, now: float) -> frozenset[str]:
-        """The leaves that are not to be used at *now*."""
+        """SHA-256 of the leaves to avoid at *now* (epoch seconds)."""
         return frozenset(sha256 for sha256, until in self.refused.items() if now < until)
 
 
 @dataclass(frozen=True, slots=True)
 class ProvenChain:
     """
-    A verified chain, its *x5c*, and the conditions for using it again without reading the device:
-    before *boot* (boot clock) and *wall* (epoch seconds, when a known certificate becomes valid or
-    expires), the same *generation* of device handles, and the same *supplied* bundle.
+    A verified chain and its *x5c*. It may be used without reading the device again before *boot*
+    (boot clock, seconds) and *wall* (epoch seconds; then a known certificate becomes valid or
+    expires), while `Device.generation`, the leaves to avoid and the supplied bundle stay the same.
+    *grants* caches the unsigned grants with this x5c.
     """
 
     chain: path_building.Chain
@@ -205,7 +207,7 @@ class DeviceChain:
         at: datetime,
         unwanted: frozenset[str],
     ) -> tuple[path_building.Chain, list[Certificate]]:
-        """The chain of *key* with what was *supplied*, and all certificates that were looked at."""
+        """The chain of *key* with *supplied*, and all certificates that were considered."""
         pool = [*readable(stored), *supplied.certificates]
         public = key.public or self.verified_key
         leaves = (
@@ -218,7 +220,7 @@ class DeviceChain:
         return chain, pool
 
     def _cached_chain(self, now: ClockReading, unwanted: frozenset[str]) -> ProvenChain | None:
-        """What was proven, if nothing has to be looked at again."""
+        """The last chain, if it may be used without reading the device again."""
         known = self._proven
         fresh = known is not None and (
             now.boot < known.boot
@@ -233,12 +235,12 @@ class DeviceChain:
         self, stored: Sequence[StoredCertificate], supplied: Bundle, key: KeyFacts
     ) -> list[Certificate]:
         """Leaves that match the key by CKA_ID, else by label, else all leaves."""
-        for named in (
+        for certificates in (
             readable(each for each in stored if key.id and each.id == key.id),
             readable(each for each in stored if key.label and each.label == key.label),
             [*readable(stored), *supplied.certificates],
         ):
-            found = [each for each in named if each.public_key and not each.is_ca]
+            found = [each for each in certificates if each.public_key and not each.is_ca]
             if found:
                 return found
         return []
@@ -270,7 +272,7 @@ class DeviceChain:
         self._key_list_state.refused[leaf.sha256] = began + _NEW_CERTIFICATE_PERIOD
         _log.warning(
             "certificate-refused: Maskinporten refused the new certificate %s (%s); an older one "
-            "is used where one lives: run `hsmtoll doctor`",
+            "is used if there is a valid one: run `hsmtoll doctor`",
             leaf.sha256[:16],
             code,
         )
@@ -280,7 +282,7 @@ class DeviceChain:
             return False
 
     def rejected_lately(self) -> bool:
-        """Whether the leaf in use was rejected in its first day; the device is not asked."""
+        """Whether the leaf in use was rejected within 24 h of becoming active. Without I/O."""
         unwanted = self._key_list_state.unwanted(self._clock.now().wall)
         return self.leaf is not None and self.leaf.sha256 in unwanted
 
@@ -294,11 +296,11 @@ class DeviceChain:
         uri = self._device.uri
         named = [each for each in stored if uri.matches(object=each.label, id=each.id)]
         pool = [*readable(stored), *supplied.certificates]
-        beside = readable(named)
-        keys = {each.public_key for each in beside if each.public_key and not each.is_ca}
+        leaves = readable(named)
+        keys = {each.public_key for each in leaves if each.public_key and not each.is_ca}
         # A renewed certificate may be in the file only.
-        beside += [each for each in supplied.certificates if each.public_key in keys]
-        leaves = beside or [each for each in pool if not each.is_ca]
+        leaves += [each for each in supplied.certificates if each.public_key in keys]
+        leaves = leaves or [each for each in pool if not each.is_ca]
         now = datetime.fromtimestamp(self._clock.now().wall, UTC)
         unread = unread_of(stored, supplied, named=named)
         return self._choose_chain(leaves, pool, supplied, now, unread=unread)

@@ -20,16 +20,15 @@ __all__ = ["FailoverSigner"]
 
 _log = logging.getLogger(__name__)
 
-#: Errors after which the next key is tried. A wrong PIN is not among them: the user must correct it
-#: first.
+#: Errors after which the next key is tried; not a wrong PIN, which the user must correct.
 _FAILOVER_ERRORS: Final = (DeviceError, CertificateError)
 
 
 class FailoverSigner:
     """
-    Several keys in order: the first usable one signs (device up, certificate valid now). One
-    whose new certificate was rejected lately comes after the others. A device that is down is
-    asked again after a back-off of its own: until then it answers ``device-down`` at once.
+    Several keys in order of preference: the first usable one signs (device up, certificate valid).
+    A key whose new certificate was rejected lately comes last. A device that is down raises
+    ``device-down`` at once until its back-off has passed.
     """
 
     def __init__(self, signers: Sequence[LocalSigner]) -> None:
@@ -41,7 +40,7 @@ class FailoverSigner:
         return self._in_use.known_identity() if self._in_use is not None else None
 
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
-        """A grant of the first usable key; the first one's error if none is."""
+        """A grant by the first usable key; if none is usable, the error of the first one."""
         first: HsmTollError | None = None
         for signer in sorted(self._signers, key=LocalSigner.rejected_lately):
             try:
@@ -56,7 +55,7 @@ class FailoverSigner:
         raise first or ConfigurationError("HSMTOLL_HSM__KEY: no key is named")
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
-        """As `LocalSigner.rejected`; another key of the list will do as well."""
+        """As `LocalSigner.rejected`; also True if another key is preferred from now on."""
         for signer in self._signers:
             if signer.known_identity() == grant.identity:
                 before = signer.rejected_lately()
@@ -66,7 +65,7 @@ class FailoverSigner:
         return False
 
     def _log_change(self, signer: LocalSigner, why: HsmTollError | None) -> None:
-        """One line where another key takes over, and one when the first is back."""
+        """Log once when another key is used, and when the first is used again."""
         if signer is self._in_use:
             return
         self._in_use = signer

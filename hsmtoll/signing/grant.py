@@ -1,7 +1,7 @@
 """
 Header, claims and limits of a JWT grant for Maskinporten (RFC 7523).
 
-Values only: nothing is signed or sent here, and no clock is read.
+It neither signs nor sends, and reads no clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "SignedGrant", "read_grant"]
 
-#: Seconds from iat to exp: the documented maximum (M54), so that a slow device has it all.
+#: Seconds from iat to exp: the documented maximum (M54), for slow devices.
 LIFETIME: Final = 120
 
 #: A grant with fewer seconds left is not sent.
@@ -108,11 +108,11 @@ def _header_segment(alg: str, kid: str | None, x5c: tuple[str, ...]) -> bytes:
 @dataclass(frozen=True, slots=True)
 class SignedGrant:
     """
-    What signing returns: the *assertion* (compact JWS), and what there is to know of it.
+    A signed grant: the *assertion* (compact JWS) and its properties.
 
-    *issued_at* (iat) and *expires_at* (exp) are in epoch seconds, Maskinporten's time. *identity*
-    names who signed: the SHA-256 (hex) of the leaf, or with a kid of the public key. *not_after*
-    is the end of the leaf's validity; ``None`` with a kid.
+    *issued_at* (iat) and *expires_at* (exp) are epoch seconds by Maskinporten's clock. *identity*
+    is the SHA-256 (hex) of the leaf, or with a kid of the public key. *not_after* is the end of the
+    leaf's validity; None with a kid.
     """
 
     assertion: str = field(repr=False)
@@ -126,7 +126,7 @@ class SignedGrant:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A grant that was read back: *iat* in epoch seconds, *leaf* the first certificate of x5c."""
+    """A parsed grant: *iat* in epoch seconds, *leaf* the first certificate of x5c."""
 
     grant: Grant
     iat: int
@@ -136,9 +136,9 @@ class Read:
 
 def read_grant(alg: str, unsigned: bytes) -> Read:
     """
-    Parse a signing input that is to be signed with *alg*. ValueError, without any value in its
-    text, unless it equals byte for byte what `Grant.unsigned` makes: input that two parsers could
-    read differently is refused.
+    Parse a signing input that is to be signed with *alg*. ValueError, whose text contains no value
+    of the grant, unless it equals byte for byte the output of `Grant.unsigned`: input that two
+    parsers could read differently is refused.
     """
     first, _, second = unsigned.partition(b".")
     kid, x5c, leaf = _read_header(alg, first)
@@ -170,7 +170,7 @@ def read_grant(alg: str, unsigned: bytes) -> Read:
 
 @lru_cache(maxsize=8)
 def _read_header(alg: str, first: bytes) -> tuple[str | None, tuple[str, ...], Certificate | None]:
-    """kid, x5c and its leaf. The same kilobytes from grant to grant, so they are read once."""
+    """kid, x5c and its leaf. Cached, because the header is the same for each grant."""
     header = jws.read_segment(first.decode("ascii", "replace"), "header")
     kid, x5c = header.get("kid"), header.get("x5c")
     named = {"kid": kid} if x5c is None else {"x5c": x5c}

@@ -1,7 +1,6 @@
 """
-Who may answer at the Unix socket of a signing host, and whether that is who does.
-
-Before a byte is sent: nobody else can have put a socket there, and the kernel names the account.
+Authenticates a signing host at a Unix socket, before anything is sent: by the permissions of the
+path, and by the account that listens (SO_PEERCRED).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["no_access", "trusted_at", "verify_peer"]
 
 
 def no_access(name: str) -> NetworkError:
-    """The error for a socket of the host *name* that this account may not open."""
+    """The error if this account may not connect to the socket of the host *name*."""
     return NetworkError(
         f"{name}: this account may not open its socket",
         hint="the custodian puts callers into the group of the socket and its directory",
@@ -32,11 +31,12 @@ def no_access(name: str) -> NetworkError:
 
 def trusted_at(path: Path, uid: int | None, name: str) -> frozenset[int]:
     """
-    The accounts that may answer at the socket *path*: *uid*, or else the owner of its directory.
+    The accounts (uids) that may listen at the socket *path*: *uid*, or else the owner of its
+    directory.
 
-    Nobody else may be able to put another socket there: PolicyDenied (``socket-unsafe``) if a
-    directory on the way belongs to somebody else or can be written by others. The directories
-    above must be root's or our own: who was given one in there was given it by them.
+    PolicyDenied (``socket-unsafe``) if another account could replace the socket: if it owns, or can
+    write to, a directory of the path. The directories above the socket's own must belong to root
+    or to this account. NetworkError (``unreachable``, ``socket-access``) if there is no socket.
     """
     own = {0, os.geteuid()} | ({uid} if uid is not None else set())
     try:
@@ -81,7 +81,7 @@ def _check_path_permissions(path: Path, own: set[int], directory: int, name: str
 
 
 def verify_peer(connection: socket.socket, *, trusted: frozenset[int], name: str) -> None:
-    """PolicyDenied unless the kernel says that one of *trusted* listens there (unix(7))."""
+    """PolicyDenied (``host-peer``) unless one of *trusted* listens, by SO_PEERCRED (unix(7))."""
     peer = credentials(connection)
     if peer is None:
         raise PolicyDenied(

@@ -80,8 +80,8 @@ class LocalSigner:
         """
         Build a grant, sign it on the device, and verify the signature with the public key.
 
-        ``iat`` is taken once the device is unlocked; a grant with fewer than 30 s left after
-        signing is not given out (RFC 7523 section 3).
+        ``iat`` is read after the login, which may take long. DeviceError (``device-slow``) if the
+        grant has less than 30 s left after signing.
         """
         try:
             return self._sign_once(request, jti)
@@ -108,7 +108,7 @@ class LocalSigner:
             self._chain.verified_key = made.by
             raise DeviceError(
                 "signing: the signature belongs to another certificate than the one tried first",
-                hint="it is known now which one: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
+                hint="the right one is known now: try again; or set HSMTOLL_HSM__PUBLIC_KEY",
                 code="leaf-guessed",
                 scope="attempt",
                 retryable=True,
@@ -138,7 +138,7 @@ class LocalSigner:
         )
 
     def _prepare(self, request: TokenRequest) -> tuple[Certificate | None, jws.RsaPublicKey, Grant]:
-        """The leaf (``None`` with a kid), the key, and what is to be signed with it."""
+        """The leaf (None with a kid), the public key, and the unsigned grant."""
         if self._kid is not None:
             key = self._public_key()
             return None, key, self._grant_by_kid(request, key, self._kid)
@@ -160,14 +160,14 @@ class LocalSigner:
         if issuer is None:
             if self._chain.family == "norwegian":
                 raise _no_client_id()
-            # For an eSeal any name will do, and its own is the one to be found in a log.
+            # Any name is accepted for an eSeal; that of the certificate is found in logs.
             issuer = leaf.organization_name or leaf.common_name or "hsmtoll"
         made = Grant(self._alg, issuer, self._audience, request, x5c=known.x5c)
         known.grants[request] = made
         return made
 
     def _public_key(self) -> jws.RsaPublicKey:
-        """The public key, for a grant with kid; read as often as a chain."""
+        """The public key, for a grant with kid; cached like a chain."""
         now = self._clock.now()
         known = self._cached_public_key(now)
         if known is not None:
@@ -190,7 +190,7 @@ class LocalSigner:
         return facts.public
 
     def _cached_public_key(self, now: ClockReading) -> jws.RsaPublicKey | None:
-        """That of `_public_key`, if it does not have to be read again."""
+        """The cached key of `_public_key`, if it may still be used."""
         if self._bare_public_key is None:
             return None
         key, until, generation = self._bare_public_key

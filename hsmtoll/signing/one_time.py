@@ -21,8 +21,8 @@ class OneTimeAssertion:
     """
     A grant that was signed elsewhere and read from stdin; it can be used once.
 
-    UsageError for what is not an assertion, ConfigurationError (code ``audience``) for one that
-    was made for another environment: it would be refused there, and told to a stranger on the way.
+    UsageError if it is not an assertion. ConfigurationError (``audience``) if it is for another
+    environment: it would be refused, but disclosed to that server.
     """
 
     def __init__(self, assertion: str, *, audience: str) -> None:
@@ -52,22 +52,22 @@ class OneTimeAssertion:
         )
 
     def known_identity(self) -> None:
-        """None: what is handed in is never cached."""
+        """None, so that its token is not cached."""
 
     def sign(self, request: TokenRequest, *, jti: str) -> SignedGrant:
         """The grant, the first time; GrantRefused (MP-012) after that."""
         del request, jti
         with self._lock:
-            handed, self._grant = self._grant, None
-        if handed is None:
+            grant, self._grant = self._grant, None
+        if grant is None:
             raise GrantRefused(
                 "assertion on stdin: it was used, and a grant works once (MP-012)",
                 hint="sign another one",
                 code="MP-012",
             )
-        return handed
+        return grant
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
-        """False: there is no other one."""
+        """False: there is no other grant."""
         del grant, code
         return False

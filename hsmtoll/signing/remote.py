@@ -111,9 +111,9 @@ class SigningHost:
         if no host responds, and the errors that the host reports: of its device (30), clock (50),
         the token requests (60, 70), rate limits (75) and audit (91).
         """
-        url, said = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
+        url, headers = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
         answer = self._send(
-            lambda http_client: http_client.post_json(url, body, leg=_LEG, headers=said)
+            lambda http_client: http_client.post_json(url, body, leg=_LEG, headers=headers)
         )
         self._check_version(answer, what)
         if answer.status != 200:
@@ -152,21 +152,21 @@ class SigningHost:
         )
 
     def _context(self) -> ssl.SSLContext:
-        ours = self._settings
-        if ours.client_cert is None:
-            # Refused by settings; a caller of this class alone comes here.
+        settings = self._settings
+        if settings.client_cert is None:
+            # Settings refuse this; only other users of this class can get here.
             raise ConfigurationError("HSMTOLL_SIGNER__CLIENT_CERT: required with https")
         return tls.host_context(
-            ca_file=ours.ca_file,
+            ca_file=settings.ca_file,
             more=self._ca_file,
-            certificate=ours.client_cert,
-            key=ours.client_key,
+            certificate=settings.client_cert,
+            key=settings.client_key,
         )
 
     def _check_version(self, answer: Answer, what: str | None = None) -> int | None:
-        """The host's version; NetworkError for one that is too far from ours."""
-        said = answer.headers.get("hsmtoll-version", "")
-        version = int(said) if re.fullmatch(r"[0-9]{1,4}", said) else None
+        """The host's protocol version; NetworkError (``host-version``) if not compatible."""
+        header = answer.headers.get("hsmtoll-version", "")
+        version = int(header) if re.fullmatch(r"[0-9]{1,4}", header) else None
         apart = version is not None and abs(version - VERSION) > 1
         unknown = what is not None and answer.status == 404
         if answer.status == 426 or apart or unknown:
@@ -234,9 +234,9 @@ class SigningHost:
             )
         if _is_denied(exc):
             return no_access(self.name)
-        said = str(exc).partition(": ")[2] or str(exc)
+        reason = str(exc).partition(": ")[2] or str(exc)
         return NetworkError(
-            f"{self.name}: {said}",
+            f"{self.name}: {reason}",
             hint=_HINTS.get(exc.code, "see that the host runs, and that this is its address"),
             code=exc.code,
             retryable=exc.retryable,
@@ -253,9 +253,9 @@ _HINTS: Final = {
     "answer-compressed": "something between answers: a signing host is spoken to directly",
 }
 
-#: Scopes of errors after which the next host is tried. Never after a refusal (policy, stop, quota),
-#: and never after a host failed authentication or verification, which needs attention.
-_ELSEWHERE: Final = ("device", "service", "attempt")
+#: Scopes of errors after which the next host is tried: not after a refusal (policy, stop, quota),
+#: and not after a host failed authentication or verification, which needs attention.
+_FAILOVER_SCOPES: Final = ("device", "service", "attempt")
 
 
 def object_in(answer: Answer) -> dict[str, Any]:
@@ -306,9 +306,9 @@ def _is_denied(exc: BaseException) -> bool:
     return False
 
 
-#: Seconds. A host that failed is asked after the others for so long: 1, 2, 4, … 10.
-_FIRST_REST: Final = 1.0
-_LONGEST_REST: Final = 10.0
+#: Seconds for which a host that failed is tried after the others: 1, 2, 4, … 10.
+_MIN_BACKOFF: Final = 1.0
+_MAX_BACKOFF: Final = 10.0
 
 
 class FailoverHosts:
@@ -322,19 +322,19 @@ class FailoverHosts:
         self.all = tuple(hosts)
         self._clock = clock
         self._guard = threading.Lock()
-        self._rests = [Backoff(_FIRST_REST, _LONGEST_REST) for _ in self.all]
+        self._backoffs = [Backoff(_MIN_BACKOFF, _MAX_BACKOFF) for _ in self.all]
         self._in_use = 0
 
     def first(self, ask: Callable[[SigningHost], _T]) -> _T:
         """The result of *ask* for the first host that works; raises the first error if none."""
         now = self._clock.now().boot
-        order = sorted(range(len(self.all)), key=lambda n: now < self._rests[n].until)
+        order = sorted(range(len(self.all)), key=lambda n: now < self._backoffs[n].until)
         failed: dict[int, HsmTollError] = {}
         for number in order:
             try:
                 answer = ask(self.all[number])
             except HsmTollError as exc:
-                if exc.scope not in _ELSEWHERE:
+                if exc.scope not in _FAILOVER_SCOPES:
                     exc.signed |= any(each.signed for each in failed.values())
                     self._works(number, failed)
                     raise
@@ -349,11 +349,11 @@ class FailoverHosts:
 
     def _failed(self, number: int) -> None:
         with self._guard:
-            self._rests[number].failed(self._clock.now().boot)
+            self._backoffs[number].failed(self._clock.now().boot)
 
     def _works(self, number: int, failed: Mapping[int, HsmTollError]) -> None:
         with self._guard:
-            self._rests[number].worked()
+            self._backoffs[number].worked()
             changed, self._in_use = self._in_use != number, number
         if changed:
             why = failed[min(failed)] if failed else None
@@ -367,8 +367,8 @@ class FailoverHosts:
 
     def provisional_identity(self) -> str:
         """
-        A name for the signer while its certificate is not known: made of the boot id and the
-        sockets, so that tokens of other machines are never used here.
+        A hash that identifies the signer in the cache while its certificate is not known: of the
+        boot id and the sockets, so that tokens of other machines are never used here.
         """
         parts = [self._clock.now().boot_id]
         for host in self.all:
@@ -423,14 +423,14 @@ class RemoteSigner:
         `SigningHost.ask` and `verify_grant`.
         """
         del jti
-        return self.hosts.first(partial(self._asked, request))
+        return self.hosts.first(partial(self._verified_grant, request))
 
     def rejected(self, grant: SignedGrant, code: str) -> bool:
         """False: the host chooses the certificate."""
         del grant, code
         return False
 
-    def _asked(self, request: TokenRequest, host: SigningHost) -> SignedGrant:
+    def _verified_grant(self, request: TokenRequest, host: SigningHost) -> SignedGrant:
         sent = self._clock.now()
         answer = host.ask("grant", request_body(self._profile, request))
         received = self._clock.now()
@@ -462,7 +462,7 @@ class RemoteSigner:
                 raise verification_error(
                     host.name,
                     f"it is signed for {foreign(organization)}, grants before it for "
-                    f"{foreign(known)}; HSMTOLL_SIGNER__ORGANIZATION says for whom they shall be",
+                    f"{foreign(known)}; set HSMTOLL_SIGNER__ORGANIZATION to the right one",
                     "grant-organization",
                 )
             if grant.jti in self._used or body.get("jti", grant.jti) != grant.jti:
@@ -474,7 +474,7 @@ class RemoteSigner:
 
 
 def audit_place(body: Mapping[str, Any]) -> str:
-    """Where the host's audit stands, to be compared with it one day; ``-`` if it does not tell."""
+    """The position in the host's audit log, ``seq:head``, for later comparison; ``-`` if none."""
     audit = body.get("audit")
     if not isinstance(audit, dict):
         return "-"

@@ -1,7 +1,7 @@
 """
-What a signing host replies instead of a grant or a token: status and word ↔ error. Data.
+Error responses of a signing host: HTTP status and error code ↔ HsmTollError. Data.
 
-The host looks up what to reply to an error of its own, the client which error a reply becomes.
+The host looks up the response to an error of its own, the client the error for a response.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["REPLIES", "Reply", "read", "reply_to"]
 @dataclass(frozen=True, slots=True)
 class Reply:
     """
-    *status* and *word* (the member ``error``), and the client's *error* with its *code* and
-    attributes. *only*: the code of the host's errors of that class that get this reply; ``None``
-    for those that no other row is for.
+    The *status* and *word* (the member ``error``) of a response, and the client's *error* for it,
+    with its *code* and attributes. *only*: the row is only for the host's errors with this code;
+    None: for all of the class *error* that have no row of their own.
     """
 
     status: int
@@ -46,12 +46,12 @@ class Reply:
 
     @property
     def waits(self) -> bool:
-        """Whether Retry-After means something for it."""
+        """Whether Retry-After applies to it."""
         later = TryAgainLater | DeviceError | AuditBroken | ClockError | NetworkError
         return issubclass(self.error, later)
 
 
-#: Of several rows for one class the first one that fits is the host's reply.
+#: The host's response is the first row that matches.
 REPLIES: Final = (
     Reply(403, "stopped", PolicyDenied, "stopped", only="stopped"),
     Reply(403, "policy_denied", PolicyDenied, "policy-denied"),
@@ -66,14 +66,14 @@ REPLIES: Final = (
     Reply(502, "exchange_refused", ExchangeRefused, "exchange-refused", signed=True),
     Reply(503, "network", NetworkError, "host-network", retryable=True, signed=True),
     Reply(404, "not_found", NetworkError, "host-version"),
-    # The device, its PIN, its certificates, or settings that do not fit them.
+    # Errors of the device, its PIN or its certificates, and wrong settings for them.
     Reply(503, "device_down", DeviceError, "device-down", retryable=True),
 )
 _BY_WORD: Final = {each.word: each for each in REPLIES}
 
 
 def reply_to(exc: HsmTollError) -> Reply:
-    """The host's reply to *exc*; ``device_down`` for what no other row is for."""
+    """The host's response to *exc*; ``device_down`` if no other row matches."""
     fitting = (
         each for each in REPLIES if isinstance(exc, each.error) and each.only in (None, exc.code)
     )
@@ -82,8 +82,8 @@ def reply_to(exc: HsmTollError) -> Reply:
 
 def read(status: int, word: object) -> Reply:
     """
-    What *status* and *word* say. A newer host may have new words: then the status decides, and a
-    signature counts as spent unless that says that the request was turned away.
+    The row for *status* and *word*. For an unknown word, which a newer host may send, the status
+    decides: a signature counts as made, unless the status means that the request was refused.
     """
     known = _BY_WORD.get(word) if isinstance(word, str) else None
     if known is not None:

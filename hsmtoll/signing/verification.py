@@ -1,7 +1,5 @@
 """
-Verification of a grant that another host signed: claims, signature, certificates, time.
-
-Values only: no network here.
+Verifies a grant that a signing host has signed: claims, signature, certificates, time. No I/O.
 """
 
 from __future__ import annotations
@@ -108,7 +106,7 @@ def verify_grant(
 def verification_error(name: str, what: str, code: str) -> PolicyDenied:
     """The error for a grant of the host *name* that failed verification."""
     return PolicyDenied(
-        f"{name}: its grant is not believed: {what}",
+        f"{name}: its grant failed verification: {what}",
         hint="nothing was sent on; ask the host's custodian what signs there",
         code=code,
         who="you",
@@ -149,12 +147,12 @@ def _unb64url(part: str) -> bytes:
 def _signed_by(
     header: Mapping[str, Any], unsigned: bytes, signature: bytes, expected: Expected, now: float
 ) -> tuple[str, Certificate | None]:
-    """Who made *signature*: `SignedGrant.identity`, and the leaf; ``None`` with a kid."""
+    """Verify *signature*. Returns `SignedGrant.identity`, and the leaf (None with a kid)."""
     alg = header.get("alg")
     if alg not in ALGS:
         raise _VerificationFailed(f"alg is {foreign(alg)}", "grant-header")
     if header.get("typ", "JWT") != "JWT" or header.keys() - {"alg", "typ", "kid", "x5c"}:
-        raise _VerificationFailed("its header has members that nobody asked for", "grant-header")
+        raise _VerificationFailed("its header has members besides alg, kid or x5c", "grant-header")
     if ("kid" in header) == ("x5c" in header):
         raise _VerificationFailed(
             "its header has either both of kid and x5c, or neither", "grant-header"
@@ -270,7 +268,7 @@ def _check_claims(claims: Mapping[str, Any], request: TokenRequest, expected: Ex
     more = claims.keys() - asked.keys() - {"iss", "iat", "exp", "jti"}
     if more:
         raise _VerificationFailed(
-            f"nobody asked for {foreign(', '.join(sorted(more)))}", "grant-claims"
+            f"not requested: {foreign(', '.join(sorted(more)))}", "grant-claims"
         )
     jti, iss = claims.get("jti"), claims.get("iss")
     for name, text in (("jti", jti), ("iss", iss)):
@@ -296,7 +294,7 @@ def _check_times(claims: Mapping[str, Any], *, sent: float, received: float, nam
 
 
 def wrong_clock(name: str, ahead: float) -> ClockError:
-    """The error for a host whose clock is *ahead* of this machine's, in seconds, or behind."""
+    """The error for a host whose clock is *ahead* seconds ahead of this machine's; < 0: behind."""
     side = "ahead of" if ahead > 0 else "behind"
     return ClockError(
         f"clock: {name} is {abs(ahead):.0f} s {side} this machine",

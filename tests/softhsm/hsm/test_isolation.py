@@ -618,7 +618,7 @@ def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
     monkeypatch.setattr(sys, "executable", str(liar))
     error = refused(make())
     assert (error.code, error.exit_code) == ("module-crashed", DeviceError.exit_code)
-    assert "said nothing that can be understood" in str(error)
+    assert "sent no valid answer" in str(error)
 
 
 def test_what_the_child_would_log_is_logged_here(

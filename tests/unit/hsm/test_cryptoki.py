@@ -31,6 +31,6 @@ def test_a_key_of_which_nothing_says_that_it_signs_is_given_the_librarys_way_to_
 
 def test_a_search_passes_over_every_error_of_an_attribute_and_a_program_does_not() -> None:
     before = inner.FunctionFailed
-    with cryptoki._patient():
+    with cryptoki._tolerant():
         assert inner.FunctionFailed is PKCS11Error
     assert inner.FunctionFailed is before
