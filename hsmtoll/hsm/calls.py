@@ -142,7 +142,7 @@ class Calls:
             if login is None or module is None or len(login.users) > 1:
                 return
             if login.logged_in_by_others or (
-                login.there and (login.pin is None or login.pin.on_pinpad)
+                login.is_logged_in and (login.pin is None or login.pin.on_pinpad)
             ):
                 return
             login.end()
@@ -188,7 +188,7 @@ class _Recovery:
         # SoftHSM rewrites a token's file at each login, so a process that starts at that moment
         # reads half of it. Not after a login: that would have to be made again.
         login = self._connection.login
-        logged_in = login is not None and login.there and current(login.module)
+        logged_in = login is not None and login.is_logged_in and current(login.module)
         tried = self._pin_login.pin_outcome_unknown or logged_in
         if self._module is not None or tried or not recoverable(exc) or not self._delays:
             return False
@@ -211,7 +211,7 @@ class _Recovery:
         if exc.code == "not-logged-in":
             # The device has ended the login, or requires one without CKF_LOGIN_REQUIRED.
             login.wanted = self._pin_login.relogged_in = True
-        elif not login.there:
+        elif not login.is_logged_in:
             return False
         login.end()
         return True

@@ -30,10 +30,10 @@ __all__ = [
     "about_the_device",
     "about_the_key_or_pin",
     "away",
+    "ckr_code",
+    "describe",
     "knows_no_context_login",
-    "number",
     "recoverable",
-    "said",
     "translate_pkcs11_errors",
     "translated",
     "untried",
@@ -283,12 +283,12 @@ _ABOUT_THE_KEY: Final = (
 
 def untried(exc: Exception) -> bool:
     """Whether *exc*, the answer to a login, means that the PIN was not checked."""
-    return isinstance(exc, NOT_TRIED) or number(exc) in (_USER_TYPE_INVALID, _NOT_INITIALIZED)
+    return isinstance(exc, NOT_TRIED) or ckr_code(exc) in (_USER_TYPE_INVALID, _NOT_INITIALIZED)
 
 
 def about_the_device(exc: Exception) -> bool:
     """Whether *exc* is about session, login, device or module, so that every call would fail."""
-    return isinstance(exc, _ABOUT_THE_DEVICE) or number(exc) == _NOT_INITIALIZED
+    return isinstance(exc, _ABOUT_THE_DEVICE) or ckr_code(exc) == _NOT_INITIALIZED
 
 
 def about_the_key_or_pin(exc: Exception) -> bool:
@@ -313,7 +313,7 @@ def knows_no_context_login(exc: Exception, *, required: bool) -> bool:
     if isinstance(exc, p11.ArgumentsBad):
         return not required
     unsupported = (p11.OperationNotInitialized, p11.FunctionNotSupported)
-    return isinstance(exc, unsupported) or number(exc) == _USER_TYPE_INVALID
+    return isinstance(exc, unsupported) or ckr_code(exc) == _USER_TYPE_INVALID
 
 
 #: CKR codes that python-pkcs11 reports by text alone: a part of the text → code.
@@ -327,7 +327,7 @@ _NUMBERS: Final = {
 _UNMAPPED: Final = "Unmapped error code "
 
 
-def number(exc: Exception) -> int | None:
+def ckr_code(exc: Exception) -> int | None:
     """The CKR code of *exc*, if python-pkcs11 has no class for it; else None."""
     text = str(exc)
     if type(exc) is not p11.PKCS11Error:
@@ -337,16 +337,16 @@ def number(exc: Exception) -> int | None:
     return next((code for part, code in _NUMBERS.items() if part in text), None)
 
 
-def said(exc: Exception) -> str:
+def describe(exc: Exception) -> str:
     """The answer *exc* as text: one line, name or class first, untrusted parts escaped."""
-    code = number(exc)
+    code = ckr_code(exc)
     if code is not None:
         return in_words(code)
     return f"{type(exc).__name__}: {foreign(exc)}" if str(exc) else type(exc).__name__
 
 
 def _meaning(exc: Exception) -> Meaning:
-    code = number(exc)
+    code = ckr_code(exc)
     if code in ANSWERS:
         return _KINDS[ANSWERS[code].kind]._replace(hint=ANSWERS[code].do)
     if code is not None:
@@ -361,7 +361,7 @@ def translated(exc: Exception, doing: str, *, login: bool = False) -> HsmTollErr
     """
     meaning = _PIN_FORM if login and isinstance(exc, p11.ArgumentsBad) else _meaning(exc)
     return meaning.error(
-        f"{doing}: the module answered {said(exc)}",
+        f"{doing}: the module answered {describe(exc)}",
         hint=meaning.hint,
         code=meaning.code,
         retryable=meaning.recoverable,

@@ -17,7 +17,7 @@ from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import SESSION_LIMIT_ERRORS
 from hsmtoll.hsm.module import current, opened
-from hsmtoll.hsm.reading import login_key, named
+from hsmtoll.hsm.reading import login_key, token_identity
 
 if TYPE_CHECKING:
     from pkcs11 import Object, Session, Token
@@ -49,10 +49,10 @@ class Login:
     #: A login is required although the token has no flag CKF_LOGIN_REQUIRED.
     wanted: bool = False
     #: The mechanism that includes the hash fails: hash here and sign with CKM_RSA_PKCS.
-    raw: bool = False
+    hash_here: bool = False
 
     @property
-    def there(self) -> bool:
+    def is_logged_in(self) -> bool:
         """Whether this process is logged in to the token."""
         return self.anchor is not None or self.logged_in_by_others
 
@@ -82,7 +82,7 @@ class Login:
         try:
             self.anchor.token.slot.get_token()
             # Search for an object that does not exist: fast, even on a device with many objects.
-            cryptoki.found(
+            cryptoki.find_objects(
                 self.anchor, {Attribute.CLASS: ObjectClass.DATA, Attribute.LABEL: "hsmtoll"}
             )
         except p11.PKCS11Error:
@@ -160,11 +160,11 @@ class Connection:
 
     def remember_token(self, token: Token) -> None:
         """Accept no other token from now on. Call it after a success."""
-        self._first_identity = self._first_identity or named(token)
+        self._first_identity = self._first_identity or token_identity(token)
 
     def _check_same_token(self, token: Token) -> None:
         """DeviceError (``device-changed``) if the token is not the one that was used before."""
-        known, now = self._first_identity, named(token)
+        known, now = self._first_identity, token_identity(token)
         if known is None or known == now:
             return
         changed = [

@@ -1,14 +1,14 @@
 """
 Workarounds: PKCS#11 functions through python-pkcs11, for modules that deviate from the standard.
 
-    found       objects by template; one unreadable object does not end the search
-    with_value  objects by one value, although one object makes C_FindObjects fail
-    read        one attribute; a second attempt if the first error is not about the device
-    at_once     several attributes with one C_GetAttributeValue, if the module supports that
-    slots       every slot, although C_GetSlotInfo fails for one
-    logged_in   a session after C_Login; closed if C_Login fails
-    closed      closes a session, although C_Logout fails
-    able        a private key with ``sign``, although CKA_SIGN cannot be read
+    find_objects    objects by template; one unreadable object does not end the search
+    find_by_value   objects by one value, although one object makes C_FindObjects fail
+    read_attribute  one attribute; a second attempt if the first error is not about the device
+    prefetched      several attributes with one C_GetAttributeValue, if the module supports that
+    list_slots      every slot, although C_GetSlotInfo fails for one
+    open_logged_in  a session after C_Login; closed if C_Login fails
+    close_session   closes a session, although C_Logout fails
+    with_sign       a private key with ``sign``, although CKA_SIGN cannot be read
 
 Everything here is called with `hsmtoll.hsm.module.PKCS11_LOCK` held.
 """
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11 import Attribute, PKCS11Error, _pkcs11
 from pkcs11 import exceptions as p11
 
-from hsmtoll.hsm.codes import about_the_device, number, said
+from hsmtoll.hsm.codes import about_the_device, ckr_code, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
     from pkcs11 import Object, ObjectClass, Session, Slot, Token
 
 #: Two undocumented names of python-pkcs11 are used, because no public ones serve: SignMixin, as
-#: only keys with a readable CKA_SIGN get ``sign`` (`able`), and FunctionFailed, the only error that
-#: it tolerates when it reads the class of an object (`_tolerant`). pyproject.toml bounds the
+#: only keys with a readable CKA_SIGN get ``sign`` (`with_sign`), and FunctionFailed, the only error
+#: that it tolerates when it reads the class of an object (`_tolerant`). pyproject.toml bounds the
 #: version, and a test of each notices if a new version lacks it.
 _inner: Any = _pkcs11
 
 __all__ = [
     "Unreadable",
-    "able",
-    "at_once",
-    "closed",
-    "found",
-    "logged_in",
-    "read",
-    "slots",
-    "with_value",
+    "close_session",
+    "find_by_value",
+    "find_objects",
+    "list_slots",
+    "open_logged_in",
+    "prefetched",
+    "read_attribute",
+    "with_sign",
 ]
 
 #: The answers of the standard for an attribute that cannot be read.
@@ -67,7 +67,7 @@ class Unreadable(Exception):
 # ---------------------------------------------------------------------- objects
 
 
-def found(
+def find_objects(
     session: Session, wanted: dict[Attribute, Any], *, most: int | None = None
 ) -> list[Object]:
     """
@@ -85,25 +85,25 @@ def found(
             raise (first if isinstance(first, PKCS11Error) else exc) from None
 
 
-def with_value(session: Session, kind: ObjectClass, name: Attribute, value: Any) -> list[Object]:
-    """The objects of the class *kind* whose attribute *name* has the *value*; errors as `found`."""
+def find_by_value(session: Session, kind: ObjectClass, name: Attribute, value: Any) -> list[Object]:
+    """The objects of the class *kind* whose *name* has the *value*; errors as `find_objects`."""
     try:
-        return found(session, {Attribute.CLASS: kind, name: value})
+        return find_objects(session, {Attribute.CLASS: kind, name: value})
     except PKCS11Error as exc:
         if about_the_device(exc):
             raise
     # A damaged object makes a search by value fail, but no other search.
-    return [one for one in found(session, {Attribute.CLASS: kind}) if _has(one, name, value)]
+    return [one for one in find_objects(session, {Attribute.CLASS: kind}) if _has(one, name, value)]
 
 
 def _has(thing: Object, name: Attribute, value: Any) -> bool:
     try:
-        return bool(read(thing, name) == value)
+        return bool(read_attribute(thing, name) == value)
     except Unreadable:
         return False
 
 
-def read(thing: Object, name: Attribute) -> Any:
+def read_attribute(thing: Object, name: Attribute) -> Any:
     """
     The value of the attribute *name*.
 
@@ -124,16 +124,16 @@ def read(thing: Object, name: Attribute) -> Any:
     except PKCS11Error as exc:
         if about_the_device(exc):
             raise
-        raise Unreadable(said(exc)) from exc
+        raise Unreadable(describe(exc)) from exc
     except (ValueError, NotImplementedError, MemoryError, struct.error) as exc:
         # A vendor-defined value, or one whose length does not fit its type.
         raise Unreadable("a value that cannot be understood") from exc
 
 
-def at_once(thing: Object, names: Sequence[Attribute]) -> Any:
+def prefetched(thing: Object, names: Sequence[Attribute]) -> Any:
     """
     *thing*, with the attributes *names* read in advance by one call, if the module can do that;
-    otherwise they are read on access. Raises PKCS11Error as `read`.
+    otherwise they are read on access. Raises PKCS11Error as `read_attribute`.
     """
     try:
         return _Known(thing, thing.get_attributes(list(names)))
@@ -157,7 +157,7 @@ class _Known:
         return self._values[name] if name in self._values else self._thing[name]
 
 
-def able(key: Any) -> Any:
+def with_sign(key: Any) -> Any:
     """*key* with a ``sign`` method, which python-pkcs11 adds only if CKA_SIGN can be read."""
     if hasattr(key, "sign"):
         return key
@@ -208,13 +208,13 @@ _Close = ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_ulong)
 _SLOT_TEXT, _SLOT_INFO = 64 + 32, 64 + 32 + 8 + 4
 
 
-def slots(lib: Any, path: str) -> list[tuple[Slot, PKCS11Error | None]]:
+def list_slots(lib: Any, path: str) -> list[tuple[Slot, PKCS11Error | None]]:
     """Every slot with a token, and the error of C_GetSlotInfo for it, if any."""
     for left in reversed(range(_TRIES)):
         try:
             return [(slot, None) for slot in lib.get_slots(token_present=True)]
         except PKCS11Error as exc:
-            if number(exc) == _BUFFER_TOO_SMALL and left:
+            if ckr_code(exc) == _BUFFER_TOO_SMALL and left:
                 continue  # a reader was plugged in between the two calls of C_GetSlotList
             if about_the_device(exc):
                 raise
@@ -237,7 +237,7 @@ def _slots_one_by_one(
             ctypes.memset(info + _SLOT_TEXT, 0, _SLOT_INFO - _SLOT_TEXT)
         return 0
 
-    with _instead_of(_GET_SLOT_INFO, path, _Call, described) as replaced:
+    with _function_replaced(_GET_SLOT_INFO, path, _Call, described) as replaced:
         if not replaced:
             raise first
         seen: list[Slot] = lib.get_slots(token_present=True)
@@ -250,7 +250,7 @@ def _unmapped(answer: int | None) -> PKCS11Error | None:
     return None if answer is None else PKCS11Error(f"Unmapped error code {answer:#x}")
 
 
-def logged_in(token: Token, path: str, **login: Any) -> Session:
+def open_logged_in(token: Token, path: str, **login: Any) -> Session:
     """
     A session after C_Login, of the module at *path*.
 
@@ -268,7 +268,7 @@ def logged_in(token: Token, path: str, **login: Any) -> Session:
             left.append(ctypes.c_ulong.from_address(rest[-1]).value)
         return answer
 
-    with _instead_of(_OPEN_SESSION, path, _Open, opened):
+    with _function_replaced(_OPEN_SESSION, path, _Open, opened):
         try:
             return token.open(**login)
         except BaseException:
@@ -278,7 +278,9 @@ def logged_in(token: Token, path: str, **login: Any) -> Session:
 
 
 @contextlib.contextmanager
-def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> Iterator[bool]:
+def _function_replaced(
+    place: int, path: str, kind: Any, ours: Callable[..., int]
+) -> Iterator[bool]:
     """
     Replace the function at index *place* of the module's CK_FUNCTION_LIST by *ours*, which gets the
     original, of type *kind*, as its first argument. Yields whether that was possible.
@@ -298,7 +300,7 @@ def _instead_of(place: int, path: str, kind: Any, ours: Callable[..., int]) -> I
         table[place] = before
 
 
-def closed(session: Any, path: str) -> None:
+def close_session(session: Any, path: str) -> None:
     """
     Close *session* of the module at *path*; errors are ignored.
 

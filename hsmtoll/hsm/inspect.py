@@ -15,7 +15,7 @@ from pkcs11.exceptions import PKCS11Error
 
 from hsmtoll.errors import HsmTollError
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import said, translate_pkcs11_errors
+from hsmtoll.hsm.codes import describe, translate_pkcs11_errors
 from hsmtoll.hsm.connection import Login
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
 from hsmtoll.hsm.module import Module, opened
@@ -88,7 +88,7 @@ def _token(module: Module, slot: Slot, token: Token | PKCS11Error, pin_log: PinL
             uri=KeyUri(slot_id=slot.slot_id),
             slot_id=slot.slot_id,
             slot_description=slot.slot_description,
-            problem=f"the slot answers {said(token)}",
+            problem=f"the slot answers {describe(token)}",
         )
     flags = token.flags
     refused, unresolved = pin_log.refusals(_token_user(token, "user"))
@@ -117,7 +117,7 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
     login = module.logins.get(login_key(token)) or Login(module)
     session = login.session(token)
     try:
-        found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+        found = cryptoki.find_objects(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
         keys = tuple(key_facts(module, session, found))
         stored = tuple(certificates_of(session))
     finally:
@@ -126,7 +126,7 @@ def _objects(module: Module, token: Token, seen: TokenFacts) -> TokenFacts:
     named = tuple(
         (replace(device, object=one.label, id=one.id, type="cert"), one) for one in stored
     )
-    there = not seen.login_required or login.there
+    there = not seen.login_required or login.is_logged_in
     return replace(seen, keys=keys, certificates=named, logged_in=there)
 
 

@@ -17,7 +17,7 @@ from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried,
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import REFUSED, SESSION_LIMIT_ERRORS, translated, untried
 from hsmtoll.hsm.pin_log import PinLog, PinRecord, TokenUser
-from hsmtoll.hsm.reading import called, named, pin_state, user_name
+from hsmtoll.hsm.reading import display_name, pin_state, token_identity, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,20 +90,20 @@ class PinLogin:
     def log_in(self, here: Handles, *, rw: bool = False) -> None:
         """Log in if that is required and not done yet; with *rw* in a read-write session."""
         login = here.login
-        if login.there or self.pin is None:
+        if login.is_logged_in or self.pin is None:
             return
         flags = self._flags(here)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
         # A PIN that the device has accepted is not read again.
-        pin = login.pin or self.pin.read(device=called(here.token))
+        pin = login.pin or self.pin.read(device=display_name(here.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             raise DeviceError(
-                f"{called(here.token)} has no pinpad of its own ({pin.source})",
+                f"{display_name(here.token)} has no pinpad of its own ({pin.source})",
                 hint="Give the PIN another way: HSMTOLL_HSM__PIN_FILE, or PIN_PROMPT=terminal.",
                 code="no-pinpad",
             )
-        owner = TokenUser(*named(here.token), user=user_name(self._user_type))
+        owner = TokenUser(*token_identity(here.token), user=user_name(self._user_type))
         with self.pin_log.held(owner) as pin_record:
             # Check again: another process may have used up the tries while this one waited.
             login.pin = None
@@ -116,7 +116,7 @@ class PinLogin:
                 login.logged_in_by_others = True
                 _log.warning(
                     "other code of this process is logged in to %s: the PIN was not proven",
-                    called(here.token),
+                    display_name(here.token),
                 )
             except p11.PKCS11Error as exc:
                 error = self._failed_login(here, pin_record, pin, flags, exc)
@@ -161,7 +161,7 @@ class PinLogin:
         Log in regardless of CKF_LOGIN_REQUIRED. Returns whether that was done: False if the device
         has no login.
         """
-        if here.login.there or self.pin is None:
+        if here.login.is_logged_in or self.pin is None:
             return False
         required = here.login.wanted or bool(self._flags(here) & TokenFlag.LOGIN_REQUIRED)
         here.login.wanted = True
@@ -190,9 +190,9 @@ class PinLogin:
         """C_SignInit, context-specific C_Login, C_Sign (CKA_ALWAYS_AUTHENTICATE)."""
         pin = self._pin_for_signing(here)
         user = "signing" if self.signing_pin else user_name(self._user_type)
-        with self.pin_log.held(TokenUser(*named(here.token), user=user)) as pin_record:
+        with self.pin_log.held(TokenUser(*token_identity(here.token), user=user)) as pin_record:
             flags = self._record_intent(pin_record, pin, here)
-            key = cryptoki.able(here.key)
+            key = cryptoki.with_sign(here.key)
             try:
                 data = wanted.input_for(mechanism)
                 signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
@@ -217,7 +217,7 @@ class PinLogin:
         source = self.signing_pin or self.pin
         pin = self._signing if self.signing_pin else here.login.pin
         if pin is None and source is not None:
-            pin = source.read(device=f"the key on {called(here.token)}")
+            pin = source.read(device=f"the key on {display_name(here.token)}")
         if pin is None or pin.on_pinpad:
             raise DeviceError(
                 f"the key {foreign(self._uri)} wants a PIN for every signature",
@@ -287,7 +287,7 @@ class PinLogin:
     def _flags(self, here: Handles) -> TokenFlag:
         """The token's current flags. PinNotTried if the PIN is locked or has its last try left."""
         flags: TokenFlag = here.token.slot.get_token().flags
-        device = called(here.token)
+        device = display_name(here.token)
         if flags & TokenFlag.USER_PIN_LOCKED:
             raise PinNotTried(
                 f"the PIN of {device} is locked: it was not tried",
@@ -308,7 +308,7 @@ class PinLogin:
 
     def _login_error(self, here: Handles, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
-        doing = f"the PIN of {called(here.token)} from {pin.source}"
+        doing = f"the PIN of {display_name(here.token)} from {pin.source}"
         error = translated(kind, doing, login=True)
         if type(kind) is type(exc):
             return error
@@ -321,13 +321,13 @@ def _login_session(here: Handles, pin: Pin, *, rw: bool, user_type: Any) -> Sess
     value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
     login = {"rw": rw, "user_pin": value, "user_type": user_type}
     try:
-        return cryptoki.logged_in(here.token, here.module.path, **login)
+        return cryptoki.open_logged_in(here.token, here.module.path, **login)
     except SESSION_LIMIT_ERRORS:
         if _can_open_session(here.token):
             raise  # the error is the login's, not that of opening the session
         here.module.close(here.session)
     here.key = here.facts = None
-    here.session = cryptoki.logged_in(here.token, here.module.path, **login)
+    here.session = cryptoki.open_logged_in(here.token, here.module.path, **login)
     return here.session
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from pkcs11 import exceptions as p11
 
-from hsmtoll.hsm.codes import about_the_device, said
+from hsmtoll.hsm.codes import about_the_device, describe
 from hsmtoll.hsm.facts import StoredCertificate
 from hsmtoll.hsm.reading import certificates_of, device_uri
-from hsmtoll.hsm.select import on_others
+from hsmtoll.hsm.select import on_other_tokens
 
 if TYPE_CHECKING:
     from pkcs11 import Session
@@ -54,14 +54,14 @@ class Lookup:
             # Raises if the device is gone. If only the search for certificates fails, that does
             # not matter as long as they are all in a file.
             here.token.slot.get_token()
-            _log.info("reading certificates once more after: %s", said(exc))
+            _log.info("reading certificates once more after: %s", describe(exc))
         here.new_session()
         try:
             return self._selector.certificates(here.session, near=near)
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
-            return (StoredCertificate(b"", "", b"", f"the search was answered {said(exc)}"),)
+            return (StoredCertificate(b"", "", b"", f"the search was answered {describe(exc)}"),)
 
     def other_certificates(self, here: Handles) -> tuple[StoredCertificate, ...]:
         """As `Device.other_certificates`."""
@@ -70,7 +70,7 @@ class Lookup:
             where = str(device_uri(session.token))
             return [replace(each, label=where) for each in certificates_of(session)]
 
-        found = on_others(here.module, here.token, certificates)
+        found = on_other_tokens(here.module, here.token, certificates)
         return tuple(each for some in found for each in some)
 
     def key(self, here: Handles, candidates: tuple[RsaPublicKey, ...]) -> KeyFacts:
@@ -83,9 +83,11 @@ class Lookup:
         if not found and self._pin_login.force_log_in(here):
             found = self._selector.keys(here.session)
         if not found:
-            raise self._selector.missing(
-                here.module, here.token, here.session, logged_in=here.login.there
+            raise self._selector.missing_key_error(
+                here.module, here.token, here.session, logged_in=here.login.is_logged_in
             )
-        here.key, here.facts = self._selector.one(here.module, here.session, found, candidates)
+        here.key, here.facts = self._selector.choose_key(
+            here.module, here.session, found, candidates
+        )
         here.found_with = here.login.anchor
         return here.facts

@@ -23,7 +23,7 @@ from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.files import first_untrusted_component
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import said, translate_pkcs11_errors
+from hsmtoll.hsm.codes import describe, translate_pkcs11_errors
 from hsmtoll.hsm.makers import maker_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Module:
         Empty slots are omitted.
         """
         with translate_pkcs11_errors(f"asking {foreign(self.path)} for its slots"):
-            seen = cryptoki.slots(self.lib, self.path)
+            seen = cryptoki.list_slots(self.lib, self.path)
         for slot, problem in seen:
             if problem is not None:
                 yield slot, problem
@@ -155,7 +155,7 @@ class Module:
     def close(self, session: Session | None) -> None:
         """Close *session*, unless a fork or a restart has made its handle stale."""
         if session is not None and current(self):
-            cryptoki.closed(session, self.path)
+            cryptoki.close_session(session, self.path)
 
 
 _opened: dict[str, Module] = {}
@@ -281,7 +281,7 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why = "is in use in this process already"
         hint = "other code opened it under another path, or through another module"
     else:
-        why = f"cannot be started: the module answered {said(exc)}"
+        why = f"cannot be started: the module answered {describe(exc)}"
         hint = _how_it_starts(path)
     return DeviceError(
         f"the PKCS#11 module '{foreign(path)}' {why}",

@@ -18,7 +18,7 @@ from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, foreign
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
-from hsmtoll.hsm.codes import away, number, said
+from hsmtoll.hsm.codes import away, ckr_code, describe
 from hsmtoll.hsm.facts import Stored
 from hsmtoll.hsm.makers import maker_of
 from hsmtoll.hsm.reading import certificates_of, key_facts, object_uri
@@ -139,7 +139,7 @@ def generate(
 def keys(calls: Calls) -> tuple[KeyFacts, ...]:
     """As `Device.private_keys`."""
     with calls.writing("reading the keys", rw=False) as (module, _, session):
-        found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
+        found = cryptoki.find_objects(session, {Attribute.CLASS: ObjectClass.PRIVATE_KEY})
         return tuple(key_facts(module, session, found))
 
 
@@ -217,7 +217,7 @@ def _refused(
 
 
 def _answer(doing: str, exc: p11.PKCS11Error) -> str:
-    return f"{doing}: the module answered {said(exc)}"
+    return f"{doing}: the module answered {describe(exc)}"
 
 
 def _own_tool(module: Path) -> str:
@@ -241,7 +241,7 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
     )
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         for name, value, words in taken:
-            if cryptoki.with_value(session, kind, name, value):
+            if cryptoki.find_by_value(session, kind, name, value):
                 raise DeviceError(
                     f"generating the key '{foreign(label)}': a key with the {words} is there",
                     hint="Nothing is overwritten: choose another label and id.",
@@ -278,7 +278,7 @@ def _pair(
             failures.append(exc)
             # Codes of `ANSWERS` are not about the template, except CKR_ACTION_PROHIBITED and
             # CKR_KEY_FUNCTION_NOT_PERMITTED.
-            final = number(exc) in ANSWERS.keys() - {0x1B, 0x68}
+            final = ckr_code(exc) in ANSWERS.keys() - {0x1B, 0x68}
             if final or isinstance(exc, _FINAL):
                 break
             # Raises if the device is gone, or if the failed attempt has left a key behind.

@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.module import Module
 
 __all__ = [
-    "called",
     "certificates_of",
-    "cut",
     "device_facts",
     "device_uri",
+    "display_name",
     "id_of",
     "key_facts",
     "label_of",
     "login_key",
-    "named",
     "object_uri",
     "pin_state",
     "read_certificate",
-    "text_of",
-    "unread",
+    "read_label",
+    "strip_padding",
+    "token_identity",
+    "unreadable_reason",
     "user_name",
 ]
 
@@ -60,29 +60,29 @@ _PIN_FLAGS: Final = {
 
 def device_facts(module: Module, slot: Slot, token: Token) -> dict[str, Any]:
     """The attributes of a token that an RFC 7512 URI can name, by the fields of KeyUri."""
-    manufacturer, model, serial, label = named(token)
+    manufacturer, model, serial, label = token_identity(token)
     return {
         "token": label,
         "manufacturer": manufacturer,
         "model": model,
         "serial": serial,
         "slot_id": slot.slot_id,
-        "slot_manufacturer": cut(slot.manufacturer_id),
-        "slot_description": cut(slot.slot_description),
-        "library_manufacturer": cut(module.lib.manufacturer_id),
-        "library_description": cut(module.lib.library_description),
+        "slot_manufacturer": strip_padding(slot.manufacturer_id),
+        "slot_description": strip_padding(slot.slot_description),
+        "library_manufacturer": strip_padding(module.lib.manufacturer_id),
+        "library_description": strip_padding(module.lib.library_description),
         "library_version": module.lib.library_version,
     }
 
 
 def login_key(token: Token) -> tuple[object, ...]:
     """The key of `Module.logins`. With the slot: two tokens may have one label and no serial."""
-    return (token.slot.slot_id, *named(token))
+    return (token.slot.slot_id, *token_identity(token))
 
 
 def device_uri(token: Token) -> KeyUri:
     """The URI of a PKCS#11 token, without its slot id, which may change."""
-    manufacturer, model, serial, label = named(token)
+    manufacturer, model, serial, label = token_identity(token)
     return KeyUri(token=label, manufacturer=manufacturer, model=model, serial=serial or None)
 
 
@@ -107,7 +107,7 @@ def pin_state(flags: TokenFlag) -> str:
 def key_facts(module: Module, session: Session, keys: Iterable[Object]) -> list[KeyFacts]:
     """The attributes of the private *keys*."""
     token = session.token
-    manufacturer, model, serial, label = named(token)
+    manufacturer, model, serial, label = token_identity(token)
     of_the_device: dict[str, Any] = {
         "mechanisms": frozenset(
             # A vendor-defined mechanism is an int.
@@ -119,8 +119,8 @@ def key_facts(module: Module, session: Session, keys: Iterable[Object]) -> list[
         "model": model,
         "serial": serial,
         "firmware": token.firmware_version,
-        "library_manufacturer": cut(module.lib.manufacturer_id),
-        "library_description": cut(module.lib.library_description),
+        "library_manufacturer": strip_padding(module.lib.manufacturer_id),
+        "library_description": strip_padding(module.lib.library_description),
         "library_version": module.lib.library_version,
     }
     return [_key_facts(session, key, of_the_device) for key in keys]
@@ -160,7 +160,7 @@ def _public_half(session: Session, key: Object) -> RsaPublicKey | None:
         value = _attribute(key, attribute)
         if not value:
             continue
-        found = cryptoki.with_value(session, ObjectClass.PUBLIC_KEY, attribute, value)
+        found = cryptoki.find_by_value(session, ObjectClass.PUBLIC_KEY, attribute, value)
         halves = {half for one in found if (half := _rsa(one))}
         if modulus is not None:
             halves = {half for half in halves if half.modulus == int.from_bytes(modulus, "big")}
@@ -181,16 +181,16 @@ def _rsa(thing: Object) -> RsaPublicKey | None:
 
 def certificates_of(session: Session) -> Iterator[StoredCertificate]:
     """The certificates that *session* shows; one that cannot be read has a *problem*."""
-    found = cryptoki.found(session, {Attribute.CLASS: ObjectClass.CERTIFICATE})
+    found = cryptoki.find_objects(session, {Attribute.CLASS: ObjectClass.CERTIFICATE})
     return map(read_certificate, found)
 
 
 def read_certificate(thing: Object) -> StoredCertificate:
     """One certificate; with a *problem* if it cannot be read."""
-    thing = cryptoki.at_once(thing, (Attribute.LABEL, Attribute.ID, Attribute.VALUE))
+    thing = cryptoki.prefetched(thing, (Attribute.LABEL, Attribute.ID, Attribute.VALUE))
     label, key_id, der, problem = label_of(thing), id_of(thing), b"", None
     try:
-        der = _first_value(cryptoki.read(thing, Attribute.VALUE) or b"")
+        der = _first_value(cryptoki.read_attribute(thing, Attribute.VALUE) or b"")
     except Unreadable as exc:
         problem = f"its value was answered {exc}"
     if len(der) > _LARGEST_CERTIFICATE:
@@ -211,37 +211,41 @@ def _first_value(value: bytes) -> bytes:
 
 def _attribute(thing: Object, name: Attribute) -> Any:
     try:
-        return cryptoki.read(thing, name)
+        return cryptoki.read_attribute(thing, name)
     except Unreadable:
         return None
 
 
-def text_of(thing: Object) -> str:
+def read_label(thing: Object) -> str:
+    """CKA_LABEL. Unreadable if it cannot be read."""
     # Some labels include the terminating NUL of C, which a URI cannot have.
-    return (cryptoki.read(thing, Attribute.LABEL) or "").partition("\0")[0]
+    return (cryptoki.read_attribute(thing, Attribute.LABEL) or "").partition("\0")[0]
 
 
 def label_of(thing: Object) -> str:
+    """CKA_LABEL; empty if it cannot be read."""
     try:
-        return text_of(thing)
+        return read_label(thing)
     except Unreadable:
         return ""
 
 
 def id_of(thing: Object) -> bytes:
+    """CKA_ID; empty if it cannot be read."""
     return _attribute(thing, Attribute.ID) or b""
 
 
-def unread(thing: Object) -> str | None:
+def unreadable_reason(thing: Object) -> str | None:
     """The reason why the label of *thing* cannot be read; ``None`` if it can."""
     try:
-        text_of(thing)
+        read_label(thing)
     except Unreadable as exc:
         return str(exc)
     return None
 
 
-def cut(text: str) -> str:
+def strip_padding(text: str) -> str:
+    """The text of a fixed-size field."""
     # Fixed fields are padded with blanks; some modules end them with NUL and undefined bytes.
     return text.partition("\0")[0].rstrip()
 
@@ -251,9 +255,18 @@ def _serial(token: Token) -> str:
     return token.serial.decode("utf-8", "replace").rstrip(" \0").replace("\0", " ")
 
 
-def named(token: Token) -> tuple[str, str, str, str]:
-    return cut(token.manufacturer_id), cut(token.model), _serial(token), cut(token.label)
+def token_identity(token: Token) -> tuple[str, str, str, str]:
+    """Manufacturer, model, serial number and label."""
+    return (
+        strip_padding(token.manufacturer_id),
+        strip_padding(token.model),
+        _serial(token),
+        strip_padding(token.label),
+    )
 
 
-def called(token: Token) -> str:
-    return f"'{foreign(cut(token.label))}' (serial {foreign(_serial(token)) or 'unknown'})"
+def display_name(token: Token) -> str:
+    """Label and serial number of *token*, for messages."""
+    return (
+        f"'{foreign(strip_padding(token.label))}' (serial {foreign(_serial(token)) or 'unknown'})"
+    )

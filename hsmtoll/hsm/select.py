@@ -19,22 +19,22 @@ from pkcs11 import exceptions as p11
 from hsmtoll import der as ders
 from hsmtoll.errors import ConfigurationError, DeviceError, foreign
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import about_the_device, said
+from hsmtoll.hsm.codes import about_the_device, describe
 from hsmtoll.hsm.cryptoki import Unreadable
 from hsmtoll.hsm.reading import (
-    called,
     certificates_of,
-    cut,
     device_facts,
     device_uri,
+    display_name,
     id_of,
     key_facts,
     label_of,
     login_key,
     object_uri,
     read_certificate,
-    text_of,
-    unread,
+    read_label,
+    strip_padding,
+    unreadable_reason,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey
 
-__all__ = ["KeySelector", "on_others"]
+__all__ = ["KeySelector", "on_other_tokens"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -82,7 +82,7 @@ class KeySelector:
         broken: list[str] = []
         for slot, token in module.slots():
             if isinstance(token, p11.PKCS11Error):
-                broken.append(f"slot {slot.slot_id} answers {said(token)}")
+                broken.append(f"slot {slot.slot_id} answers {describe(token)}")
             else:
                 seen.append((slot, token))
         fitting = [
@@ -123,7 +123,7 @@ class KeySelector:
         with the label or id of the key, and their issuers, unless there are none.
         """
         if near:
-            first = cryptoki.found(session, {Attribute.CLASS: _CERTIFICATE}, most=_MANY + 1)
+            first = cryptoki.find_objects(session, {Attribute.CLASS: _CERTIFICATE}, most=_MANY + 1)
             if len(first) <= _MANY:
                 return tuple(map(read_certificate, first))
             keys = self._matching(session, _KEY)[:_SHOWN]
@@ -131,7 +131,7 @@ class KeySelector:
                 return tuple(found)
         return tuple(certificates_of(session))
 
-    def one(
+    def choose_key(
         self,
         module: Module,
         session: Session,
@@ -157,7 +157,7 @@ class KeySelector:
             )
         return found[0], self._usable(facts[0])
 
-    def missing(
+    def missing_key_error(
         self, module: Module, token: Token, session: Session, *, logged_in: bool
     ) -> DeviceError:
         """The error if no key matches: ``not-logged-in`` or ``key-missing``."""
@@ -165,12 +165,12 @@ class KeySelector:
         if token.flags & TokenFlag.LOGIN_REQUIRED and not logged_in:
             return DeviceError(
                 f"the key {foreign(self._uri)} cannot be seen: nobody is logged in to"
-                f" {called(token)}",
+                f" {display_name(token)}",
                 hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
                 code="not-logged-in",
             )
-        every = cryptoki.found(session, {Attribute.CLASS: _KEY})
-        problems = [why for key in every if (why := unread(key))]
+        every = cryptoki.find_objects(session, {Attribute.CLASS: _KEY})
+        problems = [why for key in every if (why := unreadable_reason(key))]
         seen = [str(object_uri(token, key, "private")) for key in every[:_SHOWN]]
         hint = _list("Private keys there: ", seen, "none", more=len(every) - len(seen))
         if problems:
@@ -194,7 +194,7 @@ class KeySelector:
         }
         if narrow:
             try:
-                found = cryptoki.found(session, wanted | narrow)
+                found = cryptoki.find_objects(session, wanted | narrow)
             except p11.PKCS11Error as exc:
                 # A damaged object makes a search by value fail, but no other search.
                 if about_the_device(exc):
@@ -202,11 +202,11 @@ class KeySelector:
                 found = []
             if found := [key for key in found if self._fits(key)]:
                 return found
-        return [key for key in cryptoki.found(session, wanted) if self._fits(key)]
+        return [key for key in cryptoki.find_objects(session, wanted) if self._fits(key)]
 
     def _fits(self, key: Object) -> bool:
         try:
-            label, key_id = text_of(key), id_of(key)
+            label, key_id = read_label(key), id_of(key)
         except Unreadable:
             return False
         return self._uri.matches(object=label, id=key_id)
@@ -220,7 +220,7 @@ class KeySelector:
             there = any(self._matching(session, kind) for kind in (_KEY, ObjectClass.PUBLIC_KEY))
             return str(device_uri(session.token)) if there else None
 
-        return next(filter(None, on_others(module, token, named)), None)
+        return next(filter(None, on_other_tokens(module, token, named)), None)
 
     def _usable(self, fact: KeyFacts) -> KeyFacts:
         name = foreign(fact.uri)
@@ -259,7 +259,7 @@ class KeySelector:
         return replace(fact, public=public, bits=bits, warnings=tuple(warnings))
 
 
-def on_others(module: Module, token: Token, ask: Callable[[Session], _T]) -> Iterator[_T]:
+def on_other_tokens(module: Module, token: Token, ask: Callable[[Session], _T]) -> Iterator[_T]:
     """
     The results of *ask* for the module's other tokens, without a login; tokens that fail are
     skipped.
@@ -272,7 +272,7 @@ def on_others(module: Module, token: Token, ask: Callable[[Session], _T]) -> Ite
             session = other.open()
             yield ask(session)
         except p11.PKCS11Error as exc:
-            _log.info("%s is skipped: %s", called(other), said(exc))
+            _log.info("%s is skipped: %s", display_name(other), describe(exc))
         finally:
             module.close(session)
 
@@ -289,7 +289,7 @@ def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredC
     found: dict[int | None, StoredCertificate] = {}
     asked = set(wanted)
     while wanted:
-        for thing in cryptoki.with_value(session, _CERTIFICATE, *wanted.pop()):
+        for thing in cryptoki.find_by_value(session, _CERTIFICATE, *wanted.pop()):
             if thing.handle in found:
                 continue
             found[thing.handle] = one = read_certificate(thing)
@@ -305,7 +305,9 @@ def _distinguished(devices: list[tuple[Slot, Token]]) -> list[str]:
     """Their URIs, with the slot's description or number if the URIs would be equal."""
     uris = [device_uri(token) for _, token in devices]
     described = [
-        replace(uri, slot_description=cut(slot.slot_description)) if uris.count(uri) > 1 else uri
+        replace(uri, slot_description=strip_padding(slot.slot_description))
+        if uris.count(uri) > 1
+        else uri
         for uri, (slot, _) in zip(uris, devices, strict=True)
     ]
     return [

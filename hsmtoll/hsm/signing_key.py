@@ -14,7 +14,7 @@ from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.codes import about_the_key_or_pin, knows_no_context_login, said
+from hsmtoll.hsm.codes import about_the_key_or_pin, describe, knows_no_context_login
 from hsmtoll.hsm.facts import Signature
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SigningKey:
         if wanted.request_for is not None and facts.public is not None:
             wanted.check_request(facts.public)
         usable = _mechanisms(wanted.alg, facts.mechanisms)
-        if here.login.raw and len(usable) > 1:
+        if here.login.hash_here and len(usable) > 1:
             usable = usable[1:]
         try:
             return Signature(self._sign_once(here, candidates, wanted, usable[0]), facts.public)
@@ -67,7 +67,7 @@ class SigningKey:
             signature = self._sign_once(here, candidates, wanted, usable[1])
         except p11.PKCS11Error as exc:
             raise exc if self._is_final(exc) else first from None
-        here.login.raw = True
+        here.login.hash_here = True
         here.facts = replace(facts, mechanisms=facts.mechanisms - _HASHED_NAMES)
         return Signature(signature, facts.public)
 
@@ -97,12 +97,12 @@ class SigningKey:
             without_login = True
         try:
             data = wanted.input_for(mechanism)
-            signed: bytes = cryptoki.able(here.key).sign(data, mechanism=mechanism)
+            signed: bytes = cryptoki.with_sign(here.key).sign(data, mechanism=mechanism)
         except p11.UserNotLoggedIn as exc:
             if not self._pin_login.relogged_in or own_pin:
                 raise
             raise DeviceError(
-                f"signing: the module answered {said(exc)} right after a login: the key"
+                f"signing: the module answered {describe(exc)} right after a login: the key"
                 f" {self._name} may want a PIN of its own",
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE.",
                 code="signing-pin",

@@ -24,9 +24,9 @@ def test_a_key_of_which_nothing_says_that_it_signs_is_given_the_librarys_way_to_
 
     plain = Key("wrapper")
     assert not hasattr(plain, "sign")
-    able = cryptoki.able(plain)
+    able = cryptoki.with_sign(plain)
     assert (able.wrapper, type(able).sign) == ("wrapper", inner.SignMixin.sign)
-    assert cryptoki.able(able) is able
+    assert cryptoki.with_sign(able) is able
 
 
 def test_a_search_passes_over_every_error_of_an_attribute_and_a_program_does_not() -> None:
