@@ -55,9 +55,9 @@ def encode(value: Any) -> Any:
     return [encode(each) for each in value]
 
 
-def decode(kind: Any, said: Any) -> Any:
-    """The value of the type *kind* that was encoded as *said*."""
-    return _reader(kind)(said)
+def decode(kind: Any, encoded: Any) -> Any:
+    """The value of the type *kind* whose encoding is *encoded*."""
+    return _reader(kind)(encoded)
 
 
 @cache
@@ -75,10 +75,10 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
 def _dataclass_reader(kind: Any) -> Callable[[Any], Any]:
     members = {each.name: _reader(hints(kind)[each.name]) for each in fields(kind)}
 
-    def read(said: Any) -> Any:
-        if _of(dict, said).keys() - members.keys():
+    def read(encoded: Any) -> Any:
+        if _of(dict, encoded).keys() - members.keys():
             raise TypeError(f"no {kind}")
-        return kind(**{name: members[name](each) for name, each in said.items()})
+        return kind(**{name: members[name](each) for name, each in encoded.items()})
 
     return read
 
@@ -89,39 +89,39 @@ def _generic_reader(origin: Any, kinds: tuple[Any, ...]) -> Callable[[Any], Any]
         # None is written last in annotations, but is the most frequent value.
         return partial(_first_of, readers[::-1])
     if origin is dict:
-        return lambda said: {
-            _of(str, name): readers[1](each) for name, each in _of(dict, said).items()
+        return lambda encoded: {
+            _of(str, name): readers[1](each) for name, each in _of(dict, encoded).items()
         }
     if origin is tuple and kinds[-1] is not ...:
-        return lambda said: tuple(
-            read(each) for read, each in zip(readers, _of(list, said), strict=True)
+        return lambda encoded: tuple(
+            read(each) for read, each in zip(readers, _of(list, encoded), strict=True)
         )
     made = frozenset if origin is frozenset else tuple
-    return lambda said: made(map(readers[0], _of(list, said)))
+    return lambda encoded: made(map(readers[0], _of(list, encoded)))
 
 
-def _first_of(readers: list[Callable[[Any], Any]], said: Any) -> Any:
+def _first_of(readers: list[Callable[[Any], Any]], encoded: Any) -> Any:
     for read in readers:
         try:
-            return read(said)
+            return read(encoded)
         except (TypeError, ValueError):
             continue
     raise TypeError("none of the types that are expected")
 
 
-def _of(kind: type[_T], said: Any) -> _T:
+def _of(kind: type[_T], encoded: Any) -> _T:
     # Not isinstance, as True is an int.
-    if type(said) is not kind:
+    if type(encoded) is not kind:
         raise TypeError(f"no {kind.__name__}")
-    return said
+    return encoded
 
 
 _READERS: Final[dict[Any, Callable[[Any], Any]]] = {
-    bytes: lambda said: _of(str, said).encode("iso-8859-1"),
-    Path: lambda said: Path(_of(str, said)),
-    int: lambda said: int(said, 16) if isinstance(said, str) else _of(int, said),
-    float: lambda said: float(said) if type(said) is int else _of(float, said),
-    HsmTollError: lambda said: from_data(_of(dict, said), unknown=DeviceError),
+    bytes: lambda encoded: _of(str, encoded).encode("iso-8859-1"),
+    Path: lambda encoded: Path(_of(str, encoded)),
+    int: lambda encoded: int(encoded, 16) if isinstance(encoded, str) else _of(int, encoded),
+    float: lambda encoded: float(encoded) if type(encoded) is int else _of(float, encoded),
+    HsmTollError: lambda encoded: from_data(_of(dict, encoded), unknown=DeviceError),
 }
 
 

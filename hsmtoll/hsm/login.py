@@ -241,8 +241,8 @@ class PinLogin:
         unchecked: bool,
     ) -> _Outcome:
         """
-        Record what *exc*, the answer to *pin*, says about it. *refused*: it says that the PIN is
-        wrong; *unchecked*: it cannot come after the PIN was checked.
+        Record in the PIN log what *exc*, the answer to *pin*, means. *refused*: the PIN is wrong;
+        *unchecked*: the device did not check it.
         """
         if isinstance(exc, p11.PinExpired):
             pin_record.accept(pin)

@@ -5,11 +5,11 @@ by later processes, by concurrent ones, or after a crash.
 Only a salted hash of a PIN is stored, and only after the device has accepted or refused it; before
 the login nothing derived from the PIN is written.
 
-    held (flock) ── intend ──► C_Login ──┬─► accept    a salted hash is all that is kept
-                      │                  ├─► refuse    a salted hash is added
-                      │                  ├─► withdraw  the device did not look at the PIN
-                      │                  ├─► mark_unknown  the answer does not say whether it did
-                      │                  └─► (crash)   the intent stays: the outcome is unknown
+    held (flock) ── intend ──► C_Login ──┬─► accept        only a salted hash is kept
+                      │                  ├─► refuse        a salted hash is added
+                      │                  ├─► withdraw      the device did not check the PIN
+                      │                  ├─► mark_unknown  it is unknown whether it did
+                      │                  └─► (crash)       the intent stays: outcome unknown
                       ├─► PinNotTried    refused before, or the outcome is unknown
                       └─► DeviceError    accepted before, but the device failed a moment ago
 """
@@ -332,7 +332,7 @@ class PinRecord:
 
     def withdraw(self) -> None:
         """The device did not check the PIN: restore the record before `intend`."""
-        with self._log_if_unwritten("not looked at"):
+        with self._log_if_unwritten("not checked"):
             if self._before:
                 self._write(self._before)
             else:
@@ -341,19 +341,19 @@ class PinRecord:
     def mark_unknown(self, pin: Pin) -> None:
         """The device's answer does not say whether it has checked the PIN."""
         doubts = [*self._before.get("doubts", ()), [pin.origin, self.now()]]
-        with self._log_if_unwritten("perhaps looked at"):
+        with self._log_if_unwritten("perhaps checked"):
             self._write({**self._before, "doubts": doubts[-_MAX_UNKNOWN_KEPT:]})
 
     @contextlib.contextmanager
-    def _log_if_unwritten(self, fate: str) -> Iterator[None]:
+    def _log_if_unwritten(self, outcome: str) -> Iterator[None]:
         """Log write errors instead of raising them; the intent then stays on disk."""
         try:
             yield
         except OSError as exc:
             _log.warning(
-                "the PIN of '%s' was %s, which cannot be written down (%s): the next try counts as"
-                " one whose fate is not known",
-                foreign(self.owner.label), fate, exc.strerror,
+                "the PIN of '%s' was %s, which cannot be recorded (%s): this try counts as one with"
+                " an unknown outcome",
+                foreign(self.owner.label), outcome, exc.strerror,
             )  # fmt: skip
 
     def _without_tries_of(self, pin: Pin) -> dict[str, Any]:
@@ -413,9 +413,11 @@ _MEMBERS: Final = {
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        said = _checked(json.loads(path.read_bytes()), dict)
+        members = _checked(json.loads(path.read_bytes()), dict)
         record = {
-            name: _checked(said[name], kind) for name, kind in _MEMBERS.items() if name in said
+            name: _checked(members[name], kind)
+            for name, kind in _MEMBERS.items()
+            if name in members
         }
         record["doubts"] = [[str(origin), float(at)] for origin, at in record.get("doubts", ())]
         record["times"] = [float(at) for at in record.get("times", ())]

@@ -1,10 +1,10 @@
 """
 A device with the PKCS#11 module in worker processes: a hang is killed, a crash is contained.
 
-    caller ── free child? ── question ──► worker: InProcessDevice ── module
-                 │              │  ◄── PIN, when it is asked for
-                 │              └─ deadline over, or silence: killed, DeviceError
-                 └─ none in time: device-busy
+    caller ── free child? ── call ──► worker: InProcessDevice ── module
+                 │             │  ◄── PIN request
+                 │             └─ no answer before the deadline: killed, device-hung
+                 └─ none before the deadline: device-busy
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ class WorkerDevice:
 
     # ------------------------------------------------------------------ children
 
-    def _ask(self, doing: str, do: str, *, more: float = 0.0, **told: Any) -> Any:
-        call = {"do": do, **{name: encode(each) for name, each in told.items()}}
+    def _ask(self, doing: str, do: str, *, more: float = 0.0, **arguments: Any) -> Any:
+        call = {"do": do, **{name: encode(each) for name, each in arguments.items()}}
         result_type = hints(getattr(Device, do))["return"]
         with self._breaker.guard(doing):
             reply, answer = self._result_of(f"{doing} ({self._name})", call, result_type, more)

@@ -143,8 +143,8 @@ class CircuitBreaker:
             self._warned = True
             self._failed_at = doing
             self._why = str(exc)
-            tell = self.open and not was_open
-        if tell:
+            opened = self.open and not was_open
+        if opened:
             # The reason is in the error itself, which the caller gets.
             name = foreign(self._name)
             _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)

@@ -287,7 +287,7 @@ def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredC
         names |= {(Attribute.LABEL, label_of(key)), (Attribute.ID, id_of(key))}
     wanted = [name for name in names if name[1]]
     found: dict[int | None, StoredCertificate] = {}
-    asked = set(wanted)
+    searched = set(wanted)
     while wanted:
         for thing in cryptoki.find_by_value(session, _CERTIFICATE, *wanted.pop()):
             if thing.handle in found:
@@ -295,8 +295,8 @@ def _near(session: Session, keys: Iterable[Object], uri: KeyUri) -> list[StoredC
             found[thing.handle] = one = read_certificate(thing)
             with contextlib.suppress(ValueError):
                 issuer = (Attribute.SUBJECT, ders.certificate_fields(one.der).issuer)
-                if issuer not in asked:
-                    asked.add(issuer)
+                if issuer not in searched:
+                    searched.add(issuer)
                     wanted.append(issuer)
     return list(found.values())
 

@@ -218,12 +218,12 @@ def _quoted(data: bytes, *, also: str = "") -> str:
     return "".join(chr(byte) if chr(byte) in plain else f"%{byte:02X}" for byte in data)
 
 
-def _same(asked: Fact, fact: Fact, *, padded: bool) -> bool:
-    if asked is None:
+def _same(wanted: Fact, fact: Fact, *, padded: bool) -> bool:
+    if wanted is None:
         return True
-    if padded and isinstance(asked, str) and isinstance(fact, str):
-        return asked.rstrip(" \0") == fact.rstrip(" \0")
-    return asked == fact
+    if padded and isinstance(wanted, str) and isinstance(fact, str):
+        return wanted.rstrip(" \0") == fact.rstrip(" \0")
+    return wanted == fact
 
 
 def _wrong(why: str, *, hint: str | None = None) -> ConfigurationError:

@@ -173,8 +173,8 @@ class LocalSigner:
         if known is not None:
             return known
         self._bare_public_key = None
-        beside = readable(self._device.certificates(near=True))
-        facts = self._device.key(candidates=public_keys(beside))
+        certificates = readable(self._device.certificates(near=True))
+        facts = self._device.key(candidates=public_keys(certificates))
         if facts.public is None:
             raise DeviceError(
                 "key: the device does not show its public half",

@@ -220,7 +220,7 @@ class SigningHost:
         if cause in ("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL"):
             return PolicyDenied(
                 f"{self.name}: it does not speak TLS 1.3",
-                hint="nothing older is spoken to a signing host",
+                hint="older versions are not used with a signing host",
                 code="host-untrusted",
                 signed=False,
             )
@@ -250,7 +250,7 @@ _HINTS: Final = {
     "timeout": "HSMTOLL_TIMEOUT sets how long to wait",
     "deadline": "HSMTOLL_DEADLINE sets how long to wait",
     "answer-too-large": "this is no signing host",
-    "answer-compressed": "something between answers: a signing host is spoken to directly",
+    "answer-compressed": "something in between answered: connect to the signing host directly",
 }
 
 #: Scopes of errors after which the next host is tried: not after a refusal (policy, stop, quota),
@@ -259,6 +259,7 @@ _FAILOVER_SCOPES: Final = ("device", "service", "attempt")
 
 
 def object_in(answer: Answer) -> dict[str, Any]:
+    """The JSON object in *answer*; empty if there is none."""
     value = read_lenient(answer.body)
     return value if isinstance(value, dict) else {}
 
@@ -380,6 +381,7 @@ class FailoverHosts:
 
 
 def request_body(profile: str, request: TokenRequest) -> dict[str, Any]:
+    """The JSON body of a request to a signing host."""
     body: dict[str, Any] = {
         "profile": profile,
         "scope": request.scope,

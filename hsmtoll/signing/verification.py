@@ -251,21 +251,21 @@ def _verify_chain(certificates: tuple[Certificate, ...], expected: Expected, now
 
 def _check_claims(claims: Mapping[str, Any], request: TokenRequest, expected: Expected) -> None:
     """Verify that the claims are those that were requested, and no others."""
-    asked: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
+    requested: dict[str, Any] = {"aud": expected.audience, "scope": request.scope}
     if expected.issuer is not None:
-        asked["iss"] = expected.issuer
+        requested["iss"] = expected.issuer
     if request.resource:
-        asked["resource"] = list(request.resource)
+        requested["resource"] = list(request.resource)
     if request.consumer_org is not None:
-        asked["consumer_org"] = request.consumer_org
+        requested["consumer_org"] = request.consumer_org
     if request.authorization_details:
-        asked["authorization_details"] = request.details
-    for name, value in asked.items():
+        requested["authorization_details"] = request.details
+    for name, value in requested.items():
         if claims.get(name) != value:
             raise _VerificationFailed(
                 f"{name} is {foreign(claims.get(name))}, not {foreign(value)}", f"grant-{name}"
             )
-    more = claims.keys() - asked.keys() - {"iss", "iat", "exp", "jti"}
+    more = claims.keys() - requested.keys() - {"iss", "iat", "exp", "jti"}
     if more:
         raise _VerificationFailed(
             f"not requested: {foreign(', '.join(sorted(more)))}", "grant-claims"

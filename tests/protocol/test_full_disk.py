@@ -105,7 +105,7 @@ def test_a_pin_whose_refusal_could_not_be_written_down_is_not_known_to_be_right(
         with disk:
             pin_record.refuse(WRONG)
             assert disk.names() == known
-    assert "refused, which cannot be written down (No space left on device)" in caplog.text
+    assert "refused, which cannot be recorded (No space left on device)" in caplog.text
     assert pin_log.refusals(PLACE) == (0, 1)
     # The device counts a wrong one, and the intent is there: it is not tried again.
     with pytest.raises(PinNotTried) as caught, pin_log.held(PLACE) as pin_record:
