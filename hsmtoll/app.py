@@ -327,7 +327,8 @@ class App:
 
     def hosts(self) -> FailoverHosts:
         """The signing hosts of HSMTOLL_SIGNER__URL, in order."""
-        from hsmtoll.signing.remote import FailoverHosts, SigningHost
+        from hsmtoll.signing.remote import FailoverHosts
+        from hsmtoll.signing.signing_host import SigningHost
 
         settings = self.settings
         of_each = settings.deadline / len(settings.signer.url)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hsmtoll.http_messages import Answer
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.settings import Settings
-    from hsmtoll.signing.remote import HostProbe
+    from hsmtoll.signing.signing_host import HostProbe
     from hsmtoll.transport import HttpClient
     from hsmtoll.x509.certificate import Certificate
     from hsmtoll.x509.leaf_choice import Unread

@@ -8,7 +8,8 @@ Signed grants, from the request to the verified JWS.
     device_certificates  certificates on a device, read in steps
     failover             the first usable one of several local signers
     one_time             a grant that was signed before
-    remote               grants of signing hosts
+    remote               grants of the first signing host that works
+    signing_host         one signing host: connection, authentication, errors
     host_trust           who may listen at the Unix socket of a signing host
     replies              error responses of a signing host
     verification         verifies each grant that a signing host returns

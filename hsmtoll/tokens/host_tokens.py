@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
 from hsmtoll.http_messages import Post
-from hsmtoll.signing.remote import audit_place, object_in, request_body
+from hsmtoll.signing.signing_host import audit_place, object_in, request_body
 from hsmtoll.token import AccessToken
 from hsmtoll.tokens.exchange import read_issued
 from hsmtoll.tokens.renewal import with_retries
 
 if TYPE_CHECKING:
     from hsmtoll.clock import Clock
-    from hsmtoll.signing.remote import FailoverHosts, SigningHost
+    from hsmtoll.signing.remote import FailoverHosts
+    from hsmtoll.signing.signing_host import SigningHost
     from hsmtoll.token import TokenRequest
     from hsmtoll.tokens.exchange import Issued
     from hsmtoll.tokens.single_flight import PendingRenewal

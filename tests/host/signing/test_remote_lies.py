@@ -29,7 +29,8 @@ from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox import pki
 from hsmtoll.settings import Settings, SignerHost
-from hsmtoll.signing.remote import FailoverHosts, SigningHost
+from hsmtoll.signing.remote import FailoverHosts
+from hsmtoll.signing.signing_host import SigningHost
 from hsmtoll.signing.verification import Expected, verify_grant
 from hsmtoll.testing.clock import SettableClock
 from hsmtoll.token import TokenRequest
