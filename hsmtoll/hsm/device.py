@@ -66,15 +66,15 @@ class Device(Protocol):
 
     @property
     def generation(self) -> int:
-        """Increases with new handles: what was read before may be out of date."""
+        """Increases with new handles: objects read before may be out of date."""
 
     @property
     def pin_state(self) -> str | None:
         """
-        The PIN's state after the last try or reading of its flags: ``ok count-low to-be-changed
-        final-try locked unset`` by the token's flags, ``refused`` (now or before), ``unresolved``
-        (the outcome of a try is unknown), ``not-tried`` (the PIN log cannot be written); ``None``
-        if no PIN was needed.
+        The state of the PIN after the last attempt, or after the last reading of the token's flags:
+        ``ok count-low to-be-changed final-try locked unset`` by these flags, ``refused`` (now or
+        before), ``unresolved`` (the outcome of an attempt is unknown), ``not-tried`` (the PIN log
+        cannot be written); None if no PIN was needed.
         """
 
     @property
@@ -148,7 +148,10 @@ class Device(Protocol):
         """As `hsmtoll.hsm.objects.store`."""
 
     def inspect(self, *, log_in: bool = True) -> ModuleFacts:
-        """As `hsmtoll.hsm.inspect.inspect`; with *log_in* after login to this token."""
+        """
+        Everything that the module shows; with *log_in*, after a login to this token if there is a
+        PIN. The error of that login is `ModuleFacts.login`, and is not raised.
+        """
 
     def token_users(self) -> tuple[TokenUser, ...]:
         """The PIN log's keys for the tokens that the URI names."""
