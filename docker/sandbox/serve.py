@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from hsmtoll.sandbox import Authority, Sandbox, eseal_authority
 from hsmtoll.sandbox.pki import pem
-from hsmtoll.sandbox.server import write_env
+from hsmtoll.sandbox.serve import write_env
 
 DESK = Path("/run/sandbox")
 NAMES = ("sandbox", "localhost", "127.0.0.1")

@@ -60,7 +60,7 @@ def sandbox(
     code of CMD, 128+N if signal N ended it.
     """
     try:
-        from hsmtoll.sandbox import server  # noqa: PLC0415 - aiohttp may not be installed
+        from hsmtoll.sandbox import serve  # noqa: PLC0415 - aiohttp may not be installed
     except ImportError as exc:
         raise UsageError(
             "sandbox: its server is not installed", hint=install_extra("sandbox")
@@ -79,7 +79,7 @@ def sandbox(
             env_file=env_file,
             admin=admin,
         )
-    return server.run(
+    return serve.run(
         port=port,
         trust_files=trust,
         client_file=client_file,

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hsmtoll.sandbox.pki import Authority, eseal_authority, norwegian_authority, unrelated_ca
-    from hsmtoll.sandbox.server import Sandbox, run
+    from hsmtoll.sandbox.serve import run
+    from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.sandbox.settings import Profile, Settings
     from hsmtoll.sandbox.state import Client
 
@@ -35,7 +36,7 @@ _MODULES = {
     "Settings": "settings",
     "eseal_authority": "pki",
     "norwegian_authority": "pki",
-    "run": "server",
+    "run": "serve",
     "unrelated_ca": "pki",
 }
 

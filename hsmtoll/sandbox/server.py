@@ -8,58 +8,47 @@ origins, between which a token must not leak, and one can be down while the othe
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import shutil
-import signal
 import ssl
-import sys
 import tempfile
 import threading
 import time
-import tomllib
 import uuid
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    load_pem_public_key,
 )
 
-from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
-from hsmtoll.sandbox import jose
-from hsmtoll.sandbox.faults import NAMES, Fault, Faults
+from hsmtoll.sandbox.admin import Admin, read_body
+from hsmtoll.sandbox.fault_effects import Gates, instead, send, spoiled
+from hsmtoll.sandbox.faults import Fault, Faults
 from hsmtoll.sandbox.pki import Authority, issue_tls, pem, tls_authority
-from hsmtoll.sandbox.rules import SENTENCES, TABLE
-from hsmtoll.sandbox.services import EXCHANGE, Reply, Request, Services, json_reply
+from hsmtoll.sandbox.rules import TABLE
+from hsmtoll.sandbox.services import EXCHANGE, Reply, Request, Services
 from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import NORWEGIAN_SCOPES, Anchor, Client, Received, State
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from aiohttp.web_request import BaseRequest
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import rsa
 
-__all__ = ["Sandbox", "listening", "ports_from", "read_anchors", "read_clients", "run", "write_env"]
+__all__ = ["Sandbox"]
 
 Side = Literal["maskinporten", "customs", "admin"]
-
-_HTML: Final = b"<html><head><title>Gateway</title></head><body><h1>Sorry</h1></body></html>\n"
-_BODY_LIMIT: Final = 64 * 2**20
-_PATIENCE: Final = 30.0
 
 
 class Sandbox:
@@ -108,7 +97,8 @@ class Sandbox:
         self._runners: dict[str, web.ServerRunner] = {}
         self._sites: dict[str, web.TCPSite] = {}
         self._tls: ssl.SSLContext | None = None
-        self._gates: dict[Fault, asyncio.Event] = {}
+        self._gates = Gates()
+        self._admin = Admin(self.state, self.faults, self.admin_secret, self._listen_or_not)
         self._services = Services(chosen, self.state, clock)
         self._services.offset = self._offset
         for authority in trust:
@@ -207,8 +197,7 @@ class Sandbox:
 
     def delegate(self, consumer_org: str, supplier: str, *scopes: str) -> None:
         """Delegate *scopes* of *consumer_org* to *supplier* (without that: MP-251)."""
-        with self.state.lock:
-            self.state.delegations |= {(consumer_org, supplier, scope) for scope in scopes}
+        self.state.delegate(consumer_org, supplier, scopes)
 
     def revoke(self, certificate: x509.Certificate) -> None:
         """Puts a certificate on the revocation list (M30)."""
@@ -330,7 +319,7 @@ class Sandbox:
 
     async def _listen(self, side: Side) -> None:
         handlers = {"maskinporten": self._maskinporten, "customs": self._customs}
-        handler = handlers.get(side, self._admin)
+        handler = handlers.get(side, self._admin.handle)
         server = web.Server(handler, access_log=None)
         runner = web.ServerRunner(server, shutdown_timeout=0.1)
         await runner.setup()
@@ -374,7 +363,7 @@ class Sandbox:
     async def _handle(
         self, request: BaseRequest, endpoint: str, answer: Callable[[Request], Reply]
     ) -> web.StreamResponse:
-        body = await _read(request)
+        body = await read_body(request)
         if body is None:
             return web.Response(status=413)
         headers = {name.lower(): value for name, value in request.headers.items()}
@@ -382,8 +371,8 @@ class Sandbox:
         fault = self._fault(endpoint, asked)
         ids = {"X-CorrelationID": str(uuid.uuid4()), "x-request-id": str(uuid.uuid4())}
         if fault:
-            await self._before(fault)
-        early = _instead(fault, asked)
+            await self._delay(fault)
+        early = instead(fault, asked)
         with self.state.lock:
             reply = early or answer(asked)
             kind = {"token": "grant", "exchange": "exchange", "api": "call"}.get(endpoint)
@@ -395,11 +384,11 @@ class Sandbox:
                 self.state.received.append(shown)
             if fault and fault.name == "401" and endpoint == "api":
                 self.state.dead_tokens.add(headers.get("authorization", "").partition(" ")[2])
-        reply = _spoiled(fault, reply)
+        reply = spoiled(fault, reply)
         extra = {"Date": formatdate(self._services.now(endpoint), usegmt=True)}
         if endpoint in {"exchange", "api"} and "T26" not in self.settings.without:
             extra |= ids
-        return await _send(request, reply, {**reply.headers, **extra}, fault)
+        return await send(request, reply, {**reply.headers, **extra}, fault)
 
     def _fault(self, endpoint: str, asked: Request) -> Fault | None:
         rule = "T27" if endpoint in {"exchange", "api"} else "M89"
@@ -407,7 +396,7 @@ class Sandbox:
             return None
         return self.faults.take(endpoint, asked.path)
 
-    async def _before(self, fault: Fault) -> None:
+    async def _delay(self, fault: Fault) -> None:
         if fault.name == "slow":
             await asyncio.sleep(fault.seconds(2))
         elif fault.name == "rotate-keys":
@@ -416,312 +405,4 @@ class Sandbox:
                 with self.state.lock:
                     self._services.rotate()
         elif fault.name == "hold":
-            gate = self._gates.setdefault(fault, asyncio.Event())
-            fault.seen += 1
-            if fault.seen >= int(fault.options.get("callers", 2)):
-                gate.set()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(gate.wait(), _PATIENCE)
-
-    # --- admin ------------------------------------------------------------------------------
-
-    async def _admin(self, request: BaseRequest) -> web.StreamResponse:
-        """
-        GET /faults, POST /faults {name, endpoint, times, after, …}, DELETE /faults,
-        GET /received[?after=N], DELETE /received, POST /delegations, GET /rules.
-        """
-        given = request.headers.get("Authorization", "").encode()
-        if not secrets.compare_digest(given, f"Bearer {self.admin_secret}".encode()):
-            return web.Response(status=401)
-        body = await _read(request) or b""
-        try:
-            status, content = await self._admin_answer(request, body)
-        except (ValueError, TypeError) as error:
-            status, content = 400, {"error": str(error)}
-        reply = json_reply(status, content)
-        return web.Response(status=reply.status, body=reply.body, headers=dict(reply.headers))
-
-    async def _admin_answer(self, request: BaseRequest, body: bytes) -> tuple[int, object]:
-        match request.method, request.path:
-            case "POST", "/faults":
-                wanted = json.loads(body)
-                if not isinstance(wanted, dict):
-                    raise ValueError("a JSON object with at least a name")  # noqa: TRY004 -- input
-                fault = self.faults.set(**wanted)
-                await self._listen_or_not()
-                return 201, asdict(fault)
-            case "GET", "/faults":
-                active = [asdict(fault) for fault in self.faults.active()]
-                return 200, {"active": active, "known": dict(NAMES)}
-            case "DELETE", "/faults":
-                self.faults.clear()
-                await self._listen_or_not()
-                return 200, {}
-            case "GET", "/received":
-                after = int(request.query.get("after", "0"))
-                return 200, [_shown(one) for one in self.received[after:]]
-            case "POST", "/delegations":
-                given = json.loads(body)
-                if not isinstance(given, dict) or not isinstance(given.get("scopes"), list):
-                    raise ValueError(  # noqa: TRY004 -- input
-                        "a JSON object with consumer_org, supplier and scopes"
-                    )
-                self.delegate(str(given.get("consumer_org")), str(given.get("supplier")),
-                              *map(str, given["scopes"]))  # fmt: skip
-                return 201, {}
-            case "DELETE", "/received":
-                with self.state.lock:
-                    self.state.received.clear()
-                return 200, {}
-            case "GET", "/rules":
-                return 200, {
-                    rule.id: {
-                        "says": rule.says,
-                        "basis": rule.basis,
-                        "kind": rule.kind,
-                        "source": SENTENCES.get(rule.id),
-                    }
-                    for rule in TABLE.values()
-                }
-        return 404, {"error": "no such path"}
-
-
-async def _read(request: BaseRequest) -> bytes | None:
-    body = bytearray()
-    async for chunk in request.content.iter_any():
-        body += chunk
-        if len(body) > _BODY_LIMIT:
-            return None
-    return bytes(body)
-
-
-def _shown(one: Received) -> dict[str, Any]:
-    shown = {name: getattr(one, name) for name in Received.__slots__}
-    return shown | {"body": one.body.decode("utf-8", "replace")[:10_000]}
-
-
-def _instead(fault: Fault | None, asked: Request) -> Reply | None:  # noqa: PLR0911 -- a table
-    """The answer of a fault that replaces the real one, which then has no effect."""
-    html = {"Content-Type": "text/html"}
-    match fault.name if fault else "":
-        case "reset":
-            return Reply(500)
-        case "html":
-            return Reply(200, _HTML, html)
-        case "429":
-            return Reply(429)
-        case "429-retry-after" if fault:
-            return Reply(429, b"", {"Retry-After": str(int(fault.seconds(2)))})
-        case "500":
-            return json_reply(500, {"error": "server_error"})
-        case "502":
-            return Reply(502, _HTML, html)
-        case "503":
-            return Reply(503, _HTML, html)
-        case "401":
-            return Reply(401)
-        case "redirect" if fault:
-            where = str(fault.options.get("location", "https://elsewhere.invalid/"))
-            return Reply(302, b"", {"Location": where})
-        case "echo":
-            error = {"error": "invalid_request", "error_description": asked.body.decode("latin-1")}
-            return json_reply(400, error)
-        case "endless":
-            return Reply(200, b" ", {"Content-Type": "application/json"})
-    return None
-
-
-def _spoiled(fault: Fault | None, reply: Reply) -> Reply:
-    """The real answer, with a wrong value from a fault."""
-    if fault is None or reply.status != 200 or fault.name not in {"newline-token", "expires-in"}:
-        return reply
-    try:
-        content = json.loads(reply.body)
-    except ValueError:
-        return reply
-    if fault.name == "newline-token":
-        content["access_token"] = f"{content['access_token'][:20]}\n{content['access_token'][20:]}"
-    else:
-        content["expires_in"] = fault.options.get("value")
-    return replace(reply, body=json.dumps(content).encode())
-
-
-async def _send(
-    request: BaseRequest, reply: Reply, headers: Mapping[str, str], fault: Fault | None
-) -> web.StreamResponse:
-    name = fault.name if fault else ""
-    if name in {"reset", "reset-after"}:
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response(status=reply.status)
-    if fault is None or name not in {"drip", "truncated", "endless"}:
-        return web.Response(status=reply.status, body=reply.body, headers=dict(headers))
-    response = web.StreamResponse(status=reply.status, headers=dict(headers))
-    if name != "endless":
-        response.content_length = len(reply.body)
-    await response.prepare(request)
-    with suppress(ConnectionError):
-        if name == "truncated":
-            await response.write(reply.body[: len(reply.body) // 2])
-            if request.transport is not None:
-                request.transport.close()
-        elif name == "drip":
-            for at in range(len(reply.body)):
-                await response.write(reply.body[at : at + 1])
-                await asyncio.sleep(fault.seconds(0.05))
-            await response.write_eof()
-        else:
-            while True:
-                await response.write(b" " * 65536)
-                await asyncio.sleep(0)
-    return response
-
-
-# --- the command line ---------------------------------------------------------------------------
-
-
-def read_clients(path: Path, *, now: float) -> list[Client]:
-    """
-    Norwegian clients from a TOML (or, named ``.json``, JSON) file:
-
-        [[client]]
-        client_id = "c1d2…"
-        org_no = "987654325"
-        scopes = ["toll:movement/road/v2"]      # default: every Norwegian scope
-        granted = ["toll:movement/road/v2"]     # default: all that stand on the client
-
-        [[client.key]]                          # none: the client uses a certificate (x5c)
-        kid = "my-key"
-        jwk = { kty = "RSA", n = "…", e = "AQAB" }   # or: pem = "key.pub.pem", a public key
-        posted = 1790000000                     # epoch seconds; default: now
-
-    Unknown members are ConfigurationErrors (10), as is everything that cannot be read.
-    """
-    try:
-        text = path.read_text("utf-8")
-        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        return [_client(entry, path.parent, now) for entry in found["client"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigurationError(
-            f"reading clients from {path}: {type(error).__name__}: {error}",
-            hint="the file holds [[client]] tables with client_id and org_no",
-            code="sandbox-clients",
-        ) from error
-
-
-def _client(entry: dict[str, Any], folder: Path, now: float) -> Client:
-    if unknown := set(entry) - {"client_id", "org_no", "scopes", "granted", "key"}:
-        raise ValueError(f"unknown member {', '.join(sorted(unknown))}")
-    keys = {}
-    for key in entry.get("key", []):
-        if "jwk" in key:
-            public = jose.public_key(key["jwk"])
-        else:
-            loaded = load_pem_public_key((folder / key["pem"]).read_bytes())
-            if not isinstance(loaded, rsa.RSAPublicKey):
-                raise ValueError(f"{key['pem']} is not an RSA key")
-            public = loaded
-        keys[str(key["kid"])] = (public, float(key.get("posted", now)))
-    granted = entry.get("granted")
-    return Client(
-        str(entry["client_id"]),
-        str(entry["org_no"]),
-        frozenset(entry.get("scopes", NORWEGIAN_SCOPES)),
-        keys,
-        None if granted is None else frozenset(granted),
-    )
-
-
-def read_anchors(path: Path) -> list[x509.Certificate]:
-    """CA certificates of a PEM file; ConfigurationError (10) for anything else."""
-    try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"reading trusted certificates from {path}: {error}",
-            hint="--trust takes a PEM file with one or more CA certificates",
-            code="sandbox-trust",
-        ) from error
-
-
-def run(
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    trust_files: Sequence[Path] = (),
-    client_file: Path | None = None,
-    env_file: Path | None = None,
-    profile: Profile = "strict-docs",
-    names: Sequence[str] = ("localhost", "127.0.0.1", "::1"),
-) -> int:
-    """
-    Serves until SIGINT or SIGTERM; must be called in the main thread. Returns an exit code.
-
-    With *port* N, Maskinporten has N, Customs N+1, admin N+2. The variables to export go to stdout
-    as ``NAME=value`` lines, and to *env_file* (0600) when everything listens.
-    """
-    anchors = [one for path in trust_files for one in read_anchors(path)]
-    clients = read_clients(client_file, now=time.time()) if client_file else []
-    sandbox = Sandbox(
-        profile=profile,
-        trust=anchors,
-        clients=clients,
-        host=host,
-        names=names,
-        ports=ports_from(port),
-    )
-    # Not an Event: the signal may arrive while this thread holds the Event's lock.
-    over: SimpleQueue[int] = SimpleQueue()
-    before = {
-        number: signal.signal(number, lambda ended, _: over.put(ended))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with listening(sandbox):
-            variables = sandbox.environ() | sandbox.admin_environ()
-            if env_file:
-                write_env(env_file, variables)
-            sys.stdout.write(_lines(variables))
-            sys.stdout.flush()
-            over.get()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 0
-
-
-def ports_from(port: int) -> tuple[int, int, int]:
-    """Ports of Maskinporten, Customs and admin: *port* and the next two; 0: any free ones."""
-    return (port, port + 1, port + 2) if port else (0, 0, 0)
-
-
-@contextmanager
-def listening(sandbox: Sandbox) -> Iterator[Sandbox]:
-    """*sandbox* as a context manager; ConfigurationError (10) if it cannot listen."""
-    try:
-        sandbox.start()
-    except OSError as error:
-        raise ConfigurationError(
-            f"sandbox: cannot listen ({error.strerror or error})",
-            hint="choose other ports with --port, or none for free ones",
-            code="sandbox-port",
-        ) from error
-    try:
-        yield sandbox
-    finally:
-        sandbox.stop()
-
-
-def _lines(variables: Mapping[str, str]) -> str:
-    return "".join(f"{name}={value}\n" for name, value in variables.items())
-
-
-def write_env(path: Path, variables: Mapping[str, str]) -> None:
-    """Write ``NAME=value`` lines, mode 0600. Raises ConfigurationError (10)."""
-    try:
-        files.replace(path, _lines(variables).encode(), fsync=False)
-    except OSError as error:
-        raise ConfigurationError(
-            f"--env-file {foreign(path)}: cannot be written ({error.strerror})",
-            code="sandbox-env-file",
-        ) from error
+            await self._gates.wait(fault)

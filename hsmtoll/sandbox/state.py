@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import rsa
@@ -150,3 +150,8 @@ class State:
     def forget_used(self, now: float) -> None:
         """Drop the replay keys of expired grants (M58)."""
         self.used = {key: until for key, until in self.used.items() if until >= now}
+
+    def delegate(self, consumer_org: str, supplier: str, scopes: Iterable[str]) -> None:
+        """Delegate *scopes* of *consumer_org* to *supplier*."""
+        with self.lock:
+            self.delegations |= {(consumer_org, supplier, scope) for scope in scopes}

@@ -23,14 +23,14 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_publ
 
 from hsmtoll.errors import UsageError
 from hsmtoll.sandbox import pki
-from hsmtoll.sandbox.server import (
-    Sandbox,
+from hsmtoll.sandbox.serve import (
     listening,
     ports_from,
     read_anchors,
     read_clients,
     write_env,
 )
+from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.sandbox.state import Client
 from hsmtoll.testing.softhsm import SoftHsm
 

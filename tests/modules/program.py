@@ -20,7 +20,8 @@ from typing import Any, Final
 
 from hsmtoll.app import App
 from hsmtoll.errors import HsmTollError
-from hsmtoll.sandbox.server import Sandbox, read_anchors
+from hsmtoll.sandbox.serve import read_anchors
+from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
 from hsmtoll.token import TokenRequest
 
