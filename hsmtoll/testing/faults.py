@@ -111,6 +111,53 @@ _COUNTED: Final = frozenset(("open_sessions",))
 _COUNT_LOW, _FINAL_TRY, _LOCKED = 0x10000, 0x20000, 0x40000
 _LOGIN_REQUIRED, _INITIALIZED = 0x4, 0x400
 
+#: Name of a fault → members of the shim's control that it sets, the one that starts it last; a text
+#: stands for a value that depends on an option.
+_SETS: Final[Mapping[str, Mapping[str, int | str]]] = {
+    "pin-wrong": {"pin_wrong": 1},
+    "pin-count-low": {"pin_flags": _COUNT_LOW},
+    "pin-final-try": {"pin_flags": _COUNT_LOW | _FINAL_TRY},
+    "pin-locked": {"pin_flags": _LOCKED, "pin_locked": 1},
+    "pin-last-try": {"pin_locked": 2},
+    "session-lost": {"sessions": 1},
+    "handles-stale": {"handles": 1},
+    "token-removed": {"removed": 1},
+    "device-error": {"device": 1},
+    "slow": {"slow_ms": "ms", "slow_function": "function"},
+    "hang": {"hang_function": "function"},
+    "wrong-signature": {"wrong_signature": 1},
+    "mechanism-missing": {"hidden_mechanisms": "raw"},
+    "hidden-modulus": {"hidden_modulus": 1},
+    "nth-call-fails": {"nth_left": "n", "nth_answer": "rv", "nth_function": "function"},
+    "crash": {"crash_function": "function"},
+    "rate": {"rate_ms": "ms"},
+    "kill-inside-login": {"kill_login": "after"},
+    "slot-error": {"slot_error": 1},
+    "slot-info-error": {"slot_error": 2},
+    "call-fails": {"fail_answer": "rv", "fail_function": "function"},
+    "login-needed": {"login_needed": "after"},
+    "login-ended": {"login_lives": "n+1"},
+    "login-unflagged": {"flags_missing": _LOGIN_REQUIRED},
+    "token-unflagged": {"flags_missing": _INITIALIZED},
+    "object-unreadable": {"label_0": "label", "object_answer": "rv"},
+    "attribute-fails": {"attribute": "attribute", "attribute_answer": "rv"},
+    "signature-short": {"short_signature": 1},
+    "data-limit": {"most_data_answer": "rv", "most_data": "n"},
+    "session-limit": {"most_sessions": "n"},
+    "value-padded": {"padded_with": "rv", "padded_to": "n"},
+    "label-nul": {"label_nul": 1},
+    "user-type": {"user_type": "n+1"},
+    "context-login-untold": {"context_login": 1},
+    "context-login-unknown": {"context_login": 2},
+    "template-refused": {"template_attribute": "attribute", "template_answer": "rv"},
+    "attribute-told": {"told_attribute": "attribute", "told_value": "boolean"},
+    "session-read-only": {"read_write_answer": "rv"},
+    "session-exclusive": {"exclusive_answer": "rv"},
+    "object-replaced": {"replaces": 1},
+}
+#: What the shim itself sets while these faults last.
+_SET_BY_SHIM: Final = {"pin-last-try": ("pin_flags",), "rate": ("rate_next_ms",)}
+
 
 class Faults:
     """
@@ -194,7 +241,7 @@ class Faults:
                 code="compiler",
             )
 
-    # ------------------------------------------------------------------ orders
+    # ------------------------------------------------------------------ faults
 
     def set(
         self,
@@ -210,75 +257,45 @@ class Faults:
         attribute: int = 0x202,
     ) -> None:
         """Let *name* happen from now on; UsageError for a fault or a function that is none."""
-        if name not in NAMES:
-            raise UsageError(
-                f"fault {name}: there is no such fault",
-                hint=did_you_mean(name, NAMES, ", ".join(NAMES)),
-            )
+        _check(name)
         if function not in FUNCTIONS:
             raise UsageError(f"fault {name}: PKCS#11 has no function {function}")
-        number = FUNCTIONS.index(function) + 1
-        orders: dict[str, dict[str, int]] = {
-            "pin-wrong": {"pin_wrong": 1},
-            "pin-count-low": {"pin_flags": _COUNT_LOW},
-            "pin-final-try": {"pin_flags": _COUNT_LOW | _FINAL_TRY},
-            "pin-locked": {"pin_flags": _LOCKED, "pin_locked": 1},
-            "pin-last-try": {"pin_locked": 2},
-            "session-lost": {"sessions": 1},
-            "handles-stale": {"handles": 1},
-            "token-removed": {"removed": 1},
-            "device-error": {"device": 1},
-            "slow": {"slow_ms": ms, "slow_function": number},
-            "hang": {"hang_function": number},
-            "wrong-signature": {"wrong_signature": 1},
-            "mechanism-missing": {"hidden_mechanisms": 3 if raw else 1},
-            "hidden-modulus": {"hidden_modulus": 1},
-            "nth-call-fails": {"nth_left": n, "nth_answer": rv, "nth_function": number},
-            "crash": {"crash_function": number},
-            "rate": {"rate_ms": ms},
-            "kill-inside-login": {"kill_login": 2 if after else 1},
-            "slot-error": {"slot_error": 1},
-            "slot-info-error": {"slot_error": 2},
-            "call-fails": {"fail_answer": rv, "fail_function": number},
-            "login-needed": {"login_needed": 2 if after else 1},
-            "login-ended": {"login_lives": n + 1},
-            "login-unflagged": {"flags_missing": self._get("flags_missing") | _LOGIN_REQUIRED},
-            "token-unflagged": {"flags_missing": self._get("flags_missing") | _INITIALIZED},
-            "object-unreadable": {**_words(label), "object_answer": rv},
-            "attribute-fails": {"attribute": attribute, "attribute_answer": rv},
-            "signature-short": {"short_signature": 1},
-            "data-limit": {"most_data_answer": rv, "most_data": n},
-            "session-limit": {"most_sessions": n},
-            "value-padded": {"padded_with": rv, "padded_to": n},
-            "label-nul": {"label_nul": 1},
-            "user-type": {"user_type": n + 1},
-            "context-login-untold": {"context_login": 1},
-            "context-login-unknown": {"context_login": 2},
-            "template-refused": {"template_attribute": attribute, "template_answer": rv},
-            "attribute-told": {"told_attribute": attribute, "told_value": 2 if n else 1},
-            "session-read-only": {"read_write_answer": rv},
-            "session-exclusive": {"exclusive_answer": rv},
-            "object-replaced": {"replaces": 1},
+        values = {
+            "function": FUNCTIONS.index(function) + 1,
+            "ms": ms,
+            "n": n,
+            "n+1": n + 1,
+            "boolean": 2 if n else 1,
+            "rv": rv,
+            "raw": 3 if raw else 1,
+            "after": 2 if after else 1,
+            "attribute": attribute,
         }
-        for member, value in orders[name].items():
-            self._put(member, self._get(member) + 1 if member in _EPOCHS else value)
+        for member, value in _SETS[name].items():
+            if value == "label":
+                for at, word in enumerate(_words(label)):
+                    self._put(f"label_{at}", word)
+                continue
+            number = values[value] if isinstance(value, str) else value
+            if member in _EPOCHS:
+                number = self._get(member) + 1
+            elif member == "flags_missing":
+                number |= self._get(member)
+            self._put(member, number)
 
     def clear(self, name: str | None = None) -> None:
         """
         End *name*, or everything; UsageError for a fault that is none.
 
-        What happens once (session-lost, …) cannot be taken back.
+        What happens once (session-lost, …) cannot be undone.
         """
-        if name is not None and name not in NAMES:
-            raise UsageError(
-                f"fault {name}: there is no such fault",
-                hint=did_you_mean(name, NAMES, ", ".join(NAMES)),
-            )
+        if name is not None:
+            _check(name)
         if self._get("removed") and name in (None, "token-removed"):
             self._put("sessions", self._get("sessions") + 1)
-        kept = {each for each in _MEMBERS if name and each not in _CLEARED.get(name, ())}
-        for member in _MEMBERS:
-            if member not in kept | _EPOCHS | _COUNTED:
+        ended = (*_SETS[name], *_SET_BY_SHIM.get(name, ())) if name else _MEMBERS
+        for member in ended:
+            if member not in _EPOCHS | _COUNTED:
                 self._put(member, 0)
 
     # ------------------------------------------------------------------ counts
@@ -320,48 +337,14 @@ class Faults:
         self._write(len(FUNCTIONS) + _MEMBERS.index(member), value)
 
 
-def _words(label: str) -> dict[str, int]:
+def _check(name: str) -> None:
+    if name not in NAMES:
+        raise UsageError(
+            f"fault {name}: there is no such fault",
+            hint=did_you_mean(name, NAMES, ", ".join(NAMES)),
+        )
+
+
+def _words(label: str) -> tuple[int, ...]:
     """The first 32 bytes of *label*, as four members."""
-    packed = label.encode()[:32].ljust(32, b"\0")
-    return {f"label_{n}": word for n, word in enumerate(struct.unpack("4q", packed))}
-
-
-_CLEARED: Final[Mapping[str, tuple[str, ...]]] = {
-    "pin-wrong": ("pin_wrong",),
-    "pin-count-low": ("pin_flags",),
-    "pin-final-try": ("pin_flags",),
-    "pin-locked": ("pin_flags", "pin_locked"),
-    "pin-last-try": ("pin_flags", "pin_locked"),
-    "token-removed": ("removed",),
-    "slow": ("slow_function", "slow_ms"),
-    "hang": ("hang_function",),
-    "wrong-signature": ("wrong_signature",),
-    "mechanism-missing": ("hidden_mechanisms",),
-    "hidden-modulus": ("hidden_modulus",),
-    "nth-call-fails": ("nth_function", "nth_left", "nth_answer"),
-    "crash": ("crash_function",),
-    "rate": ("rate_ms", "rate_next_ms"),
-    "kill-inside-login": ("kill_login",),
-    "slot-error": ("slot_error",),
-    "slot-info-error": ("slot_error",),
-    "call-fails": ("fail_function", "fail_answer"),
-    "login-needed": ("login_needed",),
-    "login-ended": ("login_lives",),
-    "login-unflagged": ("flags_missing",),
-    "token-unflagged": ("flags_missing",),
-    "object-unreadable": ("object_answer",),
-    "attribute-fails": ("attribute", "attribute_answer"),
-    "signature-short": ("short_signature",),
-    "data-limit": ("most_data", "most_data_answer"),
-    "session-limit": ("most_sessions",),
-    "value-padded": ("padded_to", "padded_with"),
-    "label-nul": ("label_nul",),
-    "user-type": ("user_type",),
-    "context-login-untold": ("context_login",),
-    "context-login-unknown": ("context_login",),
-    "template-refused": ("template_attribute", "template_answer"),
-    "attribute-told": ("told_attribute", "told_value"),
-    "session-read-only": ("read_write_answer",),
-    "session-exclusive": ("exclusive_answer",),
-    "object-replaced": ("replaces",),
-}
+    return struct.unpack("4q", label.encode()[:32].ljust(32, b"\0"))

@@ -35,7 +35,7 @@ from hsmtoll.sandbox.state import Client
 from hsmtoll.testing.softhsm import SoftHsm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from cryptography import x509
 
@@ -135,13 +135,7 @@ def run_as(
             Sandbox(profile=rules, trust=anchors, clients=clients, ports=ports_from(port))
         ) as sandbox,
     ):
-        device = SoftHsm.create(Path(folder) / "softhsm")
-        makers: dict[str, Callable[[SoftHsm], ThrowAway]] = {
-            "eseal": eseal,
-            "norwegian": norwegian,
-            "norwegian-key": partial(norwegian_key, posted=time.time()),
-        }
-        known = makers[kind](device)
+        known = _identity(kind, SoftHsm.create(Path(folder) / "softhsm"))
         introduce(sandbox, known)
         variables = {
             **known.environ(),
@@ -156,21 +150,35 @@ def run_as(
             variables |= sandbox.admin_environ()
         if env_file is not None:
             write_env(env_file, {**variables, **sandbox.admin_environ()})
-        kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}
+        return _run(command, variables)
+
+
+def _identity(kind: str, device: SoftHsm) -> ThrowAway:
+    makers: dict[str, Callable[[SoftHsm], ThrowAway]] = {
+        "eseal": eseal,
+        "norwegian": norwegian,
+        "norwegian-key": partial(norwegian_key, posted=time.time()),
+    }
+    return makers[kind](device)
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    """The exit code of *command*, run with *variables* and no other HSMTOLL_ variables."""
+    kept = {n: v for n, v in os.environ.items() if not n.upper().startswith("HSMTOLL_")}
+    try:
+        process = subprocess.Popen(command, env={**kept, **variables})
+    except OSError as exc:
+        raise UsageError(f"{command[0]}: cannot be run ({exc.strerror})") from exc
+    with process:
         try:
-            process = subprocess.Popen(command, env={**kept, **variables})
-        except OSError as exc:
-            raise UsageError(f"{command[0]}: cannot be run ({exc.strerror})") from exc
-        with process:
-            try:
-                code = process.wait()
-            except BaseException:
-                # Ctrl-C or SIGTERM: the command is told, and may put its own things away.
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
-                process.kill()
-                raise
+            code = process.wait()
+        except BaseException:
+            # Ctrl-C or SIGTERM: the command gets SIGTERM, and time to clean up.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+            raise
     return code if code >= 0 else 128 - code
 
 
