@@ -2,7 +2,9 @@
 X.509: parsing certificates, building a verified chain, choosing the signing certificate.
 
     certificate_files ──► certificate ──► path_building ──► certificate_checks ──► leaf_choice
-    PEM, DER, PKCS#7      what it says    signatures         what is refused        which one
+    PEM, DER, PKCS#7      names,          signatures        what is refused        which one
+                          algorithms,
+                          extensions
 
-Nothing is trusted here: trust is Maskinporten's part. Only `followed` opens a file.
+No certificate is trusted here: Maskinporten decides about trust. Only `followed` opens a file.
 """

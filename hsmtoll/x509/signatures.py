@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, paddin
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 if TYPE_CHECKING:
-    from hsmtoll.x509.certificate import Certificate, Signature
+    from hsmtoll.x509.algorithms import Signature
+    from hsmtoll.x509.certificate import Certificate
 
 __all__ = ["is_signed_by"]
 

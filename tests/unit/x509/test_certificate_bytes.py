@@ -24,8 +24,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID, ObjectIdentifier
 
 from hsmtoll import der
-from hsmtoll.x509.certificate import MAX_NAME, Certificate
+from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import certificates_in
+from hsmtoll.x509.names import MAX_NAME
 from hsmtoll.x509.path_building import build
 from tests.kit import pki
 from tests.kit.hostile import certificate_of, rsa_spki
