@@ -125,22 +125,9 @@ class Authority:
         key = load_der_public_key(public_key) if isinstance(public_key, bytes) else public_key
         if not isinstance(key, rsa.RSAPublicKey | ec.EllipticCurvePublicKey):
             raise TypeError(f"a leaf for {type(key).__name__}: RSA and EC keys are issued here")
-        norwegian = self.kind == "norwegian"
-        if organization_id == "":
-            organization_id = f"NTRNO-{NORWEGIAN_ORG_NO}" if norwegian else ESEAL_ORG_ID
-        ids = (organization_id,) if isinstance(organization_id, str) else organization_id or ()
-        name = organization or ("Eksempel AS" if norwegian else "Eksempel AB")
-        subject = _subject(
-            country or ("NO" if norwegian else "SE"),
-            name,
-            common_name or name,
-            ids,
-            organizational_unit,
+        subject = self._subject(
+            organization, organization_id, country, common_name, organizational_unit
         )
-        if policies is None:
-            policies = self._policies(qualified=qualified)
-        if key_usage is None:
-            key_usage = {"digitalSignature"} | (set() if norwegian else {"nonRepudiation"})
         builder = _leaf(
             subject,
             subject if self_signed_by else self.intermediate.subject,
@@ -150,10 +137,10 @@ class Authority:
             not_after or _now() + 730 * _DAY,
         )
         builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), ca)
-        if usage := set(key_usage):
+        if usage := self._usage() if key_usage is None else set(key_usage):
             builder = builder.add_extension(_usage(usage), critical=critical_usage)
-        if policies:
-            builder = builder.add_extension(_policy(policies), critical=False)
+        if listed := self._policies(qualified=qualified) if policies is None else policies:
+            builder = builder.add_extension(_policy(listed), critical=False)
         builder = builder.add_extension(_qc(qualified, qc_type), critical=False)
         builder = _pointers(builder)
         if unknown_critical:
@@ -165,6 +152,25 @@ class Authority:
             critical=False,
         )
         return _signed(builder, issuer_key, pss=self._pss and self_signed_by is None)
+
+    def _subject(
+        self,
+        organization: str | None,
+        organization_id: str | Sequence[str] | None,
+        country: str | None,
+        common_name: str | None,
+        unit: str | None,
+    ) -> x509.Name:
+        norwegian = self.kind == "norwegian"
+        if organization_id == "":
+            organization_id = f"NTRNO-{NORWEGIAN_ORG_NO}" if norwegian else ESEAL_ORG_ID
+        ids = (organization_id,) if isinstance(organization_id, str) else organization_id or ()
+        name = organization or ("Eksempel AS" if norwegian else "Eksempel AB")
+        land = country or ("NO" if norwegian else "SE")
+        return _subject(land, name, common_name or name, ids, unit)
+
+    def _usage(self) -> set[str]:
+        return {"digitalSignature"} | (set() if self.kind == "norwegian" else {"nonRepudiation"})
 
     def _policies(self, *, qualified: bool) -> tuple[str, ...]:
         if self.kind == "eseal":
