@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 PAGE: Final = Path("hsmtoll/docs/rules.md")
 
-#: How an id is cited. Nothing else in the tree may have this form.
-CITED: Final = re.compile(r"\b(?:[MTC]\d{2}|[BF]\d)\b")
+#: How an id is cited. Nothing else in the tree may have this form, but percent-encoded bytes.
+CITED: Final = re.compile(r"(?<!%)\b(?:[MTC]\d{2}|[BF]\d)\b")
 
 _TOLL: Final = "https://toll.github.io/api/"
 _INTEGRATION: Final = f"{_TOLL}maskinporten/teknisk-integrasjon-EN.html"
