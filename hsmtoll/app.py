@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from hsmtoll.tokens.token_service import Counts, TokenService
     from hsmtoll.transport import HttpClient
     from hsmtoll.x509.certificate_files import Bundle
-    from hsmtoll.x509.followed import CertificateFile
     from hsmtoll.x509.path_building import Chain
+    from hsmtoll.x509.reloading import CertificateFile
 
 __all__ = ["App", "aconnect", "connect"]
 
@@ -305,7 +305,7 @@ class App:
         path = self.settings.hsm.certificates
         if path is None:
             return None
-        from hsmtoll.x509.followed import CertificateFile
+        from hsmtoll.x509.reloading import CertificateFile
 
         return CertificateFile(path, "HSMTOLL_HSM__CERTIFICATES")
 

@@ -82,10 +82,10 @@ def offset_of(
 
 def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     """Seconds of a ``Retry-After`` header (RFC 9110 section 10.2.3), a number or a date."""
-    said = headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", said):
-        return float(said)
-    at = _seconds(said)
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", value):
+        return float(value)
+    at = _seconds(value)
     return None if at is None else max(0.0, at - now)
 
 

@@ -194,8 +194,8 @@ def _error(entry: dict[str, Any], bearer: str) -> str:
 
 
 def _correlation(response: httpx.Response) -> str | None:
-    said = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
-    return foreign(said, bearer_of(response)) if said else None
+    found = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
+    return foreign(found, bearer_of(response)) if found else None
 
 
 def bearer_of(answer: object) -> str:

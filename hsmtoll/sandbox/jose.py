@@ -42,7 +42,7 @@ def load_object(segment: str) -> dict[str, Any]:
     """The JSON object inside a segment; ValueError if there is none, or a member twice."""
     found = json.loads(decode(segment).decode("utf-8"), object_pairs_hook=_once)
     if not isinstance(found, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 -- what came in is wrong, not the call
+        raise ValueError("not a JSON object")  # noqa: TRY004 -- wrong input, not a wrong call
     return found
 
 

@@ -300,8 +300,8 @@ def _m52(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by("M51", "aud is the issuer, byte for byte", "D", sources.TOKENS, code="MP-110")
 def _m51(request: TokenRequest, world: World) -> str | None:
     aud = request.jws.claims.get("aud", world.issuer)
-    heard = aud if isinstance(aud, list) else [aud]
-    return None if world.issuer in heard else f"{CLIENT_FAILED} Invalid JWT claim aud"
+    audiences = aud if isinstance(aud, list) else [aud]
+    return None if world.issuer in audiences else f"{CLIENT_FAILED} Invalid JWT claim aud"
 
 
 # --- who asks -------------------------------------------------------------------------------

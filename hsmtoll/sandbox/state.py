@@ -1,5 +1,5 @@
 """
-What the sandbox knows and remembers: clients, trust, submissions, and what came in.
+State of the sandbox: clients, trust list, submissions, and the requests received.
 """
 
 from __future__ import annotations

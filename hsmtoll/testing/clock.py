@@ -1,4 +1,4 @@
-"""A simulated clock for tests, which only moves when it is told to."""
+"""A simulated clock for tests: it advances only when a test advances it."""
 
 from __future__ import annotations
 

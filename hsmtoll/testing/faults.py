@@ -237,7 +237,7 @@ class Faults:
         if done.returncode:
             raise DeviceError(
                 f"device faults: {Path(compiler).name} failed on shim.c",
-                hint=done.stderr.strip()[-300:] or "it said nothing",
+                hint=done.stderr.strip()[-300:] or "the compiler printed nothing",
                 code="compiler",
             )
 

@@ -6,5 +6,5 @@ X.509: parsing certificates, building a verified chain, choosing the signing cer
                           algorithms,
                           extensions
 
-No certificate is trusted here: Maskinporten decides about trust. Only `followed` opens a file.
+No certificate is trusted here: Maskinporten decides about trust. Only `reloading` opens a file.
 """

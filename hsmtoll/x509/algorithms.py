@@ -61,7 +61,7 @@ class Signature(NamedTuple):
     """
     How a certificate was signed. *Not verified* here.
 
-    *scheme*: ``pkcs1v15 pss ecdsa ed25519 ed448``, or ``unknown``, which is also said
+    *scheme*: ``pkcs1v15 pss ecdsa ed25519 ed448``, or ``unknown``, also
     when the two places that name the algorithm disagree (RFC 5280 section 4.1.1.2).
     *digest*: ``sha256`` …, empty where the scheme has its own. *salt* is in bytes.
     """

@@ -111,8 +111,8 @@ class Certificate:
         try:
             return _read(bytes(raw))
         except (ValueError, IndexError, OverflowError) as exc:
-            told = foreign(exc) if type(exc) is ValueError else "a field of it has another form"
-            raise ValueError(f"not a certificate: {told}") from exc
+            why = foreign(exc) if type(exc) is ValueError else "a field of it has another form"
+            raise ValueError(f"not a certificate: {why}") from exc
 
     @property
     def self_issued(self) -> bool:

@@ -45,7 +45,7 @@ def ranked(
     Usable is what has no `leaf_faults`, is the pinned one if there is a pin, and has
     *organization* as its `Certificate.consumer_id` if that is given. The newest
     ``notBefore`` is best, then digitalSignature before nonRepudiation alone, then the
-    later end. *refused* are SHA-256s that Maskinporten refused lately: they come last.
+    later end. *refused*: SHA-256s that Maskinporten refused recently; they come last.
 
     Raises CertificateError: ``certificate-missing``, ``certificate-pin``, the fault of the
     certificate that comes closest, or ``certificate-orgid`` when usable ones name
@@ -114,7 +114,7 @@ def checked(
 
     *candidates* are the certificates of the key (`for_key`), *pool* is everything there is that
     can be read; *unread* is what cannot, and is named where that may be why something is missing.
-    A new certificate whose issuers are not there yet does not displace a living old one.
+    A new certificate without its issuers does not displace an older one that is still valid.
 
     With *mode* ``available`` a complete chain is taken before a newer leaf without one.
 
@@ -256,7 +256,7 @@ def _none_of(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
 
 
 def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
-    """*fault*, with a word about certificates that cannot be read where they may be the cause."""
+    """*fault*, naming the certificates that cannot be read where they may be the cause."""
     if not unread or fault.code not in _FOR_WANT_OF_ONE:
         return fault
     first = unread[0]
@@ -268,7 +268,7 @@ def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
     )
 
 
-#: What is said where a certificate is not there, or is not the one that is needed.
+#: Codes of faults whose cause may be a certificate that cannot be read.
 _FOR_WANT_OF_ONE: Final = frozenset({"certificate-missing", "chain-broken", "chain-incomplete"})
 
 

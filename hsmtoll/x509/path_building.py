@@ -52,7 +52,7 @@ __all__ = [
 
 #: Certificates on a path; Norwegian chains have 3, eSeal chains 3 or 4.
 MAX_DEPTH: Final = 10
-#: Signatures of certificates looked at in one search.
+#: Signatures of certificates verified in one search.
 MAX_VERIFICATIONS: Final = 2_000
 #: Steps of one search of paths. Without it, cross-signed CAs cost a factorial of their number.
 MAX_STEPS: Final = 10_000
@@ -66,11 +66,11 @@ class Chain:
     """
     Leaf first, each proven to be signed by the next.
 
-    *complete* says that the last one is a root. *unproven* counts the certificates that
-    bear the name looked for where an incomplete chain ends, and did not sign it.
-    *verifications* is what the search cost, *unused* how many others it was given;
-    *cut_short* that a bound ended it, so that a better proven path may exist.
-    *notes* say why this leaf was taken.
+    *complete*: the last one is a root. *unproven*: number of certificates with the issuer's name
+    where an incomplete chain ends, none of which signed its last certificate. *verifications*:
+    signatures verified in the search. *unused*: number of other certificates in the pool.
+    *cut_short*: a bound ended the search, so a better path may exist.
+    *notes*: why this leaf was chosen.
     """
 
     certificates: tuple[Certificate, ...]
@@ -110,7 +110,7 @@ class Chain:
         return self.certificates
 
     def explain(self) -> tuple[str, ...]:
-        """Lines for a person: the way up, where it ends, and why this leaf."""
+        """Lines to print: the path from the leaf upwards, where it ends, and why this leaf."""
         lines = [
             f"{place + 1}. {certificate.subject} (until {certificate.not_after:%Y-%m-%d}, "
             f"sha256 {certificate.sha256[:16]})"
@@ -139,7 +139,7 @@ def build(
 
     *root_sha256* pins the certificate where it must end, *preferred* are the SHA-256s of the
     certificates a user gave by name (the PEM file). Without a root in *pool* the chain is
-    not complete, which is for the caller to judge, as is its validity.
+    not complete, the caller decides about that and about its validity.
 
     Raises CertificateError (``chain-pin``) if the pinned root is not reached.
     """

@@ -112,8 +112,8 @@ def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: 
             return Status("OCSP", next_update=until, stale=stale)
         if status is ocsp.OCSPCertStatus.REVOKED:
             reason = answer.revocation_reason
-            told = reason.value if reason else None
-            return Status("OCSP", answer.revocation_time_utc, told, until, stale)
+            why = reason.value if reason else None
+            return Status("OCSP", answer.revocation_time_utc, why, until, stale)
     except (TypeError, UnsupportedAlgorithm) as exc:
         raise ValueError("it is not an OCSP answer") from exc
     raise ValueError("the responder does not know the certificate")

@@ -33,7 +33,7 @@ from hsmtoll.settings import load
 from hsmtoll.tls import client_context, host_context
 from hsmtoll.tokens.redis_store import read_key
 from hsmtoll.tokens.stores import FileStore
-from hsmtoll.x509.followed import CertificateFile
+from hsmtoll.x509.reloading import CertificateFile
 from tests.kit.signing_host import Authority
 
 if TYPE_CHECKING:
