@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hsmtoll.x509 import certificate
+from hsmtoll.x509 import algorithms
 from hsmtoll.x509.certificate_checks import leaf_faults
 from tests.kit import pki
 from tests.kit.pki import NOW
@@ -36,7 +36,7 @@ NORSK = pki.name("Example AS", org="Example AS", serial="987654321", country="NO
 def test_parameters_of_pss_are_read_with_their_defaults_or_not_at_all(
     parameters: str, read: tuple[str, str, int]
 ) -> None:
-    assert certificate._pss(bytes.fromhex(parameters)) == read
+    assert algorithms._pss(bytes.fromhex(parameters)) == read
 
 
 def test_only_keyusage_and_basicconstraints_may_be_critical_in_a_norwegian_leaf() -> None:
