@@ -518,7 +518,7 @@ def test_what_the_device_said_counts_though_the_disk_is_full_and_the_intent_stay
                 full.setattr(os, "fsync", _no_space)
                 end(pin_record)
         assert pin_log.refusals(PLACE) == (0, 1)
-    assert caplog.text.count("cannot be written down (No space left on device)") == len(ends)
+    assert caplog.text.count("cannot be recorded (No space left on device)") == len(ends)
 
 
 def _no_space(descriptor: int) -> None:
