@@ -301,3 +301,67 @@ def test_an_answer_of_more_values_than_any_has_is_not_read() -> None:
     # A batch of the feed has many, and each of them says something.
     batch = json.dumps([{"routingResult": {"id": "x" * 36}}] * 100_000).encode()
     assert len(read_lenient(batch)) == 100_000
+
+
+def _told(error: HsmTollError) -> tuple[object, ...]:
+    return type(error), error.code, error.who, error.retryable, error.retry_after
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "told"),
+    [
+        (429, TryAgainLater, ("throttled", True, 7.0)),
+        (500, NetworkError, ("server-error", True, 7.0)),
+        (300, NetworkError, ("redirect", False, None)),
+        (399, NetworkError, ("redirect", False, None)),
+        (100, NetworkError, ("redirect", False, None)),
+    ],
+)
+def test_trouble_of_either_leg_says_whether_and_when_to_try_again(
+    status: int, kind: type[HsmTollError], told: tuple[object, ...]
+) -> None:
+    given = answer(status, {}, x_request_id="r-1")
+    with pytest.raises(kind) as first:
+        exchange.read_subject(given, post(), jti="j1", wait=7.0)
+    with pytest.raises(kind) as second:
+        exchange.read_issued(given, post(), wait=7.0)
+    for caught, jti in ((first, "j1"), (second, None)):
+        error = caught.value
+        assert (error.code, error.retryable, error.retry_after) == told
+        assert (error.correlation_id, error.jti) == ("r-1", jti)
+
+
+def test_a_refusal_by_customs_is_customs_to_explain_and_shows_no_secret() -> None:
+    body = {"error": "invalid_token", "error_description": f"cannot read {ASSERTION}"}
+    with pytest.raises(ExchangeRefused) as caught:
+        exchange.read_issued(answer(401, body, x_correlationid=ASSERTION), post(), wait=7.0)
+    error = caught.value
+    assert _told(error) == (ExchangeRefused, "exchange-refused", "customs", False, None)
+    assert "invalid_token: cannot read" in str(error)
+    assert "HSMTOLL_ENVIRONMENT" in (error.hint or "")
+    assert ASSERTION not in f"{error} {error.hint} {error.correlation_id}"
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("retried", [True, False])
+def test_a_clock_that_runs_fast_is_tried_once_more_when_it_was_corrected(
+    *, corrected: bool, retried: bool
+) -> None:
+    given = refused("Issue time is in the future.")
+    with pytest.raises(ClockError) as caught:
+        exchange.read_subject(given, post(), wait=7.0, corrected=corrected, retried=retried)
+    again = corrected and not retried
+    wait = 7.0 if again else None
+    assert _told(caught.value) == (ClockError, "issued-in-future", "you", again, wait)
+
+
+def test_a_page_of_html_adds_nothing_and_other_text_is_quoted() -> None:
+    assert "no reason given" in str(subject_error(answer(400, b" <html>Denied</html>")))
+    assert "Denied by the gateway" in str(subject_error(answer(400, b"Denied by the gateway")))
+    odd = answer(400, {"error": ["a list"], "error_description": "and a text"})
+    assert str(subject_error(odd)).endswith("400, and a text")
+
+
+def test_a_code_is_read_from_the_end_of_its_uri_alone() -> None:
+    body = {"error": "x", "error_uri": "https://test.maskinporten.no/MP-100/errors"}
+    assert subject_error(answer(400, body)).code == "grant-refused"
