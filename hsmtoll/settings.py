@@ -180,6 +180,8 @@ class Host(_Group):
     stop_file: _Path | None = None
     metrics: _Text | None = None
     workers: Annotated[int, Field(ge=1, le=64)] = 1
+    connections: Annotated[int, Field(ge=1, le=1024)] = 64
+    connections_per_caller: Annotated[int, Field(ge=1, le=1024)] = 8
     client_crl: _Path | None = None
     # "unchecked" is for machines whose clock is kept by what the kernel does not know of.
     clock: Literal["synchronised", "unchecked"] = "synchronised"

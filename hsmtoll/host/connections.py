@@ -1,10 +1,13 @@
 """
-Listening sockets, connections and their limits, and the syntax of a request.
+Connections to the signing host and their limits.
 
-    accept ──► TLS handshake ──► peer ──► limits ──► one request within 5 s ──► handler
-       └─ too many: close the oldest        └─ over: 503   └─ late: close
+    accept ──► TLS handshake ──► peer ──► place ──► request within 5 s ──► handler ──► reply
+                                  │ none free        └─ late: close                      │
+                                  ├─► wait, unread    ┌──────────── next request ◄──── idle
+                                  └─► too many: 503   └─ after 60 s, or needed by another: close
 
-One connection carries one request. Authorization is not done here.
+Requests of one connection are served one after the other. Authorization is not done here: each
+request is handed on with the peer of its connection.
 """
 
 from __future__ import annotations
@@ -12,254 +15,97 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
-import math
-import os
-import re
-import socket
 import ssl
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from hsmtoll import files
-from hsmtoll.errors import (
-    ConfigurationError,
-    HsmTollError,
-    PolicyDenied,
-    UsageError,
-    foreign,
-)
-from hsmtoll.files import check_trusted
+from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host import peers
-from hsmtoll.host.policy import GrantRequest
-from hsmtoll.jsonio import read_strict
-from hsmtoll.signing import replies
-from hsmtoll.token import details_text
+from hsmtoll.host.authorize import busy
+from hsmtoll.host.messages import RequestRejected, malformed, reply_to
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Awaitable, Callable
 
     from hsmtoll.host.peers import Peer
-    from hsmtoll.host.policy import Mode
 
-__all__ = [
-    "Listener",
-    "RequestRejected",
-    "json_reply",
-    "listen_tcp",
-    "listen_unix",
-    "mark_complete",
-    "read_request",
-    "reply_to",
-    "server_context",
-]
+__all__ = ["Limits", "Listener", "mark_complete"]
 
 _log = logging.getLogger("hsmtoll.host")
 
-#: Version of the protocol, in a header of every reply.
-VERSION: Final = "1"
-
-#: Connections at once: of a listener, of one caller, and of those being rejected with 503.
-_MAX_CONNECTIONS: Final = 64
-MAX_PER_CALLER: Final = 8
-_MAX_REJECTING: Final = 64
 #: TLS handshakes at once. Anyone who can connect can begin one, so the limit is high; above it
 #: the oldest handshake is closed.
 _MAX_HANDSHAKES: Final = 512
-#: Length of the kernel's queue (listen(2)), and connections accepted in one callback.
-_BACKLOG: Final = 4096
+#: Connections that wait for a place: in all, and of one caller. Above that they get 503.
+_MAX_WAITING: Final = 256
+_MAX_WAITING_PER_CALLER: Final = 64
+#: Connections at once that get 503. Above that they are closed without a reply.
+_MAX_REJECTED: Final = 64
+#: Connections accepted in one callback.
 _ACCEPTS_PER_CALL: Final = 64
 
-#: The account of connections that have their reply; they count against no caller's limit.
-_ANSWERED: Final = "answered"
+#: The account of connections that close after their reply; they count against no caller's limit.
+_CLOSING: Final = "closing"
 
-#: Seconds to send a request, TLS handshake included; and to read the reply.
+#: Seconds to send a request, TLS handshake included; and to read the last reply.
 _REQUEST_TIMEOUT: Final = 5.0
+#: Seconds between two requests of one connection.
+_IDLE_TIMEOUT: Final = 60.0
+#: Seconds after which a connection is not kept for another request: the certificate of its caller
+#: may have expired since the handshake.
+_MAX_AGE: Final = 300.0
 #: Seconds between two warnings of the same kind.
 _WARNING_INTERVAL: Final = 60.0
-#: Seconds that a rejected client has to read its reply before the socket is closed.
+#: Seconds for a client to read what was sent before its connection is closed.
 _LINGER: Final = 1.0
 #: Seconds before the next accept(2) after one has failed.
 _ACCEPT_RETRY_DELAY: Final = 0.1
 
-_MAX_BODY: Final = 16 * 1024
+#: Bytes of a header line, and number of header lines.
 _MAX_LINE: Final = 4096
-_MAX_TEXT: Final = 256
-_MAX_RESOURCES: Final = 16
-_PATHS: Final[dict[str, Mode]] = {"/v1/grant": "grant", "/v1/token": "token"}
-_MEMBERS: Final = frozenset(
-    {"profile", "scope", "consumer_org", "resource", "authorization_details"}
-)
+_MAX_HEADERS: Final = 64
 
 
-class RequestRejected(Exception):
-    """A request rejected before authorization: HTTP *status* and error *code* of the reply."""
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """
+    Connections that are served at once, in all and of one caller. Further ones wait up to
+    *patience* seconds.
+    """
 
-    def __init__(self, status: int, code: str, description: str, hint: str) -> None:
-        super().__init__(description)
-        self.status = status
-        self.code = code
-        self.hint = hint
-
-
-# ---------------------------------------------------------------------- requests and replies
-
-
-async def read_request(request: web.BaseRequest) -> tuple[Mode, GrantRequest]:
-    """The mode and the parsed body of *request*. Raises RequestRejected for any malformed one."""
-    if request.raw_path not in _PATHS or request.method != "POST":
-        raise RequestRejected(404, "not_found", "no such request", "POST /v1/grant or /v1/token")
-    if request.content_type != "application/json" or request.headers.get("Content-Encoding"):
-        raise RequestRejected(
-            415, "unsupported_media_type", "the body is not plain JSON",
-            "Content-Type: application/json, and no Content-Encoding",
-        )  # fmt: skip
-    if (request.content_length or 0) > _MAX_BODY:
-        raise _too_large()
-    raw = bytearray()
-    try:
-        async for part in request.content.iter_any():
-            raw += part
-            if len(raw) > _MAX_BODY:
-                raise _too_large()
-    except (ConnectionError, web.RequestPayloadError) as exc:
-        # The client closed the connection, or sent an invalid chunk: not an error of the host.
-        raise _bad("the body did not come whole") from exc
-    return _PATHS[request.raw_path], parse_body(bytes(raw))
-
-
-def parse_body(raw: bytes) -> GrantRequest:
-    """The request in a body. Raises RequestRejected for a malformed one."""
-    try:
-        members = read_strict(raw)
-    except ValueError:
-        raise _bad("the body is not a JSON object with each member once") from None
-    if not isinstance(members, dict):
-        raise _bad("the body is not a JSON object")
-    unknown = sorted(members.keys() - _MEMBERS)
-    if unknown:
-        raise _bad(f"unknown member {foreign(unknown[0])}")
-    resource = members.get("resource")
-    listed = [] if resource is None else [resource] if isinstance(resource, str) else resource
-    if not isinstance(listed, list) or len(listed) > _MAX_RESOURCES:
-        raise _bad("resource is null, a string, or a list of few strings")
-    consumer_org = members.get("consumer_org")
-    if consumer_org is not None and not (
-        isinstance(consumer_org, str)
-        and len(consumer_org) == 9
-        and consumer_org.isascii()
-        and consumer_org.isdigit()
-    ):
-        raise _bad("consumer_org is null or nine digits")
-    return GrantRequest(
-        _text(members, "profile"),
-        _text(members, "scope"),
-        consumer_org,
-        tuple(_text({"resource": each}, "resource") for each in listed),
-        _details(members.get("authorization_details")),
-    )
-
-
-def _details(given: object) -> str:
-    try:
-        return details_text(given)
-    except UsageError:
-        raise _bad(
-            "authorization_details is null or a list of objects, each with its type"
-        ) from None
-
-
-def _text(members: dict[str, Any], name: str) -> str:
-    value = members.get(name)
-    if (
-        not isinstance(value, str)
-        or not 0 < len(value) <= _MAX_TEXT
-        or not (value.isprintable() and value.isascii())
-    ):
-        raise _bad(f"{name} is not a word of printable ASCII")
-    return value
-
-
-def _bad(description: str) -> RequestRejected:
-    members = ", ".join(sorted(_MEMBERS))
-    return RequestRejected(400, "bad_request", description, f"the members are {members}")
-
-
-def _too_large() -> RequestRejected:
-    kib = _MAX_BODY // 1024
-    return RequestRejected(
-        413, "too_large", f"the body is larger than {kib} KiB", "a request is small"
-    )
-
-
-def reply_to(exc: Exception) -> web.Response:
-    """The reply for *exc*. The text of an unexpected error is never part of it."""
-    if isinstance(exc, RequestRejected):
-        return _error(exc.status, exc.code, str(exc), exc.hint, None)
-    if not isinstance(exc, HsmTollError):
-        text = "internal error of the host; its log has the place"
-        return _error(500, "internal", text, "report it to the host's administrator", None)
-    reply = replies.reply_to(exc)
-    wait = exc.retry_after
-    if reply.status in (429, 503) and wait is None:
-        wait = _REQUEST_TIMEOUT
-    return _error(reply.status, reply.word, foreign(exc), foreign(exc.hint or ""), wait)
-
-
-def _error(status: int, code: str, text: str, hint: str, wait: float | None) -> web.Response:
-    response = json_reply({"error": code, "error_description": text, "hint": hint}, status=status)
-    if wait is not None:
-        response.headers["Retry-After"] = str(max(1, math.ceil(wait)))
-    return response
-
-
-def json_reply(body: dict[str, Any], *, status: int = 200) -> web.Response:
-    """A JSON reply."""
-    headers = {"Hsmtoll-Version": VERSION, "Cache-Control": "no-store"}
-    return web.json_response(body, status=status, headers=headers)
-
-
-def _busy() -> bytes:
-    body = json.dumps(
-        {
-            "error": "busy",
-            "error_description": "too many connections at once",
-            "hint": "try again",
-        }
-    )
-    return (
-        f"HTTP/1.1 503 Service Unavailable\r\nHsmtoll-Version: {VERSION}\r\nRetry-After: 1\r\n"
-        f"Content-Type: application/json; charset=utf-8\r\nContent-Length: {len(body)}\r\n"
-        f"Connection: close\r\n\r\n{body}"
-    ).encode("ascii")
-
-
-# ---------------------------------------------------------------------- connections
+    connections: int
+    per_caller: int
+    patience: float
 
 
 @dataclass(slots=True, eq=False)
 class _Connection:
     """
-    One connection: the *account* whose limit it counts against, and its deadline (*until*, in the
-    loop's time). *peer* is a PolicyDenied if the peer cannot be identified. Once
-    *request_complete*, it is not closed before its reply.
+    One connection. *account*: whose limit it counts against. *peer*: a PolicyDenied if the peer
+    cannot be identified. *since*: when it was accepted, in the loop's time. *context*: what its
+    TLS handshake was checked by.
     """
 
     account: str
     peer: Peer | PolicyDenied | None
-    until: float = 0.0
+    since: float
+    context: ssl.SSLContext | None = None
+    transport: asyncio.Transport | None = None
     timer: asyncio.TimerHandle | None = None
+    #: A whole request is there that has no reply yet: the connection is not closed before that.
     request_complete: bool = False
+    #: The last request has its reply, and nothing was received since.
+    idle: bool = False
 
 
 class _Protocol(web.RequestHandler):
-    """aiohttp's handler of one request, with error replies of ours."""
+    """aiohttp's handler of one connection, with error replies of ours."""
 
     __slots__ = ("_listener", "connection")
 
@@ -271,7 +117,7 @@ class _Protocol(web.RequestHandler):
             logger=_silent,
             max_line_size=_MAX_LINE,
             max_field_size=_MAX_LINE,
-            max_headers=64,
+            max_headers=_MAX_HEADERS,
             auto_decompress=False,
             # Time for a client to read a rejection that is sent before its body was read.
             lingering_time=_LINGER,
@@ -283,12 +129,19 @@ class _Protocol(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Connection established (after the TLS handshake)."""
         super().connection_made(transport)
-        self._listener.established(self.connection, transport)
+        if isinstance(transport, asyncio.Transport):
+            self._listener.established(self.connection, transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Connection closed, by either side."""
         self._listener.ended(self.connection)
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """A part of a request."""
+        if data:
+            self._listener.receiving(self.connection)
+        super().data_received(data)
 
     def handle_error(
         self,
@@ -299,8 +152,7 @@ class _Protocol(web.RequestHandler):
     ) -> web.StreamResponse:
         """Reply to what aiohttp could not parse, without its message, which may quote input."""
         del request, exc, message
-        malformed = status < 500
-        response = reply_to(_bad("not a valid HTTP/1.1 request") if malformed else RuntimeError())
+        response = reply_to(malformed() if status < 500 else RuntimeError())
         response.force_close()
         return response
 
@@ -323,25 +175,30 @@ class Listener:
         self,
         listening: socket.socket,
         handler: Callable[[web.BaseRequest, Peer | PolicyDenied | None], Awaitable[web.Response]],
+        limits: Limits,
         *,
         tls: Callable[[], ssl.SSLContext] | None = None,
         peers_known: bool = True,
     ) -> None:
         self._listening = listening
         self._handler = handler
+        self._limits = limits
         self._tls = tls
         self._peers_known = peers_known
         self._server = web.Server(self._handled)
-        self._open: dict[_Connection, asyncio.BaseTransport | None] = {}
-        # Oldest first.
+        # A connection is in one of these. They are dicts for their order.
         self._handshakes: dict[_Connection, asyncio.Task[None]] = {}
+        self._waiting: dict[_Connection, None] = {}
+        self._rejected: dict[_Connection, None] = {}
+        #: Those that have a place, the least recently used first.
+        self._open: dict[_Connection, None] = {}
+        self._per_account: Counter[str] = Counter()
         #: Connections closed because of a limit.
         self.dropped = 0
-        self._per_account: Counter[str] = Counter()
-        self._rejecting: set[asyncio.Task[None]] = set()
         # Text of a warning → the loop's time from which it may be logged again.
         self._warn_after: dict[str, float] = {}
         self._establishing: set[asyncio.Task[None]] = set()
+        self._ending = False
         self._empty = asyncio.Event()
         listening.setblocking(False)
 
@@ -351,28 +208,37 @@ class Listener:
 
     async def close(self, *, grace: float) -> None:
         """Stop accepting; wait up to *grace* seconds for replies to complete requests."""
+        self._ending = True
         asyncio.get_running_loop().remove_reader(self._listening)
         self._listening.close()
-        for task in (*self._rejecting, *self._establishing):
+        for task in self._establishing:
             task.cancel()
-        for connection, transport in list(self._open.items()):
+        for connection in (*self._waiting, *self._rejected):
+            _abort(connection)
+        for connection in tuple(self._open):
             # An incomplete request is not served any more.
-            if not connection.request_complete and transport is not None:
-                _abort_transport(transport)
+            if not connection.request_complete and connection.transport is not None:
+                connection.transport.close()
+                self._set_timer(connection, _REQUEST_TIMEOUT)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 while self._open:
                     self._empty.clear()
                     await self._empty.wait()
-        for transport in list(self._open.values()):
-            if transport is not None:
-                _abort_transport(transport)
-        await asyncio.gather(*self._rejecting, *self._establishing, return_exceptions=True)
+        for connection in tuple(self._open):
+            _abort(connection)
+        await asyncio.gather(*self._establishing, return_exceptions=True)
 
-    @property
-    def open_connections(self) -> int:
-        """Number of connections and TLS handshakes at this moment."""
-        return len(self._open) + len(self._handshakes)
+    def close_outdated(self) -> None:
+        """
+        Close what is idle or waits and was checked by certificates or revocation lists that have
+        been replaced. A request that is being served is finished; its connection closes after it.
+        """
+        for connection in (*self._open, *self._waiting):
+            if (connection.idle or connection in self._waiting) and self._is_outdated(connection):
+                self._close(connection)
+
+    # ------------------------------------------------------------------ accept
 
     def _accept(self) -> None:
         loop = asyncio.get_running_loop()
@@ -391,10 +257,9 @@ class Listener:
     def _on_accepted(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         accepted.setblocking(False)
-        connection = self._identify(accepted)
-        connection.until = loop.time() + _REQUEST_TIMEOUT
-        if self._tls is None and not self._try_admit(connection):
-            self._reject(accepted)
+        connection = self._identify(accepted, loop.time())
+        if self._tls is None and not self._place(connection):
+            accepted.close()
             return
         task = loop.create_task(self._establish(accepted, connection))
         self._establishing.add(task)
@@ -405,60 +270,35 @@ class Listener:
                 self._count_dropped("too many TLS handshakes at once; the oldest was ended")
             self._handshakes[connection] = task
 
-    def _try_admit(self, connection: _Connection) -> bool:
-        """
-        Count *connection* against the limits; False if it has to be rejected. Above the total
-        limit the oldest connection without a complete request is closed instead; the limit of
-        one account is checked before that.
-        """
-        if self._per_account[connection.account] >= MAX_PER_CALLER:
-            return False
-        if len(self._open) >= _MAX_CONNECTIONS:
-            silent = (each for each in self._open if not each.request_complete)
-            oldest = next(silent, None)
-            if oldest is None:
-                return False
-            transport = self._open[oldest]
-            self.ended(oldest)
-            if transport is not None:
-                _abort_transport(transport)
-            self._count_dropped("too many connections at once; the oldest silent one was ended")
-        self._open[connection] = None
-        self._per_account[connection.account] += 1
-        return True
-
-    def _count_dropped(self, why: str) -> None:
-        self.dropped += 1
-        self._warn(why)
-
     def _resume(self) -> None:
         if self._listening.fileno() >= 0:
             self.open()
 
-    def _identify(self, accepted: socket.socket) -> _Connection:
+    def _identify(self, accepted: socket.socket, now: float) -> _Connection:
         if not self._peers_known:
-            return _Connection("anybody", None)
+            return _Connection("anybody", None, now)
         if self._tls is not None:
             # Before the handshake the address stands for the caller.
             try:
-                return _Connection(f"address:{accepted.getpeername()[0]}", None)
+                return _Connection(f"address:{accepted.getpeername()[0]}", None, now)
             except OSError:
-                return _Connection("address:gone", None)
+                return _Connection("address:gone", None, now)
         try:
             peer = peers.of_socket(accepted)
         except PolicyDenied as exc:
-            return _Connection("unknown", exc)
+            return _Connection("unknown", exc, now)
         except OSError:
             unknown = PolicyDenied("caller: its account cannot be learned", code="caller-unknown")
-            return _Connection("unknown", unknown)
-        return _Connection(peer.account, peer)
+            return _Connection("unknown", unknown, now)
+        return _Connection(peer.account, peer, now)
 
     async def _establish(self, accepted: socket.socket, connection: _Connection) -> None:
+        connection.context = self._tls() if self._tls else None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: _Protocol(self._server, connection, self),
                 accepted,
-                ssl=self._tls() if self._tls else None,
+                ssl=connection.context,
                 ssl_handshake_timeout=_REQUEST_TIMEOUT if self._tls else None,
                 ssl_shutdown_timeout=_LINGER if self._tls else None,
             )
@@ -472,6 +312,94 @@ class Listener:
             if isinstance(exc, ssl.SSLCertVerificationError):
                 self._warn(f"a caller's certificate is not taken ({exc.verify_message})")
 
+    def established(self, connection: _Connection, transport: asyncio.Transport) -> None:
+        """Start reading requests, or the wait for a place; over TLS, identify the peer first."""
+        connection.transport = transport
+        if self._tls is not None:
+            self._handshakes.pop(connection, None)
+            shown = transport.get_extra_info("ssl_object")
+            # The context requires a client certificate.
+            der = shown.getpeercert(binary_form=True) or b""
+            connection.peer = peers.of_certificate(shown.getpeercert() or {}, der)
+            connection.account = connection.peer.account
+            self._place(connection)
+        if connection in self._waiting:
+            transport.pause_reading()
+            self._set_timer(connection, self._limits.patience)
+        elif connection in self._open or connection in self._rejected:
+            spent = asyncio.get_running_loop().time() - connection.since
+            self._set_timer(connection, _REQUEST_TIMEOUT - spent)
+        else:
+            # No place, or closed in favour of another one before it was established.
+            transport.abort()
+
+    # ------------------------------------------------------------------ limits
+
+    def _place(self, connection: _Connection) -> bool:
+        """Give *connection* a place, let it wait, or have it answered 503; False: close it."""
+        if self._make_room(connection.account):
+            self._open[connection] = None
+            self._per_account[connection.account] += 1
+        elif (
+            len(self._waiting) < _MAX_WAITING
+            and self._waiting_of(connection.account) < _MAX_WAITING_PER_CALLER
+        ):
+            self._waiting[connection] = None
+        elif len(self._rejected) < _MAX_REJECTED:
+            self._rejected[connection] = None
+        else:
+            return False
+        return True
+
+    def _make_room(self, account: str) -> bool:
+        """
+        Whether there is a place for *account*, after closing another connection if need be: at
+        the limit of one account an idle one of its own, at the total limit the oldest that has no
+        complete request.
+        """
+        if self._per_account[account] >= self._limits.per_caller:
+            candidates = (each for each in self._open if each.idle and each.account == account)
+        elif len(self._open) >= self._limits.connections:
+            candidates = (each for each in self._open if not each.request_complete)
+        else:
+            return True
+        oldest = next(candidates, None)
+        if oldest is None:
+            return False
+        if not oldest.idle:
+            self._count_dropped("too many connections at once; the oldest silent one was ended")
+        self._close(oldest)
+        # Its place may have gone to one that waits.
+        return self._has_room(account)
+
+    def _has_room(self, account: str) -> bool:
+        return (
+            len(self._open) < self._limits.connections
+            and self._per_account[account] < self._limits.per_caller
+        )
+
+    def _waiting_of(self, account: str) -> int:
+        return sum(each.account == account for each in self._waiting)
+
+    def _serve_waiting(self) -> None:
+        """Give free places to those that wait, first come, first served."""
+        for connection in tuple(self._waiting):
+            if self._has_room(connection.account) and not self._ending:
+                del self._waiting[connection]
+                self._open[connection] = None
+                self._per_account[connection.account] += 1
+                self._read(connection)
+
+    def _read(self, connection: _Connection) -> None:
+        """Read the request of a connection that has waited."""
+        if connection.transport is not None:
+            connection.transport.resume_reading()
+            self._set_timer(connection, _REQUEST_TIMEOUT)
+
+    def _count_dropped(self, why: str) -> None:
+        self.dropped += 1
+        self._warn(why)
+
     def _warn(self, why: str) -> None:
         # A missing revocation list rejects every client, which sees a TLS alert at most, so the
         # log has to say it; but anyone can cause a rejection, so it is rate-limited.
@@ -480,41 +408,40 @@ class Listener:
             self._warn_after[why] = now + _WARNING_INTERVAL
             _log.warning("listener: %s", why)
 
-    def established(self, connection: _Connection, transport: asyncio.BaseTransport) -> None:
-        """Start the deadline of an established connection; over TLS, identify its peer."""
+    # ------------------------------------------------------------------ time limits and ends
+
+    def _set_timer(self, connection: _Connection, seconds: float) -> None:
+        if connection.timer is not None:
+            connection.timer.cancel()
         loop = asyncio.get_running_loop()
-        if self._tls is None:
-            if connection not in self._open:
-                # Closed in favour of a newer connection before it was established.
-                _abort_transport(transport)
-                return
-            self._open[connection] = transport
-            connection.timer = loop.call_at(connection.until, _abort_transport, transport)
+        connection.timer = loop.call_later(seconds, self._expired, connection)
+
+    def _expired(self, connection: _Connection) -> None:
+        if connection not in self._waiting:
+            _abort(connection)
             return
-        self._handshakes.pop(connection, None)
-        shown = transport.get_extra_info("ssl_object")
-        der = shown.getpeercert(binary_form=True)
-        # The context requires a client certificate.
-        peer = peers.of_certificate(shown.getpeercert() or {}, der or b"")
-        connection.peer, connection.account = peer, peer.account
-        connection.timer = loop.call_at(connection.until, _abort_transport, transport)
-        if self._try_admit(connection):
-            self._open[connection] = transport
-            return
-        connection.peer = PolicyDenied("caller: too many connections at once", code="share")
-        if isinstance(transport, asyncio.WriteTransport):
-            transport.write(_busy())
-        transport.close()
+        del self._waiting[connection]
+        self._rejected[connection] = None
+        self._read(connection)
+
+    def _close(self, connection: _Connection) -> None:
+        """Close *connection*, whose last reply may be on its way."""
+        self.ended(connection)
+        if connection.transport is not None:
+            connection.transport.close()
+            asyncio.get_running_loop().call_later(_LINGER, _abort, connection)
 
     def ended(self, connection: _Connection) -> None:
         """Forget a closed connection. May be called more than once."""
         if connection.timer is not None:
             connection.timer.cancel()
-        self._handshakes.pop(connection, None)
+        for others in (self._handshakes, self._waiting, self._rejected):
+            others.pop(connection, None)
         if connection not in self._open:
             return
         del self._open[connection]
         self._release_account(connection.account)
+        self._serve_waiting()
         if not self._open:
             self._empty.set()
 
@@ -524,34 +451,61 @@ class Listener:
         if not self._per_account[account]:
             del self._per_account[account]
 
-    def _reject(self, accepted: socket.socket) -> None:
-        if len(self._rejecting) >= _MAX_REJECTING:
-            accepted.close()
-            return
-        task = asyncio.create_task(_send_busy_and_close(accepted))
-        self._rejecting.add(task)
-        task.add_done_callback(self._rejecting.discard)
+    # ------------------------------------------------------------------ requests
+
+    def receiving(self, connection: _Connection) -> None:
+        """Start the time limit of a further request."""
+        if connection.idle:
+            connection.idle = False
+            self._set_timer(connection, _REQUEST_TIMEOUT)
 
     async def _handled(self, request: web.BaseRequest) -> web.Response:
         connection = _connection_of(request)
+        self.receiving(connection)
         try:
+            if connection in self._rejected:
+                raise busy("too many connections at once")  # noqa: TRY301
             response = await self._handler(request, connection.peer)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the caller is answered
             if not isinstance(exc, HsmTollError | RequestRejected):
                 _log.error("internal error: %s; please report it", _origin(exc))
             response = reply_to(exc)
-        response.force_close()
-        if request.transport is not None:
-            # Bounded time to read the reply. The connection leaves its caller's limit now, so the
-            # caller can open the next one before this one is closed.
-            mark_complete(request)
-            self._release_account(connection.account)
-            connection.account = _ANSWERED
-            self._per_account[_ANSWERED] += 1
-            connection.timer = asyncio.get_running_loop().call_later(
-                _REQUEST_TIMEOUT, _abort_transport, request.transport
-            )
+        if connection in self._open:
+            self._answered(connection, response, keep=request.keep_alive)
+        else:
+            response.force_close()
         return response
+
+    def _answered(self, connection: _Connection, response: web.Response, *, keep: bool) -> None:
+        """Keep *connection* for the next request if nothing is against it; else close it."""
+        keep = keep and connection.request_complete and self._may_keep(connection)
+        connection.request_complete, connection.idle = False, True
+        # To the end: it was used last.
+        self._open[connection] = self._open.pop(connection)
+        if keep:
+            response.headers["Keep-Alive"] = f"timeout={_IDLE_TIMEOUT:.0f}"
+            self._set_timer(connection, _IDLE_TIMEOUT)
+            return
+        # The caller can open the next connection before this one is closed.
+        response.force_close()
+        self._release_account(connection.account)
+        connection.account = _CLOSING
+        self._per_account[_CLOSING] += 1
+        self._set_timer(connection, _REQUEST_TIMEOUT)
+        self._serve_waiting()
+
+    def _may_keep(self, connection: _Connection) -> bool:
+        age = asyncio.get_running_loop().time() - connection.since
+        return not (
+            self._ending
+            or age > _MAX_AGE
+            or self._is_outdated(connection)
+            or len(self._open) >= self._limits.connections
+            or self._waiting_of(connection.account)
+        )
+
+    def _is_outdated(self, connection: _Connection) -> bool:
+        return self._tls is not None and connection.context is not self._tls()
 
 
 def _connection_of(request: web.BaseRequest) -> _Connection:
@@ -562,12 +516,11 @@ def _connection_of(request: web.BaseRequest) -> _Connection:
 
 
 def mark_complete(request: web.BaseRequest) -> None:
-    """Note that *request* was received completely, and stop its deadline."""
+    """Note that *request* was received completely, and stop its time limit."""
     connection = _connection_of(request)
     connection.request_complete = True
     if connection.timer is not None:
         connection.timer.cancel()
-        connection.timer = None
 
 
 def _origin(exc: Exception) -> str:
@@ -578,149 +531,6 @@ def _origin(exc: Exception) -> str:
     return f"{type(exc).__name__} at {place}"
 
 
-def _abort_transport(transport: asyncio.BaseTransport) -> None:
-    if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()
-    else:
-        transport.close()
-
-
-async def _send_busy_and_close(accepted: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    with accepted, contextlib.suppress(OSError, TimeoutError):
-        async with asyncio.timeout(_LINGER):
-            await loop.sock_sendall(accepted, _busy())
-            accepted.shutdown(socket.SHUT_WR)
-            # close(2) with unread data resets the connection, and the reply would be lost.
-            while await loop.sock_recv(accepted, 65536):
-                pass
-
-
-# ---------------------------------------------------------------------- sockets
-
-
-def listen_unix(path: Path, name: str) -> socket.socket:
-    """
-    Listen on a Unix socket, created with mode 0660 and the directory's group. A missing directory
-    is created with 0750; one that others may write raises ConfigurationError. *name* is the
-    setting, for messages.
-    """
-    directory = path.parent
-    try:
-        if not directory.exists():
-            directory.mkdir(mode=0o750)
-            _log.warning(
-                "%s: %s was missing; it is made for the group %d, and callers must be its members",
-                name, foreign(directory), directory.stat().st_gid,
-            )  # fmt: skip
-        seen = directory.stat()
-    except OSError as exc:
-        raise ConfigurationError(
-            f"{name} {foreign(path)}: no directory for it ({exc.strerror})",
-            hint="make it for the host's account and the group of its callers, as root: install -d "
-            f"-o ACCOUNT -g GROUP -m 2750 {foreign(directory)}",
-        ) from exc
-    check_trusted(directory, f"directory of {name}")
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    before = os.umask(0o117)
-    try:
-        _remove_stale_socket(path)
-        listening.bind(str(path))
-        with contextlib.suppress(PermissionError):
-            os.chown(path, -1, seen.st_gid)
-        listening.listen(_BACKLOG)
-    except OSError as exc:
-        listening.close()
-        raise ConfigurationError(
-            f"{name} {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
-        ) from exc
-    finally:
-        os.umask(before)
-    return listening
-
-
-def _remove_stale_socket(path: Path) -> None:
-    """Remove the socket file that an ended host has left. OSError if anything else is there."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise OSError(errno.EEXIST, "something else is there")
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        if probe.connect_ex(str(path)) == 0:
-            raise OSError(errno.EADDRINUSE, "another host listens there")
-    path.unlink()
-
-
-def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket:
-    """Listen on TCP ``HOST:PORT``; with *local*, ConfigurationError unless it is loopback."""
-    host, colon, port = address.rpartition(":")
-    host = host.strip("[]")
-    if not (colon and host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
-        raise ConfigurationError(f"{name}: HOST:PORT is expected")
-    try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
-        family, kind, proto, _, where = found[0]
-        if local and not _is_loopback(str(where[0])):
-            raise ConfigurationError(
-                f"{name}: {foreign(address)} is not on the loopback",
-                hint="127.0.0.1:PORT, [::1]:PORT or unix:///PATH",
-            )
-        listening = socket.socket(family, kind | socket.SOCK_CLOEXEC, proto)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(where)
-        listening.listen(_BACKLOG)
-    except (OSError, UnicodeError) as exc:
-        # UnicodeError: a host name with an empty label, or one of more than 63 characters.
-        why = getattr(exc, "strerror", None) or "no such address"
-        raise ConfigurationError(
-            f"{name}: {foreign(address)} cannot be listened on ({why})"
-        ) from exc
-    return listening
-
-
-def _is_loopback(address: str) -> bool:
-    return address == "::1" or address.startswith("127.")
-
-
-def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> ssl.SSLContext:
-    """
-    TLS 1.3 with required client certificates from *client_ca*. If there are revocation lists (in
-    *crl* or in the file of the CA), every CA of a client's path needs a current one; otherwise
-    the client is rejected. Raises ConfigurationError.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    # A resumed session would skip the check of the revocation list.
-    context.num_tickets = 0
-    context.options |= ssl.OP_NO_TICKET
-    doing = "CERT and HSMTOLL_HOST__KEY"
-    files.read(cert, "HSMTOLL_HOST__CERT")
-    files.read(key, "HSMTOLL_HOST__KEY", secret=True)
-    files.read(client_ca, "HSMTOLL_HOST__CLIENT_CA")
-    if crl is not None:
-        files.read(crl, "HSMTOLL_HOST__CLIENT_CRL")
-    try:
-        # Without a password callback OpenSSL prompts on the terminal.
-        context.load_cert_chain(cert, key, password=lambda: b"")
-        doing = "CLIENT_CA"
-        context.load_verify_locations(cafile=client_ca)
-        doing = "CLIENT_CRL"
-        if crl is not None:
-            context.load_verify_locations(cafile=crl)
-    except (OSError, ValueError) as exc:
-        raise ConfigurationError(
-            f"HSMTOLL_HOST__{doing}: cannot be used ({foreign(exc)})",
-            hint="PEM files, and a key without passphrase that fits the certificate",
-        ) from exc
-    if context.cert_store_stats()["crl"]:
-        # The whole path: a revoked CA could issue client certificates that are on no list.
-        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
-    elif crl is not None:
-        raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
-    else:
-        # An intermediate CA in CLIENT_CA is a trust anchor, too. Not with revocation lists:
-        # OpenSSL would end the path there and not check whether its issuer has revoked it.
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    return context
+def _abort(connection: _Connection) -> None:
+    if connection.transport is not None:
+        connection.transport.abort()

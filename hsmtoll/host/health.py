@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from hsmtoll.host.authorize import Authorizer
     from hsmtoll.host.profiles import Profiles
 
-__all__ = ["HostHealth", "exposed"]
+__all__ = ["PROMETHEUS_TEXT", "HostHealth", "exposed"]
+
+#: Content type of the Prometheus text format.
+PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 #: The reason in /ready and in the log for the custodian.
 _CLOCK: Final = (

@@ -1,7 +1,8 @@
 """
 The daemon: listening sockets, signals, timers and the service manager's protocol.
 
-Authorization is in `authorize`, the syntax of requests in `connections`.
+Authorization is in `authorize`, the limits of connections in `connections`, the syntax of requests
+in `messages`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
-from hsmtoll.host import connections, system
+from hsmtoll.host import messages, sockets, system
 from hsmtoll.host.authorize import RequestContext
-from hsmtoll.host.health import exposed
+from hsmtoll.host.connections import Limits, Listener, mark_complete
+from hsmtoll.host.health import PROMETHEUS_TEXT, exposed
 from hsmtoll.host.required import check_complete, needed
 from hsmtoll.host.service import Service
 from hsmtoll.hsm.protect import keep_secrets_in_memory
@@ -61,7 +63,7 @@ def serve(
     keep_secrets_in_memory()
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
     check_complete(settings.host, sockets="LISTEN_FDS" in os.environ)
-    sockets = _ListeningSockets(settings.host)
+    listening = _ListeningSockets(settings.host)
     try:
         service = Service(
             settings,
@@ -71,13 +73,15 @@ def serve(
             progress=_still_starting,
         )
     except HsmTollError:
-        sockets.close()
+        listening.close()
         raise
+    host = settings.host
+    limits = Limits(host.connections, host.connections_per_caller, settings.deadline)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        asyncio.run(_Daemon(service, sockets, ready, patience=settings.deadline).run())
+        asyncio.run(_Daemon(service, listening, limits, ready).run())
     finally:
-        sockets.close()
+        listening.close()
         service.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -132,7 +136,7 @@ class _ListeningSockets:
         if host.socket is not None and not self.signing:
             self.signing.append(self._unix(host.socket, "HSMTOLL_HOST__SOCKET"))
         if host.listen is not None and not self.tls:
-            self.tls.append(connections.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
+            self.tls.append(sockets.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
         if self.tls:
             self.context = self._context()
         if host.metrics is not None and not self.metrics:
@@ -143,16 +147,16 @@ class _ListeningSockets:
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):
             return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
-        return connections.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+        return sockets.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
 
     def _unix(self, path: Path, name: str) -> socket.socket:
-        one = connections.listen_unix(path, name)
+        one = sockets.listen_unix(path, name)
         self._created[one] = (path, path.lstat().st_ino)
         return one
 
     def _context(self) -> ssl.SSLContext:
         host = self._host
-        return connections.server_context(
+        return sockets.server_context(
             needed(host.cert, "cert"),
             needed(host.key, "key"),
             needed(host.client_ca, "client_ca"),
@@ -198,16 +202,15 @@ class _Daemon:
     def __init__(
         self,
         service: Service,
-        sockets: _ListeningSockets,
+        listening: _ListeningSockets,
+        limits: Limits,
         ready: Callable[[], None],
-        *,
-        patience: float,
     ) -> None:
         self._service = service
-        self._sockets = sockets
+        self._sockets = listening
+        self._limits = limits
         self._ready = ready
-        self._shutdown_grace = patience
-        self._signing: tuple[connections.Listener, ...] = ()
+        self._signing: tuple[Listener, ...] = ()
         self._ready_sent = False
         self._why: list[str] = []
         self._reloads = asyncio.Lock()
@@ -220,14 +223,14 @@ class _Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             _on_signal(number, ended.set)
         _on_signal(signal.SIGHUP, lambda: self._start_task(self._reload()))
-        sockets = self._sockets
+        listening, limits = self._sockets, self._limits
         metrics = [
-            connections.Listener(each, self._health, peers_known=False) for each in sockets.metrics
+            Listener(each, self._health, limits, peers_known=False) for each in listening.metrics
         ]
-        signing = [connections.Listener(each, self._answer) for each in sockets.signing]
+        signing = [Listener(each, self._answer, limits) for each in listening.signing]
         signing += [
-            connections.Listener(each, self._answer, tls=sockets.tls_context)
-            for each in sockets.tls
+            Listener(each, self._answer, limits, tls=listening.tls_context)
+            for each in listening.tls
         ]
         self._signing = tuple(signing)
         for listener in (*metrics, *signing):
@@ -238,9 +241,9 @@ class _Daemon:
         await ended.wait()
         system.notify("STOPPING=1")
         self._service.authorizer.ending = True
-        sockets.remove_created(sockets.signing)
-        await asyncio.gather(*(listener.close(grace=self._shutdown_grace) for listener in signing))
-        sockets.remove_created(sockets.metrics)
+        listening.remove_created(listening.signing)
+        await asyncio.gather(*(listener.close(grace=limits.patience) for listener in signing))
+        listening.remove_created(listening.metrics)
         await asyncio.gather(*(listener.close(grace=0) for listener in metrics))
         for task in self._tasks:
             task.cancel()
@@ -257,8 +260,8 @@ class _Daemon:
     async def _answer(
         self, request: web.BaseRequest, peer: Peer | PolicyDenied | None
     ) -> web.Response:
-        mode, grant_request = await connections.read_request(request)
-        connections.mark_complete(request)
+        mode, grant_request = await messages.read_request(request)
+        mark_complete(request)
         if peer is None or isinstance(peer, PolicyDenied):
             denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
             self._service.authorizer.refuse(denied, "unknown")
@@ -275,27 +278,32 @@ class _Daemon:
                     await self._tested.wait()
         context = RequestContext(peer, grant_request, mode, disconnected)
         # Shielded: a request that has begun is finished even if its client disconnects.
-        return connections.json_reply(await asyncio.shield(self._service.requests.begin(context)))
+        return messages.json_reply(await asyncio.shield(self._service.requests.begin(context)))
 
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
-        connections.mark_complete(request)
-        if request.method == "GET":
-            match request.raw_path:
-                case "/live":
-                    return connections.json_reply({"live": True})
-                case "/ready":
-                    why = self._service.health.not_ready()
-                    status = 503 if why else 200
-                    return connections.json_reply({"ready": not why, "why": why}, status=status)
-                case "/metrics":
-                    numbers = self._service.health.numbers()
-                    dropped = sum(each.dropped for each in self._signing)
-                    numbers["connections_dropped_total"] = float(dropped)
-                    return web.Response(text=exposed(numbers), content_type="text/plain")
-        raise connections.RequestRejected(
-            404, "not_found", "no such page", "GET /live, /ready or /metrics"
-        )
+        mark_complete(request)
+        pages = {"/live": self._live, "/ready": self._readiness, "/metrics": self._metrics}
+        # Prometheus and probes may add a query.
+        page = pages.get(request.rel_url.raw_path)
+        if page is None:
+            raise messages.not_found("GET /live, /ready or /metrics")
+        if request.method not in ("GET", "HEAD"):
+            raise messages.wrong_method(request, "GET, HEAD")
+        return page()
+
+    def _live(self) -> web.Response:
+        return messages.json_reply({"live": True})
+
+    def _readiness(self) -> web.Response:
+        why = self._service.health.not_ready()
+        return messages.json_reply({"ready": not why, "why": why}, status=503 if why else 200)
+
+    def _metrics(self) -> web.Response:
+        numbers = self._service.health.numbers()
+        numbers["connections_dropped_total"] = float(sum(each.dropped for each in self._signing))
+        headers = {**messages.HEADERS, "Content-Type": PROMETHEUS_TEXT}
+        return web.Response(text=exposed(numbers), headers=headers)
 
     # ------------------------------------------------------------------ background tasks
 
@@ -348,6 +356,8 @@ class _Daemon:
         async with self._reloads:
             system.reloading()
             self._sockets.reload()
+            for listener in self._signing:
+                listener.close_outdated()
             wrong = await self._service.reload()
             await self._service.profiles.self_test(_SELF_TEST_WAIT)
             system.notify(

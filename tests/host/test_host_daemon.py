@@ -27,7 +27,7 @@ from hsmtoll.errors import (
     PolicyDenied,
     TryAgainLater,
 )
-from hsmtoll.host import connections, system
+from hsmtoll.host import sockets, system
 from hsmtoll.host.audit_log import verify
 from hsmtoll.host.emergency_stop import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
@@ -165,7 +165,7 @@ def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
         first.signal(signal.SIGTERM)
         # Its name is free as soon as it takes nobody any more, and while it still signs.
         eventually(lambda: not first.socket.exists())
-        with connections.listen_unix(first.socket, "HSMTOLL_HOST__SOCKET"):
+        with sockets.listen_unix(first.socket, "HSMTOLL_HOST__SOCKET"):
             first.faults.clear()
             assert asked.result(60).status == 200
             assert first.end() == 0
@@ -190,7 +190,7 @@ def test_a_missing_directory_of_the_socket_is_made_and_its_group_named(
 ) -> None:
     path = tmp_path / "run" / "host.sock"
     for told in (1, 1):
-        connections.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
+        sockets.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
         # The second time it is there, and there is nothing to say.
         assert len(caplog.records) == told
     assert f"{path.parent} was missing" in caplog.text

@@ -14,11 +14,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from hsmtoll.host import connections
-from hsmtoll.host.connections import RequestRejected, parse_body
+from hsmtoll.host.messages import RequestRejected, parse_body
 from hsmtoll.host.policy import GrantRequest
 from tests.kit.accounts import OTHER, importable
-from tests.kit.signing_host import ROAD, eventually, raw_request
+from tests.kit.signing_host import ROAD, raw_request
 
 if TYPE_CHECKING:
     from tests.kit.signing_host import RunningHost
@@ -175,22 +174,79 @@ def test_a_body_that_does_not_come_whole_is_nobodys_mistake_here(
     assert len(running_host.records("intent")) == 1
 
 
-def test_one_connection_carries_one_request(running_host: RunningHost) -> None:
-    assert sent(running_host, raw_request() * 3).count(b"HTTP/1.1") == 1
-    eventually(lambda: len(running_host.records("result")) == 1)
+#: A second request that a body or its framing could hide.
+HIDDEN = raw_request(keep=True)
 
 
-def test_the_ninth_connection_of_an_account_is_told_to_come_again(
+@pytest.mark.parametrize(
+    "raw",
+    [
+        # Rejected before the body was read: what is left of it is no request.
+        post(b"Content-Encoding: gzip\r\nContent-Length: %d" % len(HIDDEN), HIDDEN),
+        b"POST /v1/no HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(HIDDEN) + HIDDEN,
+        post(b"Content-Length: %d" % len(HIDDEN), HIDDEN),
+        # Two readers could see two ends (RFC 9112 section 6.3).
+        post(b"Content-Length: 5\r\nTransfer-Encoding: chunked", b"0\r\n\r\n" + HIDDEN),
+        post(b"Transfer-Encoding: chunked\r\nContent-Length: 5", b"0\r\n\r\n" + HIDDEN),
+        post(b"Content-Length: 0\r\nContent-Length: %d" % len(HIDDEN), HIDDEN),
+        post(b"Content-Length: +0", HIDDEN),
+        post(b"Transfer-Encoding: xchunked", b"0\r\n\r\n" + HIDDEN),
+        post(b"Transfer-Encoding : chunked", b"0\r\n\r\n" + HIDDEN),
+        post(b"X: y\r\n Content-Length: 0", HIDDEN),
+    ],
+)
+def test_no_body_hides_a_second_request(running_host: RunningHost, raw: bytes) -> None:
+    before = running_host.signatures(), len(running_host.records())
+    said = sent(running_host, raw, hang_up=True)
+    assert said.count(b"HTTP/1.") <= 1
+    assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), said[:80]
+    assert (running_host.signatures(), len(running_host.records())) == before
+
+
+def test_two_requests_that_follow_each_other_are_two(running_host: RunningHost) -> None:
+    """The control of hidden ones."""
+    assert sent(running_host, HIDDEN + raw_request()).count(b"200 OK") == 2
+
+
+def test_a_client_that_waits_before_it_sends_the_body_is_told_to_go_on(
     running_host: RunningHost,
 ) -> None:
-    held = [socket.socket(socket.AF_UNIX) for _ in range(connections.MAX_PER_CALLER)]
-    for one in held:
+    head, _, body = raw_request().partition(b"\r\n\r\n")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.settimeout(60)
         one.connect(str(running_host.socket))
-    reply = running_host.ask()
-    assert (reply.status, reply.word, reply.headers["retry-after"]) == (503, "busy", "1")
-    for one in held:
-        one.close()
-    eventually(lambda: running_host.ask().status == 200)
+        one.sendall(head + b"\r\nExpect: 100-continue\r\n\r\n")
+        assert one.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        one.sendall(body)
+        assert one.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"profile": ...}, "missing member: profile"),
+        ({"profile": ..., "scope": ...}, "missing member: profile, scope"),
+        ({"iat": 1}, "unknown member: iat"),
+        ({"profile": None}, "profile is null; a string is expected"),
+        ({"scope": 7}, "scope is a number; a string is expected"),
+        ({"scope": ["road"]}, "scope is an array; a string is expected"),
+        ({"scope": True}, "scope is a boolean; a string is expected"),
+        ({"scope": ""}, "scope is not 1 to 256 characters of printable ASCII"),
+        ({"consumer_org": 987654325}, "consumer_org is a number; a string or null is expected"),
+        ({"consumer_org": "98765432"}, "consumer_org is not nine digits"),
+        ({"resource": {}}, "resource is an object; a string, an array or null is expected"),
+        ({"resource": [1]}, "resource is a number; a string is expected"),
+        (
+            {"authorization_details": {"type": "a"}},
+            "authorization_details is an object; an array of objects or null is expected",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_named(changes: dict[str, Any], said: str) -> None:
+    members = {name: value for name, value in {**ROAD, **changes}.items() if value is not ...}
+    with pytest.raises(RequestRejected) as caught:
+        parse_body(json.dumps(members).encode())
+    assert str(caught.value) == said
 
 
 _SILENT = """

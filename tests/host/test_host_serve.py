@@ -8,7 +8,6 @@ import json
 import resource
 import signal
 import socket
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +108,7 @@ def test_a_refusal_never_asks_the_device_and_its_twin_costs_one_signature(
 @pytest.mark.parametrize(
     ("method", "path", "options", "status"),
     [
-        ("GET", "/v1/grant", {}, 404),
+        ("GET", "/v1/grant", {}, 405),
         ("POST", "/v1/sign", {"json": {}}, 404),
         ("POST", "/v1/grant?x=1", {"json": {}}, 404),
         ("POST", "/metrics", {"json": {}}, 404),
@@ -179,10 +178,7 @@ def test_fifty_at_once_with_six_a_minute_are_six_intents(
     before = host.signatures()
 
     def one(_: int) -> int:
-        # Eight connections of one account are served at once; the others are told to try again.
-        while (reply := host.ask()).body.get("error") == "busy":
-            time.sleep(0.05)
-        return reply.status
+        return host.ask().status
 
     with concurrent.futures.ThreadPoolExecutor(50) as pool:
         codes = list(pool.map(one, range(50)))
@@ -423,6 +419,37 @@ def test_the_pages_for_those_who_watch(running_host: RunningHost) -> None:
     assert running_host.health("/ready").body == {"ready": True, "why": []}
     assert "hsmtoll_host_signatures_total" in running_host.health("/metrics").body["text"]
     assert running_host.health("/v1/grant").status == 404
+
+
+@pytest.mark.parametrize("page", ["/live", "/ready", "/metrics"])
+def test_probes_and_prometheus_get_their_pages_as_they_ask_for_them(
+    running_host: RunningHost, page: str
+) -> None:
+    plain = running_host.health(page)
+    asked = running_host.health(f"{page}?name[]=hsmtoll_host_ready&x")
+    assert (asked.status, asked.body) == (plain.status, plain.body)
+    head = running_host.health(page, "HEAD")
+    assert (head.status, head.body) == (200, {"text": ""})
+    assert head.headers["content-type"] == plain.headers["content-type"]
+    assert head.headers["content-length"] == plain.headers["content-length"]
+    # The control: nothing else is a way to ask.
+    wrong = running_host.health(page, "POST")
+    assert (wrong.status, wrong.headers["allow"]) == (405, "GET, HEAD")
+    assert running_host.health(f"{page}/").status == 404
+
+
+def test_no_reply_names_a_version_of_software(running_host: RunningHost) -> None:
+    replies = [
+        running_host.ask(),
+        running_host.ask(scope="air"),
+        running_host.send("GET", "/v1/grant"),
+        running_host.send("POST", "/v1/grant", headers={"X": "y" * 9000}),
+        *(running_host.health(page) for page in ("/live", "/metrics", "/none")),
+    ]
+    assert [each.status for each in replies] == [200, 403, 405, 400, 200, 200, 404]
+    assert {each.headers["server"] for each in replies} == {"hsmtoll"}
+    said = repr([each.headers for each in replies]).lower()
+    assert not any(name in said for name in ("aiohttp", "python"))
 
 
 def test_a_metric_is_told_to_its_last_digit() -> None:

@@ -225,7 +225,7 @@ def test_two_entries_that_fit_are_both_named_and_neither_counts(
 _BODY = b'{"profile": "acme", "scope": "road"}'
 _REQUEST = (
     b"POST /v1/grant HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    b"Content-Length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
+    b"Connection: close\r\nContent-Length: " + str(len(_BODY)).encode() + b"\r\n\r\n" + _BODY
 )
 
 

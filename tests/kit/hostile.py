@@ -29,7 +29,7 @@ from hsmtoll.customs import errors as customs_errors
 from hsmtoll.customs import routing, submissions
 from hsmtoll.errors import HsmTollError, foreign
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
-from hsmtoll.host.connections import RequestRejected, parse_body
+from hsmtoll.host.messages import RequestRejected, parse_body
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.http_messages import Answer
 from hsmtoll.jsonio import read_lenient

@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.app import App
 from hsmtoll.host.audit import Audit
-from hsmtoll.host.connections import server_context
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
+from hsmtoll.host.sockets import server_context
 from hsmtoll.hsm.module import PKCS11_LOCK, opened
 from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.hsm.pin_log import PinLog, TokenUser

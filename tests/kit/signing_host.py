@@ -60,6 +60,8 @@ PATIENCE: Final = 60.0
 ROAD: Final = {"profile": "acme", "scope": "road"}
 ROAD_SCOPE: Final = "toll:eu/movement/road/v2"
 
+CRLF: Final = "\r\n"
+
 #: This account as the policy knows it.
 ME: Final = f"uid:{os.geteuid()}"
 
@@ -111,12 +113,12 @@ def errors_in(stderr: str) -> list[str]:
     ]
 
 
-def raw_request(path: str = "/v1/grant", **members: Any) -> bytes:
-    """One request for the road, as it goes over the wire."""
+def raw_request(path: str = "/v1/grant", *, keep: bool = False, **members: Any) -> bytes:
+    """One request for the road, as it goes over the wire; the last one, unless *keep*."""
     body = dumps({**ROAD, **members}).encode()
     return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
+        f"Content-Length: {len(body)}\r\n{'' if keep else 'Connection: close' + CRLF}{CRLF}"
     ).encode() + body
 
 
@@ -154,7 +156,24 @@ def speak(
     content: bytes = b"",
     headers: Mapping[str, str] | None = None,
 ) -> Reply:
-    """One request and its reply; *json*, *data* (a form) or *content* as its body."""
+    """The one request of *connection* and its reply: see `exchange`."""
+    with contextlib.closing(connection):
+        return exchange(
+            connection, method, path, json=json, data=data, content=content, headers=headers
+        )
+
+
+def exchange(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    *,
+    json: object = None,
+    data: Mapping[str, str] | None = None,
+    content: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+) -> Reply:
+    """A request and its reply; *json*, *data* (a form) or *content* as its body."""
     sent = dict(headers or {})
     if json is not None:
         content = dumps(json).encode()
@@ -162,13 +181,13 @@ def speak(
     if data is not None:
         content = urlencode(data).encode()
         sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
-    with contextlib.closing(connection):
-        connection.request(method, path, content or None, sent)
-        response = connection.getresponse()
-        said = response.read()
-        got = {name.lower(): value for name, value in response.getheaders()}
+    connection.request(method, path, content or None, sent)
+    response = connection.getresponse()
+    said = response.read()
+    got = {name.lower(): value for name, value in response.getheaders()}
     kind = got.get("content-type", "")
-    body = loads(said) if kind.startswith("application/json") else {"text": said.decode()}
+    is_json = said and kind.startswith("application/json")
+    body = loads(said) if is_json else {"text": said.decode()}
     return Reply(response.status, body, got)
 
 
@@ -522,15 +541,20 @@ class RunningHost:
 
     def send(self, method: str, path: str, **options: Any) -> Reply:
         """Anything, as this account, on the Unix socket."""
-        return speak(_Unix(self.socket), method, path, **options)
+        return speak(self.connect(), method, path, **options)
+
+    def connect(self, identity: Identity | None = None) -> http.client.HTTPConnection:
+        """A connection for several requests: as this account, or as the holder of *identity*."""
+        if identity is None:
+            return _Unix(self.socket)
+        context = identity.context(self.authority.ca)
+        return http.client.HTTPSConnection(
+            "localhost", self.tls_port, context=context, timeout=PATIENCE
+        )
 
     def ask_tls(self, identity: Identity, path: str = "/v1/grant", **members: Any) -> Reply:
         """For the road, as the holder of a certificate."""
-        context = identity.context(self.authority.ca)
-        one = http.client.HTTPSConnection(
-            "localhost", self.tls_port, context=context, timeout=PATIENCE
-        )
-        return speak(one, "POST", path, json={**ROAD, **members})
+        return speak(self.connect(identity), "POST", path, json={**ROAD, **members})
 
     def as_account(self, uid: int, request: bytes, *, gid: int | None = None) -> bytes:
         """What another account gets, from a process of its own; nothing if it cannot connect."""
@@ -546,9 +570,9 @@ class RunningHost:
         self.socket.parent.chmod(0o755)
         self.socket.chmod(0o666)
 
-    def health(self, page: str) -> Reply:
+    def health(self, page: str, method: str = "GET") -> Reply:
         """At /live, /ready or /metrics."""
-        return speak(_Unix(self.metrics), "GET", page)
+        return speak(_Unix(self.metrics), method, page)
 
     @property
     def faults(self) -> Faults:

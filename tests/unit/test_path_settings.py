@@ -22,7 +22,7 @@ from hsmtoll.errors import (
     NetworkError,
     PinNotTried,
 )
-from hsmtoll.host.connections import listen_tcp, listen_unix
+from hsmtoll.host.sockets import listen_tcp, listen_unix
 from hsmtoll.host.system import given_sockets, watchdog_seconds
 from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.pin import PinCommand

@@ -1,0 +1,153 @@
+"""Listening sockets of the signing host, Unix and TCP, and the TLS context of the latter."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import socket
+import ssl
+import stat
+from typing import TYPE_CHECKING, Final
+
+from hsmtoll import files
+from hsmtoll.errors import ConfigurationError, foreign
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["listen_tcp", "listen_unix", "server_context"]
+
+_log = logging.getLogger("hsmtoll.host")
+
+#: Length of the kernel's queue of connections (listen(2)).
+_BACKLOG: Final = 4096
+
+
+def listen_unix(path: Path, name: str) -> socket.socket:
+    """
+    Listen on a Unix socket, created with mode 0660 and the directory's group. A missing directory
+    is created with 0750; one that others may write raises ConfigurationError. *name* is the
+    setting, for messages.
+    """
+    directory = path.parent
+    try:
+        if not directory.exists():
+            directory.mkdir(mode=0o750)
+            _log.warning(
+                "%s: %s was missing; it is made for the group %d, and callers must be its members",
+                name, foreign(directory), directory.stat().st_gid,
+            )  # fmt: skip
+        seen = directory.stat()
+    except OSError as exc:
+        raise ConfigurationError(
+            f"{name} {foreign(path)}: no directory for it ({exc.strerror})",
+            hint="make it for the host's account and the group of its callers, as root: install -d "
+            f"-o ACCOUNT -g GROUP -m 2750 {foreign(directory)}",
+        ) from exc
+    files.check_trusted(directory, f"directory of {name}")
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o117)
+    try:
+        _remove_stale_socket(path)
+        listening.bind(str(path))
+        with contextlib.suppress(PermissionError):
+            os.chown(path, -1, seen.st_gid)
+        listening.listen(_BACKLOG)
+    except OSError as exc:
+        listening.close()
+        raise ConfigurationError(
+            f"{name} {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
+        ) from exc
+    finally:
+        os.umask(before)
+    return listening
+
+
+def _remove_stale_socket(path: Path) -> None:
+    """Remove the socket file that an ended host has left. OSError if anything else is there."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise OSError(errno.EEXIST, "something else is there")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise OSError(errno.EADDRINUSE, "another host listens there")
+    path.unlink()
+
+
+def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket:
+    """Listen on TCP ``HOST:PORT``; with *local*, ConfigurationError unless it is loopback."""
+    host, colon, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not (colon and host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
+        raise ConfigurationError(f"{name}: HOST:PORT is expected")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        family, kind, proto, _, where = found[0]
+        if local and not _is_loopback(str(where[0])):
+            raise ConfigurationError(
+                f"{name}: {foreign(address)} is not on the loopback",
+                hint="127.0.0.1:PORT, [::1]:PORT or unix:///PATH",
+            )
+        listening = socket.socket(family, kind | socket.SOCK_CLOEXEC, proto)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+        listening.listen(_BACKLOG)
+    except (OSError, UnicodeError) as exc:
+        # UnicodeError: a host name with an empty label, or one of more than 63 characters.
+        why = getattr(exc, "strerror", None) or "no such address"
+        raise ConfigurationError(
+            f"{name}: {foreign(address)} cannot be listened on ({why})"
+        ) from exc
+    return listening
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "::1" or address.startswith("127.")
+
+
+def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> ssl.SSLContext:
+    """
+    TLS 1.3 with required client certificates from *client_ca*. If there are revocation lists (in
+    *crl* or in the file of the CA), every CA of a client's path needs a current one; otherwise
+    the client is rejected. Raises ConfigurationError.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    # A resumed session would skip the check of the revocation list.
+    context.num_tickets = 0
+    context.options |= ssl.OP_NO_TICKET
+    doing = "CERT and HSMTOLL_HOST__KEY"
+    files.read(cert, "HSMTOLL_HOST__CERT")
+    files.read(key, "HSMTOLL_HOST__KEY", secret=True)
+    files.read(client_ca, "HSMTOLL_HOST__CLIENT_CA")
+    if crl is not None:
+        files.read(crl, "HSMTOLL_HOST__CLIENT_CRL")
+    try:
+        # Without a password callback OpenSSL prompts on the terminal.
+        context.load_cert_chain(cert, key, password=lambda: b"")
+        doing = "CLIENT_CA"
+        context.load_verify_locations(cafile=client_ca)
+        doing = "CLIENT_CRL"
+        if crl is not None:
+            context.load_verify_locations(cafile=crl)
+    except (OSError, ValueError) as exc:
+        raise ConfigurationError(
+            f"HSMTOLL_HOST__{doing}: cannot be used ({foreign(exc)})",
+            hint="PEM files, and a key without passphrase that fits the certificate",
+        ) from exc
+    if context.cert_store_stats()["crl"]:
+        # The whole path: a revoked CA could issue client certificates that are on no list.
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
+    elif crl is not None:
+        raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
+    else:
+        # An intermediate CA in CLIENT_CA is a trust anchor, too. Not with revocation lists:
+        # OpenSSL would end the path there and not check whether its issuer has revoked it.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
