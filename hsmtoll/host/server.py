@@ -1,5 +1,5 @@
 """
-The daemon: listening sockets, signals, timers and the service manager's protocol.
+The daemon: signals, timers, the pages for monitoring and the service manager's protocol.
 
 Authorization is in `authorize`, the limits of connections in `connections`, the syntax of requests
 in `messages`.
@@ -12,27 +12,25 @@ import contextlib
 import logging
 import os
 import signal
-import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied
-from hsmtoll.host import messages, sockets, system
+from hsmtoll.errors import HsmTollError, PolicyDenied
+from hsmtoll.host import messages, system
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.connections import Limits, Listener, mark_complete
 from hsmtoll.host.health import PROMETHEUS_TEXT, exposed
-from hsmtoll.host.required import check_complete, needed
+from hsmtoll.host.required import check_complete
 from hsmtoll.host.service import Service
+from hsmtoll.host.sockets import ListeningSockets
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Coroutine
 
     from hsmtoll.host.peers import Peer
-    from hsmtoll.settings import Host, Settings
+    from hsmtoll.settings import Settings
 
 __all__ = ["serve"]
 
@@ -63,7 +61,7 @@ def serve(
     keep_secrets_in_memory()
     system.heads_to_system_log(logging.getLogger("hsmtoll.audit"))
     check_complete(settings.host, sockets="LISTEN_FDS" in os.environ)
-    listening = _ListeningSockets(settings.host)
+    listening = ListeningSockets(settings.host)
     try:
         service = Service(
             settings,
@@ -107,102 +105,13 @@ def _still_starting() -> None:
     system.notify("EXTEND_TIMEOUT_USEC=30000000")
 
 
-class _ListeningSockets:
-    """The listening sockets: those passed by the service manager, else those of the settings."""
-
-    def __init__(self, host: Host) -> None:
-        self.signing: list[socket.socket] = []
-        self.tls: list[socket.socket] = []
-        self.metrics: list[socket.socket] = []
-        self._host = host
-        # Socket → path and inode. Another host may create a socket at the same path later.
-        self._created: dict[socket.socket, tuple[Path, int]] = {}
-        self.context: ssl.SSLContext | None = None
-        try:
-            self._open()
-        except HsmTollError:
-            self.close()
-            raise
-
-    def _open(self) -> None:
-        host = self._host
-        for given in system.given_sockets():
-            if given.name == "metrics":
-                self.metrics.append(given.socket)
-            elif given.socket.family == socket.AF_UNIX:
-                self.signing.append(given.socket)
-            else:
-                self.tls.append(given.socket)
-        if host.socket is not None and not self.signing:
-            self.signing.append(self._unix(host.socket, "HSMTOLL_HOST__SOCKET"))
-        if host.listen is not None and not self.tls:
-            self.tls.append(sockets.listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
-        if self.tls:
-            self.context = self._context()
-        if host.metrics is not None and not self.metrics:
-            self.metrics.append(self._metrics(host.metrics))
-        if not self.signing and not self.tls:
-            check_complete(host, sockets=False)
-
-    def _metrics(self, where: str) -> socket.socket:
-        if where.startswith("unix://"):
-            return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
-        return sockets.listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
-
-    def _unix(self, path: Path, name: str) -> socket.socket:
-        one = sockets.listen_unix(path, name)
-        self._created[one] = (path, path.lstat().st_ino)
-        return one
-
-    def _context(self) -> ssl.SSLContext:
-        host = self._host
-        return sockets.server_context(
-            needed(host.cert, "cert"),
-            needed(host.key, "key"),
-            needed(host.client_ca, "client_ca"),
-            host.client_crl,
-        )
-
-    def reload(self) -> None:
-        """Reload certificates and revocation lists; keep those in use if that fails."""
-        if self.context is None:
-            return
-        try:
-            self.context = self._context()
-        except HsmTollError as exc:
-            _log.error("certificates not reloaded, those in use go on: %s", exc)
-
-    def tls_context(self) -> ssl.SSLContext:
-        """The TLS context for new connections."""
-        if self.context is None:
-            raise ConfigurationError("no TLS is set up")
-        return self.context
-
-    def remove_created(self, listening: list[socket.socket]) -> None:
-        """
-        Remove the files of those sockets of *listening* that were created here. Call it before
-        they are closed: until then no other host can take over a path or an inode.
-        """
-        for one in listening:
-            path, inode = self._created.pop(one, (None, 0))
-            with contextlib.suppress(OSError):
-                if path is not None and path.lstat().st_ino == inode:
-                    path.unlink()
-
-    def close(self) -> None:
-        """Close all sockets, and remove the files of those that were created here."""
-        for one in (*self.signing, *self.tls, *self.metrics):
-            self.remove_created([one])
-            one.close()
-
-
 class _Daemon:
     """The tasks on the event loop: listeners, signals and timers around the service."""
 
     def __init__(
         self,
         service: Service,
-        listening: _ListeningSockets,
+        listening: ListeningSockets,
         limits: Limits,
         ready: Callable[[], None],
     ) -> None:

@@ -10,20 +10,112 @@ import re
 import socket
 import ssl
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, foreign
+from hsmtoll.host import system
+from hsmtoll.host.required import check_complete, needed
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from hsmtoll.settings import Host
 
-__all__ = ["listen_tcp", "listen_unix", "server_context"]
+__all__ = ["ListeningSockets", "listen_tcp", "listen_unix", "server_context"]
 
 _log = logging.getLogger("hsmtoll.host")
 
 #: Length of the kernel's queue of connections (listen(2)).
 _BACKLOG: Final = 4096
+
+
+class ListeningSockets:
+    """The listening sockets: those passed by the service manager, else those of the settings."""
+
+    def __init__(self, host: Host) -> None:
+        self.signing: list[socket.socket] = []
+        self.tls: list[socket.socket] = []
+        self.metrics: list[socket.socket] = []
+        self._host = host
+        # Socket → path and inode. Another host may create a socket at the same path later.
+        self._created: dict[socket.socket, tuple[Path, int]] = {}
+        self.context: ssl.SSLContext | None = None
+        try:
+            self._open()
+        except HsmTollError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        host = self._host
+        for given in system.given_sockets():
+            if given.name == "metrics":
+                self.metrics.append(given.socket)
+            elif given.socket.family == socket.AF_UNIX:
+                self.signing.append(given.socket)
+            else:
+                self.tls.append(given.socket)
+        if host.socket is not None and not self.signing:
+            self.signing.append(self._unix(host.socket, "HSMTOLL_HOST__SOCKET"))
+        if host.listen is not None and not self.tls:
+            self.tls.append(listen_tcp(host.listen, "HSMTOLL_HOST__LISTEN"))
+        if self.tls:
+            self.context = self._context()
+        if host.metrics is not None and not self.metrics:
+            self.metrics.append(self._metrics(host.metrics))
+        if not self.signing and not self.tls:
+            check_complete(host, sockets=False)
+
+    def _metrics(self, where: str) -> socket.socket:
+        if where.startswith("unix://"):
+            return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
+        return listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+
+    def _unix(self, path: Path, name: str) -> socket.socket:
+        one = listen_unix(path, name)
+        self._created[one] = (path, path.lstat().st_ino)
+        return one
+
+    def _context(self) -> ssl.SSLContext:
+        host = self._host
+        return server_context(
+            needed(host.cert, "cert"),
+            needed(host.key, "key"),
+            needed(host.client_ca, "client_ca"),
+            host.client_crl,
+        )
+
+    def reload(self) -> None:
+        """Reload certificates and revocation lists; keep those in use if that fails."""
+        if self.context is None:
+            return
+        try:
+            self.context = self._context()
+        except HsmTollError as exc:
+            _log.error("certificates not reloaded, those in use go on: %s", exc)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """The TLS context for new connections."""
+        if self.context is None:
+            raise ConfigurationError("no TLS is set up")
+        return self.context
+
+    def remove_created(self, listening: list[socket.socket]) -> None:
+        """
+        Remove the files of those sockets of *listening* that were created here. Call it before
+        they are closed: until then no other host can take over a path or an inode.
+        """
+        for one in listening:
+            path, inode = self._created.pop(one, (None, 0))
+            with contextlib.suppress(OSError):
+                if path is not None and path.lstat().st_ino == inode:
+                    path.unlink()
+
+    def close(self) -> None:
+        """Close all sockets, and remove the files of those that were created here."""
+        for one in (*self.signing, *self.tls, *self.metrics):
+            self.remove_created([one])
+            one.close()
 
 
 def listen_unix(path: Path, name: str) -> socket.socket:

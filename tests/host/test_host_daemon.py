@@ -32,7 +32,7 @@ from hsmtoll.host.audit_log import verify
 from hsmtoll.host.emergency_stop import resume, stop, stopped_by
 from hsmtoll.host.peers import Peer
 from hsmtoll.host.policy import GrantRequest
-from hsmtoll.host.server import _ListeningSockets
+from hsmtoll.host.sockets import ListeningSockets
 from hsmtoll.hsm.signatures import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
@@ -175,13 +175,13 @@ def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
 def test_a_name_that_was_taken_over_is_left_alone(tmp_path: Path) -> None:
     tmp_path.chmod(0o750)
     path = tmp_path / "host.sock"
-    one = _ListeningSockets(Host(socket=path))
+    one = ListeningSockets(Host(socket=path))
     path.rename(tmp_path / "kept")
     path.touch()
     one.close()
     assert path.exists()
     path.unlink()
-    _ListeningSockets(Host(socket=path)).close()
+    ListeningSockets(Host(socket=path)).close()
     assert not path.exists()
 
 
