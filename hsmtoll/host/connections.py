@@ -1,13 +1,13 @@
 """
-Connections to the signing host and their limits.
+Connections to the signing host, from accept(2) to their end.
 
     accept ──► TLS handshake ──► peer ──► place ──► request within 5 s ──► handler ──► reply
                                   │ none free        └─ late: close                      │
                                   ├─► wait, unread    ┌──────────── next request ◄──── idle
                                   └─► too many: 503   └─ after 60 s, or needed by another: close
 
-Requests of one connection are served one after the other. Authorization is not done here: each
-request is handed on with the peer of its connection.
+Requests of one connection are served one after the other. Who gets a place is decided in `places`.
+Authorization is not done here: each request is handed on with the peer of its connection.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import contextlib
 import errno
 import logging
 import ssl
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,30 +26,24 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host import peers
 from hsmtoll.host.authorize import busy
 from hsmtoll.host.messages import RequestRejected, malformed, reply_to
+from hsmtoll.host.places import Connection, Places
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Awaitable, Callable
 
     from hsmtoll.host.peers import Peer
+    from hsmtoll.host.places import Limits
 
-__all__ = ["Limits", "Listener", "mark_complete"]
+__all__ = ["Listener", "mark_complete"]
 
 _log = logging.getLogger("hsmtoll.host")
 
 #: TLS handshakes at once. Anyone who can connect can begin one, so the limit is high; above it
 #: the oldest handshake is closed.
 _MAX_HANDSHAKES: Final = 512
-#: Connections that wait for a place: in all, and of one caller. Above that they get 503.
-_MAX_WAITING: Final = 256
-_MAX_WAITING_PER_CALLER: Final = 64
-#: Connections at once that get 503. Above that they are closed without a reply.
-_MAX_REJECTED: Final = 64
 #: Connections accepted in one callback.
 _ACCEPTS_PER_CALL: Final = 64
-
-#: The account of connections that close after their reply; they count against no caller's limit.
-_CLOSING: Final = "closing"
 
 #: Seconds to send a request, TLS handshake included; and to read the last reply.
 _REQUEST_TIMEOUT: Final = 5.0
@@ -72,44 +64,12 @@ _MAX_LINE: Final = 4096
 _MAX_HEADERS: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """
-    Connections that are served at once, in all and of one caller. Further ones wait up to
-    *patience* seconds.
-    """
-
-    connections: int
-    per_caller: int
-    patience: float
-
-
-@dataclass(slots=True, eq=False)
-class _Connection:
-    """
-    One connection. *account*: whose limit it counts against. *peer*: a PolicyDenied if the peer
-    cannot be identified. *since*: when it was accepted, in the loop's time. *context*: what its
-    TLS handshake was checked by.
-    """
-
-    account: str
-    peer: Peer | PolicyDenied | None
-    since: float
-    context: ssl.SSLContext | None = None
-    transport: asyncio.Transport | None = None
-    timer: asyncio.TimerHandle | None = None
-    #: A whole request is there that has no reply yet: the connection is not closed before that.
-    request_complete: bool = False
-    #: The last request has its reply, and nothing was received since.
-    idle: bool = False
-
-
 class _Protocol(web.RequestHandler):
     """aiohttp's handler of one connection, with error replies of ours."""
 
     __slots__ = ("_listener", "connection")
 
-    def __init__(self, manager: web.Server, connection: _Connection, listener: Listener) -> None:
+    def __init__(self, manager: web.Server, connection: Connection, listener: Listener) -> None:
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
@@ -186,13 +146,9 @@ class Listener:
         self._tls = tls
         self._peers_known = peers_known
         self._server = web.Server(self._handled)
-        # A connection is in one of these. They are dicts for their order.
-        self._handshakes: dict[_Connection, asyncio.Task[None]] = {}
-        self._waiting: dict[_Connection, None] = {}
-        self._rejected: dict[_Connection, None] = {}
-        #: Those that have a place, the least recently used first.
-        self._open: dict[_Connection, None] = {}
-        self._per_account: Counter[str] = Counter()
+        self._places = Places(limits)
+        # The oldest first.
+        self._handshakes: dict[Connection, asyncio.Task[None]] = {}
         #: Connections closed because of a limit.
         self.dropped = 0
         # Text of a warning → the loop's time from which it may be logged again.
@@ -213,19 +169,19 @@ class Listener:
         self._listening.close()
         for task in self._establishing:
             task.cancel()
-        for connection in (*self._waiting, *self._rejected):
+        for connection in (*self._places.waiting, *self._places.rejected):
             _abort(connection)
-        for connection in tuple(self._open):
+        for connection in tuple(self._places.served):
             # An incomplete request is not served any more.
             if not connection.request_complete and connection.transport is not None:
                 connection.transport.close()
                 self._set_timer(connection, _REQUEST_TIMEOUT)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                while self._open:
+                while self._places.served:
                     self._empty.clear()
                     await self._empty.wait()
-        for connection in tuple(self._open):
+        for connection in tuple(self._places.served):
             _abort(connection)
         await asyncio.gather(*self._establishing, return_exceptions=True)
 
@@ -234,8 +190,9 @@ class Listener:
         Close what is idle or waits and was checked by certificates or revocation lists that have
         been replaced. A request that is being served is finished; its connection closes after it.
         """
-        for connection in (*self._open, *self._waiting):
-            if (connection.idle or connection in self._waiting) and self._is_outdated(connection):
+        idle = (each for each in self._places.served if each.idle)
+        for connection in (*self._places.waiting, *idle):
+            if self._is_outdated(connection):
                 self._close(connection)
 
     # ------------------------------------------------------------------ accept
@@ -274,25 +231,25 @@ class Listener:
         if self._listening.fileno() >= 0:
             self.open()
 
-    def _identify(self, accepted: socket.socket, now: float) -> _Connection:
+    def _identify(self, accepted: socket.socket, now: float) -> Connection:
         if not self._peers_known:
-            return _Connection("anybody", None, now)
+            return Connection("anybody", None, now)
         if self._tls is not None:
             # Before the handshake the address stands for the caller.
             try:
-                return _Connection(f"address:{accepted.getpeername()[0]}", None, now)
+                return Connection(f"address:{accepted.getpeername()[0]}", None, now)
             except OSError:
-                return _Connection("address:gone", None, now)
+                return Connection("address:gone", None, now)
         try:
             peer = peers.of_socket(accepted)
         except PolicyDenied as exc:
-            return _Connection("unknown", exc, now)
+            return Connection("unknown", exc, now)
         except OSError:
             unknown = PolicyDenied("caller: its account cannot be learned", code="caller-unknown")
-            return _Connection("unknown", unknown, now)
-        return _Connection(peer.account, peer, now)
+            return Connection("unknown", unknown, now)
+        return Connection(peer.account, peer, now)
 
-    async def _establish(self, accepted: socket.socket, connection: _Connection) -> None:
+    async def _establish(self, accepted: socket.socket, connection: Connection) -> None:
         connection.context = self._tls() if self._tls else None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -312,7 +269,7 @@ class Listener:
             if isinstance(exc, ssl.SSLCertVerificationError):
                 self._warn(f"a caller's certificate is not taken ({exc.verify_message})")
 
-    def established(self, connection: _Connection, transport: asyncio.Transport) -> None:
+    def established(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Start reading requests, or the wait for a place; over TLS, identify the peer first."""
         connection.transport = transport
         if self._tls is not None:
@@ -323,10 +280,10 @@ class Listener:
             connection.peer = peers.of_certificate(shown.getpeercert() or {}, der)
             connection.account = connection.peer.account
             self._place(connection)
-        if connection in self._waiting:
+        if connection in self._places.waiting:
             transport.pause_reading()
             self._set_timer(connection, self._limits.patience)
-        elif connection in self._open or connection in self._rejected:
+        elif connection in self._places.served or connection in self._places.rejected:
             spent = asyncio.get_running_loop().time() - connection.since
             self._set_timer(connection, _REQUEST_TIMEOUT - spent)
         else:
@@ -335,62 +292,21 @@ class Listener:
 
     # ------------------------------------------------------------------ limits
 
-    def _place(self, connection: _Connection) -> bool:
+    def _place(self, connection: Connection) -> bool:
         """Give *connection* a place, let it wait, or have it answered 503; False: close it."""
-        if self._make_room(connection.account):
-            self._open[connection] = None
-            self._per_account[connection.account] += 1
-        elif (
-            len(self._waiting) < _MAX_WAITING
-            and self._waiting_of(connection.account) < _MAX_WAITING_PER_CALLER
-        ):
-            self._waiting[connection] = None
-        elif len(self._rejected) < _MAX_REJECTED:
-            self._rejected[connection] = None
-        else:
-            return False
-        return True
-
-    def _make_room(self, account: str) -> bool:
-        """
-        Whether there is a place for *account*, after closing another connection if need be: at
-        the limit of one account an idle one of its own, at the total limit the oldest that has no
-        complete request.
-        """
-        if self._per_account[account] >= self._limits.per_caller:
-            candidates = (each for each in self._open if each.idle and each.account == account)
-        elif len(self._open) >= self._limits.connections:
-            candidates = (each for each in self._open if not each.request_complete)
-        else:
-            return True
-        oldest = next(candidates, None)
-        if oldest is None:
-            return False
-        if not oldest.idle:
-            self._count_dropped("too many connections at once; the oldest silent one was ended")
-        self._close(oldest)
-        # Its place may have gone to one that waits.
-        return self._has_room(account)
-
-    def _has_room(self, account: str) -> bool:
-        return (
-            len(self._open) < self._limits.connections
-            and self._per_account[account] < self._limits.per_caller
-        )
-
-    def _waiting_of(self, account: str) -> int:
-        return sum(each.account == account for each in self._waiting)
+        other = self._places.to_close_for(connection.account)
+        if other is not None:
+            if not other.idle:
+                self._count_dropped("too many connections at once; the oldest silent one was ended")
+            self._close(other)
+        return self._places.add(connection)
 
     def _serve_waiting(self) -> None:
-        """Give free places to those that wait, first come, first served."""
-        for connection in tuple(self._waiting):
-            if self._has_room(connection.account) and not self._ending:
-                del self._waiting[connection]
-                self._open[connection] = None
-                self._per_account[connection.account] += 1
+        if not self._ending:
+            for connection in self._places.serve_waiting():
                 self._read(connection)
 
-    def _read(self, connection: _Connection) -> None:
+    def _read(self, connection: Connection) -> None:
         """Read the request of a connection that has waited."""
         if connection.transport is not None:
             connection.transport.resume_reading()
@@ -410,50 +326,39 @@ class Listener:
 
     # ------------------------------------------------------------------ time limits and ends
 
-    def _set_timer(self, connection: _Connection, seconds: float) -> None:
+    def _set_timer(self, connection: Connection, seconds: float) -> None:
         if connection.timer is not None:
             connection.timer.cancel()
         loop = asyncio.get_running_loop()
         connection.timer = loop.call_later(seconds, self._expired, connection)
 
-    def _expired(self, connection: _Connection) -> None:
-        if connection not in self._waiting:
+    def _expired(self, connection: Connection) -> None:
+        if connection in self._places.waiting:
+            self._places.reject(connection)
+            self._read(connection)
+        else:
             _abort(connection)
-            return
-        del self._waiting[connection]
-        self._rejected[connection] = None
-        self._read(connection)
 
-    def _close(self, connection: _Connection) -> None:
+    def _close(self, connection: Connection) -> None:
         """Close *connection*, whose last reply may be on its way."""
         self.ended(connection)
         if connection.transport is not None:
             connection.transport.close()
             asyncio.get_running_loop().call_later(_LINGER, _abort, connection)
 
-    def ended(self, connection: _Connection) -> None:
+    def ended(self, connection: Connection) -> None:
         """Forget a closed connection. May be called more than once."""
         if connection.timer is not None:
             connection.timer.cancel()
-        for others in (self._handshakes, self._waiting, self._rejected):
-            others.pop(connection, None)
-        if connection not in self._open:
-            return
-        del self._open[connection]
-        self._release_account(connection.account)
-        self._serve_waiting()
-        if not self._open:
-            self._empty.set()
-
-    def _release_account(self, account: str) -> None:
-        self._per_account[account] -= 1
-        # Free the memory of accounts without connections.
-        if not self._per_account[account]:
-            del self._per_account[account]
+        self._handshakes.pop(connection, None)
+        if self._places.remove(connection):
+            self._serve_waiting()
+            if not self._places.served:
+                self._empty.set()
 
     # ------------------------------------------------------------------ requests
 
-    def receiving(self, connection: _Connection) -> None:
+    def receiving(self, connection: Connection) -> None:
         """Start the time limit of a further request."""
         if connection.idle:
             connection.idle = False
@@ -463,52 +368,46 @@ class Listener:
         connection = _connection_of(request)
         self.receiving(connection)
         try:
-            if connection in self._rejected:
-                raise busy("too many connections at once")  # noqa: TRY301
-            response = await self._handler(request, connection.peer)
+            response = await self._reply(request, connection)
         except Exception as exc:  # noqa: BLE001 - whatever it is, the caller is answered
             if not isinstance(exc, HsmTollError | RequestRejected):
                 _log.error("internal error: %s; please report it", _origin(exc))
             response = reply_to(exc)
-        if connection in self._open:
+        if connection in self._places.served:
             self._answered(connection, response, keep=request.keep_alive)
         else:
             response.force_close()
         return response
 
-    def _answered(self, connection: _Connection, response: web.Response, *, keep: bool) -> None:
+    async def _reply(self, request: web.BaseRequest, connection: Connection) -> web.Response:
+        if connection in self._places.rejected:
+            raise busy("too many connections at once")
+        return await self._handler(request, connection.peer)
+
+    def _answered(self, connection: Connection, response: web.Response, *, keep: bool) -> None:
         """Keep *connection* for the next request if nothing is against it; else close it."""
         keep = keep and connection.request_complete and self._may_keep(connection)
-        connection.request_complete, connection.idle = False, True
-        # To the end: it was used last.
-        self._open[connection] = self._open.pop(connection)
+        self._places.used(connection)
         if keep:
             response.headers["Keep-Alive"] = f"timeout={_IDLE_TIMEOUT:.0f}"
             self._set_timer(connection, _IDLE_TIMEOUT)
             return
         # The caller can open the next connection before this one is closed.
         response.force_close()
-        self._release_account(connection.account)
-        connection.account = _CLOSING
-        self._per_account[_CLOSING] += 1
+        self._places.closing(connection)
         self._set_timer(connection, _REQUEST_TIMEOUT)
         self._serve_waiting()
 
-    def _may_keep(self, connection: _Connection) -> bool:
-        age = asyncio.get_running_loop().time() - connection.since
-        return not (
-            self._ending
-            or age > _MAX_AGE
-            or self._is_outdated(connection)
-            or len(self._open) >= self._limits.connections
-            or self._waiting_of(connection.account)
-        )
+    def _may_keep(self, connection: Connection) -> bool:
+        old = asyncio.get_running_loop().time() - connection.since > _MAX_AGE
+        outdated = self._is_outdated(connection)
+        return not (self._ending or old or outdated or self._places.is_wanted(connection))
 
-    def _is_outdated(self, connection: _Connection) -> bool:
+    def _is_outdated(self, connection: Connection) -> bool:
         return self._tls is not None and connection.context is not self._tls()
 
 
-def _connection_of(request: web.BaseRequest) -> _Connection:
+def _connection_of(request: web.BaseRequest) -> Connection:
     protocol = request.protocol
     if not isinstance(protocol, _Protocol):
         raise TypeError("a request of another server")
@@ -531,6 +430,6 @@ def _origin(exc: Exception) -> str:
     return f"{type(exc).__name__} at {place}"
 
 
-def _abort(connection: _Connection) -> None:
+def _abort(connection: Connection) -> None:
     if connection.transport is not None:
         connection.transport.abort()

@@ -19,8 +19,9 @@ from aiohttp import web
 from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host import messages, system
 from hsmtoll.host.authorize import RequestContext
-from hsmtoll.host.connections import Limits, Listener, mark_complete
+from hsmtoll.host.connections import Listener, mark_complete
 from hsmtoll.host.health import PROMETHEUS_TEXT, exposed
+from hsmtoll.host.places import Limits
 from hsmtoll.host.required import check_complete
 from hsmtoll.host.service import Service
 from hsmtoll.host.sockets import ListeningSockets

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hsmtoll.host import connections
-from hsmtoll.host.connections import Limits, Listener, mark_complete
+from hsmtoll.host import connections, places
+from hsmtoll.host.connections import Listener, mark_complete
 from hsmtoll.host.messages import json_reply
+from hsmtoll.host.places import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -243,8 +244,8 @@ def test_who_has_waited_too_long_is_told_to_come_again(tmp_path: Path) -> None:
 def test_more_than_may_wait_are_told_to_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "_MAX_WAITING_PER_CALLER", 1)
-    monkeypatch.setattr(connections, "_MAX_REJECTED", 1)
+    monkeypatch.setattr(places, "_MAX_WAITING_PER_CALLER", 1)
+    monkeypatch.setattr(places, "_MAX_REJECTED", 1)
 
     async def work() -> None:
         async with served(tmp_path, Limits(8, 1, PATIENCE)) as one:

@@ -22,8 +22,9 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 from openapi_spec_validator.validation.exceptions import OpenAPIValidationError
 
-from hsmtoll.host.connections import Limits, Listener
+from hsmtoll.host.connections import Listener
 from hsmtoll.host.messages import RequestRejected, parse_body
+from hsmtoll.host.places import Limits
 from hsmtoll.signing.replies import REPLIES
 from tests.kit.signing_host import APP, ME, ROAD, Reply, entry, eventually
 
