@@ -1,4 +1,4 @@
-"""The account at the other end of a Unix socket, as the kernel names it (unix(7))."""
+"""The account of the peer of a Unix socket, by SO_PEERCRED (unix(7))."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _overflow() -> frozenset[int]:
     return frozenset(found)
 
 
-#: Users and groups that the kernel shows for those that this user namespace does not know, so
-#: for anybody (user_namespaces(7)).
+#: Ids that the kernel shows for all users and groups without a mapping in this user namespace;
+#: they name nobody (user_namespaces(7)).
 OVERFLOW: Final = _overflow()
 
 

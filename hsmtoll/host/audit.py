@@ -1,8 +1,8 @@
 """
-The writer of the audit: what was signed for whom, a chain of lines sealed by a key of its own.
+Writes the audit log: what was signed for whom, in hash-chained records with signed checkpoints.
 
-A record is on disk before anything follows from it. No assertion, token or PIN enters: only their
-hashes do. How the log lies on disk, and how it is verified, is in `audit_log`.
+A record is on disk before the host acts on it. Assertions, tokens and PINs are never written, only
+their hashes. `audit_log` describes the files, and verifies them.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ __all__ = ["Audit"]
 
 _log = logging.getLogger("hsmtoll.audit")
 
-# Made once, for the two records of each grant.
+# Built once: each grant has two records.
 _NAMES: Final = frozenset(MEMBERS)
 _JSON: Final = json.JSONEncoder(ensure_ascii=True, separators=(",", ":"))
 
-#: A checkpoint is due after so many records or seconds: outside the lock, by who has
-#: synced or by the timer. At the larger bounds it is made inside, before the next record: nothing
-#: that this host leaves behind is more than `audit_log.verify` believes.
+#: A checkpoint is due after so many records or seconds, and is made outside the lock, after a sync
+#: or by the timer. At the larger bounds (MAX_UNSEALED, _MOST_SECONDS) it is made inside the lock,
+#: before the next record, so that `audit_log.verify` accepts what a killed host leaves.
 _DUE_RECORDS: Final = 50
 _DUE_SECONDS: Final = 30.0
 _MOST_SECONDS: Final = 60.0
@@ -70,15 +70,15 @@ _MAKE_KEY: Final = (
 
 class Audit:
     """
-    The one writer. Every method may be called from any thread.
+    The only writer of a log. Thread-safe.
 
-    Opening verifies the log from the last day on, from the checkpoint that this day begins with;
-    a log that does not verify, or that is behind the checkpoint noted in *noted* (a file outside
-    of *directory*), is not continued. AuditBroken from then on for whatever cannot be written:
-    nothing may be signed after that. *progress* is called while records are read, often.
+    Opening verifies the records of the last day, from the checkpoint before them on. A log that
+    does not verify, or that ends before the checkpoint noted in *noted* (a file outside of
+    *directory*), is not continued. Once a write has failed, every method that writes raises
+    AuditBroken, so nothing is signed any more. *progress* is called often while records are read.
 
-    What was appended is on disk after `sync`: one fsync serves all records before it, so that a
-    crowd costs no more than a few. *fsync* is for tests.
+    An appended record is on disk after `sync`; one fsync serves all records before it. *fsync* is
+    for tests.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Audit:
         files.check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
-        # Whoever has it may use a descriptor outside of the lock, and closes old ones.
+        # Held to use a descriptor outside of `_lock`, and to close old ones.
         self._syncing = threading.Lock()
         self._retired: list[int] = []
-        # Taken last, after either of the two: checkpoints follow each other.
+        # Taken last, after either of the two: one checkpoint is written at a time.
         self._checkpointing = threading.Lock()
         try:
             files.make_directory(noted.parent)
@@ -130,15 +130,15 @@ class Audit:
             opening.pop_all()
 
     def _continue(self, report: Report) -> None:
-        """From the end of what *report* is about."""
+        """Continue the log after the last record of *report*."""
         self.seq, self.head, self._synced = report.seq, report.head, report.seq
         self._sealed_seq, self._sealed_at = report.sealed, self._now()
         self._checkpoint_sha256 = report.checkpoint_sha256
-        # When the oldest record was written that no checkpoint covers, or earlier.
+        # The time of the oldest record that no checkpoint covers, or an earlier time.
         self._oldest = self._now()
         self._path, self._file, self._size, self._checkpoints = self._opened()
         if report.sealed < report.seq:
-            # Written by a host that was killed, or by somebody else: nobody can know.
+            # A killed host wrote these records, or somebody else: the checkpoint marks them.
             span = (report.sealed + 1, report.seq)
             self._put_checkpoint(report.seq, report.head, unverified=span)
 
@@ -190,7 +190,7 @@ class Audit:
         return report
 
     def _read_noted(self) -> tuple[int, str] | None:
-        """The last checkpoint that this host made, as it noted outside of the log."""
+        """The last checkpoint of this host, from the note outside of the log."""
         try:
             noted = read_strict(self._noted.read_bytes())
             return int(noted["seq"]), str(noted["head"])
@@ -205,7 +205,7 @@ class Audit:
             ) from exc
 
     def _opened(self) -> tuple[Path, int, int, int]:
-        """The segment to append to: where it is, its descriptor, size and checkpoints."""
+        """Open the segment to append to: path, descriptor, size, descriptor of its checkpoints."""
         segments = segments_of(self._directory)
         if segments and segments[-1].stat().st_size < _SEGMENT:
             path = segments[-1]
@@ -219,25 +219,25 @@ class Audit:
         return path, descriptor, os.fstat(descriptor).st_size, checkpoints
 
     def _check_untouched(self) -> None:
-        """OSError unless the segment is where it was, and as long as what was written to it."""
+        """OSError if something else has moved, replaced or changed the segment."""
         there, ours = self._path.stat(), os.fstat(self._file)
         if not os.path.samestat(there, ours) or there.st_size != self._size:
             raise OSError(errno.EBADF, f"{self._path.name} was moved, replaced or changed")
 
     def _carry_over(self, segments: list[Path], fresh: Path) -> None:
-        """A segment's checkpoints begin with the last one of the segment before."""
+        """Begin the checkpoints of *fresh* with the last one of the segment before."""
         if segments:
             last = checkpoints_of(segments[-1]).read_bytes().splitlines(keepends=True)[-1]
             files.replace(checkpoints_of(fresh), last, mode=0o640)
 
     def write(self, event: str, **members: Any) -> tuple[int, str]:
-        """One record, on disk when this returns. The seq and the head; AuditBroken otherwise."""
+        """Append a record and sync it; returns its seq and the head. Raises AuditBroken."""
         seq, head = self.append(event, **members)
         self.sync(seq)
         return seq, head
 
     def append(self, event: str, **members: Any) -> tuple[int, str]:
-        """One record, not yet safe: nothing may follow from it before `sync` of its seq."""
+        """Append a record, which is on disk only after `sync`; returns its seq and the head."""
         if event not in EVENTS or not members.keys() <= _NAMES:
             raise ValueError("not a member of an audit record")
         with self._lock:
@@ -250,11 +250,11 @@ class Audit:
                 full = self._size >= _SEGMENT
                 late = abs(now - self._oldest) >= _MOST_SECONDS
                 if unsealed and (full or late or unsealed >= MAX_UNSEALED):
-                    # Waited for here: refusals wait for no disk, and may be many at once.
+                    # Synced here: refusals are appended without a sync, and may be many at once.
                     self._fsync(self._file)
                     self._put_checkpoint(self.seq, self.head)
                 if full:
-                    # Once in thousands: a segment never outlives its predecessor.
+                    # The old one is on disk: a crash leaves no segment without its predecessor.
                     fresh = self._opened()
                     self._retired += [self._file, self._checkpoints]
                     self._path, self._file, self._size, self._checkpoints = fresh
@@ -275,7 +275,7 @@ class Audit:
             return self.seq, self.head
 
     def sync(self, seq: int) -> None:
-        """Wait until the record *seq* is on disk; AuditBroken if it cannot be known to be."""
+        """Wait until the record *seq* is on disk. AuditBroken if that fails."""
         with self._syncing:
             if seq > self._synced:
                 self._flushed()
@@ -283,14 +283,14 @@ class Audit:
 
     def _flushed(self) -> tuple[int, str]:
         """
-        The seq and the head that are on disk now. Whoever has `_syncing` calls it, outside of the
-        lock: nobody who appends waits for the disk.
+        Sync all records; returns the seq and the head that are on disk. Called with `_syncing`
+        held and `_lock` free, so that appends do not wait for the disk.
         """
         with self._lock:
             if self._broken:
                 raise self._unwritable(self._broken)
             upto, head, file = self.seq, self.head, self._file
-            # Synced before; another one may still have been at it until now.
+            # They are synced, and no other thread uses them: `_syncing` is held.
             while self._retired:
                 os.close(self._retired.pop())
         try:
@@ -304,7 +304,7 @@ class Audit:
         try:
             _write_all(self._file, line)
         except OSError:
-            # Half a line must not stay: what follows would look as if it had been changed.
+            # Remove the partial line: with the next record the log would look altered.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._size)
             raise
@@ -324,33 +324,33 @@ class Audit:
         )
 
     def seal(self) -> None:
-        """Sign the head, and log it. Nothing if it was sealed before."""
+        """Write a checkpoint and log the head, unless the head has one already."""
         with self._syncing:
             self._seal()
 
     def seal_if_due(self) -> None:
-        """After fifty records or thirty seconds; a timer calls it, for logs that are quiet."""
+        """Write a checkpoint if one is due. A timer calls it for a log without new records."""
         if self._seal_is_due():
             with self._syncing:
-                # Another one may have done it meanwhile.
+                # Another thread may have written it meanwhile.
                 if self._seal_is_due():
                     self._seal()
 
     def _seal_is_due(self) -> bool:
-        # A clock that was ahead must not make the next one late for as long.
+        # abs(): after the clock was set back, the next one must not be late by as much.
         late = abs(self._now() - self._sealed_at) >= _DUE_SECONDS
         return late or self.seq - self._sealed_seq >= _DUE_RECORDS
 
     def _seal(self) -> None:
         if self._broken or self.seq == self._sealed_seq:
             return
-        # A seal must not outlive what it seals.
+        # Records first: no checkpoint may be on disk without them after a crash.
         self._put_checkpoint(*self._flushed())
 
     def _put_checkpoint(
         self, seq: int, head: str, unverified: tuple[int, int] | None = None
     ) -> None:
-        """Those up to *seq* are on disk. Nothing if a checkpoint covers it."""
+        """Write a checkpoint of the record *seq*, which is on disk, unless one covers it."""
         with self._checkpointing:
             if seq <= self._sealed_seq:
                 return
@@ -369,15 +369,15 @@ class Audit:
 
     @property
     def broken(self) -> str | None:
-        """Why nothing can be written, if so."""
+        """Why the log cannot be written; ``None`` if it can."""
         return self._broken
 
     def counts(
         self, caller: str, profile: str, *, of: Literal["signed", "given", "either"] = "either"
     ) -> Counts:
         """
-        What *caller* had of *profile*: signatures, what was given (a grant or a token's release),
-        or whichever is more.
+        Usage of *profile* by *caller*: signatures, replies (grants and released tokens), or the
+        higher of both.
         """
         with self._lock:
             return self._usage.counts(caller, profile, self._now(), of)
@@ -388,7 +388,7 @@ class Audit:
             return self._usage.free_in(caller, profile, self._now(), minute=minute, day=day)
 
     def close(self) -> None:
-        """Seal, and let another host have it; a second time changes nothing."""
+        """Write a last checkpoint and release the log. May be called more than once."""
         with contextlib.suppress(AuditBroken):
             self.seal()
         with self._syncing, self._lock:
@@ -400,7 +400,7 @@ class Audit:
 
 def _write_all(descriptor: int, line: bytes) -> None:
     written = os.write(descriptor, line)
-    # What is left over after a short write says why itself.
+    # After a short write, the next one raises the reason.
     while written < len(line):
         written += os.write(descriptor, line[written:])
 

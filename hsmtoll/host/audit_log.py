@@ -1,5 +1,5 @@
 """
-The audit log as it lies on disk: its lines, its checkpoints, and whether they are as they were.
+The audit log on disk: the format of its records and checkpoints, and their verification.
 
 A *segment* is ``audit-N.jsonl``, N the number of its first record, one JSON object a line; each
 record holds the SHA-256 of the line before. Beside it lie its *checkpoints*: ``checkpoints.jsonl``
@@ -54,8 +54,8 @@ _TEXTS: Final = frozenset(MEMBERS) - _NUMBERS - {"options"}
 #: The hash before the first record, and before the first checkpoint.
 FIRST: Final = "0" * 64
 
-#: What a host may leave behind its last checkpoint, however it ends: it seals before there are
-#: more records, or older ones. A longer tail was not left by a host.
+#: Records, and their age in seconds, that a host leaves at most after its last checkpoint, however
+#: it ends. A longer tail was not written by a host.
 MAX_UNSEALED: Final = 100
 MAX_UNSEALED_SECONDS: Final = 120.0
 
@@ -66,7 +66,7 @@ _LONGEST_CHECKPOINT: Final = 1024
 
 
 def sha256(line: bytes) -> str:
-    """Of a line without its end."""
+    """SHA-256 (hex) of a line without its line feed."""
     return hashlib.sha256(line.removesuffix(b"\n")).hexdigest()
 
 
@@ -77,8 +77,8 @@ def stamp(now: float) -> str:
 
 def segments_of(path: Path) -> list[Path]:
     """
-    Those of a directory, oldest first; of a segment, itself. AuditBroken where one of them, or its
-    checkpoints, is a link, a pipe or anything else but a file.
+    The segments in a directory, oldest first, or the one segment that *path* is. AuditBroken if a
+    segment or its checkpoints are not a regular file.
     """
     segments = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path]
     for each in segments:
@@ -93,7 +93,7 @@ def segments_of(path: Path) -> list[Path]:
 
 
 def checkpoints_of(segment: Path) -> Path:
-    """The file of its checkpoints."""
+    """The file with the checkpoints of *segment*."""
     first = _first(segment)
     return segment.with_name(
         "checkpoints.jsonl" if first == 1 else f"checkpoints-{first:012d}.jsonl"
@@ -112,7 +112,7 @@ def _first(segment: Path) -> int:
 
 
 def segments_since(segments: Sequence[Path], since: datetime | None) -> list[Path]:
-    """From the last segment on that begins before *since*; all without it."""
+    """The segments from the last one that begins before *since*; all without *since*."""
     if since is None:
         return list(segments)
     at = len(segments)
@@ -140,7 +140,7 @@ class Checkpoint:
     unverified: tuple[int, int] | None = None
 
     def line(self, key: Ed25519PrivateKey) -> bytes:
-        """Signed, as it is written."""
+        """The signed line, as it is written."""
         members = {
             "seq": self.seq, "head": self.head, "time": self.time, "prev": self.prev,
             "unverified": self.unverified, "signature": key.sign(self._payload()).hex(),
@@ -149,7 +149,7 @@ class Checkpoint:
 
     @staticmethod
     def read(line: bytes, key: Ed25519PublicKey) -> Checkpoint:
-        """ValueError for what *key* did not sign."""
+        """Read a line. ValueError unless *key* has signed it."""
         try:
             if len(line) > _LONGEST_CHECKPOINT:
                 raise ValueError("longer than a checkpoint")  # noqa: TRY301 - one reason for all
@@ -161,7 +161,7 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, AttributeError, IndexError,
                 InvalidSignature) as exc:  # fmt: skip
             raise ValueError("not signed by this audit key") from exc
-        # A number in quotes would be sealed by the same bytes.
+        # A number written as a string has the same signed bytes.
         if not all(type(each) is int for each in (read.seq, *(read.unverified or ()))):
             raise ValueError("not signed by this audit key")
         return read
@@ -175,11 +175,11 @@ class Checkpoint:
 @dataclass(slots=True)
 class Report:
     """
-    Of a verification, as far as it came. *bad* names the first bad record or checkpoint, ``None``
-    if there is none. *after*: the record before the first that was looked at, 0 at the log's
-    beginning. *seq* and *head* of the last record. *sealed*: the last record that a checkpoint or
-    a head that was given vouches for; *unverified*: spans below it that none does.
-    *checkpoint*: the last one, and *checkpoint_sha256* its hash. *half_line*: the log ends in the
+    The result of a verification. *bad* names the first bad record or checkpoint, ``None`` if there
+    is none; the rest is as of that record. *after*: the record before the first one that was read,
+    0 at the log's beginning. *seq*, *head*: of the last record. *sealed*: the last record that a
+    checkpoint or the given head covers; *unverified*: spans before it that none covers.
+    *checkpoint*: the last one; *checkpoint_sha256*: its hash. *half_line*: the log ends in the
     middle of a record. *open_intents*: records of intents without a result.
     """
 
@@ -195,7 +195,7 @@ class Report:
     open_intents: dict[str, int] = field(default_factory=dict)
 
     def described(self) -> list[str]:
-        """What was found, a sentence a line: which records are vouched for, and which are not."""
+        """The result in sentences, one a line: which records checkpoints cover, and which not."""
         said = []
         if self.after:
             said.append(f"records up to {self.after} are in older segments and were not read")
@@ -229,12 +229,12 @@ def verify(
     seen: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Report:
     """
-    Compare each record with the next, with the checkpoints and with *head*.
+    Verify the chain of records, the checkpoints and *head*.
 
-    *path*: a directory, or the segments of a run. *head*: ``SEQ:HASH`` from a reply or the system
-    log; without it a log that was cut off at an earlier checkpoint cannot show. *since*: begin with
-    the segment in which that moment lies. *seen* is called with each record that is in its place.
-    A tail that is longer than a host leaves unsealed is bad, and so is a log without checkpoints,
+    *path*: a directory, or consecutive segments. *head*: ``SEQ:HASH`` from a reply or the system
+    log; without it, it does not show if a log was cut off at an earlier checkpoint. *since*: begin
+    with the segment that has that time. *seen* is called with each verified record. A log is bad
+    if more records follow the last checkpoint than a host leaves, and if it has no checkpoint,
     unless nobody was ever served.
 
     ConfigurationError for a key or a head that cannot be read, OSError for files.
@@ -254,7 +254,7 @@ def verify(
 
 
 class _Run:
-    """Segments that follow each other, and what is known of them so far."""
+    """Verifies consecutive segments, and collects the report."""
 
     def __init__(
         self,
@@ -268,14 +268,14 @@ class _Run:
         self._seen = seen
         self._begun = False
         self._served = False
-        # The record and its time that the last checkpoint leaves first, and the last one that had
-        # to be sealed by the time the checkpoints were read.
+        # Number and time: of the first record after the last checkpoint, and of the last record
+        # that was there before the checkpoints were read.
         self._tail: tuple[int, float] | None = None
         self._judged: tuple[int, float] = (0, 0.0)
 
     def segment(self, segment: Path) -> None:
-        """Its checkpoints, then its records."""
-        # Before the checkpoints are read: a host writes on meanwhile.
+        """Verify the checkpoints of *segment*, then its records."""
+        # Before the checkpoints are read: a running host goes on writing.
         there = segment.stat().st_size
         heads = self._checkpoints(checkpoints_of(segment))
         if self.report.bad is None and (
@@ -307,7 +307,7 @@ class _Run:
             )
 
     def _checkpoints(self, file: Path) -> dict[int, str]:
-        """Their heads, by record; the first of a run may say where it begins."""
+        """Verify the checkpoints in *file*; returns their heads by record number."""
         report = self.report
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         heads: dict[int, str] = {}
@@ -366,7 +366,7 @@ class _Run:
         return True
 
     def end(self) -> None:
-        """What is left at the end."""
+        """Verify that nothing was cut off, and that the tail is short enough."""
         report = self.report
         if self._given is not None:
             seq, _ = self._given
@@ -378,7 +378,7 @@ class _Run:
         if self._tail is None or self._judged[0] < self._tail[0]:
             return
         (first, began), (last, ended) = self._tail, self._judged
-        # The host seals its start before it serves anybody.
+        # The host writes a checkpoint of its start before it serves anybody.
         most = MAX_UNSEALED if report.checkpoint or not self._served else 0
         if last - first + 1 > most or abs(ended - began) > MAX_UNSEALED_SECONDS:
             report.bad = f"record {first}: no checkpoint vouches for it and those after it"
@@ -398,7 +398,8 @@ def _wrong(  # noqa: PLR0917 - a line and what is known of those around it
         return f"record {seq}: removed or reordered (found {foreign(record['seq'])})"
     own = sha256(line)
     if record["prev"] != before:
-        # One of two lines was changed: not this one, if what comes later vouches for it.
+        # This line or the one before was changed: not this one if its hash is in the next line
+        # or in a checkpoint.
         vouched = own == heads.get(seq) or own.encode() in following
         return f"record {seq - 1 if vouched and seq > 1 else seq}: changed"
     if heads.get(seq, own) != own:
@@ -415,15 +416,15 @@ def list_records(
     until: datetime | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
-    The records of a caller or profile between two aware moments, oldest first. AuditBroken for a
-    line that is none, but nothing is verified.
+    The records of a caller or profile between two aware times, oldest first. AuditBroken for a line
+    that is not a record; nothing else is verified.
     """
     segments = segments_since(segments_of(path), since)
     for segment in segments:
         for number, line in enumerate(_lines(segment), _first(segment)):
             record = _record(line)
             if record is None and segment == segments[-1] and not line.endswith(b"\n"):
-                # Of a write that did not come to its end.
+                # A partial line, as a killed host leaves it.
                 return
             if record is None:
                 raise AuditBroken(
@@ -442,7 +443,7 @@ def list_records(
 
 
 def _lines(segment: Path) -> Iterator[bytes]:
-    # As long as it is now: a host that writes on must not keep its reader for ever.
+    # Up to its present size: a running host could keep its reader busy for ever.
     left = segment.stat().st_size
     with segment.open("rb") as file:
         while left > 0 and (line := file.readline(LONGEST_LINE)):

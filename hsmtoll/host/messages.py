@@ -1,7 +1,7 @@
 """
 Requests to a signing host and its replies: JSON over HTTP/1.1, as docs/openapi.yaml describes them.
 
-What is not a request is rejected here, before anybody looks at who sent it.
+A malformed request is rejected here, before it is authorized.
 """
 
 from __future__ import annotations

@@ -83,6 +83,7 @@ class Requests:
 
     async def grant(self, context: RequestContext) -> Reply:
         """A signed grant."""
+        # A refusal does not wait for a slot; `_sign` authorizes again after the wait.
         authorization = self.authorizer.authorize(context, of="either")
         profile, request = self._profile_of(context, authorization)
         try:

@@ -18,9 +18,9 @@ _WHY = {
     "policy": "the host's settings are those of --config FILE, or of /etc/hsmtoll/hsmtoll.toml",
     "audit_dir": "a directory of the host's own account, 0700",
     "audit_key": "make one: openssl genpkey -algorithm ed25519 -out FILE",
-    "cert": "there is no TCP without TLS and certificates of the callers",
+    "cert": "the host's TLS certificate, PEM: without TLS there is no TCP",
     "key": "the key of HSMTOLL_HOST__CERT, in PEM",
-    "client_ca": "there is no TCP without certificates of the callers: PEM of who issues them",
+    "client_ca": "the CA that issues the callers' certificates, PEM: TCP is for these alone",
 }
 
 
