@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -198,7 +199,7 @@ HIDDEN = raw_request(keep=True)
 def test_no_body_hides_a_second_request(running_host: RunningHost, raw: bytes) -> None:
     before = running_host.signatures(), len(running_host.records())
     said = sent(running_host, raw, hang_up=True)
-    assert said.count(b"HTTP/1.") <= 1
+    assert len(re.findall(rb"HTTP/1\.[01] [0-9]{3} ", said)) <= 1
     assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), said[:80]
     assert (running_host.signatures(), len(running_host.records())) == before
 
