@@ -20,7 +20,7 @@ from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, foreign
 from hsmtoll.host import system
-from hsmtoll.host.connections import listen_tcp, listen_unix
+from hsmtoll.host.sockets import listen_tcp, listen_unix
 from hsmtoll.peer_credentials import OVERFLOW, credentials
 from hsmtoll.proxy.admission import Admission, Rejected, paths_by_prefix
 from hsmtoll.proxy.forward import Forwarder, error_reply
