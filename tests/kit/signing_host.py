@@ -38,6 +38,7 @@ from hsmtoll.host.audit_log import list_records
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.service import Service
 from tests.kit.accounts import importable
+from tests.kit.commands import hsmtoll
 from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
@@ -595,11 +596,7 @@ class RunningHost:
     def run(self, *argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """As command, with some of them changed."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HSMTOLL_")}
-        return subprocess.run(
-            [sys.executable, "-m", "hsmtoll", *argv], env=inherited | self.environ | environ,
-            check=False, capture_output=True, text=True, timeout=PATIENCE,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        return hsmtoll(*argv, env=inherited | self.environ | environ, timeout=PATIENCE)
 
 
 def make_host(

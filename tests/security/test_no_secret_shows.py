@@ -21,6 +21,7 @@ from hsmtoll import HsmTollError
 from hsmtoll.app import App
 from hsmtoll.settings import load
 from hsmtoll.transport import HttpClient
+from tests.kit.commands import hsmtoll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,13 +181,7 @@ def test_no_command_shows_the_pin_or_more_than_it_was_asked_for(
     toll_settings: Settings, toll_softhsm: SoftHsm, argv: tuple[str, ...]
 ) -> None:
     del toll_settings
-    done = subprocess.run(
-        [sys.executable, "-m", "hsmtoll", "-vv", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = hsmtoll("-vv", *argv)
 
     assert not shown(toll_softhsm.pin, done.stdout + done.stderr)
     assert "eyJ" not in done.stderr

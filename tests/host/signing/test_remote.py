@@ -6,10 +6,8 @@ import base64
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,10 +16,12 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host.policy import Policy
 from hsmtoll.settings import load
 from hsmtoll.token import TokenRequest
+from tests.kit import commands
 from tests.kit.readers import blocks, section
 from tests.kit.signing_host import ME, PATIENCE, POLICY, ROAD_SCOPE, entry, make_host
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
     from hsmtoll.sandbox.server import Sandbox
@@ -45,14 +45,11 @@ def caller(sandbox: Sandbox, state: Path, *urls: str, **more: str) -> dict[str, 
 
 
 def hsmtoll(
-    *argv: str, environ: dict[str, str], stdin: str | None = None, **how: Any
+    *argv: str, environ: dict[str, str], stdin: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """One command of that application, in a process of its own."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HSMTOLL_", "SOFTHSM"))}
-    return subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv], env=inherited | environ, check=False, text=True,
-        input=stdin, capture_output=True, timeout=2 * PATIENCE, **how,
-    )  # fmt: skip
+    return commands.hsmtoll(*argv, stdin=stdin, env=inherited | environ, timeout=2 * PATIENCE)
 
 
 def app_of(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> App:

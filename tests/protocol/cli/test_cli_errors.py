@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +14,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 import hsmtoll
 from hsmtoll.sandbox import pki
+from tests.kit import commands
 
 if TYPE_CHECKING:
+    import subprocess
+
     from cryptography import x509
 
     from hsmtoll.sandbox.server import Sandbox
@@ -69,15 +70,7 @@ def messy(toll_softhsm: SoftHsm) -> SoftHsm:
 
 
 def run(*argv: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, **variables},
-    )
+    return commands.hsmtoll(*argv, stdin=stdin, env={**os.environ, **variables})
 
 
 def refused(code: int, *argv: str, says: str, stdin: str = "", **variables: str) -> str:

@@ -17,6 +17,7 @@ from joserfc import jws as jose
 from joserfc.errors import JoseError
 from joserfc.jwk import RSAKey
 
+from tests.kit import commands
 from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
@@ -32,15 +33,7 @@ pytestmark = pytest.mark.usefixtures("toll_settings")
 
 def hsmtoll(*argv: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """One command, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, **variables},
-    )
+    return commands.hsmtoll(*argv, stdin=stdin, env={**os.environ, **variables})
 
 
 def printed(*argv: str, stdin: str = "", **variables: str) -> str:

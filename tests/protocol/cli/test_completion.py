@@ -17,13 +17,13 @@ import pytest
 from hsmtoll.cli import main
 from hsmtoll.customs.submissions import LEVELS
 from hsmtoll.customs.uploads import DOCUMENT_TYPES
+from tests.kit.commands import hsmtoll
 
 
 def completed(line: str, shell: str = "bash", **variables: str) -> list[str]:
     """What hsmtoll answers to the script of a shell: the last word of *line* is completed."""
     words = line.split(" ")
-    done = subprocess.run(
-        [sys.executable, "-m", "hsmtoll"],
+    done = hsmtoll(
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("HSMTOLL_")},
             "_HSMTOLL_COMPLETE": f"{shell}_complete",
@@ -33,11 +33,8 @@ def completed(line: str, shell: str = "bash", **variables: str) -> list[str]:
             "HSMTOLL_CONFIG": os.devnull,
             **variables,
         },
-        capture_output=True,
-        text=True,
-        check=True,
     )
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
     if shell == "zsh":
         return done.stdout.splitlines()[1::3]
     return [each.partition(",")[2] for each in done.stdout.splitlines() if each]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.sandbox.playground import ROUTING
+from tests.kit.commands import hsmtoll
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,9 +27,7 @@ COMMAND = (sys.executable, "-m", "hsmtoll", "routing")
 
 def run(*argv: str) -> tuple[int, list[str], str]:
     """Code, the ids that were printed, and stderr."""
-    done = subprocess.run(
-        [*COMMAND, *argv], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = hsmtoll("routing", *argv)
     return done.returncode, ids(done.stdout), done.stderr
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hsmtoll import ApiRefused, OutcomeUnknown, UsageError, apis
+from tests.kit.commands import hsmtoll
 from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
@@ -21,14 +20,7 @@ ROAD = "toll:eu/movement/road/v2"
 
 
 def command(*argv: str, stdin: str = "") -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    done = hsmtoll(*argv, stdin=stdin)
     return done.returncode, done.stdout, done.stderr
 
 

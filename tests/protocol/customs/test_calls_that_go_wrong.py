@@ -6,8 +6,6 @@ import asyncio
 import gzip
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +26,13 @@ from hsmtoll.customs.conversation import Wait
 from hsmtoll.customs.errors import check
 from hsmtoll.customs.submissions import submission
 from hsmtoll.transport import CONNECTIONS
+from tests.kit import commands
 from tests.kit.raw_services import CALL, RawServices, dripping, said
 from tests.kit.soft_client import engine_of
 
 if TYPE_CHECKING:
     import ssl
+    import subprocess
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -135,14 +135,7 @@ def test_the_command_tells_what_became_of_a_call(
 
 
 def hsmtoll(services: RawServices, *argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, **services.environ()},
-    )
+    return commands.hsmtoll(*argv, env={**os.environ, **services.environ()})
 
 
 @pytest.mark.parametrize(

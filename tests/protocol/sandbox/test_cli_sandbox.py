@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from hsmtoll.testing.identity import eseal
 from hsmtoll.testing.softhsm import SoftHsm
+from tests.kit.commands import hsmtoll
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,14 +32,7 @@ HSMTOLL = (sys.executable, "-m", "hsmtoll")
 
 
 def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*HSMTOLL, *argv],
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=90,
-    )
+    return hsmtoll(*argv, env={**os.environ, **environ})
 
 
 @pytest.fixture

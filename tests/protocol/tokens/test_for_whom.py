@@ -6,8 +6,6 @@ import asyncio
 import base64
 import json
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from hsmtoll import GrantRefused, ScopeNotGranted, UsageError
 from hsmtoll.app import App
 from hsmtoll.settings import load
+from tests.kit.commands import hsmtoll
 from tests.kit.customs_messages import message
 
 if TYPE_CHECKING:
@@ -220,38 +219,27 @@ def test_an_option_wins_over_the_settings_and_an_empty_one_is_none(
     ]
 
 
-def command(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hsmtoll", *argv],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_commands_say_for_whom(agent: TollClient, toll_sandbox: Sandbox, tmp_path: Path) -> None:
     del agent
     file = tmp_path / "details.json"
     file.write_text(json.dumps([system_user(ANNA)]))
-    token = command("token", "road", "--consumer-org", ANNA)
+    token = hsmtoll("token", "road", "--consumer-org", ANNA)
     assert claims_of(token.stdout)["sub"] == ANNA
     # The same from the cache; another customer's is another.
-    assert command("token", "road", "--consumer-org", ANNA).stdout == token.stdout
-    other = command("token", "road", "--consumer-org", BJARNE)
+    assert hsmtoll("token", "road", "--consumer-org", ANNA).stdout == token.stdout
+    other = hsmtoll("token", "road", "--consumer-org", BJARNE)
     assert claims_of(other.stdout)["sub"] == BJARNE
 
-    signed = command("sign", "road", "--authorization-details", f"@{file}", "--resource", "urn:x:y")
+    signed = hsmtoll("sign", "road", "--authorization-details", f"@{file}", "--resource", "urn:x:y")
     assert claims_of(signed.stdout)["authorization_details"] == [system_user(ANNA)]
     assert claims_of(signed.stdout)["resource"] == ["urn:x:y"]
     path = "/api/movement/road/v2/test-auth"
-    assert command("call", "GET", path, "--consumer-org", ANNA).returncode == 0
+    assert hsmtoll("call", "GET", path, "--consumer-org", ANNA).returncode == 0
     given = json.dumps(message("transport"))
-    sent = command("submit", "road", "POST", "transport", "--consumer-org", BJARNE, stdin=given)
+    sent = hsmtoll("submit", "road", "POST", "transport", "--consumer-org", BJARNE, stdin=given)
     assert sent.returncode == 0
     calls = [each for each in toll_sandbox.received if each.kind == "call"]
     assert [(each.claims or {})["sub"] for each in calls[:2]] == [ANNA, BJARNE]
 
     for wrong in (["--consumer-org", "1"], ["--authorization-details", "{"]):
-        assert command("token", "road", *wrong).returncode == 2
+        assert hsmtoll("token", "road", *wrong).returncode == 2

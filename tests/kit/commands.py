@@ -1,0 +1,170 @@
+"""
+The command `hsmtoll` as a process of its own, without the start of Python and its imports.
+
+One process for each process of tests has imported what commands import, and has done nothing else
+with it; it forks for each command. So what a test sees is real: descriptors, variables, signals,
+the exit code; and each command starts with nothing of another one. What a test says about the start
+itself it says of ``python -m hsmtoll``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def hsmtoll(
+    *argv: str,
+    stdin: str = "",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 100,
+) -> subprocess.CompletedProcess[str]:
+    """
+    What ``python -m hsmtoll`` printed and how it ended. It is killed after *timeout* seconds; what
+    it reads has to fit into a pipe, 64 KiB.
+    """
+    given = dict(os.environ if env is None else env)
+    if _of_the_interpreter(given) != _of_the_interpreter(os.environ):
+        return subprocess.run(
+            [sys.executable, "-m", "hsmtoll", *argv], input=stdin, env=given, cwd=cwd,
+            capture_output=True, text=True, check=False, timeout=timeout,
+        )  # fmt: skip
+    order = {"argv": argv, "env": given, "cwd": str(cwd or Path.cwd())}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        _connection(_pipe_with(stdin), out.fileno(), err.fileno()) as talk,
+    ):
+        talk.settimeout(timeout)
+        with talk.makefile("rw", encoding="ascii") as lines:
+            lines.write(json.dumps(order) + "\n")
+            lines.flush()
+            process = int(lines.readline())
+            try:
+                code = int(lines.readline())
+            except TimeoutError:
+                os.kill(process, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(["hsmtoll", *argv], timeout) from None
+        return subprocess.CompletedProcess(["hsmtoll", *argv], code, _text(out), _text(err))
+
+
+def _of_the_interpreter(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that Python reads at its start, and never again."""
+    prefixes = ("PYTHON", "LC_", "LANG")
+    return {name: value for name, value in variables.items() if name.startswith(prefixes)}
+
+
+def _pipe_with(text: str) -> int:
+    """The end of a pipe from which *text* is read, and then its end."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with os.fdopen(writer, "wb") as file:
+        file.write(text.encode())
+    return reader
+
+
+def _connection(stdin: int, stdout: int, stderr: int) -> socket.socket:
+    """To a process that waits for its order, and then for the command."""
+    here, there = socket.socketpair()
+    with there:
+        socket.send_fds(_forker(), [b"."], [there.fileno(), stdin, stdout, stderr])
+    os.close(stdin)
+    return here
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
+
+
+@functools.cache
+def _forker() -> socket.socket:
+    """The process that forks: it ends when this one closes its end."""
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with there:
+        process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(there.fileno())],
+            pass_fds=[there.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd="/",
+        )  # fmt: skip
+
+    def end() -> None:
+        here.close()
+        process.wait()
+
+    atexit.register(end)
+    return here
+
+
+def _fork_for_each(control: socket.socket) -> None:
+    import hsmtoll
+
+    for module in pkgutil.walk_packages(hsmtoll.__path__, "hsmtoll."):
+        if not module.name.startswith("hsmtoll.testing."):
+            importlib.import_module(module.name)
+    # Nobody waits for those that wait for a command.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        _, fds, _, _ = socket.recv_fds(control, 1, 4)
+        if not fds:
+            return
+        if not os.fork():
+            control.close()
+            _wait_for_one(*fds)
+        for each in fds:
+            os.close(each)
+
+
+def _wait_for_one(talk: int, *streams: int) -> NoReturn:
+    with os.fdopen(talk, "r", encoding="ascii", closefd=False) as asked:
+        order = json.loads(asked.readline())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    process = os.fork()
+    if not process:
+        os.close(talk)
+        _be_the_command(order, streams)
+    os.write(talk, f"{process}\n".encode())
+    _, status = os.waitpid(process, 0)
+    os.write(talk, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def _be_the_command(order: dict[str, Any], streams: tuple[int, ...]) -> NoReturn:
+    try:
+        for number, each in enumerate(streams):
+            os.dup2(each, number)
+            os.close(each)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["env"])
+        time.tzset()
+        sys.argv = ["hsmtoll", *order["argv"]]
+        from hsmtoll.__main__ import main
+
+        main()
+    except SystemExit:
+        # Click ends a completion so. Nothing between here and the interpreter catches it.
+        raise
+    except BaseException:  # noqa: BLE001 - nothing of the process that forks may go on here
+        traceback.print_exc()
+    os._exit(70)
+
+
+if __name__ == "__main__":
+    _fork_for_each(socket.socket(fileno=int(sys.argv[1])))
