@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -79,12 +78,6 @@ def test_it_says_what_cryptography_says() -> None:
     assert certificate.critical == {"2.5.29.15", "2.5.29.19"}
 
 
-def test_a_key_of_a_curve_without_a_name_is_ec(tmp_path: Path) -> None:
-    curve = ("ec_paramgen_curve:P-256", "ec_param_enc:explicit")
-    made = _openssl(tmp_path, "EC", *(word for item in curve for word in ("-pkeyopt", item)))
-    assert (made.key_type, made.key_bits, made.public_key) == ("ec", 256, None)
-
-
 def test_pss_without_mgf1_or_without_parameters_is_not_known() -> None:
     good = pki.authority("CA", pki.rsa_key(), pss=True)
     assert good.signature[:4] == ("pss", "sha256", "sha256", 32)
@@ -136,34 +129,6 @@ def test_other_keys_are_named_and_are_no_rsa_key(key: pki.Key, kind: str, bits: 
     certificate = pki.leaf(key=key)
     assert (certificate.key_type, certificate.key_bits) == (kind, bits)
     assert certificate.public_key is None
-
-
-def test_a_key_that_is_for_pss_alone_is_named(tmp_path: Path) -> None:
-    made = _openssl(tmp_path, "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048")
-    assert (made.key_type, made.key_bits) == ("rsa-pss", 2048)
-    assert made.signature.scheme == "pss"
-
-
-def _openssl(where: Path, algorithm: str, *options: str) -> Certificate:
-    key, out = where / "key.pem", where / "out.der"
-    subprocess.run(
-        ["openssl", "genpkey", "-algorithm", algorithm, *options, "-out", str(key)],
-        check=True,
-        capture_output=True,
-    )
-    subprocess.run(
-        [
-            "openssl",
-            *["req", "-x509", "-new", "-subj", "/CN=Root", "-sha256", "-outform", "DER"],
-            "-key",
-            str(key),
-            "-out",
-            str(out),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return Certificate.load(out.read_bytes())
 
 
 @pytest.mark.parametrize("kind", [_ASN1Type.UTF8String, _ASN1Type.PrintableString])
