@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hsmtoll.testing.clock import SettableClock
-from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.stores import (
     FileStore,
-    MemoryStore,
     StoredValue,
 )
 from tests.kit.accounts import importable
@@ -64,14 +61,3 @@ print(store.get({KEY!r}).value.decode())
     assert done.stdout == "old\n"
     assert "could not be kept" in done.stderr
     assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_a_fork_in_the_middle_of_a_count_stops_no_child() -> None:
-    limit = RateLimit(MemoryStore(), SettableClock(1_800_000_000.0), per_hour=2)
-    with limit._guard:
-        pid = os.fork()
-        if pid == 0:
-            signal.alarm(5)
-            limit.acquire("me")
-            os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
