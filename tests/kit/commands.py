@@ -46,23 +46,80 @@ def hsmtoll(
             [sys.executable, "-m", "hsmtoll", *argv], input=stdin, env=given, cwd=cwd,
             capture_output=True, text=True, check=False, timeout=timeout,
         )  # fmt: skip
-    order = {"argv": argv, "env": given, "cwd": str(cwd or Path.cwd())}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as out,
         tempfile.TemporaryFile("w+", encoding="utf-8") as err,
-        _connection(_pipe_with(stdin), out.fileno(), err.fileno()) as talk,
+        _pipe_with(stdin) as read,
     ):
-        talk.settimeout(timeout)
-        with talk.makefile("rw", encoding="ascii") as lines:
-            lines.write(json.dumps(order) + "\n")
-            lines.flush()
-            process = int(lines.readline())
-            try:
-                code = int(lines.readline())
-            except TimeoutError:
-                os.kill(process, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(["hsmtoll", *argv], timeout) from None
+        command = fork(*argv, stdin=read, stdout=out, stderr=err, env=given, cwd=cwd)
+        try:
+            code = command.wait(timeout)
+        except TimeoutError:
+            command.kill()
+            raise subprocess.TimeoutExpired(["hsmtoll", *argv], timeout) from None
         return subprocess.CompletedProcess(["hsmtoll", *argv], code, _text(out), _text(err))
+
+
+def fork(
+    *argv: str,
+    stdin: IO[Any],
+    stdout: IO[Any],
+    stderr: IO[Any],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+) -> ForkedCommand:
+    """Start the command; variables of the interpreter have no effect."""
+    here, there = socket.socketpair()
+    with there:
+        streams = [each.fileno() for each in (stdin, stdout, stderr)]
+        socket.send_fds(_forker(), [b"."], [there.fileno(), *streams])
+    return ForkedCommand(here, {"argv": argv, "env": dict(env), "cwd": str(cwd or Path.cwd())})
+
+
+class ForkedCommand:
+    """As much of `subprocess.Popen` as tests need."""
+
+    def __init__(self, talk: socket.socket, order: dict[str, Any]) -> None:
+        self._talk = talk
+        talk.sendall(json.dumps(order).encode() + b"\n")
+        self._told = b""
+        self.pid = self._number(None)
+        self.returncode: int | None = None
+
+    def _number(self, timeout: float | None) -> int:
+        """The next line of the process that waits for the command."""
+        self._talk.settimeout(timeout)
+        while b"\n" not in self._told:
+            more = self._talk.recv(64)
+            if not more:
+                raise ChildProcessError("nobody waits for the command any more")
+            self._told += more
+        line, _, self._told = self._told.partition(b"\n")
+        return int(line)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """How it ended; TimeoutError."""
+        if self.returncode is None:
+            self.returncode = self._number(timeout)
+            self._talk.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        """The same, or nothing while it runs."""
+        try:
+            return self.wait(0)
+        except BlockingIOError:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        """Nothing happens to one that has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once, and see it ended."""
+        self.send_signal(signal.SIGKILL)
+        self.wait()
 
 
 def _of_the_interpreter(variables: Mapping[str, str]) -> dict[str, str]:
@@ -71,22 +128,13 @@ def _of_the_interpreter(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name.startswith(prefixes)}
 
 
-def _pipe_with(text: str) -> int:
+def _pipe_with(text: str) -> IO[bytes]:
     """The end of a pipe from which *text* is read, and then its end."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with os.fdopen(writer, "wb") as file:
         file.write(text.encode())
-    return reader
-
-
-def _connection(stdin: int, stdout: int, stderr: int) -> socket.socket:
-    """To a process that waits for its order, and then for the command."""
-    here, there = socket.socketpair()
-    with there:
-        socket.send_fds(_forker(), [b"."], [there.fileno(), stdin, stdout, stderr])
-    os.close(stdin)
-    return here
+    return os.fdopen(reader, "rb")
 
 
 def _text(file: IO[str]) -> str:
@@ -139,6 +187,8 @@ def _wait_for_one(talk: int, *streams: int) -> NoReturn:
     if not process:
         os.close(talk)
         _be_the_command(order, streams)
+    for each in streams:
+        os.close(each)
     os.write(talk, f"{process}\n".encode())
     _, status = os.waitpid(process, 0)
     os.write(talk, f"{os.waitstatus_to_exitcode(status)}\n".encode())

@@ -38,7 +38,7 @@ from hsmtoll.host.audit_log import list_records
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.service import Service
 from tests.kit.accounts import importable
-from tests.kit.commands import hsmtoll
+from tests.kit.commands import ForkedCommand, fork, hsmtoll
 from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
@@ -408,7 +408,7 @@ class RunningHost:
     tls_port: int
     shim: Faults | None = None
     manager: socket.socket | None = None
-    process: subprocess.Popen[bytes] | None = None
+    process: ForkedCommand | subprocess.Popen[bytes] | None = None
     told: list[str] = field(default_factory=list)
 
     @property
@@ -472,11 +472,10 @@ class RunningHost:
         self.manager = manager
         self.told.clear()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HSMTOLL_")}
-        with self.stderr.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "hsmtoll", "-v", "serve"],
+        with self.stderr.open("ab") as log, Path(os.devnull).open("r+b") as nothing:
+            self.process = fork(
+                "-v", "serve", stdin=nothing, stdout=nothing, stderr=log,
                 env=inherited | {"NOTIFY_SOCKET": str(where)} | self.environ | environ,
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log,
             )  # fmt: skip
         if ready:
             self.hear("READY=1")
