@@ -1,5 +1,5 @@
 """
-httpx.Auth for Customs, sync and async: adds the bearer token to requests to Customs' origin only.
+Auth for httpx and httpx2, sync and async: the bearer token on requests to Customs' origin alone.
 
 Tokens are obtained elsewhere; the assertion and Maskinporten's token are not used here.
 """
@@ -7,7 +7,8 @@ Tokens are obtained elsewhere; the assertion and Maskinporten's token are not us
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import httpx
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hsmtoll.token import AccessToken, TokenRequest
     from hsmtoll.tokens.token_service import TokenService
 
-__all__ = ["AsyncTollAuth", "TollAuth"]
+__all__ = ["AsyncTollAuth", "TollAuth", "for_both"]
 
 _log = logging.getLogger("hsmtoll.client")
 
@@ -31,8 +32,12 @@ _BEARER_EXTENSION: Final = "hsmtoll.bearer"
 
 class TollAuth(httpx.Auth):
     """
-    Authentication for httpx.Client and httpx.AsyncClient. Raises what `TollClient.token` raises.
+    Authentication for httpx.Client and httpx.AsyncClient; of `for_both`, for those of httpx2 too.
+    Raises what `TollClient.token` raises.
     """
+
+    #: Types of a body that can be sent again; a streamed one is consumed.
+    _repeatable: ClassVar[tuple[type, ...]] = (httpx.ByteStream,)
 
     def __init__(self, token_service: TokenService, request: TokenRequest) -> None:
         self._token_service = token_service
@@ -75,8 +80,7 @@ class TollAuth(httpx.Auth):
         """Whether to renew the token after a 401 and send the request again."""
         return (
             response.status_code == httpx.codes.UNAUTHORIZED
-            # A streamed body is consumed and cannot be sent again.
-            and isinstance(request.stream, httpx.ByteStream)
+            and isinstance(request.stream, self._repeatable)
             and self._token_service.worth_renewing(token.value, self._request)
         )
 
@@ -120,3 +124,17 @@ class TollAuth(httpx.Auth):
 
 class AsyncTollAuth(TollAuth):
     """As TollAuth; returned by `AsyncTollClient.auth`."""
+
+
+@cache
+def for_both(kind: type[TollAuth]) -> type[TollAuth]:
+    """
+    *kind*, also for the clients of httpx2 if that is installed: each library takes only subclasses
+    of its own Auth. Both read the flows by the same attributes of a request and a response.
+    """
+    try:
+        import httpx2  # noqa: PLC0415 - an extra
+    except ImportError:
+        return kind
+    repeatable = (*kind._repeatable, httpx2.ByteStream)  # noqa: SLF001 - of this module
+    return type(kind.__name__, (kind, httpx2.Auth), {"_repeatable": repeatable})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 import httpx
 
 from hsmtoll import apis
-from hsmtoll.auth import AsyncTollAuth, TollAuth
+from hsmtoll.auth import AsyncTollAuth, TollAuth, for_both
 from hsmtoll.customs.conversation import NoResponse, Receipt, arun_conversation, run_conversation
 from hsmtoll.customs.errors import no_response_error
 from hsmtoll.customs.limits import (
@@ -32,6 +32,7 @@ from hsmtoll.customs.routing import Marker, arouting, routing
 from hsmtoll.customs.submissions import submission
 from hsmtoll.customs.uploads import upload
 from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.event_loop import running_loop
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.metrics import Status, status_of
 from hsmtoll.token import AccessToken
@@ -114,10 +115,10 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
 
     def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> TollAuth:
         """
-        httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. *whom*
-        as for `token`.
+        httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. It is
+        an httpx2.Auth as well where httpx2 is installed. *whom* as for `token`.
         """
-        return TollAuth(self._token_service, self._token_service.request(scope, **whom))
+        return for_both(TollAuth)(self._token_service, self._token_service.request(scope, **whom))
 
     def api(self, name: str, *, scope: str | None = None, **whom: Unpack[ForWhom]) -> _HttpxClient:
         """
@@ -336,9 +337,10 @@ class AsyncTollClient(
 ):
     """As TollClient, for tasks: tokens in memory are returned at once, waiting blocks no thread."""
 
-    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> AsyncTollAuth:
+    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> TollAuth:
         """As TollClient.auth."""
-        return AsyncTollAuth(self._token_service, self._token_service.request(scope, **whom))
+        wanted = self._token_service.request(scope, **whom)
+        return for_both(AsyncTollAuth)(self._token_service, wanted)
 
     async def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
@@ -382,7 +384,7 @@ class AsyncTollClient(
     async def _send(
         self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        client, turn = self._pool(api, id(asyncio.get_running_loop()))
+        client, turn = self._pool(api, id(running_loop()))
         request["auth"] = AsyncTollAuth(self._token_service, wanted)
         async with turn:
             return await asend_with_deadline(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
+import httpx2
 import pytest
+import trio
 from prometheus_client import CollectorRegistry, generate_latest
 
 from hsmtoll import metrics
@@ -36,6 +38,62 @@ def test_both_colours_reach_the_api(toll_sandbox: Sandbox, client: TollClient) -
     with client.api("road") as api:
         assert api.get("test-auth").status_code == 200
     assert asyncio.run(call()) == 200
+
+
+@pytest.mark.parametrize("library", [httpx, httpx2], ids=lambda library: library.__name__)
+def test_programs_on_httpx_and_on_its_successor_get_the_same_bearer(
+    toll_sandbox: Sandbox, toll_clock: SettableClock, library: Any
+) -> None:
+    address = f"{toll_sandbox.customs}/api/movement/road/v2/test-auth"
+    context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
+    service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    auth = TollClient(service).auth("road")
+    other = AsyncTollClient(service).auth("road")
+
+    async def in_a_task() -> int:
+        async with library.AsyncClient(auth=other, verify=context) as client:
+            response = await client.get(address)
+            with pytest.raises(ConfigurationError, match="token is for"):
+                await client.get("https://elsewhere.invalid/")
+            return int(response.status_code)
+
+    with library.Client(auth=auth, verify=context) as client:
+        assert client.get(address).status_code == 200
+        with pytest.raises(ConfigurationError, match="token is for"):
+            client.get("https://elsewhere.invalid/")
+        with pytest.raises(UsageError, match="Authorization"):
+            client.get(address, headers={"Authorization": "Bearer mine"})
+        assert asyncio.run(in_a_task()) == 200
+        assert len(signer.signed) == 1
+        # An old token that Customs refuses is renewed once, and the call is made again.
+        toll_clock.advance(60)
+        toll_sandbox.fault("401", "api", times=1)
+        assert client.post(address, content=b"{}").status_code != 401
+        assert len(signer.signed) == 2
+        # A streamed body is gone after the first attempt.
+        toll_clock.advance(60)
+        toll_sandbox.fault("401", "api", times=1)
+        assert client.post(address, content=iter([b"{}"])).status_code == 401
+
+
+def test_tasks_of_another_library_are_told_what_to_use(toll_sandbox: Sandbox) -> None:
+    service, _ = engine_of(toll_sandbox)
+
+    async def cold() -> None:
+        await AsyncTollClient(service).token("road")
+
+    async def called() -> None:
+        await AsyncTollClient(service).call("GET", "/api/movement/road/v2/test-auth")
+
+    for each in (cold, called):
+        with pytest.raises(UsageError, match="no event loop of asyncio") as caught:
+            trio.run(each)
+        assert "trio.to_thread" in str(caught.value.hint)
+
+    async def in_a_thread() -> str:
+        return (await trio.to_thread.run_sync(TollClient(service).token, "road")).value
+
+    assert trio.run(in_a_thread)
 
 
 def test_an_auth_of_either_client_works_in_a_client_of_the_other_colour(
