@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
 
 import httpx
 
@@ -28,6 +28,8 @@ _log = logging.getLogger("hsmtoll.client")
 
 #: Name of the request extension with the bearer token that we have set.
 _BEARER_EXTENSION: Final = "hsmtoll.bearer"
+
+_Kind = TypeVar("_Kind", bound="TollAuth")
 
 
 class TollAuth(httpx.Auth):
@@ -126,12 +128,16 @@ class AsyncTollAuth(TollAuth):
     """As TollAuth; returned by `AsyncTollClient.auth`."""
 
 
-@cache
-def for_both(kind: type[TollAuth]) -> type[TollAuth]:
+def for_both(kind: type[_Kind]) -> type[_Kind]:
     """
     *kind*, also for the clients of httpx2 if that is installed: each library takes only subclasses
     of its own Auth. Both read the flows by the same attributes of a request and a response.
     """
+    return cast("type[_Kind]", _for_both(kind))
+
+
+@cache
+def _for_both(kind: type[TollAuth]) -> type[TollAuth]:
     try:
         import httpx2  # noqa: PLC0415 - an extra
     except ImportError:

@@ -337,7 +337,7 @@ class AsyncTollClient(
 ):
     """As TollClient, for tasks: tokens in memory are returned at once, waiting blocks no thread."""
 
-    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> TollAuth:
+    def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> AsyncTollAuth:
         """As TollClient.auth."""
         wanted = self._token_service.request(scope, **whom)
         return for_both(AsyncTollAuth)(self._token_service, wanted)
