@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import httpx
 
@@ -133,14 +133,15 @@ def for_both(kind: type[_Kind]) -> type[_Kind]:
     *kind*, also for the clients of httpx2 if that is installed: each library takes only subclasses
     of its own Auth. Both read the flows by the same attributes of a request and a response.
     """
-    return cast("type[_Kind]", _for_both(kind))
+    made: type[_Kind] = _for_both(kind)
+    return made
 
 
 @cache
-def _for_both(kind: type[TollAuth]) -> type[TollAuth]:
+def _for_both(kind: Any) -> Any:
     try:
         import httpx2  # noqa: PLC0415 - an extra
     except ImportError:
         return kind
-    repeatable = (*kind._repeatable, httpx2.ByteStream)  # noqa: SLF001 - of this module
+    repeatable = (*kind._repeatable, httpx2.ByteStream)
     return type(kind.__name__, (kind, httpx2.Auth), {"_repeatable": repeatable})
