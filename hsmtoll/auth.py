@@ -133,15 +133,17 @@ def for_both(kind: type[_Kind]) -> type[_Kind]:
     *kind*, also for the clients of httpx2 if that is installed: each library takes only subclasses
     of its own Auth. Both read the flows by the same attributes of a request and a response.
     """
-    made: type[_Kind] = _for_both(kind)
+    made: type[_Kind] = _classes()[kind.__name__]
     return made
 
 
 @cache
-def _for_both(kind: Any) -> Any:
+def _classes() -> dict[str, Any]:
+    """Both classes by name, made from those of httpx2 as well if it can be imported."""
+    plain = (TollAuth, AsyncTollAuth)
     try:
         import httpx2  # noqa: PLC0415 - an extra
     except ImportError:
-        return kind
-    repeatable = (*kind._repeatable, httpx2.ByteStream)
-    return type(kind.__name__, (kind, httpx2.Auth), {"_repeatable": repeatable})
+        return {kind.__name__: kind for kind in plain}
+    repeatable = {"_repeatable": (httpx.ByteStream, httpx2.ByteStream)}
+    return {kind.__name__: type(kind.__name__, (kind, httpx2.Auth), repeatable) for kind in plain}
