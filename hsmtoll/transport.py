@@ -200,6 +200,7 @@ class HttpClient:
         """
         An httpx client for *url*, for threads, with `options` and *more* keyword arguments. It
         observes the current `Deadline`, and calls *check_connection* with each new connection.
+        Raises as `options`.
         """
         options = self.options(url)
         own = {name: options.pop(name) for name in ("verify", "proxy", "limits")}

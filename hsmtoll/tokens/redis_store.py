@@ -254,8 +254,14 @@ class _Bounds:
             raise TimeoutError("the answer takes too long")
         return left if most is None else min(left, most)
 
+    def count(self, read: int) -> None:
+        """So many bytes have come. OSError when they are too many."""
+        self.size -= read
+        if self.size < 0:
+            raise OSError(errno.EMSGSIZE, "the answer is larger than any of Redis")
 
-_bounds: ContextVar[_Bounds | None] = ContextVar("hsmtoll-redis", default=None)
+
+_bounds: ContextVar[_Bounds] = ContextVar("hsmtoll-redis")
 
 
 @contextlib.contextmanager
@@ -282,34 +288,26 @@ class _Socket:
 
     def recv(self, size: int) -> bytes:
         """As of a socket; TimeoutError and OSError where a bound is reached."""
-        with self._bounded() as bounds:
+        with self._wait() as bounds:
             data = self._sock.recv(size)
-            self._count(bounds, len(data))
+            bounds.count(len(data))
         return data
 
     def recv_into(self, buffer: bytearray) -> int:
         """As recv, for hiredis."""
-        with self._bounded() as bounds:
+        with self._wait() as bounds:
             read = self._sock.recv_into(buffer)
-            self._count(bounds, read)
+            bounds.count(read)
         return read
 
     @contextlib.contextmanager
-    def _bounded(self) -> Iterator[_Bounds | None]:
+    def _wait(self) -> Iterator[_Bounds]:
         bounds, usual = _bounds.get(), self._sock.gettimeout()
-        if bounds is not None:
-            self._sock.settimeout(bounds.left(usual))
+        self._sock.settimeout(bounds.left(usual))
         try:
             yield bounds
         finally:
             self._sock.settimeout(usual)
-
-    @staticmethod
-    def _count(bounds: _Bounds | None, read: int) -> None:
-        if bounds is not None:
-            bounds.size -= read
-            if bounds.size < 0:
-                raise OSError(errno.EMSGSIZE, "the answer is larger than any of Redis")
 
 
 class _Lock(Lock):
@@ -348,10 +346,8 @@ def _client(url: str, ca_file: Path | None) -> redis.Redis:
         """With our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""
 
         def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-            bounds = _bounds.get()
-            if bounds is not None:
-                # The handshake ends as a whole when this has passed.
-                sock.settimeout(bounds.left(_WAIT))
+            # The handshake ends as a whole when this has passed.
+            sock.settimeout(_bounds.get().left(_WAIT))
             made = tls.client_context(ca_file).wrap_socket(sock, server_hostname=self.host)
             made.settimeout(_WAIT)
             return made
@@ -369,8 +365,7 @@ def _client(url: str, ca_file: Path | None) -> redis.Redis:
         """Of TCP, TLS or a Unix socket."""
 
         def _connect(self) -> Any:
-            bounds = _bounds.get()
-            self.socket_connect_timeout = _WAIT if bounds is None else bounds.left(_WAIT)
+            self.socket_connect_timeout = _bounds.get().left(_WAIT)
             return _Socket(super()._connect())
 
     # One more try at once: a connection that idled may have been closed by a restart.

@@ -150,7 +150,10 @@ class FileStore:
 
     @contextlib.contextmanager
     def lock(self, key: str, *, patience: float) -> Iterator[bool]:
-        """Hold the lock of *key* among the processes that use this directory."""
+        """
+        Hold the lock of *key* among the processes that use this directory. ConfigurationError
+        (``cache-unusable``, ``cache-unsafe``) where others may change it.
+        """
         from filelock import FileLock, Timeout  # noqa: PLC0415 - a token that lies here needs none
 
         self._checked_directory()

@@ -133,7 +133,10 @@ class TokenService:
     def token(
         self, request: TokenRequest, requirements: TokenRequirements = NO_REQUIREMENTS
     ) -> AccessToken:
-        """From memory, the store, or a renewal. Raises what the renewal raises."""
+        """
+        A token from memory, the store, or a renewal, waiting HSMTOLL_DEADLINE at most. Raises as
+        `Cache.get`.
+        """
         return self.cache.get(request, self._renewal, requirements)
 
     async def atoken(
