@@ -157,6 +157,11 @@ class SignerHost(_Group):
     uid: _Uid | None = None
     organization: _Text | None = None
 
+    @property
+    def gives_tokens(self) -> bool:
+        """Whether the signing host gives Customs tokens, and no grants."""
+        return bool(self.url) and self.mode == "token"
+
 
 class LocalProxy(_Group):
     """`hsmtoll proxy`: where it listens, which accounts may call, and which further paths."""

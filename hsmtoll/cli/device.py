@@ -79,7 +79,7 @@ def objects(options: GlobalOptions, *, as_json: bool) -> None:
     Each with its URI, as HSMTOLL_HSM__KEY takes it.
     """
     app = options.app()
-    seen = app.inspect()
+    seen = app.hsm.inspect()
     told = _inventory(seen, app.clock.now().wall)
     if as_json:
         print_json(told)
@@ -340,10 +340,10 @@ def pin_clear(options: GlobalOptions, *, as_json: bool) -> None:
     For after the device was unblocked to the same PIN, which would not be tried again otherwise.
     """
     app = options.app()
-    found = app.token_users()
+    found = app.hsm.token_users()
     if not found:
         raise DeviceError("pin clear: no device fits", hint="`hsmtoll objects` shows what is there")
-    forgotten = app.pin_log.clear(*found)
+    forgotten = app.hsm.pin_log.clear(*found)
     # A device has two records: of the user PIN and of the keys' own (context-specific) PINs.
     devices = len({replace(each, user="user") for each in found})
     print_result(

@@ -11,7 +11,6 @@ import itertools
 import os
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, jws
@@ -20,6 +19,7 @@ from hsmtoll.errors import HsmTollError, NetworkError, foreign
 from hsmtoll.hsm.pin import PinPad
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.required import missing
+from hsmtoll.signing.configured import signing_hosts
 from hsmtoll.signing.device_certificates import read_certificates_and_key, readable, unread_of
 from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens import exchange
@@ -28,6 +28,7 @@ from hsmtoll.x509 import leaf_choice, path_building, revocation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from hsmtoll.app import App
     from hsmtoll.hsm.device import Device
@@ -142,12 +143,12 @@ def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
     settings = app.settings
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     if settings.signer.url:
-        probes = tuple(host.probe() for host in app.hosts().all)
+        probes = tuple(host.probe() for host in signing_hosts(settings, app.clock).all)
         skew = app.skew.seconds if settings.environment is not None else 0.0
         return Facts(settings=settings, now=now, scopes=scopes, hosts=probes, skew=skew)
     try:
-        uris = app.uris()
-        supplied = app.supplied()
+        uris = app.hsm.uris()
+        supplied = app.signers.supplied()
     except HsmTollError as exc:
         return Facts(settings=settings, now=now, scopes=scopes, error=exc)
     try:
@@ -164,21 +165,21 @@ def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
 def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     found: dict[str, Any] = {"uri": uri}
     try:
-        path = Path(app.module(uri))
+        path = app.hsm.module(uri)
         found["spied"] = "pkcs11-spy" in path.name or bool(os.environ.get("PKCS11SPY"))
-        source = app.signing_pin(uri)
+        source = app.hsm.signing_pin(uri)
         # Nobody can enter a PIN at a pinpad for every signature.
         found["pin_given"] = source is not None and not isinstance(source, PinPad)
 
         stored = device.certificates()
         certificates = tuple(readable(stored))
         found["certificates"] = certificates
-        found["unread"] = unread_of(stored, app.supplied())
+        found["unread"] = unread_of(stored, app.signers.supplied())
         module = device.inspect(log_in=False)
         found["module"] = module
         found["token"] = _token(module, uri)
         found["logged_in"] = device.pin_accepted
-        supplied = app.supplied()
+        supplied = app.signers.supplied()
         for stored, key in read_certificates_and_key(device, supplied.certificates):
             certificates = tuple(readable(stored))
             unread = unread_of(stored, supplied, key)
@@ -300,7 +301,7 @@ def _request(app: App, scope: str) -> TokenRequest:
 
 def _try_scope(app: App, http_client: HttpClient, scope: str) -> HsmTollError | None:
     try:
-        if app.gives_tokens:
+        if app.settings.signer.gives_tokens:
             app.renewal.renew(
                 _request(app, scope), PendingRenewal(app.clock.now().boot, NO_REQUIREMENTS)
             )

@@ -192,8 +192,8 @@ class Profiles:
         for name, table in policy.profiles.items():
             profile = known.get(name)
             if profile is not None and profile.table == table:
-                if profile.app.certificate_file is not None:
-                    profile.app.certificate_file(afresh=True)
+                if profile.app.signers.certificate_file is not None:
+                    profile.app.signers.certificate_file(afresh=True)
                 profiles[name] = profile
             else:
                 profiles[name] = self._new_profile(name, table)
@@ -221,12 +221,7 @@ class Profiles:
         if "isolation" not in settings.hsm.model_fields_set:
             hsm = settings.hsm.model_copy(update={"isolation": "process"})
             settings = settings.model_copy(update={"hsm": hsm})
-        app = App(settings, clock=self._clock)
-        app.skew = _NoClockCorrection()
-        if app.family == "norwegian" and settings.iss is None:
-            raise ConfigurationError("iss is required with identity = norwegian")
-        app.module(app.uris()[0])
-        app.isolated_in = {
+        worker = {
             "program": "hsmtoll.host.worker",
             "rules": {
                 "policy": str(self._path.absolute()),
@@ -236,6 +231,11 @@ class Profiles:
                 "certificate_sha256": settings.hsm.certificate_sha256,
             },
         }
+        app = App(settings, clock=self._clock, worker=worker)
+        app.skew = _NoClockCorrection()
+        if app.family == "norwegian" and settings.iss is None:
+            raise ConfigurationError("iss is required with identity = norwegian")
+        app.hsm.module(app.hsm.uris()[0])
         return app
 
     async def reload(self, audit: Audit, commit: GroupCommit) -> str | None:

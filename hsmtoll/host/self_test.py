@@ -91,7 +91,7 @@ def _self_test_of(app: App, device: Device) -> Callable[[], None]:
     signer = app.local_signer(device)
     if app.settings.kid is None:
         signer.chain()
-    pool = [*readable(device.certificates()), *app.supplied().certificates]
+    pool = [*readable(device.certificates()), *app.signers.supplied().certificates]
     candidates = tuple({each.public_key for each in pool if each.public_key is not None})
     public = device.key(candidates=candidates).public
     keys = (public,) if public is not None else candidates

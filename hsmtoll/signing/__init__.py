@@ -13,4 +13,5 @@ Signed grants, from the request to the verified JWS.
     host_trust           who may listen at the Unix socket of a signing host
     replies              error responses of a signing host
     verification         verifies each grant that a signing host returns
+    configured           the signers that the settings name
 """

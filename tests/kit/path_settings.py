@@ -21,7 +21,6 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from hsmtoll.app import App
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
@@ -29,6 +28,7 @@ from hsmtoll.host.sockets import server_context
 from hsmtoll.hsm.module import PKCS11_LOCK, opened
 from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
+from hsmtoll.hsm.public_key import public_key
 from hsmtoll.settings import load
 from hsmtoll.tls import client_context, host_context
 from hsmtoll.tokens.redis_store import read_key
@@ -125,7 +125,7 @@ class Material:
 
     @staticmethod
     def _public_key(path: Path) -> None:
-        App(load(config="/dev/null", hsm__public_key=path))._public_key()
+        public_key(load(config="/dev/null", hsm__public_key=path))
 
     @staticmethod
     def _certificates(path: Path) -> None:

@@ -144,7 +144,15 @@ def test_values_that_hold_secrets_do_not_show_them(
     app = App(made)
     device = app.devices[0]
 
-    for each in (made, made.hsm, app, device, app.pin(app.uris()[0]), toll_softhsm, vars(device)):
+    for each in (
+        made,
+        made.hsm,
+        app,
+        device,
+        app.hsm.pin(app.hsm.uris()[0]),
+        toll_softhsm,
+        vars(device),
+    ):
         assert not shown(pin, repr(each) + str(each))
     assert made.hsm.pin is not None
     assert shown(pin, repr(made.hsm.pin.get_secret_value()))

@@ -46,7 +46,7 @@ def device(toll_settings: Settings, toll_faults: Faults) -> Any:
     del toll_faults
     app = App(toll_settings)
     # Without an audience: the grants of this file have one of their own.
-    with app._device(app._token_settings(app.uris()[0])) as made:
+    with app.hsm._device(app.hsm._token_settings(app.hsm.uris()[0])) as made:
         yield made
 
 

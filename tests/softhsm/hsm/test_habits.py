@@ -259,7 +259,7 @@ def test_a_role_of_the_makers_own_logs_in_where_it_is_named(
     toll_faults.set("user-type", n=0x80000001)
     with program(isolation, hsm__user_type="0x80000001") as app:
         assert signed(app)
-        assert all(token.problem is None for token in app.inspect().tokens if token.keys)
+        assert all(token.problem is None for token in app.hsm.inspect().tokens if token.keys)
     with program(isolation) as app, pytest.raises(HsmTollError) as caught:
         signed(app)
     # It was no try, and no other mechanism of the module's is to blame.
@@ -427,7 +427,7 @@ def test_an_object_that_cannot_be_read_hides_no_other(
         toll_faults.set("object-unreadable", label="damaged", rv=code)
         with program("none") as app:
             assert signed(app)
-            seen = app.inspect().tokens
+            seen = app.hsm.inspect().tokens
             assert any("eseal" in key.label for token in seen for key in token.keys)
         assert toll_settings.hsm.key
     finally:
@@ -522,7 +522,7 @@ def test_a_slot_that_cannot_be_described_hides_no_other(
     toll_faults.set("slot-info-error")
     with program(isolation) as app:
         assert signed(app)
-        problems = [each.problem for each in app.inspect().tokens if each.problem]
+        problems = [each.problem for each in app.hsm.inspect().tokens if each.problem]
     assert problems == ["the slot answers 0x30"]
 
 
@@ -533,7 +533,7 @@ def test_a_label_with_a_nul_in_it_is_printed_as_it_can_be_pasted(
     toll_faults.set("label-nul")
     with program(isolation) as app:
         assert signed(app)
-        every = [str(key.uri) for token in app.inspect().tokens for key in token.keys]
+        every = [str(key.uri) for token in app.hsm.inspect().tokens for key in token.keys]
     # Other tests of the room leave keys of other names and devices behind.
     uris = [uri for uri in every if "object=eseal" in uri]
     assert uris

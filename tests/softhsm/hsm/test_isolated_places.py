@@ -48,7 +48,7 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.settings import load
 app = App(load())
 # Some settings name no Maskinporten.
-grant = a_grant(audience=app._audience) if app._audience else a_grant()
+grant = a_grant(audience=app.hsm.audience) if app.hsm.audience else a_grant()
 
 def signed():
     try:

@@ -153,7 +153,7 @@ def test_what_is_behind_the_module_looks_the_same_from_a_process_of_its_own(
 ) -> None:
     toll_softhsm.generate_key("å b;/\n", b"\x00\xff")
     toll_faults.set("slot-error")
-    seen = [App(load(hsm__isolation=each)).inspect() for each in ("none", "process")]
+    seen = [App(load(hsm__isolation=each)).hsm.inspect() for each in ("none", "process")]
     assert seen[0].path == str(toll_settings.hsm.module)
     # SoftHSM lists objects in another order in each process.
     plain, isolated = (

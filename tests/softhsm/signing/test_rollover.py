@@ -78,8 +78,8 @@ class Bench:
         (plain,) = made.devices
         return Counting(
             DeviceSettings(self.lab.module, plain.uri),
-            pin=made.pin(plain.uri),
-            pin_log=made.pin_log,
+            pin=made.hsm.pin(plain.uri),
+            pin_log=made.hsm.pin_log,
         )
 
     def issue(self, key: str, **options: Any) -> x509.Certificate:

@@ -220,7 +220,7 @@ def test_what_openssl_writes_is_taken_as_a_file_and_by_an_import_alike(
     made = made_by_openssl(form, tmp_path, *given)
     expected = [each.public_bytes(Encoding.DER) for each in (given if whole else given[:1])]
     with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": made})) as app:
-        assert sorted(each.der for each in app.supplied().certificates) == sorted(expected)
+        assert sorted(each.der for each in app.signers.supplied().certificates) == sorted(expected)
         if not whole:
             # A leaf alone is imported where its issuers are there already.
             enrolment.import_chain(app.devices[0], pem(*given), now=NOW)
@@ -236,7 +236,7 @@ def test_pkcs12_is_refused_by_both_in_the_same_words(
     made = made_by_openssl("p12", tmp_path, authority.issue(spki), *authority.chain)
     with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": made})) as app:
         for refuses in (
-            app.supplied,
+            app.signers.supplied,
             lambda: enrolment.import_chain(app.devices[0], made.read_bytes(), now=NOW),
         ):
             with pytest.raises(ConfigurationError, match="PKCS#12") as caught:
