@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import re
 import stat
 import sys
@@ -15,17 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from hsmtoll import apis as catalogue
-from hsmtoll.cli.framework import File, command, starting_with
-from hsmtoll.cli.input import NO_JSON, no_json, parse_json, place_of, read_body, read_content
+from hsmtoll.cli.framework import File, command, completion_of, starting_with
+from hsmtoll.cli.input import check_json, read_body, read_message
 from hsmtoll.cli.options import (
     NEEDS_ACCESS,
     PATH,
     GlobalOptions,
     as_json_option,
     final_try_option,
-    grant_options,
-    one_scope,
-    read_grant_options,
+    for_whom,
     scope_argument,
     scope_option,
 )
@@ -38,6 +34,7 @@ from hsmtoll.errors import ExchangeRefused, NetworkError, UsageError, foreign
 
 if TYPE_CHECKING:
     from hsmtoll.app import App
+    from hsmtoll.token import ForWhom
 
 __all__ = ["call", "routing", "submit", "test_auth", "upload"]
 
@@ -48,25 +45,17 @@ _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MAX_PATH: Final = 8_000
 
 
-def _complete_submittable(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    return starting_with(incomplete, LEVELS)
-
-
 def _complete_levels(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
     return starting_with(incomplete, LEVELS.get(ctx.params.get("api") or "", ()))
-
-
-def _complete_document_types(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    # Without names with blanks: shells differ in how they quote such completions.
-    return starting_with(incomplete, (kind for kind in DOCUMENT_TYPES if " " not in kind))
 
 
 def _complete_methods(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
     return starting_with(incomplete.upper(), ("GET", "POST", "PUT", "PATCH", "DELETE"))
 
 
-def _complete_paths(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    return starting_with(incomplete, (api.base for api in catalogue.APIS if api.base))
+_complete_paths: Final = completion_of(api.base for api in catalogue.APIS if api.base)
+#: Without names with blanks: shells differ in how they quote such completions.
+_complete_document_types: Final = completion_of(kind for kind in DOCUMENT_TYPES if " " not in kind)
 
 
 @command(
@@ -78,22 +67,15 @@ def _complete_paths(_: click.Context, __: click.Parameter, incomplete: str) -> l
 @as_json_option
 @final_try_option
 @click.pass_obj
-def test_auth(
-    options: GlobalOptions,
-    *,
-    what: str | None,
-    named: str | None,
-    as_json: bool,
-    use_final_try: bool,
-) -> None:
+def test_auth(options: GlobalOptions, *, scope: str | None, as_json: bool) -> None:
     """
     Get a token, make the API's test call and print its status.
 
     Success is 200. API is one of `hsmtoll apis`; HSMTOLL_SCOPE where none is given.
     """
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     # Without an argument: the default scope, or an error, as for `token`.
-    word = one_scope(what, named) or app.settings.scope
+    word = scope or app.settings.scope
     api = _test_api(word or app.token_service.request(None).scope)
     with app.client() as client:
         if api.name == "verksemd.eu":
@@ -155,7 +137,7 @@ def _checked(response: Any, api: catalogue.Api, app: App) -> None:
     "--header", "headers", multiple=True, metavar="H", help="NAME: VALUE; may be repeated."
 )
 @scope_option
-@grant_options
+@for_whom
 @final_try_option
 @click.pass_obj
 def call(
@@ -168,10 +150,7 @@ def call(
     include: bool,
     headers: tuple[str, ...],
     scope: str | None,
-    consumer_org: str | None,
-    resource: tuple[str, ...],
-    details: str | None,
-    use_final_try: bool,
+    whom: ForWhom,
 ) -> None:
     """
     Make one API call and print the body of the answer.
@@ -189,20 +168,15 @@ def call(
             f"path {foreign(path)}: printable characters are expected, {_MAX_PATH} at most"
         )
     sent = [_header(line) for line in headers]
-    body = read_body(data if data is not None else json_data)
+    body = data if json_data is None else json_data
+    content = None if body is None else read_body(body)
     if json_data is not None:
-        try:
-            parse_json(body or b"")
-        except ValueError as exc:
-            raise UsageError(
-                f"--json-data: that is not JSON{place_of(exc)}", hint=no_json(json_data)
-            ) from None
+        check_json(content or b"", "--json-data: the body", json_data)
         sent.append(("Content-Type", "application/json"))
-    grant_args = read_grant_options(consumer_org, resource, details)
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with app.client() as client:
         response = client.call(
-            method.upper(), path, scope=scope, **grant_args, content=body, headers=sent
+            method.upper(), path, scope=scope, **whom, content=content, headers=sent
         )
     asked = method.upper() in SAFE
     with contextlib.nullcontext() if asked else after_sending(f"call to {api.name}"):
@@ -258,7 +232,7 @@ def _header(line: str) -> tuple[str, str]:
         "hsmtoll submit road PUT transport t.json --mrn 26NO4TU2HUD59UCBT8 --json",
     ),
 )
-@click.argument("api", shell_complete=_complete_submittable)
+@click.argument("api", shell_complete=completion_of(LEVELS))
 @click.argument("method", shell_complete=_complete_methods)
 @click.argument("level", shell_complete=_complete_levels)
 @click.argument("message", metavar="[FILE]", required=False, type=File())
@@ -267,7 +241,7 @@ def _header(line: str) -> tuple[str, str]:
               show_default=True, help="Seconds to wait for the result.")  # fmt: skip
 @as_json_option
 @scope_option
-@grant_options
+@for_whom
 @final_try_option
 @click.pass_obj
 def submit(
@@ -281,10 +255,7 @@ def submit(
     timeout: float,
     as_json: bool,
     scope: str | None,
-    consumer_org: str | None,
-    resource: tuple[str, ...],
-    details: str | None,
-    use_final_try: bool,
+    whom: ForWhom,
 ) -> None:
     """
     Submit a message and wait for its result: SUCCESS and the MRN.
@@ -295,24 +266,8 @@ def submit(
     """
     if not math.isfinite(timeout):
         raise UsageError(f"--timeout {timeout}: seconds are expected")
-    is_text = message is not None and message.lstrip().startswith("{")
-    neither = "submit: neither a JSON object nor a file:"
-    raw = os.fsencode(message or "") if is_text else read_content(message or "-", neither)
-    try:
-        parsed = parse_json(raw)
-    except ValueError as exc:
-        raise UsageError(f"submit: the message is not JSON{place_of(exc)}", hint=NO_JSON) from None
-    if not isinstance(parsed, dict):
-        raise UsageError("submit: the message is not a JSON object", hint="{…} is expected")
-    try:
-        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
-        # Both parse as JSON (an escape, many digits), but cannot be encoded again.
-        raise UsageError(
-            "submit: the message has half of a surrogate pair or too large a number in it"
-        ) from None
-    grant_args = read_grant_options(consumer_org, resource, details)
-    app = options.app(use_final_try=use_final_try)
+    parsed = read_message(message)
+    app = options.app()
     with app.client() as client:
         receipt = client.submit(
             api,
@@ -322,7 +277,7 @@ def submit(
             mrn=mrn,
             patience=timeout,
             scope=scope,
-            **grant_args,
+            **whom,
             # Printed before polling, so that the user can query the result after an interruption.
             accepted=lambda request_id: say(f"accepted, requestId {request_id}"),
             waiting=_waiting,
@@ -360,7 +315,6 @@ def upload(
     file: str,
     kind: str,
     as_json: bool,
-    use_final_try: bool,
 ) -> None:
     """
     Upload a document to a declaration.
@@ -369,7 +323,7 @@ def upload(
     """
     file = file.removeprefix("@")
     _check_file(file)
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with app.client() as client:
         receipt = client.upload(declaration_id, file, document_type=kind)
     say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
@@ -398,7 +352,6 @@ def routing(
     marker: Path | None,
     limit: int | None,
     level: str,
-    use_final_try: bool,
 ) -> None:
     """
     Print the routing feed, one JSON line a signal.
@@ -406,7 +359,7 @@ def routing(
     With --marker, FILE holds how far the feed was read. It is written after the signals were
     printed: after a kill, the next run prints some of them again and leaves none out.
     """
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     left = limit
     with app.client() as client:
         for batch in client.routing(marker, level=level):

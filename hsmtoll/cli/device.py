@@ -44,11 +44,11 @@ __all__ = ["chain", "key", "objects", "pin"]
 @click.option("--pem", is_flag=True, help="The certificates, leaf first.")
 @final_try_option
 @click.pass_obj
-def chain(options: GlobalOptions, *, as_json: bool, pem: bool, use_final_try: bool) -> None:
+def chain(options: GlobalOptions, *, as_json: bool, pem: bool) -> None:
     """Show the verified certificate chain that is sent as x5c."""
     if as_json and pem:
         raise UsageError("--json and --pem: one form at a time")
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     try:
         found = app.chain()
     finally:
@@ -209,7 +209,6 @@ def key_generate(
     label: str | None,
     key_id: str | None,
     always_authenticate: bool,
-    use_final_try: bool,
 ) -> None:
     """
     Make an RSA key on the device and print its URI.
@@ -220,7 +219,7 @@ def key_generate(
         given = bytes.fromhex(key_id) if key_id else None
     except ValueError:
         raise UsageError("--id: hexadecimal bytes are expected, such as 01") from None
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with app.devices[0] as device:
         uri = enrolment.generate(
             device,
@@ -261,9 +260,9 @@ def _export_line(settings: Settings, uri: KeyUri) -> str:
 @click.option("--serial-number", metavar="N")
 @final_try_option
 @click.pass_obj
-def key_csr(options: GlobalOptions, /, *, use_final_try: bool, **subject: Any) -> None:
+def key_csr(options: GlobalOptions, /, **subject: Any) -> None:
     """Print a certificate request (PKCS#10, PEM), signed on the device."""
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with app.devices[0] as device:
         click.echo(enrolment.csr(device, **subject).rstrip())
 
@@ -276,13 +275,13 @@ def key_csr(options: GlobalOptions, /, *, use_final_try: bool, **subject: Any) -
 @click.argument("chain", metavar="FILE", type=PATH)
 @final_try_option
 @click.pass_obj
-def key_import(options: GlobalOptions, *, chain: Path, use_final_try: bool) -> None:
+def key_import(options: GlobalOptions, *, chain: Path) -> None:
     """
     Store a certificate and its chain on the device, beside its key.
 
     FILE is PEM, DER or PKCS#7 (.p7b), - is stdin. What is there already is not stored again.
     """
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     data = read_content(str(chain), "key import:")
     with app.devices[0] as device:
         now = datetime.fromtimestamp(app.clock.now().wall, UTC)
@@ -310,13 +309,13 @@ def key_import(options: GlobalOptions, *, chain: Path, use_final_try: bool) -> N
 @key.command("jwk", needs=NEEDS_DEVICE, examples=("hsmtoll key jwk > key.jwk",))
 @final_try_option
 @click.pass_obj
-def key_jwk(options: GlobalOptions, *, use_final_try: bool) -> None:
+def key_jwk(options: GlobalOptions) -> None:
     """
     Print the public key as a JWK (RFC 7517).
 
     With its RFC 7638 thumbprint as kid, ready to be registered at Samarbeidsportalen.
     """
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with app.devices[0] as device:
         click.echo(json.dumps(enrolment.jwk(device, alg=app.settings.alg), indent=2))
 

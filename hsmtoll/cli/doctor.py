@@ -44,7 +44,6 @@ def doctor(
     scopes: tuple[str, ...],
     crl: Path | None,
     evidence: bool,
-    use_final_try: bool,
 ) -> int:
     """
     Check settings, device, certificates and services.
@@ -55,7 +54,7 @@ def doctor(
     the certificate shows only with it.
     """
     try:
-        app = options.app(use_final_try=use_final_try)
+        app = options.app()
     except ConfigurationError as exc:
         if evidence:
             # It would show an auditor settings that nobody has made.

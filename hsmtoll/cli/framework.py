@@ -22,20 +22,24 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG",
     "PROFILE",
+    "USE_FINAL_TRY",
     "Command",
     "File",
     "Group",
     "command",
+    "completion_of",
     "completion_script",
     "group",
     "help_of",
     "options_of",
     "starting_with",
+    "store_in_meta",
 ]
 
 #: Keys of the global options in click's shared `Context.meta`.
 CONFIG: Final = "hsmtoll_config"
 PROFILE: Final = "hsmtoll_profile"
+USE_FINAL_TRY: Final = "hsmtoll_use_final_try"
 _VERBOSITY: Final = "hsmtoll_verbosity"
 
 _LEVELS: Final = (logging.WARNING, logging.INFO, logging.DEBUG)
@@ -46,13 +50,11 @@ _SHELLS: Final = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete
 _COMPLETE: Final = "_HSMTOLL_COMPLETE"
 
 
-def _store_in_meta(name: str) -> Any:
-    def kept(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
-        # Options after the command are read last, and win.
-        if value is not None:
-            ctx.meta[name] = value
-
-    return kept
+def store_in_meta(ctx: click.Context, param: click.Parameter, value: object) -> None:
+    """The callback of an option that several commands share: stores it under its name."""
+    # Options after the command are read last, and win.
+    if value is not None:
+        ctx.meta[param.name or ""] = value
 
 
 def _verbose(ctx: click.Context, _: click.Parameter, value: int) -> None:
@@ -86,14 +88,14 @@ _GLOBAL: Final = (
         metavar="FILE",
         type=File(),
         expose_value=False,
-        callback=_store_in_meta(CONFIG),
+        callback=store_in_meta,
         help="Configuration file (TOML).",
     ),
     click.Option(
         ["--profile", PROFILE],
         metavar="NAME",
         expose_value=False,
-        callback=_store_in_meta(PROFILE),
+        callback=store_in_meta,
         shell_complete=_profiles,
         help="Table [profile.NAME] of the configuration file.",
     ),
@@ -259,6 +261,14 @@ def _summary(command: click.Command) -> str:
 def starting_with(incomplete: str, words: Iterable[str]) -> list[str]:
     """Those of *words* that begin with *incomplete*."""
     return [word for word in words if word.startswith(incomplete)]
+
+
+def completion_of(
+    words: Iterable[str],
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """The completion of an argument whose values are *words*."""
+    known = tuple(words)
+    return lambda _ctx, _param, incomplete: starting_with(incomplete, known)
 
 
 def options_of(ctx: click.Context | None) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -13,9 +13,7 @@ from hsmtoll.cli.input import read_stdin
 from hsmtoll.cli.options import (
     GlobalOptions,
     final_try_option,
-    grant_options,
-    one_scope,
-    read_grant_options,
+    for_whom,
     scope_argument,
 )
 from hsmtoll.cli.streams import print_json
@@ -25,6 +23,9 @@ from hsmtoll.token import NO_REQUIREMENTS, TokenRequest
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.single_flight import PendingRenewal
 from hsmtoll.tokens.stores import MemoryStore
+
+if TYPE_CHECKING:
+    from hsmtoll.token import ForWhom
 
 __all__ = ["exchange", "sign"]
 
@@ -37,27 +38,22 @@ _LARGEST_ASSERTION: Final = 64 * 1024
     examples=("ssh keyhost hsmtoll sign road | hsmtoll exchange",),
 )
 @scope_argument
-@grant_options
+@for_whom
 @final_try_option
 @click.pass_obj
 def sign(
     options: GlobalOptions,
     *,
-    what: str | None,
-    named: str | None,
-    consumer_org: str | None,
-    resource: tuple[str, ...],
-    details: str | None,
-    use_final_try: bool,
+    scope: str | None,
+    whom: ForWhom,
 ) -> None:
     """
     Print one signed assertion, to be exchanged on another machine.
 
     Nothing is sent. The assertion can be used once, within two minutes.
     """
-    grant_args = read_grant_options(consumer_org, resource, details)
-    app = options.app(use_final_try=use_final_try)
-    request = app.token_service.request(one_scope(what, named), **grant_args)
+    app = options.app()
+    request = app.token_service.request(scope, **whom)
     try:
         renewal = app.renewal_by(app.signer)
         try:

@@ -1,4 +1,4 @@
-"""What a command is given: texts, files and stdin, and the JSON in them."""
+"""Input of the commands: text, files and stdin, and JSON in them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,28 @@ from typing import Any, Final
 from hsmtoll.errors import UsageError, foreign
 from hsmtoll.jsonio import read_strict
 
-__all__ = [
-    "NO_JSON",
-    "no_json",
-    "parse_json",
-    "place_of",
-    "read_body",
-    "read_content",
-    "read_stdin",
-]
+__all__ = ["check_json", "read_body", "read_content", "read_json", "read_message", "read_stdin"]
 
-#: Levels. The messages of the guide have some ten.
+#: Levels. The messages of the guide have about ten.
 _DEEPEST: Final = 100
 
-#: Characters. A longer text is no path.
+#: Characters. A longer text is not a path.
 _MAX_PATH: Final = 4_096
 
-#: Why what looks like JSON may be none.
-NO_JSON: Final = (
-    "it has neither NaN nor Infinity (RFC 8259), and here no name twice in one object and"
-    f" {_DEEPEST} levels at most"
+_NOT_JSON: Final = (
+    "JSON as in RFC 8259 is expected: no NaN or Infinity, no name twice in one object,"
+    f" at most {_DEEPEST} levels"
 )
 
 
-def read_body(given: str | None) -> bytes | None:
-    if given is None or not given.startswith("@"):
-        # The bytes that were typed, whatever encoding they are in.
-        return os.fsencode(given) if given is not None else None
-    return read_content(given, "body:")
+def read_body(given: str) -> bytes:
+    """The bytes of *given*: text, @FILE, or @- for stdin. UsageError if they cannot be read."""
+    # The bytes that were typed, in whatever encoding.
+    return read_content(given, "body:") if given.startswith("@") else os.fsencode(given)
 
 
 def read_content(file: str, what: str) -> bytes:
-    """The bytes of FILE or @FILE; - or @- is stdin. UsageError where they cannot be read."""
+    """The bytes of FILE or @FILE; - or @- is stdin. UsageError if they cannot be read."""
     name = file.removeprefix("@")
     if name == "-":
         return read_stdin(what.partition(":")[0])
@@ -56,18 +46,38 @@ def read_content(file: str, what: str) -> bytes:
 
 
 def read_stdin(what: str, limit: int = -1) -> bytes:
+    """stdin, *limit* bytes at most. UsageError, beginning with *what*, if it cannot be read."""
     try:
         return sys.stdin.buffer.read(limit)
     except OSError as exc:
         raise UsageError(f"{what}: stdin cannot be read ({exc.strerror})") from exc
 
 
-def parse_json(raw: bytes) -> Any:
-    """*raw* as JSON; ValueError as `read_strict`, and for more levels than a message has."""
-    value = read_strict(raw)
+def read_json(given: str, what: str) -> Any:
+    """*given* as for `read_body`, parsed as JSON. UsageError, beginning with *what*."""
+    return check_json(read_body(given), what, given)
+
+
+def check_json(raw: bytes, what: str, given: str = "") -> Any:
+    """*raw* parsed as JSON. UsageError, beginning with *what*; *given* may be a file's name."""
+    try:
+        value = read_strict(raw)
+        _check_depth(value)
+    except ValueError as exc:
+        at = exc if isinstance(exc, json.JSONDecodeError) else None
+        place = f" (line {at.lineno}, column {at.colno})" if at else ""
+        is_path = 0 < len(given) < _MAX_PATH and "\0" not in given and Path(given).is_file()
+        raise UsageError(
+            f"{what} is not JSON{place}",
+            hint=f"did you mean @{foreign(given)}?" if is_path else _NOT_JSON,
+        ) from None
+    return value
+
+
+def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(_DEEPEST):
-        # Only what holds others has a next level.
+        # Only containers have a next level.
         level = [
             inner
             for each in level
@@ -75,17 +85,27 @@ def parse_json(raw: bytes) -> Any:
             for inner in (each.values() if isinstance(each, dict) else each)
         ]
         if not level:
-            return value
+            return
     raise ValueError("nested too deeply")
 
 
-def place_of(exc: ValueError) -> str:
-    """Where the JSON of a message is wrong, if that is known."""
-    if isinstance(exc, json.JSONDecodeError):
-        return f" (line {exc.lineno}, column {exc.colno})"
-    return ""
-
-
-def no_json(given: str) -> str:
-    there = len(given) < _MAX_PATH and "\0" not in given and Path(given).is_file()
-    return f"did you mean @{foreign(given)}?" if there else NO_JSON
+def read_message(given: str | None) -> dict[str, Any]:
+    """
+    The JSON object of `hsmtoll submit`: in FILE or @FILE, on stdin (None, -), or as text if *given*
+    begins with {. UsageError if there is none.
+    """
+    if given is not None and given.lstrip().startswith("{"):
+        raw = os.fsencode(given)
+    else:
+        raw = read_content(given or "-", "submit: neither a JSON object nor a file:")
+    message = check_json(raw, "submit: the message")
+    if not isinstance(message, dict):
+        raise UsageError("submit: the message is not a JSON object", hint="{…} is expected")
+    try:
+        json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        # Valid JSON (an escape, many digits) that cannot be encoded again.
+        raise UsageError(
+            "submit: the message contains half of a surrogate pair or too large a number"
+        ) from None
+    return message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from hsmtoll import apis as catalogue
-from hsmtoll.cli.framework import CONFIG, PROFILE, File, starting_with
-from hsmtoll.cli.input import no_json, parse_json, place_of, read_body
+from hsmtoll.cli.framework import CONFIG, PROFILE, USE_FINAL_TRY, File, completion_of, store_in_meta
+from hsmtoll.cli.input import read_json
 from hsmtoll.cli.streams import redirect_fd1_to_stderr
 from hsmtoll.errors import UsageError, foreign
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.app import App
     from hsmtoll.settings import Settings
+    from hsmtoll.token import ForWhom
 
 __all__ = [
     "EXISTING_FILE",
@@ -32,9 +34,7 @@ __all__ = [
     "as_json_option",
     "complete_apis",
     "final_try_option",
-    "grant_options",
-    "one_scope",
-    "read_grant_options",
+    "for_whom",
     "scope_argument",
     "scope_option",
 ]
@@ -53,15 +53,18 @@ as_json_option = click.option(
 )
 
 final_try_option = click.option(
-    "--use-final-try",
-    is_flag=True,
+    "--use-final-try", USE_FINAL_TRY,
+    is_flag=True, expose_value=False, callback=store_in_meta,
     help="Log in even if the device reports the last try before it locks.",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalOptions:
-    """The global options. Read lazily, as they may also follow the command."""
+    """
+    The options that several commands share, and what is built from them. Read lazily, as they may
+    follow the command.
+    """
 
     given: Mapping[str, Any]
 
@@ -78,8 +81,12 @@ class GlobalOptions:
 
         return load(config=self.config, profile=self.profile)
 
-    def app(self, *, use_final_try: bool = False, one_shot: bool = True) -> App:
-        """The parts for a command that ends (*one_shot*), or for one that goes on."""
+    def app(self, *, one_shot: bool = True) -> App:
+        """
+        The parts of the settings for a command that ends (*one_shot*), or for one that goes on.
+
+        Raises ConfigurationError.
+        """
         from hsmtoll.app import App  # noqa: PLC0415 - as above
 
         settings = self.settings()
@@ -96,28 +103,30 @@ class GlobalOptions:
                     lambda record: not record.getMessage().startswith("device-down: ")
                 )
         redirect_fd1_to_stderr()
-        return App(settings, one_shot=one_shot, use_final_try=use_final_try)
+        final_try = self.given.get(USE_FINAL_TRY, False)
+        return App(settings, one_shot=one_shot, use_final_try=final_try)
 
 
-def complete_apis(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-    return starting_with(incomplete, (api.name for api in catalogue.APIS if not api.not_ready))
+complete_apis: Final = completion_of(api.name for api in catalogue.APIS if not api.not_ready)
 
 
 def scope_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The API or scope: an argument, or the equivalent option --scope or --api."""
-    function = click.argument(
-        "what", metavar="[API|SCOPE]", required=False, shell_complete=complete_apis
-    )(function)
-    return click.option(
-        "--scope", "--api", "named", metavar="S", shell_complete=complete_apis,
+    """The API or scope, an argument or the option --scope or --api: passed as *scope*."""
+
+    @click.argument("argument", metavar="[API|SCOPE]", required=False, shell_complete=complete_apis)
+    @click.option(
+        "--scope", "--api", "option", metavar="S", shell_complete=complete_apis,
         help="The API or scope, as an option.",
-    )(function)  # fmt: skip
+    )  # fmt: skip
+    @functools.wraps(function)
+    def called(*args: Any, argument: str | None, option: str | None, **others: Any) -> Any:
+        if argument and option:
+            raise UsageError(
+                f"{foreign(argument)} and {foreign(option)}: one API or scope at a time"
+            )
+        return function(*args, scope=argument or option, **others)
 
-
-def one_scope(what: str | None, named: str | None) -> str | None:
-    if what and named:
-        raise UsageError(f"{foreign(what)} and {foreign(named)}: one API or scope at a time")
-    return what or named
+    return called
 
 
 scope_option = click.option(
@@ -126,34 +135,30 @@ scope_option = click.option(
 )  # fmt: skip
 
 
-def grant_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of a grant on behalf of others, or for a resource; see `read_grant_options`."""
-    for option in (
-        click.option(
-            "--authorization-details", "details", metavar="@F",
-            help="JSON list of objects (RFC 9396), such as a customer's system user.",
-        ),
-        click.option("--resource", multiple=True, metavar="R", help="May be repeated."),
-        click.option("--consumer-org", metavar="N", help="On whose behalf; nine digits."),
-    ):  # fmt: skip
-        function = option(function)
-    return function
+def for_whom(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say for whom a token is requested: passed as *whom*, a `ForWhom`."""
 
+    @click.option("--consumer-org", metavar="N", help="On whose behalf; nine digits.")
+    @click.option("--resource", multiple=True, metavar="R", help="May be repeated.")
+    @click.option(
+        "--authorization-details", "details", metavar="@F",
+        help="JSON list of objects (RFC 9396), such as a customer's system user.",
+    )  # fmt: skip
+    @functools.wraps(function)
+    def called(
+        *args: Any,
+        consumer_org: str | None,
+        resource: tuple[str, ...],
+        details: str | None,
+        **others: Any,
+    ) -> Any:
+        what = "--authorization-details: the value"
+        given = None if details is None else read_json(details, what)
+        whom: ForWhom = {
+            "consumer_org": consumer_org,
+            "resource": resource or None,
+            "authorization_details": given,
+        }
+        return function(*args, whom=whom, **others)
 
-def read_grant_options(
-    consumer_org: str | None, resource: tuple[str, ...], details: str | None
-) -> dict[str, Any]:
-    """The values of `grant_options` as keyword arguments of the client's methods."""
-    given: Any = None
-    if details is not None:
-        try:
-            given = parse_json(read_body(details) or b"")
-        except ValueError as exc:
-            raise UsageError(
-                f"--authorization-details: that is not JSON{place_of(exc)}", hint=no_json(details)
-            ) from None
-    return {
-        "consumer_org": consumer_org,
-        "resource": resource or None,
-        "authorization_details": given,
-    }
+    return called

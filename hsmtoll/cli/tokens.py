@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,13 +15,14 @@ from hsmtoll.cli.options import (
     GlobalOptions,
     as_json_option,
     final_try_option,
-    grant_options,
-    one_scope,
-    read_grant_options,
+    for_whom,
     scope_argument,
 )
 from hsmtoll.cli.streams import print_json
 from hsmtoll.errors import UsageError
+
+if TYPE_CHECKING:
+    from hsmtoll.token import ForWhom
 
 __all__ = ["apis", "token"]
 
@@ -38,22 +40,18 @@ __all__ = ["apis", "token"]
 @click.option("--min-life", type=click.FloatRange(min=0), default=0.0, metavar="S",
               help="Seconds for which the token must remain valid.")  # fmt: skip
 @click.option("--renew", is_flag=True, help="Get a new token even if one is cached.")
-@grant_options
+@for_whom
 @final_try_option
 @click.pass_obj
 def token(
     options: GlobalOptions,
     *,
-    what: str | None,
-    named: str | None,
+    scope: str | None,
     as_json: bool,
     header: bool,
     min_life: float,
     renew: bool,
-    consumer_org: str | None,
-    resource: tuple[str, ...],
-    details: str | None,
-    use_final_try: bool,
+    whom: ForWhom,
 ) -> None:
     """
     Print one Customs token, from the cache or newly issued.
@@ -64,11 +62,10 @@ def token(
         raise UsageError("--json and --header: one form at a time")
     if not math.isfinite(min_life):
         raise UsageError(f"--min-life {min_life}: seconds are expected")
-    grant_args = read_grant_options(consumer_org, resource, details)
-    app = options.app(use_final_try=use_final_try)
+    app = options.app()
     with contextlib.closing(app):
         token_service = app.token_service
-        request = token_service.request(one_scope(what, named), **grant_args)
+        request = token_service.request(scope, **whom)
         got = token_service.token(request, token_service.requirements(min_life, renew=renew))
         left = int(got.remaining(app.clock.now()))
     if as_json:
