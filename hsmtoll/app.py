@@ -148,7 +148,7 @@ class App:
             counts=self.counts,
             family=self.family,
             default=TokenRequest(settings.scope or "", settings.resource, settings.consumer_org),
-            pin_state=self.hsm.pin_state,
+            pin_state=self._pin_state,
         )
 
     @cached_property
@@ -279,8 +279,12 @@ class App:
 
         return AsyncTollClient(self.token_service, close=self.close)
 
+    # Both ask whether there are devices without building them, which would import PKCS#11.
+
+    def _pin_state(self) -> str | None:
+        return self.hsm.pin_state() if "hsm" in vars(self) else None
+
     def close(self) -> None:
         """Close the devices that were opened."""
-        # Asked by name: building the part would import it.
         if "hsm" in vars(self):
             self.hsm.close()
