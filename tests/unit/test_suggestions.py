@@ -7,25 +7,25 @@ import pytest
 
 from hsmtoll import apis
 from hsmtoll.cli import main
-from hsmtoll.settings import _PATHS, _VARIABLES
+from hsmtoll.settings.model import PATHS, VARIABLES
 from hsmtoll.suggestions import did_you_mean
 from hsmtoll.testing.faults import NAMES
 
 APIS = [api.name for api in apis.APIS]
-KEYS = [".".join(path) for path in _PATHS]
+KEYS = [".".join(path) for path in PATHS]
 COMMANDS = main.list_commands(click.Context(main))
 
 
 @pytest.mark.parametrize(
     ("word", "known", "near"),
     [
-        ("HSMTOLL_ENV", _VARIABLES, "HSMTOLL_ENVIRONMENT"),
-        ("HSMTOLL_ENVIROMENT", _VARIABLES, "HSMTOLL_ENVIRONMENT"),
-        ("HSMTOLL_MODULE", _VARIABLES, "HSMTOLL_HSM__MODULE"),
-        ("HSMTOLL_PIN_FILE", _VARIABLES, "HSMTOLL_HSM__PIN_FILE"),
-        ("HSMTOLL_KEY", _VARIABLES, "HSMTOLL_HOST__KEY or HSMTOLL_HSM__KEY"),
-        ("HSMTOLL_HSM_PIN_FILE", _VARIABLES, "HSMTOLL_HSM__PIN_FILE"),
-        ("HSMTOLL_SCOOP", _VARIABLES, "HSMTOLL_SCOPE"),
+        ("HSMTOLL_ENV", VARIABLES, "HSMTOLL_ENVIRONMENT"),
+        ("HSMTOLL_ENVIROMENT", VARIABLES, "HSMTOLL_ENVIRONMENT"),
+        ("HSMTOLL_MODULE", VARIABLES, "HSMTOLL_HSM__MODULE"),
+        ("HSMTOLL_PIN_FILE", VARIABLES, "HSMTOLL_HSM__PIN_FILE"),
+        ("HSMTOLL_KEY", VARIABLES, "HSMTOLL_HOST__KEY or HSMTOLL_HSM__KEY"),
+        ("HSMTOLL_HSM_PIN_FILE", VARIABLES, "HSMTOLL_HSM__PIN_FILE"),
+        ("HSMTOLL_SCOOP", VARIABLES, "HSMTOLL_SCOPE"),
         ("ENVIRONMENT", KEYS, "environment"),
         ("HSMTOLL_ENVIRONMENT", KEYS, "environment"),
         ("Hsm.Module", KEYS, "hsm.module"),
@@ -45,11 +45,11 @@ def test_what_is_near_is_suggested(word: str, known: list[str], near: str) -> No
 @pytest.mark.parametrize(
     ("word", "known"),
     [
-        ("HSMTOLL_PORT", _VARIABLES),
-        ("HSMTOLL_SERVICE_HOST", _VARIABLES),
-        ("HSMTOLL_PORT_8443_TCP", _VARIABLES),
-        ("HSMTOLL_", _VARIABLES),
-        ("HSMTOLL_HSM", _VARIABLES),
+        ("HSMTOLL_PORT", VARIABLES),
+        ("HSMTOLL_SERVICE_HOST", VARIABLES),
+        ("HSMTOLL_PORT_8443_TCP", VARIABLES),
+        ("HSMTOLL_", VARIABLES),
+        ("HSMTOLL_HSM", VARIABLES),
         ("ferry", APIS),
         ("", APIS),
         ("---", APIS),
