@@ -190,8 +190,8 @@ def _check_endpoints(settings: Settings) -> None:
         if parts.scheme != "https" or not host or parts.username or parts.query or parts.fragment:
             raise ConfigurationError(f"{name}: an https URL is expected, without user or query")
         if not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host):
-            # HTTP clients turn full stops of other scripts into dots, proxies may decode %2E: neither
-            # must lead to the real services.
+            # HTTP clients turn the full stops of other scripts into dots, and proxies may decode
+            # %2E: neither must lead to the real services.
             raise ConfigurationError(
                 f"{name}: a host of ASCII letters, digits, dots and hyphens is expected",
                 hint="write an international name in its xn-- form",
