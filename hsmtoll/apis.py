@@ -54,7 +54,10 @@ class Api:
     no_scope: str | None = None
 
     def scope(self, identity: Identity) -> str:
-        """The scope for *identity*; ConfigurationError where the family has none."""
+        """
+        The scope for *identity*. ConfigurationError if there is none for it; UsageError if the API
+        is not ready, or its scope is not documented.
+        """
         scope = self.eseal if identity == "eseal" else self.norwegian
         if self.not_ready is not None:
             raise UsageError(
@@ -63,7 +66,7 @@ class Api:
         if self.no_scope is not None:
             raise UsageError(
                 f"API {self.name}: {self.no_scope}",
-                hint="name the one that Customs told you, with --scope S (in Python scope=)",
+                hint="use the one that you got from Customs, with --scope S (in Python scope=)",
                 code="scope-unnamed",
             )
         if scope is None:
@@ -128,7 +131,7 @@ APIS: Final = (
         "toll:declaration.feed",
         None,
         "",
-        not_ready="not yet ready, says the Customs guide; there is nothing to call",
+        not_ready="not yet ready, according to the Customs guide; there is nothing to call",
     ),
     Api("verksemd.eu", None, SELF_TEST_SCOPE, ""),
 )
@@ -188,9 +191,9 @@ def api_of_path(path: str) -> Api:
         if api.base and (path == api.base or path.startswith((f"{api.base}/", f"{api.base}?"))):
             return api
     raise UsageError(
-        f"path {foreign(path)}: not in the catalogue, which follows Customs' guide of {VERSION}",
-        hint="`hsmtoll apis` lists the base paths; a path that is newer is called with the scope "
-        "that opens it: --scope S (in Python scope=)",
+        f"path {foreign(path)}: not in the table of APIs (Customs' guide of {VERSION})",
+        hint="`hsmtoll apis` lists the base paths; a newer path needs its scope: --scope S "
+        "(in Python scope=)",
         code="path-unknown",
     )
 

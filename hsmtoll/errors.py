@@ -2,48 +2,46 @@
 The exceptions of hsmtoll, and `foreign`, which sanitizes untrusted text. Imports nothing of ours.
 
     HsmTollError
-    ├── UsageError              2  the command line makes no sense
-    ├── ConfigurationError     10  a setting is missing, misspelt or contradicts another
+    ├── UsageError              2  the command line or an argument is invalid
+    ├── ConfigurationError     10  a setting is missing, invalid or contradicts another
     ├── PinIncorrect           20  the device refused the PIN; it was tried once
-    ├── PinNotTried            21  locked, final try, or refused before: the device was not asked
+    ├── PinNotTried            21  locked, final try, or refused before: not sent to the device
     ├── DeviceError            30  module, p11_token, key or signature
     ├── CertificateError       40  leaf or chain
-    ├── ClockError             50  this machine's clock and theirs disagree
-    ├── GrantRefused           60  Maskinporten said no, or answered nonsense
-    │   └── ScopeNotGranted    61  Maskinporten said no to this scope
-    ├── ExchangeRefused        70  Customs said no to the exchange, or answered nonsense
-    ├── ApiRefused             71  a Customs API said no
+    ├── ClockError             50  this machine's clock and Maskinporten's differ
+    ├── GrantRefused           60  Maskinporten refused the grant, or its answer is invalid
+    │   └── ScopeNotGranted    61  Maskinporten refused this scope
+    ├── ExchangeRefused        70  Customs refused the exchange, or its answer is invalid
+    ├── ApiRefused             71  a Customs API refused the call
     ├── SubmissionFailed       72  a submission was processed and failed
     ├── OutcomeUnknown         73  it may have been received: look it up, do not repeat it
-    ├── TryAgainLater          75  throttled, out of budget, or still being processed
-    ├── NetworkError           80  nobody answered, or not as agreed
-    ├── PolicyDenied           90  the signing host, or a check of it, said no
+    ├── TryAgainLater          75  rate limit, or still being processed
+    ├── NetworkError           80  no answer, or a broken one
+    ├── PolicyDenied           90  refused by the signing host's policy, or the host is not genuine
     └── AuditBroken            91  the audit log was changed, or cannot be written
 
-The number is the exit code of the command line, one class each; the drawing is
-compared with the classes by a test.
+The number is the exit code of the command line, one for each class; a test compares the drawing
+with the classes.
 
-What the rest of the program decides by are the class and four attributes, which are set where
-the error is raised. ``code`` is for people, logs and programs outside; a module compares it only
-with codes of its own.
+The program decides by the class and four attributes, which are set where the error is raised.
+``code`` is for people, logs and other programs; a module compares it only with codes of its own.
 
-signed      A signature may have been spent: the rate limit counts it. True unless the raising
-            code knows better; false for the classes that come before the device signs (usage,
-            settings, PIN, certificate, audit).
+signed      A signature may have been spent: the rate limit counts it. True by default; false for
+            the classes that occur before the device signs (usage, settings, PIN, certificate,
+            audit).
 retryable   A new attempt of the same request, from the grant on, may succeed.
-who         Who must act: you, issuer, digdir or customs; None where the message says it.
-scope       What the error says something about, and so what may be done instead:
+who         Who must act: you, issuer, digdir or customs; None if the message says it.
+scope       What failed, and so what may be done instead:
 
-            request      what was asked for; asked again, it fails again (the default)
-            caller       who asked; others with the same request are not concerned
-            device       the device, its PIN or its key; another device may do
-            certificate  the certificate; another one may do
-            service      a server, the way to it, or a clock; another server may do
-            attempt      this attempt alone; nothing was learned about device, server or request
+            request      the request; repeated, it fails again (the default)
+            caller       the caller; the same request of other callers is not affected
+            device       the device, its PIN or its key; another device may work
+            certificate  the certificate; another one may work
+            service      a server, the network, or a clock; another server may work
+            attempt      this attempt only; it shows nothing about device, server or request
 
-`to_data` and `from_data` are the one form in which an error crosses to another process or lies in
-a store. What comes back from there is checked, and what is missing gets the safe value: signed,
-not retryable.
+`to_data` and `from_data` are the one form in which an error is sent to another process or stored.
+`from_data` checks what it reads; missing members get the safe value: signed, not retryable.
 """
 
 from __future__ import annotations
@@ -75,22 +73,21 @@ __all__ = [
 
 #: Who must act.
 Who = Literal["you", "issuer", "digdir", "customs"]
-#: What an error says something about; see the top of this module.
+#: What failed; see the top of this module.
 Scope = Literal["request", "caller", "device", "certificate", "service", "attempt"]
 
 
 class HsmTollError(Exception):
     """
-    The base of everything this package raises on purpose.
+    The base class of all errors that this package raises.
 
-    The message is one line: what was attempted, what happened. It never holds
-    a secret. What to do about it is *hint*: one line, or several. Hints are
-    notes of the exception as well (PEP 678), so that tracebacks show them.
+    The message is one line: what was attempted, what happened. It never contains a secret. *hint*,
+    one line or several, is what to do. Hints are also notes of the exception (PEP 678), so that
+    tracebacks show them.
 
-    *code* is stable and made for machines: ``MP-012`` where Maskinporten gave
-    one, otherwise a word of ours such as ``key-missing``; without one, the
-    class's own. *retry_after* is in seconds. *signed*, *retryable*, *who* and
-    *scope* are described at the top of this module; ``None`` is the class's own.
+    *code* is stable: Maskinporten's, such as ``MP-012``, or one of hsmtoll, such as
+    ``key-missing``; the class has a default. *retry_after* is in seconds. *signed*, *retryable*,
+    *who* and *scope* are described at the top of this module; ``None`` means the class's default.
     """
 
     exit_code: ClassVar[int] = 1
@@ -129,14 +126,14 @@ class HsmTollError(Exception):
 
     @property
     def hints(self) -> tuple[str, ...]:
-        """What to do, a line each; the last names the ids that a support desk asks for."""
+        """What to do, a line each; the last one has the ids that a support desk needs."""
         ids = {"trace id": self.trace_id, "correlation id": self.correlation_id, "jti": self.jti}
         given = ", ".join(f"{name} {value}" for name, value in ids.items() if value)
         return (*(self.hint or "").splitlines(), *((f"for support: {given}",) if given else ()))
 
 
 class UsageError(HsmTollError):
-    """The command line makes no sense."""
+    """The command line, or an argument of a method, is invalid."""
 
     exit_code = 2
     default_code = "usage"
@@ -144,7 +141,7 @@ class UsageError(HsmTollError):
 
 
 class ConfigurationError(HsmTollError):
-    """A setting is missing, misspelt, or contradicts another one."""
+    """A setting is missing, invalid, or contradicts another one."""
 
     exit_code = 10
     default_code = "setting-invalid"
@@ -161,7 +158,7 @@ class PinIncorrect(HsmTollError):
 
 
 class PinNotTried(HsmTollError):
-    """The PIN is locked, at its final try, or was refused before: the device was not asked."""
+    """The PIN is locked, at its final try, or was refused before: it was not sent to the device."""
 
     exit_code = 21
     default_code = "pin-not-tried"
@@ -170,7 +167,7 @@ class PinNotTried(HsmTollError):
 
 
 class DeviceError(HsmTollError):
-    """The module, the device, the key or a signature it made."""
+    """The module, the device, the key or a signature failed."""
 
     exit_code = 30
     default_code = "device-failed"
@@ -178,7 +175,7 @@ class DeviceError(HsmTollError):
 
 
 class CertificateError(HsmTollError):
-    """The leaf, or the chain above it."""
+    """The leaf, or the chain above it, cannot be used."""
 
     exit_code = 40
     default_code = "certificate"
@@ -187,7 +184,7 @@ class CertificateError(HsmTollError):
 
 
 class ClockError(HsmTollError):
-    """This machine's clock and Maskinporten's are further apart than can be corrected."""
+    """This machine's clock and Maskinporten's differ by more than can be corrected."""
 
     exit_code = 50
     default_code = "clock"
@@ -223,7 +220,7 @@ class ApiRefused(HsmTollError):
 
 
 class SubmissionFailed(HsmTollError):
-    """A submission was received, processed, and failed; *errors* says why, field by field."""
+    """A submission was received, processed, and failed; *errors* has the reasons, by field."""
 
     exit_code = 72
     default_code = "submission-failed"
@@ -238,14 +235,14 @@ class OutcomeUnknown(HsmTollError):
 
 
 class TryAgainLater(HsmTollError):
-    """Throttled, out of budget, or not ready yet. Nothing is wrong with the request."""
+    """Rate limited, or not ready yet. Nothing is wrong with the request."""
 
     exit_code = 75
     default_code = "try-again-later"
 
 
 class NetworkError(HsmTollError):
-    """Nobody answered, the line broke, or the answer came too late or too large."""
+    """No answer, a broken connection, or an answer that was too late or too large."""
 
     exit_code = 80
     default_code = "network"
@@ -253,7 +250,7 @@ class NetworkError(HsmTollError):
 
 
 class PolicyDenied(HsmTollError):
-    """The signing host refused by its policy, or is not the host it should be."""
+    """The signing host's policy refused, or the host is not the expected one."""
 
     exit_code = 90
     default_code = "policy-denied"
@@ -272,39 +269,39 @@ class AuditBroken(HsmTollError):
 
 _TEXTS: Final = ("hint", "trace_id", "jti", "correlation_id")
 _CODE: Final = re.compile(r"[A-Za-z0-9-]{1,64}")
-#: Characters. A hint that lists what was found is long; more is no hint.
+#: Characters. Hints that list what was found are long.
 _LONGEST: Final = 8000
 _DAY: Final = 86_400.0
 
 
 def to_data(exc: HsmTollError) -> dict[str, Any]:
-    """*exc* as values of JSON; its cause and its traceback stay behind."""
+    """*exc* as JSON values, without its cause and its traceback."""
     names = (*_TEXTS, "code", "who", "retryable", "retry_after", "signed", "scope")
-    said = {name: getattr(exc, name) for name in names}
-    return {"class": type(exc).__name__, "message": str(exc), **said}
+    members = {name: getattr(exc, name) for name in names}
+    return {"class": type(exc).__name__, "message": str(exc), **members}
 
 
 def from_data(data: object, *, unknown: type[HsmTollError] = HsmTollError) -> HsmTollError:
     """
-    The error that `to_data` wrote, whatever *data* is: *unknown* for a class that is none of
-    ours, the safe value for what is missing or of another type.
+    The error that `to_data` wrote, for any *data*: of the class *unknown* if the class is not one
+    of hsmtoll, with the safe value for members that are missing or of another type.
     """
-    said: dict[Any, Any] = data if isinstance(data, dict) else {}
-    name = said.get("class")
+    members: dict[Any, Any] = data if isinstance(data, dict) else {}
+    name = members.get("class")
     kind = next((each for each in _tree() if each.__name__ == name), unknown)
-    texts = {each: _text(said.get(each)) for each in _TEXTS}
-    code, who, scope = (said.get(each) for each in ("code", "who", "scope"))
-    wait: Any = said.get("retry_after")
+    texts = {each: _text(members.get(each)) for each in _TEXTS}
+    code, who, scope = (members.get(each) for each in ("code", "who", "scope"))
+    wait: Any = members.get("retry_after")
     known: dict[str, Any] = {
         **texts,
         "code": code if isinstance(code, str) and _CODE.fullmatch(code) else None,
         "who": who if who in get_args(Who) else None,
-        "retryable": said.get("retryable") is True,
+        "retryable": members.get("retryable") is True,
         "retry_after": wait if type(wait) in (int, float) and 0 <= wait <= _DAY else None,
-        "signed": said.get("signed") is not False,
+        "signed": members.get("signed") is not False,
         "scope": scope if scope in get_args(Scope) else None,
     }
-    return kind(_text(said.get("message")) or "it gives no reason", **known)
+    return kind(_text(members.get("message")) or "it gives no reason", **known)
 
 
 def _tree() -> list[type[HsmTollError]]:
@@ -315,7 +312,7 @@ def _tree() -> list[type[HsmTollError]]:
 
 
 def _text(value: object) -> str | None:
-    """Lines that are safe to show; ``None`` for what is no text."""
+    """*value*, safe to show; ``None`` if it is no text."""
     if not isinstance(value, str):
         return None
     return "\n".join(map(_printable, value[:_LONGEST].split("\n")))
@@ -325,10 +322,12 @@ def _printable(line: str) -> str:
     return "".join(char if char.isprintable() else _escaped(char) for char in line)
 
 
-# ---------------------------------------------------------------------- foreign words
+# ---------------------------------------------------------------------- untrusted text
 
-_CUT: Final = 300
-_RUN: Final = 12
+#: Characters. Longer text is cut.
+_LONGEST_SHOWN: Final = 300
+#: Characters. A part of a secret of this length is removed.
+_MIN_LEAK: Final = 12
 #: Inside a word ``eyJ`` is a JWT only with a second part: a key's thumbprint may hold the letters.
 _JWT = re.compile(
     r"(?<![A-Za-z0-9_\-])eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)*"
@@ -341,43 +340,42 @@ def install_extra(name: str) -> str:
     """
     The hint of an error about a missing optional dependency.
 
-    It names no command: hsmtoll is on no package index, and only the reader knows whether the copy
-    at hand came from a clone or from a wheel.
+    It names no command: hsmtoll is on no package index, and may come from a clone or a wheel.
     """
     return f"install the extra `{name}` the way hsmtoll was installed (see `hsmtoll help install`)"
 
 
 def foreign(text: object, *secrets: str) -> str:
     """
-    Words that came from outside (a server, a certificate, a label), safe to show.
+    Untrusted text (from a server, a certificate, a label), safe to show.
 
-    One line: control characters and terminal escapes are escaped; at most 300
-    characters; every run of 12 characters that also stands in one of *secrets*
-    is left out, as is a shorter secret, and whatever looks like a JWT.
+    One line of at most 300 characters; control characters and terminal escapes are escaped. Every
+    run of 12 characters that is part of one of *secrets* is removed, as is a shorter secret, and
+    everything that looks like a JWT.
     """
     known = [secret for secret in secrets if secret]
-    # Whole JWTs first: one that shares a header with a secret would not be known by its rest.
-    words = _JWT.sub(_LEFT_OUT, str(text)[: 100 * _CUT])
+    # Whole JWTs first: without a header that a secret shares, the rest would not look like one.
+    words = _JWT.sub(_LEFT_OUT, str(text)[: 100 * _LONGEST_SHOWN])
     for secret in known:
         words = _without(words, secret)
     words = " ".join(words.split())
     words = _printable(words)
-    return words if len(words) <= _CUT else words[: _CUT - 1] + "…"
+    return words if len(words) <= _LONGEST_SHOWN else words[: _LONGEST_SHOWN - 1] + "…"
 
 
 def _without(words: str, secret: str) -> str:
-    if len(secret) <= _RUN:
+    if len(secret) <= _MIN_LEAK:
         return words.replace(secret, _LEFT_OUT)
-    runs = {secret[at : at + _RUN] for at in range(len(secret) - _RUN + 1)}
+    runs = {secret[at : at + _MIN_LEAK] for at in range(len(secret) - _MIN_LEAK + 1)}
     kept: list[str] = []
     at = 0
     while at < len(words):
-        if words[at : at + _RUN] not in runs:
+        if words[at : at + _MIN_LEAK] not in runs:
             kept.append(words[at])
             at += 1
             continue
-        at += _RUN
-        while at < len(words) and words[at - _RUN + 1 : at + 1] in runs:
+        at += _MIN_LEAK
+        while at < len(words) and words[at - _MIN_LEAK + 1 : at + 1] in runs:
             at += 1
         kept.append(_LEFT_OUT)
     return "".join(kept)

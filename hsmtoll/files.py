@@ -1,9 +1,9 @@
 """
-Permission checks for files, in one rule with three roles; reading and atomic replacement.
+Permission checks for files, by one rule for three roles; reading and atomic replacement.
 
-``trust``: code, or what decides whom to trust: root or this account owns it and each directory and
-link on the way, and nobody else may write there. ``secret``: nobody else may read it either.
-``own``: what this account keeps there; it may be missing still.
+``trust``: code, or files that decide whom to trust. The file and each directory and link on its
+path belong to root or this account, and nobody else may write them. ``secret``: in addition nobody
+else may read it. ``own``: directories in which this account keeps files; they may not exist yet.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ __all__ = [
     "sync_directory",
 ]
 
-#: Links that the kernel follows on one way (path_resolution(7)).
+#: Links that the kernel follows in one path (path_resolution(7)).
 _LINKS: Final = 40
-#: A file that is read whole is no larger.
+#: Bytes. Larger files are refused.
 _LARGEST: Final = 16 * 1024 * 1024
 
 
 def first_untrusted_component(path: Path, *, own: bool = False) -> Path | None:
     """
-    The first place from which others decide what *path* is; ``None`` if there is none.
+    The first component through which others can change what *path* is; ``None`` if there is none.
 
-    Itself, each link on the way and each directory that is passed must belong to root or this
-    account, and nobody else may write it; excepted are a sticky directory such as /tmp, and what is
-    mounted read-only, whatever its mode (a ConfigMap's volume has 0777). With *own*, a group that
-    has no other member may write directories, as accounts with a group of their own and a umask of
-    002 make them; and everybody, where root gave such a group a directory with the mode 2777, as
-    the kubelet does with an emptyDir and fsGroup. OSError for what cannot be looked at.
+    The file and each directory and link on its path must belong to root or this account, and nobody
+    else may write them. Exceptions: sticky directories such as /tmp, and read-only mounts of any
+    mode (a ConfigMap's volume has 0777). With *own*, a group without other members may write
+    directories (accounts with a group of their own and umask 002 create such), and everybody may
+    write a directory of root with mode 2777 and such a group (the kubelet creates it for an
+    emptyDir with fsGroup). OSError if a component cannot be examined.
     """
     *left, start = reversed(path.absolute().parts)
     here, links = Path(start), 0
@@ -60,7 +60,7 @@ def first_untrusted_component(path: Path, *, own: bool = False) -> Path | None:
         if own and is_directory and seen.st_mode & stat.S_IWGRP and _is_private(seen.st_gid):
             is_volume = seen.st_mode & stat.S_ISGID and seen.st_uid == 0 != seen.st_gid
             others = 0 if is_volume else stat.S_IWOTH
-        # The bits of a link say nothing: who may change it is its directory's to say.
+        # The mode of a link is meaningless; its directory decides who may replace it.
         writable = seen.st_mode & others and not (is_link or sticky)
         if seen.st_uid not in {0, os.geteuid()} or (writable and not _is_read_only(here)):
             return here
@@ -70,7 +70,7 @@ def first_untrusted_component(path: Path, *, own: bool = False) -> Path | None:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             target = os.readlink(here)  # noqa: PTH115 - a Path would take "pipe:[1]" for a name
             if here.is_relative_to("/proc") and ":[" in target:
-                # An open pipe, as a shell's <(…): it has no way to it.
+                # An open pipe, as of a shell's <(…), has no path.
                 return None
             left += reversed(Path(target).parts)
             here = here.parent
@@ -85,13 +85,13 @@ def _is_read_only(place: Path) -> bool:
 
 
 def _is_private(group: int) -> bool:
-    """Whether this account is in *group*, and the system knows no other account that is."""
+    """Whether this account is the only member of *group*."""
     if group not in _groups():
         return False
     try:
         members = set(grp.getgrgid(group).gr_mem)
     except KeyError:
-        # A bare number, as a container's fsGroup.
+        # A number without a name, such as a container's fsGroup.
         members = set()
     accounts = pwd.getpwall()
     members |= {each.pw_name for each in accounts if each.pw_gid == group}
@@ -100,8 +100,8 @@ def _is_private(group: int) -> bool:
 
 def check_trusted(path: Path, what: str) -> None:
     """
-    ConfigurationError (``unsafe-file``) where others may change *path*. *what* it is begins the
-    message. Whoever can write a file that decides what is run, or whom to trust, is this account.
+    ConfigurationError (``unsafe-file``), beginning with *what*, if others may change *path*: with a
+    file that decides what is run, or whom to trust, they could act as this account.
     """
     try:
         place = first_untrusted_component(path)
@@ -122,19 +122,18 @@ def read(
     hint: str | None = None,
 ) -> bytes:
     """
-    The bytes of a file in the role trust or *secret*.
+    The bytes of a file in the role ``trust``, or *secret*.
 
-    ConfigurationError, which begins with *what* it is: ``unsafe-file`` where others may change it,
-    or read a secret; *code* and *hint* for what is no regular file of 16 MiB at most, or cannot be
-    read.
+    ConfigurationError, beginning with *what*: ``unsafe-file`` if others may change it, or read a
+    secret; with *code* and *hint* if it is not a regular file of at most 16 MiB, or cannot be read.
     """
     try:
         seen = _regular(path)
         if secret and (why := exposed(seen)):
             raise ConfigurationError(
                 f"{what} {foreign(path)}: {why}",
-                hint=f"chmod 600 {foreign(path)}, and make a new one if it was open for long;"
-                " a Secret of Kubernetes has defaultMode: 0400 and the pod a fsGroup",
+                hint=f"chmod 600 {foreign(path)}, and replace the secret if others could read it;"
+                " in Kubernetes, set defaultMode: 0400 for the Secret and fsGroup for the pod",
                 code="unsafe-file",
             )
         check_trusted(path, what)
@@ -146,7 +145,7 @@ def read(
 
 
 def _regular(path: Path) -> os.stat_result:
-    # A pipe would be waited for without end, and be empty when it is read once more.
+    # Reading a pipe may block for ever, and a second read finds it empty.
     seen = path.stat()
     if not stat.S_ISREG(seen.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
@@ -163,10 +162,11 @@ def _content(path: Path) -> bytes:
 
 def exposed(seen: os.stat_result) -> str | None:
     """
-    Who else may use a file with a secret in it, in words; ``None`` if nobody may.
+    Why a file with a secret is exposed to other accounts; ``None`` if it is not.
 
-    It belongs to root or this user, and nobody else has a right; but root's file of mode 0440 may
-    be of a group of ours or root's: so the kubelet (fsGroup) and systemd (credentials) give them.
+    It must belong to root or this account, without permissions for others. Exception: a file of
+    root with mode 0440 and root's or one of our groups, as the kubelet (fsGroup) and systemd
+    (credentials) create them.
     """
     mode = stat.S_IMODE(seen.st_mode)
     if seen.st_uid not in {0, os.geteuid()}:
@@ -185,10 +185,11 @@ def _groups() -> set[int]:
 
 def reclaim(directory: Path) -> None:
     """
-    Take a directory of ours, and the files in it, back from a group of ours that was given it all.
+    Remove the group's permissions from a directory of this account and its files, if the kubelet
+    has set them.
 
-    With each mount of a volume with fsGroup the kubelet sets g+rw on every file and g+rwxs on every
-    directory in it. Whatever looks otherwise is left as it is, for the check that follows.
+    At each mount of a volume with fsGroup the kubelet sets g+rw on all files and g+rwxs on all
+    directories in it. Anything else is left unchanged, for the check that follows.
     """
     seen = directory.lstat()
     given = stat.S_ISDIR(seen.st_mode) and seen.st_mode & stat.S_ISGID
@@ -209,8 +210,8 @@ def _of_our_group(seen: os.stat_result) -> bool:
 
 def check_own(path: Path, what: str) -> None:
     """
-    ConfigurationError (``unsafe-file``) where others may change the directory *path*, or the
-    nearest one above it that is there already.
+    ConfigurationError (``unsafe-file``), beginning with *what*, if others may change the directory
+    *path*, or the nearest existing one above it.
     """
     there = path.absolute()
     try:
@@ -235,27 +236,27 @@ def _unsafe(path: Path, what: str, place: Path) -> ConfigurationError:
 
 
 def make_directory(path: Path) -> None:
-    """Make *path*, and what is missing above it, for this account alone (0700). OSError."""
+    """Create *path* and missing parents with mode 0700. Raises OSError."""
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
     for each in reversed(missing):
-        # One after the other: a mode given to makedirs is for the last directory alone.
+        # One by one: the mode given to makedirs applies to the last directory only.
         each.mkdir(mode=0o700, exist_ok=True)
 
 
 def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -> None:
     """
-    Make *path* a file of *data* and *mode* (less the umask), in one step: a reader finds the old
-    file or the new one, whole. With *fsync*, the new one is on the disk when this returns.
+    Write *data* to *path* with *mode* (less the umask), atomically: a reader finds the whole old
+    file or the whole new one. With *fsync*, the new one is on disk when this returns.
 
-    A link is replaced, not what it leads to. OSError for what cannot be written, or is there and
-    is no regular file, such as /dev/null.
+    A link is replaced, not its target. OSError if *path* cannot be written, or exists and is not a
+    regular file, such as /dev/null.
     """
     with contextlib.suppress(FileNotFoundError):
         _regular(path)
-    # A name that nobody can guess: several processes may write at once, and /tmp is shared.
+    # An unpredictable name: several processes may write at once, and /tmp is shared.
     draft = path.with_name(f".{secrets.token_hex(8)}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(draft, flags, mode)
@@ -275,7 +276,7 @@ def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -
 
 
 def sync_directory(path: Path) -> None:
-    """Bring the names in the directory *path* to the disk: what is new, replaced or removed."""
+    """fsync the directory *path*: files that were created, replaced or removed in it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

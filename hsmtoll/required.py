@@ -1,4 +1,4 @@
-"""The settings without which nothing can be signed, and what to say where one is missing."""
+"""The settings that a signature needs, and the error if one is missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENVIRONMENTS", "IDENTITIES", "KEY", "MODULE", "SANDBOX", "missing"]
 
-ENVIRONMENTS: Final = "test, prod or sandbox; there is no default, so that nobody lands in prod"
+ENVIRONMENTS: Final = "test, prod or sandbox; there is no default, lest prod is used by mistake"
 IDENTITIES: Final = "eseal for a foreign eSeal, norwegian for a Norwegian client"
 SANDBOX: Final = "`hsmtoll sandbox` prints the values to export"
 CLIENT_ID: Final = "the client id from Samarbeidsportalen; required with HSMTOLL_IDENTITY=norwegian"
@@ -24,14 +24,13 @@ def missing(
     settings: Settings, *, grant: bool = True, device: bool = True
 ) -> ConfigurationError | None:
     """
-    The error that names all settings without which nothing is signed, a line of the hint each;
-    ``None`` where there is nothing to name. *grant*: those that a grant needs, *device*: those
-    that select a key.
+    The error for all missing settings, with one line of the hint for each; ``None`` if none is
+    missing. *grant*: check those that a grant needs; *device*: those that select a key.
     """
     hsm, signer, endpoints = settings.hsm, settings.signer.url, settings.endpoints.model_dump()
     sandbox = settings.environment == "sandbox"
     parts = (hsm.token_label, hsm.token_serial, hsm.key_label, hsm.key_id)
-    # What cannot be read as a URI is told when it is read.
+    # Invalid URIs are reported when they are parsed.
     named_module = hsm.module or (hsm.key and all("module-path=" in each for each in hsm.key))
     wanted: list[tuple[str, object, str]] = []
     if grant:

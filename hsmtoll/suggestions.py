@@ -1,4 +1,4 @@
-"""The known names that a misspelt one may have meant. Text in, one hint out."""
+"""Hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 __all__ = ["did_you_mean"]
 
-#: Share of characters that two names have in common, in order: one slip in a short word.
+#: Similarity of two names, as `difflib` defines it: one wrong letter in a short word.
 _CUTOFF: Final = 0.75
-#: More names than this are a list, and no suggestion.
+#: Names. More would be a list and no suggestion.
 _MOST: Final = 3
-#: Characters: shorter beginnings fit too much.
+#: Characters. Shorter beginnings match too many names.
 _SHORTEST_PREFIX: Final = 3
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str | None:
     """
-    ``did you mean NAME?`` for the names of *known* that are near to *word*, else *otherwise*.
+    ``did you mean NAME?`` for up to three names of *known* that resemble *word*, else *otherwise*.
 
-    Case, ``HSMTOLL_`` and the characters between words do not count. The same letters come first,
-    then the last part of a dotted name, a beginning, and at last similar spelling.
+    Case, ``HSMTOLL_`` and punctuation are ignored. In this order: equal names, the last part of a
+    dotted name, a beginning, similar spelling.
     """
     names = sorted(known)
     folded = {name: _folded(name) for name in names}
@@ -33,7 +33,7 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) 
     begun = [
         name for name in names if len(asked) >= _SHORTEST_PREFIX and folded[name].startswith(asked)
     ]
-    # Two names may be one when folded: the similar one is the first of them.
+    # Two names may be equal when folded: the first one is suggested.
     alike = difflib.get_close_matches(asked, list(folded.values()), n=1, cutoff=_CUTOFF)
     for near in (
         [name for name in names if asked and folded[name] == asked],

@@ -108,7 +108,7 @@ def test_a_path_tells_its_api(path: str, name: str) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/api/movement/road/v22/x", "/api/movement/roadv2", "x"])
 def test_a_path_of_no_api_is_refused_with_the_way_around(path: str) -> None:
-    with pytest.raises(UsageError, match="not in the catalogue") as caught:
+    with pytest.raises(UsageError, match="not in the table of APIs") as caught:
         apis.api_of_path(path)
     assert "--scope" in (caught.value.hint or "")
     assert apis.VERSION in str(caught.value)

@@ -86,7 +86,7 @@ def test_a_call_with_a_scope_reaches_a_path_that_no_catalogue_has(toll_sandbox: 
     path = "/api/movement/newer/v1/thing"
     code, _, told = command("call", "GET", path)
     assert code == 2
-    assert "not in the catalogue" in told
+    assert "not in the table of APIs" in told
     assert "--scope" in told
 
     code, _, told = command("call", "--scope", ROAD, "GET", path)
