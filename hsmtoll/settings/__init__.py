@@ -17,4 +17,14 @@ from hsmtoll.settings.config_file import profiles
 from hsmtoll.settings.layers import load
 from hsmtoll.settings.model import Host, Hsm, LocalProxy, Settings, SignerHost, not_set, variable
 
-__all__ = ["Host", "Hsm", "LocalProxy", "Settings", "SignerHost", "load", "not_set", "profiles", "variable"]
+__all__ = [
+    "Host",
+    "Hsm",
+    "LocalProxy",
+    "Settings",
+    "SignerHost",
+    "load",
+    "not_set",
+    "profiles",
+    "variable",
+]

@@ -155,7 +155,7 @@ class SignerHost(_Group):
 
 
 class LocalProxy(_Group):
-    """HSMTOLL_LOCAL_PROXY__…: where `hsmtoll proxy` listens, which accounts may call which paths."""
+    """HSMTOLL_LOCAL_PROXY__…: where it listens, which accounts may call, and which paths."""
 
     listen: _Text = "127.0.0.1:8880"
     uids: Annotated[tuple[_Uid, ...], BeforeValidator(_words)] = ()
