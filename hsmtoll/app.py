@@ -2,7 +2,8 @@
 Composition root: which part is built from which, for one set of settings.
 
 Nothing is opened here: the parts connect, log in and read files when they are used. How the
-settings are read for devices, signers and stores is in the module ``configured`` of each folder.
+settings are read for devices, signers and stores is in `devices`, `signing.configured` and
+`tokens.configured`.
 
 A command that finds its token in the cache loads only the modules imported at the top. Those of a
 renewal (PKCS#11, HTTP, X.509) take most of a second: they are imported where the part is built.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.apis import Identity
     from hsmtoll.client import AsyncTollClient, TollClient
-    from hsmtoll.hsm.configured import ConfiguredDevices
+    from hsmtoll.devices import ConfiguredDevices
     from hsmtoll.hsm.device import Device
     from hsmtoll.signing.configured import LocalSigners
     from hsmtoll.signing.local import LocalSigner
@@ -167,7 +168,7 @@ class App:
     @cached_property
     def hsm(self) -> ConfiguredDevices:
         """Devices, keys and PINs of the settings."""
-        from hsmtoll.hsm.configured import ConfiguredDevices
+        from hsmtoll.devices import ConfiguredDevices
         from hsmtoll.hsm.pin_log import PinLog
 
         try:

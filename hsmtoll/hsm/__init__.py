@@ -24,7 +24,6 @@ PKCS#11: the only package that uses a device, a private key or a PIN.
     cryptoki     workarounds in python-pkcs11 for modules that deviate from the standard
     answers      names and meanings of the CKR codes that python-pkcs11 has no class for
     makers       how each maker's module finds its device, and the tool that generates a key
-    configured   the devices that the settings name, with the sources of their PINs
     public_key   the public key in a file, for devices that do not show it
     protect      keeps other processes from reading the memory of one that holds a PIN
 
