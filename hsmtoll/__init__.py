@@ -44,7 +44,7 @@ __all__ = [  # noqa: PLE0604 - the error tree's own list
     "TollClient",
     "aconnect",
     "connect",
-    *(name for name in errors.__all__ if name != "foreign"),
+    *(name for name in errors.__all__ if name != "sanitized"),
 ]
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 __all__ = [
@@ -148,7 +148,7 @@ def named(name: str) -> Api:
         return _BY_NAME[name]
     except KeyError:
         raise UsageError(
-            f"API {foreign(name)}: there is no such API",
+            f"API {sanitized(name)}: there is no such API",
             hint=did_you_mean(name, _BY_NAME, "`hsmtoll apis` lists them"),
         ) from None
 
@@ -166,13 +166,14 @@ def scope_of(word: str, identity: Identity) -> str:
     if ":" not in word:
         named(word)
     if any(char.isspace() or not char.isprintable() for char in word):
-        raise UsageError(f"scope {foreign(word)}: one scope a token, without white space")
+        raise UsageError(f"scope {sanitized(word)}: one scope a token, without white space")
     if word in _BY_SCOPE and _BY_SCOPE[word].not_ready:
         _BY_SCOPE[word].scope(identity)
     wanted = "eseal" if word.startswith("toll:eu/") or word == SELF_TEST_SCOPE else "norwegian"
     if wanted != identity:
         raise ConfigurationError(
-            f"scope {foreign(word)}: belongs to {wanted} clients, but HSMTOLL_IDENTITY={identity}",
+            f"scope {sanitized(word)}: belongs to {wanted} clients, "
+            f"but HSMTOLL_IDENTITY={identity}",
             hint=_twin(word, identity),
             code="scope-family",
         )
@@ -191,7 +192,7 @@ def api_of_path(path: str) -> Api:
         if api.base and (path == api.base or path.startswith((f"{api.base}/", f"{api.base}?"))):
             return api
     raise UsageError(
-        f"path {foreign(path)}: not in the table of APIs (Customs' guide of {VERSION})",
+        f"path {sanitized(path)}: not in the table of APIs (Customs' guide of {VERSION})",
         hint="`hsmtoll apis` lists the base paths; a newer path needs its scope: --scope S "
         "(in Python scope=)",
         code="path-unknown",
@@ -206,7 +207,7 @@ def at(path: str) -> Api:
         # The path is appended to Customs' origin and must not change the host.
         if not re.fullmatch(r"/(?!/)[!-~]*", path) or "\\" in path:
             raise UsageError(
-                f"path {foreign(path)}: a path that begins with one / is expected"
+                f"path {sanitized(path)}: a path that begins with one / is expected"
             ) from None
     base = "/".join(path.partition("?")[0].split("/")[:5])
     return Api(base, None, None, base)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 import httpx
 
 from hsmtoll import apis
-from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError, sanitized
 from hsmtoll.token import TokenRequirements
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class TollAuth(httpx.Auth):
         url, netloc = request.url, request.url.netloc
         if (url.scheme, netloc) != self._origin:
             raise ConfigurationError(
-                f"call to {foreign(request.url.host)}: the token is for {self._customs.host} alone",
+                f"call to {sanitized(request.url.host)}: "
+                f"the token is for {self._customs.host} alone",
                 hint="use a client of your own for other hosts",
                 code="foreign-origin",
             )

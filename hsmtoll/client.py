@@ -31,7 +31,7 @@ from hsmtoll.customs.limits import (
 from hsmtoll.customs.routing import Marker, arouting, routing
 from hsmtoll.customs.submissions import submission
 from hsmtoll.customs.uploads import upload
-from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, UsageError, sanitized
 from hsmtoll.event_loop import running_loop
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.metrics import Status, status_of
@@ -198,7 +198,9 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         try:
             content = path.read_bytes()
         except OSError as exc:
-            raise UsageError(f"upload of {foreign(path)}: cannot be read ({exc.strerror})") from exc
+            raise UsageError(
+                f"upload of {sanitized(path)}: cannot be read ({exc.strerror})"
+            ) from exc
         conversation = upload(declaration_id, path.name, content, document_type)
         wanted = self._token_service.request("document")
         return self._run_conversation(apis.named("document"), wanted, conversation)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from asn1crypto import algos, core, keys, x509
 from asn1crypto import csr as pkcs10
 
-from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, foreign
+from hsmtoll.errors import CertificateError, DeviceError, HsmTollError, UsageError, sanitized
 from hsmtoll.x509 import certificate_checks, path_building
 from hsmtoll.x509.certificate import Certificate
 from hsmtoll.x509.certificate_files import bundle_in
@@ -158,7 +158,7 @@ def csr(
         _log.warning(
             "--organization-identifier %s: EN 319 412-1 has register, country and number, such as "
             "NTRSE-5566778899; ask the issuer before the certificate is ordered",
-            foreign(organization_identifier),
+            sanitized(organization_identifier),
         )
     public = _public(device)
     # EN 319 412-3 section 4.2.1, in the order of its own examples.
@@ -252,7 +252,7 @@ def import_chain(
 
 def _in_a_file(file: Path | None) -> str:
     """The hint if the device cannot store the certificates."""
-    where = foreign(file.absolute()) if file is not None else "a file with the whole chain"
+    where = sanitized(file.absolute()) if file is not None else "a file with the whole chain"
     return (
         f"the device need not hold certificates: set HSMTOLL_HSM__CERTIFICATES to {where}; or store"
         " them with the device's own tool"
@@ -264,7 +264,7 @@ def _not_kept(lost: Sequence[bytes], known: Sequence[Certificate], hint: str) ->
     gone = "; ".join(dict.fromkeys(names.get(der, "another certificate") for der in lost))
     return DeviceError(
         "key import: the device took the certificates and does not have all of them: it lacks"
-        f" {foreign(gone)}",
+        f" {sanitized(gone)}",
         hint=hint,
         code="certificate-lost",
     )
@@ -347,7 +347,7 @@ def _read(der: bytes) -> Certificate | None:
 
 def _country(value: str) -> str:
     if len(value) != 2 or not value.isascii() or not value.isupper():
-        raise UsageError(f"--country {foreign(value)}: two capital letters, such as SE or NO")
+        raise UsageError(f"--country {sanitized(value)}: two capital letters, such as SE or NO")
     return value
 
 

@@ -1,5 +1,5 @@
 """
-The exceptions of hsmtoll, and `foreign`, which sanitizes untrusted text. Imports nothing of ours.
+The exceptions of hsmtoll, and `sanitized`, which sanitizes untrusted text. Imports nothing of ours.
 
     HsmTollError
     ├── UsageError              2  the command line or an argument is invalid
@@ -68,7 +68,7 @@ __all__ = [
     "SubmissionFailed",
     "TryAgainLater",
     "UsageError",
-    "foreign",
+    "sanitized",
 ]
 
 #: Who must act.
@@ -345,7 +345,7 @@ def install_extra(name: str) -> str:
     return f"install the extra `{name}` the way hsmtoll was installed (see `hsmtoll help install`)"
 
 
-def foreign(text: object, *secrets: str) -> str:
+def sanitized(text: object, *secrets: str) -> str:
     """
     Untrusted text (from a server, a certificate, a label), safe to show.
 

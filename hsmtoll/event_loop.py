@@ -15,7 +15,7 @@ def running_loop() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
     except RuntimeError:
         raise UsageError(
-            "AsyncTollClient: no event loop of asyncio runs here",
+            "waiting for a token: no event loop of asyncio runs here",
             hint="call it in a task of asyncio; under trio, use hsmtoll.connect() and "
             "trio.to_thread.run_sync",
             code="no-event-loop",

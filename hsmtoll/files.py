@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 
 __all__ = [
     "check_own",
@@ -107,7 +107,7 @@ def check_trusted(path: Path, what: str) -> None:
         place = first_untrusted_component(path)
     except OSError as exc:
         raise ConfigurationError(
-            f"{what} {foreign(path)}: cannot be read ({exc.strerror})"
+            f"{what} {sanitized(path)}: cannot be read ({exc.strerror})"
         ) from exc
     if place is not None:
         raise _unsafe(path, what, place)
@@ -131,8 +131,8 @@ def read(
         seen = _regular(path)
         if secret and (why := exposed(seen)):
             raise ConfigurationError(
-                f"{what} {foreign(path)}: {why}",
-                hint=f"chmod 600 {foreign(path)}, and replace the secret if others could read it;"
+                f"{what} {sanitized(path)}: {why}",
+                hint=f"chmod 600 {sanitized(path)}, and replace the secret if others could read it;"
                 " in Kubernetes, set defaultMode: 0400 for the Secret and fsGroup for the pod",
                 code="unsafe-file",
             )
@@ -140,7 +140,7 @@ def read(
         return _content(path)
     except OSError as exc:
         raise ConfigurationError(
-            f"{what} {foreign(path)}: cannot be read ({exc.strerror})", hint=hint, code=code
+            f"{what} {sanitized(path)}: cannot be read ({exc.strerror})", hint=hint, code=code
         ) from exc
 
 
@@ -220,16 +220,16 @@ def check_own(path: Path, what: str) -> None:
         place = first_untrusted_component(there, own=True)
     except OSError as exc:
         raise ConfigurationError(
-            f"{what} {foreign(path)}: cannot be used ({exc.strerror})"
+            f"{what} {sanitized(path)}: cannot be used ({exc.strerror})"
         ) from exc
     if place is not None:
         raise _unsafe(path, what, place)
 
 
 def _unsafe(path: Path, what: str, place: Path) -> ConfigurationError:
-    shown = foreign(place)
+    shown = sanitized(place)
     return ConfigurationError(
-        f"{what} {foreign(path)}: others may change {shown}",
+        f"{what} {sanitized(path)}: others may change {shown}",
         hint=f"root or you must own it and nobody else may write it: chmod go-w {shown}",
         code="unsafe-file",
     )

@@ -11,7 +11,7 @@ import ssl
 from typing import TYPE_CHECKING
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,9 +58,9 @@ def host_context(
         # A password of ours, so that OpenSSL asks for none on a terminal.
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as exc:
-        where = f"HSMTOLL_SIGNER__CLIENT_CERT {foreign(certificate)}"
+        where = f"HSMTOLL_SIGNER__CLIENT_CERT {sanitized(certificate)}"
         if key is not None:
-            where += f" with HSMTOLL_SIGNER__CLIENT_KEY {foreign(key)}"
+            where += f" with HSMTOLL_SIGNER__CLIENT_KEY {sanitized(key)}"
         raise ConfigurationError(
             f"{where}: cannot be used as a certificate and its key",
             hint="both are PEM, the key is the certificate's own and not encrypted",
@@ -82,7 +82,7 @@ def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     except (OSError, ssl.SSLError) as exc:
         raise ConfigurationError(
-            f"{name} {foreign(ca_file)}: cannot be read as PEM certificates",
+            f"{name} {sanitized(ca_file)}: cannot be read as PEM certificates",
             hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
             code="ca-file",
         ) from exc

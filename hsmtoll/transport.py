@@ -24,7 +24,7 @@ import httpx
 
 from hsmtoll import tls
 from hsmtoll.deadline import Deadline, Transport
-from hsmtoll.errors import ConfigurationError, NetworkError, foreign
+from hsmtoll.errors import ConfigurationError, NetworkError, sanitized
 from hsmtoll.http_messages import Answer
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ _UNUSED: Final = "{} is set and not used: HSMTOLL_PROXY=environment uses it"
 def _shown(proxy: httpx.Proxy) -> str:
     """Without user and password."""
     port = proxy.url.port or (443 if proxy.url.scheme == "https" else 80)
-    return f"proxy {foreign(proxy.url.host)}:{port}"
+    return f"proxy {sanitized(proxy.url.host)}:{port}"
 
 
 def _reason(
@@ -417,7 +417,7 @@ def _refused_by_proxy(said: str, proxy: str | None, secrets: tuple[str, ...]) ->
             if secrets
             else "; it wants a user and a password: http://USER:PASSWORD@HOST:PORT"
         )
-    text = f"it refused, {foreign(said, *secrets)}"
+    text = f"it refused, {sanitized(said, *secrets)}"
     return Reason(text=text, code="proxy-refused", hint=hint, retryable=False)
 
 
@@ -426,7 +426,8 @@ def _not_trusted(causes: str, proxy: str | None, secrets: tuple[str, ...]) -> Re
     why = found[1] if found else ""
     ca = "HSMTOLL_CA_FILE names the CA that it is from" if proxy else _CA
     return Reason(
-        text="its TLS certificate is not trusted" + (f": {foreign(why, *secrets)}" if why else ""),
+        text="its TLS certificate is not trusted"
+        + (f": {sanitized(why, *secrets)}" if why else ""),
         code="tls-untrusted",
         hint=next((hint for part, hint in _UNTRUSTED.items() if part in why.lower()), ca),
         retryable=False,
@@ -454,7 +455,7 @@ def _no_answer(said: str, timeout: float, proxy: str | None, secrets: tuple[str,
     if said and "timed out" not in said.lower():
         # Not a network time-out: pytest-httpx raises this for a request without a mocked response.
         return Reason(
-            text=f"no answer: {foreign(said, *secrets)}",
+            text=f"no answer: {sanitized(said, *secrets)}",
             code="mocked",
             hint="something in this program answers for the network: let this host through",
             retryable=False,

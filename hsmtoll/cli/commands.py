@@ -16,7 +16,7 @@ from hsmtoll.cli.framework import Group, completion_script, help_of, options_of,
 from hsmtoll.cli.options import GlobalOptions
 from hsmtoll.cli.signals import INTERRUPTED, Terminated, ended_by_signal
 from hsmtoll.cli.streams import StderrHandler, StdoutClosed, say, write_line
-from hsmtoll.errors import HsmTollError, UsageError, foreign
+from hsmtoll.errors import HsmTollError, UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _usage_error(exc: click.UsageError) -> UsageError:
     see = f"see `{exc.ctx.command_path if exc.ctx else 'hsmtoll'} --help`"
     if isinstance(exc, click.NoSuchOption):
         near = did_you_mean(exc.option_name, options_of(exc.ctx), see)
-        return UsageError(f"no such option: {foreign(exc.option_name)}", hint=near)
+        return UsageError(f"no such option: {sanitized(exc.option_name)}", hint=near)
     # click lists the values of a missing argument below each other.
     return UsageError(_lower(" ".join(exc.format_message().split())), hint=see)
 
@@ -94,7 +94,7 @@ _COMMANDS: Final = {
         ("submit", "customs", "Submit a message and wait for its result: SUCCESS and the MRN."),
         ("upload", "customs", "Upload a document to a declaration."),
         ("routing", "customs", "Print the routing feed, one JSON line a signal."),
-        ("proxy", "proxy", "Put the token on requests of local programs that only speak HTTP."),
+        ("proxy", "proxy", "Add Customs tokens to the requests of local programs."),
         ("sign", "grants", "Print one signed assertion, to be exchanged on another machine."),
         ("exchange", "grants", "Exchange an assertion, read from stdin, for a Customs token."),
     ),
@@ -214,7 +214,7 @@ def show_help(ctx: click.Context, *, names: tuple[str, ...]) -> None:
         click.echo(pages[topic].read_text("utf-8"), nl=False)
     else:
         raise UsageError(
-            f"help {foreign(topic)}: there is no such command or topic",
+            f"help {sanitized(topic)}: there is no such command or topic",
             hint=did_you_mean(
                 topic, [*commands, *pages], "see `hsmtoll --help` and `hsmtoll help topics`"
             ),

@@ -30,7 +30,7 @@ from hsmtoll.customs.errors import SAFE, check
 from hsmtoll.customs.routing import Marker, marker_of
 from hsmtoll.customs.submissions import LEVELS
 from hsmtoll.customs.uploads import DOCUMENT_TYPES
-from hsmtoll.errors import ExchangeRefused, NetworkError, UsageError, foreign
+from hsmtoll.errors import ExchangeRefused, NetworkError, UsageError, sanitized
 
 if TYPE_CHECKING:
     from hsmtoll.app import App
@@ -113,7 +113,7 @@ def _test_api(word: str) -> catalogue.Api:
         return catalogue.named(word)
     found = [api for api in catalogue.APIS if word in (api.norwegian, api.eseal)]
     if not found:
-        raise UsageError(f"scope {foreign(word)}: no API of the Customs guide has it")
+        raise UsageError(f"scope {sanitized(word)}: no API of the Customs guide has it")
     return found[0]
 
 
@@ -161,11 +161,11 @@ def call(
     if data is not None and json_data is not None:
         raise UsageError("--data and --json-data: one body at a time")
     if not _TOKEN.fullmatch(method):
-        raise UsageError(f"method {foreign(method)}: a word such as GET is expected")
+        raise UsageError(f"method {sanitized(method)}: a word such as GET is expected")
     api = catalogue.at(path) if scope else catalogue.api_of_path(path)
     if not path.isprintable() or len(path) > _MAX_PATH:
         raise UsageError(
-            f"path {foreign(path)}: printable characters are expected, {_MAX_PATH} at most"
+            f"path {sanitized(path)}: printable characters are expected, {_MAX_PATH} at most"
         )
     sent = [_header(line) for line in headers]
     body = data if json_data is None else json_data
@@ -194,13 +194,13 @@ def call(
 
 
 def _status(response: Any) -> str:
-    return f"{response.status_code} {foreign(response.reason_phrase)}".rstrip()
+    return f"{response.status_code} {sanitized(response.reason_phrase)}".rstrip()
 
 
 def _head(response: Any) -> str:
-    lines = [f"{foreign(response.http_version)} {_status(response)}"]
+    lines = [f"{sanitized(response.http_version)} {_status(response)}"]
     lines += [
-        f"{foreign(name)}: {foreign(value)}" for name, value in response.headers.multi_items()
+        f"{sanitized(name)}: {sanitized(value)}" for name, value in response.headers.multi_items()
     ]
     return "\n".join([*lines, ""])
 
@@ -285,7 +285,7 @@ def submit(
     with after_sending(f"submission {receipt.request_id}"):
         print_result(
             {"result": "SUCCESS", "request_id": receipt.request_id, "mrn": receipt.mrn},
-            f"SUCCESS {foreign(receipt.mrn)}" if receipt.mrn else "SUCCESS",
+            f"SUCCESS {sanitized(receipt.mrn)}" if receipt.mrn else "SUCCESS",
             as_json=as_json,
         )
 
@@ -326,9 +326,9 @@ def upload(
     app = options.app()
     with app.client() as client:
         receipt = client.upload(declaration_id, file, document_type=kind)
-    say(f"uploaded {foreign(Path(file).name)} to {declaration_id}")
+    say(f"uploaded {sanitized(Path(file).name)} to {declaration_id}")
     if as_json or receipt.body:
-        with after_sending(f"upload of {foreign(Path(file).name)}"):
+        with after_sending(f"upload of {sanitized(Path(file).name)}"):
             print_result(
                 {"declaration_id": declaration_id, "type": kind, "answer": receipt.body},
                 to_json(receipt.body, indent=None),
@@ -380,8 +380,8 @@ def routing(
 def _check_file(file: str) -> None:
     """UsageError for a name that cannot be sent, and for what would be waited for without end."""
     if not Path(file).name.isprintable():
-        raise UsageError(f"upload of {foreign(file)}: the name has characters that are no text")
+        raise UsageError(f"upload of {sanitized(file)}: the name has characters that are no text")
     # What cannot be looked at cannot be read either, and is told then.
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(Path(file).stat().st_mode):
-            raise UsageError(f"upload of {foreign(file)}: not a regular file")
+            raise UsageError(f"upload of {sanitized(file)}: not a regular file")

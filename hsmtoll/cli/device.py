@@ -22,7 +22,7 @@ from hsmtoll.errors import (
     PinIncorrect,
     PinNotTried,
     UsageError,
-    foreign,
+    sanitized,
 )
 from hsmtoll.x509.certificate import Certificate
 
@@ -102,8 +102,8 @@ def _raise_for_pin(seen: ModuleFacts) -> None:
 def _inventory(seen: ModuleFacts, now: float) -> dict[str, Any]:
     return {
         "module": seen.path,
-        "manufacturer": foreign(seen.manufacturer),
-        "description": foreign(seen.description),
+        "manufacturer": sanitized(seen.manufacturer),
+        "description": sanitized(seen.description),
         "version": ".".join(map(str, seen.version)),
         "p11_tokens": [
             {
@@ -290,7 +290,7 @@ def key_import(options: GlobalOptions, *, chain: Path) -> None:
         done = enrolment.import_chain(
             device,
             data,
-            name=f"key import {foreign(chain)}",
+            name=f"key import {sanitized(chain)}",
             file=None if str(chain) == "-" else chain,
             now=now,
             identity=family,

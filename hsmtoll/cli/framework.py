@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete
 
-from hsmtoll.errors import HsmTollError, UsageError, foreign
+from hsmtoll.errors import HsmTollError, UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class Group(_GlobalOptionsCommand, click.Group):
             and not name.startswith("-")
         ):
             raise UsageError(
-                f"{ctx.command_path} {foreign(name)}: there is no such command",
+                f"{ctx.command_path} {sanitized(name)}: there is no such command",
                 hint=did_you_mean(
                     name, self.list_commands(ctx), f"see `{ctx.command_path} --help`"
                 ),
@@ -292,7 +292,7 @@ def help_of(ctx: click.Context, names: Sequence[str]) -> str:
     for name in names:
         group = here.command
         if not isinstance(group, click.Group):
-            raise UsageError(f"{here.command_path}: it has no command {foreign(name)}")
+            raise UsageError(f"{here.command_path}: it has no command {sanitized(name)}")
         _, command, _ = group.resolve_command(here, [name])
         if command is not None:
             here = click.Context(command, parent=here, info_name=name)

@@ -23,8 +23,8 @@ from hsmtoll.errors import (
     ConfigurationError,
     PolicyDenied,
     UsageError,
-    foreign,
     install_extra,
+    sanitized,
 )
 from hsmtoll.host import emergency_stop
 from hsmtoll.host.audit_log import list_records, verify
@@ -121,7 +121,7 @@ class _DateTime(click.DateTime):
             return super().convert(value, param, ctx)
         except click.BadParameter:
             self.fail(
-                f"{foreign(value)}: 2026-11-01 or 2026-11-01T08:00:00 is expected, in UTC",
+                f"{sanitized(value)}: 2026-11-01 or 2026-11-01T08:00:00 is expected, in UTC",
                 param,
                 ctx,
             )
@@ -170,7 +170,7 @@ def audit_verify(
     if report.bad is not None:
         certain = f"up to record {report.sealed} all is" if report.sealed else "no record is"
         raise AuditBroken(
-            f"audit {foreign(path[0])}: {report.bad}",
+            f"audit {sanitized(path[0])}: {report.bad}",
             hint=f"keep it as evidence; {certain} certain to be as it was written",
             code="audit-broken",
         )
@@ -236,7 +236,7 @@ def audit_list(
     for at, each in enumerate(records):
         if at == 0:
             click.echo("  ".join(shown))
-        click.echo("  ".join(foreign(each[name] or "-") for name in shown))
+        click.echo("  ".join(sanitized(each[name] or "-") for name in shown))
 
 
 def _utc(moment: datetime | None) -> datetime | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from hsmtoll.errors import UsageError, foreign
+from hsmtoll.errors import UsageError, sanitized
 from hsmtoll.jsonio import read_strict
 
 __all__ = ["check_json", "read_body", "read_content", "read_json", "read_message", "read_stdin"]
@@ -40,7 +40,7 @@ def read_content(file: str, what: str) -> bytes:
         return Path(name).read_bytes()
     except OSError as exc:
         raise UsageError(
-            f"{what} {foreign(name)} cannot be read ({exc.strerror})",
+            f"{what} {sanitized(name)} cannot be read ({exc.strerror})",
             hint="~ is not expanded here; write the whole path" if name[:1] == "~" else None,
         ) from exc
 
@@ -69,7 +69,7 @@ def check_json(raw: bytes, what: str, given: str = "") -> Any:
         is_path = 0 < len(given) < _MAX_PATH and "\0" not in given and Path(given).is_file()
         raise UsageError(
             f"{what} is not JSON{place}",
-            hint=f"did you mean @{foreign(given)}?" if is_path else _NOT_JSON,
+            hint=f"did you mean @{sanitized(given)}?" if is_path else _NOT_JSON,
         ) from None
     return value
 

@@ -15,7 +15,7 @@ from hsmtoll import apis as catalogue
 from hsmtoll.cli.framework import CONFIG, PROFILE, USE_FINAL_TRY, File, completion_of, store_in_meta
 from hsmtoll.cli.input import read_json
 from hsmtoll.cli.streams import redirect_fd1_to_stderr
-from hsmtoll.errors import UsageError, foreign
+from hsmtoll.errors import UsageError, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -122,7 +122,7 @@ def scope_argument(function: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, argument: str | None, option: str | None, **others: Any) -> Any:
         if argument and option:
             raise UsageError(
-                f"{foreign(argument)} and {foreign(option)}: one API or scope at a time"
+                f"{sanitized(argument)} and {sanitized(option)}: one API or scope at a time"
             )
         return function(*args, scope=argument or option, **others)
 

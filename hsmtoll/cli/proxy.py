@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import click
 
 from hsmtoll import required
 from hsmtoll.cli.framework import command
-from hsmtoll.cli.options import NEEDS_ACCESS, GlobalOptions
 from hsmtoll.cli.streams import say
 from hsmtoll.errors import UsageError, install_extra
+
+if TYPE_CHECKING:
+    from hsmtoll.cli.options import GlobalOptions
 
 __all__ = ["proxy"]
 
 
 @command(
-    needs=f"{NEEDS_ACCESS}, the extra host",
+    needs="network, HSMTOLL_ENVIRONMENT; device or signing host; the extra host",
     examples=(
         "hsmtoll proxy",
         "hsmtoll proxy --listen unix:/run/hsmtoll/proxy.sock",
-        "curl http://127.0.0.1:8880/api/movement/road/v2/test-auth",
     ),
 )
 @click.option(
@@ -30,7 +32,7 @@ __all__ = ["proxy"]
 @click.pass_obj
 def proxy(options: GlobalOptions, *, listen: str | None) -> int:
     """
-    Put the token on requests of local programs that only speak HTTP.
+    Add Customs tokens to the requests of local programs.
 
     Forwards requests for the paths of `hsmtoll apis` to Customs, with the token of the path's
     scope. SIGTERM ends it. `hsmtoll help local-proxy` has the rules.

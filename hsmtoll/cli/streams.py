@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from hsmtoll.errors import ConfigurationError, OutcomeUnknown, foreign
+from hsmtoll.errors import ConfigurationError, OutcomeUnknown, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,7 +129,7 @@ class StderrHandler(logging.Handler):
     """Writes log records to the current sys.stderr, in the format of other messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {foreign(record.getMessage())}")
+        say(f"{record.levelname.lower()}: {sanitized(record.getMessage())}")
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from hsmtoll.errors import (
     NetworkError,
     OutcomeUnknown,
     TryAgainLater,
-    foreign,
+    sanitized,
 )
 from hsmtoll.jsonio import read_lenient
 
@@ -186,16 +186,16 @@ def _error(entry: dict[str, Any], bearer: str) -> str:
     pointer = entry.get("pointer")
     place = pointer.get("messageElementPath") if isinstance(pointer, dict) else None
     place = place or entry.get("field") or "message"
-    words = foreign(entry.get("description") or entry.get("error"), bearer)
+    words = sanitized(entry.get("description") or entry.get("error"), bearer)
     # The sandbox adds the page of Customs' guide with the rule.
     page = entry.get("see")
-    source = f" (see {foreign(page, bearer)})" if isinstance(page, str) else ""
-    return f"{foreign(place, bearer)}: {words}{source}"
+    source = f" (see {sanitized(page, bearer)})" if isinstance(page, str) else ""
+    return f"{sanitized(place, bearer)}: {words}{source}"
 
 
 def _correlation(response: httpx.Response) -> str | None:
     found = response.headers.get("x-correlationid") or response.headers.get("x-request-id")
-    return foreign(found, bearer_of(response)) if found else None
+    return sanitized(found, bearer_of(response)) if found else None
 
 
 def bearer_of(answer: object) -> str:

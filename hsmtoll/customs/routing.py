@@ -16,7 +16,7 @@ from hsmtoll import apis, files
 from hsmtoll.customs.conversation import NoResponse, Outcome, Send
 from hsmtoll.customs.errors import status_error
 from hsmtoll.customs.limits import asend_with_deadline, send_with_deadline
-from hsmtoll.errors import NetworkError, UsageError, foreign
+from hsmtoll.errors import NetworkError, UsageError, sanitized
 from hsmtoll.jsonio import read_lenient
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Marker:
     def _unusable(self, exc: Exception | None) -> UsageError:
         why = (isinstance(exc, OSError) and exc.strerror) or "not the id of a signal"
         return UsageError(
-            f"marker {foreign(self._path)}: it cannot be used ({why})",
+            f"marker {sanitized(self._path)}: it cannot be used ({why})",
             hint="a file of this program's own; without it the feed begins anew",
         )
 

@@ -21,7 +21,7 @@ from hsmtoll.customs.errors import (
     object_of,
     outcome_unknown_error,
 )
-from hsmtoll.errors import SubmissionFailed, UsageError, foreign
+from hsmtoll.errors import SubmissionFailed, UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -129,13 +129,13 @@ def _request(
         )
     if level not in levels:
         raise UsageError(
-            f"submit to {api.name}: there is no level {foreign(level)}",
+            f"submit to {api.name}: there is no level {sanitized(level)}",
             hint=did_you_mean(level, levels, f"levels: {', '.join(levels)}"),
         )
     methods = levels[level]
     if method not in methods:
         raise UsageError(
-            f"{foreign(method)} {api.name} {level}: {' or '.join(methods)} is expected"
+            f"{sanitized(method)} {api.name} {level}: {' or '.join(methods)} is expected"
         )
     # The guide does not say where a relation's MRN is submitted: it may be in the message.
     inside = level == "relation" and mrn is None and isinstance(message.get("mrn"), str)
@@ -167,7 +167,7 @@ def _request_id(
     found = body.get("requestId") or body.get("lrn") or message.get("requestId")
     fits = isinstance(found, str) and re.fullmatch(r"[0-9A-Za-z-]{1,64}", found)
     # The id is printed and used in URLs, so it must not contain the token.
-    if not fits or foreign(found, bearer_of(answer)) != found:
+    if not fits or sanitized(found, bearer_of(answer)) != found:
         raise outcome_unknown_error(f"{level} was accepted without a requestId", api, None)
     return str(found)
 

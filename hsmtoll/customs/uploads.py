@@ -13,7 +13,7 @@ import httpx
 from hsmtoll import apis
 from hsmtoll.customs.conversation import Receipt, Send
 from hsmtoll.customs.errors import checked_response, object_of
-from hsmtoll.errors import UsageError, foreign
+from hsmtoll.errors import UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -73,22 +73,22 @@ def upload(declaration_id: str, name: str, content: bytes, document_type: str) -
 def _check_upload(declaration_id: str, name: str, content: bytes, document_type: str) -> None:
     if not _DECLARATION.fullmatch(declaration_id):
         raise UsageError(
-            f"upload to {foreign(declaration_id)}: that is not a declaration id",
+            f"upload to {sanitized(declaration_id)}: that is not a declaration id",
             hint="<declarant, 9 digits>-<ddmmyyyy>-<sequence>, such as 123456789-01092026-1",
         )
     if document_type not in DOCUMENT_TYPES:
         raise UsageError(
-            f"upload of type {foreign(document_type)}: Customs knows no such type",
+            f"upload of type {sanitized(document_type)}: Customs knows no such type",
             hint=did_you_mean(document_type, DOCUMENT_TYPES, f"types: {', '.join(DOCUMENT_TYPES)}"),
         )
     extension = name.rpartition(".")[2].lower() if "." in name else ""
     if extension not in _MEDIA:
         raise UsageError(
-            f"upload of {foreign(name)}: Customs takes {', '.join(_MEDIA)}",
+            f"upload of {sanitized(name)}: Customs takes {', '.join(_MEDIA)}",
             hint="doc and xls are no longer taken; save as docx, xlsx or pdf",
         )
     if not 0 < len(content) <= _LARGEST_FILE:
         raise UsageError(
-            f"upload of {foreign(name)}: {len(content)} bytes, 1 to {_LARGEST_FILE} are taken",
+            f"upload of {sanitized(name)}: {len(content)} bytes, 1 to {_LARGEST_FILE} are taken",
             hint="split what is larger",
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsmtoll import apis, jws
 from hsmtoll.clock import MAX_SKEW, offset_of
-from hsmtoll.errors import HsmTollError, NetworkError, foreign
+from hsmtoll.errors import HsmTollError, NetworkError, sanitized
 from hsmtoll.hsm.pin import PinPad
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.required import missing
@@ -269,9 +269,9 @@ def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
     token = expected.token if expected else settings.endpoints.token
     algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
     if said.get("issuer") != issuer:
-        return f"issuer {foreign(said.get('issuer'))}, not {issuer}"
+        return f"issuer {sanitized(said.get('issuer'))}, not {issuer}"
     if said.get("token_endpoint") != token:
-        return f"token_endpoint {foreign(said.get('token_endpoint'))}, not {token}"
+        return f"token_endpoint {sanitized(said.get('token_endpoint'))}, not {token}"
     if not isinstance(algs, list) or settings.alg not in algs:
         return f"no {settings.alg} among its algorithms"
     return None
@@ -346,7 +346,7 @@ def _by_file(
         with path.open("rb") as file:
             data = file.read(revocation.MAX_BYTES + 1)
     except OSError as exc:
-        why = f"the list {foreign(path)} cannot be read: {exc.strerror}"
+        why = f"the list {sanitized(path)} cannot be read: {exc.strerror}"
         yield Revocation(certificate=pairs[0][0], problem=why)
         return
     problem = ""
@@ -355,7 +355,7 @@ def _by_file(
         try:
             status = revocation.by_crl(data, certificate, issuer, now=now)
         except ValueError as exc:
-            problem = problem or f"the list {foreign(path)}: {exc}"
+            problem = problem or f"the list {sanitized(path)}: {exc}"
         else:
             found = True
             yield Revocation(certificate=certificate, status=status)
@@ -378,13 +378,13 @@ def _by_asking(
         try:
             answer = http_client.get(where, leg="revocation", public=public)
             if answer.status != 200:
-                problem = f"{foreign(url)} answered {answer.status}"
+                problem = f"{sanitized(url)} answered {answer.status}"
                 continue
             status = judge(answer.body, certificate, issuer, now=now)
         except HsmTollError as exc:
             problem = str(exc)
         except ValueError as exc:
-            problem = f"{foreign(url)}: {exc}"
+            problem = f"{sanitized(url)}: {exc}"
         else:
             return Revocation(certificate=certificate, status=status)
     return Revocation(certificate=certificate, problem=problem)

@@ -18,7 +18,7 @@ from hsmtoll.doctor.findings import (
     skip,
     warn,
 )
-from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.errors import CertificateError, sanitized
 from hsmtoll.x509 import leaf_choice
 
 if TYPE_CHECKING:
@@ -84,11 +84,11 @@ def check_certificate(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
         if found:
             named = "; ".join(sorted(found)[:3])
             why = "; ".join(
-                filter(None, (why, f"{len(found)} {place} cannot be read ({foreign(named)})"))
+                filter(None, (why, f"{len(found)} {place} cannot be read ({sanitized(named)})"))
             )
     for each in diagnosis.chain.certificates if diagnosis.chain else (leaf,):
         if each.unreadable:
-            names = foreign(", ".join(each.unreadable_names))
+            names = sanitized(", ".join(each.unreadable_names))
             return warn(
                 "certificate",
                 "certificate-extension",
@@ -117,7 +117,7 @@ def check_certificate_kind(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
 def check_consumer(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """The ``consumer.ID`` that Maskinporten will report (M74, M75, M85, M86)."""
     return ok(
-        "consumer-id", f"Maskinporten will say {foreign(leaf.consumer_id(diagnosis.identity))}"
+        "consumer-id", f"Maskinporten will say {sanitized(leaf.consumer_id(diagnosis.identity))}"
     )
 
 
@@ -225,7 +225,7 @@ def check_qualified(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
                 "qualified",
                 CertificateError(
                     f"'{leaf.subject}' is qualified, but not as an eSeal "
-                    f"({foreign(', '.join(kinds) or leaf.qc.semantics)})",
+                    f"({sanitized(', '.join(kinds) or leaf.qc.semantics)})",
                     hint="order an eSeal of a legal person: signatures and web sites are others",
                     code="certificate-not-eseal",
                     who="issuer",
@@ -336,7 +336,7 @@ def check_environment(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
         )
         return failed("environment", exc)
     # The lists are a copy of Digdir's: Maskinporten may accept more by now.
-    listed = foreign(", ".join(leaf.policies) or "none")
+    listed = sanitized(", ".join(leaf.policies) or "none")
     if not _accepted(leaf, environment) and _accepted(leaf, other):
         return warn(
             "environment",
@@ -387,7 +387,7 @@ def check_revocation(diagnosis: KeyDiagnosis) -> Check:
     for each in mine:
         status = each.status
         if status is not None and status.revoked_at is not None:
-            why = f" ({foreign(status.reason)})" if status.reason else ""
+            why = f" ({sanitized(status.reason)})" if status.reason else ""
             exc = CertificateError(
                 f"'{each.certificate.subject}' was revoked at "
                 f"{status.revoked_at:%Y-%m-%d %H:%M} UTC{why}, says its issuer's {status.source}",

@@ -16,7 +16,7 @@ from hsmtoll.doctor.findings import (
     skip,
     warn,
 )
-from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, sanitized
 
 __all__ = ["CHECKS"]
 
@@ -30,8 +30,8 @@ def check_module(diagnosis: KeyDiagnosis) -> Check:
     module = diagnosis.seen.module
     if module is None:
         return ok("module", "loads")
-    made = f"{foreign(module.description)} {module.version[0]}.{module.version[1]}".strip()
-    return ok("module", f"{foreign(module.path)} loads ({made})")
+    made = f"{sanitized(module.description)} {module.version[0]}.{module.version[1]}".strip()
+    return ok("module", f"{sanitized(module.path)} loads ({made})")
 
 
 def check_spy(diagnosis: KeyDiagnosis) -> Check:
@@ -55,9 +55,9 @@ def check_device(diagnosis: KeyDiagnosis) -> Check:
         return broken
     token = diagnosis.seen.token
     if token is None:
-        return ok("device", f"{foreign(diagnosis.seen.uri.device_only())} is there")
+        return ok("device", f"{sanitized(diagnosis.seen.uri.device_only())} is there")
     firmware = ".".join(map(str, token.firmware))
-    return ok("device", f"{foreign(token.uri)} is there, firmware {firmware}")
+    return ok("device", f"{sanitized(token.uri)} is there, firmware {firmware}")
 
 
 _PIN_WARNINGS: Final = {
@@ -95,11 +95,11 @@ def check_key(diagnosis: KeyDiagnosis) -> Check:
         return warn(
             "key",
             "public-key-hidden",
-            f"{foreign(key.uri)} is there, but the device hides its public half: whether key and "
+            f"{sanitized(key.uri)} is there, but the device hides its public half: whether key and "
             "certificate belong together shows at the first grant",
             "set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
         )
-    return ok("key", f"{foreign(key.uri)} is there" if key else "there")
+    return ok("key", f"{sanitized(key.uri)} is there" if key else "there")
 
 
 def check_key_type(diagnosis: KeyDiagnosis) -> Check:
@@ -135,7 +135,7 @@ def check_key_usage(diagnosis: KeyDiagnosis) -> Check:
         return failed(
             "key-usage",
             DeviceError(
-                f"the key {foreign(diagnosis.key.uri)} wants a PIN for every signature",
+                f"the key {sanitized(diagnosis.key.uri)} wants a PIN for every signature",
                 hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here",
                 code="signing-pin",
             ),

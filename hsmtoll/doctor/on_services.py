@@ -10,7 +10,7 @@ from hsmtoll import apis
 from hsmtoll.clock import MAX_SKEW
 from hsmtoll.doctor.facts import metadata_wrong
 from hsmtoll.doctor.findings import Check, KeyDiagnosis, failed, ok, skip, warn
-from hsmtoll.errors import ClockError, ConfigurationError, HsmTollError, foreign
+from hsmtoll.errors import ClockError, ConfigurationError, HsmTollError, sanitized
 
 __all__ = ["CHECKS", "check_granted"]
 
@@ -100,7 +100,7 @@ def check_self_test(diagnosis: KeyDiagnosis) -> Check:
         return skip("self-test", f"{answers.self_test}; tried instead: {tried}")
     if answers.self_test is not None:
         return failed("self-test", answers.self_test)
-    took = f"consumer.ID {foreign(answers.consumer)}, client_amr {foreign(answers.amr)}"
+    took = f"consumer.ID {sanitized(answers.consumer)}, client_amr {sanitized(answers.amr)}"
     leaf = diagnosis.chain.leaf if diagnosis.chain else None
     foretold = (
         (leaf.consumer_id(diagnosis.identity), leaf.client_amr(diagnosis.identity))
@@ -111,7 +111,7 @@ def check_self_test(diagnosis: KeyDiagnosis) -> Check:
         return warn(
             "self-test",
             "foretold-otherwise",
-            f"granted, with {took}; foretold were {foreign(foretold[0])} and {foretold[1]}",
+            f"granted, with {took}; foretold were {sanitized(foretold[0])} and {foretold[1]}",
             "nothing is wrong with the grant; tell us what the certificate is",
         )
     return ok("self-test", f"granted, with {took}")

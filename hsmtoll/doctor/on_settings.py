@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, KeyDiagnosis, failed, ok, skip, warn
-from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, sanitized
 from hsmtoll.required import missing
 from hsmtoll.signing.grant import Grant
 from hsmtoll.signing.verification import MAX_CLOCK_DIFFERENCE, wrong_clock
@@ -74,7 +74,7 @@ def check_kid(diagnosis: KeyDiagnosis) -> Check:
         kid = public.thumbprint()
     return ok(
         "kid",
-        f"{foreign(kid)}; registered keys live one year from posting, and when it was posted "
+        f"{sanitized(kid)}; registered keys live one year from posting, and when it was posted "
         "does not show here",
     )
 

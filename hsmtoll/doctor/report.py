@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from hsmtoll.doctor import on_certificates, on_device, on_services, on_settings
 from hsmtoll.doctor.evidence import evidence
 from hsmtoll.doctor.findings import Check, KeyDiagnosis, Verdict, diagnose, failed, ok, skip, warn
-from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.errors import CertificateError, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -185,7 +185,7 @@ def first_failure(result: Iterable[Check]) -> Check | None:
 def _other_key(
     diagnosis: KeyDiagnosis, result: tuple[Check, ...], *, before: bool, with_key: KeyDiagnosis
 ) -> Check | None:
-    named = foreign(diagnosis.seen.uri) if diagnosis.seen else ""
+    named = sanitized(diagnosis.seen.uri) if diagnosis.seen else ""
     failure = first_failure(result)
     if failure is not None:
         what = "passed over" if before else "cannot take over"
@@ -202,8 +202,8 @@ def _other_key(
         and mine.consumer_id(diagnosis.identity) != theirs.consumer_id(diagnosis.identity)
     ):
         exc = CertificateError(
-            f"{named} is of {foreign(theirs.consumer_id(diagnosis.identity))}, the key that signs "
-            f"of {foreign(mine.consumer_id(diagnosis.identity))}",
+            f"{named} is of {sanitized(theirs.consumer_id(diagnosis.identity))}, "
+            f"the key that signs of {sanitized(mine.consumer_id(diagnosis.identity))}",
             hint="all keys of HSMTOLL_HSM__KEY carry the same organizationIdentifier",
             code="keys-differ",
         )

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll import files
-from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
+from hsmtoll.errors import AuditBroken, ConfigurationError, sanitized
 from hsmtoll.host.audit_log import (
     EVENTS,
     LONGEST_LINE,
@@ -109,7 +109,7 @@ class Audit:
             files.make_directory(noted.parent)
         except OSError as exc:
             raise ConfigurationError(
-                f"HSMTOLL_STATE {foreign(noted.parent)}: cannot be made ({exc.strerror})",
+                f"HSMTOLL_STATE {sanitized(noted.parent)}: cannot be made ({exc.strerror})",
                 hint="an existing directory of the host's account, 0700, outside of the audit's",
                 code="state-unwritable",
             ) from exc
@@ -123,7 +123,7 @@ class Audit:
                 self._continue(self._read_back(progress))
             except OSError as exc:
                 raise AuditBroken(
-                    f"audit {foreign(directory)}: cannot be written ({exc.strerror})",
+                    f"audit {sanitized(directory)}: cannot be written ({exc.strerror})",
                     hint="one signing host writes it, and its account must own the directory",
                     code="audit-unwritable",
                 ) from exc
@@ -169,7 +169,7 @@ class Audit:
             report.bad = f"the checkpoint of record {noted[0]}, which was noted, is not there"
         if report.bad is not None:
             raise AuditBroken(
-                f"audit {foreign(self._directory)}: {report.bad}",
+                f"audit {sanitized(self._directory)}: {report.bad}",
                 hint="keep it as evidence; a new log begins in another directory"
                 " (HSMTOLL_HOST__AUDIT_DIR)",
                 code="audit-broken",
@@ -198,8 +198,8 @@ class Audit:
             return None
         except (OSError, ValueError, TypeError, KeyError) as exc:
             raise AuditBroken(
-                f"audit {foreign(self._directory)}: the note of its last checkpoint,"
-                f" {foreign(self._noted)}, cannot be read",
+                f"audit {sanitized(self._directory)}: the note of its last checkpoint,"
+                f" {sanitized(self._noted)}, cannot be read",
                 hint="verify the log (`hsmtoll audit verify`), then remove that file",
                 code="audit-broken",
             ) from exc
@@ -317,7 +317,7 @@ class Audit:
 
     def _unwritable(self, why: str | None) -> AuditBroken:
         return AuditBroken(
-            f"audit {foreign(self._directory)}: cannot be written ({why})",
+            f"audit {sanitized(self._directory)}: cannot be written ({why})",
             hint="nothing is signed until it can: make room, or see who else uses that file, then"
             " restart the host",
             code="audit-unwritable",
@@ -422,7 +422,7 @@ def _private(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigurationError(
-            f"HSMTOLL_HOST__AUDIT_KEY {foreign(path)}: not an Ed25519 private key in PEM",
+            f"HSMTOLL_HOST__AUDIT_KEY {sanitized(path)}: not an Ed25519 private key in PEM",
             hint=_MAKE_KEY,
             code="audit-key",
         ) from None

@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from hsmtoll.errors import AuditBroken, ConfigurationError, foreign
+from hsmtoll.errors import AuditBroken, ConfigurationError, sanitized
 from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def segments_of(path: Path) -> list[Path]:
         for file in (each, checkpoints_of(each)):
             if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
                 raise AuditBroken(
-                    f"audit {foreign(file)}: not a file",
+                    f"audit {sanitized(file)}: not a file",
                     hint="a log is made of files alone, which are not linked: see who put it there",
                     code="audit-broken",
                 )
@@ -104,7 +104,7 @@ def _first(segment: Path) -> int:
     number = segment.stem.removeprefix("audit-")
     if not (number.isascii() and number.isdecimal()):
         raise ConfigurationError(
-            f"audit {foreign(segment)}: not a segment of an audit log",
+            f"audit {sanitized(segment)}: not a segment of an audit log",
             hint="give its directory, or files audit-N.jsonl with their checkpoints beside them",
             code="audit-path",
         )
@@ -395,7 +395,7 @@ def _wrong(  # noqa: PLR0917 - a line and what is known of those around it
     if record is None:
         return f"record {seq}: changed (not an audit record)"
     if record["seq"] != seq:
-        return f"record {seq}: removed or reordered (found {foreign(record['seq'])})"
+        return f"record {seq}: removed or reordered (found {sanitized(record['seq'])})"
     own = sha256(line)
     if record["prev"] != before:
         # This line or the one before was changed: not this one if its hash is in the next line
@@ -428,7 +428,7 @@ def list_records(
                 return
             if record is None:
                 raise AuditBroken(
-                    f"audit {foreign(segment)}: record {number}: changed (not an audit record)",
+                    f"audit {sanitized(segment)}: record {number}: changed (not an audit record)",
                     hint="`hsmtoll audit verify` reports how far the log is unchanged",
                     code="audit-broken",
                 )
@@ -483,7 +483,7 @@ def _head(given: str | None) -> tuple[int, str] | None:
     seq, _, value = given.partition(":")
     if not (seq.isascii() and seq.isdecimal() and len(seq) < 16 and len(value) == 64):
         raise ConfigurationError(
-            f"head {foreign(given)}: SEQ:HASH is expected, from a reply or the system log",
+            f"head {sanitized(given)}: SEQ:HASH is expected, from a reply or the system log",
             code="audit-head",
         )
     return int(seq), value
@@ -496,10 +496,10 @@ def _public(given: Path | Ed25519PublicKey) -> Ed25519PublicKey:
         key = serialization.load_pem_public_key(given.read_bytes())
     except (OSError, ValueError, UnsupportedAlgorithm) as exc:
         raise ConfigurationError(
-            f"public key {foreign(given)}: cannot be read as PEM", code="audit-key"
+            f"public key {sanitized(given)}: cannot be read as PEM", code="audit-key"
         ) from exc
     if not isinstance(key, Ed25519PublicKey):
         raise ConfigurationError(
-            f"public key {foreign(given)}: not an Ed25519 key", code="audit-key"
+            f"public key {sanitized(given)}: not an Ed25519 key", code="audit-key"
         )
     return key

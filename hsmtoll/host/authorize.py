@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from hsmtoll.errors import ClockError, PolicyDenied, TryAgainLater, foreign
+from hsmtoll.errors import ClockError, PolicyDenied, TryAgainLater, sanitized
 from hsmtoll.host.emergency_stop import stopped_by
 from hsmtoll.host.policy import decide
 
@@ -194,8 +194,8 @@ def _record(context: RequestContext, verdict: Verdict, policy: Policy) -> dict[s
         options["authorization_details"] = request.authorization_details
     return {
         "caller": verdict.caller or context.peer.account,
-        "profile": foreign(request.profile),
-        "scope": verdict.scope or foreign(request.scope),
+        "profile": sanitized(request.profile),
+        "scope": verdict.scope or sanitized(request.scope),
         "options": options,
         "policy_sha256": policy.sha256,
     }

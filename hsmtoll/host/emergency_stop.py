@@ -11,7 +11,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.files import check_trusted, sync_directory
 from hsmtoll.host.required import needed
 
@@ -89,6 +89,6 @@ def resume(path: Path) -> bool:
 
 def _not_allowed(path: Path, doing: str, exc: OSError) -> ConfigurationError:
     return ConfigurationError(
-        f"{doing}: {foreign(path)} cannot be changed ({exc.strerror})",
+        f"{doing}: {sanitized(path)} cannot be changed ({exc.strerror})",
         hint="run it as the account that owns the directory; not that of the host",
     )

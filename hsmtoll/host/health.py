@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.errors import foreign
+from hsmtoll.errors import sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,9 +47,11 @@ class HostHealth:
             why.append("ending")
         for profile in self.profiles:
             if not self.profiles.clock_is_right(profile):
-                why.append(f"profile {foreign(profile.name)}: {_CLOCK}")
+                why.append(f"profile {sanitized(profile.name)}: {_CLOCK}")
             elif profile.health.failure is not None:
-                why.append(f"profile {foreign(profile.name)}: {foreign(profile.health.failure)}")
+                why.append(
+                    f"profile {sanitized(profile.name)}: {sanitized(profile.health.failure)}"
+                )
         return why
 
     def numbers(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from hsmtoll.errors import HsmTollError, UsageError, foreign
+from hsmtoll.errors import HsmTollError, UsageError, sanitized
 from hsmtoll.host.policy import GrantRequest
 from hsmtoll.jsonio import read_strict
 from hsmtoll.signing import replies
@@ -113,7 +113,7 @@ def parse_body(raw: bytes) -> GrantRequest:
         raise _bad(f"the body is {_TYPES[type(members)]}; an object is expected")
     unknown = sorted(members.keys() - {*_REQUIRED, *_OPTIONAL})
     if unknown:
-        raise _bad(f"unknown member: {foreign(unknown[0])}")
+        raise _bad(f"unknown member: {sanitized(unknown[0])}")
     missing = [name for name in _REQUIRED if name not in members]
     if missing:
         raise _bad(f"missing member: {', '.join(missing)}")
@@ -188,7 +188,7 @@ def not_found(hint: str) -> RequestRejected:
 
 def wrong_method(request: web.BaseRequest, allow: str) -> RequestRejected:
     """The rejection of a method that the path does not have; *allow* has those that it has."""
-    what = f"{foreign(request.method)} is not a method of this path"
+    what = f"{sanitized(request.method)} is not a method of this path"
     return RequestRejected(405, "method_not_allowed", what, f"use {allow}", allow=allow)
 
 
@@ -218,7 +218,7 @@ def reply_to(exc: Exception) -> web.Response:
         text = "internal error of the host; its log has the place"
         return _error(500, "internal", text, "report it to the host's administrator")
     reply = replies.reply_to(exc)
-    response = _error(reply.status, reply.word, foreign(exc), foreign(exc.hint or ""))
+    response = _error(reply.status, reply.word, sanitized(exc), sanitized(exc.hint or ""))
     if reply.status in (429, 503) or exc.retry_after is not None:
         wait = _RETRY_AFTER if exc.retry_after is None else exc.retry_after
         response.headers["Retry-After"] = str(max(1, math.ceil(wait)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from hsmtoll import apis, files
-from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, UsageError, sanitized
 from hsmtoll.host.peers import Peer
 from hsmtoll.token import TokenRequest, details_text
 
@@ -151,7 +151,7 @@ class _Reader:
     def policy(self, tables: dict[str, Any], sha256: str) -> Policy:
         unknown = sorted(tables.keys() - {"profile", "caller", "revoked_sha256"})
         if unknown:
-            raise self._bad(f"{foreign(unknown[0])}: there is no such key")
+            raise self._bad(f"{sanitized(unknown[0])}: there is no such key")
         profiles = self._table(tables.get("profile", {}), "profile")
         for name, profile in profiles.items():
             self._profile(name, self._table(profile, f"profile.{name}"))
@@ -165,20 +165,20 @@ class _Reader:
         bare = {each.replace(":", "").lower() for each in revoked}
         wrong = [each for each in bare if not re.fullmatch(r"[0-9a-f]{64}", each)]
         if wrong:
-            raise self._bad(f"revoked_sha256: {foreign(wrong[0])} is not a SHA-256")
+            raise self._bad(f"revoked_sha256: {sanitized(wrong[0])} is not a SHA-256")
         return Policy(profiles, callers, frozenset(bare), sha256)
 
     def _profile(self, name: str, profile: dict[str, Any]) -> None:
         if profile.get("identity") not in ("eseal", "norwegian"):
-            raise self._bad(f"profile {foreign(name)}: identity must be eseal or norwegian")
+            raise self._bad(f"profile {sanitized(name)}: identity must be eseal or norwegian")
         if profile.get("environment") not in ("test", "prod", "sandbox"):
-            raise self._bad(f"profile {foreign(name)}: environment must be test, prod or sandbox")
+            raise self._bad(f"profile {sanitized(name)}: environment must be test, prod or sandbox")
         named = {key.partition("__")[0] for key in profile}
         if {"host", "signer"} & named:
-            raise self._bad(f"profile {foreign(name)}: host and signer are not a profile's")
+            raise self._bad(f"profile {sanitized(name)}: host and signer are not a profile's")
         # The file and its table are options of the command, and no settings.
         for each in sorted({"config", "profile"} & named):
-            raise self._bad(f"profile {foreign(name)}: {each}: there is no such setting")
+            raise self._bad(f"profile {sanitized(name)}: {each}: there is no such setting")
 
     def _caller(self, name: str, table: dict[str, Any], profiles: Mapping[str, Any]) -> Caller:
         if not _names_a_caller(name):
@@ -189,7 +189,7 @@ class _Reader:
         entries = {}
         for profile, entry in self._table(table.get("profile", {}), "profile").items():
             if profile not in profiles:
-                raise self._bad(f"caller {name}: there is no profile {foreign(profile)}")
+                raise self._bad(f"caller {name}: there is no profile {sanitized(profile)}")
             given = self._table(entry, f"caller {name}: profile.{profile}")
             entries[profile] = self._entry(
                 name, given, profiles[profile]["identity"], line, profile
@@ -202,7 +202,7 @@ class _Reader:
         where = f"caller {caller}, profile {profile}"
         unknown = sorted(given.keys() - _OPTIONS)
         if unknown:
-            raise self._bad(f"{where}: there is no option {foreign(unknown[0])}")
+            raise self._bad(f"{where}: there is no option {sanitized(unknown[0])}")
         modes = self._texts(given.get("mode", []), f"{where}: mode")
         if not set(modes) <= set(_MODES):
             raise self._bad(f"{where}: mode is grant or token")
@@ -239,7 +239,7 @@ class _Reader:
 
     def _table(self, value: object, what: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self._bad(f"{foreign(what)}: a table is expected")
+            raise self._bad(f"{sanitized(what)}: a table is expected")
         return value
 
     def _details(self, value: object, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -251,7 +251,7 @@ class _Reader:
 
     def _texts(self, value: object, what: str) -> list[str]:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-            raise self._bad(f"{foreign(what)}: a list of strings is expected")
+            raise self._bad(f"{sanitized(what)}: a list of strings is expected")
         return value
 
     def _bad(self, what: str) -> ConfigurationError:
@@ -282,7 +282,7 @@ def decide(
     caller = policy.callers[name]
     entry = caller.profiles.get(request.profile)
     if entry is None:
-        why = f"{name} has no profile {foreign(request.profile)}"
+        why = f"{name} has no profile {sanitized(request.profile)}"
         return Verdict(False, why, caller.line, caller=name)
     try:
         scope = apis.scope_of(request.scope, policy.identity(request.profile))
@@ -315,17 +315,17 @@ def allows(policy: Policy, request: GrantRequest) -> bool:
 
 def _refusal(entry: Entry, request: GrantRequest, scope: str, mode: str) -> str | None:
     if mode not in entry.mode:
-        return f"mode {foreign(mode)} is not allowed"
+        return f"mode {sanitized(mode)} is not allowed"
     if scope not in entry.scopes:
-        return f"scope {foreign(scope)} is not allowed"
+        return f"scope {sanitized(scope)} is not allowed"
     if request.consumer_org is not None and request.consumer_org not in entry.consumer_org:
-        return f"consumer_org {foreign(request.consumer_org)} is not allowed"
+        return f"consumer_org {sanitized(request.consumer_org)} is not allowed"
     for each in request.resource:
         if each not in entry.resource:
-            return f"resource {foreign(each)} is not allowed"
+            return f"resource {sanitized(each)} is not allowed"
     for details in request.token_request(scope).details:
         if not any(_covers(allowed, details) for allowed in entry.authorization_details):
-            return f"authorization_details {foreign(details)} are not allowed"
+            return f"authorization_details {sanitized(details)} are not allowed"
     return None
 
 
@@ -343,7 +343,7 @@ def _names_a_caller(name: str) -> bool:
 
 
 def _no_caller(name: str) -> str:
-    return f"caller {foreign(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
+    return f"caller {sanitized(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
 
 
 def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tuple[bool, str]]:

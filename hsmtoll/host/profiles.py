@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.app import App
 from hsmtoll.clock import Skew
-from hsmtoll.errors import AuditBroken, ConfigurationError, DeviceError, HsmTollError, foreign
+from hsmtoll.errors import AuditBroken, ConfigurationError, DeviceError, HsmTollError, sanitized
 from hsmtoll.host.authorize import busy
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
@@ -87,7 +87,7 @@ class Profile:
         """DeviceError (``not-ready``) until the first self-test has passed."""
         if not self.health.proven:
             raise DeviceError(
-                f"profile {foreign(self.name)}: not ready, {self.health.failure}",
+                f"profile {sanitized(self.name)}: not ready, {self.health.failure}",
                 hint="it is tried again by itself",
                 code="not-ready",
                 retry_after=_RETRY_AFTER,
@@ -185,7 +185,7 @@ class Profiles:
         if os.geteuid() != 0 and os.access(self._path, os.W_OK):
             _log.warning(
                 "policy %s: this daemon's own account may change it; let another one own it",
-                foreign(self._path),
+                sanitized(self._path),
             )
         check_stop_directory(self._stop_file)
         profiles = {}
@@ -212,7 +212,9 @@ class Profiles:
             return Profile(name, table, app, app.token_service.cache, workers, executor)
         except HsmTollError as exc:
             raise ConfigurationError(
-                f"policy {self._path}: profile {foreign(name)}: {exc}", hint=exc.hint, code=exc.code
+                f"policy {self._path}: profile {sanitized(name)}: {exc}",
+                hint=exc.hint,
+                code=exc.code,
             ) from exc
 
     def _app(self, name: str, settings: Settings) -> App:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, HsmTollError, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, sanitized
 from hsmtoll.host import system
 from hsmtoll.host.required import check_complete, needed
 
@@ -130,14 +130,14 @@ def listen_unix(path: Path, name: str) -> socket.socket:
             directory.mkdir(mode=0o750)
             _log.warning(
                 "%s: %s was missing; it is made for the group %d, and callers must be its members",
-                name, foreign(directory), directory.stat().st_gid,
+                name, sanitized(directory), directory.stat().st_gid,
             )  # fmt: skip
         seen = directory.stat()
     except OSError as exc:
         raise ConfigurationError(
-            f"{name} {foreign(path)}: no directory for it ({exc.strerror})",
+            f"{name} {sanitized(path)}: no directory for it ({exc.strerror})",
             hint="make it for the host's account and the group of its callers, as root: install -d "
-            f"-o ACCOUNT -g GROUP -m 2750 {foreign(directory)}",
+            f"-o ACCOUNT -g GROUP -m 2750 {sanitized(directory)}",
         ) from exc
     files.check_trusted(directory, f"directory of {name}")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -151,7 +151,7 @@ def listen_unix(path: Path, name: str) -> socket.socket:
     except OSError as exc:
         listening.close()
         raise ConfigurationError(
-            f"{name} {foreign(path)}: cannot be listened on ({exc.strerror or exc})"
+            f"{name} {sanitized(path)}: cannot be listened on ({exc.strerror or exc})"
         ) from exc
     finally:
         os.umask(before)
@@ -182,7 +182,7 @@ def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket
         family, kind, proto, _, where = found[0]
         if local and not _is_loopback(str(where[0])):
             raise ConfigurationError(
-                f"{name}: {foreign(address)} is not on the loopback",
+                f"{name}: {sanitized(address)} is not on the loopback",
                 hint="127.0.0.1:PORT, [::1]:PORT or unix:///PATH",
             )
         listening = socket.socket(family, kind | socket.SOCK_CLOEXEC, proto)
@@ -193,7 +193,7 @@ def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket
         # UnicodeError: a host name with an empty label, or one of more than 63 characters.
         why = getattr(exc, "strerror", None) or "no such address"
         raise ConfigurationError(
-            f"{name}: {foreign(address)} cannot be listened on ({why})"
+            f"{name}: {sanitized(address)} cannot be listened on ({why})"
         ) from exc
     return listening
 
@@ -230,14 +230,14 @@ def server_context(cert: Path, key: Path, client_ca: Path, crl: Path | None) -> 
             context.load_verify_locations(cafile=crl)
     except (OSError, ValueError) as exc:
         raise ConfigurationError(
-            f"HSMTOLL_HOST__{doing}: cannot be used ({foreign(exc)})",
+            f"HSMTOLL_HOST__{doing}: cannot be used ({sanitized(exc)})",
             hint="PEM files, and a key without passphrase that fits the certificate",
         ) from exc
     if context.cert_store_stats()["crl"]:
         # The whole path: a revoked CA could issue client certificates that are on no list.
         context.verify_flags |= ssl.VERIFY_CRL_CHECK_CHAIN
     elif crl is not None:
-        raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {foreign(crl)}: no revocation list")
+        raise ConfigurationError(f"HSMTOLL_HOST__CLIENT_CRL {sanitized(crl)}: no revocation list")
     else:
         # An intermediate CA in CLIENT_CA is a trust anchor, too. Not with revocation lists:
         # OpenSSL would end the path there and not check whether its issuer has revoked it.

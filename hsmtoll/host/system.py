@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -147,7 +147,7 @@ def heads_to_system_log(logger: logging.Logger, path: Path = SYSTEM_LOG) -> None
             str(path), facility=logging.handlers.SysLogHandler.LOG_AUTHPRIV
         )
     except OSError as exc:
-        logger.warning("system log %s cannot be reached (%s)", foreign(path), exc.strerror)
+        logger.warning("system log %s cannot be reached (%s)", sanitized(path), exc.strerror)
         return
     handler.setFormatter(logging.Formatter("hsmtoll[%(process)d]: %(message)s"))
     handler.ident = ""

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
+from hsmtoll.errors import HsmTollError, PolicyDenied, sanitized
 from hsmtoll.host.policy import GrantRequest, Policy, allows
 from hsmtoll.hsm import worker
 from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Read
@@ -61,7 +61,7 @@ class Rules:
         )
         self._reread()
         if self._policy is None or not allows(self._policy, grant_request):
-            raise _refused(f"no caller may have it: {foreign(grant_request.scope)}")
+            raise _refused(f"no caller may have it: {sanitized(grant_request.scope)}")
 
     def _check_profile(self, read: Read) -> None:
         told, grant = self._told, read.grant
@@ -72,7 +72,7 @@ class Rules:
             ("x5c", leaf, told["certificate_sha256"] or leaf),
         ):
             if found != expected:
-                raise _refused(f"{name} is not the profile's: {foreign(found)}")
+                raise _refused(f"{name} is not the profile's: {sanitized(found)}")
         if (told["kid"] is None) != (grant.kid is None):
             raise _refused("the profile's grants have either a kid or certificates")
         age = time.time() - read.iat

@@ -12,7 +12,7 @@ import contextlib
 import random
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from hsmtoll.errors import HsmTollError, PinNotTried, foreign
+from hsmtoll.errors import HsmTollError, PinNotTried, sanitized
 from hsmtoll.hsm.codes import recoverable, translate_pkcs11_errors
 from hsmtoll.hsm.login import pin_state_after
 from hsmtoll.hsm.module import PKCS11_LOCK, current, loaded, restart, restarted
@@ -58,7 +58,7 @@ class Calls:
         sleep: Callable[[float], None],
     ) -> None:
         self.module_path = settings.module_path
-        self._name = foreign(settings.uri)
+        self._name = sanitized(settings.uri)
         self._deadline = settings.deadline
         self._connection = connection
         self._pin_login = pin_login

@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, sanitized
 from hsmtoll.hsm.codec import decode, encode
 from hsmtoll.hsm.pipe import Pipe, Reply
 
@@ -135,8 +135,8 @@ class WorkerProcess:
             self._discard_startup_output()
         return ConfigurationError(
             f"{doing}: the isolating process could not be started: "
-            + (foreign(message.strip()) if message else f"it {fate}"),
-            hint=f"{foreign(_interpreter())} was to run it; no module was loaded. "
+            + (sanitized(message.strip()) if message else f"it {fate}"),
+            hint=f"{sanitized(_interpreter())} was to run it; no module was loaded. "
             "HSMTOLL_HSM__ISOLATION=none runs the module in this process",
             code="worker-start",
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pkcs11 import exceptions as p11
 
-from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, sanitized
 from hsmtoll.hsm.answers import ANSWERS, in_words
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ def describe(exc: Exception) -> str:
     code = ckr_code(exc)
     if code is not None:
         return in_words(code)
-    return f"{type(exc).__name__}: {foreign(exc)}" if str(exc) else type(exc).__name__
+    return f"{type(exc).__name__}: {sanitized(exc)}" if str(exc) else type(exc).__name__
 
 
 def _meaning(exc: Exception) -> Meaning:

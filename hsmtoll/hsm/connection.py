@@ -13,7 +13,7 @@ from weakref import WeakSet
 from pkcs11 import Attribute, ObjectClass
 from pkcs11 import exceptions as p11
 
-from hsmtoll.errors import DeviceError, foreign
+from hsmtoll.errors import DeviceError, sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import SESSION_LIMIT_ERRORS
 from hsmtoll.hsm.module import current, opened
@@ -117,7 +117,7 @@ class Connection:
 
     def __init__(self, settings: DeviceSettings, selector: KeySelector) -> None:
         self._path = settings.module_path
-        self._name = foreign(settings.uri)
+        self._name = sanitized(settings.uri)
         self._selector = selector
         self._handles: Handles | None = None
         self._first_identity: tuple[str, str, str, str] | None = None
@@ -173,7 +173,7 @@ class Connection:
         # A field that is empty now was read while another process was writing it.
         half_written = any(old and not new for _, old, new in changed)
         differences = ", ".join(
-            f"{name} '{foreign(new)}', was '{foreign(old)}'" for name, old, new in changed
+            f"{name} '{sanitized(new)}', was '{sanitized(old)}'" for name, old, new in changed
         )
         raise DeviceError(
             f"{self._name} is another device than before: {differences}",

@@ -18,7 +18,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import HsmTollError, foreign
+from hsmtoll.errors import HsmTollError, sanitized
 from hsmtoll.hsm import objects
 from hsmtoll.hsm.calls import Calls
 from hsmtoll.hsm.connection import Connection
@@ -73,7 +73,7 @@ class InProcessDevice:
     ) -> None:
         self.uri = settings.uri
         self._settings = settings
-        self._name = foreign(settings.uri)
+        self._name = sanitized(settings.uri)
         self._rules = rules
         self._warned: set[str] = set()
         selector = KeySelector(settings, warn=self._warn)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from pkcs11 import PROTECTED_AUTH, TokenFlag
 from pkcs11 import exceptions as p11
 
-from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import REFUSED, SESSION_LIMIT_ERRORS, translated, untried
 from hsmtoll.hsm.pin_log import PinLog, PinRecord, TokenUser
@@ -220,7 +220,7 @@ class PinLogin:
             pin = source.read(device=f"the key on {display_name(here.token)}")
         if pin is None or pin.on_pinpad:
             raise DeviceError(
-                f"the key {foreign(self._uri)} wants a PIN for every signature",
+                f"the key {sanitized(self._uri)} wants a PIN for every signature",
                 hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
                 code="signing-pin",
             )

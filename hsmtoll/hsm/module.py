@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pkcs11
 from pkcs11.exceptions import PKCS11Error
 
-from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, sanitized
 from hsmtoll.files import first_untrusted_component
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm import cryptoki
@@ -139,7 +139,7 @@ class Module:
         Every slot with its token, or with its error: a broken slot does not hide the others.
         Empty slots are omitted.
         """
-        with translate_pkcs11_errors(f"asking {foreign(self.path)} for its slots"):
+        with translate_pkcs11_errors(f"asking {sanitized(self.path)} for its slots"):
             seen = cryptoki.list_slots(self.lib, self.path)
         for slot, problem in seen:
             if problem is not None:
@@ -260,14 +260,14 @@ def check_path(path: Path) -> None:
         elif not path.is_file():
             problem = "is not a file"
         elif place := first_untrusted_component(path):
-            problem = f"can be changed by others ({foreign(place)})"
-            hint = f"It is code that sees the PIN: chown root, chmod go-w {foreign(place)}"
+            problem = f"can be changed by others ({sanitized(place)})"
+            hint = f"It is code that sees the PIN: chown root, chmod go-w {sanitized(place)}"
     except OSError as exc:
         problem = f"cannot be looked at ({exc.strerror})"
         hint = "This account must be able to read it and the directories above it."
     if problem:
         raise ConfigurationError(
-            f"the PKCS#11 module '{foreign(path)}' {problem}", hint=hint, code="module-path"
+            f"the PKCS#11 module '{sanitized(path)}' {problem}", hint=hint, code="module-path"
         )
 
 
@@ -276,7 +276,7 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
     if "C_GetFunctionList" in words:
         why, hint = "is a library, but not of PKCS#11", None
     elif "OS exception" in words:
-        why, hint = f"cannot be loaded: {foreign(words.rpartition(f'{path}: ')[2])}", None
+        why, hint = f"cannot be loaded: {sanitized(words.rpartition(f'{path}: ')[2])}", None
     elif "already initialized" in words:
         why = "is in use in this process already"
         hint = "other code opened it under another path, or through another module"
@@ -284,7 +284,7 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why = f"cannot be started: the module answered {describe(exc)}"
         hint = _how_it_starts(path)
     return DeviceError(
-        f"the PKCS#11 module '{foreign(path)}' {why}",
+        f"the PKCS#11 module '{sanitized(path)}' {why}",
         hint=hint or "set HSMTOLL_HSM__MODULE to the .so of the device's maker",
         code="module-load",
     )
@@ -305,7 +305,7 @@ def _reinitialize_after_fork(module: Module) -> None:
     lib, path = module.lib, Path(module.path)
     if lib.manufacturer_id not in _FORK_HARMLESS and path.name not in _FORK_HARMLESS_FILES:
         raise DeviceError(
-            f"the PKCS#11 module '{foreign(path)}' was opened before this process was forked, and"
+            f"the PKCS#11 module '{sanitized(path)}' was opened before this process was forked, and"
             " starting it again here could take the device away from the parent",
             hint="Open it after the fork (gunicorn without --preload; multiprocessing with"
             " 'spawn'), or set HSMTOLL_HSM__ISOLATION=process.",

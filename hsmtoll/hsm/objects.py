@@ -15,7 +15,7 @@ from pkcs11 import exceptions as p11
 from pkcs11.constants import DEFAULT
 
 from hsmtoll.der import certificate_fields
-from hsmtoll.errors import DeviceError, foreign
+from hsmtoll.errors import DeviceError, sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import away, ckr_code, describe
@@ -102,7 +102,7 @@ def generate(
     that permits more than signing.
     """
     chosen = key_id or secrets.token_bytes(16)
-    doing = f"generating the key '{foreign(label)}'"
+    doing = f"generating the key '{sanitized(label)}'"
     tool = _own_tool(calls.module_path)
     with _writing(calls, doing, tool, "key-refused") as (_, token, session):
         _refuse_taken(session, label, chosen)
@@ -169,7 +169,7 @@ def store(
             try:
                 session.create_object(_template(der, label, key_id))
             except p11.PKCS11Error as exc:
-                named = f"writing the certificate '{foreign(label)}'"
+                named = f"writing the certificate '{sanitized(label)}'"
                 error = _refused(session, exc, named, hint, "certificate-refused")
                 if place == 0:
                     raise error from None
@@ -236,14 +236,14 @@ def _there(session: Session) -> set[bytes]:
 
 def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
     taken: tuple[tuple[Attribute, str | bytes, str], ...] = (
-        (Attribute.LABEL, label, f"label '{foreign(label)}'"),
+        (Attribute.LABEL, label, f"label '{sanitized(label)}'"),
         (Attribute.ID, key_id, f"id {key_id.hex()}"),
     )
     for kind in (ObjectClass.PRIVATE_KEY, ObjectClass.PUBLIC_KEY):
         for name, value, words in taken:
             if cryptoki.find_by_value(session, kind, name, value):
                 raise DeviceError(
-                    f"generating the key '{foreign(label)}': a key with the {words} is there",
+                    f"generating the key '{sanitized(label)}': a key with the {words} is there",
                     hint="Nothing is overwritten: choose another label and id.",
                     code="key-exists",
                 )
@@ -307,8 +307,8 @@ def _destroyed(made: Iterable[Object], uri: KeyUri) -> str:
             remaining += 1
     if remaining:
         return (
-            f"it could not be destroyed and is still on the device: delete {foreign(uri)} with the"
-            " device's own tool"
+            "it could not be destroyed and is still on the device: "
+            f"delete {sanitized(uri)} with the device's own tool"
         )
     return "it was destroyed"
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.files import check_trusted, first_untrusted_component
 
 if TYPE_CHECKING:
@@ -154,24 +154,25 @@ class PinFile:
                 # Whoever can write a wrong PIN can lock the device; so can the file's group.
                 if checked and facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                     raise ConfigurationError(
-                        f"the PIN file {foreign(self.path)} can be written by others",
-                        hint=f"chmod go-w {foreign(self.path)}",
+                        f"the PIN file {sanitized(self.path)} can be written by others",
+                        hint=f"chmod go-w {sanitized(self.path)}",
                         code="pin-file-writable",
                     )
                 if facts.st_mode & stat.S_IROTH and stat.S_ISREG(facts.st_mode):
-                    _log.warning("the PIN file %s can be read by everybody", foreign(self.path))
+                    _log.warning("the PIN file %s can be read by everybody", sanitized(self.path))
                 place = first_untrusted_component(self.path)
                 if place is not None:
                     raise ConfigurationError(
-                        f"the PIN file {foreign(self.path)}: others may change {foreign(place)}",
+                        f"the PIN file {sanitized(self.path)}: "
+                        f"others may change {sanitized(place)}",
                         hint="root or you must own it, and each directory and link on the way;"
-                        f" nobody else may write there: chmod go-w {foreign(place)}",
+                        f" nobody else may write there: chmod go-w {sanitized(place)}",
                         code="pin-file-writable",
                     )
                 data = _whole(file, self.timeout)
         except OSError as exc:
             raise ConfigurationError(
-                f"the PIN file {foreign(self.path)} ({self.name}) cannot be read: {exc.strerror}",
+                f"the PIN file {sanitized(self.path)} ({self.name}) cannot be read: {exc.strerror}",
                 code="pin-source",
             ) from exc
         version = f"inode {facts.st_ino} mtime {facts.st_mtime_ns}"
@@ -323,7 +324,7 @@ class PinTerminal:
                 code="pin-source",
             ) from None
         try:
-            line = _typed(terminal, f"{self.what} of {foreign(device)}: ")
+            line = _typed(terminal, f"{self.what} of {sanitized(device)}: ")
         except (OSError, termios.error):
             raise ConfigurationError(
                 f"the PIN could not be typed ({self.name}): the terminal does not answer",

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import files
-from hsmtoll.errors import DeviceError, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, PinNotTried, sanitized
 from hsmtoll.fork import after_fork, notice_fork
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class PinLog:
             )
         # An account that can remove a record can cause a refused PIN to be tried again.
         if (place_of := files.first_untrusted_component(folder, own=True)) is not None:
-            raise PermissionError(1, f"others can change {foreign(place_of)}")
+            raise PermissionError(1, f"others can change {sanitized(place_of)}")
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(folder / f"{replace(owner, user='user').name}.lock", flags, 0o600)
         _locks.add(lock)
@@ -216,7 +216,7 @@ class PinRecord:
         known = accepted or ours or user_confirmed or pin.typed
         if count_low and not known and self.path is not None:
             raise PinNotTried(
-                f"the PIN of '{foreign(self.owner.label)}' was not tried: the device says that a"
+                f"the PIN of '{sanitized(self.owner.label)}' was not tried: the device says that a"
                 " wrong one was given, and not from here",
                 hint="Log in once with the device's own tool, or type the PIN"
                 " (HSMTOLL_HSM__PIN_PROMPT=terminal). If it is known to be right, run"
@@ -242,7 +242,7 @@ class PinRecord:
         if len(recent) < _MAX_REFUSED_PER_HOUR:
             return
         raise PinNotTried(
-            f"the PIN of '{foreign(self.owner.label)}' was not tried: {len(recent)} others"
+            f"the PIN of '{sanitized(self.owner.label)}' was not tried: {len(recent)} others"
             f" were refused within an hour, and what {pin.source} gives is another one",
             hint="see what the file holds or the command prints; a typed PIN is tried at once"
             f" (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
@@ -280,7 +280,7 @@ class PinRecord:
             return
         if pin_trusted:
             raise DeviceError(
-                f"the device '{foreign(self.owner.label)}' did not take the login a moment ago",
+                f"the device '{sanitized(self.owner.label)}' did not take the login a moment ago",
                 hint="It is tried again by itself: seconds after the first time, minutes later on.",
                 code="device-down",
                 signed=False,
@@ -353,7 +353,7 @@ class PinRecord:
             _log.warning(
                 "the PIN of '%s' was %s, which cannot be recorded (%s): this try counts as one with"
                 " an unknown outcome",
-                foreign(self.owner.label), outcome, exc.strerror,
+                sanitized(self.owner.label), outcome, exc.strerror,
             )  # fmt: skip
 
     def _without_tries_of(self, pin: Pin) -> dict[str, Any]:
@@ -365,7 +365,7 @@ class PinRecord:
 
     def _not_tried(self, why: str, *, code: str) -> PinNotTried:
         return PinNotTried(
-            f"the PIN of '{foreign(self.owner.label)}' was not tried: {why}",
+            f"the PIN of '{sanitized(self.owner.label)}' was not tried: {why}",
             hint=f"A corrected PIN is tried at once. {_CLEAR}",
             code=code,
         )
@@ -385,7 +385,7 @@ class PinRecord:
 
 
 def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
-    shown = foreign(where) if where else "nowhere"
+    shown = sanitized(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
     hint = (
         "set HSMTOLL_STATE to a directory of this user that outlives restarts, where nobody else"
@@ -459,7 +459,8 @@ def _wait_for(lock: int, owner: TokenUser) -> None:
         except BlockingIOError:
             if time.monotonic() > until:
                 raise DeviceError(
-                    f"another process has been logging in to '{foreign(owner.label)}' for a minute",
+                    f"another process has been logging in to '{sanitized(owner.label)}' "
+                    "for a minute",
                     hint="Its module may hang: end that process.",
                     code="login-busy",
                     signed=False,

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried, foreign
+from hsmtoll.errors import DeviceError, PinIncorrect, PinNotTried, sanitized
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm.child import WorkerProcess
 from hsmtoll.hsm.codec import encode, hints
@@ -68,7 +68,7 @@ class WorkerDevice:
         boot: Callable[[], float] = time.monotonic,
     ) -> None:
         self.uri = settings.uri
-        self._name = foreign(settings.uri)
+        self._name = sanitized(settings.uri)
         signing_pin = signing_pin if signing_pin is not pin else None
         self._sources = {"user": pin, "signing": signing_pin}
         self._pins: dict[str, Pin] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.jws import RsaPublicKey
 
 if TYPE_CHECKING:
@@ -24,4 +24,4 @@ def public_key(settings: Settings) -> RsaPublicKey | None:
             files.read(path, "HSMTOLL_HSM__PUBLIC_KEY").decode("utf-8", "replace")
         )
     except ValueError as exc:
-        raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {foreign(path)}: {exc}") from exc
+        raise ConfigurationError(f"HSMTOLL_HSM__PUBLIC_KEY {sanitized(path)}: {exc}") from exc

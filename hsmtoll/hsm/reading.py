@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pkcs11 import Attribute, KeyType, ObjectClass, TokenFlag
 
 from hsmtoll import der as ders
-from hsmtoll.errors import foreign
+from hsmtoll.errors import sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.cryptoki import Unreadable
 from hsmtoll.hsm.facts import KeyFacts, StoredCertificate
@@ -198,7 +198,7 @@ def read_certificate(thing: Object) -> StoredCertificate:
     elif not der and problem is None:
         problem = "it has no value on the device"
     if problem is not None:
-        _log.warning("certificate %r cannot be read: %s", foreign(label), problem)
+        _log.warning("certificate %r cannot be read: %s", sanitized(label), problem)
     return StoredCertificate(der, label, key_id, problem)
 
 
@@ -267,6 +267,5 @@ def token_identity(token: Token) -> tuple[str, str, str, str]:
 
 def display_name(token: Token) -> str:
     """Label and serial number of *token*, for messages."""
-    return (
-        f"'{foreign(strip_padding(token.label))}' (serial {foreign(_serial(token)) or 'unknown'})"
-    )
+    label, serial = sanitized(strip_padding(token.label)), sanitized(_serial(token))
+    return f"'{label}' (serial {serial or 'unknown'})"

@@ -16,7 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.backoff import Backoff
-from hsmtoll.errors import DeviceError, HsmTollError, foreign
+from hsmtoll.errors import DeviceError, HsmTollError, sanitized
 from hsmtoll.fork import after_fork, notice_fork
 from hsmtoll.hsm.codes import recoverable
 
@@ -107,7 +107,7 @@ class CircuitBreaker:
                 self._probing = me
                 return
         raise DeviceError(
-            f"{foreign(self._name)} is down: {self._why}",
+            f"{sanitized(self._name)} is down: {self._why}",
             hint="It is asked again by itself; living tokens are served meanwhile.",
             code="device-down",
             signed=False,
@@ -128,7 +128,7 @@ class CircuitBreaker:
             was_open, self._warned, self._probing = self.open, False, None
             self._backoff.worked()
         if was_open:
-            _log.warning("device-back: %s works again", foreign(self._name))
+            _log.warning("device-back: %s works again", sanitized(self._name))
 
     def record_inconclusive(self) -> None:
         """Record an inconclusive result: the next caller may probe the device."""
@@ -146,7 +146,7 @@ class CircuitBreaker:
             opened = self.open and not was_open
         if opened:
             # The reason is in the error itself, which the caller gets.
-            name = foreign(self._name)
+            name = sanitized(self._name)
             _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)
 
     def record_error(self, exc: BaseException, doing: str = SIGNING) -> None:

@@ -17,7 +17,7 @@ from pkcs11 import Attribute, ObjectClass, TokenFlag
 from pkcs11 import exceptions as p11
 
 from hsmtoll import der as ders
-from hsmtoll.errors import ConfigurationError, DeviceError, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import about_the_device, describe
 from hsmtoll.hsm.cryptoki import Unreadable
@@ -98,7 +98,7 @@ class KeySelector:
         listed = _distinguished(fitting or seen) + broken
         raise DeviceError(
             f"{'several devices fit' if fitting else 'no device fits'}"
-            f" {foreign(self._uri.device_only())}",
+            f" {sanitized(self._uri.device_only())}",
             hint=_list("Seen: ", listed, "no device at all"),
             code="device-ambiguous" if fitting else "device-missing",
             retryable=not fitting,
@@ -111,7 +111,7 @@ class KeySelector:
         """
         if self._uri.type not in {None, "private"}:
             raise ConfigurationError(
-                f"{foreign(self._uri)} names a {self._uri.type} object, not a private key",
+                f"{sanitized(self._uri)} names a {self._uri.type} object, not a private key",
                 hint="leave 'type' out, or write type=private",
                 code="uri",
             )
@@ -151,7 +151,7 @@ class KeySelector:
             found, facts = [found[n] for n in fits] or found, [facts[n] for n in fits] or facts
         if len(found) > 1:
             raise DeviceError(
-                f"{len(found)} private keys fit {foreign(self._uri)}",
+                f"{len(found)} private keys fit {sanitized(self._uri)}",
                 hint=_list("Name one by its id: ", [str(fact.uri) for fact in facts], ""),
                 code="key-ambiguous",
             )
@@ -164,7 +164,7 @@ class KeySelector:
         # Without a login, private keys are invisible.
         if token.flags & TokenFlag.LOGIN_REQUIRED and not logged_in:
             return DeviceError(
-                f"the key {foreign(self._uri)} cannot be seen: nobody is logged in to"
+                f"the key {sanitized(self._uri)} cannot be seen: nobody is logged in to"
                 f" {display_name(token)}",
                 hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
                 code="not-logged-in",
@@ -174,11 +174,11 @@ class KeySelector:
         seen = [str(object_uri(token, key, "private")) for key in every[:_SHOWN]]
         hint = _list("Private keys there: ", seen, "none", more=len(every) - len(seen))
         if problems:
-            hint += f"\n{len(problems)} of them cannot be read: {foreign(problems[0])}"
+            hint += f"\n{len(problems)} of them cannot be read: {sanitized(problems[0])}"
         if other := self._on_another(module, token):
             hint += f"\nAnother device of the module has one of that name: {other}"
         return DeviceError(
-            f"no private key fits {foreign(self._uri)}", hint=hint, code="key-missing"
+            f"no private key fits {sanitized(self._uri)}", hint=hint, code="key-missing"
         )
 
     def _matching(self, session: Session, kind: ObjectClass) -> list[Object]:
@@ -223,7 +223,7 @@ class KeySelector:
         return next(filter(None, on_other_tokens(module, token, named)), None)
 
     def _usable(self, fact: KeyFacts) -> KeyFacts:
-        name = foreign(fact.uri)
+        name = sanitized(fact.uri)
         given = self._public_key
         if fact.key_type != "rsa":
             raise DeviceError(
@@ -321,6 +321,6 @@ def _shown(value: bool | None) -> str:
 
 
 def _list(before: str, names: list[str], none: str, *, more: int = 0) -> str:
-    shown = [foreign(name) for name in names[:_SHOWN]]
+    shown = [sanitized(name) for name in names[:_SHOWN]]
     more += len(names) - len(shown)
     return before + ("\n".join(shown + ([f"… and {more} more"] if more else [])) or none)

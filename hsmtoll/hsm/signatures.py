@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from pkcs11 import Mechanism
 
 from hsmtoll import der as ders
-from hsmtoll.errors import ConfigurationError, DeviceError, PolicyDenied, foreign
+from hsmtoll.errors import ConfigurationError, DeviceError, PolicyDenied, sanitized
 from hsmtoll.hsm.facts import Signature
 from hsmtoll.jws import ALGS, RsaPublicKey, digest_info
 from hsmtoll.signing.grant import read_grant
@@ -90,7 +90,7 @@ class Signable:
         if self.grant is None:
             raise _refused("it is no grant")
         if audience is not None and self.grant.grant.audience != audience:
-            found = foreign(self.grant.grant.audience)
+            found = sanitized(self.grant.grant.audience)
             raise _refused(f"aud is not the one of the settings: {found}")
         if rules is not None:
             rules(self.grant)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 
 __all__ = ["KeyUri"]
 
@@ -141,7 +141,7 @@ def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:
             if misplaced
             else "is not an attribute of RFC 7512"
         )
-        raise _wrong(f"'{foreign(name)}' {why}")
+        raise _wrong(f"'{sanitized(name)}' {why}")
     if not equals:
         raise _wrong(f"'{name}' has no value")
     return known[name], _value(name, raw)

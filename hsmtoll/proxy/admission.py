@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
 from hsmtoll import apis
-from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, UsageError, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -101,7 +101,7 @@ class Admission:
         """Where to send a request. Raises Rejected for what may not pass."""
         if method not in METHODS:
             raise Rejected(
-                405, "method-unknown", f"method {foreign(method)}: not forwarded",
+                405, "method-unknown", f"method {sanitized(method)}: not forwarded",
                 f"one of {', '.join(METHODS)}",
             )  # fmt: skip
         if "Authorization" in headers:
@@ -132,7 +132,7 @@ def paths_by_prefix(words: Iterable[str]) -> dict[str, str]:
             equals and scope and re.fullmatch(r"(?:/(?!\.\.?(?:/|$))[\w.~-]+)+", prefix, re.ASCII)
         ):
             raise ConfigurationError(
-                f"HSMTOLL_LOCAL_PROXY__PATHS: {foreign(word)}: not a prefix with its scope",
+                f"HSMTOLL_LOCAL_PROXY__PATHS: {sanitized(word)}: not a prefix with its scope",
                 hint="PREFIX=API or PREFIX=SCOPE, as /api/movement/ferry/v1=toll:movement/ferry",
             )
         found[prefix] = scope
@@ -143,14 +143,14 @@ def _checked_path(raw: str) -> str:
     """*raw*, if it is a path below an origin that no server reads as another one."""
     if len(raw) > _MAX_TARGET or not re.fullmatch(r"/(?!/)[!-\[\]-~]*", raw) or "#" in raw:
         raise Rejected(
-            404, "path-invalid", f"request target {foreign(raw)}: a path is expected",
+            404, "path-invalid", f"request target {sanitized(raw)}: a path is expected",
             "such as /api/movement/road/v2/test-auth, in ASCII and without a host",
         )  # fmt: skip
     decoded = unquote(raw.partition("?")[0])
     if {".", ".."} & set(re.split(r"[/\\]", decoded)):
         # A server may resolve them, and the token's scope was chosen by the path as written.
         raise Rejected(
-            404, "path-invalid", f"path {foreign(raw)}: it has dot segments",
+            404, "path-invalid", f"path {sanitized(raw)}: it has dot segments",
             "write the path that is meant",
         )  # fmt: skip
     return raw

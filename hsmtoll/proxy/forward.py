@@ -26,7 +26,7 @@ from hsmtoll.errors import (
     PolicyDenied,
     ScopeNotGranted,
     UsageError,
-    foreign,
+    sanitized,
 )
 from hsmtoll.proxy.admission import Rejected, request_headers, response_headers
 from hsmtoll.transport import CONNECTIONS
@@ -75,7 +75,7 @@ class Forwarder:
             try:
                 await self._token_service.atoken(self._failed)
             except HsmTollError as exc:
-                return [f"{exc.code}: {foreign(exc)}"]
+                return [f"{exc.code}: {sanitized(exc)}"]
             self._failed = None
         return []
 
@@ -93,13 +93,13 @@ class Forwarder:
             response = await self._forward(request, target)
         except (Rejected, HsmTollError) as exc:
             response = error_reply(exc)
-            note = f", {exc.code}: {foreign(exc)}"
+            note = f", {exc.code}: {sanitized(exc)}"
         took = time.monotonic() - began
         self._measures.count(label, request.method, response.status, took)
         _log.info(
             "%s %s: %d in %d ms, %s%s",
-            foreign(request.method), foreign(request.raw_path.partition("?")[0]), response.status,
-            round(took * 1000), caller, note,
+            sanitized(request.method), sanitized(request.raw_path.partition("?")[0]),
+            response.status, round(took * 1000), caller, note,
         )  # fmt: skip
         return response
 
@@ -202,7 +202,11 @@ def error_reply(exc: Rejected | HsmTollError) -> web.Response:
     503: neither the request nor Customs is at fault, and trying later may help.
     """
     status = exc.status if isinstance(exc, Rejected) else _status(exc)
-    body = {"error": exc.code, "error_description": foreign(exc), "hint": foreign(exc.hint or "")}
+    body = {
+        "error": exc.code,
+        "error_description": sanitized(exc),
+        "hint": sanitized(exc.hint or ""),
+    }
     headers = {"Hsmtoll-Error": exc.code, "Cache-Control": "no-store", "Server": "hsmtoll"}
     wait = None if isinstance(exc, Rejected) else exc.retry_after
     if wait is not None or status == 503:

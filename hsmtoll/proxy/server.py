@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.host import system
 from hsmtoll.host.sockets import listen_tcp, listen_unix
 from hsmtoll.peer_credentials import OVERFLOW, credentials
@@ -75,7 +75,7 @@ def _listen(where: str) -> socket.socket:
         path = where.removeprefix("unix:").removeprefix("//")
         if not path.startswith("/"):
             raise ConfigurationError(
-                f"{_LISTEN}: {foreign(where)}: an absolute path is expected", hint="unix:/PATH"
+                f"{_LISTEN}: {sanitized(where)}: an absolute path is expected", hint="unix:/PATH"
             )
         return listen_unix(Path(path), _LISTEN)
     return listen_tcp(where, _LISTEN, local=True)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.sandbox import jose
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.sandbox.state import NORWEGIAN_SCOPES, Client
@@ -174,6 +174,6 @@ def write_env(path: Path, variables: Mapping[str, str]) -> None:
         files.replace(path, _lines(variables).encode(), fsync=False)
     except OSError as error:
         raise ConfigurationError(
-            f"--env-file {foreign(path)}: cannot be written ({error.strerror})",
+            f"--env-file {sanitized(path)}: cannot be written ({error.strerror})",
             code="sandbox-env-file",
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.settings.environment import CONFIG, value_of
 from hsmtoll.settings.model import check_names
 from hsmtoll.suggestions import did_you_mean
@@ -35,7 +35,7 @@ def config_path(given: str | os.PathLike[str] | None) -> Path | None:
         path = Path(named)
         if str(path).startswith("~"):
             raise ConfigurationError(
-                f"configuration file {foreign(path)}: there is no such file",
+                f"configuration file {sanitized(path)}: there is no such file",
                 hint="~ is not expanded here; write the whole path",
             )
         if str(path) == os.devnull:
@@ -45,11 +45,11 @@ def config_path(given: str | os.PathLike[str] | None) -> Path | None:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             raise ConfigurationError(
-                f"configuration file {foreign(path)}: there is no such file"
+                f"configuration file {sanitized(path)}: there is no such file"
             ) from None
         except OSError as exc:
             raise ConfigurationError(
-                f"configuration file {foreign(path)}: cannot be read ({exc.strerror})"
+                f"configuration file {sanitized(path)}: cannot be read ({exc.strerror})"
             ) from exc
         return path
     places = [Path("/etc/hsmtoll")]
@@ -106,9 +106,9 @@ def read_file(path: Path, profile: str | None) -> tuple[dict[str, Any], dict[str
     if profile is None:
         return values, {}
     if profile not in named:
-        there = f"its profiles: {', '.join(map(foreign, named))}"
+        there = f"its profiles: {', '.join(map(sanitized, named))}"
         raise ConfigurationError(
-            f"profile {foreign(profile)}: not in {path}",
+            f"profile {sanitized(profile)}: not in {path}",
             hint=did_you_mean(profile, named, there)
             if named
             else "the file has no [profile.NAME] tables",
@@ -123,5 +123,5 @@ def _warn_of_exposed_pin(values: Mapping[str, Any], path: Path) -> None:
             if path.stat().st_mode & stat.S_IROTH:
                 _log.warning(
                     "configuration file %s: contains a PIN and can be read by everybody: chmod o-r",
-                    foreign(path),
+                    sanitized(path),
                 )

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.settings.model import variable
 
 if TYPE_CHECKING:
@@ -272,13 +272,13 @@ def _check_cache(url: str, key_file: Path | None) -> None:
     weak = [name for name in options if name.lower().startswith("ssl")]
     if weak:
         raise ConfigurationError(
-            f"HSMTOLL_CACHE: the option {foreign(weak[0])} is not allowed in the URL",
+            f"HSMTOLL_CACHE: the option {sanitized(weak[0])} is not allowed in the URL",
             hint="the server's certificate is always verified; its CA goes into HSMTOLL_CA_FILE",
         )
     other = [name for name in options if name not in _REDIS_OPTIONS]
     if other:
         raise ConfigurationError(
-            f"HSMTOLL_CACHE: the URL has the unknown option {foreign(other[0])}",
+            f"HSMTOLL_CACHE: the URL has the unknown option {sanitized(other[0])}",
             hint=f"known options: {', '.join(sorted(_REDIS_OPTIONS))}",
         )
     if key_file is None:

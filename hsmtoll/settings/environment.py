@@ -9,7 +9,7 @@ import os
 import re
 from typing import Final
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.settings.model import PREFIX, VARIABLES, nearest
 
 __all__ = ["CONFIG", "PROFILE", "check_environment", "value_of"]
@@ -37,7 +37,7 @@ def check_environment() -> None:
     for name, value in ours.items():
         if value and (other := spelt.setdefault(name.upper(), name)) != name:
             raise ConfigurationError(
-                f"variables {foreign(other)} and {foreign(name)}: the same setting, set twice",
+                f"variables {sanitized(other)} and {sanitized(name)}: the same setting, set twice",
                 hint="unset one of them",
                 code="setting-twice",
             )
@@ -47,7 +47,7 @@ def check_environment() -> None:
     for name in unknown:
         if name not in links:
             raise ConfigurationError(
-                f"variable {foreign(name)}: there is no such setting",
+                f"variable {sanitized(name)}: there is no such setting",
                 hint=nearest(name.upper(), _KNOWN),
                 code="setting-unknown",
             )
@@ -70,7 +70,7 @@ def _is_ours(name: str) -> bool:
 def _check_value(name: str, value: str) -> None:
     if value.endswith("\r"):
         raise ConfigurationError(
-            f"variable {foreign(name)}: its value ends with a carriage return",
+            f"variable {sanitized(name)}: its value ends with a carriage return",
             hint="the file that sets it has Windows line ends (CRLF): save it with LF",
             code="setting-invalid",
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import EnvSettingsSource
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.settings import consistency
 from hsmtoll.settings.config_file import config_path, read_file
 from hsmtoll.settings.environment import PROFILE, check_environment, value_of
@@ -57,7 +57,7 @@ def _file_layer(path: Path | None, profile: str | None) -> _Layer:
         if profile is None:
             return {}
         raise ConfigurationError(
-            f"profile {foreign(profile)}: there is no configuration file to find it in",
+            f"profile {sanitized(profile)}: there is no configuration file to find it in",
             hint="set HSMTOLL_CONFIG or pass --config",
         )
     try:

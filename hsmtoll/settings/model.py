@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def check_names(values: Mapping[str, Any], where: str) -> None:
             if path not in PATHS:
                 dotted = ".".join(path)
                 raise ConfigurationError(
-                    f"{where} {foreign(dotted)}: there is no such setting",
+                    f"{where} {sanitized(dotted)}: there is no such setting",
                     hint=nearest(dotted, (*groups, *(".".join(known) for known in PATHS))),
                     code="setting-unknown",
                 )

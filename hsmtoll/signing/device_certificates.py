@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import DeviceError, foreign
+from hsmtoll.errors import DeviceError, sanitized
 from hsmtoll.x509 import leaf_choice
 from hsmtoll.x509.certificate import Certificate
 
@@ -78,7 +78,7 @@ def _parsed(
         try:
             yield one, Certificate.load(one.der), ""
         except ValueError as exc:
-            _log.info("certificate %r is skipped: %s", foreign(one.label), exc)
+            _log.info("certificate %r is skipped: %s", sanitized(one.label), exc)
             yield one, None, str(exc)
 
 
@@ -107,7 +107,7 @@ def unread_of(
         if key is not None:
             own |= bool(key.id and each.id == key.id)
             own |= bool(key.label and each.label == key.label)
-        where = f"certificate '{foreign(each.label)}' on the device"
+        where = f"certificate '{sanitized(each.label)}' on the device"
         found.append(leaf_choice.Unread(where, why, own))
     found += [leaf_choice.Unread(u.where, u.why, has_modulus(u.der)) for u in supplied.unreadable]
     return tuple(found)

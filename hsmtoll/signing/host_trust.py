@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import NetworkError, PolicyDenied, foreign
+from hsmtoll.errors import NetworkError, PolicyDenied, sanitized
 from hsmtoll.peer_credentials import OVERFLOW, credentials
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _check_path_permissions(path: Path, own: set[int], directory: int, name: str
         below = seen.st_uid
         if seen.st_uid not in owners or (seen.st_mode & 0o022 and not sticky):
             raise PolicyDenied(
-                f"{name}: others may put another socket there, in {foreign(place)}",
+                f"{name}: others may put another socket there, in {sanitized(place)}",
                 hint="the socket's directory belongs to the host's account (or root), those above "
                 "to root, and nobody else may write them; HSMTOLL_SIGNER__UID names the account",
                 code="socket-unsafe",

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from hsmtoll import jws
-from hsmtoll.errors import ConfigurationError, GrantRefused, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, GrantRefused, UsageError, sanitized
 from hsmtoll.signing.grant import SignedGrant
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class OneTimeAssertion:
             ) from None
         if claims.get("aud") != audience:
             raise ConfigurationError(
-                f"assertion on stdin: made for {foreign(claims.get('aud'))}, not for {audience}",
+                f"assertion on stdin: made for {sanitized(claims.get('aud'))}, not for {audience}",
                 hint="sign and exchange with the same HSMTOLL_ENVIRONMENT",
                 code="audience",
             )

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from hsmtoll.backoff import Backoff
-from hsmtoll.errors import HsmTollError, foreign
+from hsmtoll.errors import HsmTollError, sanitized
 from hsmtoll.signing.signing_host import audit_place, object_in, request_body
 from hsmtoll.signing.verification import Expected, verification_error, verify_grant
 
@@ -166,7 +166,7 @@ class RemoteSigner:
             name=host.name,
         )
         self._accept(host, grant, organization, body)
-        _log.info("%s signed jti=%s audit=%s", host.name, foreign(grant.jti), audit_place(body))
+        _log.info("%s signed jti=%s audit=%s", host.name, sanitized(grant.jti), audit_place(body))
         return grant
 
     def _accept(
@@ -181,8 +181,8 @@ class RemoteSigner:
             if known is not None and organization not in (None, known):
                 raise verification_error(
                     host.name,
-                    f"it is signed for {foreign(organization)}, grants before it for "
-                    f"{foreign(known)}; set HSMTOLL_SIGNER__ORGANIZATION to the right one",
+                    f"it is signed for {sanitized(organization)}, grants before it for "
+                    f"{sanitized(known)}; set HSMTOLL_SIGNER__ORGANIZATION to the right one",
                     "grant-organization",
                 )
             if grant.jti in self._used or body.get("jti", grant.jti) != grant.jti:

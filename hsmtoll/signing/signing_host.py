@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from hsmtoll import tls
 from hsmtoll.clock import offset_of, retry_after
-from hsmtoll.errors import ConfigurationError, HsmTollError, NetworkError, PolicyDenied, foreign
+from hsmtoll.errors import ConfigurationError, HsmTollError, NetworkError, PolicyDenied, sanitized
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing import replies
 from hsmtoll.signing.host_trust import no_access, trusted_at, verify_peer
@@ -67,7 +67,7 @@ class SigningHost:
         deadline: float = 60.0,
     ) -> None:
         parts = urlsplit(url)
-        self.name = f"signing host {foreign(url)}"
+        self.name = f"signing host {sanitized(url)}"
         self.place = Path(unquote(parts.path)) if parts.scheme == "unix" else None
         self._base = "http://localhost" if self.place else f"https://{parts.netloc}"
         self._settings = settings
@@ -158,12 +158,12 @@ class SigningHost:
         """The host's error response as an error of this package."""
         body = object_in(answer)
         reply = replies.read(answer.status, body.get("error"))
-        what = foreign(body.get("error_description") or "it gives no reason")
+        what = sanitized(body.get("error_description") or "it gives no reason")
         hint = body.get("hint")
         wait = retry_after(answer.headers, now=self._clock.now().wall)
         return reply.error(
             f"{self.name}: {answer.status}, {what}",
-            hint=f"it says: {foreign(hint)}" if isinstance(hint, str) and hint else None,
+            hint=f"it says: {sanitized(hint)}" if isinstance(hint, str) and hint else None,
             code=reply.code,
             retryable=reply.retryable,
             retry_after=wait if reply.waits else None,
@@ -199,7 +199,7 @@ class SigningHost:
             )
         if "ALERT" in cause:
             return PolicyDenied(
-                f"{self.name}: it does not take the certificate shown ({foreign(cause)})",
+                f"{self.name}: it does not take the certificate shown ({sanitized(cause)})",
                 hint="its custodian knows which CA it takes callers from: see "
                 "HSMTOLL_SIGNER__CLIENT_CERT, and whether that is valid and not revoked",
                 code="caller-untrusted",
@@ -252,7 +252,7 @@ def audit_place(body: Mapping[str, Any]) -> str:
     audit = body.get("audit")
     if not isinstance(audit, dict):
         return "-"
-    return foreign(f"{audit.get('seq')}:{audit.get('head')}")
+    return sanitized(f"{audit.get('seq')}:{audit.get('head')}")
 
 
 def _tls_reason(exc: BaseException) -> str:
@@ -286,7 +286,7 @@ def _is_other_name(exc: BaseException) -> bool:
 
 def _verify_message(exc: BaseException) -> str:
     found = _unverified(exc)
-    return foreign(found.verify_message) if found is not None else ""
+    return sanitized(found.verify_message) if found is not None else ""
 
 
 def _is_denied(exc: BaseException) -> bool:

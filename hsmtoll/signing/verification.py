@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, foreign
+from hsmtoll.errors import CertificateError, ClockError, DeviceError, PolicyDenied, sanitized
 from hsmtoll.jsonio import read_strict
 from hsmtoll.jws import ALGS
 from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, SignedGrant
@@ -150,7 +150,7 @@ def _signed_by(
     """Verify *signature*. Returns `SignedGrant.identity`, and the leaf (None with a kid)."""
     alg = header.get("alg")
     if alg not in ALGS:
-        raise _VerificationFailed(f"alg is {foreign(alg)}", "grant-header")
+        raise _VerificationFailed(f"alg is {sanitized(alg)}", "grant-header")
     if header.get("typ", "JWT") != "JWT" or header.keys() - {"alg", "typ", "kid", "x5c"}:
         raise _VerificationFailed("its header has members besides alg, kid or x5c", "grant-header")
     if ("kid" in header) == ("x5c" in header):
@@ -177,7 +177,7 @@ def _signed_by(
     wanted = expected.organization
     if wanted is not None and wanted not in (*leaf.organization_identifiers, leaf.orgno()):
         raise _VerificationFailed(
-            f"it is signed for {foreign(organization)}, not for {foreign(wanted)}",
+            f"it is signed for {sanitized(organization)}, not for {sanitized(wanted)}",
             "grant-organization",
         )
     return leaf.sha256, leaf
@@ -196,7 +196,7 @@ def _known_by_kid(
         wanted = key.thumbprint() if key is not None else None
         if wanted is None and not _THUMBPRINT.fullmatch(kid):
             raise _VerificationFailed(
-                f"its kid {foreign(kid)} is not a thumbprint (RFC 7638)", "grant-header"
+                f"its kid {sanitized(kid)} is not a thumbprint (RFC 7638)", "grant-header"
             )
     elif wanted is None and key is None:
         raise _VerificationFailed(
@@ -205,7 +205,7 @@ def _known_by_kid(
         )
     if wanted is not None and kid != wanted:
         raise _VerificationFailed(
-            f"its kid is {foreign(kid)}, not {foreign(wanted)}", "grant-header"
+            f"its kid is {sanitized(kid)}, not {sanitized(wanted)}", "grant-header"
         )
     if key is not None:
         if not key.verify(alg, unsigned, signature):
@@ -263,12 +263,12 @@ def _check_claims(claims: Mapping[str, Any], request: TokenRequest, expected: Ex
     for name, value in requested.items():
         if claims.get(name) != value:
             raise _VerificationFailed(
-                f"{name} is {foreign(claims.get(name))}, not {foreign(value)}", f"grant-{name}"
+                f"{name} is {sanitized(claims.get(name))}, not {sanitized(value)}", f"grant-{name}"
             )
     more = claims.keys() - requested.keys() - {"iss", "iat", "exp", "jti"}
     if more:
         raise _VerificationFailed(
-            f"not requested: {foreign(', '.join(sorted(more)))}", "grant-claims"
+            f"not requested: {sanitized(', '.join(sorted(more)))}", "grant-claims"
         )
     jti, iss = claims.get("jti"), claims.get("iss")
     for name, text in (("jti", jti), ("iss", iss)):

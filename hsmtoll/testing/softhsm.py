@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from hsmtoll.errors import DeviceError, UsageError, foreign
+from hsmtoll.errors import DeviceError, UsageError, sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -242,7 +242,7 @@ def _run(argv: list[str], environment: dict[str, str], stdin: str = "") -> str:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise DeviceError(
             f"SoftHSM: {Path(argv[0]).name} failed with {done.returncode}, "
-            f"{foreign(last[0]) if last else 'without a word'}",
+            f"{sanitized(last[0]) if last else 'without a word'}",
             code="softhsm",
         )
     return done.stdout

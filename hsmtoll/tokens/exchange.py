@@ -19,7 +19,7 @@ from hsmtoll.errors import (
     NetworkError,
     ScopeNotGranted,
     TryAgainLater,
-    foreign,
+    sanitized,
 )
 from hsmtoll.http_messages import Post
 from hsmtoll.jsonio import read_lenient
@@ -152,7 +152,7 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
         return _issued(answer, post, ExchangeRefused)
     _raise_for_trouble(answer, post, None, wait)
     said = _error_text(answer, read_lenient(answer.body))
-    text = foreign(said, post.secret) or "no reason given"
+    text = sanitized(said, post.secret) or "no reason given"
     scope = "not authorized to request scope" in said.lower()
     raise ExchangeRefused(
         f"exchange at Customs: {answer.status}, {text}",
@@ -201,7 +201,7 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
         raise unusable("scope is not a string")
     if missing := set(scope.split()).difference(granted.split()):
         raise ScopeNotGranted(
-            f"{post.leg} granted less than was asked for, without {foreign(' '.join(missing))}",
+            f"{post.leg} granted less than was asked for, without {sanitized(' '.join(missing))}",
             hint=mp_codes.REFUSALS["MP-200"].do,
             code="scope-narrowed",
             who="you",
@@ -261,8 +261,8 @@ def _refused(
     )
     code = code_match[0] if code_match else None
     trace = _TRACE.search(said)
-    trace_id = foreign(trace[1], post.secret) if trace else None
-    text = foreign(_TRACE.sub("", said).rstrip(), post.secret) or "no reason given"
+    trace_id = sanitized(trace[1], post.secret) if trace else None
+    text = sanitized(_TRACE.sub("", said).rstrip(), post.secret) or "no reason given"
     row = mp_codes.refusal(code, said)
     code = code or (row.code if row else "") or None
     error: type[HsmTollError] = ScopeNotGranted if row and row.scope else GrantRefused
@@ -312,4 +312,4 @@ def _error_text(answer: Answer, body: Any) -> str:
 
 def _correlation(answer: Answer, *secrets: str) -> str | None:
     said = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
-    return foreign(said, *secrets) if said else None
+    return sanitized(said, *secrets) if said else None

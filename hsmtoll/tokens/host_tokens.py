@@ -6,7 +6,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import HsmTollError, PolicyDenied, foreign
+from hsmtoll.errors import HsmTollError, PolicyDenied, sanitized
 from hsmtoll.http_messages import Post
 from hsmtoll.signing.signing_host import audit_place, object_in, request_body
 from hsmtoll.token import AccessToken
@@ -71,8 +71,8 @@ class RemoteTokens:
             ) from None  # fmt: skip
         if body.get("scope") != request.scope:
             raise PolicyDenied(
-                f"{host.name}: its token is for {foreign(body.get('scope'))}, not "
-                f"{foreign(request.scope)}",
+                f"{host.name}: its token is for {sanitized(body.get('scope'))}, not "
+                f"{sanitized(request.scope)}",
                 hint="nothing was sent on; ask the host's custodian",
                 code="token-scope",
             )

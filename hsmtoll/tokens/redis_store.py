@@ -37,7 +37,7 @@ from redis.retry import Retry
 
 from hsmtoll import files, tls
 from hsmtoll.backoff import Backoff
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.tokens.stores import LARGEST, StoredValue
 
 if TYPE_CHECKING:
@@ -388,7 +388,7 @@ def read_key(path: Path) -> bytes:
         if len(key) == _KEY_BYTES:
             return key
     raise ConfigurationError(
-        f"HSMTOLL_CACHE_KEY_FILE {foreign(path)}: a key of 32 bytes is expected",
+        f"HSMTOLL_CACHE_KEY_FILE {sanitized(path)}: a key of 32 bytes is expected",
         hint="as they are, or as 64 hexadecimal digits, or as base64: "
         "(umask 077; openssl rand -hex 32 > FILE)",
         code="cache-key",

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from hsmtoll import apis
 from hsmtoll.backoff import delay, jitter
 from hsmtoll.clock import offset_of, retry_after
-from hsmtoll.errors import ClockError, ExchangeRefused, HsmTollError, foreign
+from hsmtoll.errors import ClockError, ExchangeRefused, HsmTollError, sanitized
 from hsmtoll.signing.signer import new_jti
 from hsmtoll.token import AccessToken
 from hsmtoll.tokens import exchange
@@ -215,7 +215,7 @@ class _Leg:
         headers = self.answer.headers if self.answer is not None else {}
         ids = (headers.get(name) for name in ("x-correlationid", "x-request-id"))
         secrets = (post.secret, self.issued.value) if self.issued is not None else (post.secret,)
-        return foreign(next((each for each in ids if each), "-"), *secrets)
+        return sanitized(next((each for each in ids if each), "-"), *secrets)
 
 
 def _self_test() -> ExchangeRefused:

@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.fork import after_fork, notice_fork
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class FileStore:
         if place is not None:
             raise _unsafe(
                 self._directory,
-                f"others may change {foreign(place)}",
+                f"others may change {sanitized(place)}",
                 "set HSMTOLL_CACHE=file:///DIR where root or you own each directory on the way,"
                 " and nobody else may write it; or memory:",
             )
@@ -207,7 +207,7 @@ def _check(path: Path, seen: os.stat_result, kind: int) -> None:
     if stat.S_IFMT(seen.st_mode) != kind:
         raise _unsafe(path, "is not what was put there")
     # The root of a volume is nobody's to change: a directory below it is made as it should be.
-    below = f"set HSMTOLL_CACHE=file://{foreign(path / 'hsmtoll')}, which is made with mode 0700"
+    below = f"set HSMTOLL_CACHE=file://{sanitized(path / 'hsmtoll')}, which is made with mode 0700"
     hint = below if kind == stat.S_IFDIR else None
     if seen.st_uid != os.geteuid():
         raise _unsafe(path, "belongs to another user", hint)
@@ -216,7 +216,7 @@ def _check(path: Path, seen: os.stat_result, kind: int) -> None:
         raise _unsafe(
             path,
             f"may be used by others, who can {may} it (mode {stat.S_IMODE(seen.st_mode):04o})",
-            hint and f"chmod 700 {foreign(path)}, or {hint}",
+            hint and f"chmod 700 {sanitized(path)}, or {hint}",
         )
 
 

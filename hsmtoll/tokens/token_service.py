@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import apis
-from hsmtoll.errors import ConfigurationError, UsageError, foreign
+from hsmtoll.errors import ConfigurationError, UsageError, sanitized
 from hsmtoll.token import (
     NO_REQUIREMENTS,
     AccessToken,
@@ -162,7 +162,7 @@ def _organisation(given: str) -> str | None:
     """The claim consumer_org; ``None`` for an empty one. UsageError unless nine digits."""
     if given and not (len(given) == 9 and given.isascii() and given.isdigit()):
         raise UsageError(
-            f"consumer_org {foreign(given)}: nine digits are expected",
+            f"consumer_org {sanitized(given)}: nine digits are expected",
             hint="the Norwegian organisation number of whom it is for; another country's has none",
         )
     return given or None
@@ -172,5 +172,5 @@ def _resources(given: Sequence[str] | str) -> tuple[str, ...]:
     listed = (given,) if isinstance(given, str) else tuple(given)
     wrong = next((each for each in listed if not each.isprintable() or " " in each), None)
     if wrong is not None:
-        raise UsageError(f"resource {foreign(wrong)}: a URI without white space is expected")
+        raise UsageError(f"resource {sanitized(wrong)}: a URI without white space is expected")
     return tuple(each for each in listed if each)

@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import der
-from hsmtoll.errors import foreign
+from hsmtoll.errors import sanitized
 from hsmtoll.x509 import algorithms, extensions, names
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Certificate:
         try:
             return _read(bytes(raw))
         except (ValueError, IndexError, OverflowError) as exc:
-            why = foreign(exc) if type(exc) is ValueError else "a field of it has another form"
+            why = sanitized(exc) if type(exc) is ValueError else "a field of it has another form"
             raise ValueError(f"not a certificate: {why}") from exc
 
     @property

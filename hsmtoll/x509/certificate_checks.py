@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.errors import CertificateError, sanitized
 from hsmtoll.x509.path_building import gap
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _key_fault(leaf: Certificate) -> Fault | None:
         return None
     return Fault(
         "certificate-key",
-        f"using the certificate '{leaf.subject}': {foreign(happened)}",
+        f"using the certificate '{leaf.subject}': {sanitized(happened)}",
         "Maskinporten takes RS256, RS384 and RS512 only: order a certificate for an RSA key of "
         "2048 bits or more (3072 is a good choice)",
     )
@@ -135,7 +135,7 @@ def _critical_fault(leaf: Certificate, identity: Identity) -> Fault | None:
     return Fault(
         "certificate-critical",
         f"using the certificate '{leaf.subject}': "
-        f"its extension {foreign(', '.join(refused))} is critical",
+        f"its extension {sanitized(', '.join(refused))} is critical",
         "Maskinporten refuses what it must not ignore and does not know: ask the issuer",
         who="issuer",
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from hsmtoll.errors import CertificateError, foreign
+from hsmtoll.errors import CertificateError, sanitized
 from hsmtoll.x509.certificate_checks import Fault, chain_faults, leaf_faults
 from hsmtoll.x509.path_building import build, normal_sha256
 
@@ -229,7 +229,7 @@ def _missing(
     if own is not None:
         return Fault(
             "certificate-missing",
-            f"{looking}: {foreign(own.where)} cannot be read: {foreign(own.why)}",
+            f"{looking}: {sanitized(own.where)} cannot be read: {sanitized(own.why)}",
             "give the file that the issuer sent: hsmtoll key import, or name it in "
             "HSMTOLL_HSM__CERTIFICATES",
         )
@@ -263,8 +263,8 @@ def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
     number = "1 certificate" if len(unread) == 1 else f"{len(unread)} certificates"
     return replace(
         fault,
-        message=f"{fault.message}; {number} cannot be read: {foreign(first.where)}: "
-        f"{foreign(first.why)}",
+        message=f"{fault.message}; {number} cannot be read: {sanitized(first.where)}: "
+        f"{sanitized(first.why)}",
     )
 
 
@@ -281,7 +281,7 @@ def _no_pinned(pin: str) -> Fault:
 
 
 def _other_organization(names: set[str | None], wanted: str | None) -> Fault:
-    listed = foreign(", ".join(sorted(name for name in names if name)))
+    listed = sanitized(", ".join(sorted(name for name in names if name)))
     if wanted is None:
         return Fault(
             "certificate-orgid",
@@ -290,7 +290,7 @@ def _other_organization(names: set[str | None], wanted: str | None) -> Fault:
         )
     return Fault(
         "certificate-orgid",
-        f"choosing a certificate of {foreign(wanted)}: the key has one of {listed}",
+        f"choosing a certificate of {sanitized(wanted)}: the key has one of {listed}",
         "the certificates of one service carry the same organizationIdentifier: "
         "use a profile of its own for another organisation",
     )

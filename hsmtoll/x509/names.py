@@ -10,7 +10,7 @@ import unicodedata
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll import der
-from hsmtoll.errors import foreign
+from hsmtoll.errors import sanitized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +116,7 @@ def _prepared(text: str) -> bytes:
 
 def shown(name: Name) -> str:
     """RFC 4514, escaped, at most 300 characters."""
-    return foreign(
+    return sanitized(
         ",".join(
             "+".join(
                 f"{_SHORT.get(oid, oid)}={f'#{raw.hex()}' if text is None else _rfc4514(text)}"

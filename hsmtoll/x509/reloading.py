@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import files
-from hsmtoll.errors import ConfigurationError, foreign
+from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.x509.certificate_files import Bundle, bundle_in
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class CertificateFile:
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
         self._setting = name
-        self._name = f"{name} {foreign(path)}"
+        self._name = f"{name} {sanitized(path)}"
         self._lock = threading.Lock()
         self._seen: tuple[int, ...] | None = None
         self._bundle: Bundle | None = None

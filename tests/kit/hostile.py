@@ -27,7 +27,7 @@ from hsmtoll import apis, der, jws
 from hsmtoll.clock import offset_of, retry_after
 from hsmtoll.customs import errors as customs_errors
 from hsmtoll.customs import routing, submissions
-from hsmtoll.errors import HsmTollError, foreign
+from hsmtoll.errors import HsmTollError, sanitized
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.messages import RequestRejected, parse_body
 from hsmtoll.hsm.pin import PinFile
@@ -535,7 +535,7 @@ def _header(raw: bytes) -> None:
     said = raw.decode("latin-1")
     retry_after({"retry-after": said}, now=0.0)
     offset_of({"date": said}, sent=_NOW, received=_NOW)
-    foreign(said, _TOKEN)
+    sanitized(said, _TOKEN)
 
 
 def _stored(raw: bytes) -> None:

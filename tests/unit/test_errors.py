@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from hsmtoll import errors
-from hsmtoll.errors import HsmTollError, foreign, from_data, to_data
+from hsmtoll.errors import HsmTollError, from_data, sanitized, to_data
 
 
 def _classes() -> dict[str, type[HsmTollError]]:
@@ -132,7 +132,7 @@ def test_words_that_come_as_data_are_escaped_line_by_line_and_cut() -> None:
 
 
 def test_terminal_escapes_are_shown_and_not_obeyed() -> None:
-    shown = foreign("Evil\x1b[2J\x07\u202eOrg\nnext line")
+    shown = sanitized("Evil\x1b[2J\x07\u202eOrg\nnext line")
 
     assert shown.isprintable()
     assert "\\x1b" in shown
@@ -140,12 +140,12 @@ def test_terminal_escapes_are_shown_and_not_obeyed() -> None:
 
 
 def test_plain_words_of_any_language_stay_as_they_are() -> None:
-    assert foreign("Grønn Ål AS – Trondheim") == "Grønn Ål AS – Trondheim"
+    assert sanitized("Grønn Ål AS – Trondheim") == "Grønn Ål AS – Trondheim"
 
 
 def test_long_words_are_cut_at_300_characters() -> None:
-    assert len(foreign("x" * 301)) == 300
-    assert foreign("x" * 300) == "x" * 300
+    assert len(sanitized("x" * 301)) == 300
+    assert sanitized("x" * 300) == "x" * 300
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_long_words_are_cut_at_300_characters() -> None:
 )
 def test_no_run_of_a_secret_is_shown(said: str) -> None:
     secret = "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0123456789abcdefg"
-    shown = foreign(said.format(secret=secret, part=secret[7:29]), secret)
+    shown = sanitized(said.format(secret=secret, part=secret[7:29]), secret)
 
     for at in range(len(secret) - 11):
         assert secret[at : at + 12] not in shown
@@ -168,31 +168,33 @@ def test_no_run_of_a_secret_is_shown(said: str) -> None:
 
 
 def test_what_is_not_the_secret_is_kept_beside_it() -> None:
-    assert foreign("before abcdefghijklmnop after", "abcdefghijklmnop") == "before [left out] after"
+    assert (
+        sanitized("before abcdefghijklmnop after", "abcdefghijklmnop") == "before [left out] after"
+    )
 
 
 def test_a_short_secret_is_left_out_whole() -> None:
-    assert foreign("PIN 4711 is wrong", "4711") == "PIN [left out] is wrong"
+    assert sanitized("PIN 4711 is wrong", "4711") == "PIN [left out] is wrong"
 
 
 def test_whatever_looks_like_a_jwt_is_left_out_although_nobody_named_it() -> None:
-    assert "eyJ" not in foreign("got eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln here")
+    assert "eyJ" not in sanitized("got eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln here")
 
 
 @pytest.mark.parametrize("before", ["token", "%3D", "a", "_", "-"])
 def test_a_jwt_that_follows_a_letter_is_left_out(before: str) -> None:
     jwt = "eyJhbGciOiJSUzI1NiJ9.eyJhIjoxfQ.c2ln"
-    assert foreign(f"got {before}{jwt} here") == f"got {before}[left out] here"
+    assert sanitized(f"got {before}{jwt} here") == f"got {before}[left out] here"
 
 
 def test_a_thumbprint_that_holds_the_first_letters_of_a_jwt_is_shown() -> None:
     thumbprint = "NO3eyJk2-15VjG-zVZ3VKF-lWtPUdl1DhusBZ8LcH-g"
-    assert foreign(f"kid {thumbprint}; posted.") == f"kid {thumbprint}; posted."
+    assert sanitized(f"kid {thumbprint}; posted.") == f"kid {thumbprint}; posted."
 
 
 def test_a_jwt_with_the_header_of_a_secret_is_left_out_with_all_its_parts() -> None:
     header = "eyJhbGciOiJSUzI1NiJ9"
     other = f"{header}.eyJzdWIiOiJhIn0.c3ViamVjdC10b2tlbg"
-    assert foreign(f"got {other} here", f"{header}.eyJqdGkiOiJhIn0.c2lnbmF0dXJl") == (
+    assert sanitized(f"got {other} here", f"{header}.eyJqdGkiOiJhIn0.c2lnbmF0dXJl") == (
         "got [left out] here"
     )
