@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll import directories, required
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.once import made_once
 from hsmtoll.remembered import PersistedText
 from hsmtoll.settings import Settings, load, not_set
 from hsmtoll.token import TokenRequest
@@ -84,46 +84,46 @@ class App:
     worker: dict[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
-    @cached_property
+    @made_once
     def family(self) -> Identity:
         """HSMTOLL_IDENTITY. ConfigurationError if not set."""
         if self.settings.identity is None:
             raise not_set({"HSMTOLL_IDENTITY": required.IDENTITIES})
         return self.settings.identity
 
-    @cached_property
+    @made_once
     def endpoints(self) -> Endpoints:
         """Of Maskinporten and Customs. ConfigurationError if not set."""
         return configured.endpoints(self.settings)
 
-    @cached_property
+    @made_once
     def state(self) -> Path:
         """Directory for refused PINs, the clock's skew and the signer's identity."""
         return self.settings.state or directories.state_directory()
 
-    @cached_property
+    @made_once
     def skew(self) -> Skew:
         """The offset of the configured Maskinporten's clock."""
         name = hashlib.sha256(self.endpoints.issuer.encode()).hexdigest()[:16]
         return Skew(self.state / f"skew-{name}.json")
 
-    @cached_property
+    @made_once
     def store(self) -> Store:
         """HSMTOLL_CACHE; by default memory for the library, files for the command line."""
         default = "file:" if self.one_shot else "memory:"
         return configured.store(self.settings, self.clock, default=default)
 
-    @cached_property
+    @made_once
     def selector(self) -> str:
         """As `tokens.configured.selector`."""
         return configured.selector(self.settings)
 
-    @cached_property
+    @made_once
     def remembered(self) -> PersistedText:
         """The identity of the signer, as last seen on this machine."""
         return PersistedText(self.state / f"identity-{self.selector[:32]}")
 
-    @cached_property
+    @made_once
     def token_service(self) -> TokenService:
         """Tokens from the cache or a renewal. ConfigurationError if a setting is missing."""
         if error := required.missing(self.settings):
@@ -152,7 +152,7 @@ class App:
             pin_state=self._pin_state,
         )
 
-    @cached_property
+    @made_once
     def http_client(self) -> HttpClient:
         """For the token endpoints, with the proxy and CA of the settings."""
         from hsmtoll.transport import HttpClient
@@ -165,7 +165,7 @@ class App:
             deadline=settings.deadline,
         )
 
-    @cached_property
+    @made_once
     def hsm(self) -> ConfiguredDevices:
         """Devices, keys and PINs of the settings."""
         from hsmtoll.devices import ConfiguredDevices
@@ -192,7 +192,7 @@ class App:
         """One for each key of the settings, in order. ConfigurationError if none is named."""
         return self.hsm.devices
 
-    @cached_property
+    @made_once
     def signers(self) -> LocalSigners:
         """Creates the signers of local devices."""
         from hsmtoll.signing.configured import LocalSigners
@@ -210,7 +210,7 @@ class App:
         device = self.devices[0]
         return self.signers.chain(device, log_in=self.hsm.pin(device.uri) is not None)
 
-    @cached_property
+    @made_once
     def signer(self) -> Signer:
         """The signing host of HSMTOLL_SIGNER__URL, or the first usable key of HSMTOLL_HSM__KEY."""
         from hsmtoll.signing.configured import remote_signer
@@ -227,7 +227,7 @@ class App:
         signers = [self.local_signer(device) for device in self.devices]
         return signers[0] if len(signers) == 1 else FailoverSigner(signers)
 
-    @cached_property
+    @made_once
     def renewal(self) -> Renewer:
         """Renewal here, or by a signing host that gives tokens."""
         settings = self.settings
@@ -261,7 +261,7 @@ class App:
             signing="the signing host" if self.settings.signer.url else "signing",
         )
 
-    @cached_property
+    @made_once
     def rate_limit(self) -> RateLimit:
         """HSMTOLL_BUDGET__PER_HOUR, counted in the store for all processes."""
         from hsmtoll.tokens.rate_limit import RateLimit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from hsmtoll.hsm.pin import source_of
 from hsmtoll.hsm.pool import WorkerDevice
 from hsmtoll.hsm.public_key import public_key
 from hsmtoll.hsm.uri import KeyUri
+from hsmtoll.once import made_once
 from hsmtoll.settings import not_set
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ConfiguredDevices:
     use_final_try: bool = False
     worker: dict[str, Any] = field(default_factory=dict)
 
-    @cached_property
+    @made_once
     def devices(self) -> tuple[Device, ...]:
         """One for each key that is named, in order."""
         if error := required.missing(self.settings, grant=False):

@@ -16,7 +16,7 @@ import os
 import re
 import ssl
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from urllib.request import getproxies_environment, proxy_bypass
 
@@ -26,6 +26,7 @@ from hsmtoll import tls
 from hsmtoll.deadline import Deadline, Transport
 from hsmtoll.errors import ConfigurationError, NetworkError, sanitized
 from hsmtoll.http_messages import Answer
+from hsmtoll.once import made_once
 
 if TYPE_CHECKING:
     import socket
@@ -117,7 +118,7 @@ class HttpClient:
             "cookies": jar,
         }
 
-    @cached_property
+    @made_once
     def _context(self) -> ssl.SSLContext:
         if self._connection_options.uds is not None:
             # Nothing is asked of it on a Unix socket, and an empty one is made quickly.

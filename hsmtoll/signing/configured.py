@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError
 from hsmtoll.hsm.public_key import public_key
+from hsmtoll.once import made_once
 from hsmtoll.signing.device_chain import DeviceChain, KeyListState
 from hsmtoll.signing.local import LocalSigner
 from hsmtoll.signing.remote import FailoverHosts, RemoteSigner
@@ -37,7 +37,7 @@ class LocalSigners:
     clock: Clock
     _key_list_state: KeyListState = field(default_factory=KeyListState)
 
-    @cached_property
+    @made_once
     def certificate_file(self) -> CertificateFile | None:
         """HSMTOLL_HSM__CERTIFICATES, which is read again when it changes; None if not set."""
         path = self.settings.hsm.certificates
