@@ -1,7 +1,7 @@
 """
 Checks the setup, from the device to the services, and predicts their answers.
 
-    facts ──► Way of each key ──► on_settings, on_device, on_certificates, on_services ──► Report
+    facts ──► KeyDiagnosis ──► on_settings, on_device, on_certificates, on_services ──► Report
 
 Each check has a name, each result a stable code. After the first failure the checks that depend
 on it are skipped. The PIN is used for one login only, as for signing. Offline nothing is signed
@@ -40,7 +40,7 @@ def run(
     """
     Run all checks. Nothing is sent unless *online*.
 
-    *signing*: make one signature, over data that is no grant. *scopes* are APIs or scopes to
+    *signing*: make one signature, over data that is not a grant. *scopes* are APIs or scopes to
     request; *crl* is a file with a revocation list. Never raises for an error of the setup: it
     is reported.
     """

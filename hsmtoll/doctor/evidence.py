@@ -1,7 +1,7 @@
 """
 Evidence for auditors: the key as the module reports it, the chain, the device, the settings.
 
-No secret enters: of a secret setting it says only that it is set.
+No secret is included: for a secret setting, only that it is set.
 """
 
 from __future__ import annotations
@@ -76,20 +76,20 @@ def _version(package: str) -> str | None:
 
 
 def _settings(group: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for name in type(group).model_fields:
         value = getattr(group, name)
         if hasattr(value, "get_secret_value"):
-            told[name] = "set, and not told"
+            members[name] = "set, not shown"
         elif hasattr(type(value), "model_fields"):
-            told[name] = _settings(value)
+            members[name] = _settings(value)
         elif isinstance(value, tuple):
-            told[name] = list(value)
+            members[name] = list(value)
         else:
-            told[name] = (
+            members[name] = (
                 value if value is None or isinstance(value, bool | int | float) else str(value)
             )
-    return told
+    return members
 
 
 def _key(seen: Seen) -> dict[str, Any]:

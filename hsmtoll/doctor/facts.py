@@ -62,9 +62,9 @@ __all__ = [
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """
-    The facts of one key of the list. *error* is the first error on the way to the key; all facts
-    behind it are empty then. *signed*: whether the requested signature was verified, or why it
-    could not be made; None if none was requested. *spied*: pkcs11-spy logs the calls.
+    The facts of one configured key. *error* is the first error on the way to the key; the facts
+    that come after it are empty then. *signed*: whether the requested signature was verified, or
+    the error; None if none was requested. *spied*: pkcs11-spy logs the calls.
     """
 
     uri: KeyUri
@@ -113,7 +113,7 @@ class Facts:
     """
     The input of all checks. *seen* has one entry for each configured key; *pem* are the
     certificates of HSMTOLL_HSM__CERTIFICATES, *scopes* as given by the user. *answers* is None
-    offline, *revocation* if it was not queried. *hosts*: the state of each signing host; *skew*:
+    offline, *revocation* None if not queried. *hosts*: the state of each signing host; *skew*:
     known offset of Maskinporten's clock, in seconds. *unused_proxy*: the environment variable of a
     proxy for Maskinporten that the settings do not use.
     """
@@ -158,11 +158,11 @@ def _gathered(app: App, *, scopes: tuple[str, ...]) -> Facts:
         seen = tuple(Seen(uri=uri, error=exc) for uri in uris)
     else:
         pairs = zip(uris, devices, strict=True)
-        seen = tuple(_look(app, uri, device) for uri, device in pairs)
+        seen = tuple(_facts_of_key(app, uri, device) for uri, device in pairs)
     return Facts(settings=settings, now=now, seen=seen, pem=supplied.certificates, scopes=scopes)
 
 
-def _look(app: App, uri: KeyUri, device: Device) -> Seen:
+def _facts_of_key(app: App, uri: KeyUri, device: Device) -> Seen:
     found: dict[str, Any] = {"uri": uri}
     try:
         path = app.hsm.module(uri)
@@ -193,20 +193,20 @@ def _look(app: App, uri: KeyUri, device: Device) -> Seen:
     return Seen(**found)
 
 
-def sign(app: App, facts: Facts, place: int) -> Facts:
-    """Return *facts* after one signature by key number *place*, over data that is no grant."""
-    seen = facts.seen[place]
+def sign(app: App, facts: Facts, index: int) -> Facts:
+    """*facts* with the result of one signature by key *index*, over data that is not a grant."""
+    seen = facts.seen[index]
     publics = [seen.key.public] if seen.key else []
     publics += [each.public_key for each in candidates_of(facts, seen)]
     candidates = tuple(dict.fromkeys(each for each in publics if each is not None))
     signed: bool | HsmTollError
     try:
-        by = app.devices[place].self_test(app.settings.alg, candidates=candidates)
+        by = app.devices[index].self_test(app.settings.alg, candidates=candidates)
         signed = by is not None
     except HsmTollError as exc:
         signed = exc
     done = replace(seen, signed=signed)
-    return replace(facts, seen=(*facts.seen[:place], done, *facts.seen[place + 1 :]))
+    return replace(facts, seen=(*facts.seen[:index], done, *facts.seen[index + 1 :]))
 
 
 def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
@@ -262,16 +262,16 @@ def query_services(app: App, facts: Facts) -> Answers:
     return Answers(**found)
 
 
-def metadata_wrong(settings: Settings, said: dict[str, Any]) -> str | None:
-    """The first difference between metadata and settings, in words (RFC 8414 section 3.3, M51)."""
+def metadata_wrong(settings: Settings, metadata: dict[str, Any]) -> str | None:
+    """The first value of *metadata* that differs from the settings (RFC 8414 section 3.3, M51)."""
     expected = {"test": exchange.TEST, "prod": exchange.PROD}.get(settings.environment or "")
     issuer = expected.issuer if expected else settings.endpoints.issuer
     token = expected.token if expected else settings.endpoints.token
-    algs = said.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
-    if said.get("issuer") != issuer:
-        return f"issuer {sanitized(said.get('issuer'))}, not {issuer}"
-    if said.get("token_endpoint") != token:
-        return f"token_endpoint {sanitized(said.get('token_endpoint'))}, not {token}"
+    algs = metadata.get("token_endpoint_auth_signing_alg_values_supported", [settings.alg])
+    if metadata.get("issuer") != issuer:
+        return f"issuer {sanitized(metadata.get('issuer'))}, not {issuer}"
+    if metadata.get("token_endpoint") != token:
+        return f"token_endpoint {sanitized(metadata.get('token_endpoint'))}, not {token}"
     if not isinstance(algs, list) or settings.alg not in algs:
         return f"no {settings.alg} among its algorithms"
     return None
@@ -330,13 +330,13 @@ def _consumer_of(token: str) -> tuple[str | None, str | None]:
 def revocation_of(
     app: App, chain: path_building.Chain, *, crl: Path | None, online: bool
 ) -> tuple[Revocation, ...]:
-    """The revocation status of the certificates below the root, by a file or by the issuers."""
+    """The revocation status of each certificate below the root: by *crl*, else by the issuers."""
     now = datetime.fromtimestamp(app.clock.now().wall, UTC)
     pairs = list(itertools.pairwise(chain.certificates))
     if crl is not None:
         return tuple(_by_file(crl, pairs, now))
     http_client = app.http_client if online else None
-    return tuple(_by_asking(app, http_client, *pair, now) for pair in pairs) if http_client else ()
+    return tuple(_by_issuer(app, http_client, *pair, now) for pair in pairs) if http_client else ()
 
 
 def _by_file(
@@ -363,7 +363,7 @@ def _by_file(
         yield Revocation(certificate=pairs[0][0], problem=problem)
 
 
-def _by_asking(
+def _by_issuer(
     app: App, http_client: HttpClient, certificate: Certificate, issuer: Certificate, now: datetime
 ) -> Revocation:
     public = app.settings.environment != "sandbox"

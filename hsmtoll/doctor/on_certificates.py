@@ -50,7 +50,7 @@ def leaf_check(
             if broken := failure_of(diagnosis, check, "chain"):
                 return broken
             leaf = diagnosis.chain.leaf if diagnosis.chain else _intended_leaf(diagnosis)
-            return judge(diagnosis, leaf) if leaf else skip(check, "no certificate to look at")
+            return judge(diagnosis, leaf) if leaf else skip(check, "there is no certificate")
 
         asked.__doc__ = judge.__doc__
         return asked
@@ -59,7 +59,7 @@ def leaf_check(
 
 
 def _intended_leaf(diagnosis: KeyDiagnosis) -> Certificate | None:
-    """The leaf that the settings mean, although no chain of it is valid."""
+    """The leaf that the settings select, although it has no valid chain."""
     hsm = diagnosis.settings.hsm
     try:
         return leaf_choice.choose(
@@ -75,9 +75,9 @@ def _intended_leaf(diagnosis: KeyDiagnosis) -> Certificate | None:
 
 @leaf_check("certificate")
 def check_certificate(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
-    """There is a certificate for the key; says why this one was chosen."""
+    """There is a certificate for the key; the line says why this one was chosen."""
     why = "; ".join(diagnosis.chain.notes) if diagnosis.chain else ""
-    told = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
+    line = f"{leaf.subject} (sha256 {leaf.sha256[:16]}) belongs to the key"
     unread = [each.where for seen in diagnosis.facts.seen for each in seen.unread]
     on_device = [where for where in unread if where.endswith(" on the device")]
     for place, found in (("on the device", on_device), ("in the file", set(unread) - {*on_device})):
@@ -92,11 +92,11 @@ def check_certificate(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
             return warn(
                 "certificate",
                 "certificate-extension",
-                f"{told}; of '{each.subject}' these extensions cannot be read: {names}",
+                f"{line}; of '{each.subject}' these extensions cannot be read: {names}",
                 "Maskinporten may not read them either: show this line to the issuer "
                 "(`openssl asn1parse -i` shows their bytes)",
             )
-    return ok("certificate", f"{told}; {why}" if why else told)
+    return ok("certificate", f"{line}; {why}" if why else line)
 
 
 @leaf_check("certificate-key")
@@ -117,7 +117,7 @@ def check_certificate_kind(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
 def check_consumer(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """The ``consumer.ID`` that Maskinporten will report (M74, M75, M85, M86)."""
     return ok(
-        "consumer-id", f"Maskinporten will say {sanitized(leaf.consumer_id(diagnosis.identity))}"
+        "consumer-id", f"Maskinporten will use {sanitized(leaf.consumer_id(diagnosis.identity))}"
     )
 
 
@@ -130,7 +130,7 @@ def check_certificate_usage(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check
             "certificate-usage",
             "certificate-usage-critical",
             "there is no keyUsage" if usage is None else "its keyUsage is not critical",
-            "Digdir's validator of Norwegian certificates wants one that is critical (MP-120): "
+            "Digdir's validator of Norwegian certificates requires a critical keyUsage (MP-120): "
             "ask the issuer",
         )
     return ok("certificate-usage", ", ".join(sorted(usage)) if usage else "no keyUsage, so any")
@@ -204,7 +204,7 @@ def check_roll_over(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     following = successor_of(diagnosis, leaf)
     if following is None:
         end = f"{leaf.not_after:%Y-%m-%d}"
-        return ok("roll-over", f"no certificate is waiting; this one ends on {end}")
+        return ok("roll-over", f"there is no successor; this certificate expires on {end}")
     # An older one waits until this one ends (`leaf_choice.ranked`: the newest is best).
     newer = following.not_before > leaf.not_before
     when = max(following.not_before, diagnosis.facts.now) if newer else leaf.not_after
@@ -226,17 +226,17 @@ def check_qualified(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
                 CertificateError(
                     f"'{leaf.subject}' is qualified, but not as an eSeal "
                     f"({sanitized(', '.join(kinds) or leaf.qc.semantics)})",
-                    hint="order an eSeal of a legal person: signatures and web sites are others",
+                    hint="order an eSeal for a legal person, not one for signatures or web sites",
                     code="certificate-not-eseal",
                     who="issuer",
                 ),
             )
-    held = ", on a QSCD by its own word" if leaf.qc.qscd else ""
+    held = ", on a QSCD according to its QCStatements" if leaf.qc.qscd else ""
     return ok("qualified", f"client_amr will be {amr}{held}")
 
 
 def check_chain(diagnosis: KeyDiagnosis) -> Check:
-    """The chain is complete, valid and proven (M26 to M28)."""
+    """The chain is complete, valid and verified (M26 to M28)."""
     if diagnosis.kid:
         return skip("chain", _NO_CERTIFICATE)
     if diagnosis.seen is None:
@@ -245,7 +245,7 @@ def check_chain(diagnosis: KeyDiagnosis) -> Check:
         return broken
     chain = diagnosis.chain
     if chain is None:
-        return skip("chain", "no certificate to look at")
+        return skip("chain", "there is no certificate")
     if diagnosis.settings.x5c == "leaf" or leaf_choice.ALONE in chain.notes:
         why = "HSMTOLL_X5C=leaf" if diagnosis.settings.x5c == "leaf" else leaf_choice.ALONE
         return ok("chain", f"{why}; Customs' guide has the certificate, Digdir's page the chain")
@@ -253,7 +253,7 @@ def check_chain(diagnosis: KeyDiagnosis) -> Check:
         return warn(
             "chain",
             "chain-cut-short",
-            "proven, but the search among so many certificates was cut short",
+            "verified, but not all of so many certificates were searched for a better one",
             "name the chain in HSMTOLL_HSM__CERTIFICATES",
         )
     end = chain.root.subject if chain.root else "no root"
@@ -266,7 +266,7 @@ def check_chain(diagnosis: KeyDiagnosis) -> Check:
             f"a CA certificate in it expires on {weakest:%Y-%m-%d}, before the leaf",
             "get the issuer's new CA certificates and name them in HSMTOLL_HSM__CERTIFICATES",
         )
-    return ok("chain", f"{len(chain.certificates)} certificates, proven up to {end}; {sent} sent")
+    return ok("chain", f"{len(chain.certificates)} certificates, verified up to {end}; {sent} sent")
 
 
 # Certificate policies that Digdir's public validator (seid2lib) accepts, by environment. An arc
@@ -316,10 +316,10 @@ def _issued_for(leaf: Certificate) -> str | None:
 def check_environment(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     """Norwegian certificates fit the environment (M31, M36); eSeals are the same in both (M32)."""
     environment = "prod" if diagnosis.settings.environment == "prod" else "test"
-    told = _issued_for(leaf)
-    if diagnosis.identity == "eseal" and told == "test":
+    issued_for = _issued_for(leaf)
+    if diagnosis.identity == "eseal" and issued_for == "test":
         exc = CertificateError(
-            f"'{leaf.subject}' is of a test CA, which no EU trusted list knows (MP-120)",
+            f"'{leaf.subject}' is from a test CA, which is on no EU trusted list (MP-120)",
             hint="eSeals use their production certificate in test as well",
             code="certificate-environment",
         )
@@ -327,7 +327,7 @@ def check_environment(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     if diagnosis.identity == "eseal":
         return ok("environment", "an eSeal's certificate serves test and prod alike")
     other = "test" if environment == "prod" else "prod"
-    if told == other:
+    if issued_for == other:
         exc = CertificateError(
             f"'{leaf.subject}' is a certificate for {other}, and Norwegian ones are for one "
             f"environment: Maskinporten refuses it in {environment} (MP-120)",
@@ -365,25 +365,27 @@ def check_trusted_list(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     listed and unlisted services; only Maskinporten's answer to a grant does.
     """
     if diagnosis.identity != "eseal":
-        return skip("trusted-list", "Norwegian certificates are known by their policy")
+        return skip(
+            "trusted-list", "for eSeals; Norwegian certificates are checked by their policies"
+        )
     answers = diagnosis.facts.answers
     if answers is not None and answers.self_test is None and answers.consumer is not None:
         return ok("trusted-list", "Maskinporten accepts the issuer")
     return skip(
         "trusted-list",
-        f"whether an EU trusted list has this issuer is asked with --online; look for "
+        f"--online shows whether Maskinporten accepts the issuer; EU trusted lists: look for "
         f"{leaf.issuer} at {_TRUSTED_LISTS}",
     )
 
 
 def check_revocation(diagnosis: KeyDiagnosis) -> Check:
     """No certificate of the chain is revoked (M30)."""
-    learned = diagnosis.facts.revocation
-    if diagnosis.kid or learned is None or diagnosis.chain is None:
+    statuses = diagnosis.facts.revocation
+    if diagnosis.kid or statuses is None or diagnosis.chain is None:
         return skip(
-            "revocation", _NO_CERTIFICATE if diagnosis.kid else "asked with --crl or --online"
+            "revocation", _NO_CERTIFICATE if diagnosis.kid else "checked with --crl or --online"
         )
-    mine = [each for each in learned if each.certificate in diagnosis.chain.certificates]
+    mine = [each for each in statuses if each.certificate in diagnosis.chain.certificates]
     for each in mine:
         status = each.status
         if status is not None and status.revoked_at is not None:
@@ -399,15 +401,15 @@ def check_revocation(diagnosis: KeyDiagnosis) -> Check:
             return failed("revocation", exc)
     for each in mine:
         if each.problem is not None:
-            line = f"nothing is known of '{each.certificate.subject}': {each.problem}"
+            line = f"no status of '{each.certificate.subject}': {each.problem}"
             hint = "fetch the issuer's list by other means and give it with --crl"
             return warn("revocation", "revocation-unknown", line, hint)
     for each in mine:
         if each.status is not None and each.status.stale:
-            line = f"what the issuer said of '{each.certificate.subject}' is out of date"
+            line = f"the issuer's status of '{each.certificate.subject}' is out of date"
             return warn("revocation", "revocation-stale", line, "fetch the newest list")
     sources = ", ".join(sorted({each.status.source for each in mine if each.status}))
-    return ok("revocation", f"{len(mine)} certificates stand, says {sources}")
+    return ok("revocation", f"{len(mine)} certificates are not revoked, according to {sources}")
 
 
 CHECKS: Final = (

@@ -62,7 +62,7 @@ def check_device(diagnosis: KeyDiagnosis) -> Check:
 
 _PIN_WARNINGS: Final = {
     "count-low": ("pin-count-low", "a wrong PIN was given since the last login"),
-    "to-be-changed": ("pin-to-be-changed", "the device wants the PIN to be changed"),
+    "to-be-changed": ("pin-to-be-changed", "the device requires that the PIN be changed"),
 }
 
 
@@ -75,12 +75,12 @@ def check_pin(diagnosis: KeyDiagnosis) -> Check:
     token = diagnosis.seen.token
     if token is not None and token.pin_state in _PIN_WARNINGS:
         code, line = _PIN_WARNINGS[token.pin_state]
-        hint = "see that no other program has an old PIN; two more wrong ones may lock the device"
+        hint = "check that no other program has an old PIN; two more wrong ones may lock the device"
         return warn("pin", code, line, hint)
     if token is not None and not token.login_required:
-        return ok("pin", "the device wants none")
+        return ok("pin", "the device requires none")
     if not diagnosis.seen.logged_in:
-        return ok("pin", "logged in by other code of this process; this PIN was not proven")
+        return ok("pin", "other code of this process had logged in; this PIN was not verified")
     return ok("pin", "accepted")
 
 
@@ -95,8 +95,8 @@ def check_key(diagnosis: KeyDiagnosis) -> Check:
         return warn(
             "key",
             "public-key-hidden",
-            f"{sanitized(key.uri)} is there, but the device hides its public half: whether key and "
-            "certificate belong together shows at the first grant",
+            f"{sanitized(key.uri)} is there, but the device hides its public half: only the first "
+            "grant shows whether key and certificate belong together",
             "set HSMTOLL_HSM__PUBLIC_KEY to a PEM file with the public key",
         )
     return ok("key", f"{sanitized(key.uri)} is there" if key else "there")
@@ -117,7 +117,7 @@ def check_key_size(diagnosis: KeyDiagnosis) -> Check:
         return skip("key-size", NO_DEVICE)
     bits = diagnosis.key.bits if diagnosis.key else None
     return failure_of(diagnosis, "key-size", "key") or ok(
-        "key-size", f"{bits} bits" if bits else "not told; the certificate's is checked below"
+        "key-size", f"{bits} bits" if bits else "not reported; the certificate's is checked below"
     )
 
 
@@ -135,8 +135,8 @@ def check_key_usage(diagnosis: KeyDiagnosis) -> Check:
         return failed(
             "key-usage",
             DeviceError(
-                f"the key {sanitized(diagnosis.key.uri)} wants a PIN for every signature",
-                hint="give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here",
+                f"the key {sanitized(diagnosis.key.uri)} requires a PIN for every signature",
+                hint="set HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot be used here",
                 code="signing-pin",
             ),
         )
@@ -154,15 +154,15 @@ def check_key_protection(diagnosis: KeyDiagnosis) -> Check:
         return warn(
             "key-protection",
             "key-exportable-allowed",
-            "the device does not say that the key stays inside it, and the settings allow that",
+            "the device does not report that the key cannot be exported; the settings allow that",
             "generate a key on the device and unset HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY",
         )
     if key is not None and "key-imported" in key.warnings:
         return warn(
             "key-protection",
             "key-imported",
-            "the key was outside the device, or the device does not say that it never was",
-            "copies may exist: `hsmtoll key generate` makes one that never leaves",
+            "the key was imported, or the device does not report that it was not",
+            "copies may exist: `hsmtoll key generate` makes a key that never leaves the device",
         )
     return ok("key-protection", "made on the device, never extractable, as the module reports")
 
@@ -176,7 +176,9 @@ def check_mechanism(diagnosis: KeyDiagnosis) -> Check:
     if whole in diagnosis.key.mechanisms:
         return ok("mechanism", f"the device has {whole} for {alg}")
     if "RSA_PKCS" in diagnosis.key.mechanisms:
-        return ok("mechanism", f"the device has RSA_PKCS: {alg} by a DigestInfo made here")
+        return ok(
+            "mechanism", f"the device has RSA_PKCS: for {alg}, hsmtoll computes the DigestInfo"
+        )
     return failed(
         "mechanism",
         DeviceError(
@@ -195,10 +197,10 @@ def check_signature(diagnosis: KeyDiagnosis) -> Check:
     if isinstance(signed, HsmTollError):
         return failed("signature", signed)
     if signed is not None:
-        proven = "it verifies" if signed else "no public key is known to verify it with"
-        return ok("signature", f"made over a text as large as a grant with x5c, and {proven}")
+        verified = "it verifies" if signed else "no public key is known to verify it with"
+        return ok("signature", f"made over a text as large as a grant with x5c; {verified}")
     if diagnosis.facts.answers is not None:
-        return skip("signature", "made for the grants of --online alone; --sign makes one before")
+        return skip("signature", "only the grants of --online are signed; --sign signs before them")
     return skip("signature", "no signature was made: `hsmtoll doctor --sign` makes one")
 
 

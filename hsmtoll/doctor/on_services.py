@@ -17,7 +17,7 @@ __all__ = ["CHECKS", "check_granted"]
 #: Seconds of clock skew before a warning: a Date header has whole seconds and is a round trip
 #: old (C07).
 _WARN_SKEW: Final = 5.0
-_OFFLINE: Final = "asked with --online"
+_OFFLINE: Final = "checked with --online"
 
 
 def check_proxy(diagnosis: KeyDiagnosis) -> Check:
@@ -30,7 +30,7 @@ def check_proxy(diagnosis: KeyDiagnosis) -> Check:
         return ok("proxy", "none is set")
     line = f"{unused} is set and not used"
     if answers is not None and not isinstance(answers.metadata, HsmTollError):
-        return ok("proxy", f"{line}, nor needed: Maskinporten answers without it")
+        return ok("proxy", f"{line}; Maskinporten answers without it")
     return warn("proxy", "proxy-unused", line, "HSMTOLL_PROXY=environment uses it")
 
 
@@ -43,10 +43,10 @@ def check_metadata(diagnosis: KeyDiagnosis) -> Check:
         return failed("metadata", answers.metadata)
     wrong = metadata_wrong(diagnosis.settings, answers.metadata or {})
     if wrong is None:
-        return ok("metadata", "Maskinporten calls itself what the settings call it")
+        return ok("metadata", "Maskinporten's metadata has the endpoints of the settings")
     exc = ConfigurationError(
         f"Maskinporten's metadata says {wrong}",
-        hint="check HSMTOLL_ENDPOINTS__ISSUER, slash included; if these are test or prod, tell us",
+        hint="check HSMTOLL_ENDPOINTS__ISSUER, slash included; for test or prod, please report it",
         code="metadata-differs",
     )
     return failed("metadata", exc)
@@ -60,15 +60,15 @@ def check_clock(diagnosis: KeyDiagnosis) -> Check:
     offset = answers.offset
     if offset is None:
         return ok("clock", "the answers carry no Date to compare with")
-    told = (
+    line = (
         f"this machine is {abs(offset):.0f} s {'behind' if offset > 0 else 'ahead of'} Maskinporten"
     )
     if abs(offset) > MAX_SKEW:
         hint = f"synchronise the clock (NTP); up to {MAX_SKEW:.0f} s would have been corrected"
-        return failed("clock", ClockError(told, hint=hint, code="clock-skew"))
+        return failed("clock", ClockError(line, hint=hint, code="clock-skew"))
     if abs(offset) > _WARN_SKEW:
         return warn(
-            "clock", "clock-differs", f"{told}; grants are corrected", "synchronise it (NTP)"
+            "clock", "clock-differs", f"{line}; grants are corrected", "synchronise it (NTP)"
         )
     return ok("clock", "agrees with Maskinporten's")
 
@@ -79,7 +79,7 @@ def check_health(diagnosis: KeyDiagnosis) -> Check:
     if answers is None:
         return skip("health", _OFFLINE)
     if answers.health == 200:
-        return ok("health", "Maskinporten says it is well")
+        return ok("health", "Maskinporten's health endpoint answers 200")
     if isinstance(answers.health, HsmTollError):
         return warn("health", "health-unknown", str(answers.health), "see status.digdir.no")
     line = f"Maskinporten's health answers {answers.health}"
@@ -94,7 +94,9 @@ def check_self_test(diagnosis: KeyDiagnosis) -> Check:
     if diagnosis.identity != "eseal":
         return skip("self-test", f"{apis.SELF_TEST_SCOPE} is for eSeals")
     if diagnosis.settings.signer.mode == "token":
-        return skip("self-test", "the signing host makes the grants, and gives tokens alone")
+        return skip(
+            "self-test", "the signing host signs grants for itself, and returns tokens only"
+        )
     if answers.self_test is not None and answers.self_test.code == "policy-denied":
         tried = ", ".join(scope for scope, _ in answers.scopes) or "nothing: name one with --scope"
         return skip("self-test", f"{answers.self_test}; tried instead: {tried}")
@@ -102,17 +104,17 @@ def check_self_test(diagnosis: KeyDiagnosis) -> Check:
         return failed("self-test", answers.self_test)
     took = f"consumer.ID {sanitized(answers.consumer)}, client_amr {sanitized(answers.amr)}"
     leaf = diagnosis.chain.leaf if diagnosis.chain else None
-    foretold = (
+    predicted = (
         (leaf.consumer_id(diagnosis.identity), leaf.client_amr(diagnosis.identity))
         if leaf
         else None
     )
-    if foretold is not None and foretold != (answers.consumer, answers.amr):
+    if predicted is not None and predicted != (answers.consumer, answers.amr):
         return warn(
             "self-test",
-            "foretold-otherwise",
-            f"granted, with {took}; foretold were {sanitized(foretold[0])} and {foretold[1]}",
-            "nothing is wrong with the grant; tell us what the certificate is",
+            "prediction-differs",
+            f"granted, with {took}; predicted: {sanitized(predicted[0])} and {predicted[1]}",
+            "the grant is valid; please report the subject and QCStatements of the certificate",
         )
     return ok("self-test", f"granted, with {took}")
 
@@ -123,7 +125,10 @@ def check_granted(diagnosis: KeyDiagnosis) -> tuple[Check, ...]:
     if answers is None:
         return ()
     return tuple(
-        ok(f"scope {scope}", "granted, and exchanged at Customs where that is to be done")
+        ok(
+            f"scope {scope}",
+            f"granted by Maskinporten{'' if scope == apis.SELF_TEST_SCOPE else ' and by Customs'}",
+        )
         if error is None
         else failed(f"scope {scope}", error)
         for scope, error in answers.scopes

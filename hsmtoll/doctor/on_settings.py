@@ -30,10 +30,10 @@ def check_settings(diagnosis: KeyDiagnosis) -> Check:
         )
     if wrong is not None:
         return failed("settings", wrong)
-    how = "a registered key (kid)" if diagnosis.kid else "certificates (x5c)"
+    how = "known by a registered key (kid)" if diagnosis.kid else "known by certificates (x5c)"
     if settings.signer.url:
-        how = f"what a signing host has, asked for a {settings.signer.mode}"
-    return ok("settings", f"{settings.identity} in {settings.environment}, known by {how}")
+        how = f"by a signing host that returns a {settings.signer.mode}"
+    return ok("settings", f"{settings.identity} in {settings.environment}, {how}")
 
 
 def check_host(diagnosis: KeyDiagnosis) -> Check:
@@ -44,7 +44,7 @@ def check_host(diagnosis: KeyDiagnosis) -> Check:
     hosts = diagnosis.facts.hosts
     if not hosts:
         return skip("signing-host", "a device of this machine signs, no signing host")
-    told, failures = [], []
+    right, failures = [], []
     for probe in hosts:
         ahead = (probe.ahead or 0.0) - diagnosis.facts.skew
         if probe.error is not None:
@@ -52,30 +52,30 @@ def check_host(diagnosis: KeyDiagnosis) -> Check:
         elif abs(ahead) > MAX_CLOCK_DIFFERENCE:
             failures.append(wrong_clock(probe.name, ahead))
         else:
-            told.append(probe.name)
-    # A host that is not the one it should be is an alarm, however many others there are.
+            right.append(probe.name)
+    # Another identity than expected is an alarm, even if other hosts are as expected.
     alarms = [each for each in failures if isinstance(each, PolicyDenied | ConfigurationError)]
-    if alarms or not told:
+    if alarms or not right:
         return failed("signing-host", (alarms or failures)[0])
-    answers = f"{', '.join(told)} answer{'s' if len(told) == 1 else ''}, who and when as expected"
+    line = f"{', '.join(right)}: reachable, with the expected identity and clock"
     if failures:
         hint = failures[0].hint or ""
-        return warn("signing-host", "signing-host-down", f"{failures[0]}; {answers}", hint)
-    return ok("signing-host", answers)
+        return warn("signing-host", "signing-host-down", f"{failures[0]}; {line}", hint)
+    return ok("signing-host", line)
 
 
 def check_kid(diagnosis: KeyDiagnosis) -> Check:
     """The kid of a registered key; its age is not known here (M39)."""
     if not diagnosis.kid:
-        return skip("kid", "certificates name the key")
+        return skip("kid", "certificates identify the key")
     kid = diagnosis.settings.kid
     public = diagnosis.key.public if diagnosis.key else None
     if kid == "thumbprint" and public is not None:
         kid = public.thumbprint()
     return ok(
         "kid",
-        f"{sanitized(kid)}; registered keys live one year from posting, and when it was posted "
-        "does not show here",
+        f"{sanitized(kid)}; a registered key expires one year after it was posted, a date that "
+        "only Maskinporten knows",
     )
 
 
@@ -87,7 +87,7 @@ def check_scopes(diagnosis: KeyDiagnosis) -> Check:
         return failed("scope", exc)
     if not named:
         return ok("scope", "none is set; each command names its own")
-    return ok("scope", f"{', '.join(named)}, of the family of {diagnosis.identity}")
+    return ok("scope", f"{', '.join(named)}, for {diagnosis.identity} clients")
 
 
 def check_grant(diagnosis: KeyDiagnosis) -> Check:
@@ -108,7 +108,7 @@ def check_grant(diagnosis: KeyDiagnosis) -> Check:
         if settings.consumer_org is not None and settings.consumer_org == own:
             raise ConfigurationError(
                 "HSMTOLL_CONSUMER_ORG is the certificate's own organisation",
-                hint="unset it: it names another organisation that is acted for",
+                hint="unset it: it is for a token on behalf of another organisation",
                 code="consumer-org-own",
             )
     except HsmTollError as exc:

@@ -104,11 +104,11 @@ class Report:
         return {name: sum(each.verdict == name for each in self.checks) for name in verdicts}
 
     def _first(self) -> str | None:
-        """The first thing to do."""
+        """What to do first: the hint of the first failure."""
         failure = first_failure(self.checks)
         if failure is None:
             return None
-        return (failure.hint or f"mend {failure.check}: {failure.line}").splitlines()[0]
+        return (failure.hint or f"fix {failure.check}: {failure.line}").splitlines()[0]
 
 
 def _lines(check: Check) -> tuple[str, ...]:
@@ -122,8 +122,8 @@ def _lines(check: Check) -> tuple[str, ...]:
 
 def examine(facts: Facts) -> tuple[Check, ...]:
     """
-    Run every check on *facts*. Of several keys all checks are reported for the one that signs,
-    the first usable one; the errors of the others are warnings.
+    Run every check on *facts*. If there are several keys, the first usable one signs, and all of
+    its checks are reported; the errors of the others are warnings.
     """
     diagnoses = [diagnose(facts, seen) for seen in facts.seen] or [diagnose(facts, None)]
     results = [_run_checks(diagnosis) for diagnosis in diagnoses]
@@ -195,16 +195,16 @@ def _other_key(
         return warn(
             "other-key", "key-unusable", f"{named} {what}: {failure.line}", failure.hint or ""
         )
-    mine, theirs = (each.chain.leaf if each.chain else None for each in (with_key, diagnosis))
+    used, other = (each.chain.leaf if each.chain else None for each in (with_key, diagnosis))
     if (
-        mine
-        and theirs
-        and mine.consumer_id(diagnosis.identity) != theirs.consumer_id(diagnosis.identity)
+        used
+        and other
+        and used.consumer_id(diagnosis.identity) != other.consumer_id(diagnosis.identity)
     ):
         exc = CertificateError(
-            f"{named} is of {sanitized(theirs.consumer_id(diagnosis.identity))}, "
-            f"the key that signs of {sanitized(mine.consumer_id(diagnosis.identity))}",
-            hint="all keys of HSMTOLL_HSM__KEY carry the same organizationIdentifier",
+            f"{named} belongs to {sanitized(other.consumer_id(diagnosis.identity))}, "
+            f"the key that signs to {sanitized(used.consumer_id(diagnosis.identity))}",
+            hint="use keys whose certificates have the same organizationIdentifier",
             code="keys-differ",
         )
         return failed("other-key", exc)

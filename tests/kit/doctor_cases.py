@@ -431,7 +431,7 @@ BROKEN: Final[dict[str, Callable[[], Setup]]] = {
     "bad health": lambda: setup(
         "health-bad", verdict="warn", answers=_answers(health=503), refused=False
     ),
-    "another consumer than foretold": lambda: setup(
-        "foretold-otherwise", verdict="warn", answers=_answers(consumer="NTRSE-1"), refused=False
+    "another consumer than predicted": lambda: setup(
+        "prediction-differs", verdict="warn", answers=_answers(consumer="NTRSE-1"), refused=False
     ),
 }

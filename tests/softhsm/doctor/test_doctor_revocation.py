@@ -209,7 +209,10 @@ def test_a_leaf_that_stands_is_said_to_by_its_responder(
     with issuer.responder():
         check = checked(lab, tmp_path, issuer)
     # The leaf by OCSP, the intermediate by the root's list.
-    assert (check.verdict, check.line) == ("ok", "2 certificates stand, says CRL, OCSP")
+    assert (check.verdict, check.line) == (
+        "ok",
+        "2 certificates are not revoked, according to CRL, OCSP",
+    )
 
 
 def test_a_leaf_that_was_taken_back_is_foretold_by_its_responder(
@@ -225,7 +228,7 @@ def test_a_leaf_that_was_taken_back_is_foretold_by_its_responder(
 
 def test_where_no_responder_answers_the_list_does(lab: Lab, tmp_path: Path, issuer: Issuer) -> None:
     check = checked(lab, tmp_path, issuer)
-    assert (check.verdict, check.line) == ("ok", "2 certificates stand, says CRL")
+    assert (check.verdict, check.line) == ("ok", "2 certificates are not revoked, according to CRL")
     issuer.says(leaf="R")
     check = checked(lab, tmp_path, issuer)
     assert check.code == "certificate-revoked"

@@ -379,7 +379,7 @@ def test_evidence_holds_the_key_as_reported_and_no_secret() -> None:
     made = setup(settings={"hsm": {"pin": canary}, "proxy": f"http://u:{canary}@proxy:1"})
     filed = Report(examine(made.facts), made.facts).evidence()
     assert canary not in repr(filed)
-    assert filed["settings"]["hsm"]["pin"] == "set, and not told"
+    assert filed["settings"]["hsm"]["pin"] == "set, not shown"
     said = filed["keys"][0]["key_as_reported_by_the_module"]
     assert said["never_extractable"] is True
     assert len(filed["chain"]) == 3
