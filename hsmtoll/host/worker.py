@@ -27,13 +27,13 @@ _AHEAD: Final = 10
 
 class Rules:
     """
-    Decides what this process signs. *told*: ``policy`` (a path), ``profile``, and ``issuer``,
+    Decides what this process signs. *opening*: ``policy`` (a path), ``profile``, and ``issuer``,
     ``kid`` and ``certificate_sha256`` of the profile's settings, ``None`` where not set.
     """
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self._path = Path(told["policy"])
-        self._told = told
+    def __init__(self, opening: dict[str, Any]) -> None:
+        self._path = Path(opening["policy"])
+        self._opening = opening
         self._seen: tuple[int, ...] | None = None
         self._policy: Policy | None = None
 
@@ -53,7 +53,7 @@ class Rules:
         self._check_profile(read)
         request = read.grant.request
         grant_request = GrantRequest(
-            self._told["profile"],
+            self._opening["profile"],
             request.scope,
             request.consumer_org,
             request.resource,
@@ -64,16 +64,16 @@ class Rules:
             raise _refused(f"no caller may have it: {sanitized(grant_request.scope)}")
 
     def _check_profile(self, read: Read) -> None:
-        told, grant = self._told, read.grant
+        opening, grant = self._opening, read.grant
         leaf = read.leaf.sha256 if read.leaf is not None else None
         for name, found, expected in (
-            ("iss", grant.issuer, told["issuer"] or grant.issuer),
-            ("kid", grant.kid, told["kid"] if told["kid"] != "thumbprint" else grant.kid),
-            ("x5c", leaf, told["certificate_sha256"] or leaf),
+            ("iss", grant.issuer, opening["issuer"] or grant.issuer),
+            ("kid", grant.kid, opening["kid"] if opening["kid"] != "thumbprint" else grant.kid),
+            ("x5c", leaf, opening["certificate_sha256"] or leaf),
         ):
             if found != expected:
                 raise _refused(f"{name} is not the profile's: {sanitized(found)}")
-        if (told["kid"] is None) != (grant.kid is None):
+        if (opening["kid"] is None) != (grant.kid is None):
             raise _refused("the profile's grants have either a kid or certificates")
         age = time.time() - read.iat
         if not -_AHEAD <= age <= LIFETIME - MIN_LEFT:

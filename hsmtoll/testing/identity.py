@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.pki import Authority
     from hsmtoll.sandbox.settings import Profile
 
-__all__ = ["ThrowAway", "eseal", "introduce", "norwegian", "norwegian_key", "run_as"]
+__all__ = ["ThrowAway", "eseal", "norwegian", "norwegian_key", "register_identity", "run_as"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def run_as(
         ) as sandbox,
     ):
         known = _identity(kind, SoftHsm.create(Path(folder) / "softhsm"))
-        introduce(sandbox, known)
+        register_identity(sandbox, known)
         variables = {
             **known.environ(),
             **sandbox.environ(),
@@ -182,7 +182,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def introduce(sandbox: Sandbox, identity: ThrowAway) -> None:
+def register_identity(sandbox: Sandbox, identity: ThrowAway) -> None:
     """Make *sandbox* trust and know *identity*."""
     if identity.authority is not None:
         sandbox.trust(identity.authority)

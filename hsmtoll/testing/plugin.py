@@ -139,7 +139,7 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """
     with _the_sandbox():
         from hsmtoll.sandbox.server import Sandbox
-        from hsmtoll.testing.identity import ThrowAway, introduce
+        from hsmtoll.testing.identity import ThrowAway, register_identity
 
     clock = time.time
     if "toll_clock" in request.fixturenames:
@@ -153,7 +153,7 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
             if name in request.fixturenames:
                 known = request.getfixturevalue(name)
                 assert isinstance(known, ThrowAway)
-                introduce(sandbox, known)
+                register_identity(sandbox, known)
         yield sandbox
 
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hsmtoll.sandbox.pki import issue_tls, pem
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.faults import Faults
-from hsmtoll.testing.identity import introduce
+from hsmtoll.testing.identity import register_identity
 from tests.benchmarks.stage import ROUNDS, Row, Series
 from tests.kit.own_device import listens
 
@@ -215,7 +215,7 @@ def slow_device(stage: Stage) -> Row:
         Sandbox(lifetime=20) as sandbox,
         Faults(stage.device.module, stage.folder / "slow-faults") as faults,
     ):
-        introduce(sandbox, stage.who)
+        register_identity(sandbox, stage.who)
         environ = {**os.environ, **stage.who.environ(), **sandbox.environ(), **faults.environ()}
         environ["HSMTOLL_BUDGET__PER_HOUR"] = "100000"
         faults.set("rate", ms=1000)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.sandbox import Sandbox
-from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.identity import eseal, register_identity
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ def test_an_identity_on_the_containers_device_gets_its_200(
         command = [sys.executable, "-m", "hsmtoll", "test-auth", "road"]
         # The control: the sandbox does not believe everybody.
         assert subprocess.run(command, env=environ, check=False, timeout=60).returncode == 60
-        introduce(sandbox, known)
+        register_identity(sandbox, known)
         done = subprocess.run(
             command, env=environ, capture_output=True, text=True, check=False, timeout=60
         )

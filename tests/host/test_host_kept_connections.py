@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROADS = [entry(ME), entry(f"san:dns:{APP}")]
 
 
-class Kept:
+class KeptConnection:
     """One caller with one connection that is never opened again."""
 
     def __init__(self, host: RunningHost, identity: Identity | None = None) -> None:
@@ -44,7 +44,7 @@ class Kept:
         return False
 
 
-Connect = Callable[..., Kept]
+Connect = Callable[..., KeptConnection]
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def connect() -> Iterator[Connect]:
     """Connections to a host that are closed after the test."""
     with contextlib.ExitStack() as stack:
 
-        def made(host: RunningHost, identity: Identity | None = None) -> Kept:
-            return stack.enter_context(contextlib.closing(Kept(host, identity)))
+        def made(host: RunningHost, identity: Identity | None = None) -> KeptConnection:
+            return stack.enter_context(contextlib.closing(KeptConnection(host, identity)))
 
         yield made
 

@@ -82,19 +82,19 @@ class ForkedCommand:
     def __init__(self, talk: socket.socket, order: dict[str, Any]) -> None:
         self._talk = talk
         talk.sendall(json.dumps(order).encode() + b"\n")
-        self._told = b""
+        self._received = b""
         self.pid = self._number(None)
         self.returncode: int | None = None
 
     def _number(self, timeout: float | None) -> int:
         """The next line of the process that waits for the command."""
         self._talk.settimeout(timeout)
-        while b"\n" not in self._told:
+        while b"\n" not in self._received:
             more = self._talk.recv(64)
             if not more:
                 raise ChildProcessError("nobody waits for the command any more")
-            self._told += more
-        line, _, self._told = self._told.partition(b"\n")
+            self._received += more
+        line, _, self._received = self._received.partition(b"\n")
         return int(line)
 
     def wait(self, timeout: float | None = None) -> int:

@@ -69,7 +69,7 @@ def clients() -> list[Client]:
 
 
 @dataclass(frozen=True)
-class Ask:
+class TokenRequestParts:
     """A token request in parts; `assertion` signs it."""
 
     header: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Ask:
     authorization: bool = False
     mangle: str = ""
 
-    def but(self, **changes: Any) -> Ask:
+    def but(self, **changes: Any) -> TokenRequestParts:
         """A twin with something else; claims and header are merged, None removes."""
         for name in ("header", "claims"):
             if name in changes:
@@ -139,20 +139,20 @@ def leaf(authority: Authority | None = None, **options: Any) -> tuple[x509.Certi
 
 
 @cache
-def eseal() -> Ask:
+def eseal() -> TokenRequestParts:
     """A good eSeal grant."""
     claims = {"aud": "ISSUER", "iss": "Eksempel AB", "scope": ROAD, "iat": NOW, "exp": NOW + 120}
-    return Ask({"alg": "RS256"}, {**claims, "jti": "j-1"}, leaf())
+    return TokenRequestParts({"alg": "RS256"}, {**claims, "jti": "j-1"}, leaf())
 
 
 @cache
-def certificate() -> Ask:
+def certificate() -> TokenRequestParts:
     """A good Norwegian grant with a certificate."""
     return eseal().but(claims={"iss": "cert-client", "scope": NO_ROAD}, chain=leaf(enterprise()))
 
 
 @cache
-def by_key() -> Ask:
+def by_key() -> TokenRequestParts:
     """A good Norwegian grant with kid."""
     return eseal().but(
         header={"kid": "fresh"}, claims={"iss": "key-client", "scope": NO_ROAD}, chain=()
@@ -164,8 +164,8 @@ class Twins:
     """*good* passes; *bad* is refused by *rule* and passes without it. *settings* for both."""
 
     rule: str
-    good: Ask
-    bad: Ask
+    good: TokenRequestParts
+    bad: TokenRequestParts
     status: int = 400
     code: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)

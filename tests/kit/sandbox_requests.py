@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import httpx
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.kit.rule_cases import NOW, Ask, clients, enterprise, eseal, seals
+from tests.kit.rule_cases import NOW, TokenRequestParts, clients, enterprise, eseal, seals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ class Wire:
     def __init__(self, sandbox: Sandbox, http: httpx.Client, clock: Callable[[], float]) -> None:
         self.sandbox, self.http, self.clock = sandbox, http, clock
 
-    def grant(self, ask: Ask | None = None, **claims: Any) -> httpx.Response:
+    def grant(self, ask: TokenRequestParts | None = None, **claims: Any) -> httpx.Response:
         """Posts a grant, with a new jti and fresh times where the ask has them at all."""
         ask = ask or eseal()
         now = int(self.clock())
         fresh: dict[str, Any] = {"iat": now, "exp": now + 120, "jti": str(uuid.uuid4())}
         return self.send(ask.but(claims=fresh | claims))
 
-    def send(self, ask: Ask) -> httpx.Response:
+    def send(self, ask: TokenRequestParts) -> httpx.Response:
         """Posts a grant as it is."""
         headers = {"Content-Type": ask.media_type}
         if ask.authorization:
@@ -52,7 +52,9 @@ class Wire:
         }
         return self.http.post(self.sandbox.exchange_endpoint, data=form | changes)
 
-    def bearer(self, scope: str = "toll:eu/movement/road/v2", ask: Ask | None = None) -> str:
+    def bearer(
+        self, scope: str = "toll:eu/movement/road/v2", ask: TokenRequestParts | None = None
+    ) -> str:
         """A Customs token."""
         access = self.grant(ask, scope=scope).json()["access_token"]
         return str(self.exchange(access).json()["access_token"])

@@ -107,7 +107,7 @@ def endpoints_of(sandbox: Listening) -> Endpoints:
     return Endpoints(sandbox.issuer, sandbox.token_endpoint, sandbox.customs)
 
 
-def engine_of(
+def token_service_of(
     sandbox: Listening,
     *,
     clock: Clock | None = None,

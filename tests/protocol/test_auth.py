@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from hsmtoll import metrics
 from hsmtoll.client import AsyncTollClient, TollClient
 from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def client(toll_sandbox: Sandbox) -> TollClient:
-    return TollClient(engine_of(toll_sandbox)[0])
+    return TollClient(token_service_of(toll_sandbox)[0])
 
 
 def test_both_colours_reach_the_api(toll_sandbox: Sandbox, client: TollClient) -> None:
     async def call() -> int:
-        async with AsyncTollClient(engine_of(toll_sandbox)[0]) as other, other.api("road") as api:
+        async with (
+            AsyncTollClient(token_service_of(toll_sandbox)[0]) as other,
+            other.api("road") as api,
+        ):
             return (await api.get("test-auth")).status_code
 
     with client.api("road") as api:
@@ -46,7 +49,7 @@ def test_programs_on_httpx_and_on_its_successor_get_the_same_bearer(
 ) -> None:
     address = f"{toll_sandbox.customs}/api/movement/road/v2/test-auth"
     context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
-    service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    service, signer = token_service_of(toll_sandbox, clock=toll_clock)
     auth = TollClient(service).auth("road")
     other = AsyncTollClient(service).auth("road")
 
@@ -77,7 +80,7 @@ def test_programs_on_httpx_and_on_its_successor_get_the_same_bearer(
 
 
 def test_tasks_of_another_library_are_told_what_to_use(toll_sandbox: Sandbox) -> None:
-    service, _ = engine_of(toll_sandbox)
+    service, _ = token_service_of(toll_sandbox)
 
     async def cold() -> None:
         await AsyncTollClient(service).token("road")
@@ -103,7 +106,7 @@ def test_an_auth_of_either_client_works_in_a_client_of_the_other_colour(
     context = ssl.create_default_context(cafile=toll_sandbox.ca_file)
 
     async def crossed() -> int:
-        with TollClient(engine_of(toll_sandbox)[0]) as made:
+        with TollClient(token_service_of(toll_sandbox)[0]) as made:
             async with httpx.AsyncClient(auth=made.auth("road"), verify=context) as used:
                 # The guard of the origin is on as well.
                 with pytest.raises(ConfigurationError, match="token is for"):
@@ -111,7 +114,7 @@ def test_an_auth_of_either_client_works_in_a_client_of_the_other_colour(
                 return (await used.get(address)).status_code
 
     assert asyncio.run(crossed()) == 200
-    auth = AsyncTollClient(engine_of(toll_sandbox)[0]).auth("road")
+    auth = AsyncTollClient(token_service_of(toll_sandbox)[0]).auth("road")
     with httpx.Client(auth=auth, verify=context) as used:
         with pytest.raises(ConfigurationError, match="token is for"):
             used.get("https://elsewhere.invalid/")
@@ -259,7 +262,7 @@ def test_a_403_names_the_scope_that_opens_the_path(
 
 
 def test_an_error_of_the_renewal_reaches_the_caller(toll_sandbox: Sandbox) -> None:
-    token_service, _ = engine_of(toll_sandbox, per_request=1)
+    token_service, _ = token_service_of(toll_sandbox, per_request=1)
     toll_sandbox.fault("500", "token")
     with (
         TollClient(token_service).api("road") as api,
@@ -271,7 +274,7 @@ def test_an_error_of_the_renewal_reaches_the_caller(toll_sandbox: Sandbox) -> No
 def test_a_keeper_renews_before_anybody_asks(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = token_service_of(toll_sandbox, clock=toll_clock)
     client = TollClient(token_service)
     first = client.token("road")
     # Seventy-four seconds before the end: beyond a quarter of the margin on top of it, or close.
@@ -298,7 +301,7 @@ def test_a_client_that_is_closed_keeps_nothing_fresh(client: TollClient) -> None
 
 
 def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
-    client = TollClient(engine_of(toll_sandbox)[0])
+    client = TollClient(token_service_of(toll_sandbox)[0])
     registry = CollectorRegistry()
     metrics.register(registry, client.status)
     assert "hsmtoll_signatures_total 0.0" in generate_latest(registry).decode()

@@ -18,7 +18,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from scripts.contracts import images, lock, words
+from scripts.contracts import images, lock, names, words
 
 TOP: Final = Path(__file__).parents[2]
 PROJECT: Final[dict[str, Any]] = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))
@@ -324,3 +324,20 @@ def test_two_stacks_of_containers_share_no_project() -> None:
     files = [TOP / "docker" / name for name in ("compose.yml", "compose.host.yml")]
     names = {yaml.safe_load(path.read_text("utf-8"))["name"] for path in files}
     assert names == {"hsmtoll", "hsmtoll-host"}
+
+
+@pytest.mark.parametrize(
+    ("line", "breaches"),
+    [
+        ("class Desk: ...", 1),
+        ("def take(hands, brake): ...", 2),
+        ("page = engine.look()", 1),
+        ("desk = 'Desk'  # a Door of the Engine", 0),
+    ],
+)
+def test_a_private_name_is_refused_in_code_and_left_alone_in_prose(
+    tmp_path: Path, line: str, breaches: int
+) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "a.py").write_text(f"{line}\n", "utf-8")
+    assert len(list(names(tmp_path))) == breaches

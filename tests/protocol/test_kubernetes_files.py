@@ -191,7 +191,7 @@ def test_the_root_of_a_volume_of_another_account_is_no_cache(tmp_path: Path) -> 
     assert str(tmp_path / "hsmtoll") in (caught.value.hint or "")
 
 
-_LOOK = """
+_READ_AS_ANOTHER = """
 import sys
 from pathlib import Path
 from hsmtoll.files import first_untrusted_component
@@ -210,7 +210,7 @@ def test_a_volume_that_is_mounted_read_only_can_be_changed_by_nobody(
         "ln -s ..1 {at}/..data && ln -s ..data/f.toml {at}/f.toml && "
         "mount -o remount,{how},mode=0777 {at} && exec {python} -c '{look}' {at}/f.toml"
     ).format(
-        at=tmp_path, how="ro" if read_only else "rw", python=sys.executable, look=_LOOK
+        at=tmp_path, how="ro" if read_only else "rw", python=sys.executable, look=_READ_AS_ANOTHER
     )  # fmt: skip
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False

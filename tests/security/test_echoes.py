@@ -21,7 +21,7 @@ from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
 from hsmtoll.http_messages import Answer, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject
 from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,7 +123,7 @@ def test_the_log_of_the_legs_shows_no_token_that_stands_for_an_id(
         return answer
 
     services.token, services.exchange = issue(SUBJECT), issue(BEARER)
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     with caplog.at_level("INFO", logger="hsmtoll"), TollClient(token_service) as toll:
         toll.token("road")
         ids = itertools.cycle([ID, ""])
@@ -141,7 +141,7 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
     services: RawServices,
 ) -> None:
     bare = "".join(char for char in BEARER if char.isalnum())
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     services.exchange = lambda *_: said(
         {"access_token": bare, "token_type": "Bearer", "expires_in": 600}
     )

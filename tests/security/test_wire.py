@@ -26,7 +26,7 @@ from hsmtoll.tokens.exchange import read_subject
 from hsmtoll.transport import HttpClient
 from tests.kit.own_device import free_port
 from tests.kit.raw_services import RawServices, TlsProxy, dripping
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -371,7 +371,7 @@ def test_variables_that_lead_nowhere_are_told_before_anything_is_signed(
         if variable == "ALL_PROXY":
             monkeypatch.delenv("HTTPS_PROXY")
         monkeypatch.setenv(variable, value)
-        token_service, signer = engine_of(services, proxy="environment")
+        token_service, signer = token_service_of(services, proxy="environment")
         for _ in range(2):
             with pytest.raises(ConfigurationError, match=variable) as caught:
                 TollClient(token_service).token("road")
@@ -379,11 +379,11 @@ def test_variables_that_lead_nowhere_are_told_before_anything_is_signed(
         assert "hunter2" not in f"{caught.value} {caught.value.hint}"
         assert (signer.signed, services.grants) == ([], [])
         # The control: where they are not read, and where they are as they should be.
-        assert TollClient(engine_of(services)[0]).token("road").value
+        assert TollClient(token_service_of(services)[0]).token("road").value
         monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
         monkeypatch.setenv("HTTPS_PROXY", "127.0.0.1:9")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,.invalid, localhost,[::1]:8080,10.0.0.0/8")
-        assert TollClient(engine_of(services, proxy="environment")[0]).token("road").value
+        assert TollClient(token_service_of(services, proxy="environment")[0]).token("road").value
 
 
 @pytest.mark.parametrize(

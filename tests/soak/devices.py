@@ -45,7 +45,7 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
 from hsmtoll.testing.faults import Faults
-from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.identity import eseal, register_identity
 from hsmtoll.testing.softhsm import SoftHsm
 from tests.soak.measure import children, descriptors, memory, slope
 
@@ -257,7 +257,7 @@ class Run:
         self._clearing: list[threading.Timer] = []
         device = SoftHsm.create(folder / "softhsm")
         known = eseal(device)
-        introduce(sandbox, known)
+        register_identity(sandbox, known)
         self.faults = Faults(device.module, folder / "faults")
         self.faults.__enter__()
         variables = {

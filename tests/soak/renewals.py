@@ -27,7 +27,7 @@ from hsmtoll.client import TollClient
 from hsmtoll.errors import HsmTollError
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.testing.clock import SettableClock
-from tests.kit.soft_client import authority, engine_of
+from tests.kit.soft_client import authority, token_service_of
 from tests.soak.measure import in_use, memory, slope
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def soak(renewals: int) -> dict[str, float]:
     seen = dict.fromkeys(("due", "done", "given", "expired", "failed_calls", "faults"), 0)
     points: list[tuple[float, float]] = []
     resident: list[tuple[float, float]] = []
-    token_service, signer = engine_of(sandbox, clock=clock, background=False, per_hour=10**6)
+    token_service, signer = token_service_of(sandbox, clock=clock, background=False, per_hour=10**6)
     client = TollClient(token_service)
 
     def renew(fault: tuple[str, str, int] | None) -> None:

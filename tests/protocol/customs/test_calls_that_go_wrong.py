@@ -28,7 +28,7 @@ from hsmtoll.customs.submissions import submission
 from hsmtoll.transport import CONNECTIONS
 from tests.kit import commands
 from tests.kit.raw_services import CALL, RawServices, dripping, said
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     import ssl
@@ -91,7 +91,7 @@ def lost_then_closed(how: Callable[..., bytes | None]) -> Callable[..., bytes | 
 def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
     services: RawServices, how: str, colour: str
 ) -> None:
-    token_service, _ = engine_of(services, timeout=1.0)
+    token_service, _ = token_service_of(services, timeout=1.0)
     services.api = lost_then_closed(LOST[how])
     slow = how == "silence"
     for method in ("GET",) if slow else ("GET", "HEAD", "OPTIONS"):
@@ -112,7 +112,7 @@ def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
 
 @pytest.mark.parametrize("colour", ["threads", "tasks"])
 def test_what_was_certainly_not_sent_may_be_sent_again(services: RawServices, colour: str) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     TollClient(token_service).token("road")
     services.hang_up()
     with pytest.raises(NetworkError, match="no answer came") as caught:
@@ -185,7 +185,7 @@ def judging(result: bytes) -> Callable[..., bytes]:
 def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kept(
     services: RawServices, head: bytes, drop: bytes, kept: bool, colour: str
 ) -> None:
-    token_service, _ = engine_of(services, timeout=60.0, deadline=1.5)
+    token_service, _ = token_service_of(services, timeout=60.0, deadline=1.5)
     drip = dripping(head, drop)
     services.api = lambda connection, asked: (
         said(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
@@ -215,7 +215,7 @@ def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, col
 
     # Each is below the deadline, both together are not.
     services.token, services.api = slowly, call
-    token_service, _ = engine_of(services, deadline=6.0)
+    token_service, _ = token_service_of(services, deadline=6.0)
     assert called(token_service, colour, ("GET", CALL)).status_code == 200
 
 
@@ -227,7 +227,7 @@ MIB = 1024 * 1024
 def test_an_answer_has_a_limit_packed_or_not(
     services: RawServices, status: str, colour: str
 ) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     packed = gzip.compress(bytes(65 * MIB))
     twice = gzip.compress(packed)
     for raw in (
@@ -246,7 +246,7 @@ def test_an_answer_has_a_limit_packed_or_not(
 def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
     services: RawServices, colour: str
 ) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     body = os.urandom(1000) * 12_000
     services.api = lambda *_: said(gzip.compress(body), "200 OK", "content-encoding: gzip")
     answer = called(token_service, colour, ("GET", CALL))
@@ -260,7 +260,7 @@ def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
 def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
     services: RawServices, colour: str
 ) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     for word in ("utf-8", "", "identity"):
         services.api = lambda *_, word=word: said(b"{}", "200 OK", f"content-encoding: {word}")
         assert called(token_service, colour, ("POST", SUBMIT)).json() == {}
@@ -273,7 +273,7 @@ def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
 
 @pytest.mark.parametrize("colour", ["threads", "tasks"])
 def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     seen: list[str] = []
 
     async def tell(event: str, _: object) -> None:
@@ -289,7 +289,7 @@ def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> 
 
 
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
-    token_service, _ = engine_of(services, deadline=3.0)
+    token_service, _ = token_service_of(services, deadline=3.0)
     services.api = lambda *_: said(b"x" * 100)
     with TollClient(token_service) as toll:
         road = toll.api("road")
@@ -304,7 +304,7 @@ def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) 
 def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
     services: RawServices, where: str, colour: str
 ) -> None:
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     services.api = lambda *_: said(b"", "302 Found", f"location: {where}")
     answer = called(token_service, colour, ("GET", CALL), follow_redirects=True)
     assert (answer.status_code, answer.headers["location"]) == (302, where)
@@ -368,7 +368,7 @@ def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices
     services.api = api = Crowded(0.25)
     # A thousand on 20 connections are 50 rounds of a quarter of a second: the last of them wait
     # longer than the deadline of one call, and than the time-out, which each alone is far from.
-    token_service, signer = engine_of(services, timeout=10.0, deadline=10.0)
+    token_service, signer = token_service_of(services, timeout=10.0, deadline=10.0)
 
     async def crowd() -> list[int]:
         async with AsyncTollClient(token_service) as toll:
@@ -386,7 +386,7 @@ def test_a_crowd_takes_turns_on_the_connections_that_there_are(
     services: RawServices, colour: str
 ) -> None:
     """Queues are ours: that of the connections loses a call now and then."""
-    token_service, _ = engine_of(services)
+    token_service, _ = token_service_of(services)
     services.api = crowded = Crowded()
     if colour == "threads":
         with TollClient(token_service) as toll, ThreadPoolExecutor(100) as pool:

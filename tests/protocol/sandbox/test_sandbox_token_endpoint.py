@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from tests.kit.rule_cases import ROAD, Ask, by_key, certificate, eseal, leaf
+from tests.kit.rule_cases import ROAD, TokenRequestParts, by_key, certificate, eseal, leaf
 from tests.kit.sandbox_requests import Wire, wire
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def test_an_eseal_gets_a_token_with_its_identifier_verbatim(sandbox_wire: Wire) 
     [(certificate(), "virksomhetssertifikat"), (by_key(), "private_key_jwt")],
 )
 def test_a_norwegian_client_gets_a_token_for_its_number(
-    sandbox_wire: Wire, ask: Ask, amr: str
+    sandbox_wire: Wire, ask: TokenRequestParts, amr: str
 ) -> None:
     claims = opened(sandbox_wire, sandbox_wire.grant(ask).json()["access_token"]).claims
     assert claims["consumer"] == {"authority": "iso6523-actorid-upis", "ID": "0192:987654325"}

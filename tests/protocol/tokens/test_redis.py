@@ -26,7 +26,7 @@ from hsmtoll.tokens.redis_store import COMMANDS, RedisStore
 from hsmtoll.tokens.stores import name_of
 from tests.kit.crowds import Crowd, fresh_key
 from tests.kit.own_device import free_port
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -261,7 +261,7 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
 ) -> None:
     store = store_at(server, key_file)
     store._rest.longest = 0.0  # asked again at once, so that the test need not wait
-    token_service, signer = engine_of(
+    token_service, signer = token_service_of(
         toll_sandbox, store=store, identity_file=key_file.with_name("who")
     )
     client = TollClient(token_service)
@@ -276,7 +276,7 @@ def test_redis_that_dies_fails_no_call_and_is_used_again_when_it_is_back(
     assert len(down) == 1, "one warning for one outage"
     server.start()
     client.token("air")
-    other, unused = engine_of(
+    other, unused = token_service_of(
         toll_sandbox, store=store_at(server, key_file), identity_file=key_file.with_name("who")
     )
     TollClient(other).token("air")
@@ -289,7 +289,7 @@ def test_a_redis_that_never_was_there_costs_a_warning(
     store = RedisStore.at(
         f"unix://{tmp_path}/nothing", key_file=key_file, ca_file=None, clock=SystemClock()
     )
-    token_service, signer = engine_of(toll_sandbox, store=store)
+    token_service, signer = token_service_of(toll_sandbox, store=store)
     client = TollClient(token_service)
     threads = [threading.Thread(target=client.token, args=("road",)) for _ in range(20)]
     for thread in threads:

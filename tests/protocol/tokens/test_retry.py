@@ -22,7 +22,7 @@ from hsmtoll.errors import (
 )
 from hsmtoll.tokens.stores import FileStore
 from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ def jtis(sandbox: Sandbox) -> list[str]:
 def test_trouble_of_a_moment_is_tried_once_more_from_the_grant_on(
     toll_sandbox: Sandbox, fault: str, leg: str
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     toll_sandbox.fault(fault, leg, times=1)
     assert TollClient(token_service).token("road").value
     assert len(signer.signed) == 2
@@ -51,7 +51,7 @@ def test_trouble_of_a_moment_is_tried_once_more_from_the_grant_on(
 
 def test_a_grant_whose_answer_was_lost_is_not_sent_again(toll_sandbox: Sandbox) -> None:
     """It took effect: the same jti would be a replay (MP-012)."""
-    token_service, _ = engine_of(toll_sandbox)
+    token_service, _ = token_service_of(toll_sandbox)
     toll_sandbox.fault("reset-after", "token", times=1)
     assert TollClient(token_service).token("road").value
     seen = jtis(toll_sandbox)
@@ -61,7 +61,7 @@ def test_a_grant_whose_answer_was_lost_is_not_sent_again(toll_sandbox: Sandbox) 
 def test_a_lasting_outage_costs_the_budget_of_a_request_and_no_more(
     toll_sandbox: Sandbox,
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     toll_sandbox.fault("503", "token")
     for _ in range(5):
         with pytest.raises(NetworkError) as caught:
@@ -74,7 +74,7 @@ def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_p
     with RawServices(tmp_path) as services:
         token = {"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600}
         services.token = lambda *_: said({**token, "scope": "toll:eu/movement/air"})
-        token_service, signer = engine_of(services)
+        token_service, signer = token_service_of(services)
         client = TollClient(token_service)
         for _ in range(3):
             with pytest.raises(ScopeNotGranted, match="toll:eu/movement/road/v2"):
@@ -89,7 +89,7 @@ def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_p
 def test_what_a_new_grant_cannot_cure_is_not_tried_again(
     toll_sandbox: Sandbox, rule: str, leg: str
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     toll_sandbox.fault(rule, leg)
     with pytest.raises((GrantRefused, ExchangeRefused, NetworkError)):
         TollClient(token_service).token("road")
@@ -103,7 +103,7 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
 
     def run() -> str | None:
         nonlocal signed
-        token_service, signer = engine_of(
+        token_service, signer = token_service_of(
             toll_sandbox,
             clock=toll_clock,
             store=FileStore(tmp_path / "cache"),
@@ -126,14 +126,14 @@ def test_a_refused_grant_is_remembered_by_50_programs_for_30_s(
 
 
 def test_throttling_is_honoured_when_it_is_short(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     toll_sandbox.fault("429-retry-after", "token", times=1, seconds=1)
     assert TollClient(token_service).token("road").value
     assert len(signer.signed) == 2
 
 
 def test_and_told_when_it_is_long(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     toll_sandbox.fault("429-retry-after", "token", times=1, seconds=90)
     for _ in range(3):
         with pytest.raises(TryAgainLater) as caught:
@@ -150,7 +150,7 @@ def test_the_hours_budget_is_one_for_all_programs(
     machine: dict[str, Any] = {"clock": toll_clock, "identity_file": tmp_path / "identity"}
     spent = 0
     for _ in range(3):
-        token_service, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
+        token_service, signer = token_service_of(toll_sandbox, store=store, per_hour=5, **machine)
         client = TollClient(token_service)
         for _ in range(3):
             toll_clock.advance(1)
@@ -159,7 +159,7 @@ def test_the_hours_budget_is_one_for_all_programs(
         spent += len(signer.signed)
     assert spent == 5
     toll_clock.advance(3600)
-    token_service, signer = engine_of(toll_sandbox, store=store, per_hour=5, **machine)
+    token_service, signer = token_service_of(toll_sandbox, store=store, per_hour=5, **machine)
     TollClient(token_service).token("road", renew=True)
     assert len(signer.signed) == 1
 
@@ -168,7 +168,7 @@ def test_1000_refusals_in_a_row_by_an_api_cost_two_signatures_a_minute(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = token_service_of(toll_sandbox, clock=toll_clock)
     toll_sandbox.fault("401", "api")
     with TollClient(token_service).api("road") as api:
         for _ in range(1000):
@@ -181,7 +181,7 @@ def test_an_old_token_that_is_refused_is_renewed_once_and_the_call_succeeds(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = token_service_of(toll_sandbox, clock=toll_clock)
     with TollClient(token_service).api("road") as api:
         assert api.get("test-auth").status_code == 200
         toll_clock.advance(40)
@@ -198,7 +198,7 @@ def test_1000_refusals_at_once_cost_one_renewal(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
     """Every flow holds the same token when its 401 arrives; httpx itself is left out."""
-    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = token_service_of(toll_sandbox, clock=toll_clock)
     client = AsyncTollClient(token_service)
     url = f"{toll_sandbox.customs}/api/movement/road/v2/test-auth"
 
@@ -232,7 +232,7 @@ def test_1000_refusals_at_once_cost_one_renewal(
 def test_a_body_that_streams_is_not_sent_again(
     toll_sandbox: Sandbox, toll_clock: SettableClock
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, signer = token_service_of(toll_sandbox, clock=toll_clock)
 
     def calls() -> int:
         return len([each for each in toll_sandbox.received if each.kind == "call"])
@@ -254,7 +254,7 @@ def test_a_renewal_that_fails_leaves_the_living_token_to_the_callers(
     toll_sandbox: Sandbox,
     toll_clock: SettableClock,
 ) -> None:
-    token_service, _ = engine_of(toll_sandbox, clock=toll_clock)
+    token_service, _ = token_service_of(toll_sandbox, clock=toll_clock)
     client = TollClient(token_service)
     first = client.token("road")
     toll_clock.advance(first.lifetime - 30)
@@ -270,7 +270,7 @@ def test_a_renewal_that_fails_leaves_the_living_token_to_the_callers(
 def test_the_log_has_one_line_a_leg_and_no_secret(
     toll_sandbox: Sandbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     with caplog.at_level("DEBUG", logger="hsmtoll"):
         token = TollClient(token_service).token("road")
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("leg=")]
@@ -282,7 +282,7 @@ def test_the_log_has_one_line_a_leg_and_no_secret(
 
 
 def test_status_says_what_happened(toll_sandbox: Sandbox) -> None:
-    token_service, _ = engine_of(toll_sandbox)
+    token_service, _ = token_service_of(toll_sandbox)
     client = TollClient(token_service)
     before = client.status()
     assert (before.signatures, before.seconds_until_expiry, before.waiting) == (0, None, 0)

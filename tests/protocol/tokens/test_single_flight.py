@@ -12,7 +12,7 @@ import httpx
 
 from hsmtoll.client import AsyncTollClient, TollClient
 from hsmtoll.errors import NetworkError
-from tests.kit.soft_client import engine_of
+from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def wait_for(come: Callable[[], bool]) -> None:
 
 
 def test_10_000_tasks_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     client = AsyncTollClient(token_service)
     toll_sandbox.fault("hold", "token", callers=2)
 
@@ -60,7 +60,7 @@ def test_10_000_tasks_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) ->
 
 
 def test_400_threads_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     client = TollClient(token_service)
     toll_sandbox.fault("hold", "token", callers=2)
     got: list[str] = []
@@ -80,7 +80,7 @@ def test_400_threads_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> 
 
 def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) -> None:
     """The control: every caller with a client of its own, and the hold waits for all of them."""
-    parts = [engine_of(toll_sandbox) for _ in range(12)]
+    parts = [token_service_of(toll_sandbox) for _ in range(12)]
     toll_sandbox.fault("hold", "token", callers=12)
     threads = [
         threading.Thread(target=TollClient(token_service).token, args=("road",))
@@ -95,7 +95,7 @@ def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) ->
 
 
 def test_two_scopes_fly_apart(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox)
+    token_service, signer = token_service_of(toll_sandbox)
     client = TollClient(token_service)
     values = {client.token(name).value for name in ("road", "air", "road", "air")}
     assert len(values) == 2
@@ -103,7 +103,7 @@ def test_two_scopes_fly_apart(toll_sandbox: Sandbox) -> None:
 
 
 def test_a_failed_flight_is_one_failure_for_everybody(toll_sandbox: Sandbox) -> None:
-    token_service, signer = engine_of(toll_sandbox, per_request=1)
+    token_service, signer = token_service_of(toll_sandbox, per_request=1)
     client = AsyncTollClient(token_service)
     toll_sandbox.fault("500", "token")
 

@@ -22,7 +22,7 @@ from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.jws import RsaPublicKey
 from hsmtoll.settings import load
-from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.identity import eseal, register_identity
 from tests.kit.grants import a_grant
 from tests.kit.own_device import accepted
 from tests.softhsm.conftest import CROWD
@@ -294,7 +294,7 @@ def test_a_leaf_that_was_guessed_wrongly_is_corrected_by_the_first_signature(
     del toll_settings
     for name, value in {**twin.environ(), **toll_faults.environ()}.items():
         monkeypatch.setenv(name, value)
-    introduce(toll_sandbox, twin)
+    register_identity(toll_sandbox, twin)
     if hidden:
         toll_faults.set("hidden-modulus")
 

@@ -26,7 +26,7 @@ from hsmtoll.hsm.module import opened
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.settings import load
-from hsmtoll.testing.identity import eseal, introduce
+from hsmtoll.testing.identity import eseal, register_identity
 from hsmtoll.testing.softhsm import SoftHsm
 from hsmtoll.token import TokenRequest
 from tests.kit.grants import a_grant
@@ -158,7 +158,7 @@ def test_certificates_that_show_after_the_login_alone_are_found(
     isolation: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    introduce(toll_sandbox, hidden)
+    register_identity(toll_sandbox, hidden)
     key = hidden.device.uri("hidden")
     with program(isolation, hsm__key=key) as app:
         assert app.chain().leaf.public_key is not None
@@ -268,7 +268,7 @@ def test_a_role_of_the_makers_own_logs_in_where_it_is_named(
         load(hsm__user_type="0")
 
 
-_APART = """
+_IN_ANOTHER_PROCESS = """
 import sys, pkcs11
 from pkcs11 import Attribute as A, ObjectClass
 module, here, there, pin, label = sys.argv[1:6]
@@ -295,8 +295,10 @@ def test_certificates_on_another_device_of_the_module_are_found(
     environment = {**os.environ, "SOFTHSM2_CONF": str(key_side.conf)}
     subprocess.run([*tool, "--pin", key_side.pin], env=environment, check=True, timeout=60)
     argv = [str(key_side.module), key_side.label, "certs", key_side.pin, "apart"]
-    subprocess.run([sys.executable, "-c", _APART, *argv], env=environment, check=True, timeout=60)
-    introduce(toll_sandbox, made)
+    subprocess.run(
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS, *argv], env=environment, check=True, timeout=60
+    )
+    register_identity(toll_sandbox, made)
     variables = {
         **made.environ(),
         **toll_sandbox.environ(),
@@ -448,7 +450,7 @@ def test_objects_that_the_device_cannot_decrypt_hide_none_of_its_own(
     for each in moved:
         shutil.copy(each, here)
     assert len(moved) > 4
-    introduce(toll_sandbox, made)
+    register_identity(toll_sandbox, made)
     variables = {
         **made.environ(),
         **toll_sandbox.environ(),

@@ -19,7 +19,7 @@ from hsmtoll.app import App
 from hsmtoll.hsm.module import PKCS11_LOCK
 from hsmtoll.sandbox.server import Sandbox
 from hsmtoll.settings import load
-from hsmtoll.testing.identity import introduce
+from hsmtoll.testing.identity import register_identity
 from hsmtoll.token import TokenRequest
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def test_a_grant_that_came_too_late_is_tried_once_more_and_no_oftener(
     # It judges by one clock and names another in Date: there is nothing to learn from.
     late = itertools.cycle((200.0, 0.0))
     with Sandbox(clock=lambda: toll_clock.now().wall + next(late)) as sandbox:
-        introduce(sandbox, toll_eseal)
+        register_identity(sandbox, toll_eseal)
         for name, value in sandbox.environ().items():
             monkeypatch.setenv(name, value)
         toll_faults.reset_counts()

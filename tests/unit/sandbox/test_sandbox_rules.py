@@ -19,7 +19,7 @@ from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import Anchor, State
 from tests.kit.rule_cases import (
     NOW,
-    Ask,
+    TokenRequestParts,
     Twins,
     by_key,
     certificate,
@@ -46,7 +46,7 @@ def world(settings: Settings | None = None) -> World:
     return World(state, settings or Settings(), ISSUER, NOW)
 
 
-def request(ask: Ask) -> TokenRequest:
+def request(ask: TokenRequestParts) -> TokenRequest:
     return TokenRequest.read(
         ask.method,
         ask.media_type,
@@ -56,7 +56,9 @@ def request(ask: Ask) -> TokenRequest:
     )
 
 
-def judged(twins: Twins, ask: Ask, without: frozenset[str] = frozenset()) -> Refusal | None:
+def judged(
+    twins: Twins, ask: TokenRequestParts, without: frozenset[str] = frozenset()
+) -> Refusal | None:
     here = world(replace(Settings(**twins.settings), without=without))
     if twins.revoked:
         here.state.revoked.add(twins.revoked.serial_number)
@@ -84,7 +86,7 @@ def test_a_rule_switched_off_lets_the_bad_twin_pass(twins: Twins) -> None:
         ("M59", eseal().but(claims={"jti": None})),
     ],
 )
-def test_a_permission_passes_what_its_absence_refuses(rule: str, ask: Ask) -> None:
+def test_a_permission_passes_what_its_absence_refuses(rule: str, ask: TokenRequestParts) -> None:
     assert refuse("grant", request(ask), world()) is None
     refusal = refuse("grant", request(ask), world(Settings(without=frozenset({rule}))))
     assert refusal is not None
@@ -155,7 +157,7 @@ def test_one_bad_scope_fails_the_whole_request() -> None:
         eseal().but(claims={"resource": "https://api.invalid"}),
     ],
 )
-def test_as_observed_tolerates_what_strict_docs_refuses(ask: Ask) -> None:
+def test_as_observed_tolerates_what_strict_docs_refuses(ask: TokenRequestParts) -> None:
     assert refuse("grant", request(ask), world(PROFILES["strict-docs"])) is not None
     assert refuse("grant", request(ask), world(PROFILES["as-observed"])) is None
 
@@ -259,7 +261,7 @@ def test_a_leaf_with_an_extension_that_nobody_can_read_is_refused(oid: str) -> N
     ],
 )
 def test_what_one_of_two_pages_documents_is_taken_by_both_profiles(
-    ask: Ask, profile: Profile
+    ask: TokenRequestParts, profile: Profile
 ) -> None:
     assert refuse("grant", request(ask), world(PROFILES[profile])) is None
 

@@ -303,7 +303,7 @@ def test_an_answer_of_more_values_than_any_has_is_not_read() -> None:
     assert len(read_lenient(batch)) == 100_000
 
 
-def _told(error: HsmTollError) -> tuple[object, ...]:
+def _summary(error: HsmTollError) -> tuple[object, ...]:
     return type(error), error.code, error.who, error.retryable, error.retry_after
 
 
@@ -336,7 +336,7 @@ def test_a_refusal_by_customs_is_customs_to_explain_and_shows_no_secret() -> Non
     with pytest.raises(ExchangeRefused) as caught:
         exchange.read_issued(answer(401, body, x_correlationid=ASSERTION), post(), wait=7.0)
     error = caught.value
-    assert _told(error) == (ExchangeRefused, "exchange-refused", "customs", False, None)
+    assert _summary(error) == (ExchangeRefused, "exchange-refused", "customs", False, None)
     assert "invalid_token: cannot read" in str(error)
     assert "HSMTOLL_ENVIRONMENT" in (error.hint or "")
     assert ASSERTION not in f"{error} {error.hint} {error.correlation_id}"
@@ -352,7 +352,7 @@ def test_a_clock_that_runs_fast_is_tried_once_more_when_it_was_corrected(
         exchange.read_subject(given, post(), wait=7.0, corrected=corrected, retried=retried)
     again = corrected and not retried
     wait = 7.0 if again else None
-    assert _told(caught.value) == (ClockError, "issued-in-future", "you", again, wait)
+    assert _summary(caught.value) == (ClockError, "issued-in-future", "you", again, wait)
 
 
 def test_a_page_of_html_adds_nothing_and_other_text_is_quoted() -> None:
