@@ -3,7 +3,7 @@ DER (X.690) parsing into slices of the original bytes: signed data is never enco
 
 asn1crypto encodes a value anew when it is dumped and its length ends in the byte 0x80
 (https://github.com/wbond/asn1crypto/issues/249), so signed bytes are never taken from it.
-Everything here raises ValueError for bytes that are not what is asked for.
+All functions raise ValueError for bytes of another form than the one to be read.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ OID: Final = 0x06
 SEQUENCE: Final = 0x30
 SET: Final = 0x31
 
-#: Bytes of an object identifier that is read; the longest in use have some twenty.
-_LONGEST_OID: Final = 128
+#: Maximum bytes of an object identifier; the longest in use have about twenty.
+_MAX_OID_BYTES: Final = 128
 
-#: Values within values; a certificate has some ten, its extensions left closed.
-_DEEPEST: Final = 64
+#: Maximum nesting; a certificate has about ten levels, not counting those inside extensions.
+_MAX_NESTING: Final = 64
 
 
-def _measured(data: bytes, at: int = 0, *, strict: bool = False) -> tuple[int, int]:
-    """Bytes of the header of the value at *at*, and bytes of its content."""
+def _header_and_content_size(data: bytes, at: int = 0, *, strict: bool = False) -> tuple[int, int]:
+    """The sizes, in bytes, of header and content of the value that begins at *at*."""
     if at + 2 > len(data):
         raise ValueError("it ends too early")
     if data[at] & 0x1F == 0x1F:
@@ -67,11 +67,11 @@ def _measured(data: bytes, at: int = 0, *, strict: bool = False) -> tuple[int, i
 
 
 def values(data: bytes, *, strict: bool = False) -> list[bytes]:
-    """The values that stand one after another in *data*, each whole; *strict* about lengths."""
+    """Split *data* into its values, each with its header. *strict*: lengths must be DER."""
     found: list[bytes] = []
     at = 0
     while at < len(data):
-        head, size = _measured(data, at, strict=strict)
+        head, size = _header_and_content_size(data, at, strict=strict)
         found.append(data[at : at + head + size])
         at += head + size
     return found
@@ -79,43 +79,43 @@ def values(data: bytes, *, strict: bool = False) -> list[bytes]:
 
 def ber_values(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     """
-    The values that stand one after another in *data*: tag, content and the whole of each.
+    Split *data* into its BER values: tag, content, and the value with its header.
 
-    As BER allows it, a length may be left open (X.690 section 8.1.3.6).
+    A length may be indefinite (X.690 section 8.1.3.6).
     """
     at = 0
     while at < len(data):
         end = _ber_end(data, at)
-        if _is_open(data, at):
+        if _is_indefinite(data, at):
             yield data[at], data[at + 2 : end - 2], data[at:end]
         else:
-            yield data[at], data[at + _measured(data, at)[0] : end], data[at:end]
+            yield data[at], data[at + _header_and_content_size(data, at)[0] : end], data[at:end]
         at = end
 
 
-def _is_open(data: bytes, at: int) -> bool:
+def _is_indefinite(data: bytes, at: int) -> bool:
     return data[at + 1 : at + 2] == b"\x80" and bool(data[at] & 0x20)
 
 
 def _ber_end(data: bytes, at: int) -> int:
-    """Where the value at *at* ends. No byte is looked at twice."""
+    """The end of the value that begins at *at*. Each byte is read once."""
     depth = 0
     while True:
         if depth and data[at : at + 2] == b"\0\0":
             depth, at = depth - 1, at + 2
-        elif _is_open(data, at):
+        elif _is_indefinite(data, at):
             depth, at = depth + 1, at + 2
-            if depth > _DEEPEST:
+            if depth > _MAX_NESTING:
                 raise ValueError("it is nested deeper than any certificate")
         else:
-            at += sum(_measured(data, at))
+            at += sum(_header_and_content_size(data, at))
         if not depth:
             return at
 
 
 def value_at(data: bytes, at: int) -> bytes:
     """The value that begins at *at*, without what follows it."""
-    return data[at : at + sum(_measured(data, at))]
+    return data[at : at + sum(_header_and_content_size(data, at))]
 
 
 def first(data: bytes) -> bytes:
@@ -125,7 +125,7 @@ def first(data: bytes) -> bytes:
 
 def content(value: bytes, tag: int) -> bytes:
     """The content of exactly one value, which has this *tag*."""
-    head, size = _measured(value)
+    head, size = _header_and_content_size(value)
     if value[0] != tag or head + size != len(value):
         raise ValueError("a value of another kind than expected")
     return value[head:]
@@ -137,23 +137,23 @@ def parts(value: bytes, tag: int = SEQUENCE) -> list[bytes]:
 
 
 def check_lengths(der: bytes) -> None:
-    """ValueError unless all lengths are DER (X.690 section 10.1), strings of octets left closed."""
-    waiting = [(0, der)]
-    while waiting:
-        depth, data = waiting.pop()
-        if depth > _DEEPEST:
+    """ValueError unless all lengths are DER (X.690 section 10.1). OCTET STRINGs are not opened."""
+    pending = [(0, der)]
+    while pending:
+        depth, data = pending.pop()
+        if depth > _MAX_NESTING:
             raise ValueError("it is nested deeper than any certificate")
-        waiting += [
-            (depth + 1, each[_measured(each)[0] :])
+        pending += [
+            (depth + 1, each[_header_and_content_size(each)[0] :])
             for each in values(data, strict=True)
             if each[0] & 0x20
         ]
 
 
 def oid(value: bytes) -> str:
-    """An object identifier, with dots."""
+    """An object identifier in dotted form."""
     raw = content(value, OID)
-    if not raw or raw[-1] & 0x80 or len(raw) > _LONGEST_OID:
+    if not raw or raw[-1] & 0x80 or len(raw) > _MAX_OID_BYTES:
         raise ValueError("not an object identifier")
     arcs, arc = [], 0
     for byte in raw:
@@ -166,7 +166,7 @@ def oid(value: bytes) -> str:
 
 
 def number(value: bytes, tag: int = INTEGER) -> int:
-    """An integer with its sign."""
+    """A signed integer."""
     raw = content(value, tag)
     if not raw:
         raise ValueError("a number without digits")
@@ -174,7 +174,7 @@ def number(value: bytes, tag: int = INTEGER) -> int:
 
 
 class CertificateFields(NamedTuple):
-    """The fields of a certificate (RFC 5280 section 4.1), each whole as it stands there."""
+    """The fields of a certificate (RFC 5280 section 4.1), each as its original DER."""
 
     tbs: bytes
     version: int
@@ -184,14 +184,14 @@ class CertificateFields(NamedTuple):
     validity: bytes
     subject: bytes
     spki: bytes
-    #: The one value in the field ``extensions``; None where there is no such field.
+    #: The value inside the field ``extensions``; None without that field.
     extensions: bytes | None
     signature_algorithm: bytes
     signature: bytes
 
 
 def certificate_fields(der: bytes) -> CertificateFields:
-    """Take one certificate apart. *version* is 1, 2 or 3, as people count."""
+    """Split one certificate into its fields. *version* is 1, 2 or 3; the encoding counts from 0."""
     whole = parts(der)
     if len(whole) != 3:
         raise ValueError("it has fields that no certificate has")
@@ -205,8 +205,8 @@ def certificate_fields(der: bytes) -> CertificateFields:
     if len(fixed) != 6 or tags != sorted({*tags} & {0x81, 0x82, 0xA3}):
         raise ValueError("it has fields that no certificate has")
     extensions = content(optional[-1], 0xA3) if 0xA3 in tags else None
-    serial, named, issuer, validity, subject, spki = fixed
+    serial, algorithm_in_tbs, issuer, validity, subject, spki = fixed
     return CertificateFields(
-        tbs, version, serial, named, issuer, validity, subject, spki,
+        tbs, version, serial, algorithm_in_tbs, issuer, validity, subject, spki,
         extensions, algorithm, signature,
     )  # fmt: skip

@@ -11,8 +11,8 @@ from hsmtoll.jws import RsaPublicKey
 
 __all__ = ["MAX_EXPONENT", "MAX_MODULUS", "Pss", "Signature", "public_key", "signature"]
 
-#: Bits of an RSA key's modulus and exponent; verifying takes time in proportion to the exponent's
-#: and to the square of the modulus'.
+#: Maximum bits of an RSA key's modulus and exponent: the time of a verification grows with the size
+#: of the exponent and with the square of that of the modulus.
 MAX_MODULUS: Final = 8192
 MAX_EXPONENT: Final = 64
 
@@ -59,11 +59,11 @@ _DIGEST: Final = {
 
 class Signature(NamedTuple):
     """
-    How a certificate was signed. *Not verified* here.
+    Algorithm, parameters and value of a certificate's signature; *not verified* here.
 
-    *scheme*: ``pkcs1v15 pss ecdsa ed25519 ed448``, or ``unknown``, also
-    when the two places that name the algorithm disagree (RFC 5280 section 4.1.1.2).
-    *digest*: ``sha256`` …, empty where the scheme has its own. *salt* is in bytes.
+    *scheme*: ``pkcs1v15 pss ecdsa ed25519 ed448``, or ``unknown``, also if the certificate's two
+    algorithm fields differ (RFC 5280 section 4.1.1.2). *digest*: ``sha256`` …, empty if the scheme
+    has a digest of its own. *salt*: bytes.
     """
 
     scheme: str
@@ -75,8 +75,8 @@ class Signature(NamedTuple):
 
 class Pss(NamedTuple):
     """
-    RSASSA-PSS parameters (RFC 4055 section 3.1). A digest is empty where it is not known here;
-    for a key, *salt* is the least number of bytes.
+    RSASSA-PSS parameters (RFC 4055 section 3.1). A digest that is not known here is empty. *salt*:
+    bytes; for a key, the minimum.
     """
 
     digest: str
@@ -85,17 +85,17 @@ class Pss(NamedTuple):
 
 
 def public_key(spki: bytes) -> tuple[str, int, RsaPublicKey | None, Pss | None]:
-    """Type, bits, the RSA key if it is one, and what an RSASSA-PSS key is restricted to."""
+    """Key type, bits, the RSA key (else None), and the parameters of an RSASSA-PSS key."""
     algorithm, key = der.parts(spki)
     name, *parameters = der.parts(algorithm)
     oid, raw = der.oid(name), der.content(key, der.BIT_STRING)[1:]
     if oid in _RSA:
-        # A modulus without its leading zero is read as everybody else reads it: as positive.
+        # Some issuers omit a modulus' leading zero: other readers take it as positive as well.
         modulus, exponent = (
             int.from_bytes(der.content(each, der.INTEGER), "big") for each in der.parts(raw)
         )
         if not (modulus and exponent):
-            raise ValueError("its RSA key is not made of positive numbers")
+            raise ValueError("modulus or exponent of its RSA key is 0")
         for what, value, most in (
             ("its RSA key", modulus, MAX_MODULUS),
             ("the exponent of its RSA key", exponent, MAX_EXPONENT),
@@ -117,7 +117,7 @@ def public_key(spki: bytes) -> tuple[str, int, RsaPublicKey | None, Pss | None]:
 
 
 def signature(fields: der.CertificateFields) -> Signature:
-    """How the certificate was signed, and the signature itself; not verified."""
+    """The certificate's signature with its algorithm; not verified."""
     value = der.content(fields.signature, der.BIT_STRING)[1:]
     unknown = Signature("unknown", "", "", 0, value)
     if fields.signature_algorithm != fields.algorithm:
@@ -135,7 +135,7 @@ def signature(fields: der.CertificateFields) -> Signature:
 
 
 def _pss(parameters: bytes) -> Pss:
-    """RFC 4055 section 3.1; a digest is empty where the algorithm is not known here."""
+    """Parse RSASSA-PSS-params (RFC 4055 section 3.1); unknown digests become empty."""
     try:
         given = {each[0]: der.content(each, each[0]) for each in der.parts(parameters)}
         digest = mask_digest = "sha1"
@@ -146,7 +146,7 @@ def _pss(parameters: bytes) -> Pss:
             known = der.oid(function) == _MGF1
             mask_digest = _DIGEST.get(der.oid(der.parts(inner)[0]), "") if known else ""
         salt = der.number(given[0xA2]) if 0xA2 in given else 20
-        # The trailer field has one value, and its DER encoding is to be absent.
+        # The trailer field has only one valid value, its default, which DER omits.
         odd = 0xA3 in given and der.number(given[0xA3]) != 1
     except (ValueError, IndexError):
         return Pss("", "", 0)

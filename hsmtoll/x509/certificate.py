@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_DER", "Certificate"]
 
-#: Bytes. Nothing that is longer is read.
+#: Bytes. Larger certificates are refused.
 MAX_DER: Final = 64 * 1024
 
 _COMMON_NAME: Final = "2.5.4.3"
@@ -44,18 +44,17 @@ _ORGANIZATION_IDENTIFIER: Final = "2.5.4.97"
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Certificate:
     """
-    One X.509 certificate. Two are equal when their DER is.
+    One X.509 certificate. Two certificates are equal if their DER is equal.
 
-    *subject* and *issuer* are for showing: RFC 4514 order, escaped, at most 300
-    characters. All other words (*common_name*, *organization_identifiers* …) are
-    verbatim, because Maskinporten compares them so: escape them before they are shown.
-    *subject_key* and *issuer_key* are for comparing: two names that are equal by
-    RFC 5280 section 7.1 have the same one, though their bytes may differ. Of the subject's
-    *alternative_names* only directory names are kept, for comparing.
+    *subject* and *issuer* are for display: RFC 4514 order, escaped, at most 300 characters. All
+    other texts (*common_name*, *organization_identifiers* …) are verbatim, as Maskinporten compares
+    them: escape them before display. *subject_key* and *issuer_key* are for comparison: names that
+    are equal by RFC 5280 section 7.1 have equal keys, even if their bytes differ.
+    *alternative_names* are the directory names of subjectAltName, for comparison.
 
-    *tbs*, *spki_der* and the names are compared and proven as the bytes that came, never
-    encoded again. *unreadable* are OIDs of extensions that inform and could not be read whole.
-    *pss* restricts an RSASSA-PSS key; None where it is not restricted.
+    *tbs* and *spki_der* are the original bytes, never encoded again. *unreadable*: OIDs of
+    informational extensions that could not be parsed completely. *pss*: the parameters that an
+    RSASSA-PSS key is restricted to; None without restriction.
     """
 
     der: bytes
@@ -100,11 +99,11 @@ class Certificate:
     @classmethod
     def load(cls, raw: bytes) -> Certificate:
         """
-        Read *raw*, DER, to the end, so that nothing can fail later.
+        Parse the DER *raw* completely, so that no later access can fail.
 
-        Raises ValueError for what is not exactly one certificate: other bytes, more bytes
-        after it, an extension twice, more than 64 KiB, and for what costs more than any
-        certificate: `MAX_NAME`, `MAX_MODULUS`, `MAX_EXPONENT`.
+        Raises ValueError unless *raw* is exactly one certificate: for trailing bytes, a repeated
+        extension, more than 64 KiB, and for values beyond `MAX_NAME`, `MAX_MODULUS` or
+        `MAX_EXPONENT`, which no certificate needs and which cost much time.
         """
         if len(raw) > MAX_DER:
             raise ValueError(f"not read: {len(raw)} bytes are more than {MAX_DER}")
@@ -127,7 +126,7 @@ class Certificate:
 
     @property
     def unknown_critical(self) -> tuple[str, ...]:
-        """OIDs of critical extensions that RFC 5280 does not know, or that cannot be read."""
+        """OIDs of critical extensions that RFC 5280 does not define, or that cannot be parsed."""
         return tuple(sorted(self.critical - (extensions.UNDERSTOOD - self.unreadable)))
 
     @property
@@ -141,34 +140,34 @@ class Certificate:
         return self.qc.compliance and "eseal" in self.qc.types
 
     def allows(self, below: Certificate) -> bool:
-        """Its name constraints (RFC 5280 section 4.2.1.10) of directory names, for *below*."""
+        """Whether its name constraints for directory names permit *below* (RFC 5280, 4.2.1.10)."""
         if self.permitted is None and not self.excluded:
             return True
         if extensions.ALTERNATIVE_NAMES in below.unreadable:
             return False
-        permitted = None if self.permitted is None else _Trees(self.permitted)
-        excluded = _Trees(self.excluded)
+        permitted = None if self.permitted is None else _Subtrees(self.permitted)
+        excluded = _Subtrees(self.excluded)
         return all(
-            (permitted is None or permitted.hold(name)) and not excluded.hold(name)
+            (permitted is None or permitted.contain(name)) and not excluded.contain(name)
             for name in (below.subject_key, *below.alternative_names)
-            # An empty subject is none; an empty base holds every name.
+            # An empty subject is not a name; an empty base contains every name.
             if name
         )
 
     def valid_at(self, now: datetime) -> bool:
-        """RFC 5280 section 4.1.2.5: both ends belong to the validity."""
+        """Whether *now* is within the validity, both ends included (RFC 5280 section 4.1.2.5)."""
         return self.not_before <= now <= self.not_after
 
     def days_left(self, now: datetime) -> int:
-        """Whole days until the end; negative when it has passed."""
+        """Whole days until notAfter; negative after it."""
         return (self.not_after - now).days
 
     def orgno(self) -> str | None:
         """
         The Norwegian organisation number: 9 digits, or None.
 
-        In Digdir's order: SEID 1.0 ``serialNumber``, an organisation name
-        that ends in `` - 123456789``, then SEID 2.0 ``organizationIdentifier``.
+        Sources in Digdir's order: SEID 1.0 ``serialNumber``, an organisation name that ends in
+        `` - 123456789``, SEID 2.0 ``organizationIdentifier``.
         """
         if re.fullmatch(r"[0-9]{9}", self.subject_serial_number or ""):
             return self.subject_serial_number
@@ -181,9 +180,9 @@ class Certificate:
 
     def consumer_id(self, identity: Identity) -> str | None:
         """
-        What Maskinporten will write into ``consumer.ID`` (M85, M86), or None.
+        The ``consumer.ID`` that Maskinporten derives from the certificate (M85, M86), or None.
 
-        An eSeal's organizationIdentifier is verbatim; None if there are none or several.
+        For an eSeal, the organizationIdentifier verbatim; None unless there is exactly one.
         """
         if identity == "norwegian":
             number = self.orgno()
@@ -193,7 +192,7 @@ class Certificate:
         return self.organization_identifiers[0]
 
     def client_amr(self, identity: Identity) -> str:
-        """What Maskinporten will write into ``client_amr`` (M85, M87)."""
+        """The ``client_amr`` that Maskinporten derives from the certificate (M85, M87)."""
         if identity == "norwegian":
             return "virksomhetssertifikat"
         return "QCForESeal" if self.qualified_eseal else "CForESeal"
@@ -213,19 +212,19 @@ class Certificate:
         return hash(self.der)
 
     def __repr__(self) -> str:
-        """Show whose it is, and which."""
+        """Subject and the beginning of the SHA-256."""
         return f"<Certificate {self.subject!r} sha256={self.sha256[:16]}…>"
 
 
-class _Trees:
-    """Subtrees of directory names. Thousands of names are looked for among thousands of them."""
+class _Subtrees:
+    """Subtrees of directory names, in sets: thousands of names may meet thousands of subtrees."""
 
     def __init__(self, bases: Iterable[Comparable]) -> None:
         self._bases = frozenset(bases)
-        # Few of them are different, because all bases together have 64 KiB.
+        # Few different lengths, because all bases together have at most 64 KiB.
         self._lengths = {len(base) for base in self._bases}
 
-    def hold(self, name: Comparable) -> bool:
+    def contain(self, name: Comparable) -> bool:
         """Whether *name* begins with one of the bases."""
         return any(name[:length] in self._bases for length in self._lengths)
 
@@ -243,11 +242,11 @@ def _read(raw: bytes) -> Certificate:
     key_type, key_bits, public_key, pss = algorithms.public_key(fields.spki)
     is_ca, path_length = extensions.basic_constraints(found.get("2.5.29.19"))
     permitted, excluded = extensions.name_constraints(found.get("2.5.29.30"))
-    informing = extensions.Informing(found)
-    purposes = informing.read("2.5.29.37", lambda item: [der.oid(item)])
-    policies = informing.read("2.5.29.32", lambda item: [der.oid(der.parts(item)[0])])
-    key_ids = informing.read("2.5.29.35", extensions.authority_key_id)
-    qc = extensions.qc_statements(informing)
+    informational = extensions.Informational(found)
+    purposes = informational.read("2.5.29.37", lambda item: [der.oid(item)])
+    policies = informational.read("2.5.29.32", lambda item: [der.oid(der.parts(item)[0])])
+    key_ids = informational.read("2.5.29.35", extensions.authority_key_id)
+    qc = extensions.qc_statements(informational)
 
     def first(oid: str) -> str | None:
         return next(names.values(subject, oid), None)
@@ -281,21 +280,23 @@ def _read(raw: bytes) -> Certificate:
         key_usage=extensions.key_usage(found.get("2.5.29.15")),
         ext_key_usage=purposes if "2.5.29.37" in found else None,
         policies=policies,
-        subject_key_id=extensions.subject_key_id(informing),
+        subject_key_id=extensions.subject_key_id(informational),
         authority_key_id=key_ids[0] if key_ids else None,
         qc=qc,
-        ocsp_urls=informing.read("1.3.6.1.5.5.7.1.1", extensions.ocsp_urls),
-        crl_urls=informing.read("2.5.29.31", extensions.crl_urls),
+        ocsp_urls=informational.read("1.3.6.1.5.5.7.1.1", extensions.ocsp_urls),
+        crl_urls=informational.read("2.5.29.31", extensions.crl_urls),
         critical=critical,
         permitted=permitted,
         excluded=excluded,
-        alternative_names=informing.read(extensions.ALTERNATIVE_NAMES, extensions.directory_name),
-        # Last: all of them have been read by now.
-        unreadable=frozenset(informing.unreadable),
+        alternative_names=informational.read(
+            extensions.ALTERNATIVE_NAMES, extensions.directory_name
+        ),
+        # Last, when all informational extensions have been parsed.
+        unreadable=frozenset(informational.unreadable),
     )
 
 
-# RFC 5280 section 4.1.2.5: to the second, in UTC, and in no other form.
+# RFC 5280 section 4.1.2.5: UTCTime or GeneralizedTime, in UTC, with seconds, without fractions.
 _TIME: Final = re.compile(
     rb"(?:\x17\x0d|\x18\x0f([0-9]{2}))"
     rb"([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})Z"
@@ -305,7 +306,7 @@ _TIME: Final = re.compile(
 def _time(value: bytes) -> datetime:
     found = _TIME.fullmatch(value)
     if found is None:
-        raise ValueError("its validity is not in the form of DER")
+        raise ValueError("its validity is not a DER time")
     century, *rest = found.groups()
     year, month, day, hour, minute, second = map(int, rest)
     if century is None:

@@ -25,7 +25,7 @@ __all__ = ["Fault", "chain_faults", "leaf_faults"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One reason why Maskinporten would refuse: a stable code, what is so, what to do."""
+    """A reason for Maskinporten to reject the certificate: stable code, message, hint."""
 
     code: str
     message: str
@@ -33,7 +33,7 @@ class Fault:
     who: Who = "you"
 
     def error(self) -> CertificateError:
-        """The error that says this."""
+        """The fault as an exception."""
         return CertificateError(self.message, code=self.code, hint=self.hint, who=self.who)
 
 
@@ -45,9 +45,9 @@ _WHICH: Final = (
 
 def leaf_faults(leaf: Certificate, *, identity: Identity, now: datetime) -> tuple[Fault, ...]:
     """
-    Everything about *leaf* that Maskinporten refuses, validity last; empty if it will do.
+    All reasons for Maskinporten to reject *leaf*, validity last; empty if there are none.
 
-    `checked` raises the first of them and a doctor shows all: they cannot disagree.
+    `checked` raises the first and the doctor shows all, so the two cannot disagree.
     """
     found = (
         _key_fault(leaf),
@@ -109,7 +109,7 @@ def _identifier_fault(leaf: Certificate, identity: Identity) -> Fault | None:
 
 
 def _usage_fault(leaf: Certificate, identity: Identity) -> Fault | None:
-    # B.1 and B.4: of ETSI's categories only E (encipherment alone) cannot seal.
+    # B.1 and B.4: of ETSI's keyUsage categories only E (encipherment only) cannot seal.
     usage = leaf.key_usage
     if identity == "norwegian":
         if usage is not None and "digitalSignature" in usage:
@@ -126,7 +126,7 @@ def _usage_fault(leaf: Certificate, identity: Identity) -> Fault | None:
 
 
 def _critical_fault(leaf: Certificate, identity: Identity) -> Fault | None:
-    # M35: Digdir's validator takes these two and no other for Norwegian certificates.
+    # M35: for Norwegian certificates, Digdir's validator accepts only these two as critical.
     refused = leaf.unknown_critical
     if identity == "norwegian":
         refused = tuple(sorted(leaf.critical - {"2.5.29.15", "2.5.29.19"}))
@@ -136,7 +136,7 @@ def _critical_fault(leaf: Certificate, identity: Identity) -> Fault | None:
         "certificate-critical",
         f"using the certificate '{leaf.subject}': "
         f"its extension {sanitized(', '.join(refused))} is critical",
-        "Maskinporten refuses what it must not ignore and does not know: ask the issuer",
+        "Maskinporten refuses critical extensions that it does not know: ask the issuer",
         who="issuer",
     )
 
@@ -163,10 +163,10 @@ def chain_faults(
     chain: Chain, *, identity: Identity, now: datetime, mode: X5cMode = "full"
 ) -> tuple[Fault, ...]:
     """
-    Everything about *chain* above the leaf that Maskinporten refuses; empty if it will do.
+    All reasons for Maskinporten to reject *chain* above the leaf; empty if there are none.
 
-    *mode* is what the header will carry: with ``leaf`` nothing above it is judged, with
-    ``without-root`` an issuer is needed and with ``full`` a root (M26 to M28).
+    *mode*: the certificates that x5c will have. ``leaf`` needs no issuer, ``without-root`` needs an
+    issuer, ``full`` a root (M26 to M28).
     """
     if mode == "available" and not chain.complete:
         mode = "leaf"
@@ -189,7 +189,7 @@ def chain_faults(
                 if now > above.not_after
                 else f"is valid from {above.not_before:%Y-%m-%d %H:%M} UTC"
             ),
-            "get the issuer's present CA certificates and name them in HSMTOLL_HSM__CERTIFICATES",
+            "get the issuer's current CA certificates and name them in HSMTOLL_HSM__CERTIFICATES",
         )
         for above in chain.certificates[1:]
         if not above.valid_at(now)

@@ -1,5 +1,5 @@
 """
-Extensions of certificates (RFC 5280 section 4.2, EN 319 412-5): DER to values, without judgement.
+Extensions of certificates (RFC 5280 section 4.2, EN 319 412-5): DER to values, without validation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
     "ALTERNATIVE_NAMES",
     "EXTENSION_NAMES",
     "UNDERSTOOD",
-    "Informing",
+    "Informational",
     "QcStatements",
     "basic_constraints",
     "key_usage",
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 ALTERNATIVE_NAMES: Final = "2.5.29.17"
 _QC_STATEMENTS: Final = "1.3.6.1.5.5.7.1.3"
-# RFC 5280 section 4.2: what a reader of certificates is expected to know.
+# The extensions that RFC 5280 section 4.2 and RFC 3739 define.
 UNDERSTOOD: Final = frozenset(
     f"2.5.29.{arc}" for arc in (9, 14, 15, 17, 18, 19, 30, 31, 32, 33, 35, 36, 37, 46, 54)
 ) | {"1.3.6.1.5.5.7.1.1", "1.3.6.1.5.5.7.1.11", _QC_STATEMENTS}
@@ -71,7 +71,7 @@ _SEMANTICS: Final = {"0.4.0.194121.1.1": "natural person", "0.4.0.194121.1.2": "
 
 
 class QcStatements(NamedTuple):
-    """EN 319 412-5: *types* are ``esign eseal web`` or an OID; *semantics* who is named."""
+    """EN 319 412-5: *types*: ``esign eseal web`` or an OID; *semantics*: kind of subject."""
 
     compliance: bool = False
     qscd: bool = False
@@ -96,10 +96,10 @@ def read(field: bytes | None) -> tuple[dict[str, bytes], frozenset[str]]:
     return found, frozenset(critical)
 
 
-class Informing:
+class Informational:
     """
-    Extensions that inform and decide nothing: what can be read of them is, and what cannot is
-    named by its OID in *unreadable*.
+    Extensions that do not decide about validity: their readable parts are parsed, and the OIDs of
+    those with unreadable parts are collected in *unreadable*.
     """
 
     def __init__(self, extensions: Mapping[str, bytes]) -> None:
@@ -107,7 +107,7 @@ class Informing:
         self.unreadable: set[str] = set()
 
     def read(self, oid: str, item: Callable[[bytes], Iterable[_T]]) -> tuple[_T, ...]:
-        """What *item* finds in each member of a SEQUENCE OF."""
+        """The results of *item* for all members of the extension, a SEQUENCE OF."""
         found: list[_T] = []
         raw = self.extensions.get(oid)
         for each in self.value(oid, der.parts, raw) or () if raw is not None else ():
@@ -115,7 +115,7 @@ class Informing:
         return tuple(found)
 
     def value(self, oid: str, read: Callable[[_A], _T], of: _A) -> _T | None:
-        """What *read* gives; None where it fails."""
+        """The result of *read* for *of*; None if it fails."""
         try:
             return read(of)
         except (ValueError, IndexError):
@@ -124,7 +124,7 @@ class Informing:
 
 
 def basic_constraints(raw: bytes | None) -> tuple[bool, int | None]:
-    """Whether it is a CA's, and its pathLenConstraint."""
+    """``cA`` and pathLenConstraint of basicConstraints."""
     ca, length = False, None
     for each in der.parts(raw) if raw is not None else ():
         if each[0] == der.BOOLEAN:
@@ -135,7 +135,7 @@ def basic_constraints(raw: bytes | None) -> tuple[bool, int | None]:
 
 
 def key_usage(raw: bytes | None) -> frozenset[str] | None:
-    """The usages that are allowed; None without the extension."""
+    """The permitted key usages; None without the extension."""
     if raw is None:
         return None
     bits = der.content(raw, der.BIT_STRING)[1:]
@@ -146,11 +146,11 @@ def key_usage(raw: bytes | None) -> frozenset[str] | None:
     )
 
 
-def subject_key_id(informing: Informing) -> bytes | None:
-    raw = informing.extensions.get("2.5.29.14")
+def subject_key_id(informational: Informational) -> bytes | None:
+    raw = informational.extensions.get("2.5.29.14")
     if raw is None:
         return None
-    return informing.value("2.5.29.14", lambda whole: der.content(whole, der.OCTET_STRING), raw)
+    return informational.value("2.5.29.14", lambda whole: der.content(whole, der.OCTET_STRING), raw)
 
 
 def authority_key_id(item: bytes) -> Iterator[bytes]:
@@ -167,7 +167,7 @@ def directory_name(name: bytes) -> Iterator[Comparable]:
 def name_constraints(
     raw: bytes | None,
 ) -> tuple[tuple[Comparable, ...] | None, tuple[Comparable, ...]]:
-    """The directory names permitted, None where none is constrained so, and those excluded."""
+    """The permitted directory names, None if there are none, and the excluded ones."""
     found: dict[int, list[Comparable]] = {0xA0: [], 0xA1: []}
     for each in der.parts(raw) if raw is not None else ():
         for tree in der.parts(each, each[0]):
@@ -175,17 +175,17 @@ def name_constraints(
     return tuple(found[0xA0]) or None, tuple(found[0xA1])
 
 
-def qc_statements(informing: Informing) -> QcStatements:
-    stated = dict(informing.read(_QC_STATEMENTS, _statement))
+def qc_statements(informational: Informational) -> QcStatements:
+    stated = dict(informational.read(_QC_STATEMENTS, _statement))
 
     def oids(statement: str) -> tuple[str, ...]:
         items = der.parts(stated[statement]) if stated.get(statement) else ()
         return tuple(der.oid(item) for item in items if item[0] == der.OID)
 
-    # RFC 3739 section 3.2.6.1 puts the identifier inside a statement; there are issuers that
-    # write it as a statement of its own.
-    semantics = {*stated, *(informing.value(_QC_STATEMENTS, oids, _SEMANTICS_OID) or ())}
-    types = informing.value(_QC_STATEMENTS, oids, "0.4.0.1862.1.6") or ()
+    # RFC 3739 section 3.2.6.1 puts the identifier inside a statement; some issuers write it as a
+    # statement of its own.
+    semantics = {*stated, *(informational.value(_QC_STATEMENTS, oids, _SEMANTICS_OID) or ())}
+    types = informational.value(_QC_STATEMENTS, oids, "0.4.0.1862.1.6") or ()
     return QcStatements(
         compliance="0.4.0.1862.1.1" in stated,
         qscd="0.4.0.1862.1.4" in stated,
@@ -207,13 +207,13 @@ def ocsp_urls(item: bytes) -> Iterator[str]:
 
 def crl_urls(point: bytes) -> Iterator[str]:
     for name in der.parts(point):
-        # distributionPoint, and of its two forms the full name.
+        # Of distributionPoint, only the form fullName has URLs.
         for form in der.parts(name, 0xA0) if name[0] == 0xA0 else ():
             for each in der.parts(form, 0xA0) if form[0] == 0xA0 else ():
                 yield from _uri(each)
 
 
 def _uri(name: bytes) -> Iterator[str]:
-    # The bytes as they stand: some are no address, and are shown as they are.
+    # Unchecked: some issuers write a text that is not a URL, which is shown as it is.
     if name[0] == 0x86:
         yield der.content(name, 0x86).decode("latin-1")

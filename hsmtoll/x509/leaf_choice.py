@@ -40,27 +40,27 @@ def ranked(
     refused: frozenset[str] = frozenset(),
 ) -> tuple[Certificate, ...]:
     """
-    The usable ones of several certificates for one key, best first; never empty.
+    The usable certificates among *candidates*, which are for one key, best first; never empty.
 
-    Usable is what has no `leaf_faults`, is the pinned one if there is a pin, and has
-    *organization* as its `Certificate.consumer_id` if that is given. The newest
-    ``notBefore`` is best, then digitalSignature before nonRepudiation alone, then the
-    later end. *refused*: SHA-256s that Maskinporten refused recently; they come last.
+    A certificate is usable if it has no `leaf_faults`, is the pinned one if there is a pin, and has
+    the `Certificate.consumer_id` *organization* if that is given. Order: latest ``notBefore``, then
+    digitalSignature before nonRepudiation alone, then latest ``notAfter``. *refused*: SHA-256s that
+    Maskinporten rejected recently; they come last.
 
-    Raises CertificateError: ``certificate-missing``, ``certificate-pin``, the fault of the
-    certificate that comes closest, or ``certificate-orgid`` when usable ones name
-    different organisations and nothing says which is meant.
+    Raises CertificateError: ``certificate-missing``, ``certificate-pin``, the first fault of the
+    certificate that is closest to usable, or ``certificate-orgid`` if usable ones are for different
+    organisations and *organization* is not given.
     """
     pin = normal_sha256(pinned_sha256)
     given = {certificate.der: certificate for certificate in candidates}
     wanted = [c for c in given.values() if pin is None or c.sha256 == pin]
     if not wanted:
-        raise (_no_pinned(pin) if pin is not None and given else _missing()).error()
+        raise (_no_pinned(pin) if pin is not None and given else _missing_fault()).error()
     judged = [(leaf_faults(c, identity=identity, now=now), c) for c in wanted]
     usable = [c for faults, c in judged if not faults]
     if not usable:
-        # What is wrong with the certificate meant, not with an attestation beside it: fewest
-        # faults that time does not heal, then the newest.
+        # Report the certificate that the user probably means, not a device attestation: the one
+        # with the fewest faults other than validity, then the one closest to its validity.
         faults, _ = min(judged, key=lambda pair: _distance(pair[0], pair[1], now))
         raise faults[0].error()
     names = {c.consumer_id(identity) for c in usable}
@@ -91,8 +91,8 @@ def choose(
     )[0]
 
 
-#: Of a Norwegian client. Customs' guide documents the certificate alone, Digdir's page the chain.
-ALONE: Final = "the certificate is sent alone: its issuer's certificates are not here"
+#: For Norwegian clients: Customs' guide documents the leaf alone, Digdir's page the chain.
+ALONE: Final = "the certificate is sent without its chain: the issuer's certificates are missing"
 
 
 def checked(
@@ -110,32 +110,32 @@ def checked(
     unread: Sequence[Unread] = (),
 ) -> Chain:
     """
-    The chain to sign with: the best of *candidates* whose chain holds, all checks passed.
+    The chain to sign with: that of the best of *candidates* whose chain passes all checks.
 
-    *candidates* are the certificates of the key (`for_key`), *pool* is everything there is that
-    can be read; *unread* is what cannot, and is named where that may be why something is missing.
-    A new certificate without its issuers does not displace an older one that is still valid.
+    *candidates*: certificates of the key (`for_key`). *pool*: all certificates that were parsed.
+    *unread*: those that could not be parsed; errors name them if one of them may be the cause. A
+    new certificate without its issuers does not displace an older one that is still valid.
 
-    With *mode* ``available`` a complete chain is taken before a newer leaf without one.
+    With *mode* ``available``, a leaf with a complete chain is preferred to a newer one without.
 
-    Raises CertificateError: those of `ranked`, `build` and `chain_faults`, for the best one.
+    Raises CertificateError as `ranked`, `build` and `chain_faults`, for the best candidate.
     """
     given, everything = tuple(candidates), tuple(pool)
     if mode == "available":
-        again = partial(
+        checked_by = partial(
             checked, given, everything, identity=identity, now=now, root_sha256=root_sha256,
             preferred=preferred, pinned_sha256=pinned_sha256, organization=organization,
             refused=refused, unread=unread,
         )  # fmt: skip
         try:
-            return again(mode="full")
+            return checked_by(mode="full")
         except CertificateError as exc:
             if exc.code not in ("chain-incomplete", "chain-broken") or identity != "norwegian":
                 raise
-        chain = again(mode="leaf")
+        chain = checked_by(mode="leaf")
         return replace(chain, notes=(*chain.notes, ALONE))
     if not given:
-        raise _missing(unread, everything, preferred).error()
+        raise _missing_fault(unread, everything, preferred).error()
     leaves = ranked(
         given,
         identity=identity,
@@ -153,13 +153,13 @@ def checked(
             continue
         faults = chain_faults(chain, identity=identity, now=now, mode=mode)
         if not faults:
-            notes = _why(leaf, given, leaves, identity=identity, now=now)
+            notes = _notes_on_others(leaf, given, leaves, identity=identity, now=now)
             return replace(chain, notes=notes)
-        first = first or _beside(faults[0], unread).error()
-    raise first or _missing().error()
+        first = first or _with_unread(faults[0], unread).error()
+    raise first or _missing_fault().error()
 
 
-def _why(
+def _notes_on_others(
     leaf: Certificate,
     given: Sequence[Certificate],
     leaves: Sequence[Certificate],
@@ -167,6 +167,7 @@ def _why(
     identity: Identity,
     now: datetime,
 ) -> tuple[str, ...]:
+    """Why each other certificate of the key was not chosen."""
     notes: list[str] = []
     better = leaves[: leaves.index(leaf)]
     for other in sorted({c.der: c for c in given}.values(), key=lambda c: c.sha256):
@@ -176,14 +177,16 @@ def _why(
         if faults:
             reason = faults[0].message.rpartition(": ")[2]
         elif other in better:
-            reason = "its chain does not hold"
+            reason = "its chain cannot be used"
         elif other in leaves:
             reason = (
-                "it was refused lately" if other.not_before > leaf.not_before else "it is older"
+                "Maskinporten refused it lately"
+                if other.not_before > leaf.not_before
+                else "it is older"
             )
         else:
-            reason = "it is not the one pinned or of another organisation"
-        notes.append(f"not taken: {other.subject} (sha256 {other.sha256[:16]}): {reason}")
+            reason = "it is not the pinned one, or is for another organisation"
+        notes.append(f"not used: {other.subject} (sha256 {other.sha256[:16]}): {reason}")
     return tuple(notes)
 
 
@@ -198,32 +201,35 @@ def _preference(certificate: Certificate, refused: frozenset[str]) -> tuple[Any,
     )
 
 
-_TIMES: Final = ("certificate-expired", "certificate-not-yet-valid")
+_VALIDITY_CODES: Final = ("certificate-expired", "certificate-not-yet-valid")
 
 
 def _distance(
     faults: tuple[Fault, ...], certificate: Certificate, now: datetime
 ) -> tuple[Any, ...]:
-    lasting = [fault for fault in faults if fault.code not in _TIMES]
-    gone = now - certificate.not_after
-    ahead = certificate.not_before - now
-    return (len(lasting), max(gone, ahead), certificate.sha256)
+    """Faults other than validity, then the time from *now* to the validity; less is better."""
+    lasting = [fault for fault in faults if fault.code not in _VALIDITY_CODES]
+    since_end = now - certificate.not_after
+    until_begin = certificate.not_before - now
+    return (len(lasting), max(since_end, until_begin), certificate.sha256)
 
 
 class Unread(NamedTuple):
-    """A certificate that cannot be read: where it is, why, and whether it seems the key's own."""
+    """An unparsable certificate: *where* it is, the reason, whether it is probably the key's."""
 
     where: str
     why: str
     of_key: bool = False
 
 
-def _missing(
+def _missing_fault(
     unread: Sequence[Unread] = (),
     pool: Sequence[Certificate] = (),
     supplied: frozenset[str] = frozenset(),
 ) -> Fault:
-    """*pool* is what there is instead, *supplied* are the SHA-256s of those from a file."""
+    """
+    No certificate is for the key. *pool*: all others; *supplied*: SHA-256s of those of a file.
+    """
     looking = "looking for the certificate of the key"
     own = next((each for each in unread if each.of_key), None)
     if own is not None:
@@ -235,16 +241,16 @@ def _missing(
         )
     fault = Fault(
         "certificate-missing",
-        f"{looking}: {_none_of(pool, supplied)}",
+        f"{looking}: {_searched(pool, supplied)}",
         "import it to the device (hsmtoll key import), or name a PEM file in "
         "HSMTOLL_HSM__CERTIFICATES; a key registered with a kid needs HSMTOLL_KID instead",
     )
-    return _beside(fault, unread)
+    return _with_unread(fault, unread)
 
 
-def _none_of(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
+def _searched(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
     if not pool:
-        return "there is none, on the device or in a file"
+        return "there is no certificate, on the device or in a file"
     filed = sum(each.sha256 in supplied for each in pool)
     places = {"on the device": len(pool) - filed, "in HSMTOLL_HSM__CERTIFICATES": filed}
     there = [
@@ -252,12 +258,12 @@ def _none_of(pool: Sequence[Certificate], supplied: frozenset[str]) -> str:
         for place, number in places.items()
         if number
     ]
-    return f"{' and '.join(there)}, none of this key"
+    return f"{' and '.join(there)}, none for this key"
 
 
-def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
-    """*fault*, naming the certificates that cannot be read where they may be the cause."""
-    if not unread or fault.code not in _FOR_WANT_OF_ONE:
+def _with_unread(fault: Fault, unread: Sequence[Unread]) -> Fault:
+    """*fault*; its message also names unparsable certificates if they may be the cause."""
+    if not unread or fault.code not in _UNREAD_MAY_BE_THE_CAUSE:
         return fault
     first = unread[0]
     number = "1 certificate" if len(unread) == 1 else f"{len(unread)} certificates"
@@ -268,8 +274,10 @@ def _beside(fault: Fault, unread: Sequence[Unread]) -> Fault:
     )
 
 
-#: Codes of faults whose cause may be a certificate that cannot be read.
-_FOR_WANT_OF_ONE: Final = frozenset({"certificate-missing", "chain-broken", "chain-incomplete"})
+#: Codes of faults that an unparsable certificate may cause.
+_UNREAD_MAY_BE_THE_CAUSE: Final = frozenset(
+    {"certificate-missing", "chain-broken", "chain-incomplete"}
+)
 
 
 def _no_pinned(pin: str) -> Fault:
@@ -285,12 +293,12 @@ def _other_organization(names: set[str | None], wanted: str | None) -> Fault:
     if wanted is None:
         return Fault(
             "certificate-orgid",
-            f"choosing a certificate: the key has some of different organisations: {listed}",
-            "pin the one that is meant with HSMTOLL_HSM__CERTIFICATE_SHA256",
+            f"choosing a certificate: the key has certificates of several organisations: {listed}",
+            "pin the right one with HSMTOLL_HSM__CERTIFICATE_SHA256",
         )
     return Fault(
         "certificate-orgid",
         f"choosing a certificate of {sanitized(wanted)}: the key has one of {listed}",
-        "the certificates of one service carry the same organizationIdentifier: "
-        "use a profile of its own for another organisation",
+        "all certificates of one service have the same organizationIdentifier: "
+        "use a separate profile for another organisation",
     )

@@ -1,5 +1,5 @@
 """
-Distinguished names of certificates: read, compared and shown.
+Distinguished names of certificates: parsing, comparison, display.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_NAME", "Comparable", "Name", "comparable", "read", "shown", "values"]
 
-#: Characters of one attribute of a name. X.520 allows 64 for most and 128 for some; issuers
-#: overstep that, but not by so much, and comparing names costs the square of their length.
+#: Maximum characters of one attribute. X.520 permits 64 for most and 128 for some; issuers exceed
+#: that, but not by so much, and the time to compare names grows with the square of their length.
 MAX_NAME: Final = 256
 
-# RFC 4514 section 3 and what stands beside it in enterprise certificates.
+# The short names of RFC 4514 section 3, and those common in enterprise certificates.
 _SHORT: Final = {
     "2.5.4.3": "CN",
     "2.5.4.4": "SN",
@@ -39,7 +39,7 @@ _SHORT: Final = {
     "1.2.840.113549.1.9.1": "emailAddress",
 }
 
-# X.680 table 1: the universal tags that hold characters, and how they hold them.
+# X.680 table 1: the universal tags of character strings, and their encodings.
 _CHARACTERS: Final = {
     12: "utf-8",
     18: "ascii",
@@ -51,11 +51,11 @@ _CHARACTERS: Final = {
     30: "utf-16-be",
 }
 
-# A relative name: one or more (type, value as characters or None, value as DER).
+# A relative distinguished name: one or more of (type, value as text or None, value as DER).
 Rdn = tuple[tuple[str, str | None, bytes], ...]
 Name = tuple[Rdn, ...]
 
-#: A name for comparing, as `comparable` makes it.
+#: The form of a name for comparison: the result of `comparable`.
 Comparable = tuple[Any, ...]
 
 
@@ -71,7 +71,7 @@ def _attribute(item: bytes) -> tuple[str, str | None, bytes]:
     name, raw = der.parts(item)
     oid, codec, text = der.oid(name), _CHARACTERS.get(raw[0]), None
     if codec is not None:
-        # What is no text in its own encoding is shown and compared as bytes.
+        # A value that is not valid in its encoding is shown and compared as bytes.
         with contextlib.suppress(UnicodeDecodeError):
             text = der.content(raw, raw[0]).decode(codec)
     if text is not None and len(text) > MAX_NAME:
@@ -82,7 +82,7 @@ def _attribute(item: bytes) -> tuple[str, str | None, bytes]:
 
 
 def values(name: Name, oid: str) -> Iterator[str]:
-    """The attributes of type *oid* that are text, verbatim."""
+    """The text values of the attributes of type *oid*, verbatim."""
     for relative in name:
         for found, value, _ in relative:
             if found == oid and value is not None:
@@ -91,8 +91,8 @@ def values(name: Name, oid: str) -> Iterator[str]:
 
 def comparable(name: Name) -> Comparable:
     """
-    Equal for names that are equal by RFC 5280 section 7.1 and RFC 4518: the kind of string does not
-    count, nor do case and the number of spaces. Being generous is safe: a signature must agree too.
+    A form that is equal for names equal by RFC 5280 section 7.1 and RFC 4518: string type, case and
+    number of spaces are ignored. A wrong match does no harm, because signatures are verified too.
     """
     return tuple(
         tuple(
@@ -115,7 +115,7 @@ def _prepared(text: str) -> bytes:
 
 
 def shown(name: Name) -> str:
-    """RFC 4514, escaped, at most 300 characters."""
+    """The name for display: RFC 4514, escaped, at most 300 characters."""
     return sanitized(
         ",".join(
             "+".join(

@@ -6,21 +6,20 @@ trust anchor, because Maskinporten decides about trust.
 
 The rules of a path, from the leaf upwards. Each next certificate
 
-* bears the name that the one before it calls its issuer (RFC 5280 section 7.1),
-* is a CA (``cA`` true, ``keyCertSign`` where keyUsage is there, no critical extension that
-  RFC 5280 does not know), or a root of version 1, which cannot say so; its
-  ``pathLenConstraint`` leaves room (section 4.2.1.9) and its name constraints leave the names
-  below (section 4.2.1.10, directory names, in the subjectAltName too), and it is no CA, by name
-  and key, that is on the path already,
-* made the signature of the one before it, without MD5 or SHA-1, and as the parameters of an
-  RSASSA-PSS key allow (RFC 4055 section 3.3).
+* has the issuer name of the one below it as its subject (RFC 5280 section 7.1);
+* is a CA (``cA`` true, ``keyCertSign`` if keyUsage is present, no unknown critical extension), or a
+  root of version 1, which has no extensions;
+* permits the path below it by ``pathLenConstraint`` (section 4.2.1.9) and by name constraints
+  (section 4.2.1.10; directory names, those in subjectAltName included);
+* has another name or key than each CA below it;
+* has signed the one below it, without MD5 or SHA-1, and within the parameters of an RSASSA-PSS key
+  (RFC 4055 section 3.3).
 
-A path ends at a root, which is self-issued and signed by its own key, or at the
-certificate pinned as root, or where nothing can follow; it has at most 10 certificates.
-Of all such paths one is taken, by these criteria in this order: it ends at the pinned
-root; all of it is valid now; it ends at a root; it has more certificates from the
-preferred set; its first expiry is latest; it is shortest; its SHA-256s, read from the
-leaf upwards, are lowest.
+A path ends at a root, which is self-issued and signed by its own key, at the certificate pinned as
+root, or where no certificate can follow; it has at most 10 certificates. The best path is chosen by
+these criteria, in order: it ends at the pinned root; all its certificates are valid now; it ends at
+a root; it has the most certificates of the preferred set; its earliest notAfter is the latest; it
+is the shortest; its SHA-256s, from the leaf upwards, are the lowest.
 """
 
 from __future__ import annotations
@@ -50,21 +49,21 @@ __all__ = [
     "normal_sha256",
 ]
 
-#: Certificates on a path; Norwegian chains have 3, eSeal chains 3 or 4.
+#: Maximum certificates on a path; Norwegian chains have 3, eSeal chains 3 or 4.
 MAX_DEPTH: Final = 10
-#: Signatures of certificates verified in one search.
+#: Maximum signatures verified in one search.
 MAX_VERIFICATIONS: Final = 2_000
-#: Steps of one search of paths. Without it, cross-signed CAs cost a factorial of their number.
+#: Maximum steps of one search; without it, the time is factorial in the number of cross-signed CAs.
 MAX_STEPS: Final = 10_000
 
-#: What the header carries; ``available`` is the chain if it is complete, else the leaf alone.
+#: The certificates in x5c; ``available`` is the chain if it is complete, else the leaf alone.
 X5cMode = Literal["full", "without-root", "leaf", "available"]
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
     """
-    Leaf first, each proven to be signed by the next.
+    A verified chain: leaf first, each certificate signed by the next.
 
     *complete*: the last one is a root. *unproven*: number of certificates with the issuer's name
     where an incomplete chain ends, none of which signed its last certificate. *verifications*:
@@ -93,7 +92,7 @@ class Chain:
 
     @property
     def weakest_not_after(self) -> datetime:
-        """When the first of them expires."""
+        """The earliest notAfter of the chain."""
         return min(certificate.not_after for certificate in self.certificates)
 
     def x5c(self, mode: X5cMode = "full") -> tuple[str, ...]:
@@ -135,11 +134,12 @@ def build(
     preferred: frozenset[str] = frozenset(),
 ) -> Chain:
     """
-    The one proven chain of *leaf*, whatever the order of *pool* and whoever else is in it.
+    The verified chain of *leaf*. The order of *pool*, and unrelated certificates in it, do not
+    matter.
 
-    *root_sha256* pins the certificate where it must end, *preferred* are the SHA-256s of the
-    certificates a user gave by name (the PEM file). Without a root in *pool* the chain is
-    not complete, the caller decides about that and about its validity.
+    *root_sha256* pins the certificate where the chain must end. *preferred*: SHA-256s of the
+    certificates that the user has supplied in a file. Without a root in *pool* the chain is
+    incomplete; the caller checks that, and the validity.
 
     Raises CertificateError (``chain-pin``) if the pinned root is not reached.
     """
@@ -149,7 +149,7 @@ def build(
 
 
 class _Merit(NamedTuple):
-    """What is compared between paths of the same validity and kind of end; more is better."""
+    """The criteria between paths of the same validity and kind of end; more is better."""
 
     preferred: int
     weakest: datetime
@@ -166,12 +166,12 @@ class _Merit(NamedTuple):
 
 class _Search:
     """
-    One search: the proven links first, then the best path over them, by branch and bound.
+    One search: first the verified links, then the best path along them, by branch and bound.
 
-    The first three criteria limit which certificates may be on a path and where it may end; of
-    these classes of paths, the first that has one decides. In a class, a depth-first search leaves
-    a branch when the upper bound of its merit (`_bounds`) is not better than the best path found:
-    without that, six layers of twelve equal CAs have three million paths.
+    The first three criteria divide the paths into classes, by the certificates on a path and its
+    end; the first class that has a path is searched. A depth-first search leaves a branch if the
+    upper bound of its merit (`_bounds`) is not better than the best path so far: otherwise six
+    layers of twelve similar CAs have three million paths.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class _Search:
         pin: str | None,
         preferred: frozenset[str | None],
     ) -> None:
-        # From here on nothing depends on the order in which they came.
+        # Sorted, so that the result does not depend on the order of the pool.
         self._others = sorted({*pool} - {leaf}, key=lambda certificate: certificate.sha256)
         self._leaf = leaf
         self._now = now
@@ -224,8 +224,8 @@ class _Search:
         )
 
     def _link(self) -> None:
-        # Only certificates that are proven to stand above the leaf are asked for issuers of
-        # their own, so strangers cost nothing, however many sign each other.
+        # Issuers are looked up only for certificates that are verified to be above the leaf, so
+        # that unrelated ones cost no verification.
         by_name: dict[tuple[Any, ...], list[Certificate]] = {}
         for other in self._others:
             if _is_ca(other) or _is_old_root(other):
@@ -242,18 +242,18 @@ class _Search:
             ]
             level = []
             for issuer, subject in sorted(pairs, key=self._order):
-                # A root of version 1 cannot say that it is a CA: its own signature has to.
+                # A root of version 1 has no basicConstraints: it must be self-signed or pinned.
                 trusted = _is_ca(issuer) or self._is_end(issuer)
                 if trusted and self._proven(issuer, subject):
                     self._issuers[subject].append(issuer)
                     if issuer not in self._ends:
-                        # At once: behind many others there may be nothing left to spend.
+                        # Now, before MAX_VERIFICATIONS is used up by others.
                         self._ends[issuer] = self._is_end(issuer)
                         level.append(issuer)
 
     def _order(self, pair: tuple[Certificate, Certificate]) -> tuple[Any, ...]:
-        # Which is looked at first, for there is a bound: what a user named, then what key
-        # identifiers hint at (RFC 5280 section 4.2.1.1). A signature decides.
+        # The order matters because verifications are limited: first the supplied certificates, then
+        # those with a matching key identifier (RFC 5280 section 4.2.1.1).
         issuer, subject = pair
         return (
             -sum(each.sha256 in self._preferred for each in pair),
@@ -268,14 +268,14 @@ class _Search:
         return certificate.self_issued and self._proven(certificate, certificate)
 
     def _proven(self, issuer: Certificate, subject: Certificate) -> bool:
-        # By key, not by certificate: cross-signed CAs share one key and cost one proof.
-        asked = (issuer.spki_der, subject.sha256)
-        if asked not in self._proofs:
+        # By key, not by certificate: cross-signed CAs share a key and need one verification.
+        pair = (issuer.spki_der, subject.sha256)
+        if pair not in self._proofs:
             if len(self._proofs) >= MAX_VERIFICATIONS:
                 self._cut_short = True
                 return False
-            self._proofs[asked] = is_signed_by(subject, issuer, self._keys)
-        return self._proofs[asked]
+            self._proofs[pair] = is_signed_by(subject, issuer, self._keys)
+        return self._proofs[pair]
 
     def _find(self) -> None:
         for valid in (True, False):
@@ -287,7 +287,7 @@ class _Search:
             ]
             # Without a pin a path may also end at any certificate, if nothing can follow.
             for ends in [roots] if self._pin else [roots, usable]:
-                # A short path first: it stands if the search by all criteria is cut short.
+                # A short path first: it is the result if the search by all criteria is cut short.
                 for self._by_length in (True, False):
                     self._set_bounds(usable, ends)
                     self._steps = 0
@@ -305,8 +305,8 @@ class _Search:
 
     def _set_bounds(self, usable: list[Certificate], ends: list[Certificate]) -> None:
         """
-        The upper bound of each certificate with what may stand above it, over *usable* ones to
-        *ends*. It ignores loops, pathLenConstraint and name constraints, and so is never too low.
+        Set the upper bound of the merit of all paths from each certificate over *usable* ones to
+        *ends*. It ignores loops, pathLenConstraint and name constraints, so it is never too low.
         """
         self._bounds = own = {end: self._merit(end) for end in ends}
         for _ in range(MAX_DEPTH):
@@ -345,7 +345,7 @@ class _Search:
     def _is_better(self, merit: _Merit, path: Sequence[Certificate]) -> bool:
         if not self._best or merit != self._best_merit:
             return not self._best or merit > self._best_merit
-        # A beginning that is equal so far may still become the lower one.
+        # A path with an equal prefix may still become the lower one.
         mine = [certificate.sha256 for certificate in path]
         return mine <= [certificate.sha256 for certificate in self._best[: len(mine)]]
 
@@ -374,7 +374,7 @@ def _upper_bound(merits: Iterable[_Merit]) -> _Merit:
 
 
 def _is_ca(certificate: Certificate) -> bool:
-    # RFC 5280 section 4.2: what is critical and not understood makes a certificate unusable.
+    # RFC 5280 section 4.2: an unknown critical extension makes a certificate unusable.
     return (
         certificate.is_ca
         and not certificate.unknown_critical
@@ -383,23 +383,23 @@ def _is_ca(certificate: Certificate) -> bool:
 
 
 def _is_old_root(certificate: Certificate) -> bool:
-    # Version 1 has no extensions; of a trust anchor RFC 5280 section 6.1.1 (d) asks for none.
+    # Version 1 has no extensions; RFC 5280 section 6.1.1 (d) requires none of a trust anchor.
     return certificate.version == 1 and certificate.self_issued
 
 
 def gap(chain: Chain) -> str:
-    """Why an incomplete chain ends where it does."""
+    """The reason why a chain is incomplete, for messages."""
     last = chain.certificates[-1]
     if not chain.unproven:
         return f"no certificate of '{last.issuer}', which issued '{last.subject}', was found"
     return (
         f"'{last.subject}' names '{last.issuer}' as its issuer, "
         f"but none of the {chain.unproven} certificates of that name can have issued it "
-        "(another key, a signature by MD5 or SHA-1, not a CA, a critical extension that is not "
-        "known, names it may not issue for, or no room for it)"
+        "(another key, a signature by MD5 or SHA-1, not a CA, an unknown critical extension, "
+        "name constraints, or a path length constraint)"
     )
 
 
 def normal_sha256(sha256: str | None) -> str | None:
-    """A fingerprint as we write it; tools print it in capitals and with colons as well."""
+    """A fingerprint in lower case without colons; tools print other forms as well."""
     return None if sha256 is None else sha256.replace(":", "").strip().lower()

@@ -26,11 +26,11 @@ _SHOWN: Final = 10
 
 class CertificateFile:
     """
-    The certificates of the file at *path*, called *name* in messages. Called, it gives one and
-    the same `Bundle` until another file is there, by inode and times.
+    The certificates of the file at *path*; *name* is the setting, for messages. A call returns the
+    same `Bundle` until the file changes, by inode, size and times.
 
-    ConfigurationError where nothing was ever read; later on the last good one is kept, with one
-    warning for each bad file.
+    ConfigurationError if the file was never usable. If it becomes unusable later, the last good
+    bundle is kept, with one warning for each version of the file.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -42,33 +42,33 @@ class CertificateFile:
         self._bundle: Bundle | None = None
 
     def __call__(self, *, afresh: bool = False) -> Bundle:
-        """What the file holds; *afresh* reads it although it looks the same."""
+        """The bundle; *afresh* reads the file even if it seems unchanged."""
         with self._lock:
             try:
-                there = _identity(self._path.stat())
-                if self._bundle is not None and there == self._seen and not afresh:
+                identity = _identity(self._path.stat())
+                if self._bundle is not None and identity == self._seen and not afresh:
                     return self._bundle
                 raw = files.read(self._path, self._setting)
-                return self._taken(bundle_in(raw, self._name), there)
+                return self._accept(bundle_in(raw, self._name), identity)
             except OSError as exc:
                 error = ConfigurationError(f"{self._name}: cannot be read ({exc.strerror})")
-                there = ()
+                identity = ()
             except ConfigurationError as exc:
                 error = exc
             if self._bundle is None:
                 raise error
-            if there != self._seen or afresh:
-                _log.warning("%s; the certificates that it had before are kept", error)
-            self._seen = there
+            if identity != self._seen or afresh:
+                _log.warning("%s; its previous certificates are kept", error)
+            self._seen = identity
             return self._bundle
 
-    def _taken(self, bundle: Bundle, there: tuple[int, ...]) -> Bundle:
-        self._seen = there
+    def _accept(self, bundle: Bundle, identity: tuple[int, ...]) -> Bundle:
+        self._seen = identity
         for each in bundle.unreadable[:_SHOWN]:
             _log.info("%s is left out: %s", each.where, each.why)
         if len(bundle.unreadable) > _SHOWN:
             _log.info("%s: %d others are left out", self._name, len(bundle.unreadable) - _SHOWN)
-        # The same certificates are the same bundle: whoever uses it has nothing to do.
+        # Equal certificates: keep the same object, so that users see no change.
         if self._bundle == bundle:
             return self._bundle
         if self._bundle is not None:

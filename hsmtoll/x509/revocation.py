@@ -1,7 +1,7 @@
 """
 Revocation status from CRLs and OCSP responses, with their signatures verified.
 
-Bytes in, status out: no network, no file and no clock.
+Parses bytes: no network, no file and no clock.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_ANSWER", "MAX_BYTES", "Status", "by_crl", "by_ocsp", "ocsp_url"]
 
-#: Bytes of a list that is read.
+#: Maximum bytes of a CRL.
 MAX_BYTES = 1024 * 1024
 
-#: Bytes of an OCSP answer that is read. It is about one certificate; reading those that it carries
-#: takes time in proportion to the square of their number.
+#: Maximum bytes of an OCSP response. It is about one certificate; the time to parse the
+#: certificates in it grows with the square of their number.
 MAX_ANSWER = 64 * 1024
 
 
@@ -82,10 +82,10 @@ def ocsp_url(base: str, certificate: Certificate, issuer: Certificate) -> str:
     builder = ocsp.OCSPRequestBuilder().add_certificate(
         x509.load_der_x509_certificate(certificate.der),
         x509.load_der_x509_certificate(issuer.der),
-        hashes.SHA1(),  # noqa: S303 - names the certificate, proves nothing; what responders know
+        hashes.SHA1(),  # noqa: S303 - only identifies the certificate; responders support it
     )
-    asked = base64.b64encode(builder.build().public_bytes(Encoding.DER)).decode("ascii")
-    quoted = asked.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    request = base64.b64encode(builder.build().public_bytes(Encoding.DER)).decode("ascii")
+    quoted = request.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
     return f"{base.rstrip('/')}/{quoted}"
 
 
@@ -93,8 +93,8 @@ def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: 
     """
     The status of *certificate* in an OCSP response.
 
-    Signed by *issuer*, or by a responder with its certificate for that purpose (RFC 6960
-    section 4.2.2.2). Raises ValueError for everything else, an unknown certificate included.
+    It must be signed by *issuer*, or by a responder that *issuer* has authorised with a certificate
+    (RFC 6960 section 4.2.2.2). Raises ValueError otherwise, and if the status is unknown.
     """
     if len(data) > MAX_ANSWER:
         raise ValueError(f"more than {MAX_ANSWER // 1024} KiB")
@@ -104,7 +104,7 @@ def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: 
             raise ValueError(f"the responder said {answer.response_status.name.lower()}")
         if answer.serial_number != certificate.serial:
             raise ValueError("it is about another certificate")
-        if not _answered_by(answer, issuer, now):
+        if not _is_authorized(answer, issuer, now):
             raise ValueError(f"it is not signed by '{issuer.subject}'")
         status, until = answer.certificate_status, answer.next_update_utc
         stale = until is not None and until < now
@@ -119,7 +119,8 @@ def by_ocsp(data: bytes, certificate: Certificate, issuer: Certificate, *, now: 
     raise ValueError("the responder does not know the certificate")
 
 
-def _answered_by(answer: ocsp.OCSPResponse, issuer: Certificate, now: datetime) -> bool:
+def _is_authorized(answer: ocsp.OCSPResponse, issuer: Certificate, now: datetime) -> bool:
+    """Whether *issuer*, or a responder that it has authorised, has signed *answer*."""
     key: Any = load_der_public_key(issuer.spki_der)
     if _verified(key, answer):
         return True
@@ -130,9 +131,9 @@ def _answered_by(answer: ocsp.OCSPResponse, issuer: Certificate, now: datetime) 
             purposes = delegate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
             continue
-        lives = delegate.not_valid_before_utc <= now <= delegate.not_valid_after_utc
-        meant = ExtendedKeyUsageOID.OCSP_SIGNING in purposes
-        if lives and meant and _verified(delegate.public_key(), answer):
+        valid = delegate.not_valid_before_utc <= now <= delegate.not_valid_after_utc
+        for_ocsp = ExtendedKeyUsageOID.OCSP_SIGNING in purposes
+        if valid and for_ocsp and _verified(delegate.public_key(), answer):
             return True
     return False
 

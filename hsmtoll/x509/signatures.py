@@ -18,9 +18,9 @@ __all__ = ["is_signed_by"]
 
 def is_signed_by(subject: Certificate, issuer: Certificate, keys: dict[bytes, Any]) -> bool:
     """
-    Whether *issuer*'s key made *subject*'s signature, with an algorithm that is still trusted.
+    Whether *subject*'s signature verifies with *issuer*'s key, without a broken algorithm.
 
-    *keys* holds the keys that were loaded before, by their SubjectPublicKeyInfo.
+    *keys*: a cache of loaded keys, by SubjectPublicKeyInfo.
     """
     how = subject.signature
     digests: dict[str, hashes.HashAlgorithm] = {
@@ -30,11 +30,11 @@ def is_signed_by(subject: Certificate, issuer: Certificate, keys: dict[bytes, An
         "sha512": hashes.SHA512(),
     }
     if issuer == subject:
-        # A root's signature over itself carries no trust, and old roots still stand on these.
+        # A root's signature over itself adds no trust, and old roots have MD5 or SHA-1.
         digests.update(sha1=hashes.SHA1(), md5=hashes.MD5())  # noqa: S303 - see above
     try:
         if issuer.spki_der not in keys:
-            # An RSA key by its numbers: a modulus that lacks its leading zero is used as well.
+            # An RSA key from its numbers, because some SPKIs lack the leading zero of the modulus.
             keys[issuer.spki_der] = (
                 rsa.RSAPublicNumbers(
                     issuer.public_key.exponent, issuer.public_key.modulus
@@ -62,7 +62,7 @@ def is_signed_by(subject: Certificate, issuer: Certificate, keys: dict[bytes, An
 
 
 def _pss_allowed(issuer: Certificate, how: Signature) -> bool:
-    # RFC 4055 section 3.3: the parameters of the key bind its signatures; of salt, no less.
+    # RFC 4055 section 3.3: a signature must have the key's digests, and at least its salt length.
     key = issuer.pss
     return key is None or (
         (key.digest, key.mask_digest) == (how.digest, how.mask_digest) and how.salt >= key.salt

@@ -279,7 +279,7 @@ class TestTheSettings:
             40,
             "sign",
             "road",
-            says="none of this key",
+            says="none for this key",
             HSMTOLL_HSM__KEY=uri(messy, "bare"),
             HSMTOLL_HSM__CERTIFICATES=str(tmp_path / "ca.pem"),
         )

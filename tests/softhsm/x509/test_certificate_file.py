@@ -193,7 +193,7 @@ def test_the_keys_own_certificate_that_cannot_be_read_is_named_and_not_said_to_b
     put(file, *authority.chain, pem(old(lab, authority, tmp_path))[:300])
     with (
         contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": file})) as app,
-        pytest.raises(CertificateError, match=r"none of this key.*1 certificate cannot be read"),
+        pytest.raises(CertificateError, match=r"none for this key.*1 certificate cannot be read"),
     ):
         sent(app)
 
