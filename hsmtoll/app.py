@@ -141,7 +141,7 @@ class App:
                 self.clock,
                 selector=self.selector,
                 remembered=self.remembered,
-                patience=settings.deadline,
+                deadline=settings.deadline,
                 background=not self.one_shot,
             ),
             clock=self.clock,

@@ -47,12 +47,12 @@ REFUSED_FOR: Final = 30.0
 #: Seconds. Upper limit for a server's Retry-After, as far as it is cached for other processes.
 _LONGEST_WAIT: Final = 300.0
 
-#: Seconds. The first and the longest rest between two renewals that failed.
-_FIRST_REST: Final = 1.0
-_LONGEST_REST: Final = 60.0
+#: Seconds. First and longest back-off after a failed renewal.
+_MIN_BACKOFF: Final = 1.0
+_MAX_BACKOFF: Final = 60.0
 
-#: Seconds. The same for a device: one that is down says so at once, and asking it costs nothing.
-_LONGEST_REST_OF_DEVICE: Final = 10.0
+#: Seconds. The longest for a device: its circuit breaker makes repeated calls cheap.
+_MAX_DEVICE_BACKOFF: Final = 10.0
 
 #: Seconds between two look-ups in the store while another process renews.
 _POLL_INTERVAL: Final = 0.25
@@ -75,7 +75,7 @@ class Cache:
     """
     Tokens by request; one renewal serves all callers that wait for it.
 
-    *patience*: longest wait for a renewal, in seconds. If another process holds the store's lock
+    *deadline*: longest wait for a renewal, in seconds. If another process holds the store's lock
     for more than half of it, one other process may renew as well. With *background*, callers get a
     stale token while a thread renews it; without, they wait, and get it if the renewal fails.
 
@@ -91,17 +91,17 @@ class Cache:
         *,
         selector: str,
         remembered: PersistedText,
-        patience: float,
+        deadline: float,
         background: bool = True,
     ) -> None:
         self._store = store
         self._clock = clock
         self._selector = selector
         self._remembered = remembered
-        self._patience = patience
+        self._deadline = deadline
         self._background = background
         self._tokens: dict[TokenRequest, AccessToken] = {}
-        # Seconds left on the last new token if that was too little: the next will hardly have more.
+        # Seconds left on the last new token, if less than required: the next will not have more.
         self._max_remaining: dict[TokenRequest, float] = {}
         #: Number of tokens returned, by source: memory (fresh or stale), store, renewal.
         self.hits = {"fresh": 0, "stale": 0, "stored": 0, "fetched": 0}
@@ -112,8 +112,8 @@ class Cache:
         # After a fork the threads of the renewals in progress are the parent's.
         self._guard = threading.Lock()
         self._pending: dict[TokenRequest, PendingRenewal] = {}
-        # What the last renewal failed with, and until when there is no other.
-        self._rests: dict[TokenRequest, tuple[Backoff, Exception]] = {}
+        # The back-off after failed renewals, and the last error.
+        self._backoffs: dict[TokenRequest, tuple[Backoff, Exception]] = {}
 
     def fresh_in_memory(self, request: TokenRequest) -> AccessToken | None:
         """The token in memory if it is fresh: no lock, no I/O."""
@@ -139,7 +139,7 @@ class Cache:
         return sum(pending.waiting for pending in list(self._pending.values()))
 
     def left(self) -> float | None:
-        """Seconds until the last valid token expires; ``None`` if there has been none."""
+        """Seconds until the last token expires, 0 after that; ``None`` if there was no token."""
         now = self._clock.now()
         return max((max(0.0, t.remaining(now)) for t in list(self._tokens.values())), default=None)
 
@@ -224,18 +224,18 @@ class Cache:
         token: AccessToken | None,
     ) -> PendingRenewal | None:
         """
-        Start a renewal. If the last has just failed, or there is no thread for it: ``None`` where
-        *token* can be used instead, otherwise the error.
+        Start a renewal in a thread. During the back-off after a failure, or if no thread can be
+        started: ``None`` if there is a *token* to use instead, else raises the error.
         """
         now = self._clock.now()
-        rest = self._rests.get(request)
-        if rest is not None and now.boot < rest[0].until:
+        backoff, error = self._backoffs.get(request, (None, None))
+        if backoff is not None and error is not None and now.boot < backoff.until:
             if token is None:
-                raise records.copy_exception(rest[1])
+                raise records.copy_exception(error)
             return None
         pending = PendingRenewal(now.boot, requirements)
-        # A daemon thread outside any pool: a hanging device must not keep the process. In the
-        # caller's context, so that traces show the renewal below what asked for it.
+        # A daemon thread, so that a hanging device does not prevent the process from exiting. In
+        # the caller's context, so that tracing shows the renewal below the caller's span.
         thread = threading.Thread(
             target=contextvars.copy_context().run,
             args=(self._run_renewal, request, renewer, pending),
@@ -286,7 +286,7 @@ class Cache:
             self.hits["stale"] += 1
             return token
         if outcome is None:
-            raise deadline_exceeded_error(pending, self._patience)
+            raise deadline_exceeded_error(pending, self._deadline)
         raise records.copy_exception(outcome)
 
     def _run_renewal(
@@ -297,15 +297,15 @@ class Cache:
             outcome = self._renewed(request, renewer, pending)
             if outcome.remaining(self._clock.now()) <= 0:
                 outcome = expired_on_arrival_error(outcome)
-        except BaseException as exc:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+        except BaseException as exc:  # noqa: BLE001 - waiting callers need every exception
             outcome = exc
         with self._guard:
             self._pending.pop(request, None)
             if isinstance(outcome, AccessToken):
                 self._tokens[request] = outcome
-                self._rests.pop(request, None)
+                self._backoffs.pop(request, None)
             elif isinstance(outcome, Exception):
-                self._rest(request, outcome)
+                self._back_off(request, outcome)
             pending.outcome = outcome
             futures = dict(pending.futures)
         pending.done.set()
@@ -318,7 +318,7 @@ class Cache:
             isinstance(outcome, HsmTollError)
             and self.unexpired_in_memory(request, pending.requirements) is not None
         ):
-            _log.warning("renewal failed, the token in hand still lives: %s", outcome)
+            _log.warning("renewal failed, the cached token is still valid: %s", outcome)
 
     def key(self, request: TokenRequest, identity: str) -> str:
         """The store's key for a token that *identity* (`SignedGrant.identity`) signed for."""
@@ -348,20 +348,20 @@ class Cache:
             if token is not None:
                 return token
             waited = self._clock.now().boot - began
-            if waited >= self._patience:
-                raise deadline_exceeded_error(pending, self._patience)
+            if waited >= self._deadline:
+                raise deadline_exceeded_error(pending, self._deadline)
             name = key or self.key(request, "not known yet")
-            # If the lock's holder is too slow, one other process takes over (by a second lock),
-            # not all that wait.
-            slow = waited >= self._patience / 2
+            # If the lock's holder is too slow, one of the waiting processes renews too: the one
+            # that gets a second lock.
+            slow = waited >= self._deadline / 2
             if slow:
                 name = name_of("instead", name)
-            with self._store.lock(name, patience=_POLL_INTERVAL) as free:
+            with self._store.lock(name, timeout=_POLL_INTERVAL) as free:
                 # The signer may have become known while another process held the lock.
                 if not free or self._known_key(request, renewer) != key:
                     continue
                 if slow:
-                    _log.warning("cache: another process is too slow; renewing alone")
+                    _log.warning("cache: another process is too slow; renewing as well")
                 token = self._stored(key, request, pending.requirements)
                 if token is None:
                     token = self._fetched(request, renewer(), pending)
@@ -380,17 +380,17 @@ class Cache:
             seconds = _negative_cache_ttl(exc)
             if seconds > 0:
                 until = self._clock.now().wall + seconds
-                self._keep(request, pending, refusal=records.Refusal(exc, until))
+                self._write_to_store(request, pending, refusal=records.Refusal(exc, until))
             raise
         self.hits["fetched"] += 1
         try:
-            self._keep(request, pending, token=token)
+            self._write_to_store(request, pending, token=token)
         except errors.ConfigurationError as exc:
             # The store failed after the signature was spent: the caller still gets the token.
-            _log.warning("%s; the token is kept in memory alone", exc)
+            _log.warning("%s; the token is only in memory", exc)
         return token
 
-    def _keep(
+    def _write_to_store(
         self,
         request: TokenRequest,
         pending: PendingRenewal,
@@ -425,7 +425,7 @@ class Cache:
                 return token
             if token.lifetime <= requirements.min_life:
                 raise min_life_unattainable_error(requirements, token.lifetime)
-            # It does not end the renewal, but it can be returned if the renewal fails.
+            # Not good enough to skip the renewal, but it can be returned if that fails.
             known = self._tokens.get(request)
             if known is None or known.remaining(now) < token.remaining(now):
                 self._tokens[request] = token
@@ -433,26 +433,28 @@ class Cache:
             raise kept.refusal.error
         return None
 
-    def _rest(self, request: TokenRequest, exc: Exception) -> None:
+    def _back_off(self, request: TokenRequest, exc: Exception) -> None:
         if isinstance(exc, UsageError) or (isinstance(exc, HsmTollError) and exc.scope == "caller"):
             return
-        backoff, _ = self._rests.get(request) or (Backoff(_FIRST_REST, _LONGEST_REST), None)
+        backoff, _ = self._backoffs.get(request) or (Backoff(_MIN_BACKOFF, _MAX_BACKOFF), None)
         of_device = isinstance(exc, errors.DeviceError)
-        backoff.longest = _LONGEST_REST_OF_DEVICE if of_device else _LONGEST_REST
-        told = 0.0
+        backoff.longest = _MAX_DEVICE_BACKOFF if of_device else _MAX_BACKOFF
+        at_least = 0.0
         if isinstance(exc, HsmTollError):
-            told = min(exc.retry_after or _negative_cache_ttl(exc), _LONGEST_WAIT)
-        backoff.failed(self._clock.now().boot, factor=jitter(0.8, 1.2), at_least=told)
-        self._rests[request] = backoff, exc
+            at_least = min(exc.retry_after or _negative_cache_ttl(exc), _LONGEST_WAIT)
+        backoff.failed(self._clock.now().boot, factor=jitter(0.8, 1.2), at_least=at_least)
+        self._backoffs[request] = backoff, exc
 
     def _seconds_left(self, pending: PendingRenewal) -> float:
         # All waiting callers share the deadline of the first one.
-        return max(0.05, pending.started + self._patience - self._clock.now().boot)
+        return max(0.05, pending.started + self._deadline - self._clock.now().boot)
 
     def _future(
         self, pending: PendingRenewal, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[None]:
-        """For all tasks of *loop*: done when the renewal ends or exceeds its deadline."""
+        """
+        The future for all tasks of *loop*: done when the renewal ends or exceeds its deadline.
+        """
         with self._guard:
             future = pending.futures.get(loop)
             if future is None:

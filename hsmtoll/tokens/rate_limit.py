@@ -26,7 +26,7 @@ __all__ = ["RateLimit"]
 
 _HOUR: Final = 3600.0
 
-#: Seconds. Maximum clock difference of another machine whose signatures are counted as they are.
+#: Seconds. Times further in the future, from another machine's clock, count as now.
 _AHEAD: Final = 300.0
 
 
@@ -47,7 +47,7 @@ class RateLimit:
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         notice_fork()
-        with self._guard, self._store.lock(key, patience=2.0):
+        with self._guard, self._store.lock(key, timeout=2.0):
             yield
 
     def acquire(self, identity: str) -> None:
@@ -64,9 +64,9 @@ class RateLimit:
                 self._store.put(key, json.dumps(spent).encode(), ttl=_HOUR)
                 wait = max(1.0, sorted(spent)[-self._per_hour] + _HOUR - now)
                 raise TryAgainLater(
-                    f"signing: {len(spent)} signatures were spent in the last hour, the budget",
-                    hint=f"the next is free in {wait:.0f} s; HSMTOLL_BUDGET__PER_HOUR sets it, but "
-                    "look first at what spends them",
+                    f"signing: {len(spent)} signatures in the last hour, which is the limit",
+                    hint=f"the next is permitted in {wait:.0f} s; HSMTOLL_BUDGET__PER_HOUR sets "
+                    "the limit, but first find out what causes so many signatures",
                     code="budget",
                     signed=False,
                     retry_after=wait,

@@ -1,8 +1,8 @@
 """
 The store in a Redis server, shared by machines; imported only where HSMTOLL_CACHE names one.
 
-Whoever can write to the server can delete values, and no more: values are encrypted, bound to their
-keys, and carry their own end. Waits and answers are bounded.
+Other users of the server can only delete values: each value is encrypted, bound to its key, and
+contains its own expiry. Time and size of responses are limited.
 """
 
 from __future__ import annotations
@@ -56,89 +56,91 @@ _log = logging.getLogger("hsmtoll.tokens.cache")
 
 #: AES-256.
 _KEY_BYTES: Final = 32
-#: Seconds of one wait for Redis.
-_WAIT: Final = 5.0
+#: Seconds for each connect, send or receive.
+_SOCKET_TIMEOUT: Final = 5.0
 
-#: Bytes before a sealed value: until when it is good, in milliseconds of the server's clock.
-_STAMP: Final = 8
+#: Bytes of the expiry before each value: milliseconds by the server's clock.
+_EXPIRY_BYTES: Final = 8
 
 
 class RedisStore:
     """
-    Values in the server of *client*, sealed with *secret*: the AES-256-GCM key, 32 bytes, the same
-    for all. Redis counts the lifetimes. If it is down, every process carries on alone, with one
-    warning.
+    Values in the server of *client*, encrypted with *secret*, an AES-256-GCM key of 32 bytes that
+    all processes share. Redis expires values. While it is down, each process works without it,
+    after one warning.
     """
 
-    #: Seconds after which the lock of a holder that died is free; who lives prolongs it.
+    #: Seconds after which the lock of a dead holder expires; a live holder prolongs it.
     LEASE = 10.0
 
-    #: Seconds for which a server that did not answer is not asked again.
-    REST = 5.0
+    #: Seconds without a request after the server has failed.
+    RETRY_AFTER_DOWN = 5.0
 
-    #: Seconds that one question may take, however many waits it is made of.
-    PATIENCE = 5.0
+    #: Seconds for one operation, with all its requests.
+    DEADLINE = 5.0
 
     def __init__(self, client: redis.Redis, *, secret: bytes, clock: Clock) -> None:
         self._client = client
         self._cipher = AESGCM(secret)
         self._clock = clock
-        self._rest = Backoff(self.REST, self.REST)
+        self._backoff = Backoff(self.RETRY_AFTER_DOWN, self.RETRY_AFTER_DOWN)
 
     @classmethod
     def at(cls, url: str, *, key_file: Path, ca_file: Path | None, clock: Clock) -> RedisStore:
         """
         The server at *url*: ``redis://``, ``rediss://`` or ``unix://``, checked by settings.
 
-        Nothing is opened but *key_file*. Raises ConfigurationError.
+        Reads only *key_file*; connects later. Raises ConfigurationError.
         """
         return cls(_client(url, ca_file), secret=read_key(key_file), clock=clock)
 
     def get(self, key: str) -> StoredValue | None:
-        """What was put and still lives, or ``None``; what does not open is told once and a miss."""
+        """
+        The unexpired value, or ``None``; one that cannot be decrypted is a miss, with a warning.
+        """
 
         def read(client: redis.Redis) -> StoredValue | None:
             pipe = client.pipeline(transaction=True)
-            # Whoever can write there puts what it likes: no more is asked for than a value has.
+            # Other users of the server may store a large value: read at most the maximum size.
             pipe.getrange(_name(key), 0, LARGEST)
             pipe.pttl(_name(key))
             pipe.time()
-            sealed, left, now = answers = pipe.execute(raise_on_error=False)
+            encrypted, left, now = answers = pipe.execute(raise_on_error=False)
             for each in answers:
-                # A value of another type is none of ours: a miss, and to be replaced.
+                # Another program's value of another type: a miss, and replaced by the next put.
                 if isinstance(each, Exception) and not str(each).startswith("WRONGTYPE"):
                     raise each
-            if not isinstance(sealed, bytes) or left <= 0:
+            if not isinstance(encrypted, bytes) or left <= 0:
                 return None
-            if len(sealed) > LARGEST:
+            if len(encrypted) > LARGEST:
                 _log.warning("cache: a value in Redis is larger than any token: not read")
                 return None
-            value = self._opened(key, sealed)
-            if value is None or len(value) < _STAMP:
+            value = self._decrypted(key, encrypted)
+            if value is None or len(value) < _EXPIRY_BYTES:
                 return None
-            # Whoever can write there can prolong the lifetime, but not what is sealed.
-            left = min(left, int.from_bytes(value[:_STAMP]) - _ms(now))
-            return StoredValue(value[_STAMP:], left / 1000) if left > 0 else None
+            # Other users of the server can prolong the TTL, but not the encrypted expiry.
+            left = min(left, int.from_bytes(value[:_EXPIRY_BYTES]) - _ms(now))
+            return StoredValue(value[_EXPIRY_BYTES:], left / 1000) if left > 0 else None
 
-        return self._asked(read, None)
+        return self._call(read, None)
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep *value* for *ttl*."""
+        """Store *value* for *ttl* seconds."""
         milliseconds = int(ttl * 1000)
 
         def write(client: redis.Redis) -> None:
-            # By the server's clock, which counts the lifetimes for all.
-            until = (_ms(client.time()) + milliseconds).to_bytes(_STAMP)
+            # By the server's clock, which is the same for all processes.
+            until = (_ms(client.time()) + milliseconds).to_bytes(_EXPIRY_BYTES)
             nonce = os.urandom(12)
-            sealed = nonce + self._cipher.encrypt(nonce, until + value, _name(key).encode())
-            client.set(_name(key), sealed, px=milliseconds)
+            encrypted = nonce + self._cipher.encrypt(nonce, until + value, _name(key).encode())
+            client.set(_name(key), encrypted, px=milliseconds)
 
         if milliseconds > 0:
-            self._asked(write, None)
+            self._call(write, None)
 
     @contextlib.contextmanager
-    def lock(self, key: str, *, patience: float) -> Iterator[bool]:
-        """Hold the lock of *key* among all who share the server; it expires with its holder."""
+    def lock(self, key: str, *, timeout: float) -> Iterator[bool]:
+        """Hold the lock of *key* among all users of the server. It expires if its holder dies."""
 
         def acquired(client: redis.Redis) -> Any:
             lock = client.lock(
@@ -148,9 +150,9 @@ class RedisStore:
                 thread_local=False,
                 lock_class=_Lock,
             )
-            return lock if lock.acquire(blocking_timeout=patience) else False
+            return lock if lock.acquire(blocking_timeout=timeout) else False
 
-        lock = self._asked(acquired, None, patience=patience)
+        lock = self._call(acquired, None, timeout=timeout)
         if not lock:
             yield lock is None
             return
@@ -162,61 +164,61 @@ class RedisStore:
             yield True
         finally:
             done.set()
-            self._asked(lambda _: lock.release(), None)
+            self._call(lambda _: lock.release(), None)
 
     def _prolong(self, lock: Any, done: threading.Event) -> None:
         while not done.wait(self.LEASE / 3):
-            self._asked(lambda _: None if done.is_set() else lock.reacquire(), None)
+            self._call(lambda _: None if done.is_set() else lock.reacquire(), None)
 
-    def _asked(
-        self, question: Callable[[redis.Redis], _T], otherwise: _T, *, patience: float = 0.0
+    def _call(
+        self, operation: Callable[[redis.Redis], _T], default: _T, *, timeout: float = 0.0
     ) -> _T:
         """
-        What Redis says, or *otherwise* while it is down or its answers do not end. *patience*: for
-        questions that wait for another process.
+        The result of *operation*, or *default* if Redis is down or its response exceeds the limits.
+        *timeout*: additional seconds for an operation that waits for another process.
         """
-        if self._clock.now().boot < self._rest.until:
-            return otherwise
+        if self._clock.now().boot < self._backoff.until:
+            return default
         try:
-            with _bounded(self.PATIENCE + patience):
-                answer = question(self._client)
+            with _limited(self.DEADLINE + timeout):
+                answer = operation(self._client)
         except LockError:
-            # The lease ran out under its holder: two may have renewed, and both tokens live.
-            return otherwise
-        except (RedisError, OSError, *_NONSENSE) as exc:
-            if isinstance(exc, _NONSENSE):
-                # Nobody knows what else would come of such a conversation.
+            # The lease expired early: two processes may have renewed, and both tokens are valid.
+            return default
+        except (RedisError, OSError, *_INVALID_RESPONSE) as exc:
+            if isinstance(exc, _INVALID_RESPONSE):
+                # The connections may be in an undefined state.
                 self._client.connection_pool.disconnect()
-            if not self._rest.failures:
+            if not self._backoff.failures:
                 _log.warning("cache: Redis %s", _trouble(exc))
-            # From now, not from before the question: one that hangs has taken seconds to fail.
-            self._rest.failed(self._clock.now().boot)
-            return otherwise
-        if self._rest.failures:
+            # From now on, because an operation that hangs takes seconds to fail.
+            self._backoff.failed(self._clock.now().boot)
+            return default
+        if self._backoff.failures:
             _log.info("cache: Redis answers again")
-            self._rest.worked()
+            self._backoff.worked()
         return answer
 
-    def _opened(self, key: str, sealed: bytes) -> bytes | None:
+    def _decrypted(self, key: str, encrypted: bytes) -> bytes | None:
         try:
-            value: bytes = self._cipher.decrypt(sealed[:12], sealed[12:], _name(key).encode())
+            value: bytes = self._cipher.decrypt(encrypted[:12], encrypted[12:], _name(key).encode())
         except (InvalidTag, ValueError):
             _log.warning(
-                "cache: a value in Redis does not open; it was made with another "
-                "HSMTOLL_CACHE_KEY_FILE, or somebody changed it"
+                "cache: a value in Redis cannot be decrypted: it was stored with another "
+                "HSMTOLL_CACHE_KEY_FILE, or changed"
             )
             return None
         return value
 
 
-#: What the client library, or we, make of answers that no Redis gives.
-_NONSENSE: Final = (
+#: Exceptions of redis-py and of this module for responses that no Redis server sends.
+_INVALID_RESPONSE: Final = (
     AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
 
 
 def _ms(time: Any) -> int:
-    """The answer of Redis' TIME, in milliseconds."""
+    """The response to the command TIME, in milliseconds."""
     return int(time[0]) * 1000 + int(time[1]) // 1000
 
 
@@ -230,54 +232,54 @@ COMMANDS: Final = "GET GETRANGE SET DEL PTTL PEXPIRE TIME WATCH UNWATCH MULTI EX
 
 
 def _trouble(exc: Exception) -> str:
-    """What is wrong, in words; of a text of redis-py's its kind alone, it may hold the URL."""
+    """The failure for the log: only the class of *exc*, whose text may contain the URL."""
     if isinstance(exc, NoPermissionError) or str(exc).lower().startswith("unknown command"):
         return (
-            "refuses a command that is needed; this process goes on alone. Allow its user "
+            "refuses a required command; this process works without it. Allow its user "
             f"{COMMANDS}, on the keys hsmtoll:*"
         )
     does = "refuses" if isinstance(exc, ResponseError) else "does not answer"
-    return f"{does} ({type(exc).__name__}); this process goes on alone"
+    return f"{does} ({type(exc).__name__}); this process works without it"
 
 
 @dataclass(slots=True)
-class _Bounds:
-    """Until when the answers to a question must be here, and how many bytes they may have still."""
+class _Limits:
+    """Deadline (monotonic clock) and remaining bytes of the responses to one operation."""
 
     end: float
     size: int = 4 * LARGEST
 
     def left(self, most: float | None) -> float:
-        """Seconds of a wait of *most*. TimeoutError when there are none."""
+        """The seconds left, at most *most*. TimeoutError if there are none."""
         left = self.end - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the answer takes too long")
+            raise TimeoutError("the response takes too long")
         return left if most is None else min(left, most)
 
     def count(self, read: int) -> None:
-        """So many bytes have come. OSError when they are too many."""
+        """Count *read* received bytes. OSError if they exceed the limit."""
         self.size -= read
         if self.size < 0:
-            raise OSError(errno.EMSGSIZE, "the answer is larger than any of Redis")
+            raise OSError(errno.EMSGSIZE, "the response is too large")
 
 
-_bounds: ContextVar[_Bounds] = ContextVar("hsmtoll-redis")
+_limits: ContextVar[_Limits] = ContextVar("hsmtoll-redis")
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float) -> Iterator[None]:
-    """Limit time and size of all that this thread reads from Redis in the context."""
-    before = _bounds.set(_Bounds(time.monotonic() + seconds))
+def _limited(seconds: float) -> Iterator[None]:
+    """Limit the time, and the size of what this thread reads from Redis, in the context."""
+    before = _limits.set(_Limits(time.monotonic() + seconds))
     try:
         yield
     finally:
-        _bounds.reset(before)
+        _limits.reset(before)
 
 
 class _Socket:
     """
-    A socket for redis-py, which bounds each wait and neither all of them nor what comes: a server
-    that sends a byte now and then, or without end, would be read for ever.
+    A socket with limits for a whole operation. redis-py limits each receive only, so a server that
+    sends a byte now and then, or without end, would block the thread forever.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -287,37 +289,37 @@ class _Socket:
         return getattr(self._sock, name)
 
     def recv(self, size: int) -> bytes:
-        """As of a socket; TimeoutError and OSError where a bound is reached."""
-        with self._wait() as bounds:
+        """As socket.recv; TimeoutError and OSError if a limit is exceeded."""
+        with self._wait() as limits:
             data = self._sock.recv(size)
-            bounds.count(len(data))
+            limits.count(len(data))
         return data
 
     def recv_into(self, buffer: bytearray) -> int:
         """As recv, for hiredis."""
-        with self._wait() as bounds:
+        with self._wait() as limits:
             read = self._sock.recv_into(buffer)
-            bounds.count(read)
+            limits.count(read)
         return read
 
     @contextlib.contextmanager
-    def _wait(self) -> Iterator[_Bounds]:
-        bounds, usual = _bounds.get(), self._sock.gettimeout()
-        self._sock.settimeout(bounds.left(usual))
+    def _wait(self) -> Iterator[_Limits]:
+        limits, usual = _limits.get(), self._sock.gettimeout()
+        self._sock.settimeout(limits.left(usual))
         try:
-            yield bounds
+            yield limits
         finally:
             self._sock.settimeout(usual)
 
 
 class _Lock(Lock):
     """
-    redis-py's lock without its scripts, which many a server does not allow: released and prolonged
-    in a transaction, which fails where another holds it by now.
+    redis-py's lock without Lua scripts, which many servers do not permit. It is released and
+    prolonged in a transaction, which fails if the lock has another holder.
     """
 
     def register_scripts(self) -> None:
-        """There are none."""
+        """Register nothing."""
 
     def do_release(self, expected_token: str) -> None:
         self._while_held(expected_token, lambda pipe: pipe.delete(self.name))
@@ -328,7 +330,7 @@ class _Lock(Lock):
         return True
 
     def _while_held(self, token: str | bytes, change: Callable[[Any], object]) -> None:
-        # What is changed meanwhile may be the lease alone, by ourselves: look once more.
+        # WatchError: perhaps our own thread has only prolonged the lease. Check again.
         for _ in range(5):
             with self.redis.pipeline() as pipe, contextlib.suppress(WatchError):
                 pipe.watch(self.name)
@@ -338,18 +340,18 @@ class _Lock(Lock):
                 change(pipe)
                 pipe.execute()
                 return
-        raise LockNotOwnedError("the lock is another's by now", lock_name=self.name)
+        raise LockNotOwnedError("the lock has another holder", lock_name=self.name)
 
 
 def _client(url: str, ca_file: Path | None) -> redis.Redis:
     class OurTls(SSLConnection):
-        """With our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""
+        """TLS with our own context: the system's roots, HSMTOLL_CA_FILE, no key log."""
 
         def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
-            # The handshake ends as a whole when this has passed.
-            sock.settimeout(_bounds.get().left(_WAIT))
+            # The timeout limits the handshake as a whole.
+            sock.settimeout(_limits.get().left(_SOCKET_TIMEOUT))
             made = tls.client_context(ca_file).wrap_socket(sock, server_hostname=self.host)
-            made.settimeout(_WAIT)
+            made.settimeout(_SOCKET_TIMEOUT)
             return made
 
     try:
@@ -361,17 +363,17 @@ def _client(url: str, ca_file: Path | None) -> redis.Redis:
     if url.startswith("rediss:"):
         kind = OurTls
 
-    class Bounded(kind):  # type: ignore[misc] # of a class that the URL decides
-        """Of TCP, TLS or a Unix socket."""
+    class Limited(kind):  # type: ignore[misc] # of a class that the URL decides
+        """A connection by TCP, TLS or Unix socket, with limits."""
 
         def _connect(self) -> Any:
-            self.socket_connect_timeout = _bounds.get().left(_WAIT)
+            self.socket_connect_timeout = _limits.get().left(_SOCKET_TIMEOUT)
             return _Socket(super()._connect())
 
-    # One more try at once: a connection that idled may have been closed by a restart.
+    # Retry once: a restart of the server may have closed an idle connection.
     options |= {
-        "connection_class": Bounded,
-        "socket_timeout": _WAIT,
+        "connection_class": Limited,
+        "socket_timeout": _SOCKET_TIMEOUT,
         "retry": Retry(NoBackoff(), 1),
     }
     return redis.Redis(connection_pool=redis.ConnectionPool(**options))
@@ -379,9 +381,9 @@ def _client(url: str, ca_file: Path | None) -> redis.Redis:
 
 def read_key(path: Path) -> bytes:
     """
-    The 32 bytes of a key file: as they are, or as hexadecimal or base64 text.
+    The key (32 bytes) in a file: raw, hexadecimal or base64.
 
-    ConfigurationError for another content, and as `files.read` for a secret.
+    ConfigurationError for other content, and as `files.read` for a secret.
     """
     raw = files.read(path, "HSMTOLL_CACHE_KEY_FILE", secret=True)
     for key in (raw, *_as_text(raw)):
@@ -389,7 +391,7 @@ def read_key(path: Path) -> bytes:
             return key
     raise ConfigurationError(
         f"HSMTOLL_CACHE_KEY_FILE {sanitized(path)}: a key of 32 bytes is expected",
-        hint="as they are, or as 64 hexadecimal digits, or as base64: "
+        hint="raw, as 64 hexadecimal digits, or as base64: "
         "(umask 077; openssl rand -hex 32 > FILE)",
         code="cache-key",
     )

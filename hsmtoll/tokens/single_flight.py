@@ -1,5 +1,5 @@
 """
-A renewal in progress, shared by all callers that wait for it, and the errors of one that fails.
+A renewal in progress, shared by all callers that wait for it, and the errors of a failed one.
 
 Which caller starts a renewal, and what is done with its token, is decided in cache.
 """
@@ -68,8 +68,8 @@ def min_life_unattainable_error(requirements: TokenRequirements, most: float) ->
     """UsageError: a new token has only *most* seconds left, less than the required minimum."""
     lives = f"{round(most, 1):g} s"
     return errors.UsageError(
-        f"a token that lives {requirements.min_life:.0f} s was asked for: new ones live {lives}",
-        hint="ask for less; the lifetime is set by Maskinporten and Customs",
+        f"a token of {requirements.min_life:.0f} s was requested: new ones are valid for {lives}",
+        hint="request less; the lifetime is set by Maskinporten and Customs",
     )
 
 
@@ -77,22 +77,22 @@ def expired_on_arrival_error(token: AccessToken) -> HsmTollError:
     """NetworkError: the token had expired when it arrived."""
     return errors.NetworkError(
         f"new token: had expired on arrival, its lifetime is {token.lifetime} s",
-        hint="the services are slow, or the lifetime that they give is too short",
+        hint="the services are slow, or the lifetime that they set is too short",
         code="token-over",
     )
 
 
-def deadline_exceeded_error(pending: PendingRenewal, patience: float) -> HsmTollError:
-    """For those whom *pending* has kept waiting for *patience* seconds."""
+def deadline_exceeded_error(pending: PendingRenewal, seconds: float) -> HsmTollError:
+    """The error for callers that have waited *seconds* for *pending*."""
     if pending.phase == "signing":
         return errors.DeviceError(
-            f"signing: the device did not answer within {patience:.0f} s",
-            hint="with HSMTOLL_HSM__ISOLATION=process a module that hangs is ended, and the next"
+            f"signing: the device did not answer within {seconds:.0f} s",
+            hint="with HSMTOLL_HSM__ISOLATION=process a module that hangs is killed, and the next"
             " call starts it again",
             code="device-hangs",
         )
     return errors.NetworkError(
-        f"a new token: not here after {patience:.0f} s ({pending.phase})",
+        f"new token: not obtained within {seconds:.0f} s ({pending.phase})",
         hint="HSMTOLL_DEADLINE sets how long to wait",
         code="deadline",
     )

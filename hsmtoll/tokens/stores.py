@@ -53,14 +53,14 @@ class Store(Protocol):
     """
 
     def get(self, key: str) -> StoredValue | None:
-        """What was put, or ``None``."""
+        """The stored value, or ``None``."""
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
         """Store *value* atomically."""
 
-    def lock(self, key: str, *, patience: float) -> AbstractContextManager[bool]:
+    def lock(self, key: str, *, timeout: float) -> AbstractContextManager[bool]:
         """
-        Hold the lock of *key* during the context; wait for it at most *patience* seconds.
+        Hold the lock of *key* during the context; wait for it at most *timeout* seconds.
 
         Yields False if another holder still has it. The lock is released if its holder dies.
         """
@@ -78,21 +78,21 @@ class MemoryStore:
         self._locks = {}
 
     def get(self, key: str) -> StoredValue | None:
-        """What was put, or ``None``."""
+        """The stored value, or ``None``."""
         value = self._kept.get(key)
         return StoredValue(value) if value is not None else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep *value*; the reader sees by the value whether it is over."""
+        """Store *value*. *ttl* is ignored: readers check the expiry in the value."""
         del ttl
         self._kept[key] = value
 
     @contextlib.contextmanager
-    def lock(self, key: str, *, patience: float) -> Iterator[bool]:
+    def lock(self, key: str, *, timeout: float) -> Iterator[bool]:
         """Hold the lock of *key* within this process."""
         notice_fork()
         lock = self._locks.setdefault(key, threading.Lock())
-        held = lock.acquire(timeout=patience)
+        held = lock.acquire(timeout=timeout)
         try:
             yield held
         finally:
@@ -102,21 +102,23 @@ class MemoryStore:
 
 class FileStore:
     """
-    A directory (0700) with a file (0600) a key, for the processes of one user on one machine.
+    A directory (0700) with one file (0600) per key, for the processes of one user on one machine.
 
-    Files are replaced whole. Whatever is a link, belongs to another or may be read by others
-    is refused with ConfigurationError: somebody has touched it. A lock is freed by the kernel
-    when its process dies, whatever children it has left.
+    Files are replaced atomically. A file that is a link, belongs to another user or can be read by
+    others is refused (ConfigurationError), because somebody else has changed it. The kernel
+    releases a lock when its process dies, even if child processes remain.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        # Until when (seconds of the monotonic clock) the last check of the directory holds.
+        # End of validity of the last check of the directory (monotonic clock, seconds).
         self._checked_until = 0.0
 
     def get(self, key: str) -> StoredValue | None:
-        """What was put, or ``None``; ConfigurationError if the file is not safely ours."""
-        self._checked_directory()
+        """
+        The stored value, or ``None``; ConfigurationError if others could change or read the file.
+        """
+        self._check_directory()
         path = self._directory / f"{key}.json"
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -139,32 +141,38 @@ class FileStore:
         return StoredValue(value) if len(value) <= LARGEST else None
 
     def put(self, key: str, value: bytes, *, ttl: float) -> None:
-        """Keep *value* by an atomic replace; a full disk keeps nothing and breaks nothing."""
+        """Store *value* atomically. If that fails, as on a full disk, it logs a warning."""
         del ttl
-        self._checked_directory()
+        self._check_directory()
         try:
             files.replace(self._directory / f"{key}.json", value, fsync=False)
         except OSError as exc:
-            # Fail soft: the caller has the token; the next process renews.
-            _log.warning("cache %s: a token could not be kept (%s)", self._directory, exc.strerror)
+            # No error: the caller has the token, and the next process renews.
+            _log.warning(
+                "cache %s: a token could not be stored (%s)", self._directory, exc.strerror
+            )
 
     @contextlib.contextmanager
-    def lock(self, key: str, *, patience: float) -> Iterator[bool]:
+    def lock(self, key: str, *, timeout: float) -> Iterator[bool]:
         """
         Hold the lock of *key* among the processes that use this directory. ConfigurationError
-        (``cache-unusable``, ``cache-unsafe``) where others may change it.
+        (``cache-unusable``, ``cache-unsafe``) if others can change the directory.
         """
-        from filelock import FileLock, Timeout  # noqa: PLC0415 - a token that lies here needs none
+        from filelock import FileLock, Timeout  # noqa: PLC0415 - not needed for a token that is found
 
-        self._checked_directory()
+        self._check_directory()
         lock = FileLock(self._directory / f"{key}.lock", mode=0o600, thread_local=False)
         try:
-            lock.acquire(timeout=patience, poll_interval=0.02)
+            lock.acquire(timeout=timeout, poll_interval=0.02)
         except Timeout:
             yield False
             return
         except OSError as exc:
-            _log.warning("cache %s: no lock (%s), alone", self._directory, exc.strerror)
+            _log.warning(
+                "cache %s: no lock (%s); this process renews without it",
+                self._directory,
+                exc.strerror,
+            )
             yield True
             return
         try:
@@ -173,14 +181,16 @@ class FileStore:
             try:
                 lock.release()
             except OSError as exc:
-                _log.warning("cache %s: a lock stays (%s)", self._directory, exc.strerror)
+                _log.warning(
+                    "cache %s: a lock could not be released (%s)", self._directory, exc.strerror
+                )
 
-    def _checked_directory(self) -> None:
-        """Make the directory where there is none, and see that nobody else may change it."""
+    def _check_directory(self) -> None:
+        """Create the directory if necessary. ConfigurationError if others can change it."""
         now = time.monotonic()
         try:
             files.make_directory(self._directory)
-            # Each file in it is looked at when it is opened, however long ago this was.
+            # Each file in it is checked whenever it is opened.
             if now < self._checked_until:
                 return
             files.reclaim(self._directory)
@@ -197,16 +207,16 @@ class FileStore:
             raise _unsafe(
                 self._directory,
                 f"others may change {sanitized(place)}",
-                "set HSMTOLL_CACHE=file:///DIR where root or you own each directory on the way,"
-                " and nobody else may write it; or memory:",
+                "set HSMTOLL_CACHE=file:///DIR where root or you own each directory of the path,"
+                " and nobody else can write to it; or memory:",
             )
         self._checked_until = now + _CHECK_HOLDS
 
 
 def _check(path: Path, seen: os.stat_result, kind: int) -> None:
     if stat.S_IFMT(seen.st_mode) != kind:
-        raise _unsafe(path, "is not what was put there")
-    # The root of a volume is nobody's to change: a directory below it is made as it should be.
+        raise _unsafe(path, "is not a file or directory of this program")
+    # The mode of a volume's root often cannot be changed, but a directory below it can be created.
     below = f"set HSMTOLL_CACHE=file://{sanitized(path / 'hsmtoll')}, which is made with mode 0700"
     hint = below if kind == stat.S_IFDIR else None
     if seen.st_uid != os.geteuid():
@@ -223,7 +233,7 @@ def _check(path: Path, seen: os.stat_result, kind: int) -> None:
 def _unsafe(path: Path, why: str, hint: str | None = None) -> ConfigurationError:
     return ConfigurationError(
         f"cache {path}: {why}",
-        hint=hint or "tokens lie there: look who did that, then remove it",
+        hint=hint or "tokens are stored there: find out who changed it, then remove it",
         code="cache-unsafe",
     )
 

@@ -80,7 +80,7 @@ class Programs(RuleBasedStateMachine):
             self.clock,
             selector="settings",
             remembered=PersistedText(),
-            patience=10,
+            deadline=10,
             background=background,
         )
 

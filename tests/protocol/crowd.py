@@ -133,7 +133,7 @@ def main() -> int:
             clock,
             selector=selector,
             remembered=remembered,
-            patience=ORDER.get("patience", 60),
+            deadline=ORDER.get("deadline", 60),
             background=False,
         ),
         clock=clock,

@@ -81,7 +81,7 @@ def test_a_renewal_that_was_running_at_the_fork_is_not_waited_for_in_the_child(
             return AccessToken("value", request.scope, clock.now(), 900)
 
     cache = Cache(
-        MemoryStore(), clock, selector="settings", remembered=PersistedText(), patience=60.0
+        MemoryStore(), clock, selector="settings", remembered=PersistedText(), deadline=60.0
     )
     first = threading.Thread(target=cache.get, args=(REQUEST, Renewer))
     first.start()

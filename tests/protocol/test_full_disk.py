@@ -211,8 +211,8 @@ def test_a_token_that_cannot_be_kept_is_a_miss_and_the_old_one_stays(
     with disk:
         store.put(KEY, b"new" * 1000, ttl=100)
         store.put(name_of("another"), b"new", ttl=100)
-        assert "could not be kept (No space left on device)" in caplog.text
-        with store.lock(KEY, patience=1.0) as held:
+        assert "could not be stored (No space left on device)" in caplog.text
+        with store.lock(KEY, timeout=1.0) as held:
             assert held
         assert disk.names() - known <= {f"cache/{KEY}.lock"}
         kept = store.get(KEY)

@@ -68,9 +68,9 @@ def test_a_leader_that_forks_and_is_killed_takes_its_lock_along(
         leader = crowd.member(step="signed", fork=True)
         child = int(leader.until("child ").split()[1])
         leader.until("at signed")
-        # Half of its patience, far beyond the time-out of this test, is what a lock that is never
+        # Half of its deadline, far beyond the time-out of this test, is what a lock that is never
         # freed would cost.
-        follower = crowd.member(patience=3600)
+        follower = crowd.member(deadline=3600)
         follower.until("ready")
         leader.process.send_signal(signal.SIGKILL)
         leader.process.wait(60)
@@ -89,7 +89,7 @@ def test_a_leader_that_stands_still_is_waited_for_half_the_patience(
     with Crowd(toll_sandbox, cache) as crowd:
         leader = crowd.member(step="signed")
         leader.until("at signed")
-        follower = crowd.member(patience=4)
+        follower = crowd.member(deadline=4)
         said = follower.end()
     assert said.count("signed") == 1
     assert any(line.startswith("token ") for line in said)
@@ -101,7 +101,7 @@ def test_a_leader_that_stands_still_is_replaced_by_one_and_not_by_all(
     with Crowd(toll_sandbox, cache) as crowd:
         leader = crowd.member(step="signed")
         leader.until("at signed")
-        followers = [crowd.member(patience=12) for _ in range(5)]
+        followers = [crowd.member(deadline=12) for _ in range(5)]
         said = [each.end() for each in followers]
     assert sum(lines.count("signed") for lines in said) == 1
     assert all(lines[-2].startswith("token ") for lines in said)

@@ -115,7 +115,7 @@ def cache_of(
     clock: HandClock,
     store: Store | None = None,
     *,
-    patience: float = 20,
+    deadline: float = 20,
     background: bool = True,
     remembered: Path | None = None,
 ) -> Cache:
@@ -124,7 +124,7 @@ def cache_of(
         clock,
         selector="settings",
         remembered=PersistedText(remembered),
-        patience=patience,
+        deadline=deadline,
         background=background,
     )
 
@@ -505,7 +505,7 @@ def test_a_life_that_no_token_has_is_refused_and_spends_one_signature_at_most(
 ) -> None:
     store = FileStore(tmp_path / "cache")
     for _ in range(20):
-        with pytest.raises(UsageError, match="new ones live 120 s"):
+        with pytest.raises(UsageError, match="new ones are valid for 120 s"):
             cache_of(clock, store).get(REQUEST, well, TokenRequirements(min_life=600))
     assert well.fetched == 1
 
@@ -765,7 +765,7 @@ def test_a_token_that_comes_back_the_same_costs_one_signature_for_all(
 def test_a_device_that_hangs_is_told_after_the_patience_of_the_first(
     clock: HandClock, well: Well
 ) -> None:
-    cache = cache_of(clock, patience=0.2)
+    cache = cache_of(clock, deadline=0.2)
     well.hold = threading.Event()
     with pytest.raises(HsmTollError) as caught:
         cache.get(REQUEST, well)
@@ -900,7 +900,7 @@ def test_a_failed_renewal_is_told_once(
     assert cache.get(REQUEST, well).value == "token-1"
     flown()
     assert [each.message for each in caplog.records].count(
-        "renewal failed, the token in hand still lives: nobody answered"
+        "renewal failed, the cached token is still valid: nobody answered"
     ) == 1
     # … and where it does not, by the error alone.
     caplog.clear()

@@ -85,7 +85,7 @@ def test_an_error_that_says_that_nothing_was_signed_spends_nothing(
         renewal.sign(ROAD)
     signer.why = None
     if spent:
-        with pytest.raises(TryAgainLater, match="the budget"):
+        with pytest.raises(TryAgainLater, match="the limit"):
             renewal.sign(ROAD)
     else:
         assert renewal.sign(ROAD).identity == "me"
@@ -98,10 +98,10 @@ def test_what_was_signed_before_it_was_known_who_signs_is_counted_for_who_it_was
         limit = RateLimit(store, clock, per_hour=3)
         renewal_of(Answering(), limit, clock).sign(ROAD)
     # Who remembers nothing is counted by the settings …
-    with pytest.raises(TryAgainLater, match="3 signatures were spent"):
+    with pytest.raises(TryAgainLater, match="3 signatures in the last hour"):
         renewal_of(Answering(), RateLimit(store, clock, per_hour=3), clock).sign(ROAD)
     # … and who signs with other settings by the same certificate finds them counted as well.
-    with pytest.raises(TryAgainLater, match="3 signatures were spent"):
+    with pytest.raises(TryAgainLater, match="3 signatures in the last hour"):
         RateLimit(store, clock, per_hour=3).acquire("me")
     # The control: another certificate has its own.
     RateLimit(store, clock, per_hour=3).acquire("another")

@@ -41,26 +41,26 @@ def test_what_was_put_is_got_and_nothing_else(any_store: Store) -> None:
 
 
 def test_a_lock_excludes_and_is_freed(any_store: Store) -> None:
-    with any_store.lock(KEY, patience=1) as held:
+    with any_store.lock(KEY, timeout=1) as held:
         assert held
-        with any_store.lock(KEY, patience=0.05) as second:
+        with any_store.lock(KEY, timeout=0.05) as second:
             assert not second
-        with any_store.lock(name_of("another"), patience=0.05) as other:
+        with any_store.lock(name_of("another"), timeout=0.05) as other:
             assert other
-    with any_store.lock(KEY, patience=1) as again:
+    with any_store.lock(KEY, timeout=1) as again:
         assert again
 
 
 def test_a_lock_is_freed_when_its_holder_fails(any_store: Store) -> None:
-    with pytest.raises(ValueError, match="a bug"), any_store.lock(KEY, patience=1):
+    with pytest.raises(ValueError, match="a bug"), any_store.lock(KEY, timeout=1):
         raise ValueError("a bug")
-    with any_store.lock(KEY, patience=0.05) as held:
+    with any_store.lock(KEY, timeout=0.05) as held:
         assert held
 
 
 def test_directory_and_files_are_for_the_user_alone(store: FileStore, tmp_path: Path) -> None:
     store.put(KEY, b"v", ttl=1)
-    with store.lock(KEY, patience=1):
+    with store.lock(KEY, timeout=1):
         modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()}
     assert modes == {f"{KEY}.json": 0o600, f"{KEY}.lock": 0o600}
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
@@ -73,14 +73,14 @@ def test_a_directory_that_others_may_use_is_refused(store: FileStore, tmp_path: 
         store.get(KEY)
     with pytest.raises(ConfigurationError, match="may be used by others"):
         store.put(KEY, b"v", ttl=1)
-    with pytest.raises(ConfigurationError, match="0750"), store.lock(KEY, patience=1):
+    with pytest.raises(ConfigurationError, match="0750"), store.lock(KEY, timeout=1):
         pass
 
 
 def test_a_directory_that_is_a_link_is_refused(store: FileStore, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "cache").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigurationError, match="is not what was put there"):
+    with pytest.raises(ConfigurationError, match="is not a file or directory of this program"):
         store.get(KEY)
 
 
@@ -103,7 +103,7 @@ def test_a_file_that_is_a_link_is_refused(store: FileStore, tmp_path: Path) -> N
 def test_a_pipe_in_its_place_blocks_nobody(store: FileStore, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o700)
     os.mkfifo(tmp_path / "cache" / f"{KEY}.json", 0o600)
-    with pytest.raises(ConfigurationError, match="is not what was put there"):
+    with pytest.raises(ConfigurationError, match="is not a file or directory of this program"):
         store.get(KEY)
 
 
@@ -187,7 +187,7 @@ def test_a_budget_is_counted_by_identity_and_by_hour(any_store: Store) -> None:
     for _ in range(3):
         limit.acquire("me")
         clock.advance(600)
-    with pytest.raises(TryAgainLater, match="3 signatures were spent") as caught:
+    with pytest.raises(TryAgainLater, match="3 signatures in the last hour") as caught:
         limit.acquire("me")
     assert caught.value.retry_after == pytest.approx(1800)
     limit.acquire("another")
