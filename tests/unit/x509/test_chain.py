@@ -567,7 +567,8 @@ def test_the_messages_that_users_search_for() -> None:
         checked([], [], identity="eseal", now=NOW)
     assert caught.value.code == "certificate-missing"
     assert str(caught.value) == (
-        "looking for the certificate of the key: there is no certificate, on the device or in a file"
+        "looking for the certificate of the key: "
+        "there is no certificate, on the device or in a file"
     )
     with pytest.raises(CertificateError) as caught:
         checked([leaf(key=ec_key(3))], [], identity="eseal", now=NOW)
