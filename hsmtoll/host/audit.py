@@ -178,8 +178,8 @@ class Audit:
         if segments:
             if noted is None:
                 _log.warning(
-                    "audit %s: no note of its last checkpoint is at %s, so nobody can know whether"
-                    " records were cut off; compare it with an audit head in the system log"
+                    "audit %s: there is no note of its last checkpoint at %s: records may have been"
+                    " cut off; compare the log with an audit head in the system log"
                     " (`hsmtoll audit verify --head`)",
                     self._directory, self._noted,
                 )  # fmt: skip
@@ -318,8 +318,8 @@ class Audit:
     def _unwritable(self, why: str | None) -> AuditBroken:
         return AuditBroken(
             f"audit {sanitized(self._directory)}: cannot be written ({why})",
-            hint="nothing is signed until it can: make room, or see who else uses that file, then"
-            " restart the host",
+            hint="nothing is signed until then: make room, or find out who else changes that file,"
+            " and restart the host",
             code="audit-unwritable",
         )
 

@@ -86,7 +86,7 @@ def segments_of(path: Path) -> list[Path]:
             if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
                 raise AuditBroken(
                     f"audit {sanitized(file)}: not a file",
-                    hint="a log is made of files alone, which are not linked: see who put it there",
+                    hint="a log has regular files only, no links: find out who put it there",
                     code="audit-broken",
                 )
     return segments
@@ -129,8 +129,8 @@ def segments_since(segments: Sequence[Path], since: datetime | None) -> list[Pat
 class Checkpoint:
     """
     The head at *time*, to be signed: record *seq* with the SHA-256 *head*. *prev* is the SHA-256
-    of the checkpoint before. *unverified*: the first and last record that the host found unsealed
-    when it started, and does not vouch for.
+    of the checkpoint before. *unverified*: the first and last record that the host found without a
+    checkpoint when it started; the checkpoint does not cover them.
     """
 
     seq: int
@@ -196,28 +196,28 @@ class Report:
 
     def described(self) -> list[str]:
         """The result in sentences, one a line: which records checkpoints cover, and which not."""
-        said = []
+        lines = []
         if self.after:
-            said.append(f"records up to {self.after} are in older segments and were not read")
+            lines.append(f"records up to {self.after} are in older segments and were not read")
         if self.sealed > self.after:
-            said.append(
-                f"records {self.after + 1} to {self.sealed}: unchanged, vouched for by checkpoints"
+            lines.append(
+                f"records {self.after + 1} to {self.sealed}: unchanged, covered by checkpoints"
             )
-        said += [
+        lines += [
             f"records {first} to {last} of these had no checkpoint when the host started:"
-            " they fit, and nobody vouches for them"
+            " their hashes fit, but no checkpoint covers them"
             for first, last in self.unverified
         ]
         if self.seq > self.sealed:
-            said.append(
+            lines.append(
                 f"{self.seq - self.sealed} more, up to {self.seq}, have no checkpoint yet:"
-                " they fit, and nobody vouches for them"
+                " their hashes fit, but no checkpoint covers them"
             )
         if self.half_line:
-            said.append("it ends in the middle of a record, as where a host was killed writing it")
-        said.append(f"head {self.seq}:{self.head}")
-        said += [f"intent without a result: record {seq}" for seq in self.open_intents.values()]
-        return said
+            lines.append("the log ends in the middle of a record, as after a kill of the host")
+        lines.append(f"head {self.seq}:{self.head}")
+        lines += [f"intent without a result: record {seq}" for seq in self.open_intents.values()]
+        return lines
 
 
 def verify(
@@ -232,7 +232,7 @@ def verify(
     Verify the chain of records, the checkpoints and *head*.
 
     *path*: a directory, or consecutive segments. *head*: ``SEQ:HASH`` from a reply or the system
-    log; without it, it does not show if a log was cut off at an earlier checkpoint. *since*: begin
+    log; without it, a log that was cut off at an earlier checkpoint is not detected. *since*: begin
     with the segment that has that time. *seen* is called with each verified record. A log is bad
     if more records follow the last checkpoint than a host leaves, and if it has no checkpoint,
     unless nobody was ever served.
@@ -313,7 +313,7 @@ class _Run:
         heads: dict[int, str] = {}
         carried = file.name != "checkpoints.jsonl"
         if carried and not lines:
-            report.bad = f"{file.name}: missing: what came before these records is not known"
+            report.bad = f"{file.name}: missing: the records before these cannot be verified"
         for number, line in enumerate(lines, 1):
             try:
                 read = Checkpoint.read(line, self._key)
@@ -381,7 +381,7 @@ class _Run:
         # The host writes a checkpoint of its start before it serves anybody.
         most = MAX_UNSEALED if report.checkpoint or not self._served else 0
         if last - first + 1 > most or abs(ended - began) > MAX_UNSEALED_SECONDS:
-            report.bad = f"record {first}: no checkpoint vouches for it and those after it"
+            report.bad = f"record {first}: no checkpoint covers it and the records after it"
 
 
 def _wrong(  # noqa: PLR0917 - a line and what is known of those around it
@@ -400,8 +400,8 @@ def _wrong(  # noqa: PLR0917 - a line and what is known of those around it
     if record["prev"] != before:
         # This line or the one before was changed: not this one if its hash is in the next line
         # or in a checkpoint.
-        vouched = own == heads.get(seq) or own.encode() in following
-        return f"record {seq - 1 if vouched and seq > 1 else seq}: changed"
+        confirmed = own == heads.get(seq) or own.encode() in following
+        return f"record {seq - 1 if confirmed and seq > 1 else seq}: changed"
     if heads.get(seq, own) != own:
         return f"record {seq}: changed (not what was sealed)"
     return None

@@ -1,5 +1,5 @@
 """
-Authorization of one request: stop file, policy, quota, end of the host, clock, caller still there.
+Authorization of one request: stop file, policy, quota, shutdown, clock, and a connected caller.
 
 Runs on the event loop without awaiting, so that a decision and the audit record appended after it
 are atomic: no other request is decided between the two. Refusals are recorded, up to a limit per
@@ -119,7 +119,7 @@ class Authorizer:
         if not verdict.allowed:
             return PolicyDenied(
                 verdict.why,
-                hint="ask who keeps the signing host's policy; `hsmtoll policy test` explains it",
+                hint="ask the signing host's custodian; `hsmtoll policy test` explains the policy",
                 code="policy",
                 signed=False,
                 scope="caller",
@@ -129,7 +129,7 @@ class Authorizer:
         if not self._profiles.clock_is_right(self._profiles.get(context.request.profile)):
             return ClockError(
                 "clock: the signing host's clock is not synchronised",
-                hint="on the host: let NTP keep it; nothing is signed before",
+                hint="on the host: synchronise it with NTP; nothing is signed until then",
                 code="clock-unsynchronised",
                 retry_after=_RETRY_AFTER,
                 signed=False,
@@ -158,7 +158,7 @@ class Authorizer:
         unrecorded = self._refusals.count(account)
         if unrecorded is None:
             return
-        more = f" ({unrecorded} more before were not written down)" if unrecorded else ""
+        more = f" ({unrecorded} earlier ones were not recorded)" if unrecorded else ""
         # Not synced: nothing depends on this record.
         self._audit.append("refused", **record, outcome=f"{refusal.code}: {refusal}{more}")
 
@@ -209,11 +209,11 @@ def busy(why: str, scope: Scope = "attempt") -> TryAgainLater:
 
 
 def _disconnected() -> TryAgainLater:
-    return busy("the caller left", "caller")
+    return busy("the caller has disconnected", "caller")
 
 
 def _ending() -> TryAgainLater:
-    return busy("the host is ending", "caller")
+    return busy("the host is shutting down", "caller")
 
 
 def _stopped(why: str) -> PolicyDenied:

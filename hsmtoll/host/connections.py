@@ -187,8 +187,8 @@ class Listener:
 
     def close_outdated(self) -> None:
         """
-        Close what is idle or waits and was checked by certificates or revocation lists that have
-        been replaced. A request that is being served is finished; its connection closes after it.
+        Close idle and waiting connections whose handshake used certificates or revocation lists
+        that have been replaced. A connection with a running request closes after its reply.
         """
         idle = (each for each in self._places.served if each.idle)
         for connection in (*self._places.waiting, *idle):
@@ -224,7 +224,7 @@ class Listener:
         if self._tls is not None:
             if len(self._handshakes) >= _MAX_HANDSHAKES:
                 self._handshakes.pop(next(iter(self._handshakes))).cancel()
-                self._count_dropped("too many TLS handshakes at once; the oldest was ended")
+                self._count_dropped("too many TLS handshakes at once; the oldest was closed")
             self._handshakes[connection] = task
 
     def _resume(self) -> None:
@@ -245,7 +245,9 @@ class Listener:
         except PolicyDenied as exc:
             return Connection("unknown", exc, now)
         except OSError:
-            unknown = PolicyDenied("caller: its account cannot be learned", code="caller-unknown")
+            unknown = PolicyDenied(
+                "caller: its account cannot be determined", code="caller-unknown"
+            )
             return Connection("unknown", unknown, now)
         return Connection(peer.account, peer, now)
 
@@ -264,10 +266,10 @@ class Listener:
             self.ended(connection)
             if not isinstance(exc, OSError):
                 raise
-            # Clients without a valid certificate end here; only some of it is logged as a warning.
+            # Mostly clients without a valid certificate. Anyone can cause it: not always a warning.
             _log.info("listener: connection failed (%s)", type(exc).__name__)
             if isinstance(exc, ssl.SSLCertVerificationError):
-                self._warn(f"a caller's certificate is not taken ({exc.verify_message})")
+                self._warn(f"a client certificate was rejected ({exc.verify_message})")
 
     def established(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Start reading requests, or the wait for a place; over TLS, identify the peer first."""
@@ -282,7 +284,7 @@ class Listener:
             self._place(connection)
         if connection in self._places.waiting:
             transport.pause_reading()
-            self._set_timer(connection, self._limits.patience)
+            self._set_timer(connection, self._limits.max_wait)
         elif connection in self._places.served or connection in self._places.rejected:
             spent = asyncio.get_running_loop().time() - connection.since
             self._set_timer(connection, _REQUEST_TIMEOUT - spent)
@@ -297,7 +299,9 @@ class Listener:
         other = self._places.to_close_for(connection.account)
         if other is not None:
             if not other.idle:
-                self._count_dropped("too many connections at once; the oldest silent one was ended")
+                self._count_dropped(
+                    "too many connections at once; the oldest without a request was closed"
+                )
             self._close(other)
         return self._places.add(connection)
 

@@ -21,8 +21,8 @@ PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 #: The reason in /ready and in the log for the custodian.
 _CLOCK: Final = (
-    "the clock is not synchronised: let NTP keep it, or set HSMTOLL_HOST__CLOCK=unchecked where "
-    "the kernel does not know that something does"
+    "the clock is not synchronised: run NTP, or set HSMTOLL_HOST__CLOCK=unchecked if it is kept by "
+    "something that the kernel does not know of"
 )
 
 

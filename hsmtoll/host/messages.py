@@ -99,7 +99,7 @@ async def read_request(request: web.BaseRequest) -> tuple[Mode, GrantRequest]:
                 raise _too_large()
     except (ConnectionError, web.RequestPayloadError) as exc:
         # The client closed the connection, or sent an invalid chunk: not an error of the host.
-        raise _bad("the body did not come whole") from exc
+        raise _bad("the body is incomplete") from exc
     return mode, parse_body(bytes(raw))
 
 

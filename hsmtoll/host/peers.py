@@ -53,7 +53,7 @@ def of_socket(connection: socket.socket) -> Peer:
     """The peer of a connected Unix socket: SO_PEERCRED and SO_PEERGROUPS (unix(7), socket(7))."""
     known = credentials(connection)
     if known is None:
-        raise PolicyDenied("caller: this system does not name who connects", code="caller-unknown")
+        raise PolicyDenied("caller: the kernel does not report its account", code="caller-unknown")
     uid, gid = known
     # At most 256 groups (Python's limit of 1024 bytes); with more, getsockopt raises OSError.
     groups = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)

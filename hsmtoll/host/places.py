@@ -1,7 +1,7 @@
 """
 Places of connections: which are served now, which wait for their turn, and which are rejected.
 
-Decides, and does nothing: `connections` reads, waits and closes.
+Decisions only: `connections` reads from sockets, sets timers and closes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _CLOSING: Final = "closing"
 class Limits:
     """
     Connections that are served at once, in all and of one caller. Further ones wait up to
-    *patience* seconds.
+    *max_wait* seconds.
     """
 
     connections: int
     per_caller: int
-    patience: float
+    max_wait: float
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +111,7 @@ class Places:
         return admitted
 
     def reject(self, connection: Connection) -> None:
-        """Let *connection* wait no longer."""
+        """Move *connection* from the waiting to the rejected: its time is up."""
         del self.waiting[connection]
         self.rejected[connection] = None
 
@@ -121,12 +121,12 @@ class Places:
         self.served[connection] = self.served.pop(connection)
 
     def is_wanted(self, connection: Connection) -> bool:
-        """Whether the place of *connection* is one that others need, or may need at once."""
+        """Whether another connection waits for this place, or all places are in use."""
         full = len(self.served) >= self._limits.connections
         return full or any(each.account == connection.account for each in self.waiting)
 
     def closing(self, connection: Connection) -> None:
-        """Let its caller open another connection while *connection* closes."""
+        """Count *connection*, which is closing, no longer against its caller's limit."""
         self._release(connection.account)
         connection.account = _CLOSING
         self._per_account[_CLOSING] += 1

@@ -144,6 +144,8 @@ def _wrong(name: str, what: str) -> ConfigurationError:
 
 
 class _Reader:
+    """Validates the tables of a policy file; every error names the file."""
+
     def __init__(self, name: str, text: str) -> None:
         self._name = name
         self._lines = text.splitlines()
@@ -175,14 +177,14 @@ class _Reader:
             raise self._bad(f"profile {sanitized(name)}: environment must be test, prod or sandbox")
         named = {key.partition("__")[0] for key in profile}
         if {"host", "signer"} & named:
-            raise self._bad(f"profile {sanitized(name)}: host and signer are not a profile's")
+            raise self._bad(f"profile {sanitized(name)}: a profile cannot set host or signer")
         # The file and its table are options of the command, and no settings.
         for each in sorted({"config", "profile"} & named):
             raise self._bad(f"profile {sanitized(name)}: {each}: there is no such setting")
 
     def _caller(self, name: str, table: dict[str, Any], profiles: Mapping[str, Any]) -> Caller:
         if not _names_a_caller(name):
-            raise self._bad(_no_caller(name))
+            raise self._bad(_invalid_caller(name))
         if table.keys() - {"profile"}:
             raise self._bad(f"caller {name}: only profile.NAME is expected in it")
         line = self._line(rf"\[\s*caller\s*\.\s*[\"']{re.escape(name)}[\"']")
@@ -342,7 +344,7 @@ def _names_a_caller(name: str) -> bool:
     return fits is not None and int(fits[1] or 0) < 2**32
 
 
-def _no_caller(name: str) -> str:
+def _invalid_caller(name: str) -> str:
     return f"caller {sanitized(name)}: uid:N, gid:N, san:dns:NAME or san:uri:URI is expected"
 
 
@@ -350,19 +352,19 @@ def explain(path: Path, profile: str, caller: str, scope: str) -> dict[str, tupl
     """For each mode: whether *caller* (``uid:1001``) is permitted *scope*, and why."""
     policy = Policy.load(path)
     if not _names_a_caller(caller):
-        raise ConfigurationError(_no_caller(caller))
+        raise ConfigurationError(_invalid_caller(caller))
     kind, _, number = caller.partition(":")
     if kind != "san":
         try:
             Peer.local(int(number))
         except PolicyDenied as exc:
             return dict.fromkeys(_MODES, (False, f"denied: {exc} ({path}: default deny)"))
-    said = {}
+    explained = {}
     for mode in _MODES:
         verdict = decide(
             policy, Peer(frozenset({caller})), GrantRequest(profile, scope), mode, Counts()
         )
         place = f"{path}:{verdict.line}" if verdict.line else f"{path}: default deny"
         word = "allowed" if verdict.allowed else "denied"
-        said[mode] = (verdict.allowed, f"{word}: {verdict.why} ({place})")
-    return said
+        explained[mode] = (verdict.allowed, f"{word}: {verdict.why} ({place})")
+    return explained

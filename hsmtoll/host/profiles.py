@@ -88,7 +88,7 @@ class Profile:
         if not self.health.proven:
             raise DeviceError(
                 f"profile {sanitized(self.name)}: not ready, {self.health.failure}",
-                hint="it is tried again by itself",
+                hint="the host repeats the self-test by itself",
                 code="not-ready",
                 retry_after=_RETRY_AFTER,
                 signed=False,
@@ -184,7 +184,7 @@ class Profiles:
         policy = Policy.load(self._path)
         if os.geteuid() != 0 and os.access(self._path, os.W_OK):
             _log.warning(
-                "policy %s: this daemon's own account may change it; let another one own it",
+                "policy %s: this daemon's own account can change it; another account should own it",
                 sanitized(self._path),
             )
         check_stop_directory(self._stop_file)
@@ -204,7 +204,7 @@ class Profiles:
             for each in ("scope", "consumer_org", "resource"):
                 if each in table:
                     raise ConfigurationError(
-                        f"{each} is a caller's to name, and its entry's to allow"
+                        f"{each} is not a profile's: a caller names it, and its entry allows it"
                     )
             app = self._app(name, self._load(**table))
             workers = app.settings.host.workers
@@ -268,7 +268,7 @@ class Profiles:
         return None
 
     async def _keep_policy(self, exc: HsmTollError, commit: GroupCommit) -> str:
-        _log.error("policy not reloaded, the old one goes on: %s", exc)
+        _log.error("policy not reloaded, the old one stays in force: %s", exc)
         with contextlib.suppress(HsmTollError):
             sha256 = self.policy.sha256
             await commit.write("policy", policy_sha256=sha256, outcome=f"kept: {exc}")

@@ -18,9 +18,9 @@ _WHY = {
     "policy": "the host's settings are those of --config FILE, or of /etc/hsmtoll/hsmtoll.toml",
     "audit_dir": "a directory of the host's own account, 0700",
     "audit_key": "make one: openssl genpkey -algorithm ed25519 -out FILE",
-    "cert": "the host's TLS certificate, PEM: without TLS there is no TCP",
+    "cert": "the host's TLS certificate, PEM: TCP is served over TLS only",
     "key": "the key of HSMTOLL_HOST__CERT, in PEM",
-    "client_ca": "the CA that issues the callers' certificates, PEM: TCP is for these alone",
+    "client_ca": "the CA that issues the callers' certificates, PEM: over TCP it is required",
 }
 
 

@@ -152,7 +152,7 @@ class _Daemon:
         system.notify("STOPPING=1")
         self._service.authorizer.ending = True
         listening.remove_created(listening.signing)
-        await asyncio.gather(*(listener.close(grace=limits.patience) for listener in signing))
+        await asyncio.gather(*(listener.close(grace=limits.max_wait) for listener in signing))
         listening.remove_created(listening.metrics)
         await asyncio.gather(*(listener.close(grace=0) for listener in metrics))
         for task in self._tasks:
@@ -173,7 +173,9 @@ class _Daemon:
         mode, grant_request = await messages.read_request(request)
         mark_complete(request)
         if peer is None or isinstance(peer, PolicyDenied):
-            denied = peer or PolicyDenied("caller: nobody knows who it is", code="caller-unknown")
+            denied = peer or PolicyDenied(
+                "caller: its identity is not known", code="caller-unknown"
+            )
             self._service.authorizer.refuse(denied, "unknown")
             raise denied
         transport = request.transport
@@ -227,11 +229,11 @@ class _Daemon:
             await asyncio.sleep(_INTERVAL)
 
     async def _self_test(self) -> None:
-        patience = _SELF_TEST_WAIT
+        timeout = _SELF_TEST_WAIT
         while True:
-            await self._service.profiles.self_test(patience)
+            await self._service.profiles.self_test(timeout)
             self._tested.set()
-            patience = _INTERVAL
+            timeout = _INTERVAL
             why = self._service.health.not_ready()
             self._log_changes(why)
             if not self._ready_sent:

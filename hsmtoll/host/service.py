@@ -54,7 +54,7 @@ class Service:
     ) -> None:
         host, clock, stopping = settings.host, clock or SystemClock(), stop_file(settings)
         if host.clock != "synchronised":
-            synchronised = _assumed
+            synchronised = _always
         self._stopped: str | None = None
         self.profiles = Profiles(
             needed(host.policy, "policy"),
@@ -91,9 +91,9 @@ class Service:
         now = self.authorizer.stopped()
         if now != self._stopped:
             self._stopped = now
-            said = "resumed" if now is None else f"stopped: {now}"
+            outcome = "resumed" if now is None else f"stopped: {now}"
             sha256 = self.profiles.policy.sha256
-            await self.commit.write("stop", policy_sha256=sha256, outcome=said)
+            await self.commit.write("stop", policy_sha256=sha256, outcome=outcome)
 
     async def alive(self) -> None:
         """Return once the event loop and the audit's thread have responded."""
@@ -110,7 +110,7 @@ class Service:
         self.audit.close()
 
 
-def _assumed() -> bool:
+def _always() -> bool:
     return True
 
 

@@ -92,7 +92,7 @@ class ListeningSockets:
         try:
             self.context = self._context()
         except HsmTollError as exc:
-            _log.error("certificates not reloaded, those in use go on: %s", exc)
+            _log.error("certificates not reloaded, the old ones stay in use: %s", exc)
 
     def tls_context(self) -> ssl.SSLContext:
         """The TLS context for new connections."""
@@ -129,7 +129,7 @@ def listen_unix(path: Path, name: str) -> socket.socket:
         if not directory.exists():
             directory.mkdir(mode=0o750)
             _log.warning(
-                "%s: %s was missing; it is made for the group %d, and callers must be its members",
+                "%s: %s was missing and was created for group %d; callers must be members of it",
                 name, sanitized(directory), directory.stat().st_gid,
             )  # fmt: skip
         seen = directory.stat()

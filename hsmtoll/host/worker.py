@@ -46,7 +46,7 @@ class Rules:
         try:
             self._policy = Policy.load(self._path)
         except HsmTollError as exc:
-            _log.warning("the device's process keeps the policy that it has: %s", exc)
+            _log.warning("the device's process keeps the previous policy: %s", exc)
 
     def __call__(self, read: Read) -> None:
         """PolicyDenied (``not-allowed``) for a grant that the policy permits to no caller."""
@@ -61,7 +61,7 @@ class Rules:
         )
         self._reread()
         if self._policy is None or not allows(self._policy, grant_request):
-            raise _refused(f"no caller may have it: {sanitized(grant_request.scope)}")
+            raise _refused(f"the policy allows it to no caller: {sanitized(grant_request.scope)}")
 
     def _check_profile(self, read: Read) -> None:
         opening, grant = self._opening, read.grant
@@ -91,8 +91,7 @@ def _identity(path: Path) -> tuple[int, ...]:
 def _refused(why: str) -> PolicyDenied:
     return PolicyDenied(
         f"the device's process did not sign: {why}",
-        hint="the daemon asked for what its policy file does not allow: was that changed, and not"
-        " loaded again?",
+        hint="the policy file does not allow this grant: was it changed without a reload?",
         code="not-allowed",
     )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 60.0
 REQUEST = b"POST /%d HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n{}"
-ROOMY = Limits(connections=8, per_caller=8, patience=PATIENCE)
+ROOMY = Limits(connections=8, per_caller=8, max_wait=PATIENCE)
 
 
 class Served:

@@ -194,7 +194,7 @@ def test_a_missing_directory_of_the_socket_is_made_and_its_group_named(
         # The second time it is there, and there is nothing to say.
         assert len(caplog.records) == told
     assert f"{path.parent} was missing" in caplog.text
-    assert f"the group {path.parent.stat().st_gid}" in caplog.text
+    assert f"for group {path.parent.stat().st_gid}" in caplog.text
 
 
 def test_a_stop_that_finds_no_settings_says_where_they_are_looked_for() -> None:
@@ -381,7 +381,7 @@ def test_who_left_while_waiting_costs_no_signature(
     one.prove()
     before = host.signatures()
     me = Peer.local(os.geteuid(), os.getegid())
-    with pytest.raises(TryAgainLater, match="the caller left"):
+    with pytest.raises(TryAgainLater, match="the caller has disconnected"):
         one.grant(me, GrantRequest("acme", "road"), gone=lambda: True).result()
     assert host.signatures() == before
     assert one.grant(me, GrantRequest("acme", "road"), gone=lambda: False).result()
@@ -426,7 +426,7 @@ def test_a_profile_that_cannot_work_is_named_with_its_file(
     host = make_host()
     for wrong, said in (
         ('identity = "norwegian"', "iss is required"),
-        ('identity = "eseal"\nconsumer_org = "987654325"', "consumer_org is a caller's to name"),
+        ('identity = "eseal"\nconsumer_org = "987654325"', "consumer_org is not a profile's"),
         ('identity = "eseal"\nnonsense = 1', "nonsense"),
     ):
         host.write_policy(before=PROFILE.replace('identity = "eseal"', wrong))

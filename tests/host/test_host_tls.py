@@ -154,7 +154,7 @@ def test_each_ca_on_the_way_to_a_caller_is_looked_up_in_a_list(
     # Its key makes new callers, who are on no list of its own.
     assert told(root.crl(stolen), stolen.crl()) == (True, False)
     # A list that is missing says nothing about anybody, which who runs the host has to hear.
-    missing = "a caller's certificate is not taken (unable to get certificate CRL)"
+    missing = "a client certificate was rejected (unable to get certificate CRL)"
     assert missing not in host.log()
     assert told(root.crl()) == (True, False)
     assert turned_away(host, theirs)

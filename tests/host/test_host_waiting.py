@@ -108,7 +108,7 @@ def test_who_leaves_takes_nobody_along_who_waits_for_the_same_renewal(
     left = service.token(me, road, gone=gone)
     stays = service.token(me, road, gone=lambda: False)
     assert stays.result(PATIENCE)["access_token"]
-    with pytest.raises(TryAgainLater, match="the caller left"):
+    with pytest.raises(TryAgainLater, match="the caller has disconnected"):
         left.result(PATIENCE)
     assert host.signatures() == before + 1
     assert [each["outcome"] for each in host.records("result")] == ["busy", "signed"]
