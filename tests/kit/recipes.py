@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from tests.kit.own_device import free_port
-from tests.kit.readers import Terminal, blocks, pages
+from tests.kit.readers import Terminal, blocks, environment, pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +72,9 @@ class Reader:
         *preparing, ending = TYPED
         for name, text in PROGRAMS.items():
             (folder / name).write_text(text, "utf-8")
-        with Terminal(folder, SHELL) as terminal:
+        # For Node 18, as the page says.
+        environ = environment() | {"NODE_OPTIONS": "--dns-result-order=ipv4first"}
+        with Terminal(folder, SHELL, environ) as terminal:
             reader = cls(terminal, folder)
             try:
                 for text in preparing:
