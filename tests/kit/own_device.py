@@ -6,6 +6,7 @@ clocks that can be moved.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -163,8 +164,15 @@ def ended(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
+_number = itertools.count(1)
+
+
 def make_lab(module: Path, environment: dict[str, str], label: str) -> Lab:
-    """A new, empty device in the directory that *environment* names."""
+    """
+    A new, empty device in the directory that *environment* names. Its label begins with *label* and
+    is its own: where a process runs the tests of a module in parts, their fixture is made again.
+    """
+    label = f"{label}-{next(_number)}"
     made = Lab(module, environment, label)
     made.run(
         "softhsm2-util", "--init-token", "--free", "--label", label, "--pin", PIN,

@@ -87,7 +87,7 @@ def test_a_key_made_here_signs_and_does_nothing_else(app: App, lab: Lab) -> None
 def test_the_uri_that_is_returned_finds_the_key(lab: Lab, state: Path) -> None:
     app = lab.app("uri", state)
     uri = enrolment.generate(app.devices[0], bits=2048)
-    assert (uri.token, uri.object, uri.type) == ("enrol", "uri", "private")
+    assert (uri.token, uri.object, uri.type) == (lab.label, "uri", "private")
     assert uri.id is not None
     assert len(uri.id) == 16
     again = lab.app("uri", state, hsm={"key": [str(uri)]})
@@ -113,10 +113,10 @@ def test_a_key_that_the_settings_do_not_select_is_followed_by_what_to_set(
     lab: Lab, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The control: the key that the settings name needs no word.
-    named = generated(lab, state, monkeypatch, key="pkcs11:token=enrol;object=of%20them")
+    named = generated(lab, state, monkeypatch, key=f"pkcs11:token={lab.label};object=of%20them")
     assert (named.exit_code, named.stderr) == (0, "")
     # A label with what a shell would take apart, beside attributes that stay as they are.
-    ours = f"pkcs11:token=enrol;object=one?module-path={lab.module}"
+    ours = f"pkcs11:token={lab.label};object=one?module-path={lab.module}"
     other = generated(lab, state, monkeypatch, "--label", "it's another", key=ours)
     assert other.stdout.startswith("pkcs11:")
     set_to = other.stderr.splitlines()[-1].removeprefix("hint: ")
@@ -133,10 +133,11 @@ def test_a_key_beside_others_that_fit_is_named_by_label_or_by_parts(
     lab: Lab, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only the device is named: with a second key on it, which one is meant is open.
-    told = generated(lab, state, monkeypatch, "--label", "x1", key="pkcs11:token=enrol").stderr
-    assert "export HSMTOLL_HSM__KEY='pkcs11:token=enrol;object=x1'" in told
+    key = f"pkcs11:token={lab.label}"
+    told = generated(lab, state, monkeypatch, "--label", "x1", key=key).stderr
+    assert f"export HSMTOLL_HSM__KEY='pkcs11:token={lab.label};object=x1'" in told
     monkeypatch.delenv("HSMTOLL_HSM__KEY")
-    told = generated(lab, state, monkeypatch, "--label", "x2", token_label="enrol").stderr
+    told = generated(lab, state, monkeypatch, "--label", "x2", token_label=lab.label).stderr
     assert "hint: export HSMTOLL_HSM__KEY_LABEL=x2\n" in told
     told = generated(lab, state, monkeypatch, "--id", "0b0b", key_label="x3", key_id="0a").stderr
     assert "hint: export HSMTOLL_HSM__KEY_LABEL=x3 HSMTOLL_HSM__KEY_ID=0b0b\n" in told

@@ -223,7 +223,7 @@ def test_a_device_that_replaces_one_certificate_by_another_is_found_out(
     # Of its own, and empty: what is replaced is lost.
     environment = {**os.environ, "SOFTHSM2_CONF": str(toll_softhsm.conf)}
     lab = make_lab(toll_faults.module, environment, "replaced")
-    key = "pkcs11:token=replaced;object=k"
+    key = f"pkcs11:token={lab.label};object=k"
     settings = load(hsm__key=key, hsm__module=toll_faults.module, hsm__pin=PIN, hsm__pin_file=None)
     with contextlib.closing(App(settings)) as app:
         device, file = app.devices[0], tmp_path / "chain.pem"

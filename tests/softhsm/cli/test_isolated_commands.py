@@ -42,7 +42,7 @@ def module(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {
         "HSMTOLL_STATE": str(tmp_path / "state"),
         "HSMTOLL_HSM__MODULE": str(copy),
-        "HSMTOLL_HSM__KEY": "pkcs11:token=commands;object=apart",
+        "HSMTOLL_HSM__KEY": f"pkcs11:token={lab.label};object=apart",
         "HSMTOLL_HSM__PIN_FILE": str(pin),
         "HSMTOLL_HSM__ISOLATION": "process",
         "HSMTOLL_ENVIRONMENT": "test",

@@ -161,7 +161,7 @@ def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
         rider.close()
     app.close()
     assert said[PIN] == "accepted"
-    assert "not proven" in said["99999999"]
+    assert "not verified" in said["99999999"]
 
 
 @pytest.mark.parametrize(
