@@ -7,14 +7,14 @@ with the company's key for whoever wrote them.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, UsageError, sanitized
+from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,6 +38,7 @@ _MAX_TARGET: Final = 4096
 _CONSUMER: Final = "hsmtoll-consumer-org"
 _RESOURCE: Final = "hsmtoll-resource"
 _DETAILS: Final = "hsmtoll-authorization-details"
+_OWN: Final = "hsmtoll-"
 
 #: RFC 9110 section 7.6.1: of one connection, and never forwarded.
 _HOP_BY_HOP: Final = frozenset(
@@ -50,6 +51,9 @@ _HOP_BY_HOP: Final = frozenset(
 #: a body (it is answered here), and what the HTTP client sets itself.
 _NOT_SENT: Final = _HOP_BY_HOP | {"host", "authorization", "cookie", "expect"}
 _NOT_RETURNED: Final = _HOP_BY_HOP | {"set-cookie", "location"}
+
+#: RFC 9110 section 5.5 allows no control character but the tab; the HTTP server sends none.
+_CONTROL: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 class Rejected(Exception):
@@ -109,10 +113,16 @@ class Admission:
                 400, "authorization-given", "it has an Authorization header of its own",
                 "leave it out; the proxy sets it",
             )  # fmt: skip
+        if headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+            raise Rejected(
+                400, "request-invalid", "its body has a transfer coding that is not forwarded",
+                "chunked alone; Content-Encoding goes through unchanged",
+            )  # fmt: skip
         path = _checked_path(raw_path)
         for prefix, scope in self.paths.items():
-            if path == prefix or path.startswith((f"{prefix}/", f"{prefix}?")):
-                return Target(apis.at(path), path, scope, _whom(headers))
+            if path == prefix or path.startswith(f"{prefix}/"):
+                # Not the caller's path: metrics have a label for each API.
+                return Target(apis.at(prefix), raw_path, scope, _whom(headers))
         try:
             api = apis.api_of_path(path)
         except UsageError as exc:
@@ -120,7 +130,7 @@ class Admission:
                 404, "path-unknown", str(exc),
                 "`hsmtoll apis` lists the paths; HSMTOLL_LOCAL_PROXY__PATHS allows others",
             ) from exc  # fmt: skip
-        return Target(api, path, api.name, _whom(headers))
+        return Target(api, raw_path, api.name, _whom(headers))
 
 
 def paths_by_prefix(words: Iterable[str]) -> dict[str, str]:
@@ -140,28 +150,38 @@ def paths_by_prefix(words: Iterable[str]) -> dict[str, str]:
 
 
 def _checked_path(raw: str) -> str:
-    """*raw*, if it is a path below an origin that no server reads as another one."""
+    """The path of *raw*, without its query, if no server reads it as another one."""
+    path = raw.partition("?")[0]
     if len(raw) > _MAX_TARGET or not re.fullmatch(r"/(?!/)[!-\[\]-~]*", raw) or "#" in raw:
         raise Rejected(
-            404, "path-invalid", f"request target {sanitized(raw)}: a path is expected",
+            404, "path-invalid", f"request target {sanitized(path)}: a path is expected",
             "such as /api/movement/road/v2/test-auth, in ASCII and without a host",
         )  # fmt: skip
-    decoded = unquote(raw.partition("?")[0])
-    if {".", ".."} & set(re.split(r"[/\\]", decoded)):
-        # A server may resolve them, and the token's scope was chosen by the path as written.
+    # A server may resolve dot segments, some with parameters ("..;"), and the token's scope was
+    # chosen by the path as written.
+    if {".", ".."} & {part.partition(";")[0] for part in re.split(r"[/\\]", unquote(path))}:
         raise Rejected(
-            404, "path-invalid", f"path {sanitized(raw)}: it has dot segments",
+            404, "path-invalid", f"path {sanitized(path)}: it has dot segments",
             "write the path that is meant",
         )  # fmt: skip
-    return raw
+    return path
 
 
 def _whom(headers: Mapping[str, str]) -> dict[str, Any]:
     """For whom the token is: keyword arguments of `TokenService.request`."""
+    given = sorted(name.lower() for name, _ in headers.items() if name.lower().startswith(_OWN))
+    if given and (
+        len(set(given)) < len(given) or not {_CONSUMER, _RESOURCE, _DETAILS}.issuperset(given)
+    ):
+        # One that was left out silently would make the call for somebody else.
+        raise Rejected(
+            400, "usage", f"headers {sanitized(', '.join(given))}: unknown, or given twice",
+            f"{_CONSUMER}, {_RESOURCE} and {_DETAILS} say for whom the token is",
+        )  # fmt: skip
     details: Any = None
-    if (given := headers.get(_DETAILS)) is not None:
+    if (text := headers.get(_DETAILS)) is not None:
         try:
-            details = json.loads(given)
+            details = read_strict(text)
         except ValueError as exc:
             raise Rejected(
                 400, "usage", f"header {_DETAILS}: that is not JSON", "a list of objects (RFC 9396)"
@@ -185,7 +205,7 @@ def _end_to_end(raw: Iterable[tuple[bytes, bytes]], left_out: frozenset[str]) ->
     return [
         (name, value)
         for lower, name, value in headers
-        if lower not in left_out and lower not in named and not lower.startswith("hsmtoll-")
+        if lower not in left_out and lower not in named and not lower.startswith(_OWN)
     ]
 
 
@@ -201,15 +221,30 @@ def response_headers(
     The headers of Customs' answer that the caller gets. A *location* below the origin *customs* is
     given as a path, so that the caller goes on through the proxy.
     """
+    raw = list(raw)
+    left_out = _NOT_RETURNED
+    if any(name.lower() == b"transfer-encoding" for name, _ in raw):
+        # RFC 9112 section 6.3: the length of the body is another one then.
+        left_out |= {"content-length"}
     headers = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in _end_to_end(raw, _NOT_RETURNED)
+        (name.decode("latin-1"), _text(value))
+        for name, value in _end_to_end(raw, left_out)
+        if not _CONTROL.search(value)
     ]
-    if location is not None:
-        parts = urlsplit(location)
-        below = f"{parts.scheme}://{parts.netloc}" == customs
-        headers.append(("Location", location[len(customs) :] or "/" if below else location))
+    if location is not None and location.isprintable():
+        rest = location.removeprefix(customs)
+        # Another host may follow: "https://customs.example" begins "https://customs.example.org".
+        below = rest != location and re.fullmatch(r"(/(?!/).*)?", rest)
+        headers.append(("Location", (rest or "/") if below else location))
     if not any(name.lower() == "server" for name, _ in headers):
         # Otherwise the HTTP library adds its name and version.
         headers.append(("Server", "hsmtoll"))
     return headers
+
+
+def _text(value: bytes) -> str:
+    """The HTTP server sends it as UTF-8."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

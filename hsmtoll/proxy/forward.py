@@ -47,6 +47,9 @@ _log = logging.getLogger("hsmtoll.proxy")
 #: Larger ones are streamed.
 _HELD: Final = 256 * 1024
 
+#: The status in log and metrics of a request whose caller left before the end of the answer.
+_LEFT: Final = 499
+
 
 class Forwarder:
     """Sends admitted requests to Customs, `CONNECTIONS` at once; the others wait for their turn."""
@@ -85,29 +88,39 @@ class Forwarder:
         which has the header Hsmtoll-Error. Logs one line.
         """
         began = time.monotonic()
-        label, note = "none", ""
+        label = "none"
         try:
             self._admission.check_origin(request.headers)
             target = self._admission.target(request.method, request.raw_path, request.headers)
             label = target.api.name
-            response = await self._forward(request, target)
+            response, note = await self._forward(request, target)
         except (Rejected, HsmTollError) as exc:
-            response = error_reply(exc)
-            note = f", {exc.code}: {sanitized(exc)}"
-        took = time.monotonic() - began
-        self._measures.count(label, request.method, response.status, took)
-        _log.info(
-            "%s %s: %d in %d ms, %s%s",
-            sanitized(request.method), sanitized(request.raw_path.partition("?")[0]),
-            response.status, round(took * 1000), caller, note,
-        )  # fmt: skip
+            response, note = error_reply(exc), f", {exc.code}: {sanitized(exc)}"
+        except asyncio.CancelledError:
+            self._note(request, label, _LEFT, began, f"{caller}, which has left")
+            raise
+        self._note(request, label, response.status, began, f"{caller}{note}")
         return response
 
-    async def _forward(self, request: web.BaseRequest, target: Target) -> web.StreamResponse:
+    def _note(
+        self, request: web.BaseRequest, label: str, status: int, began: float, note: str
+    ) -> None:
+        took = time.monotonic() - began
+        self._measures.count(label, request.method, status, took)
+        _log.info(
+            "%s %s: %d in %d ms, %s",
+            sanitized(request.method), sanitized(request.raw_path.partition("?")[0]), status,
+            round(took * 1000), note,
+        )  # fmt: skip
+
+    async def _forward(
+        self, request: web.BaseRequest, target: Target
+    ) -> tuple[web.StreamResponse, str]:
+        """Customs' answer, and a note for the log if it broke off."""
         wanted = self._token_service.request(target.scope, **target.whom)
         customs = self._token_service.endpoints.customs
         http_client = self._token_service.http_client
-        content = await _content(request)
+        content = await _content(request, http_client.deadline)
         response: web.StreamResponse | None = None
         try:
             async with self._turn, within_deadline(http_client) as trace:
@@ -128,28 +141,32 @@ class Forwarder:
             if response is not None and response.prepared:
                 # Part of the answer is out: only a closed connection says that it is not whole.
                 _abort(request)
-                return response
+                return response, f", broken off: {sanitized(exc)}"
             raise no_response_error(exc, target.api, request.method) from exc
         except HsmTollError as exc:
             if exc.scope != "request":
                 self._failed = wanted
             raise
-        return response
+        return response, ""
 
 
-async def _content(request: web.BaseRequest) -> bytes | AsyncIterator[bytes] | None:
-    """The body: whole if it is small, otherwise as a stream; ``None`` if there is none."""
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    if not request.body_exists:
-        return None
-    length = request.content_length
-    if length is not None and length <= _HELD:
-        try:
+async def _content(request: web.BaseRequest, seconds: float) -> bytes | AsyncIterator[bytes] | None:
+    """
+    The body: whole if it is small, within *seconds*; otherwise as a stream; ``None`` if there is
+    none.
+    """
+    try:
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not request.body_exists:
+            return None
+        length = request.content_length
+        if length is None or length > _HELD:
+            return _parts(request)
+        async with asyncio.timeout(seconds):
             return await request.read()
-        except (ConnectionError, web.RequestPayloadError) as exc:
-            raise _incomplete() from exc
-    return _parts(request)
+    except (ConnectionError, web.RequestPayloadError, TimeoutError) as exc:
+        raise _incomplete() from exc
 
 
 async def _parts(request: web.BaseRequest) -> AsyncIterator[bytes]:
@@ -202,11 +219,8 @@ def error_reply(exc: Rejected | HsmTollError) -> web.Response:
     503: neither the request nor Customs is at fault, and trying later may help.
     """
     status = exc.status if isinstance(exc, Rejected) else _status(exc)
-    body = {
-        "error": exc.code,
-        "error_description": sanitized(exc),
-        "hint": sanitized(exc.hint or ""),
-    }
+    hint = (exc.hint or "").replace("\n", "; ")
+    body = {"error": exc.code, "error_description": sanitized(exc), "hint": sanitized(hint)}
     headers = {"Hsmtoll-Error": exc.code, "Cache-Control": "no-store", "Server": "hsmtoll"}
     wait = None if isinstance(exc, Rejected) else exc.retry_after
     if wait is not None or status == 503:

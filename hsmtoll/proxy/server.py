@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import signal
@@ -27,7 +28,7 @@ from hsmtoll.proxy.forward import Forwarder, error_reply
 from hsmtoll.proxy.measures import Measures
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from hsmtoll.client import AsyncTollClient
     from hsmtoll.settings import LocalProxy
@@ -37,6 +38,14 @@ __all__ = ["serve"]
 _log = logging.getLogger("hsmtoll.proxy")
 
 _LISTEN: Final = "HSMTOLL_LOCAL_PROXY__LISTEN"
+
+#: Connections at once. Further ones take the place of the one that has been without a request
+#: longest.
+_CONNECTIONS: Final = 512
+#: Seconds for the headers of a request to come, and between two requests.
+_IDLE_TIMEOUT: Final = 60.0
+#: Seconds at the end for the last bytes of answers.
+_LINGER: Final = 1.0
 
 
 def serve(
@@ -53,17 +62,28 @@ def serve(
     the proxy cannot listen or *settings* do not fit together. Returns 0.
     """
     given = [each.socket for each in system.given_sockets()]
+    for each in given:
+        _check_local(each)
     listening = given or [_listen(settings.listen)]
-    # The service manager's own sockets stay.
-    made = [] if given else [each.getsockname() for each in listening if _is_unix(each)]
     try:
-        asyncio.run(_Proxy(client, settings, listening).run(grace, ready))
+        with contextlib.ExitStack() as made:
+            # The service manager's own sockets stay.
+            if not given and _is_unix(listening[0]):
+                made.callback(Path(listening[0].getsockname()).unlink, missing_ok=True)
+            asyncio.run(_Proxy(client, settings, listening).run(grace, ready, made.close))
     finally:
-        for path in made:
-            Path(path).unlink(missing_ok=True)
         for each in listening:
             each.close()
     return 0
+
+
+def _check_local(given: socket.socket) -> None:
+    """ConfigurationError for a socket of the service manager that other machines reach."""
+    if not _is_unix(given) and not ipaddress.ip_address(given.getsockname()[0]).is_loopback:
+        raise ConfigurationError(
+            "LISTEN_FDS: a socket is not on the loopback",
+            hint="in the .socket unit: ListenStream=/PATH or 127.0.0.1:PORT",
+        )
 
 
 def _is_unix(listening: socket.socket) -> bool:
@@ -93,8 +113,10 @@ class _Proxy:
         self._admission = Admission(_hosts(listening), paths_by_prefix(settings.paths))
         self._measures = Measures(client.status)
 
-    async def run(self, grace: float, ready: Callable[[str], None]) -> None:
-        """Serve until a signal ends it."""
+    async def run(
+        self, grace: float, ready: Callable[[str], None], remove: Callable[[], object]
+    ) -> None:
+        """Serve until a signal ends it; *remove* then removes the file of a socket."""
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,9 +130,11 @@ class _Proxy:
             ready(", ".join(map(_shown, self._listening)))
             await ended.wait()
             system.notify("STOPPING=1")
+            # Before it is closed: until then no other proxy takes the path over.
+            remove()
             for each in servers:
                 each.close()
-            await server.shutdown(grace)
+            await server.drain(grace)
 
     async def _answer(self, forwarder: Forwarder, request: web.BaseRequest) -> web.StreamResponse:
         try:
@@ -127,7 +151,9 @@ class _Proxy:
     def _caller(self, request: web.BaseRequest) -> str:
         """Who asks, for the log. Raises Rejected for an account that may not."""
         connection = request.get_extra_info("socket")
-        if connection is None or not _is_unix(connection):
+        if connection is None:
+            raise Rejected(403, "caller-refused", "the caller has left", "call again")
+        if not _is_unix(connection):
             return "on the loopback"
         known = credentials(connection)
         if known is None or known[0] not in self._callers:
@@ -156,6 +182,16 @@ class _Proxy:
 class _Server(web.Server):
     """Connections with replies of ours to what is not HTTP, and bodies as they come."""
 
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
+        # Without cancellation, callers that have left would keep their turns.
+        super().__init__(self._served, handler_cancellation=True)
+        self._handler = handler
+        #: Connections without a request, in the order in which that began.
+        self._idle: dict[web.RequestHandler, None] = {}
+        self._ending = False
+        self._busy = 0
+        self._quiet = asyncio.Event()
+
     def __call__(self) -> web.RequestHandler:
         return _Handler(
             self,
@@ -163,7 +199,47 @@ class _Server(web.Server):
             access_log=_silent,
             logger=_silent,
             auto_decompress=False,
+            keepalive_timeout=_IDLE_TIMEOUT,
         )
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """Take the place of an idle connection where all are taken; close where none is idle."""
+        super().connection_made(handler, transport)
+        self._idle[handler] = None
+        if len(self.connections) > _CONNECTIONS:
+            next(iter(self._idle)).force_close()
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        """Forget a connection."""
+        super().connection_lost(handler, exc)
+        self._idle.pop(handler, None)
+
+    async def _served(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        self._idle.pop(connection, None)
+        self._busy += 1
+        try:
+            return await self._handler(request)
+        finally:
+            self._busy -= 1
+            if connection.transport is not None:
+                self._idle[connection] = None
+            if self._ending:
+                connection.close()
+                if not self._busy:
+                    self._quiet.set()
+
+    async def drain(self, grace: float) -> None:
+        """Close idle connections; give requests that have begun *grace* seconds."""
+        self._ending = True
+        for connection in tuple(self._idle):
+            connection.force_close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace if self._busy else 0):
+                await self._quiet.wait()
+        await self.shutdown(_LINGER)
 
 
 class _Handler(web.RequestHandler):
@@ -204,6 +280,9 @@ def _hosts(listening: list[socket.socket]) -> frozenset[str]:
             address, port = each.getsockname()[:2]
             literal = f"[{address}]" if ":" in address else address
             hosts.update(f"{name}:{port}" for name in (*names, literal))
+            if port == 80:
+                # Clients leave the default port out.
+                hosts.update((*names, literal))
     return frozenset(hosts)
 
 

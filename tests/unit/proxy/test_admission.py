@@ -52,6 +52,7 @@ def test_a_page_in_a_browser_is_not_served(headers: dict[str, str], code: str) -
         (f"{ROAD}/transport?x=../y", "road"),
         (f"{ROAD}/a%20b", "road"),
         (f"{ROAD}/a..b/.c/...", "road"),
+        (f"{ROAD}/a;b=..;c", "road"),
         ("/api/movement/road/status/v2/x", "road-query"),
         ("/api/movement/ferry/v1", "toll:movement/ferry"),
         ("/api/movement/ferry/v1/x?y", "toll:movement/ferry"),
@@ -74,6 +75,8 @@ def test_a_known_path_has_the_scope_of_its_api(path: str, scope: str) -> None:
         f"{ROAD}/%2E./other",
         f"{ROAD}/..%2fother",
         f"{ROAD}/..%5cother",
+        f"{ROAD}/..;/other",
+        f"{ROAD}/.%2e;x=y/other",
         f"{ROAD}/./x",
         f"{ROAD}\\..\\x",
         f"{ROAD}/x#y",
@@ -117,9 +120,45 @@ def test_headers_say_for_whom_the_token_is() -> None:
         "resource": "https://api.example",
         "authorization_details": [{"type": "x"}],
     }
-    headers["Hsmtoll-Authorization-Details"] = "{"
-    with pytest.raises(Rejected, match="not JSON"):
-        OPEN.target("GET", f"{ROAD}/x", headers)
+    for text in ("{", "[" * 8000, "NaN", '{"a": 1, "a": 2}'):
+        headers["Hsmtoll-Authorization-Details"] = text
+        with pytest.raises(Rejected, match="not JSON"):
+            OPEN.target("GET", f"{ROAD}/x", headers)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [("Hsmtoll-Consumer", "314159265")],
+        [("Hsmtoll-Consumer-Org", "314159265"), ("hsmtoll-consumer-org", "271828182")],
+    ],
+)
+def test_a_header_that_says_unclearly_for_whom_it_is_does_not_pass(
+    given: list[tuple[str, str]],
+) -> None:
+    with pytest.raises(Rejected) as caught:
+        OPEN.target("GET", f"{ROAD}/x", CIMultiDict(given))
+    assert (caught.value.status, caught.value.code) == (400, "usage")
+
+
+@pytest.mark.parametrize("path", ["/api/none", f"{ROAD}/../x", f"//{ROAD}"])
+def test_the_query_of_a_rejected_request_is_not_repeated(path: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        OPEN.target("GET", f"{path}?secret=1", CIMultiDict())
+    assert path in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_body_in_another_transfer_coding_does_not_pass() -> None:
+    OPEN.target("POST", f"{ROAD}/x", CIMultiDict({"Transfer-Encoding": "Chunked"}))
+    with pytest.raises(Rejected, match="transfer coding"):
+        OPEN.target("POST", f"{ROAD}/x", CIMultiDict({"Transfer-Encoding": "gzip, chunked"}))
+
+
+def test_a_callers_path_makes_no_label_of_the_metrics() -> None:
+    admission = Admission(None, {"/api/own": "toll:own"})
+    targets = [admission.target("GET", f"/api/own/{each}", CIMultiDict()) for each in range(3)]
+    assert {each.api.name for each in targets} == {"/api/own"}
 
 
 def test_headers_of_the_connection_stay_behind_and_others_go_along_unchanged() -> None:
@@ -141,6 +180,9 @@ def test_headers_of_the_connection_stay_behind_and_others_go_along_unchanged() -
         ("/relative", "/relative"),
         ("https://api.toll.example.evil/x", "https://api.toll.example.evil/x"),
         ("https://elsewhere.example/x", "https://elsewhere.example/x"),
+        # As a path, it would be another host.
+        ("https://api.toll.example//evil.example", "https://api.toll.example//evil.example"),
+        ("https://[", "https://["),
     ],
 )
 def test_a_location_at_customs_leads_through_the_proxy(location: str, given: str) -> None:
@@ -159,3 +201,17 @@ def test_a_further_path_is_a_prefix_with_its_scope(word: str) -> None:
     }
     with pytest.raises(ConfigurationError):
         paths_by_prefix([word])
+
+
+def test_a_header_of_an_answer_is_left_out_only_for_a_control_character() -> None:
+    raw = [(b"Server", b"x"), (b"X-A", b"a\x1b[31m"), (b"X-B", b"b\tc")]
+    assert response_headers(raw, "/a\x01", "https://api.toll.example") == [
+        ("Server", "x"),
+        ("X-B", "b\tc"),
+    ]
+
+
+@pytest.mark.parametrize(("raw", "text"), [("æ".encode(), "æ"), ("æ".encode("latin-1"), "æ")])
+def test_a_letter_beyond_ascii_stays_that_letter(raw: bytes, text: str) -> None:
+    headers = response_headers([(b"Server", b"x"), (b"X-A", raw)], None, "https://x")
+    assert headers == [("Server", "x"), ("X-A", text)]
