@@ -93,7 +93,7 @@ class App:
 
     @made_once
     def endpoints(self) -> Endpoints:
-        """Of Maskinporten and Customs. ConfigurationError if not set."""
+        """The endpoints of Maskinporten and Customs. ConfigurationError if not set."""
         return configured.endpoints(self.settings)
 
     @made_once

@@ -263,7 +263,7 @@ def _not_kept(lost: Sequence[bytes], known: Sequence[Certificate], hint: str) ->
     names = {each.der: each.subject for each in known}
     gone = "; ".join(dict.fromkeys(names.get(der, "another certificate") for der in lost))
     return DeviceError(
-        "key import: the device took the certificates and does not have all of them: it lacks"
+        "key import: the device accepted the certificates and does not have all of them; missing:"
         f" {sanitized(gone)}",
         hint=hint,
         code="certificate-lost",
@@ -361,7 +361,9 @@ def _name(parts: Iterable[tuple[str, str, str | None]]) -> Any:
         # RFC 5280 appendix A: these two are PrintableString; all else is UTF-8.
         form = "printable_string" if kind in ("country_name", "serial_number") else "utf8_string"
         if form == "printable_string" and not _PRINTABLE.fullmatch(value):
-            raise UsageError(f"{option}: letters a to z, digits, blanks and '()+,-./:=? alone")
+            raise UsageError(
+                f"{option}: only letters a to z, digits, blanks and '()+,-./:=? are allowed"
+            )
         held = _String(name=form, value=value)
         pair = _Pair({"type": kind, "value": held})
         relative.append(_Relative([pair]))
@@ -377,7 +379,7 @@ def _leaf(
         raise CertificateError(
             f"key import: none of the {len(given)} certificates belongs to a key on the device"
             + "".join(f"; {each.where} cannot be read: {each.why}" for each in unreadable[:3]),
-            hint="a certificate fits the key whose request (hsmtoll key csr) it was ordered with; "
+            hint="a certificate belongs to the key that signed its request (hsmtoll key csr); "
             "`hsmtoll objects` lists the keys",
             code="certificate-foreign",
             who="you",

@@ -50,7 +50,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt, Terminated) as exc:
         return ended_by_signal(exc) or INTERRUPTED
     except StdoutClosed:
-        # It has read what it wanted, as `head` does; there is nobody to tell.
+        # EPIPE: the reader, such as `head`, has read enough.
         return 0
     except Exception as exc:  # noqa: BLE001 - the last line of defence keeps secrets in
         ended = ended_by_signal(exc)

@@ -221,7 +221,7 @@ def _header(line: str) -> tuple[str, str]:
     if not colon or not _TOKEN.fullmatch(name) or not line.isprintable() or not line.isascii():
         raise UsageError("--header: NAME: VALUE is expected, in ASCII")
     if name.lower() in _FORBIDDEN_HEADERS:
-        raise UsageError(f"--header {name}: hsmtoll sets it itself, or never")
+        raise UsageError(f"--header {name}: cannot be set")
     return name, value.strip()
 
 
@@ -340,7 +340,7 @@ def upload(
     needs=NEEDS_ACCESS,
     examples=("hsmtoll routing --marker routing.marker", "hsmtoll routing --limit 10"),
 )
-@click.option("--marker", type=PATH, metavar="FILE", help="How far the feed was taken; written.")
+@click.option("--marker", type=PATH, metavar="FILE", help="Position in the feed: read and updated.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Signals at most.")
 @click.option("--level", type=click.Choice(["house-consignment", "transport"]),
               default="house-consignment", help="Default: house-consignment.")  # fmt: skip
@@ -378,10 +378,10 @@ def routing(
 
 
 def _check_file(file: str) -> None:
-    """UsageError for a name that cannot be sent, and for what would be waited for without end."""
+    """UsageError for an unprintable name, or if not a regular file: a pipe could block for ever."""
     if not Path(file).name.isprintable():
-        raise UsageError(f"upload of {sanitized(file)}: the name has characters that are no text")
-    # What cannot be looked at cannot be read either, and is told then.
+        raise UsageError(f"upload of {sanitized(file)}: the name has unprintable characters")
+    # An OSError is reported when the file is opened.
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(Path(file).stat().st_mode):
             raise UsageError(f"upload of {sanitized(file)}: not a regular file")

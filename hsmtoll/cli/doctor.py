@@ -48,16 +48,15 @@ def doctor(
     """
     Check settings, device, certificates and services.
 
-    Each step is checked if the one before it is right. Exits with 0, or with the code of the
-    first failure. Nothing is sent without --online, and nothing signed without --sign or
-    --online; whether Maskinporten trusts the issuer of
-    the certificate shows only with it.
+    Checks that depend on a failed one are skipped. Exits with 0, or with the code of the first
+    failure. Without --online nothing is sent, and without --sign or --online nothing is signed.
+    Only --online shows whether Maskinporten trusts the issuer of the certificate.
     """
     try:
         app = options.app()
     except ConfigurationError as exc:
         if evidence:
-            # It would show an auditor settings that nobody has made.
+            # The evidence would list defaults as if they were the settings.
             raise
         report = checks.report_settings_error(exc)
     else:

@@ -84,12 +84,12 @@ def exchange(options: GlobalOptions, *, as_json: bool) -> None:
             hint="hsmtoll sign road | hsmtoll exchange",
         )
     raw = read_stdin("exchange", _LARGEST_ASSERTION + 1)
-    handed = OneTimeAssertion(raw.decode("ascii", "replace").strip(), audience=audience)
+    assertion = OneTimeAssertion(raw.decode("ascii", "replace").strip(), audience=audience)
     # Not rate-limited here: the signature was counted where it was made.
     limit = RateLimit(MemoryStore(), app.clock, per_hour=1)
-    renewal = replace(app.renewal_by(handed), rate_limit=limit, per_request=1)
+    renewal = replace(app.renewal_by(assertion), rate_limit=limit, per_request=1)
     token = renewal.renew(
-        TokenRequest(handed.scope), PendingRenewal(app.clock.now().boot, NO_REQUIREMENTS)
+        TokenRequest(assertion.scope), PendingRenewal(app.clock.now().boot, NO_REQUIREMENTS)
     )
     if as_json:
         print_json(

@@ -207,7 +207,7 @@ def _audit_place(options: GlobalOptions, path: Path | None) -> Path:
 @click.option(
     "--since", type=_date_time, metavar="WHEN", help="2026-11-01 or 2026-11-01T08:00:00, UTC."
 )
-@click.option("--until", type=_date_time, metavar="WHEN", help="Up to, and without, that moment.")
+@click.option("--until", type=_date_time, metavar="WHEN", help="Records before WHEN.")
 @click.option("--json", "as_json", is_flag=True, help="The records whole, for a program.")
 @click.argument("path", type=click.Path(path_type=Path, exists=True), required=False)
 @click.pass_obj
@@ -249,7 +249,7 @@ def stop(options: GlobalOptions) -> None:
     """
     Stop the signing host before its next signature, until resume.
 
-    A file says so, beside the policy; a host that is started later is stopped as well.
+    Creates the stop file, by default beside the policy. It also stops a host that starts later.
     """
     path = stop_file(options.settings())
     click.echo(f"stopped: {path}" if emergency_stop.stop(path) else f"stopped already: {path}")

@@ -1,5 +1,5 @@
 """
-The effects of faults on a request: what waits, replaces the reply, spoils it or its transmission.
+The effects of faults on a request: a wait, another reply, a corrupted reply or transmission.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.faults import Fault
     from hsmtoll.sandbox.services import Request
 
-__all__ = ["Gates", "instead", "send", "spoiled"]
+__all__ = ["Gates", "corrupted", "replacement", "send"]
 
 _HTML: Final = b"<html><head><title>Gateway</title></head><body><h1>Sorry</h1></body></html>\n"
 _TEXT_HTML: Final = {"Content-Type": "text/html"}
@@ -60,8 +60,8 @@ _REPLIES: Final[Mapping[str, Reply]] = {
 }
 
 
-def instead(fault: Fault | None, request: Request) -> Reply | None:
-    """The reply that replaces the real one, whose request then has no effect; None for none."""
+def replacement(fault: Fault | None, request: Request) -> Reply | None:
+    """The reply of a fault that replaces the real one; the request then has no effect."""
     if fault is None:
         return None
     match fault.name:
@@ -77,8 +77,8 @@ def instead(fault: Fault | None, request: Request) -> Reply | None:
     return _REPLIES.get(fault.name)
 
 
-def spoiled(fault: Fault | None, reply: Reply) -> Reply:
-    """The real reply, with a wrong value where the fault says so."""
+def corrupted(fault: Fault | None, reply: Reply) -> Reply:
+    """The real reply, with the wrong value of the fault, if it has one."""
     if fault is None or reply.status != 200 or fault.name not in {"newline-token", "expires-in"}:
         return reply
     try:

@@ -22,7 +22,7 @@ NAMES: Final[Mapping[str, str]] = {
     "reset-after": "the request takes effect, then the connection is reset instead of an answer",
     "slow": "the answer waits; seconds=2",
     "drip": "the body comes one byte at a time; seconds=0.05 between two",
-    "truncated": "half of the announced body, then the end",
+    "truncated": "half of the announced body, then the connection ends",
     "endless": "a body that never ends",
     "html": "200 with an HTML page",
     "429": "throttled, no Retry-After",
@@ -46,7 +46,7 @@ _STANDING: Final = frozenset({"refuse", "clock"})
 
 @dataclass(slots=True, eq=False)
 class Fault:
-    """One switch. *times*: how many requests it still hits (None: all); *after*: how many pass."""
+    """A fault in force. *times*: requests it still hits (None: all); *after*: that pass before."""
 
     name: str
     endpoint: str = "*"
@@ -56,18 +56,18 @@ class Fault:
     seen: int = 0
 
     def hits(self, endpoint: str, path: str) -> bool:
-        """Whether this request is meant."""
+        """Whether the fault applies to this request."""
         if self.endpoint.startswith("/"):
             return path.startswith(self.endpoint)
         return self.endpoint in ("*", endpoint)
 
     def seconds(self, default: float) -> float:
-        """The option of that name."""
+        """The option `seconds`."""
         return float(self.options.get("seconds", default))
 
 
 class Faults:
-    """The switches, safe to set from any thread while the server runs."""
+    """The faults in force. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -83,9 +83,9 @@ class Faults:
         **options: Any,
     ) -> Fault:
         """
-        Switches a fault on; ValueError for an unknown name or endpoint.
+        Set a fault; ValueError for an unknown name or endpoint.
 
-        *after* requests pass before it strikes, then *times* are hit (None: all).
+        The first *after* requests pass, the next *times* are hit (None: all).
         """
         if name not in NAMES:
             near = did_you_mean(name, NAMES, f"there are: {', '.join(NAMES)}")
@@ -102,17 +102,17 @@ class Faults:
         return fault
 
     def clear(self) -> None:
-        """Switches all off."""
+        """Clear all faults."""
         with self._lock:
             self._all.clear()
 
     def active(self) -> list[Fault]:
-        """The switches that are on."""
+        """The faults in force."""
         with self._lock:
             return list(self._all)
 
     def take(self, endpoint: str, path: str) -> Fault | None:
-        """The fault that this request meets, counted down. The first that was set wins."""
+        """The fault that hits this request, counted down. The first that was set wins."""
         with self._lock:
             for fault in self._all:
                 if fault.name in _STANDING or not fault.hits(endpoint, path):
@@ -128,7 +128,7 @@ class Faults:
         return None
 
     def standing(self, name: str, endpoint: str) -> Fault | None:
-        """The lasting fault of that name at *endpoint*."""
+        """The fault *name* (refuse, clock) in force at *endpoint*: it lasts until cleared."""
         with self._lock:
             found = [
                 one for one in self._all if one.name == name and one.endpoint in ("*", endpoint)

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from hsmtoll.sandbox.admin import Admin, read_body
-from hsmtoll.sandbox.fault_effects import Gates, instead, send, spoiled
+from hsmtoll.sandbox.fault_effects import Gates, corrupted, replacement, send
 from hsmtoll.sandbox.faults import Fault, Faults
 from hsmtoll.sandbox.pki import Authority, issue_tls, pem, tls_authority
 from hsmtoll.sandbox.rules import TABLE
@@ -98,7 +98,7 @@ class Sandbox:
         self._sites: dict[str, web.TCPSite] = {}
         self._tls: ssl.SSLContext | None = None
         self._gates = Gates()
-        self._admin = Admin(self.state, self.faults, self.admin_secret, self._listen_or_not)
+        self._admin = Admin(self.state, self.faults, self.admin_secret, self._apply_refusals)
         self._services = Services(chosen, self.state, clock)
         self._services.offset = self._offset
         for authority in trust:
@@ -130,7 +130,7 @@ class Sandbox:
 
     @property
     def admin(self) -> str:
-        """The origin of the admin endpoint; it wants ``Authorization: Bearer <admin_secret>``."""
+        """The admin endpoint's origin; it requires ``Authorization: Bearer <admin_secret>``."""
         return f"https://{self._names[0]}:{self._ports['admin']}"
 
     @property
@@ -254,7 +254,7 @@ class Sandbox:
     def refresh(self) -> None:
         """Close or reopen the ports after ``refuse`` faults were set or cleared."""
         if self._loop is not None and self._thread is not None:
-            asyncio.run_coroutine_threadsafe(self._listen_or_not(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._apply_refusals(), self._loop).result()
 
     def fault(
         self,
@@ -331,7 +331,7 @@ class Sandbox:
         self._sites[side] = site
         self._ports[side] = int(runner.addresses[0][1])
 
-    async def _listen_or_not(self) -> None:
+    async def _apply_refusals(self) -> None:
         closed = {
             "maskinporten": ("token", "metadata", "jwk", "health"),
             "customs": ("exchange", "api"),
@@ -372,7 +372,7 @@ class Sandbox:
         ids = {"X-CorrelationID": str(uuid.uuid4()), "x-request-id": str(uuid.uuid4())}
         if fault:
             await self._delay(fault)
-        early = instead(fault, asked)
+        early = replacement(fault, asked)
         with self.state.lock:
             reply = early or answer(asked)
             kind = {"token": "grant", "exchange": "exchange", "api": "call"}.get(endpoint)
@@ -384,7 +384,7 @@ class Sandbox:
                 self.state.received.append(shown)
             if fault and fault.name == "401" and endpoint == "api":
                 self.state.dead_tokens.add(headers.get("authorization", "").partition(" ")[2])
-        reply = spoiled(fault, reply)
+        reply = corrupted(fault, reply)
         extra = {"Date": formatdate(self._services.now(endpoint), usegmt=True)}
         if endpoint in {"exchange", "api"} and "T26" not in self.settings.without:
             extra |= ids

@@ -1,5 +1,5 @@
 """
-The two services as one function from request to reply; sockets and faults are the server's.
+Maskinporten and Customs as functions from request to reply; `server` has sockets and faults.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Reply:
 
 
 def json_reply(status: int, content: object, headers: Mapping[str, str] | None = None) -> Reply:
-    """A JSON body."""
+    """A reply with a JSON body."""
     body = json.dumps(content).encode()
     return Reply(status, body, {"Content-Type": "application/json", **(headers or {})})
 

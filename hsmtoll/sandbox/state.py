@@ -25,7 +25,7 @@ __all__ = [
     "Submission",
 ]
 
-#: Norwegian scopes; each has a twin below ``toll:eu/`` unless it is in `_NO_TWIN`.
+#: Norwegian scopes; each has an eSeal scope below ``toll:eu/`` unless in `_NORWEGIAN_ONLY`.
 _NORWEGIAN: Final = (
     "toll:movement/road/v2",
     "toll:movement/air",
@@ -36,9 +36,9 @@ _NORWEGIAN: Final = (
     "toll:declaration.feed",
     "toll:movement/maritimessnn",
 )
-_NO_TWIN: Final = frozenset({"toll:declaration.feed", "toll:movement/maritimessnn"})
+_NORWEGIAN_ONLY: Final = frozenset({"toll:declaration.feed", "toll:movement/maritimessnn"})
 _FOREIGN: Final = tuple(
-    scope.replace("toll:", "toll:eu/", 1) for scope in _NORWEGIAN if scope not in _NO_TWIN
+    scope.replace("toll:", "toll:eu/", 1) for scope in _NORWEGIAN if scope not in _NORWEGIAN_ONLY
 )
 SELF_TEST: Final = "digdir:verksemd.eu"
 CUSTOMS_SCOPES: Final = frozenset((*_NORWEGIAN, *_FOREIGN))

@@ -111,8 +111,8 @@ _COUNTED: Final = frozenset(("open_sessions",))
 _COUNT_LOW, _FINAL_TRY, _LOCKED = 0x10000, 0x20000, 0x40000
 _LOGIN_REQUIRED, _INITIALIZED = 0x4, 0x400
 
-#: Name of a fault → members of the shim's control that it sets, the one that starts it last; a text
-#: stands for a value that depends on an option.
+#: Name of a fault → members of the shim's control that it sets; the last one starts it. A string
+#: names the option that gives the value.
 _SETS: Final[Mapping[str, Mapping[str, int | str]]] = {
     "pin-wrong": {"pin_wrong": 1},
     "pin-count-low": {"pin_flags": _COUNT_LOW},
@@ -155,7 +155,7 @@ _SETS: Final[Mapping[str, Mapping[str, int | str]]] = {
     "session-exclusive": {"exclusive_answer": "rv"},
     "object-replaced": {"replaces": 1},
 }
-#: What the shim itself sets while these faults last.
+#: Name of a fault → members that the shim itself sets while the fault lasts.
 _SET_BY_SHIM: Final = {"pin-last-try": ("pin_flags",), "rate": ("rate_next_ms",)}
 
 
@@ -184,7 +184,7 @@ class Faults:
         return self._directory / "shim.so"
 
     def environ(self) -> dict[str, str]:
-        """The variable that puts the shim in the way."""
+        """The variable that selects the shim instead of the real module."""
         return {"HSMTOLL_HSM__MODULE": str(self.module)}
 
     def __enter__(self) -> Self:
@@ -208,7 +208,7 @@ class Faults:
         trace: TracebackType | None,
     ) -> None:
         if self._memory is not None:
-            # The module stays loaded in this process: from now on it is the real one's mirror.
+            # The shim stays loaded in this process: without faults it only forwards calls.
             self.clear()
             self._memory.close()
             self._memory = None
@@ -256,7 +256,7 @@ class Faults:
         label: str = "",
         attribute: int = 0x202,
     ) -> None:
-        """Let *name* happen from now on; UsageError for a fault or a function that is none."""
+        """Set the fault *name*; UsageError for an unknown fault or function."""
         _check(name)
         if function not in FUNCTIONS:
             raise UsageError(f"fault {name}: PKCS#11 has no function {function}")
@@ -285,9 +285,9 @@ class Faults:
 
     def clear(self, name: str | None = None) -> None:
         """
-        End *name*, or everything; UsageError for a fault that is none.
+        Clear the fault *name*, or all faults; UsageError for an unknown one.
 
-        What happens once (session-lost, …) cannot be undone.
+        A fault that happens once (session-lost, …) cannot be undone.
         """
         if name is not None:
             _check(name)

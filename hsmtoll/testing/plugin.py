@@ -51,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @contextlib.contextmanager
-def _the_sandbox() -> Iterator[None]:
-    """What is imported within is, or needs, the sandbox: an extra."""
+def _sandbox_extra() -> Iterator[None]:
+    """Fail the test with a hint if an import within needs the extra `sandbox`."""
     try:
         yield
     except ImportError as exc:
@@ -71,7 +71,7 @@ def toll_softhsm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SoftHsm]:
     device = SoftHsm.create(tmp_path_factory.mktemp("toll") / "softhsm")
     before = os.environ.get("SOFTHSM2_CONF")
     os.environ["SOFTHSM2_CONF"] = str(device.conf)
-    _loaded_again(device.module)
+    _reinitialize(device.module)
     yield device
     if before is None:
         del os.environ["SOFTHSM2_CONF"]
@@ -92,21 +92,21 @@ def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
     """
     Faults of the device by name, and counts of what it was asked, from zero for each test.
 
-    The shim is in the way of `toll_settings` and `toll_client` where the test asks for it.
+    `toll_settings` and `toll_client` use the shim as their module in a test with this fixture.
     """
-    # One library under two names: whichever was used is let go of before the other is.
-    _loaded_again(toll_softhsm.module)
+    # One library under two names: end the use of one before the other is used.
+    _reinitialize(toll_softhsm.module)
     toll_softhsm.settle()
     _toll_shim.reset_counts()
     yield _toll_shim
     _toll_shim.clear()
-    _loaded_again(_toll_shim.module)
+    _reinitialize(_toll_shim.module)
 
 
 @pytest.fixture(scope="session")
 def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
     """A foreign business with an eSeal: key, chain of three and an unrelated CA on the device."""
-    with _the_sandbox():
+    with _sandbox_extra():
         from hsmtoll.testing.identity import eseal
 
     return eseal(toll_softhsm)
@@ -115,7 +115,7 @@ def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
 @pytest.fixture(scope="session")
 def toll_norwegian(toll_softhsm: SoftHsm) -> ThrowAway:
     """A Norwegian business with an enterprise certificate for test."""
-    with _the_sandbox():
+    with _sandbox_extra():
         from hsmtoll.testing.identity import norwegian
 
     return norwegian(toll_softhsm)
@@ -123,7 +123,7 @@ def toll_norwegian(toll_softhsm: SoftHsm) -> ThrowAway:
 
 @pytest.fixture
 def toll_clock() -> SettableClock:
-    """A clock that stands still until it is moved, for the client and for the services alike."""
+    """A clock that stands still until a test advances it, for the client and the services."""
     from hsmtoll.testing.clock import SettableClock
 
     return SettableClock.at_real_time()
@@ -134,10 +134,10 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """
     A strict Maskinporten and Customs on free ports of this machine.
 
-    It trusts and knows the identities that the test asks for as fixtures. If the test asks
-    for `toll_clock` as well, that is its clock.
+    It trusts and knows the identities that the test requests as fixtures. If the test requests
+    `toll_clock` as well, that is its clock.
     """
-    with _the_sandbox():
+    with _sandbox_extra():
         from hsmtoll.sandbox.server import Sandbox
         from hsmtoll.testing.identity import ThrowAway, register_identity
 
@@ -199,8 +199,8 @@ def toll_client(toll_settings: Settings, request: pytest.FixtureRequest) -> Iter
         yield client
 
 
-def _loaded_again(module: Path) -> None:
-    """If this process has used the module already, let it read SOFTHSM2_CONF anew."""
+def _reinitialize(module: Path) -> None:
+    """Reinitialize *module*, if this process has used it, so that it reads SOFTHSM2_CONF again."""
     import sys
 
     if "hsmtoll.hsm.module" in sys.modules:
@@ -208,5 +208,5 @@ def _loaded_again(module: Path) -> None:
 
         with PKCS11_LOCK.held(60):
             restart(module)
-            # What an earlier test had to start again is no reason to start nothing in this one.
+            # Restarts in earlier tests must not delay a restart in this one.
             _ended.clear()

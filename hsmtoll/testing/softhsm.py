@@ -242,7 +242,7 @@ def _run(argv: list[str], environment: dict[str, str], stdin: str = "") -> str:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise DeviceError(
             f"SoftHSM: {Path(argv[0]).name} failed with {done.returncode}, "
-            f"{sanitized(last[0]) if last else 'without a word'}",
+            f"{sanitized(last[0]) if last else 'with no output'}",
             code="softhsm",
         )
     return done.stdout
