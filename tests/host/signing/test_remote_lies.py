@@ -532,7 +532,10 @@ def test_a_host_of_another_account_is_known_by_the_directory_that_root_gave_it(
     tmp_path: Path,
 ) -> None:
     """Root makes the directory and gives it away; in /tmp anybody could have made it."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as top, tempfile.TemporaryDirectory() as loose:
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as top,
+        tempfile.TemporaryDirectory(dir="/tmp") as loose,
+    ):
         given, taken = Path(top) / "given", Path(loose)
         Path(top).chmod(0o755)
         given.mkdir(0o755)
