@@ -47,9 +47,6 @@ _log = logging.getLogger("hsmtoll.proxy")
 #: Larger ones are streamed.
 _HELD: Final = 256 * 1024
 
-#: The status in log and metrics of a request whose caller left before the end of the answer.
-_LEFT: Final = 499
-
 
 class Forwarder:
     """Sends admitted requests to Customs, `CONNECTIONS` at once; the others wait for their turn."""
@@ -96,9 +93,6 @@ class Forwarder:
             response, note = await self._forward(request, target)
         except (Rejected, HsmTollError) as exc:
             response, note = error_reply(exc), f", {exc.code}: {sanitized(exc)}"
-        except asyncio.CancelledError:
-            self._note(request, label, _LEFT, began, f"{caller}, which has left")
-            raise
         self._note(request, label, response.status, began, f"{caller}{note}")
         return response
 

@@ -183,8 +183,9 @@ class _Server(web.Server):
     """Connections with replies of ours to what is not HTTP, and bodies as they come."""
 
     def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
-        # Without cancellation, callers that have left would keep their turns.
-        super().__init__(self._served, handler_cancellation=True)
+        # A request goes on when its caller leaves: a cancelled one may leave its connection taken
+        # in the pool of the HTTP client, and nobody would learn what Customs answered.
+        super().__init__(self._served)
         self._handler = handler
         #: Connections without a request, in the order in which that began.
         self._idle: dict[web.RequestHandler, None] = {}

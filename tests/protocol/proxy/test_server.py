@@ -178,29 +178,6 @@ def test_the_end_does_not_wait_longer_than_it_is_given() -> None:
     asyncio.run(run())
 
 
-def test_a_caller_that_leaves_ends_its_request() -> None:
-    async def run() -> None:
-        begun, cancelled = asyncio.Event(), asyncio.Event()
-
-        async def handler(_: web.BaseRequest) -> web.Response:
-            begun.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cancelled.set()
-            raise AssertionError
-
-        async with serving(handler) as (one, connected):
-            _, writer = await connected(GET)
-            await begun.wait()
-            writer.close()
-            await cancelled.wait()
-            assert one._busy == 0
-            assert not one._idle
-
-    asyncio.run(run())
-
-
 @pytest.mark.parametrize(
     ("address", "taken"),
     [("127.0.0.1", True), ("0.0.0.0", False)],  # noqa: S104 - refused
