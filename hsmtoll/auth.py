@@ -1,5 +1,5 @@
 """
-Auth for httpx and httpx2, sync and async: the bearer token on requests to Customs' origin alone.
+Auth for httpx and httpx2, sync and async: the bearer token on requests to Customs' origin only.
 
 Tokens are obtained elsewhere; the assertion and Maskinporten's token are not used here.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hsmtoll.token import AccessToken, TokenRequest
     from hsmtoll.tokens.token_service import TokenService
 
-__all__ = ["AsyncTollAuth", "TollAuth", "for_both"]
+__all__ = ["AsyncTollAuth", "TollAuth", "with_httpx2"]
 
 _log = logging.getLogger("hsmtoll.client")
 
@@ -34,8 +34,8 @@ _Kind = TypeVar("_Kind", bound="TollAuth")
 
 class TollAuth(httpx.Auth):
     """
-    Authentication for httpx.Client and httpx.AsyncClient; of `for_both`, for those of httpx2 too.
-    Raises what `TollClient.token` raises.
+    Authentication for httpx.Client and httpx.AsyncClient, and with `with_httpx2` for those of
+    httpx2. Raises as `TollClient.token`.
     """
 
     #: Types of a body that can be sent again; a streamed one is consumed.
@@ -45,7 +45,7 @@ class TollAuth(httpx.Auth):
         self._token_service = token_service
         self._request = request
         self._customs = httpx.URL(token_service.endpoints.customs)
-        # httpx lower-cases both and leaves a default port out.
+        # httpx lower-cases both and omits a default port.
         self._origin = self._customs.scheme, self._customs.netloc
 
     def _check(self, request: httpx.Request) -> None:
@@ -54,8 +54,8 @@ class TollAuth(httpx.Auth):
         if (url.scheme, netloc) != self._origin:
             raise ConfigurationError(
                 f"call to {sanitized(request.url.host)}: "
-                f"the token is for {self._customs.host} alone",
-                hint="use a client of your own for other hosts",
+                f"the token is for {self._customs.host} only",
+                hint="use another client for other hosts",
                 code="foreign-origin",
             )
         given, host = request.headers.get("authorization"), request.headers.get("host", "")
@@ -129,7 +129,7 @@ class AsyncTollAuth(TollAuth):
     """As TollAuth; returned by `AsyncTollClient.auth`."""
 
 
-def for_both(kind: type[_Kind]) -> type[_Kind]:
+def with_httpx2(kind: type[_Kind]) -> type[_Kind]:
     """
     *kind*, also for the clients of httpx2 if that is installed: each library takes only subclasses
     of its own Auth. Both read the flows by the same attributes of a request and a response.

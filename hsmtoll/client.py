@@ -1,8 +1,8 @@
 """
 TollClient and AsyncTollClient: tokens and calls to Customs, for threads and for tasks.
 
-What both do stands once in their common base, which hands what is to be sent to one of them; the
-sequences of requests are in customs. PKCS#11, environment variables and argv are not used here.
+Their common base has the code that does not depend on threads or tasks; the sequences of requests
+are in customs. PKCS#11, environment variables and argv are not used here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 import httpx
 
 from hsmtoll import apis
-from hsmtoll.auth import AsyncTollAuth, TollAuth, for_both
+from hsmtoll.auth import AsyncTollAuth, TollAuth, with_httpx2
 from hsmtoll.customs.conversation import NoResponse, Receipt, arun_conversation, run_conversation
 from hsmtoll.customs.errors import no_response_error
 from hsmtoll.customs.limits import (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncTollClient", "TollClient"]
 
-# The results for threads; for tasks, httpx.AsyncClient and coroutines of the same results.
+# For threads, results; for tasks, httpx.AsyncClient and coroutines of the same results.
 _HttpxClient = TypeVar("_HttpxClient", httpx.Client, httpx.AsyncClient)
 _Token = TypeVar("_Token")
 _Response = TypeVar("_Response")
@@ -71,13 +71,13 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
 
     def _forget_connections(self) -> None:
         # A forked child can neither use nor close the TLS connections of its parent.
-        # By API and event loop: connections belong to the loop that they were made in.
+        # By API and event loop: connections belong to the loop in which they were opened.
         self._pools: dict[tuple[str, int], tuple[_HttpxClient, Any]] = {}
         self._open_clients: list[_HttpxClient] = []
 
     @property
     def token_service(self) -> TokenService:
-        """Where the tokens of this client come from; for this package's own use."""
+        """The service that obtains this client's tokens; internal."""
         return self._token_service
 
     def status(self) -> Status:
@@ -118,7 +118,9 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         httpx.Auth that puts the token on requests to Customs' own origin, and nowhere else. It is
         an httpx2.Auth as well where httpx2 is installed. *whom* as for `token`.
         """
-        return for_both(TollAuth)(self._token_service, self._token_service.request(scope, **whom))
+        return with_httpx2(TollAuth)(
+            self._token_service, self._token_service.request(scope, **whom)
+        )
 
     def api(self, name: str, *, scope: str | None = None, **whom: Unpack[ForWhom]) -> _HttpxClient:
         """
@@ -127,7 +129,7 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         """
         api = apis.named(name)
         if not api.base:
-            # One that is not ready says so.
+            # Raises for an API that is not available yet.
             api.scope(self._token_service.family)
             raise ConfigurationError(f"API {name}: a self-test at Maskinporten, nothing to call")
         return self._open(api, self.auth(scope or name, **whom))
@@ -144,9 +146,9 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         **request: Any,
     ) -> _Response:
         """
-        One call; the scope is found from *path*. With *scope*, *path* is any below Customs'
-        origin, whether the catalogue has it or not. For whom, as for `token`; other arguments as
-        for httpx.Client.request.
+        Send one request; the scope follows from *path*. With *scope*, *path* may be any path at
+        Customs' origin, even if the catalogue does not have it. *consumer_org*, *resource* and
+        *authorization_details* as for `token`, other arguments as for httpx.Client.request.
 
         Returns the complete response, of at most 64 MiB, within HSMTOLL_DEADLINE; the caller checks
         its status. Without a response: NetworkError for GET, HEAD, OPTIONS and for requests that
@@ -154,14 +156,14 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         limited; further calls wait.
         """
         api = apis.at(path) if scope else apis.api_of_path(path)
-        wanted = self._token_service.request(
+        token_request = self._token_service.request(
             scope or api.name,
             consumer_org=consumer_org,
             resource=resource,
             authorization_details=authorization_details,
         )
         url = f"{self._token_service.endpoints.customs}{path}"
-        return self._called(api, wanted, method, url, **request)
+        return self._called(api, token_request, method, url, **request)
 
     def submit(
         self,
@@ -187,8 +189,8 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
             now=lambda: self._token_service.clock.now().boot,
             accepted=accepted, waiting=waiting,
         )  # fmt: skip
-        wanted = self._token_service.request(scope or api, **whom)
-        return self._run_conversation(named, wanted, conversation)
+        token_request = self._token_service.request(scope or api, **whom)
+        return self._run_conversation(named, token_request, conversation)
 
     def upload(
         self, declaration_id: str, file: str | os.PathLike[str], *, document_type: str
@@ -202,11 +204,11 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
                 f"upload of {sanitized(path)}: cannot be read ({exc.strerror})"
             ) from exc
         conversation = upload(declaration_id, path.name, content, document_type)
-        wanted = self._token_service.request("document")
-        return self._run_conversation(apis.named("document"), wanted, conversation)
+        token_request = self._token_service.request("document")
+        return self._run_conversation(apis.named("document"), token_request, conversation)
 
     def _feed(self, marker: str | os.PathLike[str] | None) -> dict[str, Any]:
-        """What both feeds need beside the client and the level."""
+        """Arguments for `routing` and `arouting` besides the client and the level."""
         clock = self._token_service.clock
         return {
             "marker": Marker(None if marker is None else Path(marker)),
@@ -215,7 +217,7 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         }
 
     def _open(self, api: Api, auth: TollAuth | None = None) -> _HttpxClient:
-        """A client for *api*, closed with this one unless it is closed before."""
+        """A client for *api*, which is closed with this client at the latest."""
         made = self._new_client(f"{self._token_service.endpoints.customs}{api.base}", auth)
         self._open_clients = [each for each in self._open_clients if not each.is_closed]
         self._open_clients.append(made)
@@ -223,8 +225,8 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
 
     def _pool(self, api: Api, loop: int = 0) -> tuple[_HttpxClient, Any]:
         """One client for all calls to *api*, and a semaphore with a permit for each connection."""
-        # Where hundreds wait in the pool itself, it now and then closes a connection that it has
-        # just lent: that call would be lost, and a submission's fate unknown.
+        # If hundreds of calls wait in httpx's pool, it sometimes closes a connection that it has
+        # just assigned: that call would fail, and the outcome of a submission would be unknown.
         notice_fork()
         key = api.name, loop
         if key not in self._pools:
@@ -232,7 +234,7 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         return self._pools[key]
 
     def _release(self) -> list[_HttpxClient]:
-        """Close all but the connections; returns the clients that have them."""
+        """Close everything except the httpx clients, which are returned."""
         notice_fork()
         while self._refreshers:
             self._refreshers.pop().stop()
@@ -247,21 +249,21 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
 
     @abstractmethod
     def _new_client(self, base: str, auth: TollAuth | None) -> _HttpxClient:
-        """A client of httpx."""
+        """A new httpx client."""
 
     @abstractmethod
     def _limited(self, client: _HttpxClient) -> tuple[_HttpxClient, Any]:
-        """*client* with a limit for answers, and its semaphore."""
+        """*client* with a limit for the size of responses, and its semaphore."""
 
     @abstractmethod
     def _called(
-        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+        self, api: Api, token_request: TokenRequest, method: str, url: str, **request: Any
     ) -> _Response:
-        """The response, or the error for users where there is none."""
+        """The response. Without one, NetworkError or OutcomeUnknown."""
 
     @abstractmethod
     def _run_conversation(
-        self, api: Api, wanted: TokenRequest, conversation: Conversation
+        self, api: Api, token_request: TokenRequest, conversation: Conversation
     ) -> _Receipt:
         """The result of *conversation* with *api*."""
 
@@ -277,8 +279,8 @@ class TollClient(_Client[httpx.Client, AccessToken, httpx.Response, Receipt]):
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
     ) -> Iterator[tuple[Any, ...]]:
         """
-        Routing signals in batches; *marker* is the file that says how far they were taken, and
-        ``None`` none.
+        Routing signals in batches. *marker*: the file with the position up to which signals were
+        processed; ``None``: from the beginning, without a file.
         """
         with limit_response_size(self.api("routing")) as client:
             yield from routing(client, level, **self._feed(marker))
@@ -304,29 +306,30 @@ class TollClient(_Client[httpx.Client, AccessToken, httpx.Response, Receipt]):
         return limit_response_size(client), threading.Semaphore(CONNECTIONS)
 
     def _called(
-        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+        self, api: Api, token_request: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
         try:
-            return self._send(api, wanted, method, url, **request)
+            return self._send(api, token_request, method, url, **request)
         except NoResponse as exc:
             raise no_response_error(exc, api, method) from exc
 
     def _send(
-        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+        self, api: Api, token_request: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        client, turn = self._pool(api)
-        # One pool of connections serves all whom it is for.
-        request["auth"] = TollAuth(self._token_service, wanted)
-        with turn:
+        client, permit = self._pool(api)
+        # Requests for different organisations share the connections.
+        request["auth"] = TollAuth(self._token_service, token_request)
+        with permit:
             return send_with_deadline(
                 client, method, url, http_client=self._token_service.http_client, **request
             )
 
     def _run_conversation(
-        self, api: Api, wanted: TokenRequest, conversation: Conversation
+        self, api: Api, token_request: TokenRequest, conversation: Conversation
     ) -> Receipt:
-        ask, origin = partial(self._send, api, wanted), self._token_service.endpoints.customs
-        return run_conversation(conversation, ask, origin, self._token_service.clock.sleep)
+        send = partial(self._send, api, token_request)
+        origin = self._token_service.endpoints.customs
+        return run_conversation(conversation, send, origin, self._token_service.clock.sleep)
 
 
 class AsyncTollClient(
@@ -341,8 +344,8 @@ class AsyncTollClient(
 
     def auth(self, scope: str | None = None, **whom: Unpack[ForWhom]) -> AsyncTollAuth:
         """As TollClient.auth."""
-        wanted = self._token_service.request(scope, **whom)
-        return for_both(AsyncTollAuth)(self._token_service, wanted)
+        token_request = self._token_service.request(scope, **whom)
+        return with_httpx2(AsyncTollAuth)(self._token_service, token_request)
 
     async def routing(
         self, marker: str | os.PathLike[str] | None, *, level: str = "house-consignment"
@@ -355,7 +358,7 @@ class AsyncTollClient(
     async def aclose(self) -> None:
         """As TollClient.close."""
         for client in self._release():
-            # One that was used in a loop that is over has no connection left to close.
+            # If its event loop is closed, so are its connections.
             with contextlib.suppress(RuntimeError):
                 await client.aclose()
 
@@ -376,25 +379,26 @@ class AsyncTollClient(
         return alimit_response_size(client), asyncio.Semaphore(CONNECTIONS)
 
     async def _called(
-        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+        self, api: Api, token_request: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
         try:
-            return await self._send(api, wanted, method, url, **request)
+            return await self._send(api, token_request, method, url, **request)
         except NoResponse as exc:
             raise no_response_error(exc, api, method) from exc
 
     async def _send(
-        self, api: Api, wanted: TokenRequest, method: str, url: str, **request: Any
+        self, api: Api, token_request: TokenRequest, method: str, url: str, **request: Any
     ) -> httpx.Response:
-        client, turn = self._pool(api, id(running_loop()))
-        request["auth"] = AsyncTollAuth(self._token_service, wanted)
-        async with turn:
+        client, permit = self._pool(api, id(running_loop()))
+        request["auth"] = AsyncTollAuth(self._token_service, token_request)
+        async with permit:
             return await asend_with_deadline(
                 client, method, url, http_client=self._token_service.http_client, **request
             )
 
     async def _run_conversation(
-        self, api: Api, wanted: TokenRequest, conversation: Conversation
+        self, api: Api, token_request: TokenRequest, conversation: Conversation
     ) -> Receipt:
-        ask, origin = partial(self._send, api, wanted), self._token_service.endpoints.customs
-        return await arun_conversation(conversation, ask, origin, asyncio.sleep)
+        send = partial(self._send, api, token_request)
+        origin = self._token_service.endpoints.customs
+        return await arun_conversation(conversation, send, origin, asyncio.sleep)

@@ -26,25 +26,25 @@ __all__ = ["MAX_SKEW", "Clock", "Skew", "SystemClock", "offset_of", "retry_after
 #: Seconds. A larger difference is an error of this machine's clock and is not corrected.
 MAX_SKEW: Final = 300.0
 
-#: Seconds. Below this the Date header, whole seconds and a round trip, proves nothing (C07).
+#: Seconds. Smaller differences are ignored: the Date header has whole seconds (C07).
 _NOISE: Final = 5.0
 
 
 class Clock(Protocol):
-    """Where time comes from; a test brings its own."""
+    """A source of time; tests have their own."""
 
     def now(self) -> ClockReading:
-        """Both clocks, read together."""
+        """One reading of both clocks."""
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait *seconds*."""
 
 
 def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        # Not Linux: no boot is known to be the same as another process's.
+        # Not Linux: processes cannot know whether they share a boot.
         return f"process-{os.getpid()}"
 
 
@@ -52,16 +52,16 @@ class SystemClock:
     """The machine's own clocks."""
 
     def __init__(self) -> None:
-        # CLOCK_BOOTTIME goes on while the machine sleeps; CLOCK_MONOTONIC does not on Linux.
+        # CLOCK_BOOTTIME includes suspend; CLOCK_MONOTONIC on Linux does not.
         self._boot = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
         self._boot_id = _boot_id()
 
     def now(self) -> ClockReading:
-        """Both clocks, read together."""
+        """One reading of both clocks."""
         return ClockReading(time.time(), time.clock_gettime(self._boot), self._boot_id)
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait *seconds*."""
         time.sleep(seconds)
 
 
@@ -71,13 +71,13 @@ def offset_of(
     """
     Seconds that the server's clock is ahead of ours; ``None`` if the response has no usable Date.
 
-    From the ``Date`` header of an answer that no cache has kept (no ``Age``), against the
-    midpoint of the round trip; the header names a whole second, so its middle is meant.
+    Computed from the ``Date`` header and the midpoint of the round trip; half a second is added
+    because the header has whole seconds. Responses of caches (with ``Age``) are not used.
     """
     if "date" not in headers or "age" in headers:
         return None
-    named = _seconds(headers["date"])
-    return None if named is None else named + 0.5 - (sent.wall + received.wall) / 2
+    date = _seconds(headers["date"])
+    return None if date is None else date + 0.5 - (sent.wall + received.wall) / 2
 
 
 def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
@@ -90,12 +90,12 @@ def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 
 
 def _seconds(date: str) -> float | None:
-    """Seconds since 1970 of a date in a header, or ``None`` if it is none."""
+    """Epoch seconds of a date in a header; ``None`` if it is not a date."""
     from email.utils import parsedate_to_datetime  # noqa: PLC0415 - 5 ms, and only with an answer
 
     try:
         at = parsedate_to_datetime(date)
-        # HTTP's dates are UTC (RFC 9110 section 5.6.7); the form of asctime() names no zone.
+        # HTTP dates are UTC (RFC 9110 section 5.6.7); the asctime() form has no zone.
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
@@ -103,10 +103,10 @@ def _seconds(date: str) -> float | None:
 
 class Skew:
     """
-    What this machine has learned of Maskinporten's clock; it corrects ``iat`` and nothing else.
+    The difference to Maskinporten's clock, which corrects only ``iat``.
 
-    Kept in a file of this machine, never in a shared store: another machine has another
-    clock. *path* ``None`` keeps it in memory. *seconds* are to be added to our own time.
+    It is kept in the file *path* (``None``: in memory), never in a shared store, because each
+    machine has its own clock. *seconds* are added to this machine's time.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -114,11 +114,11 @@ class Skew:
         self.seconds = 0.0
         with contextlib.suppress(ValueError):
             seconds = float(self._kept.read() or 0.0)
-            # A file that others or a bug wrote corrects no more than an answer may.
+            # The file may be wrong: apply the same limit as for a response.
             self.seconds = seconds if abs(seconds) <= MAX_SKEW else 0.0
 
     def learn(self, offset: float) -> bool:
-        """Take *offset* in; whether that changed the correction. Noise is taken as none."""
+        """Update the correction to *offset*, noise to 0. Returns whether the correction changed."""
         corrected = 0.0 if abs(offset) < _NOISE else offset
         if abs(offset) > MAX_SKEW or abs(corrected - self.seconds) < _NOISE:
             return False
@@ -127,7 +127,7 @@ class Skew:
         return True
 
     def check(self, offset: float) -> None:
-        """ClockError if *offset* is beyond what is corrected."""
+        """ClockError if *offset* is too large to be corrected."""
         if abs(offset) > MAX_SKEW:
             raise ClockError(
                 f"clock: this machine is {abs(offset):.0f} s "

@@ -74,7 +74,7 @@ class Deadline:
 
     @contextlib.contextmanager
     def binding(self) -> Iterator[None]:
-        """Bound what this thread does meanwhile over a `Transport`."""
+        """Apply the deadline to the requests of this thread over a `Transport`, in the context."""
         before = _current.set(self)
         try:
             yield
@@ -92,7 +92,7 @@ def _left(wait: float | None) -> float | None:
 
 class Transport(httpx.HTTPTransport):
     """
-    httpx's own, for threads, whose waits end at the `Deadline` that the thread is bound by.
+    httpx.HTTPTransport whose waits end at the current `Deadline` of the thread.
 
     *check_connection* is called with each new connection before anything is sent on it; it raises
     to reject the connection.
@@ -102,7 +102,7 @@ class Transport(httpx.HTTPTransport):
         self, *, check_connection: Callable[[socket], None] | None, **options: Any
     ) -> None:
         super().__init__(trust_env=False, **options)
-        # httpx has no name for what httpcore takes as network_backend.
+        # httpx has no public argument for httpcore's network_backend.
         self._pool._network_backend = _Backend(check_connection)  # noqa: SLF001 - see above
 
 
@@ -152,9 +152,9 @@ class _Backend(httpcore.SyncBackend):
             # it open as long as the exception exists, and exceptions are cached.
             step = exc.__traceback__
             while step is not None:
-                left = step.tb_frame.f_locals.get("sock")
-                if isinstance(left, socket):
-                    left.close()
+                unclosed = step.tb_frame.f_locals.get("sock")
+                if isinstance(unclosed, socket):
+                    unclosed.close()
                 step = step.tb_next
             raise
         return self._checked(stream)
@@ -203,7 +203,7 @@ class _Stream(httpcore.NetworkStream):
         self._below.close()
 
     def get_extra_info(self, info: str) -> Any:
-        """As of the connection itself."""
+        """As the connection below."""
         return self._below.get_extra_info(info)
 
 
@@ -221,10 +221,12 @@ class _Tunnelled(httpcore.NetworkStream):
         timeout: float | None,
     ) -> None:
         self._below = below
-        self._came, self._goes = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._came, self._goes, server_hostname=server_hostname)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=server_hostname
+        )
         try:
-            self._done(self._tls.do_handshake, timeout)
+            self._run(self._tls.do_handshake, timeout)
         except OSError as exc:
             below.close()
             raise httpcore.ConnectError(exc) from exc
@@ -232,25 +234,26 @@ class _Tunnelled(httpcore.NetworkStream):
             below.close()
             raise
 
-    def _done(self, step: Callable[[], _T], timeout: float | None) -> _T:
+    def _run(self, step: Callable[[], _T], timeout: float | None) -> _T:
+        """Run *step* of TLS, and transfer records between it and the connection."""
         while True:
             try:
                 done = step()
             except ssl.SSLWantReadError:
-                self._below.write(self._goes.read(), timeout)
+                self._below.write(self._outgoing.read(), timeout)
                 part = self._below.read(_PART, timeout)
                 if part:
-                    self._came.write(part)
+                    self._incoming.write(part)
                 else:
-                    self._came.write_eof()
+                    self._incoming.write_eof()
             else:
-                self._below.write(self._goes.read(), timeout)
+                self._below.write(self._outgoing.read(), timeout)
                 return done
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """As `_Stream.read`."""
         try:
-            return self._done(partial(self._tls.read, max_bytes), timeout)
+            return self._run(partial(self._tls.read, max_bytes), timeout)
         except OSError as exc:
             raise httpcore.ReadError(exc) from exc
 
@@ -258,7 +261,7 @@ class _Tunnelled(httpcore.NetworkStream):
         """As `_Stream.write`."""
         try:
             while buffer:
-                buffer = buffer[self._done(partial(self._tls.write, buffer), timeout) :]
+                buffer = buffer[self._run(partial(self._tls.write, buffer), timeout) :]
         except OSError as exc:
             raise httpcore.WriteError(exc) from exc
 

@@ -13,15 +13,15 @@ __all__ = ["Answer", "Post"]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Post:
-    """One form to be posted: the *leg*'s name, the URL, the fields (one of them is secret)."""
+    """A form to be posted: the *server*'s name, the URL, the fields, and the *secret* in them."""
 
-    leg: str
+    server: str
     url: str
     form: Mapping[str, str]
     secret: str
 
     def __repr__(self) -> str:
-        return f"<Post {self.leg} to {self.url}>"
+        return f"<Post {self.server} to {self.url}>"
 
 
 @dataclass(frozen=True, slots=True, repr=False)

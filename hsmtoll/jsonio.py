@@ -1,4 +1,4 @@
-"""JSON that others wrote: read strictly where it decides something, leniently where it informs."""
+"""Parsing of untrusted JSON: strict for decisions, lenient for information."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ from typing import Any, Final
 
 __all__ = ["read_lenient", "read_strict"]
 
-#: Lists and objects that a text may have, and bytes for each one beyond: what they cost in time
-#: and memory is a hundred times what their two bytes show.
-_MOST_VALUES: Final = 20_000
-_BYTES_EACH: Final = 32
+#: Limit for lists and objects, which need a hundred times the memory of their two bytes: this
+#: number, and one more for each so many bytes of the text.
+_MAX_CONTAINERS: Final = 20_000
+_BYTES_PER_CONTAINER: Final = 32
 
 
 def read_strict(raw: bytes | str) -> Any:
     """
-    The value; ValueError for what is no JSON (RFC 8259 has neither NaN nor Infinity), is nested
-    without end, or has a name twice in one object: readers differ in which one counts.
+    The parsed value. ValueError if *raw* is not JSON (NaN and Infinity are not, RFC 8259), is
+    nested too deeply, or has a duplicate name in an object, of which parsers take different values.
     """
     try:
-        return json.loads(raw, parse_constant=_no_number, object_pairs_hook=_once)
+        return json.loads(
+            raw, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates
+        )
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
 
 
 def read_lenient(body: bytes) -> Any:
-    """The value; ``None`` for what is no JSON, or has more values than its size explains."""
-    if body.count(b"[") + body.count(b"{") > _MOST_VALUES + len(body) // _BYTES_EACH:
+    """The parsed value; ``None`` if *body* is not JSON or has too many lists and objects."""
+    if body.count(b"[") + body.count(b"{") > _MAX_CONTAINERS + len(body) // _BYTES_PER_CONTAINER:
         return None
     try:
         return json.loads(body)
@@ -34,12 +36,12 @@ def read_lenient(body: bytes) -> Any:
         return None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a duplicate name in an object")
     return made
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

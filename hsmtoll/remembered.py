@@ -1,7 +1,7 @@
 """
-A short text that is kept from one process to the next in a file of its own.
+A short text in a file of its own, which later processes read.
 
-Not for secrets, nor for data that must not be lost: what cannot be written is learned again.
+Not for secrets, nor for data that must not be lost: after a failed write it is learned again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """
 TLS contexts with the system's trusted CAs and those that the user adds.
 
-Made by hand and in one place, so that no library's default (a key log, an older version, a
-certificate that is not checked) slips in.
+They are created only here, so that no library's default applies (key log, older TLS version,
+unverified certificate).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["client_context", "host_context"]
 
 def client_context(ca_file: Path | None) -> ssl.SSLContext:
     """
-    The system's roots and *ca_file*, TLS 1.2 or newer, certificate and host name verified.
+    A context with the system's roots and *ca_file*: TLS 1.2 or newer, certificate and host name
+    verified.
 
     ``ssl.create_default_context`` would write session keys to wherever SSLKEYLOGFILE points.
     Raises ConfigurationError for a file that holds no certificates.
@@ -38,10 +39,11 @@ def host_context(
     *, ca_file: Path | None, more: Path | None, certificate: Path, key: Path | None
 ) -> ssl.SSLContext:
     """
-    For a signing host: TLS 1.3, certificate and host name verified, our own certificate shown.
+    A context for connections to a signing host: TLS 1.3, certificate and host name verified, with a
+    client certificate.
 
-    *ca_file* alone is trusted where it is given; without it, the system's roots and *more*
-    (HSMTOLL_CA_FILE). *key* ``None`` means that it lies in *certificate*'s file. Raises
+    If *ca_file* is given, only its CAs are trusted; otherwise the system's roots and *more*
+    (HSMTOLL_CA_FILE). *key* ``None``: the key is in the file *certificate*. Raises
     ConfigurationError for files that cannot be used.
     """
     if ca_file is None:
@@ -55,7 +57,7 @@ def host_context(
     if key is not None:
         files.read(key, "HSMTOLL_SIGNER__CLIENT_KEY", secret=True, code=code)
     try:
-        # A password of ours, so that OpenSSL asks for none on a terminal.
+        # With a password argument OpenSSL does not prompt on the terminal.
         context.load_cert_chain(certificate, key, password="")
     except (OSError, ssl.SSLError) as exc:
         where = f"HSMTOLL_SIGNER__CLIENT_CERT {sanitized(certificate)}"
@@ -63,14 +65,14 @@ def host_context(
             where += f" with HSMTOLL_SIGNER__CLIENT_KEY {sanitized(key)}"
         raise ConfigurationError(
             f"{where}: cannot be used as a certificate and its key",
-            hint="both are PEM, the key is the certificate's own and not encrypted",
+            hint="both must be PEM, and the key that of the certificate and not encrypted",
             code="client-certificate",
         ) from exc
     return context
 
 
 def _empty() -> ssl.SSLContext:
-    """One that trusts nobody yet."""
+    """A context without trusted CAs."""
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
@@ -78,11 +80,11 @@ def _trust(context: ssl.SSLContext, ca_file: Path, name: str) -> None:
     files.read(ca_file, name, code="ca-file")
     try:
         context.load_verify_locations(cafile=ca_file)
-        # A company may give its issuing CA alone: what a person names is trusted, root or not.
+        # The user may name an intermediate CA without its root: trust it as well.
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     except (OSError, ssl.SSLError) as exc:
         raise ConfigurationError(
             f"{name} {sanitized(ca_file)}: cannot be read as PEM certificates",
-            hint="it is a file with one or more -----BEGIN CERTIFICATE----- blocks",
+            hint="it must be a file with one or more -----BEGIN CERTIFICATE----- blocks",
             code="ca-file",
         ) from exc

@@ -28,7 +28,7 @@ __all__ = [
     "details_text",
 ]
 
-#: Seconds before its expiry at which a token is renewed, at most: Customs asks for a minute (C11).
+#: Seconds before expiry at which a token becomes stale, at most: Customs recommends a minute (C11).
 MARGIN: Final = 60.0
 
 
@@ -57,9 +57,9 @@ class TokenRequest(NamedTuple):
     """
     A request to Maskinporten: one scope and the documented options.
 
-    *consumer_org*: organisation number (nine digits) of the organisation that is acted for.
-    *authorization_details*: JSON text of a list of objects (RFC 9396 section 2), as `details_text`
-    writes it, so that equal lists are equal texts; ``""`` means none.
+    *consumer_org*: organisation number (nine digits) of the organisation on whose behalf the client
+    acts. *authorization_details*: JSON text of a list of objects (RFC 9396 section 2), as
+    `details_text` writes it, so that equal lists are equal texts; ``""`` means none.
     """
 
     scope: str
@@ -80,9 +80,10 @@ Details = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 class ForWhom(TypedDict, total=False):
     """
-    Keyword arguments that say for whom a token is requested. *consumer_org* (nine digits) and
-    *resource* override the settings; ``""`` and ``()`` mean none. *authorization_details* is an
-    object or a list of objects (RFC 9396), such as the system user of a customer.
+    Keyword arguments for the organisation and resource that a token is for. *consumer_org* (nine
+    digits) and *resource* override the settings; ``""`` and ``()`` mean none.
+    *authorization_details* is an object or a list of objects (RFC 9396), such as the system user of
+    a customer.
     """
 
     consumer_org: str | None
@@ -90,7 +91,7 @@ class ForWhom(TypedDict, total=False):
     authorization_details: Details | None
 
 
-#: Characters. One object with a customer's organisation has two hundred.
+#: Characters. One object for a system user has about two hundred.
 _LONGEST_DETAILS: Final = 4096
 
 

@@ -1,7 +1,7 @@
 """
-HTTP to the token endpoints: one request a call, our own TLS, one deadline for all of it.
+HTTP transport for the token endpoints: one request per call, our own TLS context, one deadline.
 
-What a request means is not known here; the user's own httpx clients never carry one.
+The content of requests is not interpreted here. The user's httpx clients are never used for them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CONNECTIONS", "ConnectionOptions", "HttpClient", "Reason"]
 
-#: However many tasks there are, nobody's server is met by hundreds of handshakes.
+#: Maximum connections of one client: hundreds of tasks must not cause hundreds of TLS handshakes.
 CONNECTIONS: Final = 20
 
-#: Bytes. A token endpoint's response has a few kilobytes.
+#: Maximum bytes of a response; those of token endpoints have a few kilobytes.
 _LARGEST: Final = 1024 * 1024
 
 _JSON: Final = {"accept": "application/json", "accept-encoding": "identity"}
@@ -61,7 +61,9 @@ class ConnectionOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why a request failed. *proxy* is the proxy, if it failed there; the rest as in an error."""
+    """
+    Why a request failed. *proxy* is the proxy, if it failed there; the others as in HsmTollError.
+    """
 
     text: str
     code: str
@@ -92,15 +94,15 @@ class HttpClient:
     ) -> None:
         self._ca_file = ca_file
         self._proxy = proxy
-        # One wait lasts no longer than all of them, connecting included.
+        # A single wait must not exceed the deadline of the request.
         self._timeout = min(timeout, deadline)
-        #: Seconds for one exchange in all.
+        #: Seconds for one request, from connecting to the end of the response.
         self.deadline = deadline
         self._connection_options = connection_options or ConnectionOptions()
 
     def options(self, url: str = "https://") -> dict[str, Any]:
         """
-        Keyword arguments for an httpx client of ours to *url*, for tokens and for calls alike.
+        Keyword arguments for httpx clients that connect to *url*, for token requests and calls.
 
         Raises ConfigurationError for a CA file or a proxy that cannot be used; sends nothing.
         """
@@ -109,9 +111,9 @@ class HttpClient:
         return {
             "verify": self._context,
             "proxy": via and _proxy(name, via, self._context),
-            # Its proxies were looked up above: a library would meet them with TLS of its own.
+            # Proxies of the environment are looked up above: httpx would use its own TLS context.
             "trust_env": False,
-            # Waiting for a connection of our own pool is not the network's fault.
+            # A wait for a free connection of the pool is not a network time-out.
             "timeout": httpx.Timeout(self._timeout, pool=self.deadline),
             "limits": httpx.Limits(max_connections=CONNECTIONS),
             "follow_redirects": False,
@@ -121,10 +123,10 @@ class HttpClient:
     @made_once
     def _context(self) -> ssl.SSLContext:
         if self._connection_options.uds is not None:
-            # Nothing is asked of it on a Unix socket, and an empty one is made quickly.
+            # It is not used on a Unix socket, and an empty one is created quickly.
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        made = self._connection_options.context
-        return made() if made else tls.client_context(self._ca_file)
+        create = self._connection_options.context
+        return create() if create else tls.client_context(self._ca_file)
 
     def _proxy_for(self, url: str) -> tuple[str, str | None]:
         """The variable that names the proxy for *url*, and its value; ``None`` for none."""
@@ -133,16 +135,16 @@ class HttpClient:
         return "HSMTOLL_PROXY", self._proxy
 
     def unused_proxy(self, url: str) -> str | None:
-        """The variable with a proxy for *url* that is not used, as HSMTOLL_PROXY is not set."""
+        """The variable with a proxy for *url* that is ignored because HSMTOLL_PROXY is not set."""
         if self._proxy is not None or self._connection_options != ConnectionOptions():
             return None
         try:
             name, found = _of_environment(url)
         except ConfigurationError:
             return None
-        # Programs read either spelling.
-        spelt = (each for each in os.environ if each.upper() == name and os.environ[each])
-        return next(spelt, None) if found else None
+        # Programs read the variable in upper or lower case.
+        spellings = (each for each in os.environ if each.upper() == name and os.environ[each])
+        return next(spellings, None) if found else None
 
     def reason(self, exc: httpx.HTTPError, url: str, *, past_proxy: bool) -> Reason:
         """Why a request to *url* failed; *past_proxy*: the proxy, if any, set up the connection."""
@@ -161,15 +163,16 @@ class HttpClient:
         Raises NetworkError: connection refused, unknown host, untrusted certificate, connection
         lost, deadline exceeded, response too large. Transient errors are retryable.
         """
-        return self._send(post.leg, "POST", post.url, data=dict(post.form), headers=_JSON)
+        return self._send(post.server, "POST", post.url, data=dict(post.form), headers=_JSON)
 
-    def post_json(self, url: str, value: object, *, leg: str, headers: dict[str, str]) -> Answer:
-        """Send *value* as JSON and read the response; otherwise as post."""
-        return self._send(leg, "POST", url, json=value, headers=_JSON | headers)
+    def post_json(self, url: str, value: object, *, server: str, headers: dict[str, str]) -> Answer:
+        """Send *value* as JSON and read the response, as post. *server*: its name in errors."""
+        return self._send(server, "POST", url, json=value, headers=_JSON | headers)
 
-    def get(self, url: str, *, leg: str, public: bool = False) -> Answer:
+    def get(self, url: str, *, server: str, public: bool = False) -> Answer:
         """
-        GET *url*, for the doctor. Raises as post does, and for an invalid URL.
+        GET *url*, for the doctor. *server*: its name in errors. Raises as post, and for an invalid
+        URL.
 
         *public*: for URLs from certificates. Connections to addresses of this machine or its own
         network are refused then, whatever the name resolves to (``address-private``).
@@ -178,18 +181,20 @@ class HttpClient:
             host = httpx.URL(url).host
             named = ipaddress.ip_address(host) if public else None
         except httpx.InvalidURL as exc:
-            raise NetworkError(f"{leg}: its address cannot be read", code="unreachable") from exc
+            raise NetworkError(f"{server}: its URL is invalid", code="unreachable") from exc
         except ValueError:
             named = None
         if named is not None and not named.is_global:
-            raise _private(leg)
+            raise _private(server)
         # With a proxy, the address of the connection is the proxy's, which may be private.
         guard = public and self._proxy is None
         headers = {"accept": "*/*", "accept-encoding": "identity"}
         check_connection = (
-            partial(_is_public, leg=leg) if guard else self._connection_options.check_connection
+            partial(_is_public, server=server)
+            if guard
+            else self._connection_options.check_connection
         )
-        return self._send(leg, "GET", url, check_connection=check_connection, headers=headers)
+        return self._send(server, "GET", url, check_connection=check_connection, headers=headers)
 
     def client(
         self,
@@ -213,7 +218,7 @@ class HttpClient:
 
     def _send(
         self,
-        leg: str,
+        server: str,
         method: str,
         url: str,
         *,
@@ -234,24 +239,27 @@ class HttpClient:
                 built = client.build_request(
                     method, url, extensions={"trace": deadline.trace}, **request
                 )
-                answer = _read(client.send(built, stream=True), leg)
+                answer = _read(client.send(built, stream=True), server)
         except httpx.HTTPError as exc:
             if isinstance(exc, httpx.TimeoutException) and deadline.cut:
-                raise self._too_slow(leg, url, sent=deadline.sent) from exc
-            raise self._failed(exc, leg, url, past_proxy=deadline.past_proxy) from exc
+                raise self._too_slow(server, url, sent=deadline.sent) from exc
+            raise self._failed(exc, server, url, past_proxy=deadline.past_proxy) from exc
         if (
             answer.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED
             and self._proxy_for(url)[1]
         ):
             # Without TLS the proxy itself receives the request and may respond.
             refused = httpx.ProxyError("407 Proxy Authentication Required")
-            raise self._failed(refused, leg, url, past_proxy=False)
+            raise self._failed(refused, server, url, past_proxy=False)
         return answer
 
     def _failed(
-        self, exc: httpx.HTTPError, leg: str, url: str, *, past_proxy: bool
+        self, exc: httpx.HTTPError, server: str, url: str, *, past_proxy: bool
     ) -> NetworkError:
-        reason, to = self.reason(exc, url, past_proxy=past_proxy), f"{leg} ({httpx.URL(url).host})"
+        reason, to = (
+            self.reason(exc, url, past_proxy=past_proxy),
+            f"{server} ({httpx.URL(url).host})",
+        )
         return NetworkError(
             f"{reason}, on the way to {to}" if reason.proxy else f"{to}: {reason}",
             hint=reason.hint,
@@ -260,12 +268,12 @@ class HttpClient:
             signed=not isinstance(exc, _NOTHING_SENT),
         )
 
-    def _too_slow(self, leg: str, url: str, *, sent: bool) -> NetworkError:
+    def _too_slow(self, server: str, url: str, *, sent: bool) -> NetworkError:
         hints = ["HSMTOLL_DEADLINE sets how long to wait"]
         if unused := self.unused_proxy(url):
             hints.append(_UNUSED.format(unused))
         return NetworkError(
-            f"{leg} ({httpx.URL(url).host}): no whole answer within {self.deadline:.0f} s",
+            f"{server} ({httpx.URL(url).host}): no complete answer within {self.deadline:.0f} s",
             hint="\n".join(hints),
             code="deadline",
             signed=sent,
@@ -283,10 +291,10 @@ def _of_environment(url: str) -> tuple[str, str | None]:
     if not all(_EXCEPTED.fullmatch(each) and "://" not in each for each in excepted):
         raise ConfigurationError(
             "NO_PROXY: not a list of hosts",
-            hint="names or addresses with commas between, such as localhost,.acme.example",
+            hint="names or addresses, separated by commas, such as localhost,.acme.example",
             code="proxy-environment",
         )
-    # The standard library knows an address of IPv6 by its brackets alone.
+    # The standard library recognises an IPv6 address only in brackets.
     if "*" in excepted or to.host in excepted or proxy_bypass(to.netloc.decode("ascii")):
         return "", None
     return f"{name.upper()}_PROXY", found if "://" in found else f"http://{found}"
@@ -304,7 +312,7 @@ def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
         # Fail here for a missing library, not after a signature has been spent.
         httpx.HTTPTransport(verify=context, proxy=made, trust_env=False).close()
     except (ValueError, ImportError, httpx.InvalidURL):
-        # `from None`: the original quotes the URL, and that may hold a password.
+        # `from None`: the original message contains the URL, which may have a password.
         raise ConfigurationError(
             f"{name}: not the URL of a proxy that can be used",
             hint="http://host:port, or https://…"
@@ -315,7 +323,7 @@ def _proxy(name: str, url: str, context: ssl.SSLContext) -> httpx.Proxy:
 
 
 def _secrets(proxy: httpx.Proxy | None) -> tuple[str, ...]:
-    """Credentials sent to the proxy, which it may repeat in errors: bare and as sent."""
+    """Credentials for the proxy, which its errors may repeat: in plain text and encoded."""
     if proxy is None or proxy.auth is None:
         return ()
     sent = base64.b64encode(":".join(proxy.auth).encode()).decode()
@@ -337,27 +345,27 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         found = found.__cause__ or found.__context__
 
 
-def _is_public(connection: socket.socket, leg: str) -> None:
+def _is_public(connection: socket.socket, server: str) -> None:
     # Check the peer of the open connection: a second name resolution may differ (DNS rebinding).
     if not ipaddress.ip_address(connection.getpeername()[0]).is_global:
-        raise _private(leg)
+        raise _private(server)
 
 
-def _private(leg: str) -> NetworkError:
+def _private(server: str) -> NetworkError:
     return NetworkError(
-        f"{leg}: its address is of this machine or its own network, which is not asked",
-        hint="a certificate names it; ask its issuer",
+        f"{server}: its address is on this machine or its own network, and is not requested",
+        hint="the URL is in a certificate: ask its issuer",
         code="address-private",
     )
 
 
-def _read(response: httpx.Response, leg: str) -> Answer:
+def _read(response: httpx.Response, server: str) -> Answer:
     with contextlib.closing(response):
         headers = {name.lower(): value for name, value in response.headers.items()}
         if headers.get("content-encoding", "identity") != "identity":
             raise NetworkError(
-                f"{leg}: the answer is compressed, which was not asked for",
-                hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+                f"{server}: the answer is compressed, which was not asked for",
+                hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
                 code="answer-compressed",
             )
         body = bytearray()
@@ -367,7 +375,7 @@ def _read(response: httpx.Response, leg: str) -> Answer:
             body += chunk
             if len(body) > _LARGEST:
                 raise NetworkError(
-                    f"{leg}: the answer is larger than {_LARGEST // 1024} KiB",
+                    f"{server}: the answer is larger than {_LARGEST // 1024} KiB",
                     hint="that is not a token endpoint: check HSMTOLL_PROXY and the endpoints",
                     code="answer-too-large",
                 )
@@ -381,7 +389,7 @@ _UNUSED: Final = "{} is set and not used: HSMTOLL_PROXY=environment uses it"
 
 
 def _shown(proxy: httpx.Proxy) -> str:
-    """Without user and password."""
+    """The proxy for messages, without user and password."""
     port = proxy.url.port or (443 if proxy.url.scheme == "https" else 80)
     return f"proxy {sanitized(proxy.url.host)}:{port}"
 
@@ -389,43 +397,43 @@ def _shown(proxy: httpx.Proxy) -> str:
 def _reason(
     exc: httpx.HTTPError, timeout: float, proxy: str | None, secrets: tuple[str, ...]
 ) -> Reason:
-    """*proxy*: the setting that names the proxy, if the request did not get past it."""
-    said = str(exc)
+    """The reason for *exc*. *proxy*: the setting with the proxy, if the request failed there."""
+    message = str(exc)
     # For tasks, the system's error text is only in the cause.
     causes = " ".join(map(str, _causes(exc)))
     if isinstance(exc, httpx.ProxyError):
-        return _refused_by_proxy(said, proxy, secrets)
+        return _refused_by_proxy(message, proxy, secrets)
     if "certificate verify failed" in causes.lower():
         return _not_trusted(causes, proxy, secrets)
     if isinstance(exc, httpx.ConnectError):
         return _not_connected(causes.lower(), proxy)
     if isinstance(exc, httpx.TimeoutException):
-        return _no_answer(said, timeout, proxy, secrets)
+        return _no_answer(message, timeout, proxy, secrets)
     return Reason(
         text=f"the connection broke ({type(exc).__name__})",
         code="broken",
-        hint=f"check {proxy}, which names it: perhaps it is no HTTP proxy, or wants https://"
+        hint=f"check {proxy}: perhaps the server is not an HTTP proxy, or its URL must be https://"
         if proxy
-        else "try again; if it stays, look at what lies between",
+        else "try again; if it persists, check firewalls and gateways on the path",
     )
 
 
-def _refused_by_proxy(said: str, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
+def _refused_by_proxy(message: str, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
     hint = f"{proxy} names it"
-    if said.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}"):
+    if message.startswith(f"{http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:d}"):
         hint += (
-            "; it does not take the user and password in it, or not by Basic authentication"
+            "; it rejects the user and password of that URL, or Basic authentication"
             if secrets
-            else "; it wants a user and a password: http://USER:PASSWORD@HOST:PORT"
+            else "; it requires a user and a password: http://USER:PASSWORD@HOST:PORT"
         )
-    text = f"it refused, {sanitized(said, *secrets)}"
+    text = f"it refused, {sanitized(message, *secrets)}"
     return Reason(text=text, code="proxy-refused", hint=hint, retryable=False)
 
 
 def _not_trusted(causes: str, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
     found = _VERIFY.search(causes)
     why = found[1] if found else ""
-    ca = "HSMTOLL_CA_FILE names the CA that it is from" if proxy else _CA
+    ca = "set HSMTOLL_CA_FILE to the CA that issued it" if proxy else _CA
     return Reason(
         text="its TLS certificate is not trusted"
         + (f": {sanitized(why, *secrets)}" if why else ""),
@@ -442,8 +450,8 @@ def _not_connected(causes: str, proxy: str | None) -> Reason:
     )
     check = "check the network, HSMTOLL_PROXY and the firewall"
     if proxy:
-        plain = "; most proxies are named by http://" if code == "tls" else ""
-        check = f"check {proxy}, which names it{plain}"
+        plain = "; the URLs of most proxies begin with http://" if code == "tls" else ""
+        check = f"check {proxy}, which names the proxy{plain}"
     return Reason(
         text=text,
         code=code,
@@ -452,13 +460,13 @@ def _not_connected(causes: str, proxy: str | None) -> Reason:
     )
 
 
-def _no_answer(said: str, timeout: float, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
-    if said and "timed out" not in said.lower():
+def _no_answer(message: str, timeout: float, proxy: str | None, secrets: tuple[str, ...]) -> Reason:
+    if message and "timed out" not in message.lower():
         # Not a network time-out: pytest-httpx raises this for a request without a mocked response.
         return Reason(
-            text=f"no answer: {sanitized(said, *secrets)}",
+            text=f"no answer: {sanitized(message, *secrets)}",
             code="mocked",
-            hint="something in this program answers for the network: let this host through",
+            hint="this program mocks the network: exclude this host",
             retryable=False,
         )
     hint = "HSMTOLL_TIMEOUT sets how long to wait" + (f"; {proxy} names the proxy" if proxy else "")
@@ -469,14 +477,14 @@ def _no_answer(said: str, timeout: float, proxy: str | None, secrets: tuple[str,
 _VERIFY: Final = re.compile(r"verify failed: (.{1,200}?)(?: \(_ssl|\Z)")
 _CA: Final = (
     "where a company proxy inspects TLS, set HSMTOLL_CA_FILE to its CA certificate; "
-    "`openssl s_client -showcerts -connect HOST:PORT` shows what is sent"
+    "`openssl s_client -showcerts -connect HOST:PORT` shows the server's certificates"
 )
 _UNTRUSTED: Final = {
-    "expired": "whoever runs the server has to renew it, unless this machine's clock is wrong",
+    "expired": "the server's operator must renew it, unless this machine's clock is wrong",
     "not yet valid": "this machine's clock may be wrong",
-    "mismatch": "it was issued for another name: check the address, or what lies between",
+    "mismatch": "it was issued for another name: check the URL, and any proxy or gateway before it",
 }
-#: By what the system, asyncio or OpenSSL says, in lower case: text and code.
+#: Part of an error text of the system, asyncio or OpenSSL, in lower case → text and code.
 _NOT_CONNECTED: Final = {
     f"[errno {errno.ECONNREFUSED}]": ("connection refused", "refused"),
     "connection refused": ("connection refused", "refused"),
@@ -484,5 +492,5 @@ _NOT_CONNECTED: Final = {
     "nodename nor servname": ("unknown host", "unknown-host"),
     "temporary failure in name resolution": ("its name cannot be looked up", "unreachable"),
     "no address associated": ("unknown host", "unknown-host"),
-    "ssl": ("no TLS connection came about", "tls"),
+    "ssl": ("the TLS handshake failed", "tls"),
 }

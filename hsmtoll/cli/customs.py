@@ -103,7 +103,7 @@ def test_auth(options: GlobalOptions, *, scope: str | None, as_json: bool) -> No
         if response.status_code != 200:
             raise NetworkError(
                 f"API {api.name}: {response.status_code}, where its test call answers 200",
-                hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+                hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
             )
         print_result({"api": api.name, "status": 200}, "200 OK", as_json=as_json)
 

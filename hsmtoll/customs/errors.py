@@ -87,7 +87,7 @@ def check(response: httpx.Response, api: Api, *, now: float) -> None:
     if response.is_redirect and safe:
         raise NetworkError(
             f"API {api.name}: a redirect, which is not followed with a token",
-            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
             code="redirect",
         )
     if response.is_redirect:

@@ -233,7 +233,7 @@ def query_services(app: App, facts: Facts) -> Answers:
     sent = app.clock.now()
     try:
         answer = http_client.get(
-            f"{base}.well-known/oauth-authorization-server", leg="Maskinporten"
+            f"{base}.well-known/oauth-authorization-server", server="Maskinporten"
         )
         found["offset"] = offset_of(answer.headers, sent=sent, received=app.clock.now())
         found["metadata"] = _object(answer)
@@ -244,7 +244,7 @@ def query_services(app: App, facts: Facts) -> Answers:
         # Further answers would add nothing, and a grant must go to the right Maskinporten only.
         return Answers(**found)
     try:
-        found["health"] = http_client.get(f"{base}health", leg="Maskinporten").status
+        found["health"] = http_client.get(f"{base}health", server="Maskinporten").status
     except HsmTollError as exc:
         found["health"] = exc
     if app.family == "eseal" and app.settings.signer.mode == "grant":
@@ -282,7 +282,7 @@ def _object(answer: Answer) -> dict[str, Any]:
     if answer.status != 200 or not isinstance(read, dict):
         raise NetworkError(
             f"Maskinporten's metadata: {answer.status}, and not a JSON object",
-            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
             code="metadata",
         )
     return read
@@ -376,7 +376,7 @@ def _by_issuer(
         where = revocation.ocsp_url(url, certificate, issuer) if is_ocsp else url
         judge = revocation.by_ocsp if is_ocsp else revocation.by_crl
         try:
-            answer = http_client.get(where, leg="revocation", public=public)
+            answer = http_client.get(where, server="revocation", public=public)
             if answer.status != 200:
                 problem = f"{sanitized(url)} answered {answer.status}"
                 continue

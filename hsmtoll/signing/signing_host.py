@@ -86,7 +86,7 @@ class SigningHost:
         """
         url, headers = f"{self._base}/v1/{what}", {"hsmtoll-version": str(VERSION)}
         answer = self._send(
-            lambda http_client: http_client.post_json(url, body, leg=_LEG, headers=headers)
+            lambda http_client: http_client.post_json(url, body, server=_SERVER, headers=headers)
         )
         self._check_version(answer, what)
         if answer.status != 200:
@@ -97,7 +97,9 @@ class SigningHost:
         """Check version, authentication and clock of the host; nothing is signed."""
         sent = self._clock.now()
         try:
-            answer = self._send(lambda http_client: http_client.get(f"{self._base}/v1", leg=_LEG))
+            answer = self._send(
+                lambda http_client: http_client.get(f"{self._base}/v1", server=_SERVER)
+            )
             version = self._check_version(answer)
         except HsmTollError as exc:
             return HostProbe(name=self.name, error=exc)
@@ -217,7 +219,7 @@ class SigningHost:
         )
 
 
-_LEG: Final = "signing host"
+_SERVER: Final = "signing host"
 
 _HINTS: Final = {
     "timeout": "HSMTOLL_TIMEOUT sets how long to wait",

@@ -87,13 +87,15 @@ class Issued:
 
 
 def grant_post(endpoints: Endpoints, assertion: str) -> Post:
-    """Leg one (RFC 7523 section 2.1): no client authentication; the scope is in the grant."""
+    """
+    The request for Maskinporten's token (RFC 7523 section 2.1), without client authentication.
+    """
     form = {"grant_type": JWT_BEARER, "assertion": assertion}
     return Post("Maskinporten", endpoints.token, form, assertion)
 
 
 def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
-    """Leg two. Customs expects these short names instead of RFC 8693's URNs (T02)."""
+    """The token exchange at Customs, which expects short names instead of RFC 8693's URNs (T02)."""
     form = {
         "grant_type": "token-exchange",
         "subject_token_type": "access_token",
@@ -115,8 +117,8 @@ def read_subject(
     wait: float | None = None,
 ) -> Issued:
     """
-    Read the response of leg one: the subject token. *scope*: the requested scopes, separated by
-    spaces. *wait*: the response's Retry-After in seconds.
+    Read Maskinporten's response: the subject token of the exchange. *scope*: the requested scopes,
+    separated by spaces. *wait*: the response's Retry-After in seconds.
 
     Retryable refusals: none if the grant was *retried* already; one about time, if this response
     *corrected* the clock; one about the certificate, if *rejected*, called with the code, returns
@@ -143,7 +145,7 @@ def read_subject(
 
 def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Issued:
     """
-    Read the response of leg two: the Customs token; *wait* as for `read_subject`.
+    Read Customs' response: the Customs token; *wait* as for `read_subject`.
 
     ``issued_token_type`` is not checked (C15). Raises ExchangeRefused, TryAgainLater for 429,
     NetworkError for 5xx.
@@ -151,9 +153,9 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
     if answer.status == 200:
         return _issued(answer, post, ExchangeRefused)
     _raise_for_trouble(answer, post, None, wait)
-    said = _error_text(answer, read_lenient(answer.body))
-    text = sanitized(said, post.secret) or "no reason given"
-    scope = "not authorized to request scope" in said.lower()
+    error_text = _error_text(answer, read_lenient(answer.body))
+    text = sanitized(error_text, post.secret) or "no reason given"
+    scope = "not authorized to request scope" in error_text.lower()
     raise ExchangeRefused(
         f"exchange at Customs: {answer.status}, {text}",
         hint=(
@@ -175,14 +177,14 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
     value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
 
     def unusable(why: str) -> HsmTollError:
-        said = str(value or "")
+        error_text = str(value or "")
         return error(
-            f"{post.leg} answered 200, but {why}",
-            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            f"{post.server} answered 200, but {why}",
+            hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
             code="answer-unusable",
             # The token in this response may be valid, so it must be redacted.
-            correlation_id=_correlation(answer, post.secret, said)
-            if len(said) <= _LONGEST_BEARER
+            correlation_id=_correlation(answer, post.secret, error_text)
+            if len(error_text) <= _LONGEST_BEARER
             else None,
         )
 
@@ -201,7 +203,8 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
         raise unusable("scope is not a string")
     if missing := set(scope.split()).difference(granted.split()):
         raise ScopeNotGranted(
-            f"{post.leg} granted less than was asked for, without {sanitized(' '.join(missing))}",
+            f"{post.server} granted fewer scopes than requested, without "
+            f"{sanitized(' '.join(missing))}",
             hint=mp_codes.REFUSALS["MP-200"].do,
             code="scope-narrowed",
             who="you",
@@ -210,12 +213,12 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
 
 
 def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float | None) -> None:
-    where = f"{post.leg} answered {answer.status}"
+    where = f"{post.server} answered {answer.status}"
     correlation = _correlation(answer, post.secret)
     if answer.status == 429:
         raise TryAgainLater(
             f"{where}: too many requests",
-            hint="wait, and see that all programs share one cache (HSMTOLL_CACHE)",
+            hint="wait, and make all programs share one cache (HSMTOLL_CACHE)",
             code="throttled",
             scope="service",
             jti=jti,
@@ -225,7 +228,7 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float 
         )
     if answer.status >= 500:
         raise NetworkError(
-            f"{where}: trouble on their side",
+            f"{where}: an error of the server",
             hint="try again later; outages seldom exceed five minutes, see status.digdir.no",
             code="server-error",
             jti=jti,
@@ -235,8 +238,8 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float 
         )
     if 300 <= answer.status < 400 or answer.status < 200:
         raise NetworkError(
-            f"{where}: a redirect, and redirects are not followed with secrets",
-            hint="something between may have answered: check HSMTOLL_PROXY and the endpoints",
+            f"{where}: a redirect, which is not followed with a secret",
+            hint="a proxy or gateway may have answered: check HSMTOLL_PROXY and the endpoints",
             code="redirect",
             jti=jti,
             correlation_id=correlation,
@@ -254,19 +257,19 @@ def _refused(
     wait: float | None,
 ) -> HsmTollError:
     read = read_lenient(answer.body)
-    said = _error_text(answer, read)
+    error_text = _error_text(answer, read)
     uri = read.get("error_uri") if isinstance(read, dict) else None
     code_match = (
         _MP.search(uri[-_MAX_ERROR_TEXT:].rsplit("/", 1)[-1]) if isinstance(uri, str) else None
     )
     code = code_match[0] if code_match else None
-    trace = _TRACE.search(said)
+    trace = _TRACE.search(error_text)
     trace_id = sanitized(trace[1], post.secret) if trace else None
-    text = sanitized(_TRACE.sub("", said).rstrip(), post.secret) or "no reason given"
-    row = mp_codes.refusal(code, said)
+    text = sanitized(_TRACE.sub("", error_text).rstrip(), post.secret) or "no reason given"
+    row = mp_codes.refusal(code, error_text)
     code = code or (row.code if row else "") or None
     error: type[HsmTollError] = ScopeNotGranted if row and row.scope else GrantRefused
-    if any(part in said.lower() for part in mp_codes.ISSUED_IN_FUTURE):
+    if any(part in error_text.lower() for part in mp_codes.ISSUED_IN_FUTURE):
         return ClockError(
             f"Maskinporten refused the grant: {text}",
             hint="this machine's clock runs fast: synchronise it (NTP)",
@@ -311,5 +314,5 @@ def _error_text(answer: Answer, body: Any) -> str:
 
 
 def _correlation(answer: Answer, *secrets: str) -> str | None:
-    said = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
-    return sanitized(said, *secrets) if said else None
+    error_text = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
+    return sanitized(error_text, *secrets) if error_text else None

@@ -45,7 +45,7 @@ _log = logging.getLogger("hsmtoll.client")
 
 #: Seconds. With a longer Retry-After the error is raised at once: the caller decides.
 _LONGEST_SLEEP: Final = 10.0
-#: Seconds. The longest pause where no server said how long.
+#: Seconds. The longest pause without a Retry-After.
 _LONGEST_PAUSE: Final = 5.0
 
 
@@ -77,7 +77,7 @@ class Renewal:
         """Obtain a new token. Each attempt has a new grant."""
 
         def attempt(number: int) -> AccessToken:
-            self._check_the_way()
+            self._check_connections()
             pending.phase = self.signing
             grant = self.sign(request)
             pending.identity = grant.identity
@@ -116,7 +116,7 @@ class Renewal:
         with self.counts.guard:
             self.counts.signatures += 1
 
-    def _check_the_way(self) -> None:
+    def _check_connections(self) -> None:
         """Raise errors in proxy and TLS settings before a signature is spent."""
         for url in (self.endpoints.token, self.endpoints.customs):
             self.http_client.options(url)
@@ -127,13 +127,13 @@ class Renewal:
         rejects the certificate, the signer is notified and may use an older one.
         """
         post = exchange.grant_post(self.endpoints, grant.assertion)
-        with self._leg(post, grant.jti) as leg:
-            leg.answer = answer = self.http_client.post(post)
+        with self._logged_request(post, grant.jti) as logged:
+            logged.answer = answer = self.http_client.post(post)
             now = self.clock.now()
-            offset = offset_of(answer.headers, sent=leg.began, received=now)
+            offset = offset_of(answer.headers, sent=logged.began, received=now)
             corrected = offset is not None and self._corrected(offset)
             try:
-                leg.issued = exchange.read_subject(
+                logged.issued = exchange.read_subject(
                     answer,
                     post,
                     jti=grant.jti or None,
@@ -147,16 +147,16 @@ class Renewal:
                 if offset is not None and (isinstance(exc, ClockError) or exc.code == "MP-130"):
                     self.skew.check(offset)
                 raise
-            return leg.issued
+            return logged.issued
 
     def _exchanged(self, subject: Issued) -> Issued:
         """Customs' token."""
         post = exchange.exchange_post(self.endpoints, subject)
-        with self._leg(post, None) as leg:
-            leg.answer = answer = self.http_client.post(post)
+        with self._logged_request(post, None) as logged:
+            logged.answer = answer = self.http_client.post(post)
             wait = retry_after(answer.headers, now=self.clock.now().wall)
-            leg.issued = exchange.read_issued(answer, post, wait=wait)
-            return leg.issued
+            logged.issued = exchange.read_issued(answer, post, wait=wait)
+            return logged.issued
 
     def _corrected(self, offset: float) -> bool:
         """Whether *offset* (seconds) changed the correction of this machine's clock."""
@@ -175,35 +175,35 @@ class Renewal:
         return True
 
     @contextmanager
-    def _leg(self, post: Post, jti: str | None) -> Iterator[_Leg]:
+    def _logged_request(self, post: Post, jti: str | None) -> Iterator[_LoggedRequest]:
         """Count one request with its response, and log one line about it."""
-        leg = _Leg(self.clock.now())
+        logged = _LoggedRequest(self.clock.now())
         outcome, trace = "failed", "-"
         try:
-            yield leg
-            trace = leg.trace(post)
+            yield logged
+            trace = logged.trace(post)
         except HsmTollError as exc:
             outcome = exc.code
-            trace = exc.trace_id or exc.correlation_id or leg.trace(post)
+            trace = exc.trace_id or exc.correlation_id or logged.trace(post)
             raise
         finally:
-            if leg.answer is not None:
-                outcome = str(leg.answer.status)
+            if logged.answer is not None:
+                outcome = str(logged.answer.status)
             with self.counts.guard:
-                self.counts.legs[post.leg, outcome] += 1
+                self.counts.legs[post.server, outcome] += 1
             _log.info(
                 "leg=%s host=%s status=%s ms=%.0f jti=%s trace=%s",
-                post.leg,
+                post.server,
                 urlsplit(post.url).hostname,
                 outcome,
-                (self.clock.now().boot - leg.began.boot) * 1000,
+                (self.clock.now().boot - logged.began.boot) * 1000,
                 jti or "-",
                 trace,
             )
 
 
 @dataclass(slots=True)
-class _Leg:
+class _LoggedRequest:
     """The result of one request, sent at *began*."""
 
     began: ClockReading
@@ -230,8 +230,8 @@ def _self_test() -> ExchangeRefused:
 
 def with_retries(attempt: Callable[[int], _T], *, attempts: int, clock: Clock) -> _T:
     """
-    What *attempt* returns, called with 1, 2, … *attempts* at most: again, after a pause, if its
-    error is retryable.
+    The result of *attempt*, which is called with 1, 2, … and repeated after a pause while its error
+    is retryable, at most *attempts* times.
     """
     for number in range(1, attempts):
         try:

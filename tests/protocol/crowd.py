@@ -95,7 +95,7 @@ class Stopping(HttpClient):
 
     def post(self, post: Post) -> Answer:
         answer = super().post(post)
-        reached({"Maskinporten": "granted", "Customs": "exchanged"}[post.leg])
+        reached({"Maskinporten": "granted", "Customs": "exchanged"}[post.server])
         return answer
 
 

@@ -181,7 +181,8 @@ def test_a_leg_ends_where_a_signing_host_drips(tmp_path: Path) -> None:
     http_client = HttpClient(connection_options=ConnectionOptions(uds=tmp_path / "sock"), **PATIENT)
     with peer(answers_slowly, listener) as there:
         with pytest.raises(NetworkError) as caught:
-            http_client.post_json("http://localhost/v1/grant", {}, leg="signing host", headers={})
+            url = "http://localhost/v1/grant"
+            http_client.post_json(url, {}, server="signing host", headers={})
         assert (caught.value.code, caught.value.signed) == ("deadline", True)
         assert there.left.wait(30)
 
@@ -212,7 +213,7 @@ def test_a_leg_ends_where_none_of_many_addresses_answers(monkeypatch: pytest.Mon
         monkeypatch.setattr(socket, "create_connection", elsewhere(port, int(at)))
         monkeypatch.setattr(deadline, "getaddrinfo", lambda *_, **__: [mute, MUTE_NO_MORE])
         http_client = HttpClient(timeout=0.2, deadline=30.0)
-        assert http_client.get(f"http://many.invalid:{port}/", leg="x").status == 204
+        assert http_client.get(f"http://many.invalid:{port}/", server="x").status == 204
 
 
 ANSWER = b"HTTP/1.1 204 Here\r\n\r\n"

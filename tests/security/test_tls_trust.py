@@ -108,13 +108,13 @@ def pki(tmp_path: Path) -> Pki:
 
 def test_an_issuing_ca_that_is_no_root_is_enough(pki: Pki) -> None:
     with pki.server() as url:
-        assert HttpClient(ca_file=pki.file(pki.ca)).get(url, leg="A").status == 200
+        assert HttpClient(ca_file=pki.file(pki.ca)).get(url, server="A").status == 200
         # The control: the root alone, where the server does not show its issuer, is not.
         with pytest.raises(NetworkError, match="unable to get local issuer certificate"):
-            HttpClient(ca_file=pki.file(pki.root)).get(url, leg="A")
+            HttpClient(ca_file=pki.file(pki.root)).get(url, server="A")
         other = Pki(pki.where)
         with pytest.raises(NetworkError, match="not trusted: ") as caught:
-            HttpClient(ca_file=pki.file(other.ca)).get(url, leg="A")
+            HttpClient(ca_file=pki.file(other.ca)).get(url, server="A")
     assert caught.value.code == "tls-untrusted"
 
 
@@ -132,6 +132,6 @@ def test_openssls_reason_is_told_and_the_hint_is_of_that_reason(
         pki.server(host, ends) as url,
         pytest.raises(NetworkError, match=words) as caught,
     ):
-        HttpClient(ca_file=pki.file(pki.ca)).get(url, leg="A")
+        HttpClient(ca_file=pki.file(pki.ca)).get(url, server="A")
     assert hint in (caught.value.hint or "")
     assert "HSMTOLL_CA_FILE" not in (caught.value.hint or "")

@@ -456,7 +456,7 @@ def test_a_proxy_that_wants_a_password_is_not_the_one_that_refuses_it() -> None:
     refuses = fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")
     with server(refuses) as between, pytest.raises(NetworkError) as caught:
         HttpClient(proxy=between.removesuffix("/token")).post(post_to("https://a.invalid/token"))
-    assert "it wants a user and a password" in (caught.value.hint or "")
+    assert "it requires a user and a password" in (caught.value.hint or "")
 
 
 def whole(exc: Exception) -> str:
@@ -470,7 +470,7 @@ def whole(exc: Exception) -> str:
     [
         ("http://me:hunter2hunter2@no-such-proxy.invalid:3128", "unknown host"),
         ("http://me:hunter2hunter2@127.0.0.1:{free}", "connection refused"),
-        ("https://me:hunter2hunter2@127.0.0.1:{plain}", "no TLS connection came about"),
+        ("https://me:hunter2hunter2@127.0.0.1:{plain}", "the TLS handshake failed"),
         ("http://me:hunter2hunter2@127.0.0.1:{breaks}", "the connection broke"),
     ],
 )
@@ -501,10 +501,10 @@ def test_a_request_without_tls_is_refused_by_the_proxy_as_well() -> None:
     with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
         proxy = between.removesuffix("/token")
         with pytest.raises(NetworkError, match=r"^proxy 127\.0\.0\.1:\d+: it refused, 407"):
-            HttpClient(proxy=proxy).get("http://crl.acme.invalid/list", leg="revocation")
+            HttpClient(proxy=proxy).get("http://crl.acme.invalid/list", server="revocation")
     # The control: without a proxy it is the server's answer.
     with server(fixed(b"HTTP/1.1 407 Who are you\r\ncontent-length: 0\r\n\r\n")) as between:
-        assert HttpClient().get(between, leg="revocation").status == 407
+        assert HttpClient().get(between, server="revocation").status == 407
 
 
 def test_what_fails_behind_a_proxy_is_not_told_as_the_proxy_s(tmp_path: Path) -> None:

@@ -300,10 +300,10 @@ def test_addresses_in_certificates_do_not_lead_into_the_own_network() -> None:
         for host in ("127.0.0.1", "localhost"):
             url = f"http://{host}:{port}/list.crl"
             with pytest.raises(NetworkError) as caught:
-                HttpClient().get(url, leg="revocation", public=True)
+                HttpClient().get(url, server="revocation", public=True)
             assert caught.value.code == "address-private"
             # The control: without the rule it is there.
-            assert HttpClient().get(url, leg="revocation").body == b"hello"
+            assert HttpClient().get(url, server="revocation").body == b"hello"
     finally:
         server.shutdown()
         server.server_close()

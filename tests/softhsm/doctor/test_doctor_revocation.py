@@ -277,4 +277,4 @@ def test_outside_the_sandbox_no_address_of_the_own_network_is_asked(
         said = revocation_of(app, chain, crl=None, online=True)
     app.close()
     assert [each.status for each in said] == [None, None]
-    assert all("own network, which is not asked" in str(each.problem) for each in said)
+    assert all("own network, and is not requested" in str(each.problem) for each in said)
