@@ -64,7 +64,7 @@ class WorkerProcess:
         self._startup_output: IO[bytes] | None = None
         #: `Device.generation` of its last answer.
         self.generation = 0
-        weakref.finalize(self, _ended, self.__dict__)
+        weakref.finalize(self, _kill, self.__dict__)
 
     @property
     def running(self) -> bool:
@@ -111,7 +111,7 @@ class WorkerProcess:
                 raise self._not_started(doing) from None
             raise DeviceError(
                 f"{doing}: the module did not answer within {deadline:g} s, and its process"
-                " was ended",
+                " was killed",
                 hint="The next call starts a new one. Is the device reachable?",
                 code="device-hung",
             ) from None
@@ -136,7 +136,7 @@ class WorkerProcess:
         return ConfigurationError(
             f"{doing}: the isolating process could not be started: "
             + (sanitized(message.strip()) if message else f"it {fate}"),
-            hint=f"{sanitized(_interpreter())} was to run it; no module was loaded. "
+            hint=f"it is run by {sanitized(_interpreter())}; no module was loaded. "
             "HSMTOLL_HSM__ISOLATION=none runs the module in this process",
             code="worker-start",
         )
@@ -166,20 +166,20 @@ class WorkerProcess:
         if self._pipe is not None:
             return self._pipe
         python, path = _interpreter(), _import_path()
-        ours, theirs = socket.socketpair()
+        own_end, child_end = socket.socketpair()
         # gevent's sockets are non-blocking, which socket.gettimeout() does not show.
-        os.set_blocking(theirs.fileno(), True)
-        # Python's messages before the worker runs are for the error; later stderr is the module's.
+        os.set_blocking(child_end.fileno(), True)
+        # Startup errors of Python are collected for the error; later output goes to our stderr.
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed after the worker's first message
         stderr = _stderr()
         try:
-            with theirs:
+            with child_end:
                 self._process = subprocess.Popen(
                     [
                         *(python, "-P", "-c", _BOOT, self._program),
-                        *(str(stderr), *path, str(theirs.fileno())),
+                        *(str(stderr), *path, str(child_end.fileno())),
                     ],
-                    pass_fds=[theirs.fileno(), stderr],
+                    pass_fds=[child_end.fileno(), stderr],
                     stdin=subprocess.DEVNULL,
                     # PKCS#11 modules may write to stdout, which is for results.
                     stdout=subprocess.DEVNULL,
@@ -196,7 +196,7 @@ class WorkerProcess:
             # Assigned only now: gevent forks in Python, and `abandon` in the child would close it.
             self._startup_output = output
         self._responded = False
-        self._pipe = pipe = Pipe(ours)
+        self._pipe = pipe = Pipe(own_end)
         self.generation = 0
         pipe.send(self._opening)
         return pipe
@@ -213,7 +213,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """Kill the process."""
-        _ended(self.__dict__)
+        _kill(self.__dict__)
 
     def abandon(self) -> None:
         """In a forked process: drop the parent's worker without ending it."""
@@ -239,7 +239,7 @@ def _answer(message: dict[str, Any], result_type: Any) -> tuple[Reply, Any]:
     return reply, decode(result_type, message["answer"]) if reply.error is None else None
 
 
-def _ended(parts: dict[str, Any]) -> None:
+def _kill(parts: dict[str, Any]) -> None:
     process, parts["_process"] = parts.get("_process"), None
     pipe, parts["_pipe"] = parts.get("_pipe"), None
     output, parts["_startup_output"] = parts.get("_startup_output"), None

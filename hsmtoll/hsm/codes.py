@@ -65,14 +65,14 @@ _GONE: Final = Meaning(
 _FAILED: Final = Meaning(
     DeviceError,
     "device-failed",
-    "the module's own log says more; if it stays, ask the device's administrator or the maker",
+    "see the module's own log; if it persists, ask the device's administrator or the maker",
     recoverable=True,
 )
 _ROOM: Final = _FAILED._replace(hint="end or delete what is not needed: the memory is used up")
 _STALE: Final = Meaning(
     DeviceError,
     "session-lost",
-    "a new session is opened by itself; if it stays, the device's own log says why it ends them",
+    "a new session is opened automatically; if it persists, see the device's own log",
     recoverable=True,
     away=True,
 )
@@ -115,7 +115,7 @@ _LOCKED: Final = Meaning(
 _PIN_STATE: Final = Meaning(
     PinNotTried, "pin-state", "set or change the user PIN with the device's own tool"
 )
-_NOT_OURS: Final = Meaning(
+_UNEXPECTED: Final = Meaning(
     DeviceError,
     "unexpected",
     "this answer does not belong to this call: ask the module's maker, with its log",
@@ -124,8 +124,8 @@ _NOT_OURS: Final = Meaning(
 _PIN_FORM: Final = Meaning(
     DeviceError,
     "pin-form",
-    "the PIN has not the form that this module takes: check its length; YubiHSM: four hexadecimal"
-    " digits, then the password; CloudHSM: user:password; a device with a pinpad:"
+    "the PIN has another form than this module requires: check its length; YubiHSM: four"
+    " hexadecimal digits, then the password; CloudHSM: user:password; a device with a pinpad:"
     " HSMTOLL_HSM__PIN_PROMPT=pinpad",
 )
 #: By `Answer.kind`.
@@ -150,24 +150,24 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.DeviceError: _GONE,
     p11.DeviceMemory: _ROOM,
     p11.DeviceRemoved: _GONE,
-    p11.DomainParamsInvalid: _NOT_OURS,
-    p11.EncryptedDataInvalid: _NOT_OURS,
-    p11.EncryptedDataLenRange: _NOT_OURS,
+    p11.DomainParamsInvalid: _UNEXPECTED,
+    p11.EncryptedDataInvalid: _UNEXPECTED,
+    p11.EncryptedDataLenRange: _UNEXPECTED,
     p11.ExceededMaxIterations: _FAILED,
     p11.FunctionCancelled: _FAILED,
     p11.FunctionFailed: _FAILED,
     p11.FunctionNotSupported: _REQUEST,
-    p11.FunctionRejected: _FAILED._replace(hint="somebody said no at the device"),
+    p11.FunctionRejected: _FAILED._replace(hint="a user refused it at the device"),
     p11.GeneralError: _FAILED,
     p11.HostMemory: _ROOM,
     p11.KeyHandleInvalid: _STALE,
-    p11.KeyIndigestible: _NOT_OURS,
-    p11.KeyNeeded: _NOT_OURS,
-    p11.KeyNotNeeded: _NOT_OURS,
-    p11.KeyNotWrappable: _NOT_OURS,
+    p11.KeyIndigestible: _UNEXPECTED,
+    p11.KeyNeeded: _UNEXPECTED,
+    p11.KeyNotNeeded: _UNEXPECTED,
+    p11.KeyNotWrappable: _UNEXPECTED,
     p11.KeySizeRange: _KEY,
     p11.KeyTypeInconsistent: _KEY,
-    p11.KeyUnextractable: _NOT_OURS,
+    p11.KeyUnextractable: _UNEXPECTED,
     p11.MechanismInvalid: _MECHANISM,
     p11.MechanismParamInvalid: _MECHANISM,
     p11.MultipleObjectsReturned: Meaning(
@@ -176,25 +176,25 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.MultipleTokensReturned: Meaning(
         DeviceError, "device-ambiguous", "name one by its serial; `hsmtoll objects` lists them"
     ),
-    p11.NoEvent: _NOT_OURS,
+    p11.NoEvent: _UNEXPECTED,
     p11.NoSuchKey: Meaning(DeviceError, "key-missing", "`hsmtoll objects` lists the keys"),
     p11.NoSuchToken: _GONE._replace(code="device-missing"),
     p11.ObjectHandleInvalid: _STALE,
     p11.OperationActive: _STALE,
     p11.OperationNotInitialized: _STALE,
     p11.PinExpired: _PIN_STATE._replace(
-        hint="it was right: change it with the device's own tool, and then here"
+        hint="it was correct but has expired: change it with the device's own tool, and then here"
     ),
     p11.PinIncorrect: _WRONG_PIN,
     p11.PinInvalid: _WRONG_PIN,
     p11.PinLenRange: _WRONG_PIN._replace(
-        hint="its length is not what the device takes: correct it; it will not be tried again"
+        hint="the device does not accept its length: correct it; it will not be tried again"
     ),
     p11.PinLocked: _LOCKED,
     p11.PinTooWeak: _PIN_STATE,
     p11.PublicKeyInvalid: _KEY,
-    p11.RandomNoRNG: _NOT_OURS,
-    p11.RandomSeedNotSupported: _NOT_OURS,
+    p11.RandomNoRNG: _UNEXPECTED,
+    p11.RandomSeedNotSupported: _UNEXPECTED,
     p11.SessionClosed: _STALE,
     p11.SessionCount: _BUSY,
     p11.SessionExists: _BUSY,
@@ -202,26 +202,26 @@ MEANING: Final[dict[type[Exception], Meaning]] = {
     p11.SessionReadOnly: _WRITE,
     p11.SessionReadOnlyExists: _BUSY,
     p11.SessionReadWriteSOExists: _BUSY,
-    p11.SignatureInvalid: _NOT_OURS,
-    p11.SignatureLenRange: _NOT_OURS,
+    p11.SignatureInvalid: _UNEXPECTED,
+    p11.SignatureLenRange: _UNEXPECTED,
     p11.SlotIDInvalid: _GONE,
     p11.TemplateIncomplete: _WRITE,
     p11.TemplateInconsistent: _WRITE,
     p11.TokenNotPresent: _GONE,
     p11.TokenNotRecognised: _GONE,
     p11.TokenWriteProtected: _WRITE,
-    p11.UnwrappingKeyHandleInvalid: _NOT_OURS,
-    p11.UnwrappingKeySizeRange: _NOT_OURS,
-    p11.UnwrappingKeyTypeInconsistent: _NOT_OURS,
+    p11.UnwrappingKeyHandleInvalid: _UNEXPECTED,
+    p11.UnwrappingKeySizeRange: _UNEXPECTED,
+    p11.UnwrappingKeyTypeInconsistent: _UNEXPECTED,
     p11.UserAlreadyLoggedIn: _LOGIN._replace(hint="other code of this process logged in"),
     p11.UserNotLoggedIn: _LOGIN,
     p11.UserPinNotInitialized: _PIN_STATE,
     p11.UserTooManyTypes: _BUSY,
-    p11.WrappedKeyInvalid: _NOT_OURS,
-    p11.WrappedKeyLenRange: _NOT_OURS,
-    p11.WrappingKeyHandleInvalid: _NOT_OURS,
-    p11.WrappingKeySizeRange: _NOT_OURS,
-    p11.WrappingKeyTypeInconsistent: _NOT_OURS,
+    p11.WrappedKeyInvalid: _UNEXPECTED,
+    p11.WrappedKeyLenRange: _UNEXPECTED,
+    p11.WrappingKeyHandleInvalid: _UNEXPECTED,
+    p11.WrappingKeySizeRange: _UNEXPECTED,
+    p11.WrappingKeyTypeInconsistent: _UNEXPECTED,
 }
 
 #: Answers to C_Login that mean that the PIN is wrong; the drivers of some cards answer

@@ -127,7 +127,7 @@ def read_attribute(thing: Object, name: Attribute) -> Any:
         raise Unreadable(describe(exc)) from exc
     except (ValueError, NotImplementedError, MemoryError, struct.error) as exc:
         # A vendor-defined value, or one whose length does not fit its type.
-        raise Unreadable("a value that cannot be understood") from exc
+        raise Unreadable("a value that cannot be parsed") from exc
 
 
 def prefetched(thing: Object, names: Sequence[Attribute]) -> Any:
@@ -279,11 +279,11 @@ def open_logged_in(token: Token, path: str, **login: Any) -> Session:
 
 @contextlib.contextmanager
 def _function_replaced(
-    place: int, path: str, kind: Any, ours: Callable[..., int]
+    place: int, path: str, kind: Any, replacement: Callable[..., int]
 ) -> Iterator[bool]:
     """
-    Replace the function at index *place* of the module's CK_FUNCTION_LIST by *ours*, which gets the
-    original, of type *kind*, as its first argument. Yields whether that was possible.
+    Replace the function at index *place* of the module's CK_FUNCTION_LIST by *replacement*, which
+    gets the original, of type *kind*, as its first argument. Yields whether that was possible.
     """
     table = _table(path)
     if table is None or not _writable(ctypes.addressof(table)):
@@ -292,7 +292,7 @@ def _function_replaced(
     before = table[place]
     real = kind(before)
     # A named reference, because ctypes frees a callback without one.
-    entry = kind(lambda *given: ours(real, *given))
+    entry = kind(lambda *given: replacement(real, *given))
     table[place] = ctypes.cast(entry, ctypes.c_void_p).value
     try:
         yield True

@@ -115,7 +115,7 @@ class PinLogin:
                 pin_record.withdraw()
                 login.logged_in_by_others = True
                 _log.warning(
-                    "other code of this process is logged in to %s: the PIN was not proven",
+                    "other code of this process is logged in to %s: the PIN was not verified",
                     display_name(here.token),
                 )
             except p11.PKCS11Error as exc:
@@ -220,8 +220,8 @@ class PinLogin:
             pin = source.read(device=f"the key on {display_name(here.token)}")
         if pin is None or pin.on_pinpad:
             raise DeviceError(
-                f"the key {sanitized(self._uri)} wants a PIN for every signature",
-                hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot serve here.",
+                f"the key {sanitized(self._uri)} requires a PIN for every signature",
+                hint="Set HSMTOLL_HSM__SIGNING_PIN_FILE; a pinpad cannot be used for this.",
                 code="signing-pin",
             )
         return pin

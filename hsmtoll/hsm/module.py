@@ -63,8 +63,8 @@ class Pkcs11Lock:
 
     def _start_afresh(self) -> None:
         self.lock = threading.RLock()
-        #: Whether a fork waits for the lock. Locks of Python are not fair: threads that sign one
-        #: grant after the other would take it again before whoever forks has woken up.
+        #: Whether a fork waits for the lock. Locks of Python are not fair: threads that sign
+        #: repeatedly would take it again before the forking thread wakes up.
         self.fork_waits = False
         self._over_fork = False
 
@@ -105,9 +105,9 @@ class _HeldLock:
     def __enter__(self) -> None:
         if not self._lock.acquire(timeout=self._timeout):
             raise DeviceError(
-                f"the device was not free within {self._timeout:g} s: another call to it has not"
-                " ended",
-                hint="A module that hangs is cut off with HSMTOLL_HSM__ISOLATION=process.",
+                f"the device was not free within {self._timeout:g} s: another call is still"
+                " running",
+                hint="With HSMTOLL_HSM__ISOLATION=process a module that hangs is killed.",
                 code="device-busy",
                 signed=False,
                 scope="attempt",
@@ -163,9 +163,9 @@ _opened: dict[str, Module] = {}
 _real: dict[Path, str] = {}
 _inherited: dict[str, Module] = {}
 # Modules whose C_Finalize failed: they may still be initialised.
-_unended: dict[str, Module] = {}
+_not_finalized: dict[str, Module] = {}
 # When each module was last restarted by `restarted`.
-_ended: dict[str, float] = {}
+_restarted_at: dict[str, float] = {}
 
 
 def opened(path: Path) -> Module:
@@ -187,11 +187,11 @@ def opened(path: Path) -> Module:
         lib = pkcs11.lib(str(path))
     except PKCS11Error as exc:
         # C_Finalize had failed, but python-pkcs11 has dropped its state: use the module as it is.
-        if name not in _unended or "already initialized" not in str(exc):
+        if name not in _not_finalized or "already initialized" not in str(exc):
             raise _not_loaded(path, exc) from exc
-        lib = _unended[name].lib
+        lib = _not_finalized[name].lib
     else:
-        _unended.pop(name, None)
+        _not_finalized.pop(name, None)
     _opened[name] = Module(name, lib)
     return _opened[name]
 
@@ -220,7 +220,7 @@ def restart(path: Path) -> None:
         try:
             module.lib.finalize()
         except PKCS11Error:
-            _unended[module.path] = module
+            _not_finalized[module.path] = module
 
 
 def loaded(path: Path) -> Module | None:
@@ -236,11 +236,11 @@ def restarted(module: Module, *, now: float, pause: float) -> bool:
     """
     if not current(module):
         return True
-    if 0 <= now - _ended.get(module.path, now - pause) < pause:
+    if 0 <= now - _restarted_at.get(module.path, now - pause) < pause:
         return False
     if any(login.alive() for login in module.logins.values()):
         return False
-    _ended[module.path] = now
+    _restarted_at[module.path] = now
     restart(Path(module.path))
     return True
 
@@ -279,10 +279,10 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
         why, hint = f"cannot be loaded: {sanitized(words.rpartition(f'{path}: ')[2])}", None
     elif "already initialized" in words:
         why = "is in use in this process already"
-        hint = "other code opened it under another path, or through another module"
+        hint = "other code has opened it under another path, or through another module"
     else:
         why = f"cannot be started: the module answered {describe(exc)}"
-        hint = _how_it_starts(path)
+        hint = _load_hint(path)
     return DeviceError(
         f"the PKCS#11 module '{sanitized(path)}' {why}",
         hint=hint or "set HSMTOLL_HSM__MODULE to the .so of the device's maker",
@@ -290,12 +290,12 @@ def _not_loaded(path: Path, exc: PKCS11Error) -> DeviceError:
     )
 
 
-def _how_it_starts(path: Path) -> str:
+def _load_hint(path: Path) -> str:
     maker = maker_of(path) or maker_of(Path(os.path.realpath(path)))
     if maker is None:
         return (
-            "its own configuration may be missing or unreadable for this account, or what it"
-            " reaches is away (makers' variables and files: hsmtoll/docs/devices.md)"
+            "its own configuration may be missing or unreadable for this account, or the device"
+            " cannot be reached (makers' variables and files: hsmtoll/docs/devices.md)"
         )
     running = f"; check that {maker.service}" if maker.service else ""
     return f"for {maker.name} see {maker.needs}{running}"
@@ -305,8 +305,8 @@ def _reinitialize_after_fork(module: Module) -> None:
     lib, path = module.lib, Path(module.path)
     if lib.manufacturer_id not in _FORK_HARMLESS and path.name not in _FORK_HARMLESS_FILES:
         raise DeviceError(
-            f"the PKCS#11 module '{sanitized(path)}' was opened before this process was forked, and"
-            " starting it again here could take the device away from the parent",
+            f"the PKCS#11 module '{sanitized(path)}' was opened before this process was forked;"
+            " initialising it again here could end the parent's sessions",
             hint="Open it after the fork (gunicorn without --preload; multiprocessing with"
             " 'spawn'), or set HSMTOLL_HSM__ISOLATION=process.",
             code="forked",
@@ -317,7 +317,7 @@ def _reinitialize_after_fork(module: Module) -> None:
 
 
 def _invalidate_after_fork() -> None:
-    _inherited.update(_unended | _opened)
+    _inherited.update(_not_finalized | _opened)
     _opened.clear()
 
 

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 __all__ = ["generate", "keys", "store"]
 
 #: Required attributes of a new private key.
-_KEPT: Final = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.SIGN: True}
+_REQUIRED: Final = {Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False, Attribute.SIGN: True}
 #: Operations that it must not permit. SIGN_RECOVER makes signatures as well.
 _DENIED: Final = (Attribute.DECRYPT, Attribute.UNWRAP, Attribute.DERIVE)
 _STRICT_PRIVATE: Final[dict[Attribute, Any]] = {
-    **_KEPT,
+    **_REQUIRED,
     **dict.fromkeys((*_DENIED, Attribute.SIGN_RECOVER), False),
 }
 _STRICT_PUBLIC: Final[dict[Attribute, Any]] = {
@@ -49,7 +49,7 @@ _STRICT_PUBLIC: Final[dict[Attribute, Any]] = {
     **dict.fromkeys((Attribute.ENCRYPT, Attribute.WRAP, Attribute.VERIFY_RECOVER), False),
 }
 #: Attributes that some devices refuse in a template: after each refusal, another group is omitted.
-_LEFT_OUT: Final = (
+_OMITTED_STEP_BY_STEP: Final = (
     (),
     (Attribute.SIGN_RECOVER, Attribute.VERIFY_RECOVER),
     (Attribute.DERIVE,),
@@ -105,7 +105,7 @@ def generate(
     doing = f"generating the key '{sanitized(label)}'"
     tool = _own_tool(calls.module_path)
     with _writing(calls, doing, tool, "key-refused") as (_, token, session):
-        _refuse_taken(session, label, chosen)
+        _check_not_in_use(session, label, chosen)
         try:
             made = _pair(session, bits, label, chosen, always_authenticate=always_authenticate)
         except p11.PKCS11Error as exc:
@@ -118,18 +118,18 @@ def generate(
                 hint = f"try without --always-authenticate; {hint}"
             raise _refused(session, exc, doing, hint, "key-refused") from None
         _narrow(made[1])
-        wrong = _wrong(made[1], always_authenticate=always_authenticate)
+        wrong = _differences(made[1], always_authenticate=always_authenticate)
         if wrong:
             uri = object_uri(token, made[1], "private")
             hint = tool
             if wrong == _UNKNOWN:
                 hint += (
-                    ". This device does not say whether keys can be taken out of it: where its"
-                    " documentation says that they cannot, HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true"
+                    ". This device does not report whether keys are extractable: if its"
+                    " documentation says that they are not, HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true"
                     " lets such a key sign"
                 )
             raise DeviceError(
-                f"{doing}: the device made one that is {wrong}; {_destroyed(made, uri)}",
+                f"{doing}: the device generated one that is {wrong}; {_destroyed(made, uri)}",
                 hint=hint,
                 code="key-too-able",
             )
@@ -161,7 +161,7 @@ def store(
     left: list[bytes] = []
     doing = "writing certificates"
     with _writing(calls, doing, hint, "certificate-refused") as (_, _, session):
-        before = _there(session)
+        before = _stored_ders(session)
         for place, (der, label, key_id) in enumerate(certificates):
             if der in before:
                 present.append(der)
@@ -176,12 +176,12 @@ def store(
                 left.append(der)
             else:
                 written.append(der)
-        lost = before.union(written) - _there(session)
+        lost = before.union(written) - _stored_ders(session)
     if written and not lost:
         # The module may have returned cached objects: read them from the device again.
         calls.reinitialize_module()
         with calls.writing("reading the certificates back", rw=False) as (_, _, session):
-            lost = before.union(written) - _there(session)
+            lost = before.union(written) - _stored_ders(session)
     kept = [der for der in written if der not in lost]
     return Stored(tuple(kept), tuple(present), tuple(left), tuple(lost))
 
@@ -224,17 +224,17 @@ def _own_tool(module: Path) -> str:
     maker = maker_of(module)
     named = f" ({maker.tool})" if maker and maker.tool else ""
     return (
-        f"make it with the device's own tool{named}: an RSA key of 2048 bits or more that is"
-        " sensitive, not extractable and may sign; name it in HSMTOLL_HSM__KEY, and go on with"
+        f"generate it with the device's own tool{named}: an RSA key of 2048 bits or more,"
+        " sensitive, not extractable, permitted to sign; set HSMTOLL_HSM__KEY to its URI and continue with"
         " `hsmtoll key csr`"
     )
 
 
-def _there(session: Session) -> set[bytes]:
+def _stored_ders(session: Session) -> set[bytes]:
     return {each.der for each in certificates_of(session) if each.der}
 
 
-def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
+def _check_not_in_use(session: Session, label: str, key_id: bytes) -> None:
     taken: tuple[tuple[Attribute, str | bytes, str], ...] = (
         (Attribute.LABEL, label, f"label '{sanitized(label)}'"),
         (Attribute.ID, key_id, f"id {key_id.hex()}"),
@@ -243,7 +243,7 @@ def _refuse_taken(session: Session, label: str, key_id: bytes) -> None:
         for name, value, words in taken:
             if cryptoki.find_by_value(session, kind, name, value):
                 raise DeviceError(
-                    f"generating the key '{sanitized(label)}': a key with the {words} is there",
+                    f"generating the key '{sanitized(label)}': a key with the {words} exists",
                     hint="Nothing is overwritten: choose another label and id.",
                     code="key-exists",
                 )
@@ -260,7 +260,7 @@ def _pair(
     if always_authenticate:
         private[Attribute.ALWAYS_AUTHENTICATE] = True
     failures: list[p11.PKCS11Error] = []
-    for names in _LEFT_OUT:
+    for names in _OMITTED_STEP_BY_STEP:
         for name in names:
             # Without DEFAULT, python-pkcs11 adds a value of its own.
             public[name] = private[name] = DEFAULT
@@ -283,7 +283,7 @@ def _pair(
                 break
             # Raises if the device is gone, or if the failed attempt has left a key behind.
             session.token.slot.get_token()
-            _refuse_taken(session, label, key_id)
+            _check_not_in_use(session, label, key_id)
         else:
             return made
     raise failures[0]
@@ -313,12 +313,12 @@ def _destroyed(made: Iterable[Object], uri: KeyUri) -> str:
     return "it was destroyed"
 
 
-def _wrong(key: Object, *, always_authenticate: bool) -> str:
+def _differences(key: Object, *, always_authenticate: bool) -> str:
     """
     The differences from the requested attributes, as text; empty if there are none. An unreadable
     SENSITIVE, SIGN or EXTRACTABLE is a difference.
     """
-    found = {name: _flag(key, name) for name in (*_KEPT, *_DENIED)}
+    found = {name: _flag(key, name) for name in (*_REQUIRED, *_DENIED)}
     wrong = [f"not {n.name.lower()}" for n in (Attribute.SENSITIVE, Attribute.SIGN) if not found[n]]
     if found[Attribute.EXTRACTABLE] is None:
         wrong.append(_UNKNOWN)

@@ -90,8 +90,8 @@ class Pin:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pin) or self.origin != other.origin:
             return False
-        mine, theirs = (each.reveal() or "" for each in (self, other))
-        return hmac.compare_digest(mine.encode(), theirs.encode())
+        value, other_value = (each.reveal() or "" for each in (self, other))
+        return hmac.compare_digest(value.encode(), other_value.encode())
 
     def __hash__(self) -> int:
         return hash(self.origin)
@@ -165,8 +165,8 @@ class PinFile:
                     raise ConfigurationError(
                         f"the PIN file {sanitized(self.path)}: "
                         f"others may change {sanitized(place)}",
-                        hint="root or you must own it, and each directory and link on the way;"
-                        f" nobody else may write there: chmod go-w {sanitized(place)}",
+                        hint="root or you must own it and each directory and link of its path;"
+                        f" nobody else may write to them: chmod go-w {sanitized(place)}",
                         code="pin-file-writable",
                     )
                 data = _whole(file, self.timeout)
@@ -207,8 +207,8 @@ class PinCommand:
 
     def read(self, *, device: str) -> Pin:
         """
-        What the command prints on stdout; its stderr is ours. Its argv is never shown, except for a
-        file in it that others may change, which is refused (``unsafe-file``).
+        The output of the command; its stderr is that of this process. Its argv is never shown,
+        except for a file in it that others may change, which is refused (``unsafe-file``).
         """
         del device
         # Errors are raised outside of the except blocks: the original exceptions contain the argv
@@ -319,7 +319,7 @@ class PinTerminal:
             terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             raise ConfigurationError(
-                f"the PIN is to be typed ({self.name}), but this process has no terminal",
+                f"the PIN cannot be typed ({self.name}): this process has no terminal",
                 hint="Give it in a file: HSMTOLL_HSM__PIN_FILE.",
                 code="pin-source",
             ) from None
@@ -422,14 +422,14 @@ def _pin(value: str, *, source: str, version: str = "", typed: bool = False) -> 
         which = "SIGNING_" if "SIGNING" in source else ""
         raise ConfigurationError(
             f"the PIN from {source} {unlikely}: it was not tried",
-            hint="write the PIN alone, on one line; if it is really so, type it: "
-            f"HSMTOLL_HSM__{which}PIN_PROMPT=terminal takes it as typed",
+            hint="write only the PIN, on one line; if the PIN has these characters, type it: "
+            f"HSMTOLL_HSM__{which}PIN_PROMPT=terminal accepts it as typed",
             code="pin-form",
         )
     return Pin(value, source=source, version=version, typed=typed)
 
 
-#: A whole line of an environment file or a letter. A PIN in base64, which may end in "=", is none.
+#: The line of an environment file or a letter, but not a PIN in base64, which may end in "=".
 _ASSIGNMENT: Final = re.compile(r"(?:export\s+)?\w*PIN\w*(?:\s*=\s*[^=\s]|:\s)", re.IGNORECASE)
 _COMMENT: Final = re.compile(r"\s#\s")
 _QUOTES: Final = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "\u00ab\u00bb")
@@ -438,7 +438,7 @@ _QUOTES: Final = ('""', "''", "``", "\u201c\u201d", "\u2018\u2019", "\u00ab\u00b
 def _unlikely(value: str) -> str | None:
     """Why *value* is probably not the PIN, so that it must not use up an attempt; else None."""
     if any(end.isspace() or not end.isprintable() for end in (value[0], value[-1])):
-        return "begins or ends with a blank or a character that does not show"
+        return "begins or ends with a blank or an invisible character"
     if len(value) > 1 and value[0] + value[-1] in _QUOTES:
         return "is in quotation marks"
     if _ASSIGNMENT.match(value):

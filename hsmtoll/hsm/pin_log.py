@@ -203,21 +203,23 @@ class PinRecord:
         """
         keeps_flags = keeps_flags or count_low or bool(self.record.get("flags"))
         judged = bool(self.record.get("refused") or self.record.get("accepted"))
-        mine = _hash(pin, self.record) if judged else ""
-        if judged and mine in self.record.get("refused", ()):
+        pin_hash = _hash(pin, self.record) if judged else ""
+        if judged and pin_hash in self.record.get("refused", ()):
             raise self._not_tried(
                 f"the PIN from {pin.source} was refused before", code="pin-refused"
             )
-        self.accepted_before = accepted = judged and mine == self.record.get("accepted")
+        self.accepted_before = accepted = judged and pin_hash == self.record.get("accepted")
         if not (accepted or user_confirmed or pin.typed):
             self._check_refusals(pin)
         self._check_open_tries(pin, accepted=accepted, count_low=count_low, flags=keeps_flags)
-        ours = any(self.record.get(name) for name in ("refused", "intents", "doubts", "cleared"))
-        known = accepted or ours or user_confirmed or pin.typed
+        tried_here = any(
+            self.record.get(name) for name in ("refused", "intents", "doubts", "cleared")
+        )
+        known = accepted or tried_here or user_confirmed or pin.typed
         if count_low and not known and self.path is not None:
             raise PinNotTried(
-                f"the PIN of '{sanitized(self.owner.label)}' was not tried: the device says that a"
-                " wrong one was given, and not from here",
+                f"the PIN of '{sanitized(self.owner.label)}' was not tried: the device reports that"
+                " another program gave a wrong one",
                 hint="Log in once with the device's own tool, or type the PIN"
                 " (HSMTOLL_HSM__PIN_PROMPT=terminal). If it is known to be right, run"
                 " `hsmtoll pin clear`.",
@@ -243,9 +245,9 @@ class PinRecord:
             return
         raise PinNotTried(
             f"the PIN of '{sanitized(self.owner.label)}' was not tried: {len(recent)} others"
-            f" were refused within an hour, and what {pin.source} gives is another one",
-            hint="see what the file holds or the command prints; a typed PIN is tried at once"
-            f" (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
+            f" were refused within an hour, and {pin.source} has yet another one",
+            hint="check the content of the file or the output of the command; a typed PIN is tried at"
+            f" once (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
             code="pin-refused",
             retry_after=recent[0] + _UNKNOWN_PIN_INTERVAL - self.now(),
         )
@@ -255,9 +257,9 @@ class PinRecord:
         intents: list[str] = self.record.get("intents", [])
         doubts: list[tuple[str, float]] = self.record.get("doubts", [])
         same = intents.count(pin.origin)
-        mine = [at for origin, at in doubts if origin == pin.origin]
+        own = [at for origin, at in doubts if origin == pin.origin]
         # By the device's count the try was made, with a wrong PIN.
-        tries_used_up = (same or mine) and count_low
+        tries_used_up = (same or own) and count_low
         if not accepted:
             tries_used_up = (
                 tries_used_up
@@ -266,10 +268,10 @@ class PinRecord:
             )
         if tries_used_up:
             raise self._not_tried(
-                f"what became of the last try with the PIN from {pin.source} is not known",
+                f"the result of the last try with the PIN from {pin.source} is unknown",
                 code="pin-unresolved",
             )
-        last = mine if len(doubts) < _MAX_UNRESOLVED else [at for _, at in doubts]
+        last = own if len(doubts) < _MAX_UNRESOLVED else [at for _, at in doubts]
         if not last:
             return
         pause = min(_FIRST_PAUSE * 2 ** (len(last) - 1), _LONGEST_PAUSE)
@@ -280,15 +282,15 @@ class PinRecord:
             return
         if pin_trusted:
             raise DeviceError(
-                f"the device '{sanitized(self.owner.label)}' did not take the login a moment ago",
-                hint="It is tried again by itself: seconds after the first time, minutes later on.",
+                f"the device '{sanitized(self.owner.label)}' failed at the last login",
+                hint="It is tried again automatically: after seconds at first, then after minutes.",
                 code="device-down",
                 signed=False,
                 retry_after=left,
             )
         error = self._not_tried(
-            f"what became of the last try with the PIN from {pin.source} is not known, and this"
-            " device keeps no count of wrong ones: one try an hour",
+            f"the result of the last try with the PIN from {pin.source} is unknown, and this"
+            " device does not count wrong PINs: one try an hour",
             code="pin-unresolved",
         )
         error.retry_after = left
@@ -322,10 +324,10 @@ class PinRecord:
     def refuse(self, pin: Pin) -> None:
         """The device refused *pin*: store its hash, so that it is not tried again."""
         record = {"salt": _salt(), **self._without_tries_of(pin)}
-        mine = _hash(pin, record)
-        record["refused"] = [*record.get("refused", ()), mine]
+        pin_hash = _hash(pin, record)
+        record["refused"] = [*record.get("refused", ()), pin_hash]
         record["times"] = [*record.get("times", ()), self.now()][-_MAX_REFUSED_PER_HOUR:]
-        if record.get("accepted") == mine:
+        if record.get("accepted") == pin_hash:
             del record["accepted"]
         with self._log_if_unwritten("refused"):
             self._write(record)
@@ -388,8 +390,8 @@ def _unusable(where: Path | None, exc: OSError) -> PinNotTried:
     shown = sanitized(where) if where else "nowhere"
     why = exc.strerror or type(exc).__name__
     hint = (
-        "set HSMTOLL_STATE to a directory of this user that outlives restarts, where nobody else"
-        " may write above it; in a volume, to one below its root, which is made with mode 0700"
+        "set HSMTOLL_STATE to a persistent directory of this user, whose parent directories nobody"
+        " else can change; in a volume, to one below its root, which is created with mode 0700"
         " (Kubernetes: the pod has a fsGroup)"
     )
     with contextlib.suppress(OSError):

@@ -203,7 +203,7 @@ class WorkerDevice:
 
     def inspect(self, *, log_in: bool = True) -> ModuleFacts:
         """As `Device.inspect`."""
-        facts: ModuleFacts = self._ask("looking behind the module", "inspect", log_in=log_in)
+        facts: ModuleFacts = self._ask("inspecting the module", "inspect", log_in=log_in)
         return facts
 
     def token_users(self) -> tuple[TokenUser, ...]:
@@ -273,7 +273,7 @@ class WorkerDevice:
                 self.waiting -= 1
         raise DeviceError(
             f"{doing}: no process of the device was free within {self._deadline:g} s",
-            hint="More of them sign in parallel: HSMTOLL_HOST__WORKERS.",
+            hint="HSMTOLL_HOST__WORKERS sets their number.",
             code="device-busy",
             signed=False,
             scope="attempt",
@@ -291,5 +291,7 @@ class WorkerDevice:
             if pin is None and source is not None:
                 pin = self._pins[user] = source.read(device=device)
         if pin is None:
-            raise DeviceError("the device's process asked for a PIN that is not its", code="worker")
+            raise DeviceError(
+                "the device's process requested a PIN without a source", code="worker"
+            )
         return pin

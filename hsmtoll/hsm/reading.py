@@ -194,7 +194,7 @@ def read_certificate(thing: Object) -> StoredCertificate:
     except Unreadable as exc:
         problem = f"its value was answered {exc}"
     if len(der) > _LARGEST_CERTIFICATE:
-        der, problem = b"", f"it has {len(der)} bytes, and {_LARGEST_CERTIFICATE} are the most"
+        der, problem = b"", f"it has {len(der)} bytes, more than {_LARGEST_CERTIFICATE}"
     elif not der and problem is None:
         problem = "it has no value on the device"
     if problem is not None:

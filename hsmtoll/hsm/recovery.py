@@ -108,7 +108,7 @@ class CircuitBreaker:
                 return
         raise DeviceError(
             f"{sanitized(self._name)} is down: {self._why}",
-            hint="It is asked again by itself; living tokens are served meanwhile.",
+            hint="It is tried again automatically; unexpired tokens are used meanwhile.",
             code="device-down",
             signed=False,
             retry_after=max(left, _MIN_BACKOFF),
@@ -147,7 +147,7 @@ class CircuitBreaker:
         if opened:
             # The reason is in the error itself, which the caller gets.
             name = sanitized(self._name)
-            _log.warning("device-down: %s (%s); it is asked again by itself", name, exc.code)
+            _log.warning("device-down: %s (%s); it is tried again automatically", name, exc.code)
 
     def record_error(self, exc: BaseException, doing: str = SIGNING) -> None:
         """

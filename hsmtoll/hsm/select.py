@@ -164,7 +164,7 @@ class KeySelector:
         # Without a login, private keys are invisible.
         if token.flags & TokenFlag.LOGIN_REQUIRED and not logged_in:
             return DeviceError(
-                f"the key {sanitized(self._uri)} cannot be seen: nobody is logged in to"
+                f"the key {sanitized(self._uri)} cannot be seen: there is no login to"
                 f" {display_name(token)}",
                 hint="Give the PIN: HSMTOLL_HSM__PIN_FILE or another source.",
                 code="not-logged-in",
@@ -176,7 +176,7 @@ class KeySelector:
         if problems:
             hint += f"\n{len(problems)} of them cannot be read: {sanitized(problems[0])}"
         if other := self._on_another(module, token):
-            hint += f"\nAnother device of the module has one of that name: {other}"
+            hint += f"\nAnother device of the module has a key of that name: {other}"
         return DeviceError(
             f"no private key fits {sanitized(self._uri)}", hint=hint, code="key-missing"
         )
@@ -234,21 +234,21 @@ class KeySelector:
             )
         if given is not None and fact.public not in {None, given}:
             raise DeviceError(
-                f"the public key given (HSMTOLL_HSM__PUBLIC_KEY) is not the one of {name}",
+                f"HSMTOLL_HSM__PUBLIC_KEY is not the public key of {name}",
                 code="key-mismatch",
             )
         public = fact.public or given
         bits = public.bits if public else fact.bits
         if bits is not None and bits < _SMALLEST_KEY:
             raise DeviceError(
-                f"the key {name} has {bits} bits: {_SMALLEST_KEY} are the least", code="key-size"
+                f"the key {name} has {bits} bits: {_SMALLEST_KEY} are the minimum", code="key-size"
             )
         if fact.sign is False:
             raise DeviceError(f"the key {name} may not sign (CKA_SIGN is false)", code="key-sign")
         if not fact.protected and not self._allow_exportable_key:
             shown = f"SENSITIVE {_shown(fact.sensitive)}, EXTRACTABLE {_shown(fact.extractable)}"
             raise DeviceError(
-                f"the device does not say that the key {name} stays inside it ({shown})",
+                f"the device does not report the key {name} as not exportable ({shown})",
                 hint="Generate a key on the device, or set HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true.",
                 code="key-exportable",
             )

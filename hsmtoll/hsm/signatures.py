@@ -55,7 +55,7 @@ class Signable:
         if self.alg not in ALGS:
             raise ConfigurationError(f"the algorithm is one of {', '.join(ALGS)}", code="alg")
         if type(self.data) is not bytes or type(self.request_for) not in (RsaPublicKey, type(None)):
-            raise _refused("it is of another type")
+            raise _refused("the data is not bytes")
         if self.request_for is not None:
             self.check_request(self.request_for)
         elif self.data != SELF_TEST:
@@ -78,7 +78,7 @@ class Signable:
         except ValueError:
             right = False
         if not right:
-            raise _refused("it is no request for a certificate")
+            raise _refused("the data is not a certificate request")
         if spki != public.spki():
             raise _refused("the request is for another public key")
 
@@ -88,7 +88,7 @@ class Signable:
         errors that *rules* raise.
         """
         if self.grant is None:
-            raise _refused("it is no grant")
+            raise _refused("the data is not a grant")
         if audience is not None and self.grant.grant.audience != audience:
             found = sanitized(self.grant.grant.audience)
             raise _refused(f"aud is not the one of the settings: {found}")
@@ -111,7 +111,7 @@ def _grant(alg: str, unsigned: bytes) -> Read:
 def _refused(why: str) -> PolicyDenied:
     return PolicyDenied(
         f"the device was not asked to sign: {why}",
-        hint="it signs grants, requests for a certificate of its own key, and its self-test",
+        hint="it signs only grants, certificate requests for its own key, and its self-test",
         code="not-allowed",
     )
 
@@ -145,7 +145,7 @@ class Verifier:
                 return Signature(whole, public)
         if public_keys:
             raise DeviceError(
-                f"the device's signature does not fit the public key of {self._name}",
+                f"the device's signature does not verify with the public key of {self._name}",
                 hint="The certificate belongs to another key, or the device is faulty.",
                 code="signature-wrong",
             )

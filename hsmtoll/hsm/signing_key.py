@@ -103,8 +103,8 @@ class SigningKey:
                 raise
             raise DeviceError(
                 f"signing: the module answered {describe(exc)} right after a login: the key"
-                f" {self._name} may want a PIN of its own",
-                hint="Give it: HSMTOLL_HSM__SIGNING_PIN_FILE.",
+                f" {self._name} may require a PIN of its own",
+                hint="Set HSMTOLL_HSM__SIGNING_PIN_FILE.",
                 code="signing-pin",
             ) from exc
         self._without_context_login = without_login

@@ -34,7 +34,7 @@ _PATH: Final = {
 _QUERY: Final = {"module-path": "module_path", "pin-source": "pin_source"}
 _REFUSED: Final = {
     "pin-value": "a PIN in a URI ends up in logs, process lists and shell histories",
-    "module-name": "a name is resolved differently on every machine; only a path is one file",
+    "module-name": "a module name means different files on different machines; a path does not",
 }
 _TYPES: Final = ("public", "private", "cert", "secret-key", "data")
 # unreserved + pk11-res-avail, without "&", which ends a query attribute.
@@ -86,7 +86,7 @@ class KeyUri:
             for piece in filter(None, part.split(between)):
                 name, value = _attribute(piece, known)
                 if name in values:
-                    raise _wrong(f"'{piece.partition('=')[0]}' stands there twice")
+                    raise _wrong(f"'{piece.partition('=')[0]}' is given twice")
                 values[name] = value
         return cls(**values)
 
@@ -136,11 +136,7 @@ def _attribute(piece: str, known: dict[str, str]) -> tuple[str, object]:
         raise _wrong(f"'{name}' is refused: {_REFUSED[name]}", hint=_INSTEAD[name])
     if name not in known:
         misplaced = name in _PATH or name in _QUERY
-        why = (
-            "stands on the wrong side of the '?'"
-            if misplaced
-            else "is not an attribute of RFC 7512"
-        )
+        why = "is on the wrong side of the '?'" if misplaced else "is not an attribute of RFC 7512"
         raise _wrong(f"'{sanitized(name)}' {why}")
     if not equals:
         raise _wrong(f"'{name}' has no value")

@@ -233,7 +233,7 @@ def test_a_login_by_other_code_of_the_process_proves_nothing_about_the_pin(
         assert accepted(device) is False
         assert device.key().label == "acme"
         user, _ = device.token_users()
-    assert "the PIN was not proven" in caplog.text
+    assert "the PIN was not verified" in caplog.text
     assert PinLog(tmp_path).refusals(user) == (0, 0)
 
 

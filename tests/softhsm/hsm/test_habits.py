@@ -315,7 +315,7 @@ def test_certificates_on_another_device_of_the_module_are_found(
     elsewhere = made.environ()["HSMTOLL_HSM__KEY"].replace(f"token={key_side.label}", "token=certs")
     missing = command("sign", "road", HSMTOLL_HSM__KEY=elsewhere)
     assert missing.returncode == 30
-    assert "Another device of the module has one of that name" in missing.stderr
+    assert "Another device of the module has a key of that name" in missing.stderr
     assert key_side.label in missing.stderr
 
 

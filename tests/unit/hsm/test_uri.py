@@ -66,7 +66,7 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
     [
         ("token=t", "does not start with 'pkcs11:'"),
         ("pkcs11:tokn=t", "'tokn' is not an attribute"),
-        ("pkcs11:token=a;token=b", "'token' stands there twice"),
+        ("pkcs11:token=a;token=b", "'token' is given twice"),
         ("pkcs11:token=%2", "without two hex digits"),
         ("pkcs11:token=%zz", "without two hex digits"),
         ("pkcs11:token=%ff", "'token' is not UTF-8"),
