@@ -225,8 +225,8 @@ def _own_tool(module: Path) -> str:
     named = f" ({maker.tool})" if maker and maker.tool else ""
     return (
         f"generate it with the device's own tool{named}: an RSA key of 2048 bits or more,"
-        " sensitive, not extractable, permitted to sign; set HSMTOLL_HSM__KEY to its URI and continue with"
-        " `hsmtoll key csr`"
+        " sensitive, not extractable, permitted to sign; set HSMTOLL_HSM__KEY to its URI"
+        " and continue with `hsmtoll key csr`"
     )
 
 

@@ -246,8 +246,8 @@ class PinRecord:
         raise PinNotTried(
             f"the PIN of '{sanitized(self.owner.label)}' was not tried: {len(recent)} others"
             f" were refused within an hour, and {pin.source} has yet another one",
-            hint="check the content of the file or the output of the command; a typed PIN is tried at"
-            f" once (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
+            hint="check the content of the file or the output of the command; a typed PIN is tried"
+            f" at once (HSMTOLL_HSM__PIN_PROMPT=terminal), others after an hour. {_CLEAR}",
             code="pin-refused",
             retry_after=recent[0] + _UNKNOWN_PIN_INTERVAL - self.now(),
         )

@@ -204,9 +204,9 @@ def _reinitialize(module: Path) -> None:
     import sys
 
     if "hsmtoll.hsm.module" in sys.modules:
-        from hsmtoll.hsm.module import PKCS11_LOCK, _ended, restart
+        from hsmtoll.hsm.module import PKCS11_LOCK, _restarted_at, restart
 
         with PKCS11_LOCK.held(60):
             restart(module)
             # Restarts in earlier tests must not delay a restart in this one.
-            _ended.clear()
+            _restarted_at.clear()

@@ -180,8 +180,8 @@ def test_a_leg_ends_where_a_signing_host_drips(tmp_path: Path) -> None:
     listener.listen()
     http_client = HttpClient(connection_options=ConnectionOptions(uds=tmp_path / "sock"), **PATIENT)
     with peer(answers_slowly, listener) as there:
+        url = "http://localhost/v1/grant"
         with pytest.raises(NetworkError) as caught:
-            url = "http://localhost/v1/grant"
             http_client.post_json(url, {}, server="signing host", headers={})
         assert (caught.value.code, caught.value.signed) == ("deadline", True)
         assert there.left.wait(30)

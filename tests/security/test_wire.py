@@ -448,7 +448,7 @@ def test_a_proxy_that_refuses_is_told_without_its_password() -> None:
             HttpClient(proxy=proxy).post(post_to("https://test.maskinporten.invalid/token"))
     assert str(caught.value).startswith(f"proxy {between.split('/')[2]}: it refused, 407")
     assert caught.value.code == "proxy-refused"
-    assert "HSMTOLL_PROXY names it; it does not take the user" in (caught.value.hint or "")
+    assert "HSMTOLL_PROXY names it; it rejects the user" in (caught.value.hint or "")
     assert "hunter2" not in whole(caught.value)
 
 

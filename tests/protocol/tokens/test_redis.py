@@ -557,7 +557,7 @@ def test_a_command_that_is_not_allowed_is_named_with_what_to_allow(
             assert held
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
-    assert "refuses a command that is needed" in told[0]
+    assert "refuses a required command" in told[0]
     assert COMMANDS in told[0]
     assert "geheim" not in told[0]
     for word in COMMANDS.lower().split():

@@ -406,7 +406,7 @@ def test_a_pin_that_has_expired_was_right(toll_settings: Settings, toll_faults: 
         with program("none") as app, pytest.raises(HsmTollError) as caught:
             signed(app)
         assert caught.value.code == "pin-state"
-        assert "it was right" in (caught.value.hint or "")
+        assert "it was correct but has expired" in (caught.value.hint or "")
     toll_faults.clear()
     with program("none") as app:
         assert signed(app)

@@ -160,7 +160,7 @@ def test_a_norwegian_certificate_whose_chain_is_not_at_hand_is_sent_alone(above:
     made = setup(family="norwegian", above=given)
     assert told(made.facts) == {}
     (line,) = [check.line for check in examine(made.facts) if check.check == "chain"]
-    assert "sent alone" in line
+    assert "sent without its chain" in line
     assert "documented" not in line
     # The control: whoever asks for the whole chain needs it, and so does an eSeal.
     asked = setup(family="norwegian", above=given, settings={"x5c": "full"})
