@@ -207,7 +207,7 @@ def test_the_choice_between_certificates_is_explained() -> None:
     line = next(
         c.line for c in examine(replace(made.facts, seen=(both,))) if c.check == "certificate"
     )
-    assert "not taken" in line
+    assert "not used" in line
     assert "it is older" in line
     assert ours(old).sha256[:16] in line
 

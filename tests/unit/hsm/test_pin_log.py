@@ -258,7 +258,7 @@ def test_an_unknown_result_allows_one_more_try_and_then_none(tmp_path: Path) -> 
 def test_an_unknown_result_allows_none_where_the_device_says_count_low(tmp_path: Path) -> None:
     pin_log = PinLog(tmp_path)
     die(pin_log, RIGHT)
-    with pytest.raises(PinNotTried, match="not known"):
+    with pytest.raises(PinNotTried, match="is unknown"):
         die(pin_log, RIGHT, count_low=True)
     die(pin_log, RIGHT)  # the control: without the flag there is one more
 
