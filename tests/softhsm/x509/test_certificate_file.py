@@ -187,7 +187,7 @@ def test_the_keys_own_certificate_that_cannot_be_read_is_named_and_not_said_to_b
             sent(app)
         told = {each.check: each for each in doctor.run(app).checks}
     assert caught.value.code == "certificate-missing"
-    assert "there is none" not in str(caught.value)
+    assert "there is no certificate" not in str(caught.value)
     assert str(caught.value) in {each.line for each in told.values()}
     # The control: another's that cannot be read is counted, and nothing more is said of it.
     put(file, *authority.chain, pem(old(lab, authority, tmp_path))[:300])
