@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.benchmarks import bounds, growth, hosted, plots
+from tests.benchmarks import bounds, growth, hosted, plots, proxied
 from tests.benchmarks.stage import (
     HERE,
     ROUNDS,
@@ -320,6 +320,7 @@ def main() -> int:
         "scopes": scopes,
         "workers": hosted.workers,
         "host": hosted.host,
+        "proxy": proxied.proxy,
         "renewal": growth.renewal,
         "signatures": growth.signatures,
         "processes": growth.processes,
