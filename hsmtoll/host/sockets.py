@@ -69,7 +69,7 @@ class ListeningSockets:
     def _metrics(self, where: str) -> socket.socket:
         if where.startswith("unix://"):
             return self._unix(Path(where.removeprefix("unix://")), "HSMTOLL_HOST__METRICS")
-        return listen_tcp(where, "HSMTOLL_HOST__METRICS", local=True)
+        return listen_tcp(where, "HSMTOLL_HOST__METRICS", local=not self._host.metrics_public)
 
     def _unix(self, path: Path, name: str) -> socket.socket:
         one = listen_unix(path, name)

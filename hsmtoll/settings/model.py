@@ -175,6 +175,7 @@ class Host(_Group):
     audit_key: _Path | None = None
     stop_file: _Path | None = None
     metrics: _Text | None = None
+    metrics_public: bool = False
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     connections: Annotated[int, Field(ge=1, le=1024)] = 64
     connections_per_caller: Annotated[int, Field(ge=1, le=1024)] = 8

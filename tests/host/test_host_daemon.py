@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import http.client
 import logging
 import os
 import signal
@@ -37,6 +38,7 @@ from hsmtoll.hsm.signatures import SELF_TEST
 from hsmtoll.settings import Host, load
 from hsmtoll.testing.clock import SettableClock
 from tests.kit.accounts import importable
+from tests.kit.own_device import free_port
 from tests.kit.signing_host import (
     ME,
     PATIENCE,
@@ -225,9 +227,19 @@ def test_what_it_cannot_do_without_is_named(
     assert len(errors_in(told.stderr)) == 1
 
 
-def test_metrics_are_for_this_machine_alone(make_host: Callable[..., RunningHost]) -> None:
+def test_metrics_are_for_this_machine_unless_it_is_said_otherwise(
+    make_host: Callable[..., RunningHost],
+) -> None:
     told = make_host().run("serve", HSMTOLL_HOST__METRICS="0.0.0.0:0")
     assert (told.returncode, "not on the loopback" in told.stderr) == (10, True)
+    # The control: with consent it is listened on.
+    port = free_port()
+    with make_host() as host:
+        host.start(HSMTOLL_HOST__METRICS=f"0.0.0.0:{port}", HSMTOLL_HOST__METRICS_PUBLIC="true")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("GET", "/live")
+            assert connection.getresponse().status == 200
     told = make_host().run("serve", HSMTOLL_HOST__METRICS="unix:///nonexistent/run/m.sock")
     assert told.returncode == 10
     assert "HSMTOLL_HOST__METRICS /nonexistent/run/m.sock: no directory for it" in told.stderr
