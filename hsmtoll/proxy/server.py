@@ -22,6 +22,7 @@ from aiohttp import web
 from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.host import system
 from hsmtoll.host.sockets import listen_tcp, listen_unix
+from hsmtoll.hsm.protect import keep_secrets_in_memory
 from hsmtoll.peer_credentials import OVERFLOW, credentials
 from hsmtoll.proxy.admission import Admission, Rejected, paths_by_prefix
 from hsmtoll.proxy.forward import Forwarder, error_reply
@@ -61,6 +62,7 @@ def serve(
     *ready* is called with the address once connections are accepted. Raises ConfigurationError if
     the proxy cannot listen or *settings* do not fit together. Returns 0.
     """
+    keep_secrets_in_memory()
     given = [each.socket for each in system.given_sockets()]
     for each in given:
         _check_local(each)

@@ -519,7 +519,7 @@ def test_what_fails_behind_a_proxy_is_not_told_as_the_proxy_s(tmp_path: Path) ->
 
             threading.Thread(target=answer, daemon=True).start()
             url = f"https://127.0.0.1:{listener.getsockname()[1]}/token"
-            with pytest.raises(NetworkError, match=r"^Maskinporten \(127\.0\.0\.1\): no TLS"):
+            with pytest.raises(NetworkError, match=r"^Maskinporten \(127\.0\.0\.1\): the TLS"):
                 http_client.post(post_to(url))
         assert len(proxy.asked) == 1
 
