@@ -249,7 +249,7 @@ class TestTheSettings:
             10,
             "token",
             "road",
-            says="sandbox",
+            says="must not be under",
             HSMTOLL_ENDPOINTS__ISSUER=f"https://{host}/",
             HSMTOLL_ENDPOINTS__TOKEN=f"https://{host}/token",
         )
