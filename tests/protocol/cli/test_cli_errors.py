@@ -508,7 +508,7 @@ class TestTheServices:
 
     def test_a_slow_answer_ends_at_the_deadline(self, toll_sandbox: Sandbox) -> None:
         toll_sandbox.fault("drip", "token", seconds=0.3)
-        refused(80, "token", "road", says="after 2 s", HSMTOLL_DEADLINE="2")
+        refused(80, "token", "road", says="within 2 s", HSMTOLL_DEADLINE="2")
 
     def test_a_refused_grant_says_who_must_act(self, toll_sandbox: Sandbox) -> None:
         toll_sandbox.allow("NTRSE-5566778899", "toll:eu/movement/air")
