@@ -298,7 +298,7 @@ def test_a_new_policy_counts_after_sighup_and_a_broken_one_never(
 
     running_host.policy.write_text("[caller")
     running_host.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "old one goes on" in running_host.log())
+    eventually(lambda: "old one stays in force" in running_host.log())
     assert running_host.ask(scope="air").status == 200
     outcomes = [each["outcome"] for each in running_host.records("policy")]
     assert outcomes[0] == "loaded"

@@ -288,7 +288,7 @@ def test_the_doctor_looks_at_the_host_without_a_signature(
     before = toll_faults.count("C_SignInit")
     report = hsmtoll("doctor", environ=environ)
     assert report.returncode == 0, report.stdout
-    assert f"ok    signing-host: signing host {running_host.url} answers" in report.stdout
+    assert f"ok    signing-host: signing host {running_host.url}: reachable" in report.stdout
     assert toll_faults.count("C_SignInit") == before
     wrong = hsmtoll("doctor", environ=environ | {"HSMTOLL_SIGNER__UID": "4711"})
     assert wrong.returncode == 90
