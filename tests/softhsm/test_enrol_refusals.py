@@ -174,7 +174,14 @@ def test_a_device_that_is_gone_is_not_told_to_use_its_tool(
 def the_way_on(error: DeviceError) -> None:
     """The own tool, the attributes that count, and the next command; no fault of hsmtoll's."""
     hint = error.hint or ""
-    for part in ("own tool", "2048", "sensitive", "not extractable", "permitted to sign", "key csr"):
+    for part in (
+        "own tool",
+        "2048",
+        "sensitive",
+        "not extractable",
+        "permitted to sign",
+        "key csr",
+    ):
         assert part in hint
     for part in ("Should never", "Unmapped", "report it"):
         assert part not in f"{error} {hint}"
