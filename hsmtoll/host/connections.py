@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hsmtoll.host.peers import Peer
     from hsmtoll.host.places import Limits
 
-__all__ = ["Listener", "mark_complete"]
+__all__ = ["Listener", "mark_complete", "silent_log"]
 
 _log = logging.getLogger("hsmtoll.host")
 
@@ -73,8 +73,8 @@ class _Protocol(web.RequestHandler):
         super().__init__(
             manager,
             loop=asyncio.get_running_loop(),
-            access_log=_silent,
-            logger=_silent,
+            access_log=silent_log,
+            logger=silent_log,
             max_line_size=_MAX_LINE,
             max_field_size=_MAX_LINE,
             max_headers=_MAX_HEADERS,
@@ -118,10 +118,10 @@ class _Protocol(web.RequestHandler):
 
 
 # Discards aiohttp's log: it quotes input that could not be parsed.
-_silent = logging.getLogger("hsmtoll.host.http")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
-_silent.setLevel(logging.CRITICAL)
+silent_log = logging.getLogger("hsmtoll.host.http")
+silent_log.addHandler(logging.NullHandler())
+silent_log.propagate = False
+silent_log.setLevel(logging.CRITICAL)
 
 
 class Listener:

@@ -21,6 +21,7 @@ from aiohttp import web
 
 from hsmtoll.errors import ConfigurationError, sanitized
 from hsmtoll.host import system
+from hsmtoll.host.connections import silent_log
 from hsmtoll.host.sockets import listen_tcp, listen_unix
 from hsmtoll.hsm.protect import keep_secrets_in_memory
 from hsmtoll.peer_credentials import OVERFLOW, credentials
@@ -199,8 +200,8 @@ class _Server(web.Server):
         return _Handler(
             self,
             loop=asyncio.get_running_loop(),
-            access_log=_silent,
-            logger=_silent,
+            access_log=silent_log,
+            logger=silent_log,
             auto_decompress=False,
             keepalive_timeout=_IDLE_TIMEOUT,
         )
@@ -263,13 +264,6 @@ class _Handler(web.RequestHandler):
         response = error_reply(wrong)
         response.force_close()
         return response
-
-
-#: Discards the log of aiohttp: it quotes input that could not be parsed.
-_silent = logging.getLogger("hsmtoll.proxy.http")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False
-_silent.setLevel(logging.CRITICAL)
 
 
 def _hosts(listening: list[socket.socket]) -> frozenset[str]:

@@ -21,22 +21,9 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
 
-    from hsmtoll.settings import Settings
 
 TRANSPORT = "/api/movement/road/v2/transport"
 MIB = 1024 * 1024
-
-
-@pytest.fixture
-def raw(
-    toll_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RawServices]:
-    """Services that answer what the test tells them to."""
-    del toll_settings
-    with RawServices(tmp_path) as services:
-        for name, value in services.environ().items():
-            monkeypatch.setenv(name, value)
-        yield services
 
 
 @pytest.fixture

@@ -37,18 +37,6 @@ def proxy(toll_settings: Settings) -> Iterator[LocalProxy]:
         yield one
 
 
-@pytest.fixture
-def raw(
-    toll_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[RawServices]:
-    """Services that answer what the test tells them to."""
-    del toll_settings
-    with RawServices(tmp_path) as services:
-        for name, value in services.environ().items():
-            monkeypatch.setenv(name, value)
-        yield services
-
-
 def calls(sandbox: Sandbox) -> list[Any]:
     return [each for each in sandbox.received if each.kind == "call"]
 
