@@ -100,6 +100,7 @@ _COMMANDS: Final = {
     ),
     "Signing host": (
         ("serve", "host", "Run the signing host for the callers in its policy."),
+        ("health", "host", "Ask a signing host or local proxy how it is, for a probe."),
         ("policy", "host", "Explain the signing host's policy."),
         ("audit", "host", "Verify and list the log of what was signed for whom."),
         ("stop", "host", "Stop the signing host before its next signature, until resume."),

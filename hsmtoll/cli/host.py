@@ -1,4 +1,4 @@
-"""The signing host: `hsmtoll serve`, `policy test`, `audit …`, `stop` and `resume`."""
+"""The signing host: `hsmtoll serve`, `health`, `policy test`, `audit …`, `stop` and `resume`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from hsmtoll.host import emergency_stop
 from hsmtoll.host.audit_log import list_records, verify
 from hsmtoll.host.emergency_stop import stop_file, stopped_by
 from hsmtoll.host.policy import explain
+from hsmtoll.host.probe import probe
 from hsmtoll.host.required import needed
 
-__all__ = ["audit", "policy", "resume", "serve", "stop"]
+__all__ = ["audit", "health", "policy", "resume", "serve", "stop"]
 
 
 @command(
@@ -53,6 +54,32 @@ def serve(options: GlobalOptions) -> int:
     settings = options.settings()
     ready = partial(say, "signing host: ready")
     return server.serve(settings, config=options.config, profile=options.profile, ready=ready)
+
+
+@command(
+    needs="HSMTOLL_HOST__METRICS, or a local proxy; no device",
+    examples=("hsmtoll health", "hsmtoll health --ready", "hsmtoll health --proxy"),
+)
+@click.option(
+    "--ready", is_flag=True, help="Whether it can sign or get tokens now; default: whether it runs."
+)
+@click.option("--proxy", is_flag=True, help="Ask `hsmtoll proxy` instead of the signing host.")
+@click.pass_obj
+def health(options: GlobalOptions, *, ready: bool, proxy: bool) -> None:
+    """
+    Ask a signing host or local proxy how it is, for a probe.
+
+    Exits with 0 if it is live (or ready), with 1 and the reasons if not.
+    """
+    from hsmtoll.settings import not_set, variable  # noqa: PLC0415 - 0.2 s that help does not need
+
+    settings = options.settings()
+    group, member = ("local_proxy", "listen") if proxy else ("host", "metrics")
+    where, name = getattr(getattr(settings, group), member), variable(group, member)
+    if where is None:
+        raise not_set({name: "the address of the host's metrics listener, such as 127.0.0.1:9464"})
+    probe(where, name, "ready" if ready else "live")
+    click.echo("ready" if ready else "live")
 
 
 @group(

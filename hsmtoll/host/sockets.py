@@ -21,7 +21,7 @@ from hsmtoll.host.required import check_complete, needed
 if TYPE_CHECKING:
     from hsmtoll.settings import Host
 
-__all__ = ["ListeningSockets", "listen_tcp", "listen_unix", "server_context"]
+__all__ = ["ListeningSockets", "listen_tcp", "listen_unix", "server_context", "tcp_address"]
 
 _log = logging.getLogger("hsmtoll.host")
 
@@ -171,14 +171,20 @@ def _remove_stale_socket(path: Path) -> None:
     path.unlink()
 
 
-def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket:
-    """Listen on TCP ``HOST:PORT``; with *local*, ConfigurationError unless it is loopback."""
+def tcp_address(address: str, name: str) -> tuple[str, int]:
+    """Host and port of ``HOST:PORT``; ConfigurationError, with the setting *name*, otherwise."""
     host, colon, port = address.rpartition(":")
     host = host.strip("[]")
     if not (colon and host and re.fullmatch("[0-9]{1,5}", port) and int(port) < 2**16):
         raise ConfigurationError(f"{name}: HOST:PORT is expected")
+    return host, int(port)
+
+
+def listen_tcp(address: str, name: str, *, local: bool = False) -> socket.socket:
+    """Listen on TCP ``HOST:PORT``; with *local*, ConfigurationError unless it is loopback."""
+    host, port = tcp_address(address, name)
     try:
-        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, proto, _, where = found[0]
         if local and not _is_loopback(str(where[0])):
             raise ConfigurationError(

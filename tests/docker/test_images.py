@@ -184,8 +184,8 @@ def test_a_process_that_ignores_sigterm_is_seen(images: dict[str, str]) -> None:
 
 
 def test_a_sandbox_that_does_not_listen_is_not_healthy(images: dict[str, str]) -> None:
-    check = ["/usr/local/lib/hsmtoll-healthcheck.py", "sandbox"]
-    alone = run_docker("run", "--rm", "--entrypoint", "python", images["hsmtoll-sandbox"], *check)
+    check = "/usr/local/lib/hsmtoll-healthcheck.py"
+    alone = run_docker("run", "--rm", "--entrypoint", "python", images["hsmtoll-sandbox"], check)
     assert alone.returncode == 1
 
 

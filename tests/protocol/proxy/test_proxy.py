@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.kit.accounts import OTHER
+from tests.kit.commands import hsmtoll
 from tests.kit.local_proxy import PATIENCE, TEST_AUTH, LocalProxy, socket_below
+from tests.kit.own_device import free_port
 from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
 
 if TYPE_CHECKING:
@@ -94,6 +96,19 @@ def test_a_program_reaches_customs_over_a_unix_socket(
         assert f"uid {os.geteuid()}" in proxy.log_with(TEST_AUTH)
         assert proxy.end() == 0
     assert not path.exists()
+
+
+def test_a_probe_asks_the_proxy_where_it_listens(toll_settings: Settings, tmp_path: Path) -> None:
+    del toll_settings
+    for where in (f"127.0.0.1:{free_port()}", socket_below(tmp_path / "run")):
+        environ = os.environ | {"HSMTOLL_LOCAL_PROXY__LISTEN": where}
+        with LocalProxy.started(where):
+            for options, told in (((), "live\n"), (("--ready",), "ready\n")):
+                done = hsmtoll("health", "--proxy", *options, env=environ)
+                assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+        done = hsmtoll("health", "--proxy", env=environ)
+        assert done.returncode == 1
+        assert f"{where}: nobody answers" in done.stderr
 
 
 @pytest.mark.needs_root
