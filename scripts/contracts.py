@@ -58,7 +58,7 @@ _PRIVATE_NAMES: Final = frozenset(
     _Visit _check_way _cures _fly _hurry _is_placed _left_in_peace _lent _likely _looked
     _looked_after _meet _met _remembered_for _results_alone _say_goodbye _settled _speaks _stay
     _told _took _turn_away brake dark_in engine engine_of hands introduce lend look_after mended
-    met_by see_out speaking spoken stand_in too_much
+    met_by said see_out speaking spoken stand_in told too_much
     """.split()  # noqa: SIM905 - a list of 70 strings is longer than a screen
 )
 

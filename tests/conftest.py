@@ -181,8 +181,8 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("needs_root") and not is_root():
             item.add_marker(pytest.mark.skip(reason=NEEDS_ROOT))
-        if told := missing.get(room_of(item.path) or ""):
-            item.add_marker(pytest.mark.skip(reason=f"missing: {told}"))
+        if reason := missing.get(room_of(item.path) or ""):
+            item.add_marker(pytest.mark.skip(reason=f"missing: {reason}"))
 
 
 class _NoSkips:

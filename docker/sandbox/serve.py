@@ -49,20 +49,20 @@ def main() -> int:
         if asked := os.environ.get("SANDBOX_ADMIN_FILE"):
             write_env(Path(asked), sandbox.admin_environ())
         say(f"Maskinporten at {sandbox.issuer}, Customs at {sandbox.customs}")
-        told = 0
+        logged = 0
         while over.empty():
             time.sleep(0.1)
             issue(authority)
-            told = tell(sandbox, told)
+            logged = tell(sandbox, logged)
     # What was answered since the last look: whoever asked may be why this one was stopped.
-    tell(sandbox, told)
+    tell(sandbox, logged)
     return 0
 
 
-def tell(sandbox: Sandbox, told: int) -> int:
-    """Log the requests after the first *told*; returns how many are told now."""
+def tell(sandbox: Sandbox, logged: int) -> int:
+    """Log the requests after the first *logged*; returns how many are logged now."""
     received = sandbox.received
-    for one in received[told:]:
+    for one in received[logged:]:
         say(f"{one.method} {one.path} -> {one.status}")
     return len(received)
 

@@ -226,7 +226,7 @@ def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
     """Print *exc* on stderr, as lines or as one JSON object. Returns its exit code."""
     if as_json:
         names = ("hint", "who", "retryable", "retry_after", "trace_id", "correlation_id", "jti")
-        told = {
+        error = {
             "schema": 1,
             "error": exc.code,
             "message": str(exc),
@@ -234,7 +234,7 @@ def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
             **{name: getattr(exc, name) for name in names},
         }
         # ASCII only: in another locale the stream's own escapes would not be valid JSON.
-        write_line(json.dumps(told))
+        write_line(json.dumps(error))
     else:
         say(f"{exc.code}: {exc}")
         for line in exc.hints:

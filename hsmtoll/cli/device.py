@@ -80,15 +80,17 @@ def objects(options: GlobalOptions, *, as_json: bool) -> None:
     """
     app = options.app()
     seen = app.hsm.inspect()
-    told = _inventory(seen, app.clock.now().wall)
+    inventory = _inventory(seen, app.clock.now().wall)
     if as_json:
-        print_json(told)
+        print_json(inventory)
         _raise_for_pin(seen)
         return
-    click.echo(f"module {told['module']}: {told['description']} {told['version']}".rstrip())
-    for device in told["p11_tokens"]:
+    click.echo(
+        f"module {inventory['module']}: {inventory['description']} {inventory['version']}".rstrip()
+    )
+    for device in inventory["p11_tokens"]:
         _print_device(device)
-    if not told["p11_tokens"]:
+    if not inventory["p11_tokens"]:
         click.echo("  no device: is it plugged in, and its service running?")
     _raise_for_pin(seen)
 
@@ -166,12 +168,14 @@ def _print_device(device: dict[str, Any]) -> None:
     elif not device["logged_in"]:
         click.echo("  private keys do not show without a PIN, such as HSMTOLL_HSM__PIN_FILE")
     for key in device["keys"]:
-        told = [
+        properties = [
             name if value else f"not {name}" if value is False else f"{name}?"
             for name, value in ((name, key[name]) for name in KEY_FLAGS)
         ]
         click.echo(f"  key  {key['uri']}")
-        click.echo(f"       {key['type']} {key['bits'] or ''} {', '.join(told)}".replace("_", " "))
+        click.echo(
+            f"       {key['type']} {key['bits'] or ''} {', '.join(properties)}".replace("_", " ")
+        )
     for each in device["certificates"]:
         click.echo(f"  cert {each['uri']}")
         click.echo(
@@ -239,8 +243,8 @@ def _export_line(settings: Settings, uri: KeyUri) -> str:
     """The shell command that selects *uri* in the settings."""
     if settings.hsm.key:
         return f"export HSMTOLL_HSM__KEY={shlex.quote(str(uri))}"
-    told = f"export HSMTOLL_HSM__KEY_LABEL={shlex.quote(uri.object or '')}"
-    return f"{told} HSMTOLL_HSM__KEY_ID={uri.id.hex()}" if uri.id else told
+    line = f"export HSMTOLL_HSM__KEY_LABEL={shlex.quote(uri.object or '')}"
+    return f"{line} HSMTOLL_HSM__KEY_ID={uri.id.hex()}" if uri.id else line
 
 
 @key.command(

@@ -62,9 +62,9 @@ def doctor(
     else:
         with contextlib.closing(app):
             report = checks.run(app, online=online, signing=sign, scopes=scopes, crl=crl)
-    told = report.evidence() if evidence else report.as_json() if as_json else None
-    if told is not None:
-        click.echo(to_json(told))
+    output = report.evidence() if evidence else report.as_json() if as_json else None
+    if output is not None:
+        click.echo(to_json(output))
     else:
         click.echo("\n".join(report.lines()))
     return report.exit_code

@@ -216,7 +216,7 @@ class Group(_GlobalOptionsCommand, click.Group):
         width = max(map(len, self.list_commands(ctx)))
         for title, rows in self.summaries().items():
             with formatter.section(title):
-                formatter.write_dl([(name.ljust(width), said) for name, said in rows.items()])
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

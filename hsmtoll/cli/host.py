@@ -118,13 +118,16 @@ def policy_test(
     """
     path = needed(options.settings().host.policy, "policy")
     verdicts = explain(path, profile, caller, scope)
-    told = {each: verdicts[each] for each in verdicts if mode in (None, each)}
+    chosen = {each: verdicts[each] for each in verdicts if mode in (None, each)}
     print_result(
-        {each: {"allowed": allowed, "reason": said} for each, (allowed, said) in told.items()},
-        *(f"{each}: {said}" for each, (_, said) in told.items()),
+        {
+            each: {"allowed": allowed, "reason": reason}
+            for each, (allowed, reason) in chosen.items()
+        },
+        *(f"{each}: {reason}" for each, (_, reason) in chosen.items()),
         as_json=as_json,
     )
-    return 0 if any(allowed for allowed, _ in told.values()) else PolicyDenied.exit_code
+    return 0 if any(allowed for allowed, _ in chosen.values()) else PolicyDenied.exit_code
 
 
 @group(

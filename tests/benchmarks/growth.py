@@ -177,31 +177,33 @@ def processes(stage: Stage) -> list[Row]:
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, cwd=stage.folder) as redis:
         while not listens(socket):
             time.sleep(0.05)
-        for kind, told, counts in (
+        for kind, arguments, counts in (
             ("file", {"cache": f"file://{stage.folder}/shared"}, (1, 8, 64)),
             ("Redis", {"cache": f"unix://{socket}", "cache_key_file": str(key)}, (1, 8)),
         ):
-            rows += _shared(stage, kind, told, counts)
+            rows += _shared(stage, kind, arguments, counts)
         redis.terminate()
     return rows
 
 
-def _shared(stage: Stage, kind: str, told: dict[str, Any], counts: tuple[int, ...]) -> list[Row]:
+def _shared(
+    stage: Stage, kind: str, arguments: dict[str, Any], counts: tuple[int, ...]
+) -> list[Row]:
     read = stage.folder / "read-by-hand" / "file"
     read.parent.mkdir(exist_ok=True)
     read.write_bytes(b"a" * 1500)
-    argv = [sys.executable, "-c", _ONE, json.dumps(told), str(read)]
+    argv = [sys.executable, "-c", _ONE, json.dumps(arguments), str(read)]
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
     rows: list[Row] = []
     for count in counts:
-        said = []
+        seconds = []
         # One by itself is one sample: as many of them as rounds elsewhere.
         for _ in range(ROUNDS if count == 1 else 1):
             running = [
                 subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) for _ in range(count)
             ]
-            said += [json.loads(each.communicate()[0]) for each in running]
-        ours, bare = (statistics.median(each) for each in zip(*said, strict=True))
+            seconds += [json.loads(each.communicate()[0]) for each in running]
+        ours, bare = (statistics.median(each) for each in zip(*seconds, strict=True))
         name = f"first token of a client, one {kind} cache, {count} process(es), CPU"
         rows.append(Row(name, "files read by hand, as many processes", "ms", ours, bare, "flat"))
     return rows

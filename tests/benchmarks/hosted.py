@@ -90,10 +90,10 @@ def _ask(path: Path, request: bytes) -> bool:
     with socket.socket(socket.AF_UNIX) as one:
         one.connect(str(path))
         one.sendall(request)
-        said = b""
+        reply = b""
         while part := one.recv(65536):
-            said += part
-    return said.startswith(b"HTTP/1.1 200")
+            reply += part
+    return reply.startswith(b"HTTP/1.1 200")
 
 
 def _crowd(

@@ -346,7 +346,7 @@ def main() -> int:
             made = (every | long)[name](stage)
             for each in made if isinstance(made, list) else [made]:
                 (rows if isinstance(each, Row) else series).append(each)
-    told = {
+    results = {
         "schema": 1,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
@@ -354,7 +354,9 @@ def main() -> int:
         "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
         "series": [asdict(each) for each in series],
     }
-    given.json.write_text(json.dumps(told, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    given.json.write_text(
+        json.dumps(results, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
     for drawn in plots.draw(series, given.json.with_suffix("")):
         print(f"drawn: {drawn}", file=sys.stderr)
     print("\n".join(table(rows)))

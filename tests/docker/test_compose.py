@@ -61,14 +61,14 @@ def hsmtoll(*arguments: str, environ: dict[str, str]) -> subprocess.CompletedPro
 
 def test_the_advertised_command_ends_with_the_200(stack: Stack) -> None:
     """The exit code was zero, or the fixture would have failed; the log tells what happened."""
-    told = [
+    lines = [
         "a key is made on the device",
         "a signing request, signed on the device, goes to the issuer",
         "what Maskinporten would say",
         "GET /api/movement/road/v2/test-auth -> 200",
         "200 OK",
     ]
-    assert [line for line in told if line not in stack.log] == []
+    assert [line for line in lines if line not in stack.log] == []
 
 
 def test_a_client_container_that_fails_says_so(stack: Stack) -> None:

@@ -119,8 +119,8 @@ def test_no_compiler_and_no_installer_is_in_an_image(images: dict[str, str], nam
 
 
 def test_the_command_runs_on_a_read_only_root(images: dict[str, str]) -> None:
-    said = docker("run", "--rm", "--read-only", images["hsmtoll"], "apis")
-    assert "toll:eu/movement/road/v2" in said
+    output = docker("run", "--rm", "--read-only", images["hsmtoll"], "apis")
+    assert "toll:eu/movement/road/v2" in output
     wrong = run_docker("run", "--rm", "--read-only", images["hsmtoll"], "no-such-command")
     assert wrong.returncode == 2
 
@@ -166,8 +166,8 @@ os.kill(1, signal.SIGTERM)
         wait_for(container, "healthy")
         docker("exec", container, "python", "-c", ask_and_stop)
         assert docker("wait", container) == "0"
-        told = [line.rpartition(" -> ")[0] for line in docker("logs", container).splitlines()]
-        assert told[-2:] == ["sandbox: GET /the/one/before", "sandbox: GET /the/last/one"]
+        lines = [line.rpartition(" -> ")[0] for line in docker("logs", container).splitlines()]
+        assert lines[-2:] == ["sandbox: GET /the/one/before", "sandbox: GET /the/last/one"]
     finally:
         docker("rm", "-f", "-v", container)
 
@@ -221,8 +221,8 @@ def _python(image: str) -> dict[str, str]:
         "import importlib.metadata as m, json;"
         "print(json.dumps({d.name: d.version for d in m.distributions()}))"
     )
-    said = docker("run", "--rm", "--entrypoint", "python", image, "-c", script)
-    return {_plain(name): version for name, version in json.loads(said).items()}
+    output = docker("run", "--rm", "--entrypoint", "python", image, "-c", script)
+    return {_plain(name): version for name, version in json.loads(output).items()}
 
 
 def _valid(images: dict[str, str], bill: str) -> bool:

@@ -62,31 +62,31 @@ def test_an_application_without_a_device_gets_its_200_through_the_host(hosted: S
 
 
 def test_what_the_policy_does_not_allow_is_denied_between_containers(hosted: Stack) -> None:
-    code, said = run_app(hosted, "sign", "road")
-    assert code == 0, said
-    code, said = run_app(hosted, "sign", "air")
+    code, output = run_app(hosted, "sign", "road")
+    assert code == 0, output
+    code, output = run_app(hosted, "sign", "air")
     assert code != 0
-    assert "403" in said
-    code, said = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__ORGANIZATION="NTRSE-5500000000")
+    assert "403" in output
+    code, output = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__ORGANIZATION="NTRSE-5500000000")
     assert code != 0
-    assert "not for NTRSE-5500000000" in said
+    assert "not for NTRSE-5500000000" in output
 
 
 def test_a_caller_without_a_certificate_of_the_ca_is_not_even_heard(hosted: Stack) -> None:
     path = "/run/sandbox/ca.pem"
-    code, said = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__CA_FILE=path)
+    code, output = run_app(hosted, "sign", "road", HSMTOLL_SIGNER__CA_FILE=path)
     assert code != 0
-    assert "its TLS certificate is not trusted" in said
+    assert "its TLS certificate is not trusted" in output
 
 
 def test_stop_and_resume_hold_for_the_containers(hosted: Stack) -> None:
     hosted.do("exec -T host hsmtoll stop")
-    code, said = run_app(hosted, "sign", "road")
+    code, output = run_app(hosted, "sign", "road")
     assert code != 0
-    assert "stop" in said
+    assert "stop" in output
     hosted.do("exec -T host hsmtoll resume")
-    code, said = run_app(hosted, "sign", "road")
-    assert code == 0, said
+    code, output = run_app(hosted, "sign", "road")
+    assert code == 0, output
     verify = "hsmtoll audit verify --public-key /run/callers/audit.pub /var/lib/hsmtoll/audit"
     assert hosted.do(f"exec -T host {verify}")
 
@@ -99,16 +99,16 @@ def test_a_program_without_hsmtoll_gets_its_200_through_the_proxy(
     try:
         compose.execute("up -d --no-deps --no-build proxy")
         wait_for(Stack(compose, hosted.folder, "", "").container("proxy"), "healthy")
-        said = compose.execute("run --rm --no-deps program").decode()
-        assert "200" in said.split()
+        output = compose.execute("run --rm --no-deps program").decode()
+        assert "200" in output.split()
         # The control: without the proxy's network there is nobody at that address.
-        code, said = run_app(
+        code, output = run_app(
             hosted,
             "python",
             "-c",
             "'import urllib.request as u; u.urlopen(\"http://127.0.0.1:8880/live\")'",
         )
         assert code != 0
-        assert "refused" in said
+        assert "refused" in output
     finally:
         compose.execute("rm --force --stop proxy")

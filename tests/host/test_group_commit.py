@@ -107,8 +107,8 @@ def test_where_the_disk_fails_nobody_goes_on(disk: Disk) -> None:
     async def work() -> None:
         disk.broken = True
         crowd = [asyncio.create_task(disk.recorded(commit)) for _ in range(5)]
-        told = await asyncio.gather(*crowd, return_exceptions=True)
-        assert [type(each) for each in told] == [AuditBroken] * 5
+        results = await asyncio.gather(*crowd, return_exceptions=True)
+        assert [type(each) for each in results] == [AuditBroken] * 5
         with pytest.raises(AuditBroken):
             await disk.recorded(commit)
 
@@ -125,8 +125,8 @@ def test_one_who_is_cancelled_keeps_nobody_else_from_going_on(disk: Disk) -> Non
         crowd[0].cancel()
         await asyncio.sleep(0)
         disk.may.set()
-        told = await asyncio.gather(*crowd, return_exceptions=True)
-        assert isinstance(told[0], asyncio.CancelledError)
-        assert told[1:] == [2, 3]
+        results = await asyncio.gather(*crowd, return_exceptions=True)
+        assert isinstance(results[0], asyncio.CancelledError)
+        assert results[1:] == [2, 3]
 
     run(disk, work(), commit)

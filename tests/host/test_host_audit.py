@@ -417,12 +417,12 @@ def test_a_start_reads_the_last_day_alone(tmp_path: Path, monkeypatch: pytest.Mo
     read: list[int] = []
     real = verify
 
-    def counted(*told: Any, seen: Any, **more: Any) -> Any:
+    def counted(*args: Any, seen: Any, **more: Any) -> Any:
         def both(record: dict[str, Any]) -> None:
             read.append(record["seq"])
             seen(record)
 
-        return real(*told, seen=both, **more)
+        return real(*args, seen=both, **more)
 
     monkeypatch.setattr("hsmtoll.host.audit.verify", counted)
     audit = audit_in(tmp_path, now=NOW + 6 * 86_400.0 + 60.0)
@@ -470,10 +470,10 @@ def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
     intents(audit, 2)
     audit.seal()
 
-    def busy(*told: Any) -> str | None:
+    def busy(*args: Any) -> str | None:
         while audit.seq < 2000:
             audit.append("refused", caller="uid:1")
-        return _wrong(*told)
+        return _wrong(*args)
 
     monkeypatch.setattr("hsmtoll.host.audit_log._wrong", busy)
     report = verify(tmp_path / "log", KEY.public_key())
@@ -552,17 +552,17 @@ for number in range(5):
 """
 
 
-@pytest.mark.parametrize(("limit", "said"), [(1000, "broken at"), (100_000, "")])
+@pytest.mark.parametrize(("limit", "message"), [(1000, "broken at"), (100_000, "")])
 def test_a_full_disk_breaks_the_audit_and_leaves_whole_lines(
-    tmp_path: Path, limit: int, said: str
+    tmp_path: Path, limit: int, message: str
 ) -> None:
     log = tmp_path / "log"
     audit_in(tmp_path).close()
     argv = [sys.executable, "-c", _FULL, str(log), str(tmp_path / "audit.key"), str(limit)]
-    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-    assert told.startswith(said)
+    output = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert output.startswith(message)
     # Once broken it stays so: no later record slips in behind the gap.
-    assert bool(said) == told.endswith("broken at 4\n")
+    assert bool(message) == output.endswith("broken at 4\n")
     assert verify(log, KEY.public_key()).bad is None
 
 
@@ -820,17 +820,17 @@ def test_a_log_whose_files_were_touched_is_neither_right_nor_gone_on_with(
     segments = in_segments(tmp_path, monkeypatch)
     log = tmp_path / "log"
     assert verify(log, KEY.public_key()).bad is None
-    touch, said = _HARMS[harm]
+    touch, message = _HARMS[harm]
     touch(segments)
     kept = {each: each.lstat().st_size for each in log.iterdir()}
     try:
         found = str(verify(log, KEY.public_key()).bad)
     except (AuditBroken, ConfigurationError) as exc:
         found = str(exc)
-    assert said in found
+    assert message in found
     with pytest.raises((AuditBroken, ConfigurationError)) as caught:
         audit_in(tmp_path)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     # It is evidence from now on: a start that is refused changes nothing.
     assert {each: each.lstat().st_size for each in log.iterdir()} == kept
 

@@ -80,10 +80,10 @@ def service(
 
 def test_the_manager_is_told_of_each_turn(running_host: RunningHost) -> None:
     running_host.reload()
-    assert any(each.startswith("MONOTONIC_USEC=") for each in running_host.told)
-    assert "RELOADING=1" in running_host.told
+    assert any(each.startswith("MONOTONIC_USEC=") for each in running_host.notifications)
+    assert "RELOADING=1" in running_host.notifications
     running_host.signal(signal.SIGTERM)
-    running_host.told.clear()
+    running_host.notifications.clear()
     running_host.hear("STOPPING=1")
     # A second SIGTERM at the very end would be the last word.
     assert running_host.process is not None
@@ -153,13 +153,13 @@ os.execv(sys.executable, [sys.executable, "-m", "hsmtoll", "serve"])
 def test_what_the_manager_gave_and_is_no_socket_is_named(
     make_host: Callable[..., RunningHost], what: str
 ) -> None:
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _NOT_LISTENING, what], env=os.environ | make_host().environ,
         capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
-    assert told.returncode == 10, told.stderr
-    assert "descriptor 3 is not a listening stream socket" in told.stderr
-    assert "Traceback" not in told.stderr
+    assert result.returncode == 10, result.stderr
+    assert "descriptor 3 is not a listening stream socket" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_host_that_ends_leaves_the_socket_of_another_one_alone(
@@ -197,41 +197,41 @@ def test_a_missing_directory_of_the_socket_is_made_and_its_group_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "run" / "host.sock"
-    for told in (1, 1):
+    for expected in (1, 1):
         sockets.listen_unix(path, "HSMTOLL_HOST__SOCKET").close()
         # The second time it is there, and there is nothing to say.
-        assert len(caplog.records) == told
+        assert len(caplog.records) == expected
     assert f"{path.parent} was missing" in caplog.text
     assert f"for group {path.parent.stat().st_gid}" in caplog.text
 
 
 def test_a_stop_that_finds_no_settings_says_where_they_are_looked_for() -> None:
-    told = CliRunner().invoke(main, ["--config", "/dev/null", "stop"])
-    assert isinstance(told.exception, ConfigurationError)
-    assert "--config" in (told.exception.hint or "")
-    assert "/etc/hsmtoll/hsmtoll.toml" in (told.exception.hint or "")
+    result = CliRunner().invoke(main, ["--config", "/dev/null", "stop"])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "--config" in (result.exception.hint or "")
+    assert "/etc/hsmtoll/hsmtoll.toml" in (result.exception.hint or "")
 
 
 def test_without_any_door_it_does_not_start(make_host: Callable[..., RunningHost]) -> None:
     host = make_host()
-    told = host.run("serve", HSMTOLL_HOST__SOCKET="", HSMTOLL_HOST__LISTEN="")
-    assert (told.returncode, "HSMTOLL_HOST__SOCKET" in told.stderr) == (10, True)
+    result = host.run("serve", HSMTOLL_HOST__SOCKET="", HSMTOLL_HOST__LISTEN="")
+    assert (result.returncode, "HSMTOLL_HOST__SOCKET" in result.stderr) == (10, True)
 
 
 @pytest.mark.parametrize("name", ["POLICY", "AUDIT_DIR", "AUDIT_KEY"])
 def test_what_it_cannot_do_without_is_named(
     make_host: Callable[..., RunningHost], name: str
 ) -> None:
-    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": ""})
-    assert (told.returncode, f"HSMTOLL_HOST__{name}" in told.stderr) == (10, True)
-    assert len(errors_in(told.stderr)) == 1
+    result = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": ""})
+    assert (result.returncode, f"HSMTOLL_HOST__{name}" in result.stderr) == (10, True)
+    assert len(errors_in(result.stderr)) == 1
 
 
 def test_metrics_are_for_this_machine_unless_it_is_said_otherwise(
     make_host: Callable[..., RunningHost],
 ) -> None:
-    told = make_host().run("serve", HSMTOLL_HOST__METRICS="0.0.0.0:0")
-    assert (told.returncode, "not on the loopback" in told.stderr) == (10, True)
+    result = make_host().run("serve", HSMTOLL_HOST__METRICS="0.0.0.0:0")
+    assert (result.returncode, "not on the loopback" in result.stderr) == (10, True)
     # The control: with consent it is listened on.
     port = free_port()
     with make_host() as host:
@@ -240,10 +240,10 @@ def test_metrics_are_for_this_machine_unless_it_is_said_otherwise(
         with contextlib.closing(connection):
             connection.request("GET", "/live")
             assert connection.getresponse().status == 200
-    told = make_host().run("serve", HSMTOLL_HOST__METRICS="unix:///nonexistent/run/m.sock")
-    assert told.returncode == 10
-    assert "HSMTOLL_HOST__METRICS /nonexistent/run/m.sock: no directory for it" in told.stderr
-    assert "install -d -o ACCOUNT -g GROUP -m 2750 /nonexistent/run" in told.stderr
+    result = make_host().run("serve", HSMTOLL_HOST__METRICS="unix:///nonexistent/run/m.sock")
+    assert result.returncode == 10
+    assert "HSMTOLL_HOST__METRICS /nonexistent/run/m.sock: no directory for it" in result.stderr
+    assert "install -d -o ACCOUNT -g GROUP -m 2750 /nonexistent/run" in result.stderr
 
 
 def test_a_second_host_on_one_audit_or_socket_does_not_start(running_host: RunningHost) -> None:
@@ -274,9 +274,9 @@ def test_the_self_test_signs_what_can_be_no_grant(
 def test_a_device_that_failed_is_told_until_it_signs_again(running_host: RunningHost) -> None:
     def ready() -> tuple[int, bool]:
         page = running_host.health("/ready")
-        told = running_host.health("/metrics").body["text"]
+        metrics = running_host.health("/metrics").body["text"]
         assert page.body["ready"] is (page.body["why"] == [])
-        return page.status, "hsmtoll_host_ready 1\n" in told
+        return page.status, "hsmtoll_host_ready 1\n" in metrics
 
     assert running_host.ask(scope="air").status == 403
     assert ready() == (200, True)
@@ -432,26 +432,26 @@ def test_several_profiles_have_each_what_the_policy_gives_them(
     )
     host.start()
     asked = [("acme", "road"), ("second", "air"), ("acme", "air"), ("second", "road")]
-    said = [host.ask(profile=profile, scope=scope).status for profile, scope in asked]
-    assert said == [200, 200, 403, 403]
-    told = [(each["profile"], each["scope"]) for each in host.records("intent")]
-    assert told == [("acme", ROAD_SCOPE), ("second", named("air").eseal)]
+    statuses = [host.ask(profile=profile, scope=scope).status for profile, scope in asked]
+    assert statuses == [200, 200, 403, 403]
+    records = [(each["profile"], each["scope"]) for each in host.records("intent")]
+    assert records == [("acme", ROAD_SCOPE), ("second", named("air").eseal)]
 
 
 def test_a_profile_that_cannot_work_is_named_with_its_file(
     make_host: Callable[..., RunningHost],
 ) -> None:
     host = make_host()
-    for wrong, said in (
+    for wrong, message in (
         ('identity = "norwegian"', "iss is required"),
         ('identity = "eseal"\nconsumer_org = "987654325"', "consumer_org is not a profile's"),
         ('identity = "eseal"\nnonsense = 1', "nonsense"),
     ):
         host.write_policy(before=PROFILE.replace('identity = "eseal"', wrong))
-        told = host.run("serve")
-        assert told.returncode == 10, told.stderr
-        assert f"policy {host.policy}: profile acme: " in told.stderr
-        assert said in told.stderr
+        result = host.run("serve")
+        assert result.returncode == 10, result.stderr
+        assert f"policy {host.policy}: profile acme: " in result.stderr
+        assert message in result.stderr
 
 
 def test_the_stop_file_says_stop_by_being_there_and_by_not_being_seen(tmp_path: Path) -> None:
@@ -505,12 +505,12 @@ def test_the_hosts_account_can_change_neither_policy_nor_stop(
     assert done.stdout.splitlines() == ["reads the stop file is there", "changed", "10", "False"]
     # The control: others who could write them are refused.
     host.policy.chmod(0o666)
-    told = host.run("serve")
-    assert (told.returncode, "others may change" in told.stderr) == (10, True)
+    result = host.run("serve")
+    assert (result.returncode, "others may change" in result.stderr) == (10, True)
     host.policy.chmod(0o644)
     host.stop_file.parent.chmod(0o777)
-    told = host.run("serve")
-    assert (told.returncode, "others may change" in told.stderr) == (10, True)
+    result = host.run("serve")
+    assert (result.returncode, "others may change" in result.stderr) == (10, True)
 
 
 def test_heads_go_to_the_system_log(tmp_path: Path) -> None:
@@ -531,9 +531,9 @@ def test_a_log_that_was_changed_is_not_gone_on_with(running_host: RunningHost) -
     assert running_host.end() == 0
     (part,) = running_host.audit.glob("audit-*.jsonl")
     part.write_bytes(part.read_bytes().replace(b"acme", b"evil", 1))
-    told = running_host.run("serve")
-    assert (told.returncode, len(errors_in(told.stderr))) == (91, 1)
-    assert "record 2: changed" in told.stderr
+    result = running_host.run("serve")
+    assert (result.returncode, len(errors_in(result.stderr))) == (91, 1)
+    assert "record 2: changed" in result.stderr
     assert verify(running_host.audit, running_host.public_key).bad == "record 2: changed"
 
 

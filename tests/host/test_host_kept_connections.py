@@ -167,10 +167,10 @@ def test_requests_sent_before_their_turn_are_authorized_one_by_one(
         one.connect(str(host.socket))
         # More than the host takes in before it has answered the first.
         one.sendall(raw_request(keep=True) * 39 + raw_request())
-        said = bytearray()
+        reply = bytearray()
         while part := one.recv(65536):
-            said += part
-    codes = [int(part[:3]) for part in bytes(said).split(b"HTTP/1.1 ")[1:]]
+            reply += part
+    codes = [int(part[:3]) for part in bytes(reply).split(b"HTTP/1.1 ")[1:]]
     assert codes == [200, 200] + [429] * 38
     assert len(host.records("intent")) == 2
 
@@ -195,5 +195,5 @@ def test_the_connections_of_a_caller_are_a_setting(
 
 def test_settings_of_connections_have_bounds(make_host: Callable[..., RunningHost]) -> None:
     for name in ("CONNECTIONS", "CONNECTIONS_PER_CALLER"):
-        told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "0"})
-        assert (told.returncode, f"HSMTOLL_HOST__{name}" in told.stderr) == (10, True)
+        result = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "0"})
+        assert (result.returncode, f"HSMTOLL_HOST__{name}" in result.stderr) == (10, True)

@@ -141,9 +141,9 @@ def test_an_account_that_the_kernel_cannot_name_is_denied_whatever_the_policy_sa
     path = tmp_path / "policy.toml"
     path.write_text(TEXT.replace("uid:1001", f"{kind}:65534"))
     path.chmod(0o644)
-    allowed, said = explain(path, "acme", f"{kind}:65534", "road")["grant"]
+    allowed, reason = explain(path, "acme", f"{kind}:65534", "road")["grant"]
     assert not allowed
-    assert "another user namespace" in said
+    assert "another user namespace" in reason
     path.write_text(TEXT.replace("uid:1001", f"{kind}:65533"))
     assert explain(path, "acme", f"{kind}:65533", "road")["grant"][0]
 
@@ -162,9 +162,9 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     path.write_text(TEXT)
     path.chmod(0o644)
-    allowed, said = explain(path, "acme", "uid:1001", "road")["grant"]
+    allowed, reason = explain(path, "acme", "uid:1001", "road")["grant"]
     assert allowed
-    assert said.endswith(f"({path}:6)")
+    assert reason.endswith(f"({path}:6)")
     path.chmod(0o666)
     with pytest.raises(ConfigurationError, match="others may change"):
         Policy.load(path)
@@ -212,9 +212,9 @@ profile.acme = {{ scopes = ["road"], mode = ["grant"], authorization_details = {
 """
     policy = Policy.parse(text.encode())
     ask = GrantRequest("acme", "road", authorization_details=details_text(asked))
-    said = decide(policy, Peer(frozenset({"uid:1001"})), ask, "grant", Counts())
-    assert said.allowed == verdict
-    assert verdict or "authorization_details" in said.why
+    decision = decide(policy, Peer(frozenset({"uid:1001"})), ask, "grant", Counts())
+    assert decision.allowed == verdict
+    assert verdict or "authorization_details" in decision.why
 
 
 def test_a_policy_with_details_of_no_type_is_wrong() -> None:

@@ -28,14 +28,14 @@ def test_a_host_that_runs_is_live_at_each_form_of_a_loopback_address(
     host, where = make_host(), form.format(free_port())
     host.environ[_METRICS] = where
     host.start()
-    told = host.command("health")
-    assert (told.returncode, told.stdout, told.stderr) == (0, "live\n", "")
+    output = host.command("health")
+    assert (output.returncode, output.stdout, output.stderr) == (0, "live\n", "")
     assert host.command("health", "--ready").stdout == "ready\n"
     # The control: after its end nobody answers.
     assert host.end() == 0
-    told = host.command("health")
-    assert (told.returncode, told.stdout) == (1, "")
-    assert told.stderr.startswith(f"hsmtoll: not-live: {where}: nobody answers (")
+    output = host.command("health")
+    assert (output.returncode, output.stdout) == (1, "")
+    assert output.stderr.startswith(f"hsmtoll: not-live: {where}: nobody answers (")
 
 
 @pytest.mark.parametrize("form", ["0.0.0.0:{}", "[::]:{}", ":::{}"])
@@ -44,8 +44,8 @@ def test_a_host_that_listens_on_all_addresses_is_asked_on_the_loopback(
 ) -> None:
     host = make_host()
     host.environ |= {_METRICS: form.format(free_port()), "HSMTOLL_HOST__METRICS_PUBLIC": "true"}
-    told = host.start().command("health")
-    assert (told.returncode, told.stdout, told.stderr) == (0, "live\n", "")
+    output = host.start().command("health")
+    assert (output.returncode, output.stdout, output.stderr) == (0, "live\n", "")
 
 
 def test_a_host_is_asked_at_its_unix_socket_with_nothing_but_the_address(
@@ -61,9 +61,9 @@ def test_a_stopped_host_is_live_and_not_ready_and_the_reason_is_told(
 ) -> None:
     running_host.stop_file.touch()
     assert running_host.command("health").returncode == 0
-    told = running_host.command("health", "--ready")
-    assert told.returncode == 1
-    line, hint = told.stderr.splitlines()
+    output = running_host.command("health", "--ready")
+    assert output.returncode == 1
+    line, hint = output.stderr.splitlines()
     assert line.startswith("hsmtoll: not-ready: unix://")
     assert line.endswith(": stopped: the stop file is there")
     assert hint.startswith("hint: ")
@@ -72,17 +72,17 @@ def test_a_stopped_host_is_live_and_not_ready_and_the_reason_is_told(
 
 
 def test_without_an_address_the_setting_is_named() -> None:
-    told = hsmtoll("health", env={})
-    assert told.returncode == 10
-    assert told.stderr.startswith("hsmtoll: setting-missing: HSMTOLL_HOST__METRICS: required")
+    output = hsmtoll("health", env={})
+    assert output.returncode == 10
+    assert output.stderr.startswith("hsmtoll: setting-missing: HSMTOLL_HOST__METRICS: required")
 
 
 @pytest.mark.parametrize("where", ["9464", "localhost", ":9464", "127.0.0.1:99999", "unix://"])
 def test_what_is_no_address_is_refused_as_the_host_refuses_it(where: str) -> None:
-    told = hsmtoll("health", env={_METRICS: where})
-    assert told.returncode in (1, 10)
-    assert _METRICS in told.stderr
-    assert "Traceback" not in told.stderr
+    output = hsmtoll("health", env={_METRICS: where})
+    assert output.returncode in (1, 10)
+    assert _METRICS in output.stderr
+    assert "Traceback" not in output.stderr
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_a_certificate_in_a_file_takes_over_and_a_bad_file_is_told_by_a_reload(
         assert any("takes over from" in each.getMessage() for each in caplog.records)
         file.write_bytes(b"nothing")
         assert service.reload() is None
-        told = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
-        assert any("kept" in line and str(file) in line for line in told)
+        warnings = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+        assert any("kept" in line and str(file) in line for line in warnings)
         assert leaf(service) == second.public_bytes(Encoding.DER)
         # The same bytes in the same file: a reload reads them and changes nothing.
         third = issued(3)
@@ -200,7 +200,9 @@ def test_a_reload_that_cannot_be_written_down_is_over_and_told(running_host: Run
     for _ in range(2):
         running_host.write_policy(entry(ME), before=CHANGED)
         running_host.reload()
-        assert any(each.startswith("STATUS=old policy kept: audit") for each in running_host.told)
+        assert any(
+            each.startswith("STATUS=old policy kept: audit") for each in running_host.notifications
+        )
     assert running_host.ask().word == "audit_broken"
     assert running_host.end() == 0
     assert "Traceback" not in running_host.log()

@@ -45,17 +45,17 @@ def test_any_body_is_a_request_or_a_refusal_of_one_line(raw: bytes) -> None:
 
 @given(st.dictionaries(MEMBERS, JSON))
 def test_what_is_taken_is_exactly_what_was_said(changes: dict[str, Any]) -> None:
-    said = {**ROAD, **changes}
+    body = {**ROAD, **changes}
     try:
-        ask = parse_body(json.dumps(said).encode())
+        ask = parse_body(json.dumps(body).encode())
     except RequestRejected:
         return
     members = {"profile", "scope", "consumer_org", "resource", "authorization_details"}
-    assert said.keys() <= members
+    assert body.keys() <= members
     assert (ask.profile, ask.scope, ask.consumer_org) == (
-        said["profile"], said["scope"], said.get("consumer_org"),
+        body["profile"], body["scope"], body.get("consumer_org"),
     )  # fmt: skip
-    resource = said.get("resource")
+    resource = body.get("resource")
     listed = [resource] if isinstance(resource, str) else resource or []
     assert list(ask.resource) == listed
 
@@ -89,16 +89,16 @@ def sent(host: RunningHost, raw: bytes, *, hang_up: bool = False) -> bytes:
     with socket.socket(socket.AF_UNIX) as one:
         one.settimeout(60)
         one.connect(str(host.socket))
-        said = bytearray()
+        reply = bytearray()
         try:
             one.sendall(raw)
             if hang_up:
                 one.shutdown(socket.SHUT_WR)
             while part := one.recv(65536):
-                said += part
+                reply += part
         except (BrokenPipeError, ConnectionResetError):
             pass
-        return bytes(said)
+        return bytes(reply)
 
 
 def test_noise_on_the_wire_reaches_neither_device_nor_audit(running_host: RunningHost) -> None:
@@ -109,8 +109,8 @@ def test_noise_on_the_wire_reaches_neither_device_nor_audit(running_host: Runnin
     @given(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=40))
     def noise(at: int, put: bytes) -> None:
         assume(not (whole[:at] + put).startswith(whole))
-        said = sent(running_host, whole[:at] + put, hang_up=True)
-        assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), said[:80]
+        reply = sent(running_host, whole[:at] + put, hang_up=True)
+        assert reply == b"" or reply.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), reply[:80]
 
     noise()
     assert (running_host.signatures(), len(running_host.records())) == before
@@ -143,10 +143,10 @@ def test_it_is_turned_away_with_a_word(
     running_host: RunningHost, raw: bytes, status: bytes
 ) -> None:
     before = running_host.signatures()
-    said = sent(running_host, raw)
-    assert said.split(b" ", 2)[1] == status
-    assert b"Hsmtoll-Version: 1\r\n" in said
-    assert b'"hint"' in said
+    reply = sent(running_host, raw)
+    assert reply.split(b" ", 2)[1] == status
+    assert b"Hsmtoll-Version: 1\r\n" in reply
+    assert b'"hint"' in reply
     assert running_host.signatures() == before
 
 
@@ -198,9 +198,9 @@ HIDDEN = raw_request(keep=True)
 )
 def test_no_body_hides_a_second_request(running_host: RunningHost, raw: bytes) -> None:
     before = running_host.signatures(), len(running_host.records())
-    said = sent(running_host, raw, hang_up=True)
-    assert len(re.findall(rb"HTTP/1\.[01] [0-9]{3} ", said)) <= 1
-    assert said == b"" or said.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), said[:80]
+    reply = sent(running_host, raw, hang_up=True)
+    assert len(re.findall(rb"HTTP/1\.[01] [0-9]{3} ", reply)) <= 1
+    assert reply == b"" or reply.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), reply[:80]
     assert (running_host.signatures(), len(running_host.records())) == before
 
 
@@ -223,7 +223,7 @@ def test_a_client_that_waits_before_it_sends_the_body_is_told_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"profile": ...}, "missing member: profile"),
         ({"profile": ..., "scope": ...}, "missing member: profile, scope"),
@@ -243,11 +243,11 @@ def test_a_client_that_waits_before_it_sends_the_body_is_told_to_go_on(
         ),
     ],
 )
-def test_what_is_wrong_with_a_request_is_named(changes: dict[str, Any], said: str) -> None:
+def test_what_is_wrong_with_a_request_is_named(changes: dict[str, Any], message: str) -> None:
     members = {name: value for name, value in {**ROAD, **changes}.items() if value is not ...}
     with pytest.raises(RequestRejected) as caught:
         parse_body(json.dumps(members).encode())
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 _SILENT = """

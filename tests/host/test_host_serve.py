@@ -224,11 +224,11 @@ def test_stop_while_twenty_wait_hands_out_nothing_more_not_even_what_is_being_si
         eventually(lambda: host.signatures() > before)
         assert host.run("stop").returncode == 0
         host.faults.clear()
-        said = [each.result() for each in asked]
+        replies = [each.result() for each in asked]
 
-    assert sum(b"200 OK" in each for each in said) == 0
+    assert sum(b"200 OK" in each for each in replies) == 0
     assert host.signatures() == before + 1
-    assert sum(b'"stopped"' in each for each in said) == 20
+    assert sum(b'"stopped"' in each for each in replies) == 20
     results = [each["outcome"] for each in host.records("result")]
     assert results.count("signed, and withheld: stopped") == 1
 
@@ -314,11 +314,11 @@ def test_killed_between_intent_and_result_the_audit_shows_it(running_host: Runni
         assert asked.exception(60) is not None
     running_host.faults.clear()
 
-    told = running_host.run("audit", "verify", "--public-key", str(running_host.public_key),
+    result = running_host.run("audit", "verify", "--public-key", str(running_host.public_key),
                             str(running_host.audit))  # fmt: skip
     seq = running_host.records("intent")[0]["seq"]
-    assert told.returncode == 0
-    assert f"intent without a result: record {seq}" in told.stdout
+    assert result.returncode == 0
+    assert f"intent without a result: record {seq}" in result.stdout
     # And it goes on from there.
     running_host.start()
     assert running_host.ask().status == 200
@@ -346,8 +346,8 @@ def test_a_change_of_any_record_is_named_by_the_command(running_host: RunningHos
     lines = whole.splitlines(keepends=True)
     argv = ("audit", "verify", "--public-key", str(running_host.public_key))
 
-    told = json.loads(running_host.run(*argv, str(running_host.audit), "--json").stdout)
-    assert (told["schema"], told["records"], told["open_intents"]) == (1, len(lines), [])
+    result = json.loads(running_host.run(*argv, str(running_host.audit), "--json").stdout)
+    assert (result["schema"], result["records"], result["open_intents"]) == (1, len(lines), [])
     assert running_host.run(*argv, str(running_host.audit)).returncode == 0
     for at in range(len(lines)):
         changed = lines[at].replace(b'"', b"'", 1)
@@ -356,23 +356,23 @@ def test_a_change_of_any_record_is_named_by_the_command(running_host: RunningHos
             [*lines[:at], *lines[at + 1 :]],
         ):
             part.write_bytes(b"".join(ruined))
-            told = running_host.run(*argv, str(running_host.audit))
-            assert told.returncode == 91, (at, told.stdout)
-            assert f"record {at + 1}" in told.stderr or f"record {at + 2}" in told.stderr
+            result = running_host.run(*argv, str(running_host.audit))
+            assert result.returncode == 91, (at, result.stdout)
+            assert f"record {at + 1}" in result.stderr or f"record {at + 2}" in result.stderr
             # The start is sealed at once, all else at the end.
             certain = "no record is" if at == 0 else "up to record 1 all is"
-            assert f"{certain} certain to be as it was written" in told.stderr
+            assert f"{certain} certain to be as it was written" in result.stderr
     part.write_bytes(whole)
     head = f"{heads[0]['seq']}:{heads[0]['head']}"
     assert running_host.run(*argv, "--head", head, str(running_host.audit)).returncode == 0
     wrong = f"{heads[0]['seq']}:{heads[1]['head']}"
     assert running_host.run(*argv, "--head", wrong, str(running_host.audit)).returncode == 91
     (running_host.audit / "checkpoints.jsonl").unlink()
-    told = running_host.run(*argv, str(running_host.audit))
-    assert (told.returncode, "record 1: no checkpoint" in told.stderr) == (91, True)
+    result = running_host.run(*argv, str(running_host.audit))
+    assert (result.returncode, "record 1: no checkpoint" in result.stderr) == (91, True)
     # The host noted its last one elsewhere.
-    told = running_host.run("serve")
-    assert (told.returncode, "was noted, is not there" in told.stderr) == (91, True)
+    result = running_host.run("serve")
+    assert (result.returncode, "was noted, is not there" in result.stderr) == (91, True)
 
 
 def test_a_device_that_is_down_is_a_503_and_comes_back_by_itself(
@@ -448,13 +448,13 @@ def test_no_reply_names_a_version_of_software(running_host: RunningHost) -> None
     ]
     assert [each.status for each in replies] == [200, 403, 405, 400, 200, 200, 404]
     assert {each.headers["server"] for each in replies} == {"hsmtoll"}
-    said = repr([each.headers for each in replies]).lower()
-    assert not any(name in said for name in ("aiohttp", "python"))
+    headers = repr([each.headers for each in replies]).lower()
+    assert not any(name in headers for name in ("aiohttp", "python"))
 
 
 def test_a_metric_is_told_to_its_last_digit() -> None:
-    told = exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
-    values = [line.split()[1] for line in told.splitlines() if not line.startswith("#")]
+    output = exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
+    values = [line.split()[1] for line in output.splitlines() if not line.startswith("#")]
     assert values == ["10412345", "1", "3"]
 
 
@@ -476,10 +476,10 @@ def test_what_keeps_it_from_starting_is_one_line_and_a_code(
         (host.home / "audit.key").write_text("no key")
     else:
         (host.home / "run").chmod(0o777)
-    told = host.run("serve")
-    assert told.returncode == code, told.stderr
-    assert words in told.stderr
-    assert "Traceback" not in told.stderr
+    result = host.run("serve")
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_policy_test_says_what_decides(make_host: Callable[..., RunningHost]) -> None:
@@ -494,9 +494,9 @@ def test_policy_test_says_what_decides(make_host: Callable[..., RunningHost]) ->
     assert denied.returncode == 90
     assert "default deny" in denied.stdout
     as_json = host.run("policy", "test", "--profile", "acme", "uid:1001", "road", "--json")
-    told = json.loads(as_json.stdout)
-    assert (as_json.returncode, told["schema"], told["grant"]["allowed"]) == (0, 1, True)
-    assert f"{host.policy}:{line}" in told["grant"]["reason"]
+    verdicts = json.loads(as_json.stdout)
+    assert (as_json.returncode, verdicts["schema"], verdicts["grant"]["allowed"]) == (0, 1, True)
+    assert f"{host.policy}:{line}" in verdicts["grant"]["reason"]
 
 
 def test_audit_list_answers_who_got_what(running_host: RunningHost) -> None:
@@ -545,9 +545,9 @@ def test_the_log_says_once_why_nothing_is_signed_and_when_that_is_over(
     pin.write_text(kept)
     eventually(lambda: lines("signing host: ready"))
     # At warning, which is shown without -v; and no more often than the reason changes.
-    (told,) = lines("not ready")
-    assert "warning" in told
-    assert "PIN file" in told
+    (line,) = lines("not ready")
+    assert "warning" in line
+    assert "PIN file" in line
     assert lines("ready again") == []
     host.stop_file.touch()
     eventually(lambda: lines("not ready: stopped: "))

@@ -65,24 +65,24 @@ def test_nobody_comes_in_without_a_certificate_of_that_ca(
 def test_there_is_no_tcp_without_certificates_of_callers(
     make_host: Callable[..., RunningHost],
 ) -> None:
-    told = make_host().run("serve", HSMTOLL_HOST__CLIENT_CA="")
-    assert told.returncode == 10
-    assert "HSMTOLL_HOST__CLIENT_CA: required" in told.stderr
+    result = make_host().run("serve", HSMTOLL_HOST__CLIENT_CA="")
+    assert result.returncode == 10
+    assert "HSMTOLL_HOST__CLIENT_CA: required" in result.stderr
 
 
 def test_all_settings_that_the_host_lacks_are_named_at_once(
     make_host: Callable[..., RunningHost],
 ) -> None:
     lacking = ("POLICY", "AUDIT_DIR", "AUDIT_KEY", "CERT", "CLIENT_CA")
-    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in lacking})
-    assert told.returncode == 10
-    first, *hints = told.stderr.splitlines()
+    result = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in lacking})
+    assert result.returncode == 10
+    first, *hints = result.stderr.splitlines()
     assert first.startswith("hsmtoll: setting-missing: HSMTOLL_HOST__POLICY, ")
     assert [hint.split(":")[1].strip() for hint in hints] == [f"HSMTOLL_HOST__{n}" for n in lacking]
     # Without an address there is no TLS that needs a certificate.
     none = ("SOCKET", "LISTEN", "CERT")
-    told = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in none})
-    assert "HSMTOLL_HOST__SOCKET: required, and not set" in told.stderr
+    result = make_host().run("serve", **{f"HSMTOLL_HOST__{name}": "" for name in none})
+    assert "HSMTOLL_HOST__SOCKET: required, and not set" in result.stderr
 
 
 def test_a_certificate_on_the_policys_list_is_refused_and_its_twin_is_not(
@@ -140,7 +140,7 @@ def test_each_ca_on_the_way_to_a_caller_is_looked_up_in_a_list(
     theirs, other = stolen.issue(APP), root.issue(APP)
     lists = host.home / "lists.pem"
 
-    def told(*crls: Path) -> tuple[bool, bool]:
+    def rejected(*crls: Path) -> tuple[bool, bool]:
         """Whether who is below the CA below, and who is not, is turned away."""
         lists.write_bytes(b"".join(each.read_bytes() for each in crls))
         if host.process is None:
@@ -149,17 +149,17 @@ def test_each_ca_on_the_way_to_a_caller_is_looked_up_in_a_list(
             host.reload()
         return turned_away(host, theirs), turned_away(host, other)
 
-    assert told(root.crl(), stolen.crl()) == (False, False)
-    assert told(root.crl(), stolen.crl(theirs)) == (True, False)
+    assert rejected(root.crl(), stolen.crl()) == (False, False)
+    assert rejected(root.crl(), stolen.crl(theirs)) == (True, False)
     # Its key makes new callers, who are on no list of its own.
-    assert told(root.crl(stolen), stolen.crl()) == (True, False)
+    assert rejected(root.crl(stolen), stolen.crl()) == (True, False)
     # A list that is missing says nothing about anybody, which who runs the host has to hear.
     missing = "a client certificate was rejected (unable to get certificate CRL)"
     assert missing not in host.log()
-    assert told(root.crl()) == (True, False)
+    assert rejected(root.crl()) == (True, False)
     assert turned_away(host, theirs)
     assert host.log().count(missing) == 1
-    assert told(root.crl(), stolen.crl()) == (False, False)
+    assert rejected(root.crl(), stolen.crl()) == (False, False)
 
 
 def test_a_stolen_certificate_gets_its_quota_and_nothing_after_it_nor_after_a_restart(
@@ -198,9 +198,9 @@ def test_an_account_of_another_namespace_is_refused_and_not_guessed(
     host.open_to_all()
     before = host.signatures()
     for uid, gid in ((65534, 1000), (1000, 65534)):
-        said = host.as_account(uid, _REQUEST, gid=gid)
-        assert b"403 Forbidden" in said
-        assert b"another user namespace" in said
+        reply = host.as_account(uid, _REQUEST, gid=gid)
+        assert b"403 Forbidden" in reply
+        assert b"another user namespace" in reply
     assert host.signatures() == before
     assert host.records("refused")[0]["caller"] == "unknown"
     assert host.as_account(1000, _REQUEST).count(b"no caller entry matches") == 1
@@ -214,8 +214,8 @@ def test_two_entries_that_fit_are_both_named_and_neither_counts(
     host = make_host(entry("uid:1000"), entry("gid:1007"))
     host.start()
     host.open_to_all()
-    said = host.as_account(1000, _REQUEST, gid=1007)
-    assert b"gid:1007, uid:1000" in said
+    reply = host.as_account(1000, _REQUEST, gid=1007)
+    assert b"gid:1007, uid:1000" in reply
     assert b"200 OK" in host.as_account(1000, _REQUEST)
     assert b"200 OK" in host.as_account(1001, _REQUEST, gid=1007)
     assert [each["caller"] for each in host.records("intent")] == ["uid:1000", "gid:1007"]

@@ -150,5 +150,5 @@ def test_at_the_end_those_too_are_told_whose_records_were_being_written(
     may.set()
     ending.join(PATIENCE)
     assert not ending.is_alive()
-    told = [each.exception(PATIENCE) for each in waiting]
-    assert sum(isinstance(each, TryAgainLater) for each in told) >= 3
+    errors = [each.exception(PATIENCE) for each in waiting]
+    assert sum(isinstance(each, TryAgainLater) for each in errors) >= 3

@@ -99,8 +99,8 @@ def test_nor_is_a_grant_of_another_audience_issuer_scope_or_time(taken: Taken) -
         ({"iat": str(now)}, "missing"),
         ({"exp": None}, "not those of a grant"),
     ):
-        said = taken.refused(taken.grant(**claims))
-        assert word in said, (claims, said)
+        message = taken.refused(taken.grant(**claims))
+        assert word in message, (claims, message)
     assert taken.ask(taken.grant())
 
 
@@ -136,9 +136,9 @@ def test_nor_does_it_answer_what_signing_grants_does_not_need(taken: Taken) -> N
         "inspect": {},
         "token_users": {},
     }
-    for do, told in asked.items():
+    for do, arguments in asked.items():
         with pytest.raises(DeviceError) as caught:
-            taken.device._ask("asking", do, **told)
+            taken.device._ask("asking", do, **arguments)
         assert (caught.value.code, "does not answer" in str(caught.value)) == ("worker", True), do
     # The control: what it needs is answered.
     assert taken.device.self_test("RS256") == public

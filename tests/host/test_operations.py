@@ -127,13 +127,13 @@ def test_a_log_that_was_restored_from_a_backup_is_refused(machine: Machine) -> N
 
 
 def test_a_grant_takes_as_many_bytes_as_the_text_says(machine: Machine) -> None:
-    said = re.search(r"about (\d+) bytes a grant", TEXT)
-    assert said is not None
+    found = re.search(r"about (\d+) bytes a grant", TEXT)
+    assert found is not None
     audit = machine.open()
     written(audit, 100)
     audit.close()
     size = sum(each.stat().st_size for each in machine.log.iterdir())
-    assert 0.5 < size / 100 / int(said[1]) < 1.5
+    assert 0.5 < size / 100 / int(found[1]) < 1.5
 
 
 # ------------------------------------------------------------------ with a host that runs
@@ -184,8 +184,8 @@ class Site:
                 case ["systemctl", "reload"]:
                     self.host.reload()
                 case _:
-                    code, said = self.terminal.run(line)
-                    assert code == 0, f"{line}\n{said}"
+                    code, output = self.terminal.run(line)
+                    assert code == 0, f"{line}\n{output}"
 
 
 @pytest.fixture
@@ -202,10 +202,10 @@ def test_a_new_audit_key_begins_a_new_log_and_both_logs_verify(site: Site) -> No
     assert (site.etc / "audit-1.pub").read_bytes() == old != (site.etc / "audit.pub").read_bytes()
     # The control: neither log verifies with the other's key.
     for key, log in (("audit.pub", "audit-1"), ("audit-1.pub", "audit")):
-        code, said = site.terminal.run(
+        code, output = site.terminal.run(
             f"hsmtoll audit verify --public-key {site.etc}/{key} {site.lib}/{log}"
         )
-        assert code == AuditBroken.exit_code, said
+        assert code == AuditBroken.exit_code, output
 
 
 def test_a_new_certificate_of_the_host_is_shown_after_a_reload(site: Site, tmp_path: Path) -> None:

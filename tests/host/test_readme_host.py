@@ -88,7 +88,7 @@ def _machine(scratch: Path) -> str:
     closed = next(
         (each for each in reversed(base.parents) if not each.stat().st_mode & 0o001), base
     )
-    told = {
+    variables = {
         "scratch": scratch,
         "base": base,
         "base_python": base / "bin" / f"python{sysconfig.get_python_version()}",
@@ -99,7 +99,7 @@ def _machine(scratch: Path) -> str:
         "tree": TOP,
         "loopback": _LOOPBACK_UP,
     }
-    return _MACHINE.format(**{name: shlex.quote(str(each)) for name, each in told.items()})
+    return _MACHINE.format(**{name: shlex.quote(str(each)) for name, each in variables.items()})
 
 
 class Machine(Terminal):
@@ -139,10 +139,10 @@ class Machine(Terminal):
 
     def as_account(self, name: str, script: str, folder: str = "/") -> tuple[int, str]:
         """What an account is told that logs in and types *script*."""
-        told = f"cd {folder} && {{ {script.rstrip()}\n}}"
+        command = f"cd {folder} && {{ {script.rstrip()}\n}}"
         return self.run(
             f'runuser -u {name} -- env -i HOME=/home/{name} PATH="$PATH" bash -ec '
-            f"{shlex.quote(told)}"
+            f"{shlex.quote(command)}"
         )
 
 
@@ -203,14 +203,14 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
 
     at_socket, make, settings, over_tls, caller, keys = blocks(section("Callers"))
     # On the machine itself, as an account that the policy knows.
-    told = machine.as_account("app", at_socket.text, "/home/app")
-    assert told[0] == 0, told[1]
+    result = machine.as_account("app", at_socket.text, "/home/app")
+    assert result[0] == 0, result[1]
     assert verified(machine.do("cat /home/app/grant"), leaf) == ROAD_SCOPE
     # The control: an account that is no member of the group does not reach the socket.
     machine.do("useradd --create-home mallory")
-    code, said = machine.as_account("mallory", at_socket.text, "/home/mallory")
+    code, output = machine.as_account("mallory", at_socket.text, "/home/mallory")
     assert code != 0
-    assert "custodian" in said, said
+    assert "custodian" in output, output
     # Over TLS, which needs a restart.
     machine.follow(make)
     machine.file(settings)
@@ -220,8 +220,8 @@ def test_the_signing_host_of_the_readme_signs_for_its_callers(machine: Machine) 
     )
     machine.do("install -m 0644 ca.pem /home/app/tls")
     machine.serve(serve)
-    told = machine.as_account("app", over_tls.text, "/home/app/tls")
-    assert told[0] == 0, told[1]
+    result = machine.as_account("app", over_tls.text, "/home/app/tls")
+    assert result[0] == 0, result[1]
     assert verified(machine.do("cat /home/app/tls/grant"), leaf) == ROAD_SCOPE
     # By ssh: what sshd runs for the key.
     machine.file(caller)

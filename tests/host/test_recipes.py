@@ -122,7 +122,7 @@ WORDS: Final = (
 )  # fmt: skip
 
 
-def said(program: str) -> set[str]:
+def printed_by(program: str) -> set[str]:
     """The words of the interface in *program*, and the variables that it reads."""
     text = PROGRAMS[program]
     found = {word for word in WORDS if word in text}
@@ -136,11 +136,13 @@ def test_the_program_for_dotnet_says_what_the_others_say() -> None:
     tls = {"SIGNER_URL", "SIGNER_CA", "CLIENT_CERT", "CLIENT_KEY"}
     common = {*WORDS, "SIGNER_SOCKET", "PROFILE", "SCOPE", "CUSTOMS_URL"}
     for name in ("token.sh", "token.js", "token.go"):
-        assert said(name) - {"http://localhost"} == (common | tls) - {"http://localhost"}, name
+        assert printed_by(name) - {"http://localhost"} == (common | tls) - {"http://localhost"}, (
+            name
+        )
     stores = {"CLIENT_P12", "STORE_PASSWORD"}
-    assert said("Program.cs") == (common | tls | stores) - {"CLIENT_CERT", "CLIENT_KEY"}
+    assert printed_by("Program.cs") == (common | tls | stores) - {"CLIENT_CERT", "CLIENT_KEY"}
     # The control: a word that is missing is noticed.
-    assert "SIGNER_SOCKET" not in said("Token.java")
+    assert "SIGNER_SOCKET" not in printed_by("Token.java")
 
 
 def test_a_host_takes_the_content_type_that_dotnet_sends(reader: Reader) -> None:
@@ -158,6 +160,6 @@ def test_a_host_takes_the_content_type_that_dotnet_sends(reader: Reader) -> None
 
 def test_every_variable_that_a_program_reads_is_explained() -> None:
     explained = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", PAGE))
-    read = {word for name in PROGRAMS for word in said(name) if word.isupper()}
+    read = {word for name in PROGRAMS for word in printed_by(name) if word.isupper()}
     assert read <= explained
     assert len(read) == 12

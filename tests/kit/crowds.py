@@ -32,13 +32,13 @@ class Member:
     """One process; its lines are read one after another."""
 
     process: subprocess.Popen[str]
-    said: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
     def read(self) -> str:
         """Its next line; empty at the end."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
-        self.said.append(line)
+        self.lines.append(line)
         return line
 
     def until(self, start: str) -> str:
@@ -46,7 +46,7 @@ class Member:
         while line := self.read():
             if line.startswith(start):
                 return line
-        raise AssertionError(f"it ended without {start!r}: {self.said}")
+        raise AssertionError(f"it ended without {start!r}: {self.lines}")
 
     def go(self) -> None:
         """From the starting line."""
@@ -59,7 +59,7 @@ class Member:
         while self.read():
             pass
         self.process.wait(60)
-        return self.said
+        return self.lines
 
 
 @dataclass
@@ -121,9 +121,9 @@ class Crowd:
             member.until("ready")
         for member in members:
             member.go()
-        said = [member.end() for member in members]
-        signed = sum(lines.count("signed") for lines in said)
-        return signed, {next(line for line in reversed(lines) if line) for lines in said}
+        outputs = [member.end() for member in members]
+        signed = sum(lines.count("signed") for lines in outputs)
+        return signed, {next(line for line in reversed(lines) if line) for lines in outputs}
 
 
 def fresh_key() -> rsa.RSAPrivateKey:

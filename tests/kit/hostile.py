@@ -532,10 +532,10 @@ def _pin(raw: bytes) -> None:
 
 
 def _header(raw: bytes) -> None:
-    said = raw.decode("latin-1")
-    retry_after({"retry-after": said}, now=0.0)
-    offset_of({"date": said}, sent=_NOW, received=_NOW)
-    sanitized(said, _TOKEN)
+    text = raw.decode("latin-1")
+    retry_after({"retry-after": text}, now=0.0)
+    offset_of({"date": text}, sent=_NOW, received=_NOW)
+    sanitized(text, _TOKEN)
 
 
 def _stored(raw: bytes) -> None:

@@ -58,9 +58,9 @@ names = ("SENSITIVE", "EXTRACTABLE", "NEVER_EXTRACTABLE", "LOCAL", "SIGN", "DECR
 with pkcs11.lib(module).get_token(token_label=token).open(user_pin=pin) as session:
     (key,) = session.get_objects({A.CLASS: ObjectClass.PRIVATE_KEY, A.LABEL: label})
     (half,) = session.get_objects({A.CLASS: ObjectClass.PUBLIC_KEY, A.LABEL: label})
-    told = {name: bool(key[A[name]]) for name in names}
-    told |= {name: bool(half[A[name]]) for name in ("ENCRYPT", "WRAP", "VERIFY_RECOVER")}
-    print(json.dumps(told))
+    attributes = {name: bool(key[A[name]]) for name in names}
+    attributes |= {name: bool(half[A[name]]) for name in ("ENCRYPT", "WRAP", "VERIFY_RECOVER")}
+    print(json.dumps(attributes))
 """
 
 
@@ -80,8 +80,8 @@ class Lab:
 
     def generate(self, **keys: dict[str, Any]) -> None:
         """Keys by label, with the template's exceptions."""
-        told = json.dumps(keys)
-        self.run(sys.executable, "-c", _KEYS, str(self.module), self.label, PIN, told)
+        spec = json.dumps(keys)
+        self.run(sys.executable, "-c", _KEYS, str(self.module), self.label, PIN, spec)
         self.seen_anew()
 
     def attributes(self, label: str) -> dict[str, bool]:

@@ -36,7 +36,7 @@ BEARER = "0paque.bearer.Po2Iu4Yt6Re8Wq1Az3Sx5Dc7"
 CALL = "/api/movement/road/v2/test-auth"
 
 
-def said(body: object = b"", status: str = "200 OK", *headers: str) -> bytes:
+def http_reply(body: object = b"", status: str = "200 OK", *headers: str) -> bytes:
     """A whole answer; *body* is bytes, or a value for JSON."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = (f"HTTP/1.1 {status}", f"content-length: {len(raw)}", *headers, "", "")
@@ -58,13 +58,13 @@ def dripping(head: bytes, drop: bytes) -> Callable[..., None]:
 def granting(connection: ssl.SSLSocket, asked: bytes) -> bytes:
     """What a good Maskinporten says."""
     del connection, asked
-    return said({"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600})
+    return http_reply({"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600})
 
 
 def exchanging(connection: ssl.SSLSocket, asked: bytes) -> bytes:
     """What a good Customs says to an exchange."""
     del connection, asked
-    return said({"access_token": BEARER, "token_type": "Bearer", "expires_in": 600})
+    return http_reply({"access_token": BEARER, "token_type": "Bearer", "expires_in": 600})
 
 
 class _Listening:
@@ -137,7 +137,7 @@ class RawServices:
     def __init__(self, folder: Path) -> None:
         self.token: Answering = granting
         self.exchange: Answering = exchanging
-        self.api: Answering = lambda connection, asked: said(b"{}")  # noqa: ARG005 - the usual
+        self.api: Answering = lambda connection, asked: http_reply(b"{}")  # noqa: ARG005 - the usual
         root, _ = pki.tls_authority()
         certificate, key = pki.issue_tls()
         self.ca_file = folder / "raw-ca.pem"

@@ -149,16 +149,16 @@ class Terminal:
             stdin.flush()
             late = threading.Timer(PATIENCE, self._process.kill)
             late.start()
-            said: list[str] = []
+            lines: list[str] = []
             for line in stdout:
                 if line.startswith(end):
                     late.cancel()
                     # The line that was put before the mark, for output without an end of line.
-                    output = "".join(said)
+                    output = "".join(lines)
                     return int(line.removeprefix(end)), output.removesuffix("\n")
-                said.append(line)
+                lines.append(line)
         late.cancel()
-        raise AssertionError(f"the shell ended in: {command}\n{''.join(said)}")
+        raise AssertionError(f"the shell ended in: {command}\n{''.join(lines)}")
 
     def follow(self, block: Block) -> int:
         """Type each command of *block*, which shows what it says. How many there were."""

@@ -121,7 +121,7 @@ def http(status: int, body: object, **headers: str) -> bytes:
     return f"HTTP/1.1 {status} X\r\n{head}\r\n".encode() + raw
 
 
-def said(status: int, word: str, why: str = "so it is", **headers: str) -> bytes:
+def error_reply(status: int, word: str, why: str = "so it is", **headers: str) -> bytes:
     """An error as the wire has it."""
     return http(status, {"error": word, "error_description": why, "hint": "see there"}, **headers)
 

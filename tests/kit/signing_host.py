@@ -85,8 +85,8 @@ def entry(
     **more: Any,
 ) -> str:
     """A caller's table in a policy; *more*: per_minute, per_day, consumer_org, resource."""
-    told = {"scopes": list(scopes), "mode": list(mode), **more}
-    options = ", ".join(f"{name} = {dumps(value)}" for name, value in told.items())
+    members = {"scopes": list(scopes), "mode": list(mode), **more}
+    options = ", ".join(f"{name} = {dumps(value)}" for name, value in members.items())
     return f'[caller."{caller}"]\nprofile.{profile} = {{ {options} }}\n'
 
 
@@ -184,11 +184,11 @@ def exchange(
         sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
     connection.request(method, path, content or None, sent)
     response = connection.getresponse()
-    said = response.read()
+    reply = response.read()
     got = {name.lower(): value for name, value in response.getheaders()}
     kind = got.get("content-type", "")
-    is_json = said and kind.startswith("application/json")
-    body = loads(said) if is_json else {"text": said.decode()}
+    is_json = reply and kind.startswith("application/json")
+    body = loads(reply) if is_json else {"text": reply.decode()}
     return Reply(response.status, body, got)
 
 
@@ -409,7 +409,7 @@ class RunningHost:
     shim: Faults | None = None
     manager: socket.socket | None = None
     process: ForkedCommand | subprocess.Popen[bytes] | None = None
-    told: list[str] = field(default_factory=list)
+    notifications: list[str] = field(default_factory=list)
 
     @property
     def socket(self) -> Path:
@@ -470,7 +470,7 @@ class RunningHost:
         where.unlink(missing_ok=True)
         manager.bind(str(where))
         self.manager = manager
-        self.told.clear()
+        self.notifications.clear()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HSMTOLL_")}
         with self.stderr.open("ab") as log, Path(os.devnull).open("r+b") as nothing:
             self.process = fork(
@@ -486,12 +486,12 @@ class RunningHost:
         until = time.monotonic() + PATIENCE
         assert self.manager is not None
         self.manager.settimeout(0.2)
-        while word not in self.told:
+        while word not in self.notifications:
             assert time.monotonic() < until, f"not told {word}: {self.log()}"
             assert self.process is not None
             assert self.process.poll() is None, f"it ended: {self.log()}"
             with contextlib.suppress(TimeoutError):
-                self.told += self.manager.recv(4096).decode().splitlines()
+                self.notifications += self.manager.recv(4096).decode().splitlines()
 
     def log(self) -> str:
         """What it said on standard error."""
@@ -503,7 +503,7 @@ class RunningHost:
 
     def reload(self) -> None:
         """SIGHUP, and wait until it is done."""
-        self.told.clear()
+        self.notifications.clear()
         self.signal(signals.SIGHUP)
         self.hear("READY=1")
 
@@ -633,10 +633,10 @@ def make_host(
         "stop_file": str(folder / "etc" / "stop"),
         "metrics": f"unix://{folder}/run/metrics.sock",
     }
-    told = {f"HSMTOLL_HOST__{name.upper()}": value for name, value in host.items()}
+    variables = {f"HSMTOLL_HOST__{name.upper()}": value for name, value in host.items()}
     # Whose the key is, the policy says.
     chosen = {k: v for k, v in environ.items() if k != "HSMTOLL_IDENTITY"}
-    told["HSMTOLL_STATE"] = str(folder / "state")
-    made = RunningHost(folder, chosen | told, authority, port, faults)
+    variables["HSMTOLL_STATE"] = str(folder / "state")
+    made = RunningHost(folder, chosen | variables, authority, port, faults)
     made.say("\n".join([PROFILE, *entries]) if entries else POLICY)
     return made

@@ -46,7 +46,7 @@ def judge(suite: str, verdicts: Mapping[str, tuple[bool, bool]]) -> None:
     By the name of the case: what the suite says, and what is found. They are the same, except for
     exactly the cases in the table of decisions.
     """
-    differing = {case for case, (said, found) in verdicts.items() if said != found}
+    differing = {case for case, (verdict, found) in verdicts.items() if verdict != found}
     decided = decisions(suite).keys()
     assert not differing - decided, "these end in another way, and decisions.toml has no reason"
     assert not decided - differing, "these agree, or are not there: take them out of decisions.toml"

@@ -128,8 +128,8 @@ class Stack(ABC):
     def driver(self, state: Path, *, pin: str | None = None, **more: Any) -> Iterator[Driver]:
         """A Device on this stack, in a process of its own."""
         with self.talking("tests.modules.driver") as driver:
-            told = {"module": str(self.module), "uri": self.uri, "pin": pin or self.pin}
-            driver.tell({**told, "state": str(state), **more})
+            settings = {"module": str(self.module), "uri": self.uri, "pin": pin or self.pin}
+            driver.tell({**settings, "state": str(state), **more})
             yield driver
 
     @contextlib.contextmanager
@@ -201,20 +201,20 @@ class Driver:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the driver ended with {self.process.wait(20)}"
-        said: dict[str, Any] = json.loads(line)
-        return said
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
     def does(self, do: str, **order: Any) -> Any:
         """The answer; an error fails the test."""
-        said = self.ask(do, **order)
-        assert "answer" in said, said
-        return said["answer"]
+        reply = self.ask(do, **order)
+        assert "answer" in reply, reply
+        return reply["answer"]
 
     def error(self, do: str, **order: Any) -> dict[str, Any]:
         """The error; an answer fails the test."""
-        said = self.ask(do, **order)
-        assert "error" in said, said
-        error: dict[str, Any] = said["error"]
+        reply = self.ask(do, **order)
+        assert "error" in reply, reply
+        error: dict[str, Any] = reply["error"]
         return error
 
 
@@ -405,8 +405,8 @@ class Smartcard(Stack):
         self.run("sh", "-c", "rm -rf /run/pcscd/*")
         readers = str(self.folder / "readers")
         # Newer ones ask polkit, which is not in this namespace, who may use a card.
-        told = self.run("pcscd", "--help", check=False)
-        polkit = ("--disable-polkit",) if "--disable-polkit" in told else ()
+        output = self.run("pcscd", "--help", check=False)
+        polkit = ("--disable-polkit",) if "--disable-polkit" in output else ()
         self.daemon = self.start("pcscd", "--foreground", "--error", *polkit, "--config", readers)
         wait_for(lambda: ":35963" in self.run("ss", "-ltn"))
 
@@ -559,8 +559,8 @@ def generate(stack: Stack, label: str) -> None:
     """A protected key called k, made on the device."""
     private = {"SENSITIVE": True, "EXTRACTABLE": False}
     order = {"what": "rsa-key", "label": "k", "key_id": "01", "bits": 2048, "private": private}
-    told = {"module": str(stack.module), "token_label": label, "pin": stack.pin, "do": [order]}
-    stack.run(sys.executable, "-m", "hsmtoll.testing.provision", stdin=json.dumps(told))
+    job = {"module": str(stack.module), "token_label": label, "pin": stack.pin, "do": [order]}
+    stack.run(sys.executable, "-m", "hsmtoll.testing.provision", stdin=json.dumps(job))
 
 
 _FORMER_NAMES = """

@@ -28,16 +28,16 @@ from tests.kit.grants import a_grant
 class Driver:
     """The device, and a clock that is moved instead of waiting for it."""
 
-    def __init__(self, told: dict[str, Any]) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.clock = SettableClock.at_real_time()
-        self.module = Path(told["module"])
-        self.pin_log = PinLog(Path(told["state"]))
-        self.pin = PinValue.of(told["pin"])
+        self.module = Path(settings["module"])
+        self.pin_log = PinLog(Path(settings["state"]))
+        self.pin = PinValue.of(settings["pin"])
         self.device = InProcessDevice(
             DeviceSettings(
                 self.module,
-                KeyUri.parse(told["uri"]),
-                use_final_try=told.get("use_final_try", False),
+                KeyUri.parse(settings["uri"]),
+                use_final_try=settings.get("use_final_try", False),
             ),
             pin=self.pin,
             pin_log=self.pin_log,
@@ -60,8 +60,8 @@ class Driver:
             os.write(theirs, json.dumps(self.answer({**order, "do": "sign"})).encode())
             os._exit(0)
         os.close(theirs)
-        with os.fdopen(ours) as said:
-            answer = json.loads(said.read() or "{}")
+        with os.fdopen(ours) as pipe:
+            answer = json.loads(pipe.read() or "{}")
         os.waitpid(child, 0)
         return {"child": answer, "parent": self.sign(order)}
 
@@ -92,8 +92,8 @@ class Driver:
         try:
             return {"answer": getattr(self, order["do"])(order)}
         except HsmTollError as exc:
-            said = {"code": exc.code, "exit": exc.exit_code, "message": str(exc)}
-            return {"error": {"type": type(exc).__name__, **said}}
+            error = {"code": exc.code, "exit": exc.exit_code, "message": str(exc)}
+            return {"error": {"type": type(exc).__name__, **error}}
 
 
 def main() -> None:

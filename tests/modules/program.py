@@ -93,8 +93,8 @@ class Program:
         try:
             return {"answer": getattr(self, order["do"])(order)}
         except HsmTollError as exc:
-            said = {"code": exc.code, "exit": exc.exit_code, "message": str(exc)}
-            return {"error": {"type": type(exc).__name__, **said}}
+            error = {"code": exc.code, "exit": exc.exit_code, "message": str(exc)}
+            return {"error": {"type": type(exc).__name__, **error}}
 
 
 def main() -> None:

@@ -132,14 +132,14 @@ def test_certificates_that_show_after_the_login_alone_are_found(
         assert code(program, "key", "import", str(stack.certificates())) == 0
         assert certificates(stack) == 3
         token = stack.uri.partition("token=")[2].partition(";")[0]
-        told = (str(stack.module), token, stack.pin)
+        arguments = (str(stack.module), token, stack.pin)
         try:
-            stack.run(sys.executable, "-c", _HIDE, *told, "private")
+            stack.run(sys.executable, "-c", _HIDE, *arguments, "private")
             assert certificates(stack) == 0
             assert {code(program, *argv) for argv in COMMANDS} == {0}
             assert program.does("token")
         finally:
-            stack.run(sys.executable, "-c", _HIDE, *told, "gone")
+            stack.run(sys.executable, "-c", _HIDE, *arguments, "gone")
 
 
 def certificates(stack: Stack) -> int:

@@ -115,12 +115,12 @@ def test_a_fork_signs_or_is_told_why_not_and_the_parent_goes_on(
 ) -> None:
     with stack.driver(tmp_path) as driver:
         first = driver.does("sign", alg="RS256", jti="one")
-        said = driver.does("fork", alg="RS256", jti="one")
-    assert said["parent"] == first
+        answer = driver.does("fork", alg="RS256", jti="one")
+    assert answer["parent"] == first
     if stack.fork_safe:
-        assert said["child"] == {"answer": first}
+        assert answer["child"] == {"answer": first}
     else:
-        assert said["child"]["error"]["code"] == "forked"
+        assert answer["child"]["error"]["code"] == "forked"
 
 
 def test_its_key_is_listed_with_a_uri_that_finds_it(stack: Stack, tmp_path: Path) -> None:

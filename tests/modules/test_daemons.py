@@ -38,8 +38,8 @@ def test_pcscd_is_dead_and_back_and_the_card_signs_again_by_itself(
         assert driver.error("sign", **SIGN)["exit"] == 30
         # From now on nobody waits for what is not there.
         for _ in range(50):
-            said = driver.error("sign", **SIGN)
-            assert (said["exit"], said["code"]) == (30, "device-down")
+            error = driver.error("sign", **SIGN)
+            assert (error["exit"], error["code"]) == (30, "device-down")
         # Asked again while it is still dead, it is still down.
         driver.does("advance", seconds=31)
         assert driver.error("sign", **SIGN)["exit"] == 30

@@ -57,6 +57,6 @@ def test_a_key_that_was_not_registered_gets_no_token(tmp_path: Path) -> None:
 def test_the_admin_secret_is_told_where_it_is_asked_for_and_nowhere_else(tmp_path: Path) -> None:
     script = "hsmtoll sandbox {} -- sh -c 'echo ${{SANDBOX_ADMIN_SECRET:-none}}'"
     assert sh(script.format(""), tmp_path).stdout == "none\n"
-    told = sh(script.format("--admin --env-file all.env"), tmp_path).stdout.strip()
-    assert len(told) > 20
-    assert f"SANDBOX_ADMIN_SECRET={told}\n" in (tmp_path / "all.env").read_text()
+    output = sh(script.format("--admin --env-file all.env"), tmp_path).stdout.strip()
+    assert len(output) > 20
+    assert f"SANDBOX_ADMIN_SECRET={output}\n" in (tmp_path / "all.env").read_text()

@@ -42,11 +42,11 @@ def test_any_text_is_a_uri_or_one_line_of_ours(text: str) -> None:
     try:
         uri = KeyUri.parse("pkcs11:" + text)
     except ConfigurationError as error:
-        said = str(error)
+        message = str(error)
     else:
-        said = "one line"
+        message = "one line"
         assert KeyUri.parse(str(uri)) == uri
-    assert len(said.splitlines()) == 1
+    assert len(message.splitlines()) == 1
 
 
 @given(uris, uris)

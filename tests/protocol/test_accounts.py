@@ -54,7 +54,7 @@ def locked(tmp_path: Path) -> Path:
     return place
 
 
-def said(place: Path, code: str, **environ: str) -> str:
+def printed(place: Path, code: str, **environ: str) -> str:
     """
     What *code* printed as another account, or as this one where it cannot become another; an
     error that is not ours is a failure.
@@ -70,19 +70,19 @@ def said(place: Path, code: str, **environ: str) -> str:
 
 def test_a_home_that_is_anothers_has_no_settings_for_this_account(locked: Path) -> None:
     code = "print(load().environment)"
-    assert said(locked, code, HOME=str(locked)) == "sandbox"
-    assert said(locked, code, XDG_CONFIG_HOME=str(locked / ".config")) == "sandbox"
+    assert printed(locked, code, HOME=str(locked)) == "sandbox"
+    assert printed(locked, code, XDG_CONFIG_HOME=str(locked / ".config")) == "sandbox"
     # The control: once it can be looked into, it counts.
     locked.chmod(0o755)
-    assert "secret_of_another" in said(locked, code, HOME=str(locked))
+    assert "secret_of_another" in printed(locked, code, HOME=str(locked))
 
 
 def test_a_file_that_was_named_and_cannot_be_seen_is_an_error_of_one_line(locked: Path) -> None:
     named = str(locked / ".config" / "hsmtoll" / "hsmtoll.toml")
-    assert said(locked, "load()", HSMTOLL_CONFIG=named) == (
+    assert printed(locked, "load()", HSMTOLL_CONFIG=named) == (
         f"ConfigurationError configuration file {named}: cannot be read (Permission denied)"
     )
-    assert said(locked, "check_path(place / 'module.so')") == (
+    assert printed(locked, "check_path(place / 'module.so')") == (
         f"ConfigurationError the PKCS#11 module '{locked}/module.so' cannot be looked at"
         " (Permission denied)"
     )
@@ -90,21 +90,21 @@ def test_a_file_that_was_named_and_cannot_be_seen_is_an_error_of_one_line(locked
 
 def test_a_stop_file_that_cannot_be_seen_is_a_stop_and_no_mistake(locked: Path) -> None:
     code = "check_stop_directory(place / 'run' / 'stop'); print(stopped_by(place / 'run' / 'stop'))"
-    assert said(locked, code) == "the stop file cannot be read (Permission denied)"
+    assert printed(locked, code) == "the stop file cannot be read (Permission denied)"
 
 
 @pytest.mark.needs_root
 def test_an_account_without_a_home_is_told_what_to_set(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    told = said(tmp_path, "print(App(load()).state)")
-    assert told.startswith("ConfigurationError HSMTOLL_STATE: not set"), told
+    output = printed(tmp_path, "print(App(load()).state)")
+    assert output.startswith("ConfigurationError HSMTOLL_STATE: not set"), output
 
 
 def test_the_state_is_where_it_was_set_or_below_the_home(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     code = "print(App(load()).state)"
-    assert said(tmp_path, code, HSMTOLL_STATE="/var/lib/x") == "/var/lib/x"
-    assert said(tmp_path, code, HOME="/nonexistent") == "/nonexistent/.local/state/hsmtoll"
+    assert printed(tmp_path, code, HSMTOLL_STATE="/var/lib/x") == "/var/lib/x"
+    assert printed(tmp_path, code, HOME="/nonexistent") == "/nonexistent/.local/state/hsmtoll"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_a_directory_of_the_system_that_is_relative_is_none(
     tmp_path.chmod(0o755)
     home = {"HOME": str(tmp_path)}
 
-    assert said(tmp_path, code, **{name: "here"}, **home) == said(tmp_path, code, **home)
-    assert said(tmp_path, code, **{name: "/there"}, **home) == f"/there{below}"
+    assert printed(tmp_path, code, **{name: "here"}, **home) == printed(tmp_path, code, **home)
+    assert printed(tmp_path, code, **{name: "/there"}, **home) == f"/there{below}"
 
 
 @pytest.mark.needs_root
@@ -139,8 +139,8 @@ def test_a_runtime_directory_and_a_home_of_another_account_are_left_alone(
             each.chmod(each.stat().st_mode | 0o011)
     tmp_path.chmod(0o755)
     show = "app = App(load(), one_shot=True); print(app.store._directory); print(app.state)"
-    told = said(tmp_path, show, XDG_RUNTIME_DIR=str(theirs / "run"), HOME="/")
-    assert str(theirs) not in told, told
+    output = printed(tmp_path, show, XDG_RUNTIME_DIR=str(theirs / "run"), HOME="/")
+    assert str(theirs) not in output, output
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(theirs))
@@ -152,7 +152,7 @@ def test_a_runtime_directory_and_a_home_of_another_account_are_left_alone(
     for each in (mine, mine / "run"):
         os.chown(each, OTHER, OTHER)
     variables = {"XDG_RUNTIME_DIR": str(mine / "run"), "HOME": str(mine)}
-    assert said(tmp_path, show, **variables).splitlines() == [
+    assert printed(tmp_path, show, **variables).splitlines() == [
         str(mine / "run" / "hsmtoll"),
         str(mine / ".local" / "state" / "hsmtoll"),
     ]

@@ -130,8 +130,8 @@ def test_a_retry_writes_one_line_of_ours_and_none_of_a_library(
     assert {record.name.partition(".")[0] for record in caplog.records} <= {
         *("hsmtoll", "httpx", "httpcore", "asyncio", "aiohttp"),
     }
-    told = [r for r in caplog.records if "attempt 1 of 2 failed" in r.getMessage()]
-    assert [record.levelname for record in told] == ["INFO"]
+    records = [r for r in caplog.records if "attempt 1 of 2 failed" in r.getMessage()]
+    assert [record.levelname for record in records] == ["INFO"]
 
 
 @pytest.mark.parametrize("read", [True, False])
@@ -171,15 +171,15 @@ class _Stream(httpx.SyncByteStream):
 def test_a_mock_that_knows_no_answer_is_told_as_what_it_is(
     client: TollClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = "No response can be found for POST request on https://localhost"
+    message = "No response can be found for POST request on https://localhost"
     asked = []
 
     def answer(transport: object, request: httpx.Request) -> httpx.Response:
         asked.append(transport)
-        raise httpx.TimeoutException(said, request=request)
+        raise httpx.TimeoutException(message, request=request)
 
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", answer)
-    with pytest.raises(HsmTollError, match=said) as caught:
+    with pytest.raises(HsmTollError, match=message) as caught:
         client.token("road")
     assert (caught.value.code, len(asked)) == ("mocked", 1)
 

@@ -51,7 +51,7 @@ def linted(top: Path) -> dict[str, str]:
         env={**os.environ, "PYTHONPATH": str(top), "COLUMNS": "400", "NO_COLOR": "1"},
     )  # fmt: skip
     name_of = {contract["name"]: contract["id"] for contract in CONTRACTS}
-    said = dict.fromkeys(
+    verdicts = dict.fromkeys(
         (
             name_of[name]
             for name in re.findall(r"^(.*) KEPT(?: \(.*\))?$", run.stdout, re.MULTILINE)
@@ -62,10 +62,10 @@ def linted(top: Path) -> dict[str, str]:
     parts = re.split(r"^(\S.*)\n-+$", run.stdout, flags=re.MULTILINE)
     for heading, findings in zip(parts[1::2], parts[2::2], strict=True):
         if heading in name_of:
-            said[name_of[heading]] = findings
-    assert len(said) == len(CONTRACTS), run.stdout + run.stderr
-    assert run.returncode == any(each != "KEPT" for each in said.values())
-    return said
+            verdicts[name_of[heading]] = findings
+    assert len(verdicts) == len(CONTRACTS), run.stdout + run.stderr
+    assert run.returncode == any(each != "KEPT" for each in verdicts.values())
+    return verdicts
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_the_lock_is_whole_and_the_build_backend_is_in_it(locked_tree: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("file", "pattern", "instead", "said"),
+    ("file", "pattern", "instead", "message"),
     [
         ("scripts/requirements-build.txt", r"(hatchling==\S+ )(.|\n)*?(?=\npackaging)", r"\1",
          "hatchling has no hash"),
@@ -239,13 +239,13 @@ def test_the_lock_is_whole_and_the_build_backend_is_in_it(locked_tree: Path) -> 
     ],
 )  # fmt: skip
 def test_a_lock_that_lacks_something_is_refused(
-    locked_tree: Path, file: str, pattern: str, instead: str, said: str
+    locked_tree: Path, file: str, pattern: str, instead: str, message: str
 ) -> None:
     path = locked_tree / file
     spoilt, count = re.subn(pattern, instead, path.read_text("utf-8"), count=1)
     assert count == 1
     path.write_text(spoilt, "utf-8")
-    assert said in "\n".join(lock(locked_tree))
+    assert message in "\n".join(lock(locked_tree))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_units_are_where_an_installed_package_has_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "instead", "said"),
+    ("pattern", "instead", "message"),
     [
         (r"(ARG TOLL_BASE=\S+)@\S+", r"\1", "has no digest"),
         (r"(ARG TOLL_BASE=.*)[0-9a-f]{64}", r"\g<1>" + "0" * 64, "two bases"),
@@ -310,7 +310,7 @@ def test_the_units_are_where_an_installed_package_has_them() -> None:
     ],
 )
 def test_an_image_that_is_not_built_on_the_one_fixed_base_is_refused(
-    tmp_path: Path, pattern: str, instead: str, said: str
+    tmp_path: Path, pattern: str, instead: str, message: str
 ) -> None:
     for name in ("docker/Dockerfile", "hsmtoll/testing/softhsm_image/Dockerfile"):
         (tmp_path / name).parent.mkdir(parents=True)
@@ -320,7 +320,7 @@ def test_an_image_that_is_not_built_on_the_one_fixed_base_is_refused(
     spoilt, count = re.subn(pattern, instead, path.read_text("utf-8"), count=1)
     assert count == 1
     path.write_text(spoilt, "utf-8")
-    assert said in "\n".join(images(tmp_path))
+    assert message in "\n".join(images(tmp_path))
 
 
 def test_two_stacks_of_containers_share_no_project() -> None:

@@ -84,15 +84,17 @@ def test_a_clone_is_installed_and_a_wheel_of_it_too(
     assert again == first
     here = tmp_path / "hsmtoll"
     shutil.copytree(clone, here)
-    said = run(f"{first}pip uninstall -qy hsmtoll\n{wheel}{CALL}\npip freeze\n", here, environment)
-    assert said.count("200 OK\n") == 2
+    output = run(
+        f"{first}pip uninstall -qy hsmtoll\n{wheel}{CALL}\npip freeze\n", here, environment
+    )
+    assert output.count("200 OK\n") == 2
     # It runs from the installation, not from the folder that it was called in.
-    assert re.search(r"^hsmtoll @ file://.*/dist/hsmtoll-.*\.whl", said, re.MULTILINE)
+    assert re.search(r"^hsmtoll @ file://.*/dist/hsmtoll-.*\.whl", output, re.MULTILINE)
 
     shutil.rmtree(here / "venv")
-    said = run(f"{locked}{CALL}\npip freeze --exclude hsmtoll\n", here, environment)
-    assert "200 OK\n" in said
-    pinned = set(re.findall(r"^[\w.-]+==[\w.]+$", said, re.MULTILINE))
+    output = run(f"{locked}{CALL}\npip freeze --exclude hsmtoll\n", here, environment)
+    assert "200 OK\n" in output
+    pinned = set(re.findall(r"^[\w.-]+==[\w.]+$", output, re.MULTILINE))
     assert len(pinned) > 30
     lock = "".join(
         (TOP / f"scripts/requirements-{kind}.txt").read_text() for kind in ("build", "run")
@@ -125,8 +127,8 @@ def test_an_example_for_ci_runs_as_it_stands_in_the_readme(
     assert asked
     # To install them takes root. This machine has them, and the test needs no others.
     run(f"dpkg-query -W {asked[1]}", project, environment)
-    said = run("\n".join(commands), project, environment)
-    assert re.search(r"\b2 passed\b", said), said
+    output = run("\n".join(commands), project, environment)
+    assert re.search(r"\b2 passed\b", output), output
 
 
 def test_the_examples_for_ci_run_the_same_commands() -> None:
@@ -141,7 +143,7 @@ def test_an_installation_without_a_network_has_what_the_lock_says_and_nothing_el
     online, offline = given("Offline", "sh")
     here, there = tmp_path / "hsmtoll", tmp_path / "there"
     shutil.copytree(clone, here)
-    said = run(online, here, environment)
+    output = run(online, here, environment)
     (wheel,) = (here / "wheels").glob("hsmtoll-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/WHEEL"))
@@ -156,7 +158,7 @@ def test_an_installation_without_a_network_has_what_the_lock_says_and_nothing_el
     environment |= {"PIP_CONFIG_FILE": "/dev/null", "PIP_INDEX_URL": "https://127.0.0.1:9/"}
     shutil.copytree(here / "wheels", there / "wheels")
     shown = run(f"{offline}{CALL}\n", there, environment)
-    (hashed,) = re.findall(r"^[0-9a-f]{64}  wheels/hsmtoll-.*\.whl$", said, re.MULTILINE)
+    (hashed,) = re.findall(r"^[0-9a-f]{64}  wheels/hsmtoll-.*\.whl$", output, re.MULTILINE)
     assert hashed in shown
     assert "200 OK\n" in shown
 

@@ -51,8 +51,8 @@ def test_a_secret_may_be_roots_for_a_group_of_ours(
     uid: int, gid: int, mode: int, words: str | None
 ) -> None:
     seen = os.stat_result((stat.S_IFREG | mode, 1, 1, 1, uid, gid, 32, 0, 0, 0))
-    told = exposed(seen)
-    assert (told is None) if words is None else (told is not None and words in told)
+    problem = exposed(seen)
+    assert (problem is None) if words is None else (problem is not None and words in problem)
 
 
 @needs_root

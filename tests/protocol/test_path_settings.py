@@ -83,10 +83,10 @@ def line(use: Callable[[Path], object], path: Path) -> str:
     """What the error says, and hints: one line each."""
     with pytest.raises((ConfigurationError, AuditBroken, PinNotTried, DeviceError)) as caught:
         use(path)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert not said.endswith(".")
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not message.endswith(".")
+    return message
 
 
 # ------------------------------------------------------------------ what is no such file
@@ -164,14 +164,14 @@ def test_what_is_not_the_file_that_was_meant_is_refused_in_one_line(
         return
     made.patience = 1.0
     try:
-        said = line(made.files[name].take, path)
+        message = line(made.files[name].take, path)
     finally:
         made.patience = 60.0
     read_at_once = name not in {"HSMTOLL_HSM__PIN_FILE", "HSMTOLL_HSM__PIN_COMMAND"}
     if read_at_once and damage in {pipe, device, directory, listening}:
-        assert "not a regular file" in said
+        assert "not a regular file" in message
     if read_at_once and damage is huge:
-        assert "more than 16 MiB" in said
+        assert "more than 16 MiB" in message
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -180,8 +180,8 @@ def test_what_this_account_cannot_read_is_refused_in_one_line(
 ) -> None:
     path = put(place, made.files[name].content, 0)
     with as_somebody():
-        said = line(made.files[name].take, path)
-    assert "Permission denied" in said or "exit code" in said
+        message = line(made.files[name].take, path)
+    assert "Permission denied" in message or "exit code" in message
 
 
 class as_somebody:  # noqa: N801 - a context manager
@@ -443,8 +443,8 @@ def test_a_host_makes_no_socket_where_something_else_is(
 ) -> None:
     damage(place / "file")
     before = (place / "file").lstat()
-    said = line(lambda path: listen_unix(path, "HSMTOLL_HOST__SOCKET"), place / "file")
-    assert "something else is there" in said
+    message = line(lambda path: listen_unix(path, "HSMTOLL_HOST__SOCKET"), place / "file")
+    assert "something else is there" in message
     assert (place / "file").lstat().st_ino == before.st_ino
     listen_unix(place / "free", "HSMTOLL_HOST__SOCKET").close()
 
@@ -468,11 +468,11 @@ def test_a_setting_with_a_nul_in_it_is_refused_where_it_is_read(name: str) -> No
             lambda path: PinCommand(f"/bin/echo {path}\0", timeout=60).read(device="lab"), Path("a")
         )
         return
-    said = line(lambda _: load(config="/dev/null", **{argument: f"{url}/a\0b"}), Path())
-    assert argument.replace("__", ".") in said.lower().replace("__", ".")
+    message = line(lambda _: load(config="/dev/null", **{argument: f"{url}/a\0b"}), Path())
+    assert argument.replace("__", ".") in message.lower().replace("__", ".")
     if "SIGNER" in name:
         # Half of a group, which is refused for what lacks.
-        assert "NUL" in said or "printable" in said
+        assert "NUL" in message or "printable" in message
         return
     load(config="/dev/null", **{argument: "memory:" if name == "HSMTOLL_CACHE" else f"{url}/a"})
 

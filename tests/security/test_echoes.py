@@ -20,7 +20,7 @@ from hsmtoll.customs.errors import status_error
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
 from hsmtoll.http_messages import Answer, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject
-from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
+from tests.kit.raw_services import BEARER, SUBJECT, RawServices, http_reply
 from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def shown(secret: str, where: str) -> bool:
     return any(secret[at : at + 12] in where for at in range(len(secret) - 11))
 
 
-def told(exc: BaseException) -> str:
+def text_of(exc: BaseException) -> str:
     """All that can be read off an error."""
     return "".join([*traceback.format_exception(exc), repr(vars(exc))])
 
@@ -52,7 +52,7 @@ def test_an_id_that_repeats_what_was_posted_is_left_out(
         answer = Answer(status, {name: word}, b"no")
         with pytest.raises(HsmTollError) as caught:
             read(answer, Post("leg", "https://leg.invalid/", {}, SECRET))
-        assert not shown(SECRET, told(caught.value))
+        assert not shown(SECRET, text_of(caught.value))
     if not (read is read_subject and status == 400):
         # The control: the last one was an id. A refused grant has its trace id instead.
         assert caught.value.correlation_id == ID
@@ -66,7 +66,7 @@ def test_an_id_that_is_the_token_of_an_answer_that_is_not_taken_is_left_out(
     answer = Answer(200, {"x-correlationid": BEARER}, json.dumps(body).encode())
     with pytest.raises(HsmTollError) as caught:
         read(answer, Post("leg", "https://leg.invalid/", {}, SECRET))
-    assert not shown(BEARER, told(caught.value))
+    assert not shown(BEARER, text_of(caught.value))
 
 
 @pytest.mark.parametrize("trace", [SECRET.replace(".", "-"), ID])
@@ -75,7 +75,7 @@ def test_a_trace_id_that_repeats_what_was_posted_is_left_out(trace: str) -> None
     body = json.dumps({"error": "x", "error_description": f"no (trace_id: {trace})"}).encode()
     with pytest.raises(HsmTollError) as caught:
         read_subject(Answer(400, {}, body), Post("leg", "https://leg.invalid/", {}, secret))
-    assert not shown(secret, told(caught.value))
+    assert not shown(secret, text_of(caught.value))
     assert (caught.value.trace_id == ID) == (trace == ID)
 
 
@@ -93,7 +93,7 @@ def test_an_api_that_repeats_the_bearer_does_not_show_it() -> None:
         assert made is not None
         return made
 
-    assert not shown(BEARER, told(error(BEARER)))
+    assert not shown(BEARER, text_of(error(BEARER)))
     # The control.
     assert (error(ID).correlation_id, error(ID).hint) == (ID, f"{ID}: Bearer {ID}")
 
@@ -118,7 +118,7 @@ def test_the_log_of_the_legs_shows_no_token_that_stands_for_an_id(
             # What was posted and what is issued, both in the place of an id.
             posted = request.rpartition(b"=")[2].decode()
             echo = next(ids) or f"{posted[-60:]} {value}"
-            return said(body, "200 OK", f"x-correlationid: {echo}")
+            return http_reply(body, "200 OK", f"x-correlationid: {echo}")
 
         return answer
 
@@ -142,7 +142,7 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
 ) -> None:
     bare = "".join(char for char in BEARER if char.isalnum())
     token_service, _ = token_service_of(services)
-    services.exchange = lambda *_: said(
+    services.exchange = lambda *_: http_reply(
         {"access_token": bare, "token_type": "Bearer", "expires_in": 600}
     )
     message = {"documentIssueDate": "2026-05-04T10:00:00Z"}
@@ -152,7 +152,7 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
             "status": "FAILURE",
             "validationErrorList": [{"field": word, "description": word}],
         }
-        return lambda _, asked: said(
+        return lambda _, asked: http_reply(
             {"requestId": request_id} if asked.startswith(b"POST") else failed, "202 Accepted"
         )
 
@@ -169,5 +169,5 @@ def test_a_submission_whose_answers_repeat_the_bearer_does_not_show_it(
             toll.submit("road", "POST", "transport", json=message)
 
     for error in (unknown.value, failed.value):
-        assert not shown(bare, told(error))
+        assert not shown(bare, text_of(error))
     assert fine.value.errors == ("weight: weight",)

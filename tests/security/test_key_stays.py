@@ -23,17 +23,17 @@ SECRETS = (A.PRIVATE_EXPONENT, A.PRIME_1, A.PRIME_2, A.EXPONENT_1, A.EXPONENT_2,
 
 
 def answers(key, wrapping):
-    said = {}
+    found = {}
     for secret in SECRETS:
         try:
-            said[secret.name] = f"{len(key[secret])} bytes"
+            found[secret.name] = f"{len(key[secret])} bytes"
         except pkcs11.PKCS11Error as error:
-            said[secret.name] = type(error).__name__
+            found[secret.name] = type(error).__name__
     try:
-        said["wrap"] = f"{len(wrapping.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP_PAD))} bytes"
+        found["wrap"] = f"{len(wrapping.wrap_key(key, mechanism=Mechanism.AES_KEY_WRAP_PAD))} bytes"
     except pkcs11.PKCS11Error as error:
-        said["wrap"] = type(error).__name__
-    return said
+        found["wrap"] = type(error).__name__
+    return found
 
 
 token = pkcs11.lib(sys.argv[1]).get_token(token_label="lab")
@@ -108,5 +108,5 @@ def test_neither_reading_nor_wrapping_gets_our_key_out_and_both_get_the_control_
     assert all(found["control"][name].endswith(" bytes") for name in attributes)
     assert found["control"]["wrap"].endswith(" bytes")
 
-    said = run(sys.executable, "-c", _OURS, str(SOFTHSM), str(tmp_path / "state"))
-    assert said.splitlines() == ["ours True True", "control key-exportable"]
+    output = run(sys.executable, "-c", _OURS, str(SOFTHSM), str(tmp_path / "state"))
+    assert output.splitlines() == ["ours True True", "control key-exportable"]

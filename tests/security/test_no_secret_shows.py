@@ -87,7 +87,7 @@ def heard(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     app.close()
 
 
-def told(exc: BaseException) -> str:
+def text_of(exc: BaseException) -> str:
     """Everything that can be read off an error: text, hint, causes, and what it was made with."""
     return "".join(
         [
@@ -119,7 +119,7 @@ def test_neither_logs_nor_errors_show_a_secret(
         response = client.call("GET", "/api/movement/road/v2/test-auth")
         words += repr(response) + repr(response.request)
     except HsmTollError as exc:
-        words += told(exc)
+        words += text_of(exc)
     finally:
         client.close()
     logged = "\n".join(
@@ -267,5 +267,5 @@ def test_tasks_that_fail_show_no_secret_either(
     assert len(failed) == 5
     assert http_client.secrets
     for secret in http_client.secrets:
-        assert not any(shown(secret, told(each)) for each in failed)
+        assert not any(shown(secret, text_of(each)) for each in failed)
         assert not shown(secret, records.text)

@@ -97,8 +97,8 @@ def _spki(key: rsa.RSAPublicKey) -> bytes:
 
 def _changed(grant: bytes, header: dict[str, Any] | None = None, **claims: Any) -> bytes:
     first, _, second = grant.partition(b".")
-    told = jws.read_segment(first.decode()) | (header or {})
-    return jws.signing_input(told, jws.read_segment(second.decode()) | claims)
+    header_of_first = jws.read_segment(first.decode()) | (header or {})
+    return jws.signing_input(header_of_first, jws.read_segment(second.decode()) | claims)
 
 
 def not_grants(key: rsa.RSAPublicKey, grant: bytes) -> dict[str, Any]:
@@ -242,8 +242,8 @@ def test_the_pipe_to_a_worker_answers_the_same_questions_and_no_others(
         app.close()
 
 
-def _asked(device: Any, do: str, **told: Any) -> Any:
-    reply, answer = device._result_of("signing", {"do": do, **told}, object, 0.0)
+def _asked(device: Any, do: str, **arguments: Any) -> Any:
+    reply, answer = device._result_of("signing", {"do": do, **arguments}, object, 0.0)
     if reply.error is not None:
         raise reply.error
     return answer

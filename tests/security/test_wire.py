@@ -322,16 +322,16 @@ def test_a_proxy_of_the_environment_is_used_only_when_told(
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("told", ["named", "environment"])
+@pytest.mark.parametrize("source", ["named", "environment"])
 def test_a_proxy_over_tls_is_met_as_every_other_server_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, known: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, known: bool
 ) -> None:
     log = tmp_path / "keys"
     monkeypatch.setenv("SSLKEYLOGFILE", str(log))
     with RawServices(tmp_path) as services, TlsProxy(services.context) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         monkeypatch.setenv("NO_PROXY", "elsewhere.invalid")
-        way = proxy.url if told == "named" else told
+        way = proxy.url if source == "named" else source
         http_client = HttpClient(
             ca_file=services.ca_file if known else None, proxy=way, deadline=20.0
         )
@@ -485,10 +485,10 @@ def test_a_proxy_that_fails_is_named_and_not_the_service_behind_it(
         with pytest.raises(NetworkError) as caught:
             http_client.post(post_to("https://test.maskinporten.invalid/token"))
         at = way.partition("@")[2]
-        told = str(caught.value)
-        assert told.startswith(f"proxy {at}: ")
-        assert text in told or "cannot be looked up" in told
-        assert told.endswith(", on the way to Maskinporten (test.maskinporten.invalid)")
+        message = str(caught.value)
+        assert message.startswith(f"proxy {at}: ")
+        assert text in message or "cannot be looked up" in message
+        assert message.endswith(", on the way to Maskinporten (test.maskinporten.invalid)")
         assert variable.upper() in (caught.value.hint or "")
         assert "hunter2" not in whole(caught.value)
 
@@ -539,8 +539,8 @@ def test_a_proxy_of_the_environment_that_is_not_used_is_said(
         assert "hunter2" not in whole(caught.value)
         return caught.value.hint or ""
 
-    said = f"{variable} is set and not used: HSMTOLL_PROXY=environment uses it"
-    assert said in hint().splitlines()
+    message = f"{variable} is set and not used: HSMTOLL_PROXY=environment uses it"
+    assert message in hint().splitlines()
     # The controls: it is used, or this host is excepted, or it is not set.
     assert "not used" not in hint("environment")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -139,8 +139,8 @@ class Signed(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage()
-        if said.startswith("leg=Maskinporten") and "status=200" in said:
+        message = record.getMessage()
+        if message.startswith("leg=Maskinporten") and "status=200" in message:
             self._tell(signed=time.monotonic())
 
 
@@ -150,10 +150,10 @@ def client() -> None:
     log = logging.getLogger("hsmtoll")
     log.setLevel(logging.INFO)
     log.addHandler(Signed(tell))
-    told = logging.StreamHandler()
-    told.setLevel(os.environ.get("TOLL_SOAK_LOG", "WARNING"))
-    told.setFormatter(logging.Formatter(f"%(asctime)s {os.environ['TOLL_SOAK']}: %(message)s"))
-    log.addHandler(told)
+    handler = logging.StreamHandler()
+    handler.setLevel(os.environ.get("TOLL_SOAK_LOG", "WARNING"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {os.environ['TOLL_SOAK']}: %(message)s"))
+    log.addHandler(handler)
     app = App(load())
     ended = threading.Event()
     with app.client() as toll:
@@ -283,13 +283,13 @@ class Run:
 
     def _read(self, lines: IO[str]) -> None:
         for line in lines:
-            said = json.loads(line)
-            if "memory" in said:
-                self.points.append((time.monotonic(), said))
-            elif "ready" in said:
+            report = json.loads(line)
+            if "memory" in report:
+                self.points.append((time.monotonic(), report))
+            elif "ready" in report:
                 self.ready.set()
             else:
-                self.seen.append(said)
+                self.seen.append(report)
         self.ready.set()
 
     def strike(self, number: int) -> None:
@@ -378,10 +378,12 @@ class Run:
         """By name: how often, calls that failed until the next one, and how soon it was over."""
         windows = sorted(self.windows, key=lambda window: window[1])
         signed = sorted(each["signed"] for each in self.seen if "signed" in each)
-        told: dict[str, dict[str, Any]] = {}
+        faults: dict[str, dict[str, Any]] = {}
         for number, (name, start, end) in enumerate(windows):
             after = windows[number + 1][1] if number + 1 < len(windows) else float("inf")
-            fault = told.setdefault(name, {"times": 0, "failed": 0, "failed_after": 0, "back": []})
+            fault = faults.setdefault(
+                name, {"times": 0, "failed": 0, "failed_after": 0, "back": []}
+            )
             fault["times"] += 1
             bad = [each for each in made if each[2] and start <= each[1] < after]
             fault["failed"] += len(bad)
@@ -393,24 +395,26 @@ class Run:
             first = min((s for s in signed if since is not None and s >= since), default=None)
             if since is not None and first is not None:
                 fault["back"].append(first - since)
-        for fault in told.values():
+        for fault in faults.values():
             back = fault.pop("back")
             fault["seconds_to_signature"] = {
                 "median": round(median(back), 2) if back else None,
                 "most": round(max(back), 2) if back else None,
             }
-        return told
+        return faults
 
     def _grew(self) -> dict[str, Any]:
         """Memory, descriptors and threads, from the first look to the last."""
         start = self.points[0][0]
-        half = [(at - start, said["memory"]) for at, said in self.points[len(self.points) // 5 :]]
-        of_child = [child for _, said in self.points for child in said["children"]]
+        half = [
+            (at - start, report["memory"]) for at, report in self.points[len(self.points) // 5 :]
+        ]
+        of_child = [child for _, report in self.points for child in report["children"]]
         return {
-            "memory_kib": self._spread([said["memory"] // 1024 for _, said in self.points]),
+            "memory_kib": self._spread([report["memory"] // 1024 for _, report in self.points]),
             "memory_bytes_an_hour": round(slope(half) * 3600),
-            "descriptors": self._spread([said["descriptors"] for _, said in self.points]),
-            "threads": self._spread([said["threads"] for _, said in self.points]),
+            "descriptors": self._spread([report["descriptors"] for _, report in self.points]),
+            "threads": self._spread([report["threads"] for _, report in self.points]),
             "child_memory_kib": self._spread([each["memory"] // 1024 for each in of_child]),
             "child_descriptors": self._spread([each["descriptors"] for each in of_child]),
         }
@@ -455,9 +459,9 @@ def soak(seconds: float, every: float) -> dict[str, Any]:
                 break
             time.sleep(0.2)
         stack.close()
-        told = {run.name: run.figures() for run in runs}
-        kept = all(figures["kept"] for figures in told.values())
-        return {"seconds": seconds, "every": every, "clients": told, "kept": kept}
+        figures = {run.name: run.figures() for run in runs}
+        kept = all(figures["kept"] for figures in figures.values())
+        return {"seconds": seconds, "every": every, "clients": figures, "kept": kept}
 
 
 def main() -> int:

@@ -45,8 +45,8 @@ def in_use() -> int:
     except AttributeError:
         return memory()
     ask.restype = _Malloc
-    told = ask()
-    return int(told.uordblks) + int(told.hblkhd)
+    info = ask()
+    return int(info.uordblks) + int(info.hblkhd)
 
 
 def descriptors(process: int | str = "self") -> int:

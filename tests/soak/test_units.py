@@ -184,11 +184,11 @@ def test_the_service_is_up_under_its_own_account_and_has_the_pin_nowhere(machine
 
 
 def test_a_member_of_the_group_is_served_and_an_outsider_is_not(machine: Machine) -> None:
-    code, said = machine.sign()
-    assert (code, said.count(".")) == (0, 2), said
-    code, said = machine.sign("outsider")
+    code, output = machine.sign()
+    assert (code, output.count(".")) == (0, 2), output
+    code, output = machine.sign("outsider")
     assert code != 0
-    assert "this account may not open its socket" in said
+    assert "this account may not open its socket" in output
 
 
 def test_stop_and_reload_are_obeyed_and_a_broken_policy_is_not(machine: Machine) -> None:
@@ -206,8 +206,8 @@ def test_stop_and_reload_are_obeyed_and_a_broken_policy_is_not(machine: Machine)
 def test_the_first_caller_wakes_a_service_that_was_not_running(machine: Machine) -> None:
     machine.do("systemctl", "stop", "hsmtoll-host.service")
     assert machine.status()["ActiveState"] == "inactive"
-    code, said = machine.sign()
-    assert code == 0, said
+    code, output = machine.sign()
+    assert code == 0, output
     eventually(lambda: machine.status()["ActiveState"] == "active")
 
 

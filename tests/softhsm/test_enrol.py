@@ -71,14 +71,14 @@ def certified(app: App, authority: Authority) -> x509.Certificate:
 
 def test_a_key_made_here_signs_and_does_nothing_else(app: App, lab: Lab) -> None:
     del app
-    told = lab.attributes("acme")
+    attributes = lab.attributes("acme")
     able = {"DECRYPT", "UNWRAP", "SIGN_RECOVER", "DERIVE", "ENCRYPT", "WRAP", "VERIFY_RECOVER"}
-    assert {name for name in able if told[name]} == set()
-    assert told["SENSITIVE"]
-    assert told["NEVER_EXTRACTABLE"]
-    assert told["LOCAL"]
-    assert told["SIGN"]
-    assert not told["EXTRACTABLE"]
+    assert {name for name in able if attributes[name]} == set()
+    assert attributes["SENSITIVE"]
+    assert attributes["NEVER_EXTRACTABLE"]
+    assert attributes["LOCAL"]
+    assert attributes["SIGN"]
+    assert not attributes["EXTRACTABLE"]
     # The control: a key made by another tool's defaults can do more, and that is seen.
     lab.generate(other={})
     assert lab.attributes("other")["DECRYPT"]
@@ -134,13 +134,13 @@ def test_a_key_beside_others_that_fit_is_named_by_label_or_by_parts(
 ) -> None:
     # Only the device is named: with a second key on it, which one is meant is open.
     key = f"pkcs11:token={lab.label}"
-    told = generated(lab, state, monkeypatch, "--label", "x1", key=key).stderr
-    assert f"export HSMTOLL_HSM__KEY='pkcs11:token={lab.label};object=x1'" in told
+    output = generated(lab, state, monkeypatch, "--label", "x1", key=key).stderr
+    assert f"export HSMTOLL_HSM__KEY='pkcs11:token={lab.label};object=x1'" in output
     monkeypatch.delenv("HSMTOLL_HSM__KEY")
-    told = generated(lab, state, monkeypatch, "--label", "x2", token_label=lab.label).stderr
-    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x2\n" in told
-    told = generated(lab, state, monkeypatch, "--id", "0b0b", key_label="x3", key_id="0a").stderr
-    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x3 HSMTOLL_HSM__KEY_ID=0b0b\n" in told
+    output = generated(lab, state, monkeypatch, "--label", "x2", token_label=lab.label).stderr
+    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x2\n" in output
+    output = generated(lab, state, monkeypatch, "--id", "0b0b", key_label="x3", key_id="0a").stderr
+    assert "hint: export HSMTOLL_HSM__KEY_LABEL=x3 HSMTOLL_HSM__KEY_ID=0b0b\n" in output
 
 
 def test_nothing_is_overwritten_by_label_or_by_id(app: App, lab: Lab, state: Path) -> None:
@@ -334,6 +334,6 @@ def test_an_identifier_that_no_register_has_is_warned_of(
     enrolment.csr(app.devices[0], **SUBJECT)
     assert caplog.records == []
     enrolment.csr(app.devices[0], **{**SUBJECT, "organization_identifier": "5566778899"})
-    (told,) = caplog.records
-    assert "5566778899" in told.getMessage()
-    assert "NTRSE-" in told.getMessage()
+    (record,) = caplog.records
+    assert "5566778899" in record.getMessage()
+    assert "NTRSE-" in record.getMessage()

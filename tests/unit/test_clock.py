@@ -51,7 +51,7 @@ def test_the_offset_is_taken_at_the_midpoint(
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("value", "seconds"),
     [
         ("7", 7.0),
         ("Thu, 01 Jan 1970 00:01:40 GMT", 90.0),
@@ -63,8 +63,8 @@ def test_the_offset_is_taken_at_the_midpoint(
         ("\u0661\u0662", None),
     ],
 )
-def test_retry_after_is_read_as_seconds_and_as_date(said: str, seconds: float | None) -> None:
-    assert retry_after({"retry-after": said}, now=10.0) == seconds
+def test_retry_after_is_read_as_seconds_and_as_date(value: str, seconds: float | None) -> None:
+    assert retry_after({"retry-after": value}, now=10.0) == seconds
 
 
 @pytest.fixture

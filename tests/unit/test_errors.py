@@ -149,7 +149,7 @@ def test_long_words_are_cut_at_300_characters() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     [
         "bad assertion: {secret}",
         "bad assertion: {part}",
@@ -158,9 +158,9 @@ def test_long_words_are_cut_at_300_characters() -> None:
         "form: grant_type=x&assertion={secret}&y=z",
     ],
 )
-def test_no_run_of_a_secret_is_shown(said: str) -> None:
+def test_no_run_of_a_secret_is_shown(text: str) -> None:
     secret = "QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo0123456789abcdefg"
-    shown = sanitized(said.format(secret=secret, part=secret[7:29]), secret)
+    shown = sanitized(text.format(secret=secret, part=secret[7:29]), secret)
 
     for at in range(len(secret) - 11):
         assert secret[at : at + 12] not in shown

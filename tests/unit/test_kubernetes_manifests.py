@@ -259,8 +259,8 @@ def test_a_service_called_hsmtoll_changes_nothing_for_its_neighbours(
         monkeypatch.setenv(variable, value)
     caplog.set_level(logging.WARNING)
     assert load() == Settings()
-    (told,) = caplog.records
-    assert "enableServiceLinks: false" in told.getMessage()
+    (output,) = caplog.records
+    assert "enableServiceLinks: false" in output.getMessage()
     # The control: the same variable with a value that the kubelet does not set is no setting.
     monkeypatch.setenv(f"{called.upper().replace('-', '_')}_SERVICE_HOST", "signer.example")
     with pytest.raises(ConfigurationError, match="there is no such setting"):

@@ -185,10 +185,10 @@ def test_a_wrong_value_names_the_variable_and_shows_no_value(
     monkeypatch.setenv("HSMTOLL_TIMEOUT", "soon")
     error = refusal()
 
-    told = f"{error} {error.hint}"
-    assert "HSMTOLL_HSM__ISOLATION" in told
-    assert "HSMTOLL_TIMEOUT" in told
-    assert "98765432" not in told
+    message = f"{error} {error.hint}"
+    assert "HSMTOLL_HSM__ISOLATION" in message
+    assert "HSMTOLL_TIMEOUT" in message
+    assert "98765432" not in message
     assert error.__context__ is None or error.__suppress_context__
 
 

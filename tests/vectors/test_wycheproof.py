@@ -160,5 +160,5 @@ def test_each_jws_is_believed_as_the_suite_says() -> None:
         for test in group["tests"]
     }
     assert len(verdicts) > 300
-    assert {said for said, _ in verdicts.values()} == {True, False}
+    assert {verdict for verdict, _ in verdicts.values()} == {True, False}
     vectors.judge("Wycheproof JWS", verdicts)

@@ -327,7 +327,7 @@ def test_no_secret_shows_when_things_go_wrong(
     key = Path(environ["HSMTOLL_SIGNER__CLIENT_KEY"])
     secret = key.read_text().splitlines()[1]
     other = running_host.authority.issue("stranger.example")
-    said = ""
+    output = ""
     for changes in (
         {"HSMTOLL_SIGNER__ORGANIZATION": "NTRSE-5500000000"},
         {"HSMTOLL_SIGNER__CLIENT_KEY": str(other.key)},
@@ -338,10 +338,10 @@ def test_no_secret_shows_when_things_go_wrong(
         done = hsmtoll("-vv", "sign", "road", environ=environ | changes)
         assert done.returncode in (10, 90), done.stderr
         assert done.stdout == ""
-        said += done.stderr
-    assert secret not in said
-    assert "eyJ" not in said
-    assert "Traceback" not in said
+        output += done.stderr
+    assert secret not in output
+    assert "eyJ" not in output
+    assert "Traceback" not in output
 
 
 def test_a_host_that_is_killed_in_the_middle_leaves_an_error_and_no_hanging_caller(

@@ -42,10 +42,10 @@ from tests.kit.scripted_host import (
     Notary,
     a_key,
     authority,
+    error_reply,
     granted,
     honest,
     http,
-    said,
 )
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ def test_a_grant_that_came_too_late_is_not_given_out() -> None:
 def test_each_word_of_a_host_is_an_error_of_its_class(
     host: LyingHost, tmp_path: Path, status: int, word: str, kind: type[HsmTollError], wait: float
 ) -> None:
-    host.answer = lambda _path, _ask: said(
+    host.answer = lambda _path, _ask: error_reply(
         status, word, f"why \x1b[31m {CANARY}", Retry_After="37", Location="http://127.0.0.1:9/"
     )
     refused = refusal(app_of(host.url, state=tmp_path))
@@ -724,7 +724,7 @@ def test_a_no_is_not_gone_around_and_trouble_is(
     tmp_path: Path, status: int, word: str, goes_on: bool
 ) -> None:
     with LyingHost(tmp_path / "a.sock") as first, LyingHost(tmp_path / "b.sock") as second:
-        first.answer = lambda _path, _ask: said(status, word)
+        first.answer = lambda _path, _ask: error_reply(status, word)
         app = app_of(first.url, second.url, state=tmp_path)
         if goes_on:
             assert asked_of(app)
@@ -742,7 +742,7 @@ def test_a_host_that_lies_is_an_alarm_and_not_gone_around(tmp_path: Path) -> Non
 
 def test_the_first_hosts_error_is_told_where_none_works(tmp_path: Path) -> None:
     with LyingHost(tmp_path / "a.sock") as first:
-        first.answer = lambda _path, _ask: said(503, "device_down")
+        first.answer = lambda _path, _ask: error_reply(503, "device_down")
         app = app_of(first.url, f"unix://{tmp_path}/none", state=tmp_path)
         assert [refusal(app).exit_code for _ in range(3)] == [30, 30, 30]
 
@@ -756,7 +756,7 @@ def test_a_refusal_gives_its_signature_back_and_a_lost_answer_does_not(
     app = app_of(host.url, state=tmp_path, budget={"per_hour": 2, "per_request": 1})
     ask = app.renewal_by(app.signer).sign
     for word in ("policy_denied", "quota_exceeded", "device_down"):
-        host.answer = _always(said(403 if "policy" in word else 503, word))
+        host.answer = _always(error_reply(403 if "policy" in word else 503, word))
         for _ in range(3):
             with pytest.raises(HsmTollError):
                 ask(ROAD)

@@ -76,23 +76,23 @@ def run(*argv: str, stdin: str = "", **variables: str) -> subprocess.CompletedPr
 def refused(code: int, *argv: str, says: str, stdin: str = "", **variables: str) -> str:
     """The command fails with *code*, tells *says*, and tells it as everything is told."""
     done = run(*argv, stdin=stdin, **variables)
-    told = done.stderr
-    lines = told.splitlines()
-    assert done.returncode == code, told
+    output = done.stderr
+    lines = output.splitlines()
+    assert done.returncode == code, output
     assert done.stdout == ""
-    assert says.lower() in told.lower()
-    assert "Traceback" not in told
-    said = [line for line in lines if not line.startswith("hint: ")]
-    assert all(line.startswith("hsmtoll: ") for line in said)
+    assert says.lower() in output.lower()
+    assert "Traceback" not in output
+    messages = [line for line in lines if not line.startswith("hint: ")]
+    assert all(line.startswith("hsmtoll: ") for line in messages)
     # One line about the failure, with its code; a warning may go before it.
-    (error,) = [line for line in said if "warning" not in line]
+    (error,) = [line for line in messages if "warning" not in line]
     found = re.fullmatch(r"hsmtoll: (?:(MP|http)-\d{3}|([a-z0-9]+(?:-[a-z0-9]+)*)): .*[^.]", error)
     assert found, error
     assert found[1] or f'"{found[2]}"' in SOURCE
     assert lines.count(lines[-1]) == 1
     assert all(line.isprintable() for line in lines)
-    assert Path(os.environ["HSMTOLL_HSM__PIN_FILE"]).read_text() not in told
-    return told
+    assert Path(os.environ["HSMTOLL_HSM__PIN_FILE"]).read_text() not in output
+    return output
 
 
 def uri(device: SoftHsm, label: str) -> str:
@@ -120,24 +120,24 @@ class TestTheDevice:
         refused(30, "sign", "road", says=library.name, HSMTOLL_HSM__MODULE=str(library))
 
     def test_no_device_of_that_name_lists_what_is_there(self, messy: SoftHsm) -> None:
-        told = refused(30, "sign", "road", says="nobody", HSMTOLL_HSM__KEY="pkcs11:token=nobody")
-        assert messy.label in told
+        output = refused(30, "sign", "road", says="nobody", HSMTOLL_HSM__KEY="pkcs11:token=nobody")
+        assert messy.label in output
 
     def test_no_key_of_that_name_lists_what_is_there(self, messy: SoftHsm) -> None:
-        told = refused(30, "sign", "road", says="absent", HSMTOLL_HSM__KEY=uri(messy, "absent"))
-        assert "object=bare" in told
+        output = refused(30, "sign", "road", says="absent", HSMTOLL_HSM__KEY=uri(messy, "absent"))
+        assert "object=bare" in output
 
     def test_two_keys_of_that_name(self, messy: SoftHsm) -> None:
-        told = refused(30, "sign", "road", says="twin", HSMTOLL_HSM__KEY=uri(messy, "twin"))
-        assert "id=" in told
+        output = refused(30, "sign", "road", says="twin", HSMTOLL_HSM__KEY=uri(messy, "twin"))
+        assert "id=" in output
 
     def test_an_ec_key_cites_what_maskinporten_takes(self, messy: SoftHsm) -> None:
         refused(30, "sign", "road", says="RS256", HSMTOLL_HSM__KEY=uri(messy, "curve"))
 
     def test_a_key_that_can_be_taken_out(self, messy: SoftHsm) -> None:
         key = uri(messy, "loose")
-        told = refused(30, "sign", "road", says="loose", HSMTOLL_HSM__KEY=key)
-        assert "ALLOW_EXPORTABLE_KEY" in told
+        output = refused(30, "sign", "road", says="loose", HSMTOLL_HSM__KEY=key)
+        assert "ALLOW_EXPORTABLE_KEY" in output
 
     def test_no_pin_at_all(self) -> None:
         refused(30, "sign", "road", says="HSMTOLL_HSM__PIN_FILE", HSMTOLL_HSM__PIN_FILE="")
@@ -255,8 +255,8 @@ class TestTheSettings:
         )
 
     def test_a_file_that_is_not_there_is_told_as_that(self) -> None:
-        told = refused(10, "token", "road", says="No such file", HSMTOLL_CA_FILE="/nowhere")
-        assert "PEM" not in told
+        output = refused(10, "token", "road", says="No such file", HSMTOLL_CA_FILE="/nowhere")
+        assert "PEM" not in output
 
     @pytest.mark.parametrize("command", ["token", "sign", "call"])
     def test_all_settings_that_are_missing_are_named_at_once(self, command: str) -> None:
@@ -275,7 +275,7 @@ class TestTheSettings:
         self, messy: SoftHsm, tmp_path: Path
     ) -> None:
         (tmp_path / "ca.pem").write_bytes(Path(os.environ["HSMTOLL_CA_FILE"]).read_bytes())
-        told = refused(
+        output = refused(
             40,
             "sign",
             "road",
@@ -283,7 +283,7 @@ class TestTheSettings:
             HSMTOLL_HSM__KEY=uri(messy, "bare"),
             HSMTOLL_HSM__CERTIFICATES=str(tmp_path / "ca.pem"),
         )
-        assert "in HSMTOLL_HSM__CERTIFICATES" in told
+        assert "in HSMTOLL_HSM__CERTIFICATES" in output
 
     def test_a_trace_id_is_told_once(self, toll_sandbox: Sandbox) -> None:
         toll_sandbox.allow("NTRSE-5566778899", "toll:eu/movement/air")
@@ -364,10 +364,10 @@ class TestTheSettings:
         done = run(*argv, **broken)
 
         assert (done.returncode, done.stdout) == (exit_code, "")
-        said = json.loads(done.stderr)
-        assert (said["schema"], said["error"], said["exit_code"]) == (1, code, exit_code)
-        assert said["message"]
-        assert set(said) >= {"hint", "who", "retryable", "trace_id", "correlation_id"}
+        error = json.loads(done.stderr)
+        assert (error["schema"], error["error"], error["exit_code"]) == (1, code, exit_code)
+        assert error["message"]
+        assert set(error) >= {"hint", "who", "retryable", "trace_id", "correlation_id"}
         # The control: without it the same is told in lines.
         lines = run(*(each for each in argv if each != "--json"), **broken).stderr
         assert lines == "" or lines.startswith("hsmtoll: ")
@@ -502,9 +502,9 @@ class TestTheServices:
         self, toll_sandbox: Sandbox, fault: str, endpoint: str, code: int, says: str
     ) -> None:
         toll_sandbox.fault(fault, endpoint)
-        told = refused(code, "token", "road", says=says)
+        output = refused(code, "token", "road", says=says)
 
-        assert "eyJ" not in told
+        assert "eyJ" not in output
 
     def test_a_slow_answer_ends_at_the_deadline(self, toll_sandbox: Sandbox) -> None:
         toll_sandbox.fault("drip", "token", seconds=0.3)
@@ -512,10 +512,10 @@ class TestTheServices:
 
     def test_a_refused_grant_says_who_must_act(self, toll_sandbox: Sandbox) -> None:
         toll_sandbox.allow("NTRSE-5566778899", "toll:eu/movement/air")
-        told = refused(61, "token", "road", says="MP-250")
+        output = refused(61, "token", "road", says="MP-250")
 
-        assert "who must act: customs" in told
-        assert "trace id" in told
+        assert "who must act: customs" in output
+        assert "trace id" in output
         assert run("token", "air").returncode == 0
 
     def test_an_unknown_host(self) -> None:

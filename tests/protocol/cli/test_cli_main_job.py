@@ -107,25 +107,25 @@ def test_openssl_takes_the_signature_and_the_chain(tmp_path: Path, toll_eseal: T
 
 def test_a_token_is_customs_own_by_a_jose_library(toll_sandbox: Sandbox) -> None:
     before = time.time()
-    told = json.loads(printed("token", "road", "--json"))
+    output = json.loads(printed("token", "road", "--json"))
     after = time.time()
 
-    assert set(told) == {"schema", "access_token", "token_type", "expires_in", "scope"}
-    assert (told["schema"], told["token_type"]) == (1, "Bearer")
-    assert told["scope"] == "toll:eu/movement/road/v2"
-    assert 0 < told["expires_in"] <= 600
+    assert set(output) == {"schema", "access_token", "token_type", "expires_in", "scope"}
+    assert (output["schema"], output["token_type"]) == (1, "Bearer")
+    assert output["scope"] == "toll:eu/movement/road/v2"
+    assert 0 < output["expires_in"] <= 600
     key = RSAKey.import_key(_customs_key(toll_sandbox))
     claims = json.loads(
-        jose.deserialize_compact(told["access_token"], key, algorithms=["RS512"]).payload
+        jose.deserialize_compact(output["access_token"], key, algorithms=["RS512"]).payload
     )
     assert claims["sub"] == "NTRSE-5566778899"
     # It may expire later than it says: whole seconds, counted from the moment of asking, and
     # Customs says one second less than remains.
-    expires = claims["exp"] - told["expires_in"]
+    expires = claims["exp"] - output["expires_in"]
     assert before - 1 <= expires <= after + (after - before) + 2
     stranger = RSAKey.generate_key(2048)
     with pytest.raises(JoseError):
-        jose.deserialize_compact(told["access_token"], stranger, algorithms=["RS512"])
+        jose.deserialize_compact(output["access_token"], stranger, algorithms=["RS512"])
 
 
 def _customs_key(sandbox: Sandbox) -> bytes:
@@ -180,9 +180,9 @@ def test_what_was_signed_on_one_host_is_exchanged_on_another(toll_sandbox: Sandb
     assert toll_sandbox.received == []
 
     elsewhere = {name: "" for name in os.environ if name.startswith("HSMTOLL_HSM__")}
-    told = json.loads(printed("exchange", "--json", stdin=assertion, **elsewhere))
+    output = json.loads(printed("exchange", "--json", stdin=assertion, **elsewhere))
 
-    assert told["scope"] == "toll:eu/movement/road/v2"
+    assert output["scope"] == "toll:eu/movement/road/v2"
     again = hsmtoll("exchange", stdin=assertion, **elsewhere)
     assert again.returncode == 60
     assert "MP-012" in again.stderr
@@ -254,9 +254,9 @@ def test_the_chain_is_shown_as_the_settings_send_it(toll_eseal: ThrowAway) -> No
     assert [each["sha256"] for each in listed] == [_sha256(each) for each in toll_eseal.chain[:-1]]
     pem = printed("chain", "--pem", HSMTOLL_X5C="without-root")
     assert x509.load_pem_x509_certificates(pem.encode()) == list(toll_eseal.chain[:-1])
-    told = printed("chain", HSMTOLL_X5C="without-root")
-    assert "it ends at a root" in told
-    assert "sent: the first 2 (HSMTOLL_X5C is without-root)" in told
+    output = printed("chain", HSMTOLL_X5C="without-root")
+    assert "it ends at a root" in output
+    assert "sent: the first 2 (HSMTOLL_X5C is without-root)" in output
     assert "sent:" not in printed("chain")
 
 
@@ -267,8 +267,8 @@ def _sha256(certificate: x509.Certificate) -> str:
 
 
 def test_objects_shows_uris_that_can_be_pasted(toll_settings: Settings) -> None:
-    told = json.loads(printed("objects", "--json"))
-    keys = [key for device in told["p11_tokens"] for key in device["keys"]]
+    output = json.loads(printed("objects", "--json"))
+    keys = [key for device in output["p11_tokens"] for key in device["keys"]]
     (mine,) = [key for key in keys if "object=eseal;" in key["uri"]]
 
     assert mine["sensitive"] is True
@@ -288,15 +288,15 @@ def test_objects_shows_the_rest_and_fails_where_the_pin_cannot_be_had(
     variables = {
         "HSMTOLL_HSM__PIN_FILE": str(tmp_path / "none"), "HSMTOLL_HSM__ISOLATION": isolation,
     }  # fmt: skip
-    lines, told = hsmtoll("objects", **variables), hsmtoll("objects", "--json", **variables)
+    lines, as_json = hsmtoll("objects", **variables), hsmtoll("objects", "--json", **variables)
 
-    assert (lines.returncode, told.returncode) == (10, 10)
+    assert (lines.returncode, as_json.returncode) == (10, 10)
     assert "PIN: not locked" in lines.stdout
     assert "private keys do not show: the PIN file" in lines.stdout
     assert "  cert pkcs11:" in lines.stdout
     assert lines.stderr.startswith("hsmtoll: pin-source: the PIN file ")
-    assert json.loads(told.stdout)["p11_tokens"]
-    assert json.loads(told.stderr)["error"] == "pin-source"
+    assert json.loads(as_json.stdout)["p11_tokens"]
+    assert json.loads(as_json.stderr)["error"] == "pin-source"
 
 
 def test_a_test_call_without_a_word_is_of_the_default_as_a_token_is() -> None:
@@ -326,13 +326,15 @@ def test_what_is_done_is_one_json_object_where_that_is_asked_for(tmp_path: Path)
     # A file may be written with and without the @.
     for number, name in (("J1", str(file)), ("J2", f"@{file}")):
         file.write_text(json.dumps(message("transport", number)))
-        told = json.loads(printed("submit", "road", "POST", "transport", name, "--json"))
-        assert (told["schema"], told["result"], len(told["mrn"])) == (1, "SUCCESS", 18)
-        assert told["request_id"]
+        output = json.loads(printed("submit", "road", "POST", "transport", name, "--json"))
+        assert (output["schema"], output["result"], len(output["mrn"])) == (1, "SUCCESS", 18)
+        assert output["request_id"]
     (tmp_path / "invoice.txt").write_text("4711")
     argv = ("--type", "invoice", "--json")
-    told = json.loads(printed("upload", "123456789-01092026-1", f"@{tmp_path}/invoice.txt", *argv))
-    assert told["answer"]["documentId"]
+    output = json.loads(
+        printed("upload", "123456789-01092026-1", f"@{tmp_path}/invoice.txt", *argv)
+    )
+    assert output["answer"]["documentId"]
     assert json.loads(printed("pin", "clear", "--json")) == {
         "schema": 1, "forgotten": 0, "devices": 1,
     }  # fmt: skip

@@ -52,9 +52,9 @@ def test_an_error_that_cannot_be_told_keeps_its_code_and_goes_nowhere_else(where
     assert shell(f"hsmtoll token raod {where}") == (2, "", "")
 
     # The control: it is told where it can be.
-    code, out, told = shell("hsmtoll token raod")
+    code, out, errors = shell("hsmtoll token raod")
     assert (code, out) == (2, "")
-    assert "did you mean road?" in told
+    assert "did you mean road?" in errors
 
 
 @pytest.mark.usefixtures("toll_settings")
@@ -88,15 +88,15 @@ def test_a_submission_keeps_its_outcome_where_stderr_takes_nothing(where: str) -
 def test_a_result_that_cannot_be_written_is_an_error_that_says_why(
     command: str, where: str, why: str
 ) -> None:
-    code, _, told = shell(f"hsmtoll {command} {where}")
+    code, _, errors = shell(f"hsmtoll {command} {where}")
 
     assert code == 10
     if "--json" in command:
-        said = json.loads(told)
-        assert (said["error"], said["exit_code"]) == ("result-unwritten", 10)
-        assert said["message"] == f"the result cannot be written ({why})"
+        error = json.loads(errors)
+        assert (error["error"], error["exit_code"]) == ("result-unwritten", 10)
+        assert error["message"] == f"the result cannot be written ({why})"
     else:
-        first, *hints = told.splitlines()
+        first, *hints = errors.splitlines()
         assert first == f"hsmtoll: result-unwritten: the result cannot be written ({why})"
         assert [line[:6] for line in hints] == ["hint: "]
     # The control.
@@ -114,18 +114,18 @@ def test_what_was_sent_is_not_to_be_repeated_because_its_result_cannot_be_writte
         f"call POST {ROAD}/transport --json-data {transport('FULL3')}",
     )
     for command in sending:
-        code, _, told = shell(f"hsmtoll {command} >/dev/full")
-        assert code == 73, told
-        assert f"was sent, and the result cannot be written ({NO_ROOM})" in told
-        assert "do not repeat it" in told
+        code, _, errors = shell(f"hsmtoll {command} >/dev/full")
+        assert code == 73, errors
+        assert f"was sent, and the result cannot be written ({NO_ROOM})" in errors
+        assert "do not repeat it" in errors
 
 
 @pytest.mark.usefixtures("toll_settings")
 def test_a_refusal_stays_one_where_its_reasons_cannot_be_written() -> None:
-    code, _, told = shell(f"hsmtoll call POST {ROAD}/transport --json-data '{{}}' >/dev/full")
+    code, _, errors = shell(f"hsmtoll call POST {ROAD}/transport --json-data '{{}}' >/dev/full")
 
     assert code == 71
-    assert "was sent" not in told
+    assert "was sent" not in errors
 
 
 @pytest.mark.parametrize("command", ["apis", "--help", "token --help"])
@@ -153,10 +153,10 @@ def test_a_slow_reader_gets_all_of_it_though_somebody_set_the_pipe_to_be_non_blo
         time.sleep(3)
         assert program.poll() is None
         with os.fdopen(reading, "rb") as reader:
-            told = reader.read()
+            output = reader.read()
         assert program.wait(30) == 0
-    assert len(told) > room
-    assert where == "stderr" or json.loads(told)["schema"] == 1
+    assert len(output) > room
+    assert where == "stderr" or json.loads(output)["schema"] == 1
 
 
 @pytest.mark.usefixtures("toll_settings")
@@ -169,10 +169,10 @@ def test_a_slow_reader_gets_all_of_it_though_somebody_set_the_pipe_to_be_non_blo
     ],
 )
 def test_a_stdin_that_is_closed_is_told_as_that(command: str) -> None:
-    code, out, told = shell(f"hsmtoll {command} <&-")
+    code, out, errors = shell(f"hsmtoll {command} <&-")
 
     assert (code, out) == (2, "")
-    assert f"stdin cannot be read ({CLOSED})" in told
+    assert f"stdin cannot be read ({CLOSED})" in errors
 
 
 def test_a_line_is_written_at_once_so_that_threads_do_not_mix_theirs(

@@ -63,9 +63,9 @@ def test_a_marker_that_cannot_be_written_is_told_after_what_was_printed(
     toll_sandbox: Sandbox, tmp_path: Path
 ) -> None:
     sent = [toll_sandbox.signal(ORG) for _ in range(2)]
-    code, printed, told = run("--marker", str(tmp_path / "nowhere" / "marker"))
+    code, printed, errors = run("--marker", str(tmp_path / "nowhere" / "marker"))
     assert (code, printed) == (2, sent)
-    assert "marker" in told
+    assert "marker" in errors
 
 
 @pytest.mark.parametrize("lines", [0, 1, 999, 1000, 1001, 2100])

@@ -84,13 +84,13 @@ def test_safe_sea_net_is_for_norwegian_clients(toll: TollClient) -> None:
 @pytest.mark.usefixtures("toll_settings")
 def test_a_call_with_a_scope_reaches_a_path_that_no_catalogue_has(toll_sandbox: Sandbox) -> None:
     path = "/api/movement/newer/v1/thing"
-    code, _, told = command("call", "GET", path)
+    code, _, errors = command("call", "GET", path)
     assert code == 2
-    assert "not in the table of APIs" in told
-    assert "--scope" in told
+    assert "not in the table of APIs" in errors
+    assert "--scope" in errors
 
-    code, _, told = command("call", "--scope", ROAD, "GET", path)
-    assert (code, "404" in told) == (71, True)
+    code, _, errors = command("call", "--scope", ROAD, "GET", path)
+    assert (code, "404" in errors) == (71, True)
     (seen,) = [each for each in toll_sandbox.received if each.kind == "call"]
     assert (seen.method, seen.path) == ("GET", path)
 
@@ -102,8 +102,8 @@ def test_a_call_with_a_scope_reaches_a_path_that_no_catalogue_has(toll_sandbox: 
 @pytest.mark.usefixtures("toll_settings")
 def test_no_path_leads_to_another_host(toll_sandbox: Sandbox) -> None:
     for path in ("@localhost:1/x", ".example/x", "//localhost:1/x", "x"):
-        code, _, told = command("call", "--scope", ROAD, "GET", path)
-        assert code == 2, told
+        code, _, errors = command("call", "--scope", ROAD, "GET", path)
+        assert code == 2, errors
     assert [each for each in toll_sandbox.received if each.kind == "call"] == []
 
 
@@ -128,9 +128,9 @@ def test_the_catalogue_says_which_guide_it_follows() -> None:
 @pytest.mark.usefixtures("toll_settings", "toll_sandbox")
 @pytest.mark.parametrize("api", ["road", "air", "rail"])
 def test_a_test_call_that_is_not_documented_says_so(api: str) -> None:
-    code, out, told = command("test-auth", api)
+    code, out, errors = command("test-auth", api)
     assert (code, out) == (0, "200 OK\n")
-    assert ("not documented" in told) == (api != "road")
+    assert ("not documented" in errors) == (api != "road")
 
 
 def test_a_relation_whose_result_never_comes_is_unknown(toll: TollClient) -> None:

@@ -27,7 +27,7 @@ from hsmtoll.customs.errors import check
 from hsmtoll.customs.submissions import submission
 from hsmtoll.transport import CONNECTIONS
 from tests.kit import commands
-from tests.kit.raw_services import CALL, RawServices, dripping, said
+from tests.kit.raw_services import CALL, RawServices, dripping, http_reply
 from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ LOST: dict[str, Callable[..., bytes | None]] = {
     "the end": lambda *_: None,
     "silence": silent,
     "garbage": lambda *_: b"garbage\r\n\r\n",
-    "half": lambda *_: said(b"x" * 100)[:-50],
-    "broken packing": lambda *_: said(b"no gzip at all", "200 OK", "content-encoding: gzip"),
+    "half": lambda *_: http_reply(b"x" * 100)[:-50],
+    "broken packing": lambda *_: http_reply(b"no gzip at all", "200 OK", "content-encoding: gzip"),
 }
 
 
@@ -106,7 +106,7 @@ def test_an_answer_that_is_lost_may_be_asked_for_again_or_is_unknown(
             called(token_service, colour, (method, SUBMIT), content=b"{}")
         assert "do not send it again" in (sent.value.hint or "")
     # The control: the same calls have answers.
-    services.api = lambda *_: said(b"{}")
+    services.api = lambda *_: http_reply(b"{}")
     assert called(token_service, colour, ("GET", CALL), ("POST", SUBMIT)).json() == {}
 
 
@@ -126,11 +126,11 @@ def test_the_command_tells_what_became_of_a_call(
     services: RawServices, toll_settings: object, method: str, code: int, how: str
 ) -> None:
     del toll_settings
-    services.api = LOST.get(how, lambda *_: said(b"", "500 Trouble"))
+    services.api = LOST.get(how, lambda *_: http_reply(b"", "500 Trouble"))
     done = hsmtoll(services, "call", method, SUBMIT)
     assert done.returncode == code
     assert "mistake" not in done.stderr
-    services.api = lambda *_: said(b"{}")
+    services.api = lambda *_: http_reply(b"{}")
     assert hsmtoll(services, "call", method, SUBMIT).stdout == "{}"
 
 
@@ -145,7 +145,7 @@ def test_only_200_is_a_success_of_the_test_call(
     services: RawServices, toll_settings: object, status: str, code: int
 ) -> None:
     del toll_settings
-    services.api = lambda *_: said(b"", status)
+    services.api = lambda *_: http_reply(b"", status)
     done = hsmtoll(services, "test-auth", "road")
     assert done.returncode == code
     assert done.stdout == ("" if code else "200 OK\n")
@@ -165,7 +165,7 @@ def test_what_customs_calls_a_declaration_is_shown_as_foreign_words(
 def judging(result: bytes) -> Callable[..., bytes]:
     def answer(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection
-        return said(b'{"requestId": "abc-1"}' if asked.startswith(b"POST") else result)
+        return http_reply(b'{"requestId": "abc-1"}' if asked.startswith(b"POST") else result)
 
     return answer
 
@@ -188,7 +188,7 @@ def test_a_call_ends_at_the_deadline_on_a_new_connection_and_on_one_that_was_kep
     token_service, _ = token_service_of(services, timeout=60.0, deadline=1.5)
     drip = dripping(head, drop)
     services.api = lambda connection, asked: (
-        said(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
+        http_reply(b"{}") if asked.startswith(b"OPTIONS") else drip(connection, asked)
     )
     before = (("OPTIONS", CALL),) if kept else ()
     # Nothing else ends it: the server goes on for as long as the connection stands.
@@ -211,7 +211,7 @@ def test_the_time_that_a_token_takes_is_not_the_calls(services: RawServices, col
     def call(connection: ssl.SSLSocket, asked: bytes) -> bytes:
         del connection, asked
         time.sleep(3.5)
-        return said(b"{}")
+        return http_reply(b"{}")
 
     # Each is below the deadline, both together are not.
     services.token, services.api = slowly, call
@@ -231,10 +231,10 @@ def test_an_answer_has_a_limit_packed_or_not(
     packed = gzip.compress(bytes(65 * MIB))
     twice = gzip.compress(packed)
     for raw in (
-        said(bytes(65 * MIB), status),
-        said(packed, status, "content-encoding: gzip"),
-        said(twice, status, "content-encoding: gzip, gzip"),
-        said(b"x", status, "content-encoding: br"),
+        http_reply(bytes(65 * MIB), status),
+        http_reply(packed, status, "content-encoding: gzip"),
+        http_reply(twice, status, "content-encoding: gzip, gzip"),
+        http_reply(b"x", status, "content-encoding: br"),
     ):
         services.api = lambda *_, raw=raw: raw
         with pytest.raises(NetworkError) as caught:
@@ -248,7 +248,7 @@ def test_an_answer_below_the_limit_is_had_whole_and_unpacked(
 ) -> None:
     token_service, _ = token_service_of(services)
     body = os.urandom(1000) * 12_000
-    services.api = lambda *_: said(gzip.compress(body), "200 OK", "content-encoding: gzip")
+    services.api = lambda *_: http_reply(gzip.compress(body), "200 OK", "content-encoding: gzip")
     answer = called(token_service, colour, ("GET", CALL))
     assert answer.content == body
     assert answer.headers["content-encoding"] == "gzip"
@@ -262,9 +262,11 @@ def test_words_that_pack_nothing_and_answers_without_a_body_are_taken(
 ) -> None:
     token_service, _ = token_service_of(services)
     for word in ("utf-8", "", "identity"):
-        services.api = lambda *_, word=word: said(b"{}", "200 OK", f"content-encoding: {word}")
+        services.api = lambda *_, word=word: http_reply(
+            b"{}", "200 OK", f"content-encoding: {word}"
+        )
         assert called(token_service, colour, ("POST", SUBMIT)).json() == {}
-    services.api = lambda *_: said(b"", "200 OK", "content-encoding: br")
+    services.api = lambda *_: http_reply(b"", "200 OK", "content-encoding: br")
     assert called(token_service, colour, ("HEAD", CALL)).status_code == 200
     # The control: a body that would be unpacked without a bound.
     with pytest.raises(OutcomeUnknown):
@@ -290,7 +292,7 @@ def test_who_traces_a_call_is_told_of_it(services: RawServices, colour: str) -> 
 
 def test_a_client_that_is_lent_is_the_users_own_business(services: RawServices) -> None:
     token_service, _ = token_service_of(services, deadline=3.0)
-    services.api = lambda *_: said(b"x" * 100)
+    services.api = lambda *_: http_reply(b"x" * 100)
     with TollClient(token_service) as toll:
         road = toll.api("road")
         assert not any(road.event_hooks.values())
@@ -305,7 +307,7 @@ def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
     services: RawServices, where: str, colour: str
 ) -> None:
     token_service, _ = token_service_of(services)
-    services.api = lambda *_: said(b"", "302 Found", f"location: {where}")
+    services.api = lambda *_: http_reply(b"", "302 Found", f"location: {where}")
     answer = called(token_service, colour, ("GET", CALL), follow_redirects=True)
     assert (answer.status_code, answer.headers["location"]) == (302, where)
     assert len(services.calls) == 1
@@ -327,14 +329,14 @@ def test_the_patience_for_a_result_counts_what_the_questions_take() -> None:
             apis.named("road"), "POST", "transport", {}, now=lambda: at, patience=30.0
         )
         next(talk)
-        told: httpx.Response | None = httpx.Response(202, json={"requestId": "a-1"})
+        response: httpx.Response | None = httpx.Response(202, json={"requestId": "a-1"})
         try:
             while True:
-                step = talk.send(told)
+                step = talk.send(response)
                 if isinstance(step, Wait):
-                    at, told = at + step.seconds, None
+                    at, response = at + step.seconds, None
                 else:
-                    at, often, told = at + each, often + 1, httpx.Response(404)
+                    at, often, response = at + each, often + 1, httpx.Response(404)
         except OutcomeUnknown as exc:
             assert f"no result after {at:.0f} s" in str(exc)  # noqa: PT017 - as it ends, so it says
         return often
@@ -361,7 +363,7 @@ class Crowded:
         time.sleep(self._seconds)
         with self._lock:
             self._now -= 1
-        return said(b"{}")
+        return http_reply(b"{}")
 
 
 def test_a_thousand_tasks_wait_for_their_turn_however_long(services: RawServices) -> None:

@@ -136,15 +136,15 @@ def test_a_failure_found_later_is_told_with_its_reasons(toll: TollClient) -> Non
 def test_the_request_id_is_told_before_the_first_question(
     toll: TollClient, toll_sandbox: Sandbox
 ) -> None:
-    told: list[tuple[str, int]] = []
+    reported: list[tuple[str, int]] = []
 
     def accepted(request_id: str) -> None:
         calls = [each for each in toll_sandbox.received if each.kind == "call"]
-        told.append((request_id, len(calls)))
+        reported.append((request_id, len(calls)))
 
     done = toll.submit("road", "POST", "transport", json=message("transport"), accepted=accepted)
 
-    assert told == [(done.request_id, 1)]
+    assert reported == [(done.request_id, 1)]
 
 
 @pytest.mark.parametrize("fault", ["reset", "reset-after", "500", "502", "503"])
@@ -369,12 +369,12 @@ def test_what_was_submitted_is_found_by_its_query_api(
 )
 def test_every_status_has_its_class_and_its_advice(status: int, code: str, error: type) -> None:
     headers = {"x-correlationid": "c-1", "retry-after": "9"}
-    told = status_error(httpx.Response(status, headers=headers), named("road"), now=0)
+    exc = status_error(httpx.Response(status, headers=headers), named("road"), now=0)
 
-    assert type(told) is error
-    assert told is not None
-    assert (told.code, told.correlation_id) == (code, "c-1")
-    assert told.hint
+    assert type(exc) is error
+    assert exc is not None
+    assert (exc.code, exc.correlation_id) == (code, "c-1")
+    assert exc.hint
     assert status_error(httpx.Response(204), named("road"), now=0) is None
 
 
@@ -556,20 +556,20 @@ def test_tasks_hear_of_a_feed_that_is_none_as_threads_do(
 
 
 class _SayingTheSame(BaseHTTPRequestHandler):
-    said = b"[]"
+    body = b"[]"
 
     def do_GET(self) -> None:
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.said)))
+        self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
-        self.wfile.write(self.said)
+        self.wfile.write(self.body)
 
     def log_message(self, *args: object) -> None:
         del args
 
 
 @pytest.mark.parametrize(
-    ("said", "batches", "words"),
+    ("reply", "batches", "words"),
     [
         ([], 0, ""),
         ([{"routingResult": {"id": "1-a"}}], 1, "the same batch again"),
@@ -581,9 +581,9 @@ class _SayingTheSame(BaseHTTPRequestHandler):
     ],
 )
 def test_a_feed_that_makes_no_sense_ends_in_an_error_and_not_in_a_loop(
-    tmp_path: Path, said: object, batches: int, words: str
+    tmp_path: Path, reply: object, batches: int, words: str
 ) -> None:
-    handler = type("", (_SayingTheSame,), {"said": json.dumps(said).encode()})
+    handler = type("", (_SayingTheSame,), {"said": json.dumps(reply).encode()})
     taken = []
     with (
         HTTPServer(("127.0.0.1", 0), handler) as server,

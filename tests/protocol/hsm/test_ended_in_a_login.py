@@ -76,8 +76,8 @@ def ended_by(number: signal.Signals, place: Path) -> int:
             assert command.poll() is None
             time.sleep(0.01)
         command.send_signal(number)
-        _, told = command.communicate(timeout=30)
-    assert "Traceback" not in told
+        _, errors = command.communicate(timeout=30)
+    assert "Traceback" not in errors
     return command.returncode
 
 

@@ -173,7 +173,7 @@ def test_a_command_gets_no_variable_of_ours(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         ("", "is not a command line"),
         ("'", "is not a command line"),
@@ -184,10 +184,10 @@ def test_a_command_gets_no_variable_of_ours(monkeypatch: pytest.MonkeyPatch) -> 
         ("yes 4711-canary", "prints more than 1024 bytes"),
     ],
 )
-def test_a_command_that_fails_is_said_without_its_argv(command: str, said: str) -> None:
+def test_a_command_that_fails_is_said_without_its_argv(command: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         PinCommand(command).read(device="lab")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert CANARY not in "".join(traceback.format_exception(caught.value))
 
 
@@ -252,7 +252,7 @@ def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         (b"12\xe6\n", "not UTF-8, no trace"),
         ("12æ\n".encode(), "12æ"),
@@ -262,7 +262,7 @@ def test_the_terminal_is_asked_even_when_stdin_is_data() -> None:
         (b"PIN=12\n", "PIN=12"),
     ],
 )
-def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, said: str) -> None:
+def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, message: str) -> None:
     program = (
         "from hsmtoll.errors import ConfigurationError\n"
         "from hsmtoll.hsm.pin import PinTerminal\n"
@@ -284,7 +284,7 @@ def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, sai
         asked += os.read(terminal, 100)
     os.write(terminal, typed)
     with os.fdopen(read, encoding="utf-8") as answer:
-        assert answer.read() == f"{said}\n"
+        assert answer.read() == f"{message}\n"
     assert os.waitpid(pid, 0)[1] == 0
     os.close(terminal)
 

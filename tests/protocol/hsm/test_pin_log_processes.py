@@ -39,8 +39,8 @@ def test_of_twenty_processes_at_once_one_tries(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", _TRY, str(tmp_path)], stdout=subprocess.PIPE)
         for _ in range(20)
     ]
-    said = sorted(process.communicate()[0].decode().strip() for process in running)
-    assert said == ["C_Login"] + ["pin-refused"] * 19
+    outputs = sorted(process.communicate()[0].decode().strip() for process in running)
+    assert outputs == ["C_Login"] + ["pin-refused"] * 19
 
 
 _TAKE = """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.kit.local_proxy import PATIENCE, TEST_AUTH, LocalProxy, socket_below
-from tests.kit.raw_services import BEARER, RawServices, said
+from tests.kit.raw_services import BEARER, RawServices, http_reply
 
 if TYPE_CHECKING:
     import ssl
@@ -147,26 +147,26 @@ def test_an_answer_of_customs_is_one_answer_or_none(
     assert (response.getheader("Hsmtoll-Error") is None) is (body is not None)
     assert response.getheader("X-Late") is response.getheader("Set-Cookie") is None
     # Nothing of it is left for the next one.
-    raw.api = lambda *_: said(b"next")
+    raw.api = lambda *_: http_reply(b"next")
     assert proxy.ask()[1] == b"next"
     assert "internal" not in "".join(proxy.stderr)
 
 
 def test_callers_that_leave_take_no_connection_along(proxy: LocalProxy, raw: RawServices) -> None:
-    raw.api = lambda *_: said(b"x" * MIB)
+    raw.api = lambda *_: http_reply(b"x" * MIB)
     for _ in range(60):
         connection = proxy.connection()
         with contextlib.closing(connection):
             connection.request("GET", TEST_AUTH)
             connection.getresponse().read(1000)
     # Three times as many as there are connections to Customs have left within an answer.
-    raw.api = lambda *_: said(b"{}")
+    raw.api = lambda *_: http_reply(b"{}")
     for _ in range(25):
         assert proxy.ask()[1] == b"{}"
 
 
 def test_64_callers_at_once_are_all_answered(proxy: LocalProxy, raw: RawServices) -> None:
-    raw.api = lambda _, asked: said(asked.split(b" ")[1])
+    raw.api = lambda _, asked: http_reply(asked.split(b" ")[1])
     wrong: list[object] = []
 
     def caller(number: int) -> None:
@@ -207,7 +207,7 @@ def test_large_bodies_are_not_held_in_memory(proxy: LocalProxy, raw: RawServices
             more = connection.recv(MIB)
             count, end = count + more.count(b"x"), (end + more)[-5:]
         counted.append(count)
-        return said(b"{}")
+        return http_reply(b"{}")
 
     raw.api = api
     proxy.ask("GET", "/live")
@@ -261,7 +261,7 @@ def test_a_proxy_that_ends_leaves_the_socket_of_its_successor(
     def slow(*_: object) -> bytes:
         there.set()
         assert go_on.wait(PATIENCE)
-        return said(b"{}")
+        return http_reply(b"{}")
 
     raw.api = slow
     where = socket_below(tmp_path / "run")

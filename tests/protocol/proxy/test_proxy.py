@@ -20,7 +20,7 @@ from tests.kit.accounts import OTHER
 from tests.kit.commands import hsmtoll
 from tests.kit.local_proxy import PATIENCE, TEST_AUTH, LocalProxy, socket_below
 from tests.kit.own_device import free_port
-from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
+from tests.kit.raw_services import BEARER, SUBJECT, RawServices, http_reply
 
 if TYPE_CHECKING:
     import ssl
@@ -103,9 +103,9 @@ def test_a_probe_asks_the_proxy_where_it_listens(toll_settings: Settings, tmp_pa
     for where in (f"127.0.0.1:{free_port()}", socket_below(tmp_path / "run")):
         environ = os.environ | {"HSMTOLL_LOCAL_PROXY__LISTEN": where}
         with LocalProxy.started(where):
-            for options, told in (((), "live\n"), (("--ready",), "ready\n")):
+            for options, output in (((), "live\n"), (("--ready",), "ready\n")):
                 done = hsmtoll("health", "--proxy", *options, env=environ)
-                assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
+                assert (done.returncode, done.stdout, done.stderr) == (0, output, "")
         done = hsmtoll("health", "--proxy", env=environ)
         assert done.returncode == 1
         assert f"{where}: nobody answers" in done.stderr
@@ -247,7 +247,7 @@ def test_a_large_body_streams_through_before_it_is_whole(raw: RawServices) -> No
         body = asked.partition(b"\r\n\r\n")[2]
         while not body.endswith(b"0\r\n\r\n"):
             body += connection.recv(65536)
-        return said({"sent": body.count(b"x")})
+        return http_reply({"sent": body.count(b"x")})
 
     raw.api = reading
     with LocalProxy.started() as proxy:
@@ -284,7 +284,7 @@ def test_a_request_that_has_begun_is_finished_before_the_end(raw: RawServices) -
     def slow(*_: object) -> bytes:
         there.set()
         assert go_on.wait(PATIENCE)
-        return said(b"{}")
+        return http_reply(b"{}")
 
     raw.api = slow
     with LocalProxy.started() as proxy:
@@ -306,7 +306,7 @@ def test_a_request_that_has_begun_is_finished_before_the_end(raw: RawServices) -
 
 
 def test_no_secret_is_in_any_output(raw: RawServices) -> None:
-    raw.api = lambda _, asked: said(asked, "400 Bad Request")
+    raw.api = lambda _, asked: http_reply(asked, "400 Bad Request")
     with LocalProxy.started() as proxy:
         proxy.ask("GET", f"{TEST_AUTH}?{BEARER}")
         _, metrics = proxy.ask("GET", "/metrics")

@@ -90,9 +90,9 @@ def test_a_fixture_without_the_extra_says_what_to_install(
     (project / "conftest.py").write_text("import sys\nsys.modules['aiohttp'] = None\n")
     for fixture in ("toll_client", "toll_eseal", "toll_norwegian", "toll_sandbox"):
         (project / "check_customs.py").write_text(f"def test_it({fixture}):\n    pass\n")
-        told = run(strangers_python, project, code=1)
-        assert "install the extra `sandbox` the way hsmtoll was installed" in told
-        assert "Traceback" not in told
+        output = run(strangers_python, project, code=1)
+        assert "install the extra `sandbox` the way hsmtoll was installed" in output
+        assert "Traceback" not in output
     # The control: the device alone needs none of it.
     (project / "check_customs.py").write_text("def test_it(toll_softhsm):\n    pass\n")
     assert "1 passed" in run(strangers_python, project)

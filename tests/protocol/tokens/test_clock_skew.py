@@ -37,9 +37,9 @@ def test_a_clock_that_is_fast_gets_a_token_with_one_warning(
         client.token("road")
         client.token("air")
     assert len(signer.signed) == 3, "one was spent on learning"
-    said = [r.getMessage() for r in caplog.records if r.name.startswith("hsmtoll")]
-    assert len(said) == 1
-    assert said[0].startswith(f"clock: this machine is {ahead} s ahead of Maskinporten")
+    messages = [r.getMessage() for r in caplog.records if r.name.startswith("hsmtoll")]
+    assert len(messages) == 1
+    assert messages[0].startswith(f"clock: this machine is {ahead} s ahead of Maskinporten")
     assert client.status().skew == pytest.approx(-ahead, abs=1)
     assert iats(toll_sandbox)[-1] == pytest.approx(toll_clock.now().wall, abs=2)
 

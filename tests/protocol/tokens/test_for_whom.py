@@ -135,8 +135,10 @@ def test_a_customer_that_has_not_delegated_is_refused_in_the_documented_words(
     with pytest.raises(ScopeNotGranted) as caught:
         agent.token("road", consumer_org=NOBODY)
     assert caught.value.code == "MP-251"
-    said = f"Consumer {NOBODY} has not delegated access to the scope {SCOPE} to supplier {SUPPLIER}"
-    assert said in str(caught.value)
+    message = (
+        f"Consumer {NOBODY} has not delegated access to the scope {SCOPE} to supplier {SUPPLIER}"
+    )
+    assert message in str(caught.value)
     # The control: others are not touched by it.
     assert agent.token("road", consumer_org=ANNA).value
 

@@ -54,10 +54,10 @@ def test_a_leader_that_is_killed_blocks_nobody(
             each.until("ready")
         leader.process.send_signal(signal.SIGKILL)
         leader.process.wait(60)
-        said = [each.end() for each in followers]
-    assert sum(lines.count("signed") for lines in said) == 1
-    assert len({lines[-2] for lines in said}) == 1
-    assert said[0][-2].startswith("token ")
+        outputs = [each.end() for each in followers]
+    assert sum(lines.count("signed") for lines in outputs) == 1
+    assert len({lines[-2] for lines in outputs}) == 1
+    assert outputs[0][-2].startswith("token ")
 
 
 def test_a_leader_that_forks_and_is_killed_takes_its_lock_along(
@@ -75,12 +75,12 @@ def test_a_leader_that_forks_and_is_killed_takes_its_lock_along(
         leader.process.send_signal(signal.SIGKILL)
         leader.process.wait(60)
         try:
-            said = follower.end()
+            output = follower.end()
             os.kill(child, 0)  # it lives still
         finally:
             os.kill(child, signal.SIGKILL)
-    assert said.count("signed") == 1
-    assert any(line.startswith("token ") for line in said)
+    assert output.count("signed") == 1
+    assert any(line.startswith("token ") for line in output)
 
 
 def test_a_leader_that_stands_still_is_waited_for_half_the_patience(
@@ -90,9 +90,9 @@ def test_a_leader_that_stands_still_is_waited_for_half_the_patience(
         leader = crowd.member(step="signed")
         leader.until("at signed")
         follower = crowd.member(deadline=4)
-        said = follower.end()
-    assert said.count("signed") == 1
-    assert any(line.startswith("token ") for line in said)
+        output = follower.end()
+    assert output.count("signed") == 1
+    assert any(line.startswith("token ") for line in output)
 
 
 def test_a_leader_that_stands_still_is_replaced_by_one_and_not_by_all(
@@ -102,9 +102,9 @@ def test_a_leader_that_stands_still_is_replaced_by_one_and_not_by_all(
         leader = crowd.member(step="signed")
         leader.until("at signed")
         followers = [crowd.member(deadline=12) for _ in range(5)]
-        said = [each.end() for each in followers]
-    assert sum(lines.count("signed") for lines in said) == 1
-    assert all(lines[-2].startswith("token ") for lines in said)
+        outputs = [each.end() for each in followers]
+    assert sum(lines.count("signed") for lines in outputs) == 1
+    assert all(lines[-2].startswith("token ") for lines in outputs)
 
 
 def test_a_follower_that_is_killed_costs_nobody_anything(toll_sandbox: Sandbox, cache: str) -> None:
@@ -116,9 +116,9 @@ def test_a_follower_that_is_killed_costs_nobody_anything(toll_sandbox: Sandbox, 
         for each in followers:
             each.until("ready")
         followers[0].process.kill()
-        said = [leader.end(), followers[1].end()]
-    assert sum(lines.count("signed") for lines in said) == 1
-    assert len({lines[-2] for lines in said}) == 1
+        outputs = [leader.end(), followers[1].end()]
+    assert sum(lines.count("signed") for lines in outputs) == 1
+    assert len({lines[-2] for lines in outputs}) == 1
 
 
 def test_a_warm_process_asks_nobody(toll_sandbox: Sandbox, cache: str) -> None:

@@ -238,9 +238,9 @@ def test_a_leader_that_is_killed_blocks_the_others_for_its_lease_alone(
         leader = crowd.member(step="signed")
         leader.until("at signed")
         leader.process.kill()
-        said = crowd.member().end()
-    assert said.count("signed") == 1
-    assert any(line.startswith("token ") for line in said)
+        output = crowd.member().end()
+    assert output.count("signed") == 1
+    assert any(line.startswith("token ") for line in output)
 
 
 def test_two_devices_with_equal_settings_never_share_a_token(
@@ -555,11 +555,11 @@ def test_a_command_that_is_not_allowed_is_named_with_what_to_allow(
     for _ in range(3):
         with store.lock(KEY, timeout=5) as held:
             assert held
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert "refuses a required command" in told[0]
-    assert COMMANDS in told[0]
-    assert "geheim" not in told[0]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "refuses a required command" in messages[0]
+    assert COMMANDS in messages[0]
+    assert "geheim" not in messages[0]
     for word in COMMANDS.lower().split():
         assert f"+{word}" in ALLOWED
 

@@ -21,7 +21,7 @@ from hsmtoll.errors import (
     TryAgainLater,
 )
 from hsmtoll.tokens.stores import FileStore
-from tests.kit.raw_services import BEARER, SUBJECT, RawServices, said
+from tests.kit.raw_services import BEARER, SUBJECT, RawServices, http_reply
 from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_a_lasting_outage_costs_the_budget_of_a_request_and_no_more(
 def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_path: Path) -> None:
     with RawServices(tmp_path) as services:
         token = {"access_token": SUBJECT, "token_type": "Bearer", "expires_in": 600}
-        services.token = lambda *_: said({**token, "scope": "toll:eu/movement/air"})
+        services.token = lambda *_: http_reply({**token, "scope": "toll:eu/movement/air"})
         token_service, signer = token_service_of(services)
         client = TollClient(token_service)
         for _ in range(3):

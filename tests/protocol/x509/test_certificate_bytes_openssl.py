@@ -47,8 +47,8 @@ def test_certificates_of_every_length_are_proven_as_openssl_proves_them(tmp_path
     for ending, leaf in sorted(seen.items()):
         paths.append(tmp_path / f"{ending:02x}.pem")
         paths[-1].write_text(leaf.pem())
-    said = _verify(tmp_path, *paths)
-    assert said.count(": OK") == len(paths), said
+    output = _verify(tmp_path, *paths)
+    assert output.count(": OK") == len(paths), output
 
 
 def _verify(where: Path, *paths: Path) -> str:

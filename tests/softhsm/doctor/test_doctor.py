@@ -66,7 +66,7 @@ def chain(tmp_path: Path, leaf: x509.Certificate, authority: Authority) -> Path:
     return path
 
 
-def told(app: App, **options: Any) -> dict[str, str]:
+def findings(app: App, **options: Any) -> dict[str, str]:
     try:
         report = doctor.run(app, **options)
     finally:
@@ -80,9 +80,9 @@ def test_a_good_device_leaves_the_doctor_silent(lab: Lab, tmp_path: Path, chain:
     app.close()
     assert [c for c in report.checks if c.verdict in ("warn", "fail")] == []
     assert report.exit_code == 0
-    said = report.evidence()["keys"][0]
-    assert said["key_as_reported_by_the_module"]["never_extractable"] is True
-    assert said["device"]["pin"] == "ok"
+    key = report.evidence()["keys"][0]
+    assert key["key_as_reported_by_the_module"]["never_extractable"] is True
+    assert key["device"]["pin"] == "ok"
     assert PIN not in repr(report.evidence())
 
 
@@ -102,7 +102,7 @@ def test_each_key_at_fault_has_its_code(
 
 def test_a_certificate_of_another_key_is_not_taken(lab: Lab, tmp_path: Path, chain: Path) -> None:
     app = lab.app("other", tmp_path, hsm={"certificates": chain})
-    assert told(app) == {"certificate-missing": "fail"}
+    assert findings(app) == {"certificate-missing": "fail"}
 
 
 def test_an_exportable_key_that_is_allowed_is_a_warning(
@@ -115,14 +115,14 @@ def test_an_exportable_key_that_is_allowed_is_a_warning(
     path.write_bytes(pem(authority.issue(public.spki()), *authority.chain))
     app.close()
     again = lab.app("loose", tmp_path, hsm={"allow_exportable_key": True, "certificates": path})
-    assert told(again) == {"key-exportable-allowed": "warn"}
+    assert findings(again) == {"key-exportable-allowed": "warn"}
 
 
 def test_a_pinpad_is_no_pin_for_every_signature(lab: Lab, tmp_path: Path) -> None:
     codes = {}
     for pin in ({}, {"signing_pin": PIN}, {"signing_pin_prompt": "pinpad"}):
         app = lab.app("each", tmp_path, hsm=pin)
-        codes[str(pin)] = {"signing-pin"} & set(told(app))
+        codes[str(pin)] = {"signing-pin"} & set(findings(app))
         app.close()
         app = lab.app("each", tmp_path, hsm=pin)
         with contextlib.suppress(DeviceError):
@@ -142,11 +142,11 @@ def test_a_wrong_pin_is_tried_once_and_then_not_again(
     assert (first.exit_code, second.exit_code) == (20, 21)
     assert [c.code for c in second.checks if c.verdict == "fail"] == ["pin-refused"]
     # The control: the right one is accepted, and the device has counted one wrong try.
-    assert told(lab.app("acme", tmp_path, hsm={"certificates": chain})) in (
+    assert findings(lab.app("acme", tmp_path, hsm={"certificates": chain})) in (
         {},
         {"pin-count-low": "warn"},
     )
-    assert told(lab.app("acme", tmp_path, hsm={"certificates": chain})) == {}
+    assert findings(lab.app("acme", tmp_path, hsm={"certificates": chain})) == {}
 
 
 def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
@@ -154,14 +154,14 @@ def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
 ) -> None:
     app = lab.app("acme", tmp_path, hsm={"certificates": chain})
     accepted(app.devices[0])
-    said = {}
+    lines = {}
     for pin in (PIN, "99999999"):
         rider = lab.app("acme", tmp_path, hsm={"pin": pin, "certificates": chain})
-        said[pin] = next(c.line for c in doctor.run(rider).checks if c.check == "pin")
+        lines[pin] = next(c.line for c in doctor.run(rider).checks if c.check == "pin")
         rider.close()
     app.close()
-    assert said[PIN] == "accepted"
-    assert "not verified" in said["99999999"]
+    assert lines[PIN] == "accepted"
+    assert "not verified" in lines["99999999"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_pin_that_only_rides_on_the_login_of_another_is_not_called_accepted(
 def test_what_is_missing_on_the_way_has_its_code(
     lab: Lab, tmp_path: Path, chain: Path, hsm: dict[str, Any], code: str
 ) -> None:
-    found = told(lab.app("acme", tmp_path, hsm={"certificates": chain, **hsm}))
+    found = findings(lab.app("acme", tmp_path, hsm={"certificates": chain, **hsm}))
     assert found == {code: "fail"}
 
 
@@ -185,7 +185,7 @@ def test_a_spy_in_between_fails_outside_the_sandbox(
     lab: Lab, tmp_path: Path, chain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKCS11SPY", str(lab.module))
-    found = told(lab.app("acme", tmp_path, hsm={"certificates": chain}))
+    found = findings(lab.app("acme", tmp_path, hsm={"certificates": chain}))
     assert found == {"module-spy": "fail"}
 
 
@@ -194,12 +194,12 @@ def test_a_revoked_leaf_is_foretold_by_a_list_in_a_file(
 ) -> None:
     path = tmp_path / "list.crl"
     path.write_bytes(revocation_list(authority, leaf).public_bytes(Encoding.DER))
-    found = told(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path)
+    found = findings(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path)
     assert found == {"certificate-revoked": "fail"}
     path.write_bytes(revocation_list(authority).public_bytes(Encoding.PEM))
-    assert told(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path) == {}
+    assert findings(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path) == {}
     path.write_bytes(b"nothing")
-    found = told(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path)
+    found = findings(lab.app("acme", tmp_path, hsm={"certificates": chain}), crl=path)
     assert found == {"revocation-unknown": "warn"}
 
 
@@ -242,7 +242,7 @@ def test_online_one_real_grant_shows_whom_maskinporten_takes_us_for(
 def test_offline_nothing_is_sent(lab: Lab, tmp_path: Path, chain: Path, sandbox: Sandbox) -> None:
     before = len(sandbox.received)
     app = lab.app("acme", tmp_path, hsm={"certificates": chain}, **there(sandbox))
-    assert told(app, scopes=("road",)) == {}
+    assert findings(app, scopes=("road",)) == {}
     assert len(sandbox.received) == before
 
 
@@ -266,7 +266,7 @@ def test_metadata_that_differs_is_named_and_not_obeyed(
 ) -> None:
     with Sandbox(trust=[authority], signing_bits=2048, without=frozenset({"M01"})) as odd:
         app = lab.app("acme", tmp_path, hsm={"certificates": chain}, **there(odd))
-        found = told(app, online=True)
+        found = findings(app, online=True)
         assert found["metadata-differs"] == "fail"
         assert [one for one in odd.received if one.kind == "grant"] == []
 

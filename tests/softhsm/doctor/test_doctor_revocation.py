@@ -80,8 +80,8 @@ class Issuer:
         assert done.returncode == 0, done.stderr
 
     def make(self, public_key: bytes) -> None:
-        told = _CONFIG.format(folder=self.folder, ocsp=self.ocsp, lists=self.lists)
-        (self.folder / "config").write_text(told)
+        config = _CONFIG.format(folder=self.folder, ocsp=self.ocsp, lists=self.lists)
+        (self.folder / "config").write_text(config)
         (self.folder / "leaf.pub").write_bytes(public_key)
         made = ("req", "-config", "config", "-newkey", "rsa:2048", "-nodes")
         self.openssl(*made, "-x509", "-days", "300", "-extensions", "authority",
@@ -274,7 +274,7 @@ def test_outside_the_sandbox_no_address_of_the_own_network_is_asked(
     assert app.settings.environment == "test"
     with issuer.responder():
         chain = app.local_signer(app.devices[0]).chain()
-        said = revocation_of(app, chain, crl=None, online=True)
+        statuses = revocation_of(app, chain, crl=None, online=True)
     app.close()
-    assert [each.status for each in said] == [None, None]
-    assert all("own network, and is not requested" in str(each.problem) for each in said)
+    assert [each.status for each in statuses] == [None, None]
+    assert all("own network, and is not requested" in str(each.problem) for each in statuses)

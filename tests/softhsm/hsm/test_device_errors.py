@@ -193,7 +193,7 @@ def refusal(module: Path, state: Path) -> HsmTollError:
 
 def test_a_path_that_is_no_module_is_a_configuration_error(tmp_path: Path) -> None:
     text = tmp_path / "relative.so"
-    for path, said in (
+    for path, message in (
         (tmp_path / "none.so", "does not exist"),
         (tmp_path, "is not a file"),
         (text.relative_to("/"), "is not an absolute path"),
@@ -201,7 +201,7 @@ def test_a_path_that_is_no_module_is_a_configuration_error(tmp_path: Path) -> No
         error = refusal(path, tmp_path)
         assert isinstance(error, ConfigurationError)
         assert error.code == "module-path"
-        assert said in str(error)
+        assert message in str(error)
 
 
 def test_a_file_that_is_no_library_and_a_library_that_is_not_pkcs11_are_device_errors(
@@ -211,12 +211,12 @@ def test_a_file_that_is_no_library_and_a_library_that_is_not_pkcs11_are_device_e
     text.write_text("hello")
     other = tmp_path / "other.so"
     shutil.copy("/lib/x86_64-linux-gnu/libz.so.1", other)
-    for path, said in ((text, "cannot be loaded"), (other, "but not of PKCS#11")):
+    for path, message in ((text, "cannot be loaded"), (other, "but not of PKCS#11")):
         path.chmod(0o644)
         error = refusal(path, tmp_path)
         assert isinstance(error, DeviceError)
         assert error.code == "module-load"
-        assert said in str(error)
+        assert message in str(error)
 
 
 def test_a_module_that_others_can_change_is_refused_parents_included(

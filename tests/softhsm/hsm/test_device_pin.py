@@ -118,8 +118,8 @@ def test_a_right_pin_is_one_login_and_a_signature(bench: Bench) -> None:
 def test_a_wrong_pin_in_run_after_run_is_one_login_and_a_corrected_one_works_at_once(
     bench: Bench,
 ) -> None:
-    said = [bench.sign("9999") for _ in range(CROWD)]
-    assert said == ["20 pin-incorrect"] + ["21 pin-refused"] * (CROWD - 1)
+    outputs = [bench.sign("9999") for _ in range(CROWD)]
+    assert outputs == ["20 pin-incorrect"] + ["21 pin-refused"] * (CROWD - 1)
     assert bench.logins() == 1
     assert bench.sign("1234") == "256"
     assert bench.logins() == 1
@@ -127,10 +127,10 @@ def test_a_wrong_pin_in_run_after_run_is_one_login_and_a_corrected_one_works_at_
 
 def test_a_wrong_pin_in_a_crowd_of_processes_is_one_login(bench: Bench) -> None:
     running = [bench.start("9999") for _ in range(CROWD)]
-    said = sorted(process.communicate(timeout=100)[0].strip() for process in running)
-    assert said.count("20 pin-incorrect") == 1
+    outputs = sorted(process.communicate(timeout=100)[0].strip() for process in running)
+    assert outputs.count("20 pin-incorrect") == 1
     # SoftHSM rewrites its files at a login, and who starts then may not see the device (30).
-    others = [each for each in said if not each.startswith("30 ")]
+    others = [each for each in outputs if not each.startswith("30 ")]
     assert set(others) == {"20 pin-incorrect", "21 pin-refused"}
     assert bench.logins() == 1
     assert bench.sign("9999") == "21 pin-refused"
@@ -252,7 +252,7 @@ def test_no_pin_shows_itself_when_it_is_refused(
     import traceback
 
     caplog.set_level(0)
-    said = []
+    texts = []
     for _ in range(2):
         device = InProcessDevice(
             DeviceSettings(device_softhsm.module, KeyUri.parse("pkcs11:token=lab;object=acme")),
@@ -261,9 +261,9 @@ def test_no_pin_shows_itself_when_it_is_refused(
         )
         with pytest.raises((PinIncorrect, PinNotTried)) as caught:
             accepted(device)
-        said += traceback.format_exception(caught.value)
-        said.append(f"{device!r} {caught.value.hint}")
-    assert "4711-canary" not in "".join(said) + caplog.text
+        texts += traceback.format_exception(caught.value)
+        texts.append(f"{device!r} {caught.value.hint}")
+    assert "4711-canary" not in "".join(texts) + caplog.text
     with device_softhsm.device("", tmp_path) as device:
         assert accepted(device)
 

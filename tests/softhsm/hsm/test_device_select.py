@@ -163,7 +163,7 @@ def test_a_key_without_a_public_object_is_proven_by_its_modulus(
 
 
 @pytest.mark.parametrize(
-    ("key", "code", "said"),
+    ("key", "code", "message"),
     [
         ("object=curve", "key-type", "RS256, RS384 and RS512"),
         ("object=small", "key-size", "1024 bits"),
@@ -172,11 +172,11 @@ def test_a_key_without_a_public_object_is_proven_by_its_modulus(
     ],
 )
 def test_a_key_that_will_not_do_is_refused_with_the_reason(
-    device_softhsm: DeviceSoftHsm, tmp_path: Path, key: str, code: str, said: str
+    device_softhsm: DeviceSoftHsm, tmp_path: Path, key: str, code: str, message: str
 ) -> None:
     error = refused(device_softhsm.device(key, tmp_path))
     assert error.code == code
-    assert said in str(error)
+    assert message in str(error)
 
 
 def test_an_exportable_key_signs_only_where_it_is_allowed(

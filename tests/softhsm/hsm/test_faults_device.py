@@ -75,10 +75,10 @@ def test_a_fault_has_its_class_and_the_pin_is_not_wasted(
     logins: int,
 ) -> None:
     toll_faults.set(name)
-    told = fails(device)
+    exc = fails(device)
 
-    assert type(told) is error
-    assert code is None or told.code == code
+    assert type(exc) is error
+    assert code is None or exc.code == code
     assert toll_faults.count("C_Login") == logins
 
 

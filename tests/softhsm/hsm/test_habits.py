@@ -309,8 +309,8 @@ def test_certificates_on_another_device_of_the_module_are_found(
         monkeypatch.setenv(name, value)
     assert command("sign", "road").returncode == 0
     assert command("chain").returncode == 0
-    told = command("doctor")
-    assert told.returncode == 0, told.stdout
+    result = command("doctor")
+    assert result.returncode == 0, result.stdout
     # The key itself, looked for where the certificates are, is named where it is.
     elsewhere = made.environ()["HSMTOLL_HSM__KEY"].replace(f"token={key_side.label}", "token=certs")
     missing = command("sign", "road", HSMTOLL_HSM__KEY=elsewhere)
@@ -501,10 +501,10 @@ def test_a_certificate_that_is_there_and_cannot_be_read_is_named_with_the_reason
         signed(app)
     assert "certificate 'eseal' on the device cannot be read" in str(caught.value)
     assert "GeneralError" in str(caught.value)
-    told = command("doctor", HSMTOLL_HSM__ISOLATION=isolation)
-    assert told.returncode == 40
-    assert "'eseal' on the device cannot be read" in told.stdout
-    assert "there is no certificate" not in told.stdout
+    result = command("doctor", HSMTOLL_HSM__ISOLATION=isolation)
+    assert result.returncode == 40
+    assert "'eseal' on the device cannot be read" in result.stdout
+    assert "there is no certificate" not in result.stdout
 
 
 @pytest.mark.parametrize("fill", [0x00, 0xFF, 0x30])
@@ -725,11 +725,11 @@ def test_a_device_with_few_sessions_signs_and_lists_and_makes_keys(
     answer: str,
 ) -> None:
     toll_faults.set(fault, **options)
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _OPENS_TWO, str(toll_faults.module), partition.label],
         env=os.environ | partition.environ(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert told.stdout.strip() == answer.replace("None", "")
+    assert result.stdout.strip() == answer.replace("None", "")
     with program(isolation) as app:
         (device,) = app.devices
         for _ in range(2):
@@ -791,10 +791,10 @@ def test_a_command_says_once_that_the_device_is_away(
 ) -> None:
     del toll_settings
     toll_faults.set("call-fails", function="C_OpenSession", rv=DEVICE_ERROR)
-    said = command("chain", HSMTOLL_HSM__ISOLATION=isolation)
-    assert said.returncode == 30
-    assert "device-gone" in said.stderr
-    assert "device-down" not in said.stderr
+    result = command("chain", HSMTOLL_HSM__ISOLATION=isolation)
+    assert result.returncode == 30
+    assert "device-gone" in result.stderr
+    assert "device-down" not in result.stderr
     # A program that lives on is told in its log.
     with program(isolation) as app:
         for _ in range(2):

@@ -131,8 +131,8 @@ def test_a_program_that_gevent_has_patched_signs_in_several_greenlets(
     argv = (sys.executable, "-c", program)
     places = [str(SOURCE)]
     set_to = {"HSMTOLL_HSM__ISOLATION": isolation}
-    said = run(toll_eseal, tmp_path, *argv, where=tmp_path, places=places, **set_to)
-    assert said == f"256 256 256 256 {where}"
+    output = run(toll_eseal, tmp_path, *argv, where=tmp_path, places=places, **set_to)
+    assert output == f"256 256 256 256 {where}"
 
 
 def uwsgi_answers(
@@ -244,10 +244,10 @@ def test_a_command_of_an_archive_with_everything_in_it_signs(
 ) -> None:
     del toll_settings
     archive = tmp_path / "hsmtoll.pyz"
-    told = subprocess.run(
+    result = subprocess.run(
         made_by(installed, archive), capture_output=True, text=True, check=False, timeout=300
     )
-    assert told.returncode == 0, told.stderr
+    assert result.returncode == 0, result.stderr
     variables = {
         **os.environ,
         "SHIV_ROOT": str(tmp_path / "shiv"),
@@ -340,8 +340,8 @@ def test_sockets_that_do_not_block_are_made_to(
     """As those of a gevent that has patched the program are."""
     real = socket.socketpair
 
-    def pair(*told: Any) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = real(*told)
+    def pair(*args: Any) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = real(*args)
         os.set_blocking(theirs.fileno(), False)
         return ours, theirs
 

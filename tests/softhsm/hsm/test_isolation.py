@@ -190,39 +190,39 @@ if child == 0:
     os._exit(0)
 for _ in range(600 if sys.argv[2] == "worker" else 1):
     try:
-        said = "shown" if open(f"/proc/{child}/maps").read() else "ended"
+        outcome = "shown" if open(f"/proc/{child}/maps").read() else "ended"
     except PermissionError:
-        said = "kept"
+        outcome = "kept"
         break
     time.sleep(0.1)
-print(said)
+print(outcome)
 os.kill(child, signal.SIGKILL)
 """
 
 
 @pytest.mark.needs_root
-@pytest.mark.parametrize(("who", "said"), [("worker", "kept"), ("any program", "shown")])
+@pytest.mark.parametrize(("who", "output"), [("worker", "kept"), ("any program", "shown")])
 def test_no_process_of_its_account_reads_the_memory_of_the_one_with_the_login(
-    who: str, said: str
+    who: str, output: str
 ) -> None:
     seen = subprocess.run(
         [sys.executable, "-c", _PEEK, str(OTHER), who],
         env=os.environ | importable(), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert seen.stdout == f"{said}\n", seen.stderr
+    assert seen.stdout == f"{output}\n", seen.stderr
 
 
 @pytest.mark.usefixtures("toll_settings")
 @pytest.mark.parametrize(
-    ("fault", "said"), [("crash", "SIGABRT"), ("hang", "did not answer within 3 s")]
+    ("fault", "message"), [("crash", "SIGABRT"), ("hang", "did not answer within 3 s")]
 )
 def test_a_module_that_fails_under_objects_is_an_error_that_says_so(
-    toll_faults: Faults, fault: str, said: str
+    toll_faults: Faults, fault: str, message: str
 ) -> None:
     toll_faults.set(fault, function="C_GetSlotList")
     done = objects(HSMTOLL_HSM__ISOLATION="process", HSMTOLL_DEADLINE="3")
     assert (done.returncode, done.stdout) == (30, "")
-    assert said in done.stderr
+    assert message in done.stderr
     assert "The next call starts a new one" in done.stderr
     if fault == "crash":
         assert objects(HSMTOLL_HSM__ISOLATION="none").returncode == -signal.SIGABRT
@@ -573,7 +573,7 @@ _LIAR = """#!{python}
 import json, socket, struct, sys
 there = socket.socket(fileno=int(sys.argv[-1]))
 there.recv(65536)
-body = json.dumps({said}).encode()
+body = json.dumps({reply}).encode()
 there.sendall(struct.pack(">I", len(body)) + body)
 while there.recv(65536):
     pass
@@ -589,7 +589,7 @@ _SIGNATURE = {"value": "eight...", "by": None}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         _REPLY,
         {"log": [], "answer": _SIGNATURE},
@@ -610,10 +610,10 @@ def test_a_process_that_says_what_is_no_answer_is_ended_and_called_dumb(
     make: Callable[..., WorkerDevice],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    said: dict[str, object],
+    reply: dict[str, object],
 ) -> None:
     liar = tmp_path / "python-liar"
-    liar.write_text(_LIAR.format(python=sys.executable, said=said), encoding="utf-8")
+    liar.write_text(_LIAR.format(python=sys.executable, reply=reply), encoding="utf-8")
     liar.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(liar))
     error = refused(make())

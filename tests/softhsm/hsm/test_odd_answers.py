@@ -90,14 +90,14 @@ from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinValue
 from hsmtoll.hsm.uri import KeyUri
 module, state, uri, pin = sys.argv[1:]
-told = {"pin": PinValue.of(pin), "pin_log": PinLog(Path(state))}
-with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **told) as device:
+pin_options = {"pin": PinValue.of(pin), "pin_log": PinLog(Path(state))}
+with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **pin_options) as device:
     try:
         device.sign("RS256", a_grant())
         print("public" if device.key().public else "hidden")
     except HsmTollError as error:
         print(error.exit_code, error.code)
-with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **told) as device:
+with InProcessDevice(DeviceSettings(Path(module), KeyUri.parse(uri)), **pin_options) as device:
     seen = device.inspect()
 print(*[len(each.keys) for each in seen.tokens if each.problem is None and each.keys] or ["none"])
 """
@@ -111,7 +111,7 @@ def key(toll_softhsm: SoftHsm) -> str:
 
 
 @pytest.mark.parametrize(
-    ("odd", "said"),
+    ("odd", "output"),
     [
         (None, "public"),
         # CKA_SENSITIVE, CK_BBOOL: of four bytes, of none. What cannot be read is not protected.
@@ -127,7 +127,7 @@ def key(toll_softhsm: SoftHsm) -> str:
     ],
 )
 def test_an_attribute_that_its_type_cannot_have_is_no_mistake_of_ours(
-    toll_softhsm: SoftHsm, key: str, tmp_path: Path, odd: str | None, said: str
+    toll_softhsm: SoftHsm, key: str, tmp_path: Path, odd: str | None, output: str
 ) -> None:
     module = stand_between(tmp_path / "odd", _ODD, C_GetAttributeValue="attributes")
     argv = map(str, (module, tmp_path / "state", toll_softhsm.uri(key), toll_softhsm.pin))
@@ -135,7 +135,7 @@ def test_an_attribute_that_its_type_cannot_have_is_no_mistake_of_ours(
         [sys.executable, "-c", _ASK, *argv], env={**os.environ, **({"ODD": odd} if odd else {})},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.stdout.splitlines()[:1] == [said], done.stderr
+    assert done.stdout.splitlines()[:1] == [output], done.stderr
     # To look round is never an error.
     assert len(done.stdout.splitlines()) == 2
     assert "Traceback" not in done.stderr

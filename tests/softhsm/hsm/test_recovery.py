@@ -232,9 +232,9 @@ def test_a_module_that_would_not_end_is_gone_on_with(
     made = (toll_softhsm.module, tmp_path, toll_softhsm.uri("mended"), toll_softhsm.pin, fails)
     argv = [sys.executable, "-c", _UNENDED, *map(str, made)]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
-    said = done.stdout.splitlines()
-    assert said[:2] == ["device-missing", "256 1"]
-    assert left in said[2]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["device-missing", "256 1"]
+    assert left in lines[2]
 
 
 def test_a_device_that_serves_another_is_not_started_again(

@@ -233,9 +233,9 @@ def test_one_that_goes_on_denying_it_is_believed_and_its_pin_counts_as_never_tri
 
     deny()
     device = make(deny)
-    said = error(device)
-    assert isinstance(said, PinNotTried)
-    assert said.code == "pin-state"
+    exc = error(device)
+    assert isinstance(exc, PinNotTried)
+    assert exc.code == "pin-state"
     assert toll_faults.count("C_Login") == len(slept) == 2
     assert device.sign("RS256", DATA).value
 
@@ -320,10 +320,10 @@ from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.pin import PinFile
 from hsmtoll.hsm.uri import KeyUri
 
-told = json.loads(sys.stdin.readline())
+settings = json.loads(sys.stdin.readline())
 device = InProcessDevice(
-    DeviceSettings(Path(told["module"]), KeyUri.parse(told["uri"])),
-    pin=PinFile(Path(told["pin_file"]), name="PIN"), pin_log=PinLog(Path(told["state"])),
+    DeviceSettings(Path(settings["module"]), KeyUri.parse(settings["uri"])),
+    pin=PinFile(Path(settings["pin_file"]), name="PIN"), pin_log=PinLog(Path(settings["state"])),
 )
 print("here", flush=True)
 sys.stdin.readline()
@@ -336,7 +336,7 @@ device.close()
 def test_four_processes_that_start_at_once_on_bare_softhsm_all_sign(
     toll_softhsm: SoftHsm, key: str, tmp_path: Path
 ) -> None:
-    told = {
+    settings = {
         "module": str(toll_softhsm.module),
         "uri": toll_softhsm.uri(key),
         "pin_file": str(toll_softhsm.pin_file),
@@ -359,7 +359,7 @@ def test_four_processes_that_start_at_once_on_bare_softhsm_all_sign(
             for child in children:
                 assert child.stdin is not None
                 assert child.stdout is not None
-                child.stdin.write(f"{json.dumps(told)}\n")
+                child.stdin.write(f"{json.dumps(settings)}\n")
                 child.stdin.flush()
                 assert child.stdout.readline() == "here\n"
             for child in children:

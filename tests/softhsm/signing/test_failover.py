@@ -61,8 +61,10 @@ def test_the_next_key_signs_while_one_is_down_and_the_first_again_when_it_is_bac
     eventually(
         lambda: signer.sign(ROAD, jti="1").assertion and toll_faults.count("C_SignInit") > before
     )
-    said = [each.getMessage() for each in caplog.records if each.name == "hsmtoll.signing.failover"]
-    assert said == ["key 1 of 2 signs now"]
+    messages = [
+        each.getMessage() for each in caplog.records if each.name == "hsmtoll.signing.failover"
+    ]
+    assert messages == ["key 1 of 2 signs now"]
 
 
 def test_a_device_that_is_down_is_not_asked_by_every_call(app: App, toll_faults: Faults) -> None:

@@ -370,11 +370,11 @@ def test_counts_are_of_all_processes_and_agree_with_the_spy(
             timeout=30,
         )
         assert says(done) == "256"
-    told = log.read_text(errors="replace")
+    log_text = log.read_text(errors="replace")
     log.unlink()
 
     for function in ("C_Login", "C_SignInit", "C_Sign", "C_OpenSession", "C_FindObjectsInit"):
-        assert faults.count(function) == told.count(f": {function}\n") > 0
+        assert faults.count(function) == log_text.count(f": {function}\n") > 0
     faults.reset_counts()
     assert faults.calls() == {}
 

@@ -85,8 +85,8 @@ def tells(module: Path, device: SoftHsm, program: str, faults: Faults | None = N
                 faults.set(line.split()[1])
                 child.stdin.write("\n")
                 child.stdin.flush()
-        told = child.stderr.read()
-        assert child.wait(30) == 0, told
+        errors = child.stderr.read()
+        assert child.wait(30) == 0, errors
     return last.split()
 
 
@@ -146,9 +146,9 @@ session = p11_token.open(user_pin=pin)
 key = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="k")
 print(first, hex(answer), second, len(sign()))
 """
-    told = tells(faults.module, device, program, faults)
+    lines = tells(faults.module, device, program, faults)
 
-    assert told == ["DeviceError", "0x191", "DeviceError", "512"]
+    assert lines == ["DeviceError", "0x191", "DeviceError", "512"]
 
 
 @pytest.mark.parametrize(

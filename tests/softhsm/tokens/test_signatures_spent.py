@@ -178,10 +178,10 @@ def _token() -> subprocess.Popen[str]:
 
 def _ended(process: subprocess.Popen[str]) -> int:
     try:
-        said = process.communicate(timeout=200)
+        output = process.communicate(timeout=200)
     finally:
         process.kill()
-    assert process.returncode == 60, said
+    assert process.returncode == 60, output
     return process.returncode
 
 

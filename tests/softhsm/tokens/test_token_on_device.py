@@ -159,8 +159,8 @@ def test_renew_and_min_life_at_the_command_line(toll_sandbox: Sandbox) -> None:
     assert grants(toll_sandbox) == 1
     assert runs(1, "token", "road", "--renew")[0][0] == 0
     assert grants(toll_sandbox) == 2
-    code, said = runs(1, "token", "road", "--min-life", "90000")[0]
-    assert (code, grants(toll_sandbox)) == (2, 2), said
+    code, output = runs(1, "token", "road", "--min-life", "90000")[0]
+    assert (code, grants(toll_sandbox)) == (2, 2), output
 
 
 def test_a_token_outlives_a_device_that_is_gone(

@@ -161,12 +161,12 @@ def test_a_bad_certificate_in_the_file_hides_no_good_one(
     put(file, stranger, leaf, broken, *authority.chain, pem(leaf)[:-40])
     with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": file})) as app:
         assert sent(app) == leaf.public_bytes(Encoding.DER)
-        told = {each.check: each for each in doctor.run(app).checks}
+        checks = {each.check: each for each in doctor.run(app).checks}
     left = [r.getMessage() for r in caplog.records if "is left out" in r.getMessage()]
     assert [line.split(" in ")[0] for line in left] == [f"certificate {n}" for n in (1, 3, 6)]
-    assert (told["chain"].verdict, told["certificate"].verdict) == ("ok", "ok")
+    assert (checks["chain"].verdict, checks["certificate"].verdict) == ("ok", "ok")
     assert f"3 in the file cannot be read (certificate 1 in HSMTOLL_HSM__CERTIFICATES {file}" in (
-        told["certificate"].line
+        checks["certificate"].line
     )
 
 
@@ -185,10 +185,10 @@ def test_the_keys_own_certificate_that_cannot_be_read_is_named_and_not_said_to_b
     with contextlib.closing(lab.app("acme", tmp_path, hsm={"certificates": file})) as app:
         with pytest.raises(CertificateError, match=r"certificate 3 in .* cannot be read") as caught:
             sent(app)
-        told = {each.check: each for each in doctor.run(app).checks}
+        checks = {each.check: each for each in doctor.run(app).checks}
     assert caught.value.code == "certificate-missing"
     assert "there is no certificate" not in str(caught.value)
-    assert str(caught.value) in {each.line for each in told.values()}
+    assert str(caught.value) in {each.line for each in checks.values()}
     # The control: another's that cannot be read is counted, and nothing more is said of it.
     put(file, *authority.chain, pem(old(lab, authority, tmp_path))[:300])
     with (

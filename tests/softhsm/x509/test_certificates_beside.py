@@ -64,9 +64,9 @@ def examined(lab: Lab, where: Path, given: bytes, **hsm: str) -> dict[str, Check
 def test_a_broken_chain_is_the_chains_fault(
     lab: Lab, tmp_path: Path, authority: Authority, spki: bytes
 ) -> None:
-    told = examined(lab, tmp_path, pem(authority.issue(spki), authority.root))
-    assert (told["key"].verdict, told["key-protection"].verdict) == ("ok", "ok")
-    assert (told["chain"].verdict, told["chain"].code) == ("fail", "chain-incomplete")
+    checks = examined(lab, tmp_path, pem(authority.issue(spki), authority.root))
+    assert (checks["key"].verdict, checks["key-protection"].verdict) == ("ok", "ok")
+    assert (checks["chain"].verdict, checks["chain"].code) == ("fail", "chain-incomplete")
 
 
 def test_a_next_one_whose_issuer_is_missing_is_no_roll_over(
@@ -75,12 +75,12 @@ def test_a_next_one_whose_issuer_is_missing_is_no_roll_over(
     now = authority.issue(spki, not_before=NOW - 300 * DAY, not_after=NOW + 10 * DAY)
     new = eseal_authority("Ny Tillit")
     after = new.issue(spki, not_before=NOW + 5 * DAY)
-    told = examined(lab, tmp_path, pem(now, after, *authority.chain))
-    assert told["certificate-validity"].code == "certificate-ends-soon"
-    assert "takes over" not in told["roll-over"].line
-    told = examined(lab, tmp_path, pem(now, after, *authority.chain, *new.chain))
-    assert told["certificate-validity"].verdict == "ok"
-    assert f"takes over at {NOW + 5 * DAY:%Y-%m-%d %H:%M}" in told["roll-over"].line
+    checks = examined(lab, tmp_path, pem(now, after, *authority.chain))
+    assert checks["certificate-validity"].code == "certificate-ends-soon"
+    assert "takes over" not in checks["roll-over"].line
+    checks = examined(lab, tmp_path, pem(now, after, *authority.chain, *new.chain))
+    assert checks["certificate-validity"].verdict == "ok"
+    assert f"takes over at {NOW + 5 * DAY:%Y-%m-%d %H:%M}" in checks["roll-over"].line
 
 
 def test_an_older_one_takes_over_at_the_end_of_the_newer(
@@ -88,8 +88,8 @@ def test_an_older_one_takes_over_at_the_end_of_the_newer(
 ) -> None:
     newer = authority.issue(spki, not_before=NOW - 5 * DAY, not_after=NOW + 30 * DAY)
     older = authority.issue(spki, not_before=NOW - 200 * DAY, not_after=NOW + 300 * DAY)
-    told = examined(lab, tmp_path, pem(newer, older, *authority.chain))
-    assert f"takes over at {NOW + 30 * DAY:%Y-%m-%d %H:%M}" in told["roll-over"].line
+    checks = examined(lab, tmp_path, pem(newer, older, *authority.chain))
+    assert f"takes over at {NOW + 30 * DAY:%Y-%m-%d %H:%M}" in checks["roll-over"].line
 
 
 def test_a_leaf_twice_in_the_file_is_one(
@@ -180,10 +180,10 @@ def test_certificates_are_found_where_a_card_filled_its_file_up(
                     }
                 )
     with contextlib.closing(lab.app("padded", tmp_path)) as app:
-        told = {each.check: each for each in doctor.run(app).checks}
+        checks = {each.check: each for each in doctor.run(app).checks}
         assert [each.der for each in app.chain().certificates] == chain
-    assert told["chain"].verdict == "ok"
-    assert "1 on the device cannot be read" in told["certificate"].line
+    assert checks["chain"].verdict == "ok"
+    assert "1 on the device cannot be read" in checks["certificate"].line
 
 
 def test_comments_in_another_encoding_are_passed_over(

@@ -202,9 +202,9 @@ def test_options_may_stand_between_the_words_of_a_command_as_well(
         "--profile x policy test --profile acme --config a.toml uid:1 road",
     ):
         code = run(line.split())
-        told = capsys.readouterr()
-        assert code == 90, told.err
-        assert "grant: " in told.out
+        captured = capsys.readouterr()
+        assert code == 90, captured.err
+        assert "grant: " in captured.out
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_a_command_line_that_is_misspelt_is_told_what_is_near(
     line: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(line.split()) == 2
-    told = capsys.readouterr()
-    assert says in told.err
-    assert told.out == ""
-    assert len(told.err.splitlines()) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 2
 
 
 def test_the_apis_as_json_are_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["apis", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["schema"] == 1
-    assert [each["name"] for each in told["apis"]] == [api.name for api in apis.APIS]
+    captured = json.loads(capsys.readouterr().out)
+    assert captured["schema"] == 1
+    assert [each["name"] for each in captured["apis"]] == [api.name for api in apis.APIS]

@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def told(facts: Facts) -> dict[str, str]:
+def findings(facts: Facts) -> dict[str, str]:
     """Code → verdict, of what is not well."""
     return {c.code: c.verdict for c in examine(facts) if c.verdict in ("warn", "fail")}
 
 
 @pytest.mark.parametrize("build", GOOD.values(), ids=GOOD)
 def test_the_doctor_is_silent_about_a_good_setup(build: Callable[[], doctor_cases.Setup]) -> None:
-    assert told(build().facts) == {}
+    assert findings(build().facts) == {}
 
 
 @pytest.mark.parametrize("build", BROKEN.values(), ids=BROKEN)
@@ -56,7 +56,7 @@ def test_each_fault_is_caught_by_its_own_code_and_no_other(
     build: Callable[[], doctor_cases.Setup],
 ) -> None:
     made = build()
-    found = told(made.facts)
+    found = findings(made.facts)
     if made.code == "certificate-key":
         # It shows only where the device hides its key's size, which is told as well.
         found.pop("public-key-hidden")
@@ -142,12 +142,12 @@ def test_a_certificate_for_test_is_foretold_to_fail_in_prod() -> None:
         {"environment": "prod", "identity": "norwegian", "iss": "client"}
     )
     # By a policy alone: the list of policies is a copy, which warns.
-    assert told(replace(good.facts, settings=settings)) == {"certificate-environment": "warn"}
+    assert findings(replace(good.facts, settings=settings)) == {"certificate-environment": "warn"}
     for policy in ("2.16.578.1.29.13.210.1.0", "2.16.578.1.29.13.210", "2.16.578.1.29.13.200"):
         prod = setup(family="norwegian", policies=(policy,))
-        assert told(replace(prod.facts, settings=settings)) == {}
+        assert findings(replace(prod.facts, settings=settings)) == {}
     newer = setup(family="norwegian", policies=("2.16.578.1.29.13.999",))
-    assert told(replace(newer.facts, settings=settings)) == {"certificate-policy": "warn"}
+    assert findings(replace(newer.facts, settings=settings)) == {"certificate-policy": "warn"}
 
 
 @pytest.mark.parametrize("above", ["nothing", "the root alone", "the issuer alone"])
@@ -158,15 +158,15 @@ def test_a_norwegian_certificate_whose_chain_is_not_at_hand_is_sent_alone(above:
         "the issuer alone": [enterprise().intermediate],
     }[above]
     made = setup(family="norwegian", above=given)
-    assert told(made.facts) == {}
+    assert findings(made.facts) == {}
     (line,) = [check.line for check in examine(made.facts) if check.check == "chain"]
     assert "sent without its chain" in line
     assert "documented" not in line
     # The control: whoever asks for the whole chain needs it, and so does an eSeal.
     asked = setup(family="norwegian", above=given, settings={"x5c": "full"})
-    assert told(asked.facts) == {"chain-incomplete": "fail"}
+    assert findings(asked.facts) == {"chain-incomplete": "fail"}
     assert "HSMTOLL_X5C" in str([c.hint for c in examine(asked.facts) if c.check == "chain"])
-    assert told(setup(above=[]).facts) == {"chain-incomplete": "fail"}
+    assert findings(setup(above=[]).facts) == {"chain-incomplete": "fail"}
     whole = setup(family="norwegian")
     (line,) = [check.line for check in examine(whole.facts) if check.check == "chain"]
     assert "3 sent" in line
@@ -186,7 +186,7 @@ def test_buypass_shares_a_policy_so_that_its_issuer_decides() -> None:
         settings = Settings.model_validate(
             {"environment": environment, "identity": "norwegian", "iss": "client"}
         )
-        found = told(replace(made.facts, settings=settings))
+        found = findings(replace(made.facts, settings=settings))
         assert found == ({} if fine else {"certificate-environment": "fail"})
 
 
@@ -195,8 +195,8 @@ def test_an_eseal_of_a_test_ca_is_foretold_to_fail_in_test_as_well() -> None:
     from hsmtoll.sandbox.pki import eseal_authority
 
     of_test = setup(authority=eseal_authority("Buypass Class 3 Test4"))
-    assert told(of_test.facts) == {"certificate-environment": "fail"}
-    assert told(setup(authority=eseal_authority("Buypass Class 3")).facts) == {}
+    assert findings(of_test.facts) == {"certificate-environment": "fail"}
+    assert findings(setup(authority=eseal_authority("Buypass Class 3")).facts) == {}
 
 
 def test_the_choice_between_certificates_is_explained() -> None:
@@ -227,13 +227,13 @@ def test_the_next_certificate_is_named_with_its_day_and_silences_the_warning() -
         key().public_key(), not_before=NOW + 10 * DAY, organization_id="NTRSE-0000000001"
     )
     wrong = replace(seen, certificates=(*seen.certificates, ours(other)))
-    assert told(replace(ending.facts, seen=(wrong,))) == {"certificate-ends-soon": "warn"}
+    assert findings(replace(ending.facts, seen=(wrong,))) == {"certificate-ends-soon": "warn"}
 
 
 def test_the_first_usable_key_of_several_is_judged_and_the_others_are_told() -> None:
     good = setup().facts
     gone = Seen(uri=doctor_cases.URI, error=errors.DeviceError("away", code="device-missing"))
-    assert told(replace(good, seen=(gone, *good.seen))) == {"key-unusable": "warn"}
+    assert findings(replace(good, seen=(gone, *good.seen))) == {"key-unusable": "warn"}
     report = Report(examine(replace(good, seen=(gone, *good.seen))), good)
     assert report.exit_code == 0
     assert Report(examine(replace(good, seen=(gone, gone))), good).exit_code == 30
@@ -242,9 +242,9 @@ def test_the_first_usable_key_of_several_is_judged_and_the_others_are_told() -> 
 def test_keys_of_different_organisations_are_refused() -> None:
     good = setup().facts
     other = setup(signer=key(1), organization_id="NTRSE-0000000001").facts
-    assert told(replace(good, seen=(*good.seen, *other.seen))) == {"keys-differ": "fail"}
+    assert findings(replace(good, seen=(*good.seen, *other.seen))) == {"keys-differ": "fail"}
     same = setup(signer=key(1)).facts
-    assert told(replace(good, seen=(*good.seen, *same.seen))) == {}
+    assert findings(replace(good, seen=(*good.seen, *same.seen))) == {}
 
 
 def test_a_key_that_waits_for_its_certificate_is_no_fault() -> None:
@@ -267,14 +267,14 @@ def test_with_a_kid_no_certificate_is_asked_for_and_its_age_is_unknown() -> None
 
 def test_each_scope_asked_for_is_granted_or_names_who_must_act() -> None:
     refused = ScopeNotGranted("no access", code="MP-250", who="customs", hint="ask Customs")
-    said = (("toll:eu/movement/road/v2", None), ("toll:eu/movement/air", refused))
+    scopes = (("toll:eu/movement/road/v2", None), ("toll:eu/movement/air", refused))
     answers = Answers(
         metadata=doctor_cases._METADATA,
         offset=0.0,
         health=200,
         consumer="NTRSE-5566778899",
         amr="CForESeal",
-        scopes=said,
+        scopes=scopes,
     )
     facts = replace(setup().facts, answers=answers)
     checks = {c.check: c for c in examine(facts)}
@@ -307,10 +307,10 @@ def test_failures_stand_last_and_what_they_kept_from_being_reached_is_one_line()
     assert summary == f"0 ok, 0 warnings, 1 failed, {len(CHECKS) - 1} skipped"
     assert first.startswith("first: test, prod or sandbox")
     # For a program each check stays one element, and the summary is the same.
-    told = report.as_json()
-    assert len(told["checks"]) == len(CHECKS)
+    as_json = report.as_json()
+    assert len(as_json["checks"]) == len(CHECKS)
     counts = {"ok": 0, "warn": 0, "fail": 1, "skip": len(CHECKS) - 1}
-    assert told["summary"] == {**counts, "first": first.removeprefix("first: ")}
+    assert as_json["summary"] == {**counts, "first": first.removeprefix("first: ")}
 
 
 def test_a_good_setup_ends_with_its_summary_and_nothing_to_do() -> None:
@@ -332,10 +332,10 @@ def test_every_setting_that_is_missing_is_named_at_once() -> None:
 
 @pytest.mark.parametrize("code", ["MP-120", "MP-124"])
 def test_the_doctor_never_tells_to_ask_the_doctor(code: str) -> None:
-    said = {"error": "invalid_grant", "error_description": "no", "error_uri": f"https://x/{code}"}
+    body = {"error": "invalid_grant", "error_description": "no", "error_uri": f"https://x/{code}"}
     post = Post("Maskinporten", "https://x/token", {}, "secret")
     with pytest.raises(errors.GrantRefused) as caught:
-        read_subject(Answer(400, {}, json.dumps(said).encode()), post)
+        read_subject(Answer(400, {}, json.dumps(body).encode()), post)
     # The control: elsewhere that is what to do.
     assert "hsmtoll doctor" in (caught.value.hint or "")
     facts = replace(setup().facts, answers=Answers(metadata={}, self_test=caught.value))
@@ -347,31 +347,31 @@ def test_the_doctor_never_tells_to_ask_the_doctor(code: str) -> None:
 def test_whether_a_trusted_list_has_the_issuer_is_not_claimed_before_maskinporten_says_so() -> None:
     good = setup()
 
-    def told(answers: Answers | None) -> Check:
+    def check_with(answers: Answers | None) -> Check:
         facts = replace(good.facts, answers=answers)
         return next(check for check in examine(facts) if check.check == "trusted-list")
 
-    offline = told(None)
+    offline = check_with(None)
     assert (offline.verdict, "--online" in offline.line) == ("skip", True)
     assert "https://eidas.ec.europa.eu/" in offline.line
     refused = errors.GrantRefused("refused", code="MP-120")
-    assert told(Answers(self_test=refused)).verdict == "skip"
-    assert told(Answers(consumer="NTRSE-5566778899")).verdict == "ok"
+    assert check_with(Answers(self_test=refused)).verdict == "skip"
+    assert check_with(Answers(consumer="NTRSE-5566778899")).verdict == "ok"
 
 
 def test_a_proxy_that_is_set_and_not_used_is_a_warning_until_it_is_not_needed() -> None:
     good = setup().facts
 
-    def told(facts: Facts) -> Check:
+    def check_of(facts: Facts) -> Check:
         return next(check for check in examine(facts) if check.check == "proxy")
 
     unused = replace(good, unused_proxy="https_proxy")
-    warned = told(unused)
+    warned = check_of(unused)
     assert (warned.verdict, warned.code) == ("warn", "proxy-unused")
     assert warned.line == "https_proxy is set and not used"
     assert "HSMTOLL_PROXY=environment" in (warned.hint or "")
-    assert told(good).verdict == "ok"
-    assert told(replace(unused, answers=Answers(metadata={}))).verdict == "ok"
+    assert check_of(good).verdict == "ok"
+    assert check_of(replace(unused, answers=Answers(metadata={}))).verdict == "ok"
 
 
 def test_evidence_holds_the_key_as_reported_and_no_secret() -> None:
@@ -380,8 +380,8 @@ def test_evidence_holds_the_key_as_reported_and_no_secret() -> None:
     filed = Report(examine(made.facts), made.facts).evidence()
     assert canary not in repr(filed)
     assert filed["settings"]["hsm"]["pin"] == "set, not shown"
-    said = filed["keys"][0]["key_as_reported_by_the_module"]
-    assert said["never_extractable"] is True
+    reported = filed["keys"][0]["key_as_reported_by_the_module"]
+    assert reported["never_extractable"] is True
     assert len(filed["chain"]) == 3
     assert filed["keys"][0]["device"]["firmware"] == "1.0"
     assert filed["versions"]["hsmtoll"]
@@ -422,7 +422,7 @@ def test_an_old_list_is_called_stale() -> None:
     status = revocation.by_crl(old, leaf, issuer, now=NOW)
     mine = made.facts.seen[0].certificates[0]
     facts = replace(made.facts, revocation=(Revocation(certificate=mine, status=status),))
-    assert told(facts) == {"revocation-stale": "warn"}
+    assert findings(facts) == {"revocation-stale": "warn"}
 
 
 def _ocsp(raw: Any, status: ocsp.OCSPCertStatus, *, by: Any = None) -> bytes:
@@ -475,7 +475,7 @@ def test_nothing_known_of_revocation_is_a_warning_and_not_a_pass() -> None:
     made = setup()
     mine = made.facts.seen[0].certificates[0]
     facts = replace(made.facts, revocation=(Revocation(certificate=mine, problem="no answer"),))
-    assert told(facts) == {"revocation-unknown": "warn"}
+    assert findings(facts) == {"revocation-unknown": "warn"}
 
 
 def test_a_malformed_extension_is_warned_about_and_named() -> None:
@@ -484,6 +484,6 @@ def test_a_malformed_extension_is_warned_about_and_named() -> None:
     leaf, *above = seen.certificates
     odd = replace(leaf, unreadable=frozenset({"1.3.6.1.5.5.7.1.3"}))
     facts = replace(made.facts, seen=(replace(seen, certificates=(odd, *above)),))
-    assert told(facts) == {"certificate-extension": "warn"}
+    assert findings(facts) == {"certificate-extension": "warn"}
     line = next(c.line for c in examine(facts) if c.check == "certificate")
     assert "these extensions cannot be read: qcStatements" in line

@@ -92,11 +92,11 @@ def test_it_lets_one_caller_try_by_itself_and_closes_when_that_one_is_answered(
     breaker.record_error(GONE)
     clock.advance(1)
     assert not down(breaker)
-    told: list[bool] = []
-    other = threading.Thread(target=lambda: told.append(down(breaker)))
+    seen: list[bool] = []
+    other = threading.Thread(target=lambda: seen.append(down(breaker)))
     other.start()
     other.join()
-    assert told == [True]
+    assert seen == [True]
     assert not down(breaker)
     with caplog.at_level(logging.WARNING):
         breaker.worked()
@@ -151,11 +151,11 @@ def test_a_trial_that_was_interrupted_is_left_to_the_next_caller(
     clock.advance(1)
     breaker.admit()
     breaker.record_error(KeyboardInterrupt())
-    told: list[bool] = []
-    other = threading.Thread(target=lambda: told.append(down(breaker)))
+    seen: list[bool] = []
+    other = threading.Thread(target=lambda: seen.append(down(breaker)))
     other.start()
     other.join()
-    assert told == [False]
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("code", ["module-crashed", "device-hung"])

@@ -30,7 +30,7 @@ class Flags:
 
     whole: int
     part: float
-    told: bool | None
+    answered: bool | None
     names: frozenset[str] = frozenset()
 
 
@@ -79,7 +79,7 @@ def test_so_is_one_with_an_error_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "data"),
     [
         (int, True),
         (int, 1.5),
@@ -103,14 +103,14 @@ def test_so_is_one_with_an_error_in_it() -> None:
         (Opening, None),
     ],
 )
-def test_what_is_no_value_of_the_type_is_an_error(kind: Any, said: Any) -> None:
+def test_what_is_no_value_of_the_type_is_an_error(kind: Any, data: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
-        decode(kind, said)
+        decode(kind, data)
 
 
 def test_an_error_of_no_class_of_ours_is_one_of_the_device() -> None:
-    said = {"class": "SystemExit", "message": "gone", "code": "worker"}
-    error = decode(HsmTollError, said)
+    data = {"class": "SystemExit", "message": "gone", "code": "worker"}
+    error = decode(HsmTollError, data)
     assert type(error) is DeviceError
     assert str(error) == "gone"
 

@@ -62,7 +62,7 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("token=t", "does not start with 'pkcs11:'"),
         ("pkcs11:tokn=t", "'tokn' is not an attribute"),
@@ -88,10 +88,10 @@ def test_pin_source_is_a_file_as_path_or_uri() -> None:
         ("pkcs11:?module-name=softhsm", "'module-name' is refused"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(text: str, said: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         KeyUri.parse(text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.code == "uri"
     assert caught.value.exit_code == 10

@@ -242,7 +242,7 @@ def test_a_token_costs_the_store_two_reads_when_it_is_cold_and_one_when_it_is_wa
 def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
     clock: HandClock, well: Well, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, fetch, hold, told = cache_of(clock), well.fetch, threading.Event(), list[str]()
+    cache, fetch, hold, results = cache_of(clock), well.fetch, threading.Event(), list[str]()
     well.hold = hold
 
     def only_the_first_is_denied(pending: PendingRenewal) -> AccessToken:
@@ -253,9 +253,9 @@ def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
 
     def ask() -> None:
         try:
-            told.append(cache.get(REQUEST, well).value)
+            results.append(cache.get(REQUEST, well).value)
         except TryAgainLater as exc:
-            told.append(str(exc))
+            results.append(str(exc))
 
     monkeypatch.setattr(well, "fetch", only_the_first_is_denied)
     crowd = [threading.Thread(target=ask) for _ in range(20)]
@@ -265,7 +265,7 @@ def test_an_error_about_the_caller_is_for_the_one_who_led_and_for_nobody_else(
     hold.set()
     for each in crowd:
         each.join(20)
-    assert sorted(told) == ["not you", *["token-2"] * 19]
+    assert sorted(results) == ["not you", *["token-2"] * 19]
     # Nothing is remembered of it: the control is a failure of the device, which rests.
     clock.pass_(1)
     well.error = TryAgainLater("not you", scope="caller")
@@ -805,14 +805,14 @@ def test_the_count_of_hits_says_where_tokens_came_from(
 
 
 def test_a_token_that_is_over_when_it_comes_costs_one_signature(clock: HandClock) -> None:
-    well, hold, told = Well(clock, lifetime=1), threading.Event(), list[HsmTollError]()
+    well, hold, errors = Well(clock, lifetime=1), threading.Event(), list[HsmTollError]()
     well.hold, cache = hold, cache_of(clock)
 
     def ask() -> None:
         try:
             cache.get(REQUEST, well)
         except HsmTollError as exc:
-            told.append(exc)
+            errors.append(exc)
 
     crowd = [threading.Thread(target=ask) for _ in range(20)]
     for each in crowd:
@@ -823,7 +823,7 @@ def test_a_token_that_is_over_when_it_comes_costs_one_signature(clock: HandClock
     for each in crowd:
         each.join(10)
     assert well.fetched == 1
-    assert {(type(each), each.code) for each in told} == {(NetworkError, "token-over")}
+    assert {(type(each), each.code) for each in errors} == {(NetworkError, "token-over")}
 
 
 def test_renew_is_a_new_token_after_the_clock_was_set_back(clock: HandClock, well: Well) -> None:

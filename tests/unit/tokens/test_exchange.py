@@ -89,7 +89,7 @@ def test_every_lifetime_from_a_second_to_a_day_is_taken(seconds: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "reply"),
     [
         ("a", {"scope": "a"}),
         ("a", {}),
@@ -99,9 +99,9 @@ def test_every_lifetime_from_a_second_to_a_day_is_taken(seconds: int) -> None:
     ],
 )
 def test_a_scope_that_is_granted_whole_or_not_spoken_of_is_taken(
-    asked: str, said: dict[str, str]
+    asked: str, reply: dict[str, str]
 ) -> None:
-    body = {name: value for name, value in GOOD.items() if name != "scope"} | said
+    body = {name: value for name, value in GOOD.items() if name != "scope"} | reply
     assert exchange.read_subject(answer(body=body), post(), scope=asked).expires_in == 119
 
 
@@ -168,8 +168,8 @@ def test_a_refusal_that_a_new_grant_may_cure_is_retryable_once(code: str) -> Non
 def test_a_refused_certificate_is_retryable_where_there_is_another(code: str) -> None:
     asked: list[str] = []
 
-    def rejected(said: str) -> bool:
-        asked.append(said)
+    def rejected(message: str) -> bool:
+        asked.append(message)
         return True
 
     with pytest.raises(GrantRefused) as caught:
@@ -269,10 +269,10 @@ def test_nothing_secret_is_in_the_texts_of_the_values() -> None:
 def test_an_answer_of_a_megabyte_is_looked_at_as_far_as_a_person_reads(filler: str) -> None:
     body = {"error": "invalid_grant", "error_description": "no " + filler * (2**20 // len(filler))}
     body["error_uri"] = "x" * 2**20 + "/MP-100"
-    told = subject_error(answer(400, body))
-    assert str(told).startswith("Maskinporten refused the grant: 400, MP-100, invalid_grant: no")
-    assert len(str(told)) < 500
-    assert told.trace_id is None
+    error = subject_error(answer(400, body))
+    assert str(error).startswith("Maskinporten refused the grant: 400, MP-100, invalid_grant: no")
+    assert len(str(error)) < 500
+    assert error.trace_id is None
 
 
 def test_what_follows_the_first_two_thousand_characters_changes_nothing() -> None:
@@ -308,7 +308,7 @@ def _summary(error: HsmTollError) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "told"),
+    ("status", "kind", "attributes"),
     [
         (429, TryAgainLater, ("throttled", True, 7.0)),
         (500, NetworkError, ("server-error", True, 7.0)),
@@ -318,7 +318,7 @@ def _summary(error: HsmTollError) -> tuple[object, ...]:
     ],
 )
 def test_trouble_of_either_leg_says_whether_and_when_to_try_again(
-    status: int, kind: type[HsmTollError], told: tuple[object, ...]
+    status: int, kind: type[HsmTollError], attributes: tuple[object, ...]
 ) -> None:
     given = answer(status, {}, x_request_id="r-1")
     with pytest.raises(kind) as first:
@@ -327,7 +327,7 @@ def test_trouble_of_either_leg_says_whether_and_when_to_try_again(
         exchange.read_issued(given, post(), wait=7.0)
     for caught, jti in ((first, "j1"), (second, None)):
         error = caught.value
-        assert (error.code, error.retryable, error.retry_after) == told
+        assert (error.code, error.retryable, error.retry_after) == attributes
         assert (error.correlation_id, error.jti) == ("r-1", jti)
 
 
