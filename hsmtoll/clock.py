@@ -112,6 +112,8 @@ class Skew:
     def __init__(self, path: Path | None = None) -> None:
         self._kept = PersistedText(path)
         self.seconds = 0.0
+        #: The difference at the last response, in seconds; ``None`` before the first.
+        self.observed: float | None = None
         with contextlib.suppress(ValueError):
             seconds = float(self._kept.read() or 0.0)
             # The file may be wrong: apply the same limit as for a response.
@@ -119,6 +121,7 @@ class Skew:
 
     def learn(self, offset: float) -> bool:
         """Update the correction to *offset*, noise to 0. Returns whether the correction changed."""
+        self.observed = offset
         corrected = 0.0 if abs(offset) < _NOISE else offset
         if abs(offset) > MAX_SKEW or abs(corrected - self.seconds) < _NOISE:
             return False

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from hsmtoll.errors import ConfigurationError, install_extra
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
 
     from prometheus_client.registry import CollectorRegistry
 
@@ -38,6 +39,7 @@ class Status:
     legs: Mapping[tuple[str, str], int]
     hits: Mapping[str, int]
     seconds_until_expiry: float | None
+    certificate_not_after: datetime | None
     certificate_days: float | None
     skew: float
     pin: str | None
@@ -53,60 +55,32 @@ def status_of(token_service: TokenService) -> Status:
         legs=dict(token_service.counts.legs),
         hits=dict(token_service.cache.hits),
         seconds_until_expiry=token_service.cache.left(),
+        certificate_not_after=ends,
         certificate_days=(ends.timestamp() - now) / 86_400 if ends is not None else None,
         skew=token_service.skew.seconds,
         pin=token_service.pin_state(),
     )
 
 
-def register(registry: CollectorRegistry, status: Callable[[], Status]) -> None:
+def register(
+    registry: CollectorRegistry, status: Callable[[], Status], **labels: str
+) -> Callable[[], None]:
     """
     Put the metrics of a client on *registry*: ``register(REGISTRY, client.status)``.
 
-    ConfigurationError without the extra ``metrics``.
+    Several clients of one registry need *labels* that tell them apart: ``client="road"``. Returns
+    the function that takes this client off the registry again, to be called when it is closed;
+    further calls do nothing.
+
+    ConfigurationError without the extra ``metrics``; UsageError for labels that another client of
+    the registry has, and for a label that cannot be used.
     """
     try:
-        from prometheus_client import core  # noqa: PLC0415 - an extra
+        from hsmtoll.collectors import add_client  # noqa: PLC0415 - needs an extra
     except ImportError as exc:
         raise ConfigurationError(
             "metrics: prometheus-client is not installed",
             hint=install_extra("metrics"),
             code="extra-missing",
         ) from exc
-
-    class Collector:
-        def collect(self) -> Iterable[core.Metric]:
-            seen = status()
-            yield core.CounterMetricFamily(
-                "hsmtoll_signatures", "Signatures asked of the device.", value=seen.signatures
-            )
-            legs = core.CounterMetricFamily(
-                "hsmtoll_legs", "Requests to the token endpoints.", labels=["leg", "outcome"]
-            )
-            for (leg, outcome), count in sorted(seen.legs.items()):
-                legs.add_metric([leg, outcome], count)
-            yield legs
-            hits = core.CounterMetricFamily(
-                "hsmtoll_tokens", "Tokens given, by where they came from.", labels=["state"]
-            )
-            for state, count in sorted(seen.hits.items()):
-                hits.add_metric([state], count)
-            yield hits
-            for name, about, value in (
-                ("waiting_callers", "Callers who wait for a renewal.", seen.waiting),
-                (
-                    "time_to_expiry_seconds",
-                    "Until the last living token dies.",
-                    seen.seconds_until_expiry,
-                ),
-                ("certificate_days", "Days until the certificate expires.", seen.certificate_days),
-                ("clock_skew_seconds", "Added to this machine's clock for iat.", seen.skew),
-            ):
-                if value is not None:
-                    yield core.GaugeMetricFamily(f"hsmtoll_{name}", about, value=value)
-            if seen.pin is not None:
-                yield core.InfoMetricFamily(
-                    "hsmtoll_pin", "State of the PIN as last seen.", value={"state": seen.pin}
-                )
-
-    registry.register(Collector())
+    return add_client(registry, status, labels)

@@ -368,6 +368,21 @@ class Audit:
         _log.info("audit head %d:%s", seq, head)
 
     @property
+    def unsealed(self) -> int:
+        """Number of records that no checkpoint covers."""
+        return self.seq - self._sealed_seq
+
+    @property
+    def sealed_at(self) -> float:
+        """When the last checkpoint was written, in seconds since the epoch."""
+        return self._sealed_at
+
+    def free_bytes(self) -> int:
+        """Room for this account on the disk of the log."""
+        disk = os.statvfs(self._directory)
+        return disk.f_bavail * disk.f_frsize
+
+    @property
     def broken(self) -> str | None:
         """Why the log cannot be written; ``None`` if it can."""
         return self._broken

@@ -128,7 +128,8 @@ class Listener:
     """
     One listening socket. *handler* gets each request with its peer: a PolicyDenied if the peer
     cannot be identified, ``None`` without *peers_known*. *tls* returns the context for each new
-    connection.
+    connection. *refused* is called with the reason for each connection that is not served:
+    ``crowded`` (closed to make room), ``busy`` (above a limit) or ``handshake`` (of TLS).
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Listener:
         *,
         tls: Callable[[], ssl.SSLContext] | None = None,
         peers_known: bool = True,
+        refused: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._listening = listening
         self._handler = handler
@@ -149,8 +151,7 @@ class Listener:
         self._places = Places(limits)
         # The oldest first.
         self._handshakes: dict[Connection, asyncio.Task[None]] = {}
-        #: Connections closed because of a limit.
-        self.dropped = 0
+        self._refused = refused
         # Text of a warning → the loop's time from which it may be logged again.
         self._warn_after: dict[str, float] = {}
         self._establishing: set[asyncio.Task[None]] = set()
@@ -216,6 +217,7 @@ class Listener:
         accepted.setblocking(False)
         connection = self._identify(accepted, loop.time())
         if self._tls is None and not self._place(connection):
+            self._refused("busy")
             accepted.close()
             return
         task = loop.create_task(self._establish(accepted, connection))
@@ -266,6 +268,7 @@ class Listener:
             self.ended(connection)
             if not isinstance(exc, OSError):
                 raise
+            self._refused("handshake")
             # Mostly clients without a valid certificate. Anyone can cause it: not always a warning.
             _log.info("listener: connection failed (%s)", type(exc).__name__)
             if isinstance(exc, ssl.SSLCertVerificationError):
@@ -317,7 +320,7 @@ class Listener:
             self._set_timer(connection, _REQUEST_TIMEOUT)
 
     def _count_dropped(self, why: str) -> None:
-        self.dropped += 1
+        self._refused("crowded")
         self._warn(why)
 
     def _warn(self, why: str) -> None:
@@ -385,6 +388,7 @@ class Listener:
 
     async def _reply(self, request: web.BaseRequest, connection: Connection) -> web.Response:
         if connection in self._places.rejected:
+            self._refused("busy")
             raise busy("too many connections at once")
         return await self._handler(request, connection.peer)
 

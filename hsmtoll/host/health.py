@@ -1,4 +1,4 @@
-"""Readiness of a signing host, with reasons, and its metrics."""
+"""Readiness of a signing host, with reasons."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ if TYPE_CHECKING:
     from hsmtoll.host.authorize import Authorizer
     from hsmtoll.host.profiles import Profiles
 
-__all__ = ["PROMETHEUS_TEXT", "HostHealth", "exposed"]
-
-#: Content type of the Prometheus text format.
-PROMETHEUS_TEXT: Final = "text/plain; version=0.0.4; charset=utf-8"
+__all__ = ["HostHealth"]
 
 #: The reason in /ready and in the log for the custodian.
 _CLOCK: Final = (
@@ -28,7 +25,7 @@ _CLOCK: Final = (
 
 @dataclass(frozen=True, slots=True)
 class HostHealth:
-    """Readiness and metrics of one host. Used on its event loop."""
+    """Readiness of one host. Used on its event loop."""
 
     authorizer: Authorizer
     profiles: Profiles
@@ -54,22 +51,12 @@ class HostHealth:
                 )
         return why
 
-    def numbers(self) -> dict[str, float]:
-        """The metrics: name → value."""
-        return {
-            "ready": float(not self.not_ready()),
-            "stopped": float(self.authorizer.stopped() is not None),
-            "audit_seq": float(self.audit.seq),
-            "audit_writable": float(self.audit.broken is None),
-            "clock_synchronised": float(self.synchronised()),
-            "signatures_total": float(self.profiles.signatures),
-        }
+    @property
+    def ready(self) -> bool:
+        """Whether grants can be signed for all profiles."""
+        return not self.not_ready()
 
-
-def exposed(numbers: dict[str, float]) -> str:
-    """Format *numbers* in the Prometheus text format."""
-    lines = []
-    for name, value in numbers.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE hsmtoll_host_{name} {kind}", f"hsmtoll_host_{name} {value:.16g}"]
-    return "\n".join([*lines, ""])
+    @property
+    def stopped(self) -> bool:
+        """Whether signing is stopped."""
+        return self.authorizer.stopped() is not None

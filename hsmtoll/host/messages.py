@@ -25,6 +25,7 @@ __all__ = [
     "HEADERS",
     "RequestRejected",
     "busy_reply",
+    "error_word",
     "json_reply",
     "malformed",
     "not_found",
@@ -223,6 +224,13 @@ def reply_to(exc: Exception) -> web.Response:
         wait = _RETRY_AFTER if exc.retry_after is None else exc.retry_after
         response.headers["Retry-After"] = str(max(1, math.ceil(wait)))
     return response
+
+
+def error_word(exc: Exception) -> str:
+    """The member `error` of the reply for *exc*."""
+    if isinstance(exc, RequestRejected):
+        return exc.code
+    return replies.reply_to(exc).word if isinstance(exc, HsmTollError) else "internal"
 
 
 def _error(status: int, code: str, text: str, hint: str) -> web.Response:

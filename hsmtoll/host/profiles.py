@@ -12,6 +12,7 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.app import App
@@ -21,14 +22,17 @@ from hsmtoll.host.authorize import busy
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
 from hsmtoll.host.self_test import Health, sign_self_test
+from hsmtoll.tokens.token_service import Counts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from datetime import datetime
     from pathlib import Path
 
     from hsmtoll.clock import Clock
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.group_commit import GroupCommit
+    from hsmtoll.host.measures import Measures
     from hsmtoll.settings import Settings
     from hsmtoll.tokens.cache import Cache
 
@@ -49,11 +53,11 @@ _RETRY_AFTER: Final = 5.0
 
 
 class _NoClockCorrection(Skew):
-    """Ignores the services' Date headers: a signing host's clock is kept by NTP alone."""
+    """Notes the services' Date headers and no more: a host's clock is kept by NTP alone."""
 
     def learn(self, offset: float) -> bool:
-        """Ignore *offset*."""
-        del offset
+        """Note *offset*; never correct."""
+        self.observed = offset
         return False
 
 
@@ -61,8 +65,9 @@ class _NoClockCorrection(Skew):
 class Profile:
     """
     One profile at runtime; *table* is its table in the policy. *executor* has one thread for each
-    of the device's *workers*. *leaf* is the SHA-256 of the certificate that signed last. Once
-    *retired*, it signs no further request, and is closed after the last one has ended.
+    of the device's *workers*. *leaf* is the SHA-256 of the certificate that signed last, and
+    *not_after* its end; without one, of that which the self-test found. Once *retired*, it signs no
+    further request, and is closed after the last one has ended.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Profile:
     executor: ThreadPoolExecutor
     health: Health = field(default_factory=Health)
     leaf: str | None = None
+    not_after: datetime | None = None
     self_test: asyncio.Task[None] | None = None
     retired: bool = False
     _slots: asyncio.Semaphore = field(init=False)
@@ -82,6 +88,16 @@ class Profile:
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(_SLOTS * self.workers)
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a slot."""
+        return self._waiting
+
+    @property
+    def pin_state(self) -> str | None:
+        """As `Device.pin_state`."""
+        return self.app.token_service.pin_state()
 
     def check_ready(self) -> None:
         """DeviceError (``not-ready``) until the first self-test has passed."""
@@ -154,6 +170,7 @@ class Profiles:
         clock: Clock,
         synchronised: Callable[[], bool],
         deadline: float,
+        measures: Measures,
     ) -> None:
         self._path = path
         self._stop_file = stop_file
@@ -161,9 +178,11 @@ class Profiles:
         self._clock = clock
         self._synchronised = synchronised
         self._deadline = deadline
-        #: Number of signatures requested from devices.
-        self.signatures = 0
+        self._measures = measures
         self.policy, self._profiles = self._read({})
+        #: Whether the last reload succeeded, and when (epoch seconds) the policy was loaded.
+        self.reloaded, self.loaded_at = True, clock.now().wall
+        measures.expect(self.policy)
 
     def get(self, name: str) -> Profile | None:
         """The profile *name* of the policy in use."""
@@ -233,7 +252,8 @@ class Profiles:
                 "certificate_sha256": settings.hsm.certificate_sha256,
             },
         }
-        app = App(settings, clock=self._clock, worker=worker)
+        counts = Counts(ended=partial(self._measures.leg, name))
+        app = App(settings, clock=self._clock, worker=worker, counts=counts)
         app.skew = _NoClockCorrection()
         if app.family == "norwegian" and settings.iss is None:
             raise ConfigurationError("iss is required with identity = norwegian")
@@ -256,6 +276,8 @@ class Profiles:
         try:
             audit.append("policy", policy_sha256=policy.sha256, outcome="loaded")
             self.policy, self._profiles = policy, profiles
+            self.reloaded, self.loaded_at = True, self._clock.now().wall
+            self._measures.expect(policy)
             await commit.synced()
         except AuditBroken as exc:
             # Without an audit nothing is signed, with either policy.
@@ -268,6 +290,7 @@ class Profiles:
         return None
 
     async def _keep_policy(self, exc: HsmTollError, commit: GroupCommit) -> str:
+        self.reloaded = False
         _log.error("policy not reloaded, the old one stays in force: %s", exc)
         with contextlib.suppress(HsmTollError):
             sha256 = self.policy.sha256
@@ -319,7 +342,8 @@ class Profiles:
             profile.health.back_off(self._clock.now().boot)
         loop = asyncio.get_running_loop()
         result = await loop.run_in_executor(profile.executor, sign_self_test, profile.app)
-        self.signatures += result.signatures
+        self._measures.signatures.labels(profile.name).inc(result.signatures)
+        profile.not_after = result.not_after or profile.not_after
         profile.health.tested(result, self._clock.now().boot)
 
 

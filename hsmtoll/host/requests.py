@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.authorize import Authorization, Authorizer, RequestContext
     from hsmtoll.host.group_commit import GroupCommit
+    from hsmtoll.host.measures import Measures
     from hsmtoll.host.profiles import Profile, Profiles
     from hsmtoll.signing.grant import SignedGrant
     from hsmtoll.signing.signer import Signer
@@ -63,6 +64,7 @@ class Requests:
     commit: GroupCommit
     clock: Clock
     deadline: float
+    measures: Measures
     _tasks: set[asyncio.Task[Reply]] = field(default_factory=set)
 
     def begin(self, context: RequestContext) -> asyncio.Task[Reply]:
@@ -187,7 +189,8 @@ class Requests:
 
         def sign() -> SignedGrant:
             self.authorizer.check_still_wanted(context)
-            return profile.app.signer.sign(request, jti=jti)
+            with self.measures.signing_seconds.labels(profile.name).time():
+                return profile.app.signer.sign(request, jti=jti)
 
         try:
             future = profile.executor.submit(sign)
@@ -213,17 +216,18 @@ class Requests:
         if isinstance(exc, HsmTollError):
             code = exc.code
             profile.health.failed(exc)
-            self.profiles.signatures += exc.signed
+            self.measures.signatures.labels(profile.name).inc(exc.signed)
         self.audit.append("result", **record, outcome=code)
         await self.commit.synced()
 
     def _record_grant(
         self, profile: Profile, record: dict[str, Any], grant: SignedGrant
     ) -> Recorded:
-        self.profiles.signatures += 1
+        self.measures.signatures.labels(profile.name).inc()
         profile.health.signed()
         # With a kid there is no certificate to name.
         leaf = grant.identity if grant.not_after is not None else None
+        profile.not_after = grant.not_after
         if leaf is not None and leaf != profile.leaf:
             profile.leaf = leaf
             self.audit.append("certificate", profile=profile.name, cert_sha256=leaf, outcome="used")

@@ -11,6 +11,7 @@ from hsmtoll.signing.device_certificates import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from hsmtoll.app import App
     from hsmtoll.hsm.device import Device
@@ -25,12 +26,14 @@ _MAX_BACKOFF: Final = 60.0
 class SelfTestResult(NamedTuple):
     """
     The result of testing the devices in order until one passes. *failure* is the first device's
-    error, ``None`` if one passed; *signature_wrong*: a device returned a wrong signature.
+    error, ``None`` if one passed; *signature_wrong*: a device returned a wrong signature;
+    *not_after*: end of the certificate of the device that passed, ``None`` with a kid.
     """
 
     failure: HsmTollError | None
     signature_wrong: bool
     signatures: int
+    not_after: datetime | None = None
 
 
 @dataclass(slots=True)
@@ -73,7 +76,7 @@ def sign_self_test(app: App) -> SelfTestResult:
     failure, signature_wrong, signatures = None, False, 0
     for device in app.devices:
         try:
-            sign = _self_test_of(app, device)
+            sign, not_after = _self_test_of(app, device)
             signatures += 1
             sign()
         except HsmTollError as exc:
@@ -82,15 +85,22 @@ def sign_self_test(app: App) -> SelfTestResult:
                 signature_wrong or exc.code == "signature-wrong",
             )
         else:
-            return SelfTestResult(None, signature_wrong=signature_wrong, signatures=signatures)
+            return SelfTestResult(
+                None,
+                signature_wrong=signature_wrong,
+                signatures=signatures,
+                not_after=not_after,
+            )
     return SelfTestResult(failure, signature_wrong=signature_wrong, signatures=signatures)
 
 
-def _self_test_of(app: App, device: Device) -> Callable[[], None]:
-    """Read the device's certificates and find its key; returns the function that signs."""
+def _self_test_of(app: App, device: Device) -> tuple[Callable[[], None], datetime | None]:
+    """
+    Read the device's certificates and find its key; returns the function that signs, and the end
+    of the certificate.
+    """
     signer = app.local_signer(device)
-    if app.settings.kid is None:
-        signer.chain()
+    not_after = signer.chain().leaf.not_after if app.settings.kid is None else None
     pool = [*readable(device.certificates()), *app.signers.supplied().certificates]
     candidates = tuple({each.public_key for each in pool if each.public_key is not None})
     public = device.key(candidates=candidates).public
@@ -104,4 +114,4 @@ def _self_test_of(app: App, device: Device) -> Callable[[], None]:
                 code="signature-wrong",
             )
 
-    return sign
+    return sign, not_after

@@ -20,7 +20,6 @@ from hsmtoll.errors import HsmTollError, PolicyDenied
 from hsmtoll.host import messages, system
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.connections import Listener, mark_complete
-from hsmtoll.host.health import PROMETHEUS_TEXT, exposed
 from hsmtoll.host.places import Limits
 from hsmtoll.host.required import check_complete
 from hsmtoll.host.service import Service
@@ -30,6 +29,7 @@ from hsmtoll.hsm.protect import keep_secrets_in_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from hsmtoll.host.measures import Asked
     from hsmtoll.host.peers import Peer
     from hsmtoll.settings import Settings
 
@@ -137,9 +137,12 @@ class _Daemon:
         metrics = [
             Listener(each, self._health, limits, peers_known=False) for each in listening.metrics
         ]
-        signing = [Listener(each, self._answer, limits) for each in listening.signing]
+        signing = [
+            Listener(each, self._answer, limits, refused=self._refused)
+            for each in listening.signing
+        ]
         signing += [
-            Listener(each, self._answer, limits, tls=listening.tls_context)
+            Listener(each, self._answer, limits, tls=listening.tls_context, refused=self._refused)
             for each in listening.tls
         ]
         self._signing = tuple(signing)
@@ -170,7 +173,14 @@ class _Daemon:
     async def _answer(
         self, request: web.BaseRequest, peer: Peer | PolicyDenied | None
     ) -> web.Response:
+        with self._service.measures.request() as asked:
+            return await self._authorized(request, peer, asked)
+
+    async def _authorized(
+        self, request: web.BaseRequest, peer: Peer | PolicyDenied | None, asked: Asked
+    ) -> web.Response:
         mode, grant_request = await messages.read_request(request)
+        asked.mode = mode
         mark_complete(request)
         if peer is None or isinstance(peer, PolicyDenied):
             denied = peer or PolicyDenied(
@@ -178,6 +188,7 @@ class _Daemon:
             )
             self._service.authorizer.refuse(denied, "unknown")
             raise denied
+        asked.authenticated(self._service.profiles.policy, peer, grant_request.profile)
         transport = request.transport
 
         def disconnected() -> bool:
@@ -202,20 +213,23 @@ class _Daemon:
             raise messages.not_found("GET /live, /ready or /metrics")
         if request.method not in ("GET", "HEAD"):
             raise messages.wrong_method(request, "GET, HEAD")
-        return page()
+        return page(request)
 
-    def _live(self) -> web.Response:
+    def _refused(self, reason: str) -> None:
+        self._service.measures.connections_refused.labels(reason).inc()
+
+    def _live(self, request: web.BaseRequest) -> web.Response:
+        del request
         return messages.json_reply({"live": True})
 
-    def _readiness(self) -> web.Response:
+    def _readiness(self, request: web.BaseRequest) -> web.Response:
+        del request
         why = self._service.health.not_ready()
         return messages.json_reply({"ready": not why, "why": why}, status=503 if why else 200)
 
-    def _metrics(self) -> web.Response:
-        numbers = self._service.health.numbers()
-        numbers["connections_dropped_total"] = float(sum(each.dropped for each in self._signing))
-        headers = {**messages.HEADERS, "Content-Type": PROMETHEUS_TEXT}
-        return web.Response(text=exposed(numbers), headers=headers)
+    def _metrics(self, request: web.BaseRequest) -> web.Response:
+        shown, kind = self._service.measures.exposition(request.headers.get("Accept", ""))
+        return web.Response(body=shown, headers={**messages.HEADERS, "Content-Type": kind})
 
     # ------------------------------------------------------------------ background tasks
 

@@ -16,6 +16,7 @@ from hsmtoll.host.authorize import Authorizer
 from hsmtoll.host.emergency_stop import stop_file
 from hsmtoll.host.group_commit import GroupCommit
 from hsmtoll.host.health import HostHealth
+from hsmtoll.host.measures import Measures, States
 from hsmtoll.host.profiles import Profiles
 from hsmtoll.host.requests import Requests
 from hsmtoll.host.required import needed
@@ -56,6 +57,7 @@ class Service:
         if host.clock != "synchronised":
             synchronised = _always
         self._stopped: str | None = None
+        self.measures = Measures()
         self.profiles = Profiles(
             needed(host.policy, "policy"),
             stop_file=stopping,
@@ -63,6 +65,7 @@ class Service:
             clock=clock,
             synchronised=synchronised,
             deadline=settings.deadline,
+            measures=self.measures,
         )
         self.audit = Audit(
             needed(host.audit_dir, "audit_dir"),
@@ -77,9 +80,16 @@ class Service:
         self.commit = GroupCommit(self.audit)
         self.authorizer = Authorizer(self.profiles, self.audit, stopping, clock)
         self.requests = Requests(
-            self.profiles, self.authorizer, self.audit, self.commit, clock, settings.deadline
+            self.profiles,
+            self.authorizer,
+            self.audit,
+            self.commit,
+            clock,
+            settings.deadline,
+            self.measures,
         )
         self.health = HostHealth(self.authorizer, self.profiles, self.audit, synchronised)
+        self.measures.registry.register(States(self.health, self.profiles, self.audit))
 
     async def reload(self) -> str | None:
         """Reload the policy. Returns the reason if the old one stays in force."""

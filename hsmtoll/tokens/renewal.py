@@ -189,14 +189,16 @@ class Renewal:
         finally:
             if logged.answer is not None:
                 outcome = str(logged.answer.status)
+            seconds = self.clock.now().boot - logged.began.boot
             with self.counts.guard:
                 self.counts.legs[post.server, outcome] += 1
+            self.counts.ended(post.server, outcome, seconds)
             _log.info(
                 "leg=%s host=%s status=%s ms=%.0f jti=%s trace=%s",
                 post.server,
                 urlsplit(post.url).hostname,
                 outcome,
-                (self.clock.now().boot - logged.began.boot) * 1000,
+                seconds * 1000,
                 jti or "-",
                 trace,
             )

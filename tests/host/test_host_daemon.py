@@ -276,7 +276,7 @@ def test_a_device_that_failed_is_told_until_it_signs_again(running_host: Running
         page = running_host.health("/ready")
         metrics = running_host.health("/metrics").body["text"]
         assert page.body["ready"] is (page.body["why"] == [])
-        return page.status, "hsmtoll_host_ready 1\n" in metrics
+        return page.status, "hsmtoll_host_ready 1.0\n" in metrics
 
     assert running_host.ask(scope="air").status == 403
     assert ready() == (200, True)

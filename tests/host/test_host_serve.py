@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from joserfc import jws as judge
 from joserfc.jwk import RSAKey
 
-from hsmtoll.host.health import exposed
 from tests.host.conftest import ME, OTHER, RunningHost, entry, eventually, raw_request
 from tests.kit.signing_host import PROFILE
 
@@ -450,12 +449,6 @@ def test_no_reply_names_a_version_of_software(running_host: RunningHost) -> None
     assert {each.headers["server"] for each in replies} == {"hsmtoll"}
     headers = repr([each.headers for each in replies]).lower()
     assert not any(name in headers for name in ("aiohttp", "python"))
-
-
-def test_a_metric_is_told_to_its_last_digit() -> None:
-    output = exposed({"audit_seq": 10_412_345.0, "ready": 1.0, "signatures_total": 3.0})
-    values = [line.split()[1] for line in output.splitlines() if not line.startswith("#")]
-    assert values == ["10412345", "1", "3"]
 
 
 @pytest.mark.parametrize(

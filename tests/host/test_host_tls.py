@@ -240,7 +240,9 @@ def test_connections_that_send_nothing_keep_nobody_out(
             held.enter_context(socket.create_connection(address, timeout=60))
         assert running_host.ask_tls(mine).status == 200
         shown = running_host.health("/metrics").body["text"]
-    dropped = re.search(r"^hsmtoll_host_connections_dropped_total ([0-9]+)$", shown, re.MULTILINE)
+    dropped = re.search(
+        r'^hsmtoll_host_connections_refused_total{reason="crowded"} ([0-9]+)', shown, re.MULTILINE
+    )
     assert dropped is not None
     assert (int(dropped[1]) > 0) == (silent > 512)
     assert running_host.log().count("too many TLS handshakes at once") == (silent > 512)

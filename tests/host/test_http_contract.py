@@ -88,10 +88,11 @@ def differences(path: str, method: str, reply: Reply) -> list[str]:
             found += wrong_with(int(value) if schema["type"] == "integer" else value, schema)
     if "content" not in response:
         return found + ([] if reply.body == {"text": ""} else ["a body"])
-    ((kind, content),) = response["content"].items()
-    if reply.headers["content-type"].partition(";")[0] != kind:
-        return [*found, f"content type {reply.headers['content-type']}"]
-    if kind == "text/plain":
+    kind = reply.headers["content-type"].partition(";")[0]
+    content = response["content"].get(kind)
+    if content is None:
+        return [*found, f"content type {kind}"]
+    if content["schema"].get("type") == "string":
         return found
     found += wrong_with(reply.body, content["schema"])
     return found + [f"member {name}" for name in reply.body.keys() - members(content["schema"])]
@@ -175,6 +176,8 @@ def probe(host: RunningHost, seen: Seen) -> None:
         seen.check(page, "head", host.health(page, "HEAD"))
         seen.check(page, "get", host.health(page, "DELETE"))
         seen.check(page, "get", host.health(f"{page}/none"))
+    openmetrics = host.health("/metrics", headers={"Accept": "application/openmetrics-text"})
+    seen.check("/metrics", "get", openmetrics)
 
 
 def internal_error(path: Path) -> Reply:

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll.errors import AuditBroken
 from hsmtoll.host.audit import Audit
-from hsmtoll.host.health import exposed
 from tests.kit.accounts import importable
 from tests.kit.readers import Terminal
 from tests.kit.signing_host import PATIENCE, Authority, RunningHost
@@ -252,13 +251,3 @@ def test_every_block_of_commands_is_run_by_a_test() -> None:
     run += [commands("Backup", n) for n in (0, 1)]
     assert re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) == run
     assert TEXT.count("```") == 2 * len(run)
-
-
-def test_what_is_to_be_watched_is_there() -> None:
-    named = set(re.findall(r"`hsmtoll_host_(\w+)`", TEXT))
-    assert len(named) > 4
-    shown = exposed(dict.fromkeys(named, 1.0))
-    assert all(f"hsmtoll_host_{name} " in shown for name in named)
-    source = resources.files("hsmtoll.host")
-    code = "".join(source.joinpath(f).read_text() for f in ("health.py", "server.py"))
-    assert [name for name in named if f'"{name}"' not in code] == []

@@ -33,6 +33,7 @@ from cryptography.hazmat.primitives import serialization as s
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from prometheus_client.parser import text_string_to_metric_families
 
 from hsmtoll.host.audit_log import list_records
 from hsmtoll.host.authorize import RequestContext
@@ -570,9 +571,18 @@ class RunningHost:
         self.socket.parent.chmod(0o755)
         self.socket.chmod(0o666)
 
-    def health(self, page: str, method: str = "GET") -> Reply:
-        """At /live, /ready or /metrics."""
-        return speak(_Unix(self.metrics), method, page)
+    def health(self, page: str, method: str = "GET", **options: Any) -> Reply:
+        """What the metrics listener answers: `/live`, `/ready`, `/metrics`."""
+        return speak(_Unix(self.metrics), method, page, **options)
+
+    def measured(self, name: str, **labels: str) -> float | None:
+        """The value of one sample of `/metrics`; None if it is not there."""
+        text = self.health("/metrics").body["text"]
+        for family in text_string_to_metric_families(text):
+            for each in family.samples:
+                if (each.name, each.labels) == (f"hsmtoll_host_{name}", labels):
+                    return each.value
+        return None
 
     @property
     def faults(self) -> Faults:

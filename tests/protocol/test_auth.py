@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,6 +17,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from hsmtoll import metrics
 from hsmtoll.client import AsyncTollClient, TollClient
 from hsmtoll.errors import ConfigurationError, HsmTollError, UsageError
+from hsmtoll.metrics import Status
 from tests.kit.soft_client import token_service_of
 
 if TYPE_CHECKING:
@@ -318,3 +320,64 @@ def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
     ):
         assert line in text
     assert "hsmtoll_time_to_expiry_seconds" in text
+
+
+def _status(signatures: int) -> Status:
+    return Status(
+        waiting=0,
+        signatures=signatures,
+        legs={("Customs", "200"): 1},
+        hits={"fresh": 1},
+        seconds_until_expiry=30.0,
+        certificate_not_after=datetime(2027, 1, 1, tzinfo=UTC),
+        certificate_days=31.0,
+        skew=0.0,
+        pin="ok",
+    )
+
+
+def _signatures(registry: CollectorRegistry) -> dict[str, float]:
+    """The signatures by the label of the client."""
+    families = {each.name: each.samples for each in registry.collect()}
+    return {each.labels.get("client", ""): each.value for each in families["hsmtoll_signatures"]}
+
+
+def test_several_clients_of_one_registry_have_labels_and_can_be_taken_off() -> None:
+    # As the global one does, it asks each new collector for its names.
+    registry = CollectorRegistry(auto_describe=True)
+    road = metrics.register(registry, lambda: _status(1), client="road")
+    air = metrics.register(registry, lambda: _status(2), client="air")
+    plain = metrics.register(registry, lambda: _status(3))
+    assert _signatures(registry) == {"road": 1, "air": 2, "": 3}
+    text = generate_latest(registry).decode()
+    assert text.count("# HELP hsmtoll_signatures_total ") == 1
+    assert 'hsmtoll_certificate_not_after_timestamp_seconds{client="air"} 1.7987616e+09' in text
+    # Two with the same labels would be one series, of which Prometheus keeps either.
+    with pytest.raises(UsageError, match="'client': 'road'"):
+        metrics.register(registry, lambda: _status(4), client="road")
+    for _ in range(2):
+        road()
+    assert _signatures(registry) == {"air": 2, "": 3}
+    # The place is free again, and the old function takes nobody else off.
+    metrics.register(registry, lambda: _status(5), client="road")
+    road()
+    assert _signatures(registry) == {"road": 5, "air": 2, "": 3}
+    air()
+    plain()
+    assert _signatures(registry) == {"road": 5}
+
+
+def test_a_registry_without_clients_has_nothing_of_them_left() -> None:
+    registry = CollectorRegistry(auto_describe=True)
+    metrics.register(registry, lambda: _status(1))()
+    assert generate_latest(registry) == b""
+    metrics.register(registry, lambda: _status(2))
+    assert _signatures(registry) == {"": 2}
+
+
+@pytest.mark.parametrize("name", ["leg", "outcome", "state", "version", "__name__", "årsak"])
+def test_a_label_of_the_metrics_themselves_is_none_of_a_client(name: str) -> None:
+    registry = CollectorRegistry()
+    with pytest.raises(UsageError, match=f"{name} cannot be a label"):
+        metrics.register(registry, lambda: _status(1), **{name: "x"})
+    assert generate_latest(registry) == b""
