@@ -81,15 +81,16 @@ class GlobalOptions:
 
         return load(config=self.config, profile=self.profile)
 
-    def app(self, *, one_shot: bool = True) -> App:
+    def app(self, *, one_shot: bool = True, settings: Settings | None = None) -> App:
         """
-        The parts of the settings for a command that ends (*one_shot*), or for one that goes on.
+        The parts of *settings* (else of those of the environment and the file), for a command that
+        ends (*one_shot*), or for one that goes on.
 
         Raises ConfigurationError.
         """
         from hsmtoll.app import App  # noqa: PLC0415 - as above
 
-        settings = self.settings()
+        settings = settings or self.settings()
         in_environment = {name.upper() for name, value in os.environ.items() if value}
         if settings.environment != "sandbox" and "HSMTOLL_HSM__PIN" in in_environment:
             logging.getLogger("hsmtoll").warning(

@@ -42,7 +42,8 @@ NO_DEVICE: Final = "a signing host signs, no device of this machine"
 class Check:
     """
     The result of one check. *check* is its name, *code* the result, equal to the name if all is
-    well. *exit_code* is that of the corresponding error class. *who* must act.
+    well. *exit_code* is that of the corresponding error class. *who* must act. *days*: whole days
+    until what was checked expires. *profile*: of a signing host's policy.
     """
 
     check: str
@@ -52,6 +53,8 @@ class Check:
     hint: str | None = None
     who: str | None = None
     exit_code: int = 0
+    days: int | None = None
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,21 +109,21 @@ def diagnose(facts: Facts, seen: Seen | None) -> KeyDiagnosis:
     return KeyDiagnosis(facts=facts, seen=seen, chain=chain)
 
 
-def ok(check: str, line: str) -> Check:
-    return Check(check, check, "ok", line)
+def ok(check: str, line: str, *, days: int | None = None) -> Check:
+    return Check(check, check, "ok", line, days=days)
 
 
 def skip(check: str, line: str, *, code: str | None = None) -> Check:
     return Check(check, code or check, "skip", line)
 
 
-def warn(check: str, code: str, line: str, hint: str) -> Check:
-    return Check(check, code, "warn", line, _hint(hint.splitlines()), "you")
+def warn(check: str, code: str, line: str, hint: str, *, days: int | None = None) -> Check:
+    return Check(check, code, "warn", line, _hint(hint.splitlines()), "you", days=days)
 
 
-def failed(check: str, exc: HsmTollError) -> Check:
+def failed(check: str, exc: HsmTollError, *, days: int | None = None) -> Check:
     who = exc.who or "you"
-    return Check(check, exc.code, "fail", str(exc), _hint(exc.hints), who, exc.exit_code)
+    return Check(check, exc.code, "fail", str(exc), _hint(exc.hints), who, exc.exit_code, days)
 
 
 def _hint(lines: Iterable[str]) -> str | None:

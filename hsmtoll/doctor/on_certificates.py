@@ -151,12 +151,13 @@ def check_validity(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     until = f"valid until {leaf.not_after:%Y-%m-%d}, {days} days left"
     waiting = successor_of(diagnosis, leaf)
     if days >= WARN_DAYS or waiting is not None:
-        return ok("certificate-validity", until)
+        return ok("certificate-validity", until, days=days)
     return warn(
         "certificate-validity",
         "certificate-ends-soon",
         until,
         "order the next one now, for this key or a new one, and import it beside this one",
+        days=days,
     )
 
 
@@ -259,14 +260,17 @@ def check_chain(diagnosis: KeyDiagnosis) -> Check:
     end = chain.root.subject if chain.root else "no root"
     sent = len(chain.x5c(diagnosis.settings.x5c_mode))
     weakest = chain.weakest_not_after
+    days = (weakest - diagnosis.facts.now).days
     if weakest < min(chain.leaf.not_after, diagnosis.facts.now + timedelta(days=WARN_DAYS)):
         return warn(
             "chain",
             "chain-ends-soon",
             f"a CA certificate in it expires on {weakest:%Y-%m-%d}, before the leaf",
             "get the issuer's new CA certificates and name them in HSMTOLL_HSM__CERTIFICATES",
+            days=days,
         )
-    return ok("chain", f"{len(chain.certificates)} certificates, verified up to {end}; {sent} sent")
+    line = f"{len(chain.certificates)} certificates, verified up to {end}; {sent} sent"
+    return ok("chain", line, days=days)
 
 
 # Certificate policies that Digdir's public validator (seid2lib) accepts, by environment. An arc

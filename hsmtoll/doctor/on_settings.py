@@ -4,6 +4,8 @@ Checks of the settings: whether they fit each other, the key and the services.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, KeyDiagnosis, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, sanitized
@@ -29,7 +31,11 @@ def check_settings(diagnosis: KeyDiagnosis) -> Check:
             code="kid-eseal",
         )
     if wrong is not None:
-        return failed("settings", wrong)
+        check = failed("settings", wrong)
+        if wrong.code == "setting-missing" and settings.host.policy is not None:
+            host = "on a signing host, `doctor --all-profiles` checks the policy's profiles"
+            check = replace(check, hint="\n".join(filter(None, (host, check.hint))))
+        return check
     how = "known by a registered key (kid)" if diagnosis.kid else "known by certificates (x5c)"
     if settings.signer.url:
         how = f"by a signing host that returns a {settings.signer.mode}"

@@ -4,6 +4,7 @@ All checks in order, and their report as lines, JSON or evidence.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,17 +39,25 @@ CHECKS: Final[tuple[tuple[str, Callable[[KeyDiagnosis], Check]], ...]] = (
 _NOT_REACHED: Final = "not-reached"
 
 
+#: The exit code of a report with warnings and without a failure, if warnings count.
+_WARNED: Final = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The results of all checks, in order."""
+    """The results of all checks, in order. *strict*: warnings count for the exit code."""
 
     checks: tuple[Check, ...]
     facts: Facts = field(repr=False)
+    strict: bool = False
 
     @property
     def exit_code(self) -> int:
-        """The exit code of the first failure's class; 0 without a failure."""
-        return next((each.exit_code for each in self.checks if each.verdict == "fail"), 0)
+        """The exit code of the first failure's class; 0, or 3 for a warning if *strict*."""
+        if failure := first_failure(self.checks):
+            return failure.exit_code
+        warned = any(each.verdict == "warn" for each in self.checks)
+        return _WARNED if self.strict and warned else 0
 
     def as_json(self) -> dict[str, Any]:
         """The report as JSON members."""
@@ -58,12 +67,14 @@ class Report:
             "summary": {**self._counts(), "first": self._first()},
             "checks": [
                 {
+                    "profile": each.profile,
                     "check": each.check,
                     "code": each.code,
                     "verdict": each.verdict,
                     "line": each.line,
                     "hint": each.hint,
                     "who": each.who,
+                    "days": each.days,
                 }
                 for each in self.checks
             ],
@@ -86,9 +97,9 @@ class Report:
             if each not in failures and each not in unreached
             for line in _lines(each)
         ]
-        if unreached:
-            what = "1 check" if len(unreached) == 1 else f"{len(unreached)} checks"
-            lines.append(f"skip  {what} {unreached[0].line}")
+        for (profile, why), number in Counter((x.profile, x.line) for x in unreached).items():
+            what = "1 check" if number == 1 else f"{number} checks"
+            lines.append(f"skip  {_of(profile)}{what} {why}")
         lines += [line for each in failures for line in _lines(each)]
         counts = self._counts()
         warnings = "1 warning" if counts["warn"] == 1 else f"{counts['warn']} warnings"
@@ -111,8 +122,13 @@ class Report:
         return (failure.hint or f"fix {failure.check}: {failure.line}").splitlines()[0]
 
 
+def _of(profile: str | None) -> str:
+    return "" if profile is None else f"{sanitized(profile)}: "
+
+
 def _lines(check: Check) -> tuple[str, ...]:
     named = check.code if check.code == check.check else f"{check.check} ({check.code})"
+    named = _of(check.profile) + named
     hint = check.hint if check.verdict in ("warn", "fail") else None
     return (
         f"{check.verdict:4}  {named}: {check.line}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from hsmtoll import files
+from hsmtoll import directories, files
 from hsmtoll.errors import AuditBroken, ConfigurationError, sanitized
 from hsmtoll.host.audit_log import (
     EVENTS,
@@ -38,6 +39,7 @@ from hsmtoll.host.audit_log import (
     verify,
 )
 from hsmtoll.host.quota import DAY, Usage
+from hsmtoll.host.required import needed
 from hsmtoll.jsonio import read_strict
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.host.policy import Counts
+    from hsmtoll.settings import Settings
 
-__all__ = ["Audit"]
+__all__ = ["Audit", "noted_checkpoint", "private_key", "verify_recent"]
 
 _log = logging.getLogger("hsmtoll.audit")
 
@@ -96,7 +99,7 @@ class Audit:
         self._now = now
         self._fsync = fsync
         self._lock = threading.Lock()
-        self._key = _private(key)
+        self._key = private_key(key)
         files.check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
@@ -143,7 +146,6 @@ class Audit:
             self._put_checkpoint(report.seq, report.head, unverified=span)
 
     def _read_back(self, progress: Callable[[], None]) -> Report:
-        segments = segments_of(self._directory)
         before = 0.0
 
         def seen(record: dict[str, Any]) -> None:
@@ -158,25 +160,9 @@ class Audit:
                 progress()
 
         since = self._now() - DAY
-        noted = self._read_noted()
-        recent = segments_since(segments, datetime.fromtimestamp(since, UTC))
-        head = noted and f"{noted[0]}:{noted[1]}"
-        report = Report()
-        if segments:
-            report = verify(recent, self._key.public_key(), head, seen=seen)
-        sealed = report.checkpoint.seq if report.checkpoint else 0
-        if report.bad is None and noted is not None and sealed < noted[0]:
-            report.bad = f"the checkpoint of record {noted[0]}, which was noted, is not there"
-        if report.bad is not None:
-            raise AuditBroken(
-                f"audit {sanitized(self._directory)}: {report.bad}",
-                hint="keep it as evidence; a new log begins in another directory"
-                " (HSMTOLL_HOST__AUDIT_DIR)",
-                code="audit-broken",
-            )
-        report.sealed = sealed
-        if segments:
-            if noted is None:
+        report = verify_recent(self._directory, self._key, self._noted, since=since, seen=seen)
+        if segments := segments_of(self._directory):
+            if not self._noted.exists():
                 _log.warning(
                     "audit %s: there is no note of its last checkpoint at %s: records may have been"
                     " cut off; compare the log with an audit head in the system log"
@@ -188,21 +174,6 @@ class Audit:
                 if file.exists():
                     _drop_half_line(file)
         return report
-
-    def _read_noted(self) -> tuple[int, str] | None:
-        """The last checkpoint of this host, from the note outside of the log."""
-        try:
-            noted = read_strict(self._noted.read_bytes())
-            return int(noted["seq"]), str(noted["head"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError) as exc:
-            raise AuditBroken(
-                f"audit {sanitized(self._directory)}: the note of its last checkpoint,"
-                f" {sanitized(self._noted)}, cannot be read",
-                hint="verify the log (`hsmtoll audit verify`), then remove that file",
-                code="audit-broken",
-            ) from exc
 
     def _opened(self) -> tuple[Path, int, int, int]:
         """Open the segment to append to: path, descriptor, size, descriptor of its checkpoints."""
@@ -413,6 +384,65 @@ class Audit:
                     os.close(each)
 
 
+def verify_recent(
+    directory: Path,
+    key: Ed25519PrivateKey,
+    noted: Path,
+    *,
+    since: float,
+    seen: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Report:
+    """
+    Verify the records of the log in *directory* after *since* (POSIX time), from the checkpoint
+    before them on, and that the checkpoint in the note *noted* is there. A host may be writing.
+
+    Raises AuditBroken for a log that cannot be continued, OSError for files.
+    """
+    # Before the log is read: a running host goes on writing both.
+    known = _read_noted(noted, directory)
+    segments = segments_of(directory)
+    report = Report()
+    if segments:
+        recent = segments_since(segments, datetime.fromtimestamp(since, UTC))
+        head = known and f"{known[0]}:{known[1]}"
+        report = verify(recent, key.public_key(), head, seen=seen)
+    sealed = report.checkpoint.seq if report.checkpoint else 0
+    if report.bad is None and known is not None and sealed < known[0]:
+        report.bad = f"the checkpoint of record {known[0]}, which was noted, is not there"
+    if report.bad is not None:
+        raise AuditBroken(
+            f"audit {sanitized(directory)}: {report.bad}",
+            hint="keep it as evidence; a new log begins in another directory"
+            " (HSMTOLL_HOST__AUDIT_DIR)",
+            code="audit-broken",
+        )
+    report.sealed = sealed
+    return report
+
+
+def noted_checkpoint(settings: Settings) -> Path:
+    """The file with the log's last checkpoint, outside of the log's directory."""
+    directory = needed(settings.host.audit_dir, "audit_dir").absolute()
+    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return (settings.state or directories.state_directory()) / f"audit-{name}.json"
+
+
+def _read_noted(path: Path, directory: Path) -> tuple[int, str] | None:
+    """The last checkpoint of the host that writes *directory*, from its note at *path*."""
+    try:
+        noted = read_strict(path.read_bytes())
+        return int(noted["seq"]), str(noted["head"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as exc:
+        raise AuditBroken(
+            f"audit {sanitized(directory)}: the note of its last checkpoint,"
+            f" {sanitized(path)}, cannot be read",
+            hint="verify the log (`hsmtoll audit verify`), then remove that file",
+            code="audit-broken",
+        ) from exc
+
+
 def _write_all(descriptor: int, line: bytes) -> None:
     written = os.write(descriptor, line)
     # After a short write, the next one raises the reason.
@@ -428,7 +458,8 @@ def _drop_half_line(file: Path) -> None:
             os.fsync(whole.fileno())
 
 
-def _private(path: Path) -> Ed25519PrivateKey:
+def private_key(path: Path) -> Ed25519PrivateKey:
+    """HSMTOLL_HOST__AUDIT_KEY. ConfigurationError if it is not safe, or not an Ed25519 key."""
     raw = files.read(path, "HSMTOLL_HOST__AUDIT_KEY", secret=True, code="audit-key", hint=_MAKE_KEY)
     try:
         key = serialization.load_pem_private_key(raw, None)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.tokens.cache import Cache
 
-__all__ = ["Profile", "Profiles"]
+__all__ = ["Profile", "Profiles", "profile_settings"]
 
 _log = logging.getLogger("hsmtoll.host")
 
@@ -220,12 +220,7 @@ class Profiles:
 
     def _new_profile(self, name: str, table: Mapping[str, Any]) -> Profile:
         try:
-            for each in ("scope", "consumer_org", "resource"):
-                if each in table:
-                    raise ConfigurationError(
-                        f"{each} is not a profile's: a caller names it, and its entry allows it"
-                    )
-            app = self._app(name, self._load(**table))
+            app = self._app(name, profile_settings(table, self._load))
             workers = app.settings.host.workers
             executor = ThreadPoolExecutor(workers, "hsmtoll-device")
             return Profile(name, table, app, app.token_service.cache, workers, executor)
@@ -237,11 +232,6 @@ class Profiles:
             ) from exc
 
     def _app(self, name: str, settings: Settings) -> App:
-        if settings.signer.url:
-            raise ConfigurationError("HSMTOLL_SIGNER__URL is for callers: this is the host")
-        if "isolation" not in settings.hsm.model_fields_set:
-            hsm = settings.hsm.model_copy(update={"isolation": "process"})
-            settings = settings.model_copy(update={"hsm": hsm})
         worker = {
             "program": "hsmtoll.host.worker",
             "rules": {
@@ -255,8 +245,6 @@ class Profiles:
         counts = Counts(ended=partial(self._measures.leg, name))
         app = App(settings, clock=self._clock, worker=worker, counts=counts)
         app.skew = _NoClockCorrection()
-        if app.family == "norwegian" and settings.iss is None:
-            raise ConfigurationError("iss is required with identity = norwegian")
         app.hsm.module(app.hsm.uris()[0])
         return app
 
@@ -345,6 +333,27 @@ class Profiles:
         self._measures.signatures.labels(profile.name).inc(result.signatures)
         profile.not_after = result.not_after or profile.not_after
         profile.health.tested(result, self._clock.now().boot)
+
+
+def profile_settings(table: Mapping[str, Any], load: Callable[..., Settings]) -> Settings:
+    """
+    The settings of a profile of the policy: those of the host, by *load*, overridden by its
+    *table*. ConfigurationError if a setting is wrong, or is not a profile's.
+    """
+    for each in ("scope", "consumer_org", "resource"):
+        if each in table:
+            raise ConfigurationError(
+                f"{each} is not a profile's: a caller names it, and its entry allows it"
+            )
+    settings = load(**table)
+    if settings.signer.url:
+        raise ConfigurationError("HSMTOLL_SIGNER__URL is for callers: this is the host")
+    if settings.identity == "norwegian" and settings.iss is None:
+        raise ConfigurationError("iss is required with identity = norwegian")
+    if "isolation" not in settings.hsm.model_fields_set:
+        hsm = settings.hsm.model_copy(update={"isolation": "process"})
+        settings = settings.model_copy(update={"hsm": hsm})
+    return settings
 
 
 async def _wait(tasks: list[asyncio.Task[None]], seconds: float) -> None:

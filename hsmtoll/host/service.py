@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hsmtoll.app import App
 from hsmtoll.clock import SystemClock
 from hsmtoll.errors import HsmTollError
-from hsmtoll.host.audit import Audit
+from hsmtoll.host.audit import Audit, noted_checkpoint
 from hsmtoll.host.authorize import Authorizer
 from hsmtoll.host.emergency_stop import stop_file
 from hsmtoll.host.group_commit import GroupCommit
@@ -24,8 +21,8 @@ from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.settings import load
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
-    from pathlib import Path
 
     from hsmtoll.clock import Clock
     from hsmtoll.settings import Settings
@@ -71,7 +68,7 @@ class Service:
             needed(host.audit_dir, "audit_dir"),
             needed(host.audit_key, "audit_key"),
             now=lambda: clock.now().wall,
-            noted=_noted_checkpoint(settings),
+            noted=noted_checkpoint(settings),
             progress=progress,
         )
         self.audit.write("start", policy_sha256=self.profiles.policy.sha256, outcome="started")
@@ -122,10 +119,3 @@ class Service:
 
 def _always() -> bool:
     return True
-
-
-def _noted_checkpoint(settings: Settings) -> Path:
-    """The file with the audit's last checkpoint, outside of the audit's directory."""
-    directory = needed(settings.host.audit_dir, "audit_dir").absolute()
-    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
-    return App(settings).state / f"audit-{name}.json"

@@ -7,6 +7,7 @@ Parses bytes: no network, no file and no clock.
 from __future__ import annotations
 
 import base64
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.x509.certificate import Certificate
 
-__all__ = ["MAX_ANSWER", "MAX_BYTES", "Status", "by_crl", "by_ocsp", "ocsp_url"]
+__all__ = ["MAX_ANSWER", "MAX_BYTES", "Status", "by_crl", "by_ocsp", "next_updates", "ocsp_url"]
 
 #: Maximum bytes of a CRL.
 MAX_BYTES = 1024 * 1024
@@ -75,6 +76,18 @@ def by_crl(data: bytes, certificate: Certificate, issuer: Certificate, *, now: d
         # It is revoked, even if the reason cannot be read.
         reason = None
     return Status("CRL", found.revocation_date_utc, reason, until, stale)
+
+
+_CRL = re.compile(b"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
+
+
+def next_updates(data: bytes) -> list[datetime]:
+    """
+    When the CRLs in *data* (PEM, with anything between them) expire, unverified. ValueError if one
+    of them is not a CRL.
+    """
+    lists = [x509.load_pem_x509_crl(block) for block in _CRL.findall(data)]
+    return [each.next_update_utc for each in lists if each.next_update_utc is not None]
 
 
 def ocsp_url(base: str, certificate: Certificate, issuer: Certificate) -> str:
