@@ -173,7 +173,7 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         *,
         json: Mapping[str, Any],
         mrn: str | None = None,
-        patience: float = 120.0,
+        timeout: float = 120.0,
         accepted: Callable[[str], None] = lambda _: None,
         waiting: Callable[[float], None] = lambda _: None,
         scope: str | None = None,
@@ -185,7 +185,7 @@ class _Client(ABC, Generic[_HttpxClient, _Token, _Response, _Receipt]):
         """
         named = apis.named(api)
         conversation = submission(
-            named, method, level, json, mrn=mrn, patience=patience,
+            named, method, level, json, mrn=mrn, timeout=timeout,
             now=lambda: self._token_service.clock.now().boot,
             accepted=accepted, waiting=waiting,
         )  # fmt: skip

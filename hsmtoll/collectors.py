@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["add_client", "build_info"]
 
 #: Labels of the metrics themselves.
-_TAKEN = frozenset({"leg", "outcome", "state", "version"})
+_TAKEN = frozenset({"server", "outcome", "state", "version"})
 
 
 def build_info() -> core.Metric:
@@ -92,10 +92,10 @@ def _families(clients: Sequence[tuple[Mapping[str, str], Status]]) -> Iterable[c
     signatures = core.CounterMetricFamily(
         "hsmtoll_signatures", "Signatures asked of the device.", labels=names
     )
-    legs = core.CounterMetricFamily(
-        "hsmtoll_legs",
-        "Requests to the token endpoints, by endpoint and status.",
-        labels=[*names, "leg", "outcome"],
+    requests = core.CounterMetricFamily(
+        "hsmtoll_token_requests",
+        "Requests to the token endpoints, by server and outcome.",
+        labels=[*names, "server", "outcome"],
     )
     tokens = core.CounterMetricFamily(
         "hsmtoll_tokens", "Tokens given, by where they came from.", labels=[*names, "state"]
@@ -103,13 +103,13 @@ def _families(clients: Sequence[tuple[Mapping[str, str], Status]]) -> Iterable[c
     pin = core.InfoMetricFamily("hsmtoll_pin", "State of the PIN as last seen.", labels=names)
     for own, status in seen:
         signatures.add_metric(own, status.signatures)
-        for (leg, outcome), count in sorted(status.legs.items()):
-            legs.add_metric([*own, leg, outcome], count)
+        for (server, outcome), count in sorted(status.requests.items()):
+            requests.add_metric([*own, server, outcome], count)
         for state, count in sorted(status.hits.items()):
             tokens.add_metric([*own, state], count)
         if status.pin is not None:
             pin.add_metric(own, {"state": status.pin})
-    yield from (build_info(), signatures, legs, tokens, pin)
+    yield from (build_info(), signatures, requests, tokens, pin)
 
     gauges: Sequence[tuple[str, str, Callable[[Status], float | None]]] = (
         ("waiting_callers", "Callers who wait for a renewal.", lambda s: s.waiting),

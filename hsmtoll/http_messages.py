@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Answer", "Post"]
+__all__ = ["HttpResponse", "Post"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -25,7 +25,7 @@ class Post:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Answer:
+class HttpResponse:
     """What came back: status, headers with lower-case names, at most 1 MiB of body."""
 
     status: int
@@ -33,4 +33,4 @@ class Answer:
     body: bytes
 
     def __repr__(self) -> str:
-        return f"<Answer {self.status}>"
+        return f"<HttpResponse {self.status}>"

@@ -27,8 +27,8 @@ class Status:
     """
     One look at a client.
 
-    *waiting*: callers that wait for a renewal. *signatures*: number spent. *legs*: requests to the
-    token endpoints, by name and outcome. *hits*: tokens given out, by source.
+    *waiting*: callers that wait for a renewal. *signatures*: number spent. *requests*: number of
+    requests to the token endpoints, by server and outcome. *hits*: tokens given out, by source.
     *seconds_until_expiry*: until the last valid token expires, if nothing can be renewed.
     *certificate_days*: days left. *pin*: state of the PIN as last seen, ``None`` if the device was
     not needed. *skew*: clock correction in seconds.
@@ -36,7 +36,7 @@ class Status:
 
     waiting: int
     signatures: int
-    legs: Mapping[tuple[str, str], int]
+    requests: Mapping[tuple[str, str], int]
     hits: Mapping[str, int]
     seconds_until_expiry: float | None
     certificate_not_after: datetime | None
@@ -52,7 +52,7 @@ def status_of(token_service: TokenService) -> Status:
     return Status(
         waiting=token_service.cache.waiting(),
         signatures=token_service.counts.signatures,
-        legs=dict(token_service.counts.legs),
+        requests=dict(token_service.counts.requests),
         hits=dict(token_service.cache.hits),
         seconds_until_expiry=token_service.cache.left(),
         certificate_not_after=ends,

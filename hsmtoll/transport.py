@@ -25,7 +25,7 @@ import httpx
 from hsmtoll import tls
 from hsmtoll.deadline import Deadline, Transport
 from hsmtoll.errors import ConfigurationError, NetworkError, sanitized
-from hsmtoll.http_messages import Answer
+from hsmtoll.http_messages import HttpResponse
 from hsmtoll.once import made_once
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class HttpClient:
         unused = self.unused_proxy(url)
         return replace(found, hint=f"{found.hint}\n{_UNUSED.format(unused)}") if unused else found
 
-    def post(self, post: Post) -> Answer:
+    def post(self, post: Post) -> HttpResponse:
         """
         Send a token request and read the response, whatever its status.
 
@@ -165,11 +165,13 @@ class HttpClient:
         """
         return self._send(post.server, "POST", post.url, data=dict(post.form), headers=_JSON)
 
-    def post_json(self, url: str, value: object, *, server: str, headers: dict[str, str]) -> Answer:
+    def post_json(
+        self, url: str, value: object, *, server: str, headers: dict[str, str]
+    ) -> HttpResponse:
         """Send *value* as JSON and read the response, as post. *server*: its name in errors."""
         return self._send(server, "POST", url, json=value, headers=_JSON | headers)
 
-    def get(self, url: str, *, server: str, public: bool = False) -> Answer:
+    def get(self, url: str, *, server: str, public: bool = False) -> HttpResponse:
         """
         GET *url*, for the doctor. *server*: its name in errors. Raises as post, and for an invalid
         URL.
@@ -224,7 +226,7 @@ class HttpClient:
         *,
         check_connection: Callable[[socket.socket], None] | None = None,
         **request: Any,
-    ) -> Answer:
+    ) -> HttpResponse:
         deadline, hooks = Deadline(self.deadline), {"response": [_strip_location]}
         try:
             # One client per request: no cookie and no connection is shared between services.
@@ -359,7 +361,7 @@ def _private(server: str) -> NetworkError:
     )
 
 
-def _read(response: httpx.Response, server: str) -> Answer:
+def _read(response: httpx.Response, server: str) -> HttpResponse:
     with contextlib.closing(response):
         headers = {name.lower(): value for name, value in response.headers.items()}
         if headers.get("content-encoding", "identity") != "identity":
@@ -379,7 +381,7 @@ def _read(response: httpx.Response, server: str) -> Answer:
                     hint="that is not a token endpoint: check HSMTOLL_PROXY and the endpoints",
                     code="answer-too-large",
                 )
-        return Answer(response.status_code, headers, bytes(body))
+        return HttpResponse(response.status_code, headers, bytes(body))
 
 
 #: Errors after which the request has certainly not reached the server.

@@ -52,13 +52,14 @@ _SUPPRESSED: Final = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)$")
 #: Names that only their authors understood, each of which has been replaced once.
 _PRIVATE_NAMES: Final = frozenset(
     """
-    Ahead Ask Child Desk Door Elsewhere Engine FirstUp Flight GATE Hosts Keeper Kept Ledger Lineage
-    Look Lost Moment Page Prepared Remembered Remarks SecondChoice Silent SpentOnce Turn UNSPENT Way
-    Wish _APART _Errand _Guard _House _LOOK _Order _Patient _PATIENCE _REREAD _Remarks _Rest _Unfit
-    _Visit _check_way _cures _fly _hurry _is_placed _left_in_peace _lent _likely _looked
-    _looked_after _meet _met _remembered_for _results_alone _say_goodbye _settled _speaks _stay
-    _told _took _turn_away brake dark_in engine engine_of hands introduce lend look_after mended
-    met_by said see_out speaking spoken stand_in told too_much
+    Ahead Ask Child Desk Door Elsewhere Engine FirstUp Flight GATE Hosts Keeper Kept Ledger
+    Lineage Look Lost Moment Page Prepared Remarks Remembered SecondChoice Silent SpentOnce
+    ThrowAway Turn UNSPENT Way Wish World _APART _Errand _Guard _House _LOOK _Order _PATIENCE
+    _Patient _REREAD _Remarks _Rest _Unfit _Visit _check_way _cures _fly _hurry _is_placed
+    _left_in_peace _lent _likely _looked _looked_after _meet _met _remembered_for _results_alone
+    _say_goodbye _settled _speaks _stay _told _took _turn_away brake dark_in engine engine_of
+    foretold hands heal introduce lend look_after mended met_by said see_out speaking spoken
+    stand_in told told_attribute told_value too_much
     """.split()  # noqa: SIM905 - a list of 70 strings is longer than a screen
 )
 

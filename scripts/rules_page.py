@@ -28,7 +28,7 @@ class Duty(NamedTuple):
     """A rule that the client keeps itself, and that no server can check. Columns as in `Rule`."""
 
     id: str
-    says: str
+    sentence: str
     basis: str
     sources: tuple[str, ...] = ()
 
@@ -147,9 +147,11 @@ def _section(title: str, rows: Iterable[object]) -> str:
 
 
 def _row(row: object) -> str:
-    id_, says, basis, sources = (getattr(row, name) for name in ("id", "says", "basis", "sources"))
+    id_, sentence, basis, sources = (
+        getattr(row, name) for name in ("id", "sentence", "basis", "sources")
+    )
     words = ", ".join(_BASES[each] for each in basis.split("/"))
-    return f"| {id_} | {says} | {words} | {'; '.join(sources) or 'none is known'} |"
+    return f"| {id_} | {sentence} | {words} | {'; '.join(sources) or 'none is known'} |"
 
 
 def citations(top: Path) -> Iterator[tuple[str, str]]:

@@ -275,7 +275,7 @@ def submit(
             level,
             json=parsed,
             mrn=mrn,
-            patience=timeout,
+            timeout=timeout,
             scope=scope,
             **whom,
             # Printed before polling, so that the user can query the result after an interruption.

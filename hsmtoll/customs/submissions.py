@@ -74,7 +74,7 @@ def submission(
     *,
     mrn: str | None = None,
     now: Callable[[], float],
-    patience: float = 120.0,
+    timeout: float = 120.0,
     accepted: Callable[[str], None] = lambda _: None,
     waiting: Callable[[float], None] = lambda _: None,
 ) -> Conversation:
@@ -82,7 +82,7 @@ def submission(
     POST, PUT or DELETE a message, then poll until the result is there.
 
     *accepted* is called with the requestId before the first poll, so that it is known even if the
-    process is killed. *waiting* is called before each pause with the seconds passed. *patience*:
+    process is killed. *waiting* is called before each pause with the seconds passed. *timeout*:
     seconds until polling gives up, pauses and requests together; the last poll may end later.
     *now*: a clock in seconds, to measure the requests.
 
@@ -97,7 +97,7 @@ def submission(
     waited, polls = 0.0, 0
     while True:
         pause = _PAUSES[min(polls, len(_PAUSES) - 1)]
-        if waited + pause > patience:
+        if waited + pause > timeout:
             raise outcome_unknown_error(f"no result after {waited:.0f} s", api, request_id)
         waiting(waited)
         yield Wait(pause)

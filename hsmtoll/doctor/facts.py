@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device
     from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
     from hsmtoll.hsm.uri import KeyUri
-    from hsmtoll.http_messages import Answer
+    from hsmtoll.http_messages import HttpResponse
     from hsmtoll.jws import RsaPublicKey
     from hsmtoll.settings import Settings
     from hsmtoll.signing.signing_host import HostProbe
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from hsmtoll.x509.revocation import Status
 
 __all__ = [
-    "Answers",
     "Facts",
     "Revocation",
     "Seen",
+    "ServiceAnswers",
     "candidates_of",
     "gather",
     "metadata_wrong",
@@ -81,7 +81,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answers:
+class ServiceAnswers:
     """
     The answers of the services, or the errors instead.
 
@@ -124,7 +124,7 @@ class Facts:
     pem: tuple[Certificate, ...] = ()
     scopes: tuple[str, ...] = ()
     error: HsmTollError | None = None
-    answers: Answers | None = None
+    answers: ServiceAnswers | None = None
     revocation: tuple[Revocation, ...] | None = None
     hosts: tuple[HostProbe, ...] = ()
     skew: float = 0.0
@@ -225,7 +225,7 @@ def _token(module: ModuleFacts, uri: KeyUri) -> TokenFacts | None:
     return next((each for each in fitting if each.initialized), None)
 
 
-def query_services(app: App, facts: Facts) -> Answers:
+def query_services(app: App, facts: Facts) -> ServiceAnswers:
     """Query the services; their answers are only reported, no setting is changed by them."""
     http_client, issuer = app.http_client, app.endpoints.issuer
     base = issuer if issuer.endswith("/") else f"{issuer}/"
@@ -238,11 +238,11 @@ def query_services(app: App, facts: Facts) -> Answers:
         found["offset"] = offset_of(answer.headers, sent=sent, received=app.clock.now())
         found["metadata"] = _object(answer)
     except HsmTollError as exc:
-        return Answers(metadata=exc)
+        return ServiceAnswers(metadata=exc)
     far_off = abs(found["offset"] or 0.0) > MAX_SKEW
     if far_off or metadata_wrong(app.settings, found["metadata"]) is not None:
         # Further answers would add nothing, and a grant must go to the right Maskinporten only.
-        return Answers(**found)
+        return ServiceAnswers(**found)
     try:
         found["health"] = http_client.get(f"{base}health", server="Maskinporten").status
     except HsmTollError as exc:
@@ -255,11 +255,11 @@ def query_services(app: App, facts: Facts) -> Answers:
             found["self_test"] = exc
             # A signing host's policy may deny the self-test and permit the requested scopes.
             if exc.code != "policy-denied":
-                return Answers(**found)
+                return ServiceAnswers(**found)
     found["scopes"] = tuple(
         (scope, _try_scope(app, http_client, scope)) for scope in scopes_asked(facts)
     )
-    return Answers(**found)
+    return ServiceAnswers(**found)
 
 
 def metadata_wrong(settings: Settings, metadata: dict[str, Any]) -> str | None:
@@ -277,7 +277,7 @@ def metadata_wrong(settings: Settings, metadata: dict[str, Any]) -> str | None:
     return None
 
 
-def _object(answer: Answer) -> dict[str, Any]:
+def _object(answer: HttpResponse) -> dict[str, Any]:
     read = read_lenient(answer.body)
     if answer.status != 200 or not isinstance(read, dict):
         raise NetworkError(

@@ -97,10 +97,10 @@ class Measures:
             buckets=_BUCKETS,
             registry=registry,
         )
-        self._leg_seconds = Histogram(
-            "hsmtoll_host_leg_duration_seconds",
+        self._token_request_seconds = Histogram(
+            "hsmtoll_host_token_request_duration_seconds",
             "Requests to Maskinporten and Customs, by status or error code.",
-            ["profile", "leg", "outcome"],
+            ["profile", "server", "outcome"],
             buckets=_BUCKETS,
             registry=registry,
         )
@@ -142,9 +142,9 @@ class Measures:
                 timer.labels(asked.mode)
                 self._requests.labels(asked.profile, asked.caller, asked.mode, outcome).inc()
 
-    def leg(self, profile: str, leg: str, outcome: str, seconds: float) -> None:
+    def token_request(self, profile: str, server: str, outcome: str, seconds: float) -> None:
         """Count and time one request to a token endpoint."""
-        self._leg_seconds.labels(profile, leg, outcome).observe(seconds)
+        self._token_request_seconds.labels(profile, server, outcome).observe(seconds)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """The metrics and their content type, in the format that *accept* asks for."""

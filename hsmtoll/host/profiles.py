@@ -242,7 +242,7 @@ class Profiles:
                 "certificate_sha256": settings.hsm.certificate_sha256,
             },
         }
-        counts = Counts(ended=partial(self._measures.leg, name))
+        counts = Counts(ended=partial(self._measures.token_request, name))
         app = App(settings, clock=self._clock, worker=worker, counts=counts)
         app.skew = _NoClockCorrection()
         app.hsm.module(app.hsm.uris()[0])

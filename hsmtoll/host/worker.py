@@ -15,7 +15,7 @@ from typing import Any, Final
 from hsmtoll.errors import HsmTollError, PolicyDenied, sanitized
 from hsmtoll.host.policy import GrantRequest, Policy, allows
 from hsmtoll.hsm import worker
-from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Read
+from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, ParsedGrant
 
 __all__ = ["Rules", "main"]
 
@@ -48,7 +48,7 @@ class Rules:
         except HsmTollError as exc:
             _log.warning("the device's process keeps the previous policy: %s", exc)
 
-    def __call__(self, read: Read) -> None:
+    def __call__(self, read: ParsedGrant) -> None:
         """PolicyDenied (``not-allowed``) for a grant that the policy permits to no caller."""
         self._check_profile(read)
         request = read.grant.request
@@ -63,7 +63,7 @@ class Rules:
         if self._policy is None or not allows(self._policy, grant_request):
             raise _refused(f"the policy allows it to no caller: {sanitized(grant_request.scope)}")
 
-    def _check_profile(self, read: Read) -> None:
+    def _check_profile(self, read: ParsedGrant) -> None:
         opening, grant = self._opening, read.grant
         leaf = read.leaf.sha256 if read.leaf is not None else None
         for name, found, expected in (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from hsmtoll.errors import HsmTollError, PinNotTried, sanitized
 from hsmtoll.hsm.codes import recoverable, translate_pkcs11_errors
 from hsmtoll.hsm.login import pin_state_after
-from hsmtoll.hsm.module import PKCS11_LOCK, current, loaded, restart, restarted
+from hsmtoll.hsm.module import PKCS11_LOCK, find_open, is_current, restart, restart_if_unused
 from hsmtoll.hsm.recovery import MIN_RESTART_INTERVAL, should_retry
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ class Calls:
             while True:
                 try:
                     with translate_pkcs11_errors(f"{doing} ({self._name})"):
-                        here = self._connection.handles()
-                        result = work(here)
-                        self._connection.remember_token(here.token)
+                        handles = self._connection.handles()
+                        result = work(handles)
+                        self._connection.remember_token(handles.token)
                         return result
                 except HsmTollError as exc:
                     self._connection.discard()
@@ -116,18 +116,18 @@ class Calls:
         with self._breaker_guard(doing), PKCS11_LOCK.held(self._deadline):
             try:
                 with translate_pkcs11_errors(f"{doing} ({self._name})"):
-                    here = self._connection.handles()
-                    self._pin_login.log_in(here)
-                    session = self._pin_login.read_write_session(here) if rw else here.session
+                    handles = self._connection.handles()
+                    self._pin_login.log_in(handles)
+                    session = self._pin_login.read_write_session(handles) if rw else handles.session
                     try:
-                        yield here.module, here.token, session
+                        yield handles.module, handles.token, session
                     finally:
-                        here.key = here.facts = None
-                        if session is not here.session:
-                            here.module.close(session)
+                        handles.key = handles.facts = None
+                        if session is not handles.session:
+                            handles.module.close(session)
                         elif rw:
                             self._connection.discard()
-                            here.login.end()
+                            handles.login.end()
             except BaseException:
                 self._connection.discard()
                 raise
@@ -138,7 +138,7 @@ class Calls:
         another device would lose its login, or if the user would have to enter the PIN again.
         """
         with PKCS11_LOCK.held(self._deadline):
-            login, module = self._connection.login, loaded(self.module_path)
+            login, module = self._connection.login, find_open(self.module_path)
             if login is None or module is None or len(login.users) > 1:
                 return
             if login.logged_in_by_others or (
@@ -146,7 +146,7 @@ class Calls:
             ):
                 return
             login.end()
-            restarted(module, now=self._boot(), pause=0)
+            restart_if_unused(module, now=self._boot(), pause=0)
 
     def close(self) -> None:
         """Close the session; the last device on a token logs out."""
@@ -175,7 +175,7 @@ class _Recovery:
         self._boot = boot
         self._sleep = sleep
         # As they were before the call.
-        self._module = loaded(module_path)
+        self._module = find_open(module_path)
         self._had_session = connection.is_open
         self._delays = list(_START_DELAYS)
 
@@ -188,7 +188,7 @@ class _Recovery:
         # SoftHSM rewrites a token's file at each login, so a process that starts at that moment
         # reads half of it. Not after a login: that would have to be made again.
         login = self._connection.login
-        logged_in = login is not None and login.is_logged_in and current(login.module)
+        logged_in = login is not None and login.is_logged_in and is_current(login.module)
         tried = self._pin_login.pin_outcome_unknown or logged_in
         if self._module is not None or tried or not recoverable(exc) or not self._delays:
             return False
@@ -222,7 +222,7 @@ class _Recovery:
             return False
         if self._connection.login is not None:
             self._connection.login.end()
-        done = restarted(self._module, now=self._boot(), pause=MIN_RESTART_INTERVAL)
+        done = restart_if_unused(self._module, now=self._boot(), pause=MIN_RESTART_INTERVAL)
         # With an unknown login outcome this call must not log in again; the next one may.
         return done and not self._pin_login.pin_outcome_unknown
 

@@ -3,7 +3,7 @@ The return values of a module (CKR codes), and the HsmTollError that each become
 
 `MEANING` has every class of ``pkcs11.exceptions``, which a test verifies. A class that a later
 version adds becomes a DeviceError with its name in it. Codes without a class are in
-`hsmtoll.hsm.answers`.
+`hsmtoll.hsm.return_codes`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried, sanitized
-from hsmtoll.hsm.answers import ANSWERS, in_words
+from hsmtoll.hsm.return_codes import RETURN_CODES, in_words
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -128,7 +128,7 @@ _PIN_FORM: Final = Meaning(
     " hexadecimal digits, then the password; CloudHSM: user:password; a device with a pinpad:"
     " HSMTOLL_HSM__PIN_PROMPT=pinpad",
 )
-#: By `Answer.kind`.
+#: By `ReturnCode.kind`.
 _KINDS: Final = {
     "refused": _REQUEST,
     "away": _FAILED,
@@ -347,8 +347,8 @@ def describe(exc: Exception) -> str:
 
 def _meaning(exc: Exception) -> Meaning:
     code = ckr_code(exc)
-    if code in ANSWERS:
-        return _KINDS[ANSWERS[code].kind]._replace(hint=ANSWERS[code].do)
+    if code in RETURN_CODES:
+        return _KINDS[RETURN_CODES[code].kind]._replace(hint=RETURN_CODES[code].advice)
     if code is not None:
         return _FAILED._replace(hint="ask the maker what this code means, with the module's log")
     return next((MEANING[kind] for kind in type(exc).__mro__ if kind in MEANING), _FAILED)

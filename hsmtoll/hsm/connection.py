@@ -16,7 +16,7 @@ from pkcs11 import exceptions as p11
 from hsmtoll.errors import DeviceError, sanitized
 from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import SESSION_LIMIT_ERRORS
-from hsmtoll.hsm.module import current, opened
+from hsmtoll.hsm.module import is_current, open_module
 from hsmtoll.hsm.reading import login_key, token_identity
 
 if TYPE_CHECKING:
@@ -139,12 +139,12 @@ class Connection:
     def handles(self) -> Handles:
         """
         The handles, opened if necessary. DeviceError (``device-missing``, ``device-ambiguous``,
-        ``device-changed``) and the errors of `opened`.
+        ``device-changed``) and the errors of `open_module`.
         """
-        module = opened(self._path)
-        here = self._handles
-        if here is not None and here.module is module:
-            return here
+        module = open_module(self._path)
+        handles = self._handles
+        if handles is not None and handles.module is module:
+            return handles
         token = self._selector.token(module)
         self._check_same_token(token)
         login = module.logins.setdefault(login_key(token), Login(module))
@@ -184,18 +184,18 @@ class Connection:
 
     def discard(self) -> None:
         """Close the session; the login stays, for other devices and for the next call."""
-        here, self._handles = self._handles, None
-        if here is None or not current(here.module):
+        handles, self._handles = self._handles, None
+        if handles is None or not is_current(handles.module):
             return
-        here.login.release(here.session)
-        here.login.users.discard(self)
+        handles.login.release(handles.session)
+        handles.login.users.discard(self)
 
     def close(self) -> None:
         """Close the session; the last device on a token logs out."""
-        here, self._handles = self._handles, None
+        handles, self._handles = self._handles, None
         login, self.login = self.login, None
-        if here is not None:
-            here.login.release(here.session)
+        if handles is not None:
+            handles.login.release(handles.session)
         if login is not None:
             login.users.discard(self)
             if not login.users:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.pin_log import PinLog, TokenUser
     from hsmtoll.hsm.uri import KeyUri
     from hsmtoll.jws import RsaPublicKey, SigningInput
-    from hsmtoll.signing.grant import Read
+    from hsmtoll.signing.grant import ParsedGrant
 
 __all__ = ["InProcessDevice"]
 
@@ -66,7 +66,7 @@ class InProcessDevice:
         pin: PinSource | None,
         signing_pin: PinSource | None = None,
         pin_log: PinLog,
-        rules: Callable[[Read], None] | None = None,
+        rules: Callable[[ParsedGrant], None] | None = None,
         back_off: bool = True,
         boot: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,

@@ -18,7 +18,7 @@ from hsmtoll.hsm import cryptoki
 from hsmtoll.hsm.codes import describe, translate_pkcs11_errors
 from hsmtoll.hsm.connection import Login
 from hsmtoll.hsm.facts import ModuleFacts, TokenFacts
-from hsmtoll.hsm.module import Module, opened
+from hsmtoll.hsm.module import Module, open_module
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.hsm.reading import (
     certificates_of,
@@ -50,7 +50,7 @@ def module_facts(
 
     Raises ConfigurationError and DeviceError for the module itself.
     """
-    module = opened(path)
+    module = open_module(path)
     tokens = [_token(module, slot, token, pin_log) for slot, token in module.slots()]
     if problem is not None:
         tokens = [
@@ -72,7 +72,7 @@ def module_facts(
 
 def token_users(settings: DeviceSettings) -> tuple[TokenUser, ...]:
     """The PIN log's keys for the tokens that the URI of *settings* names."""
-    module = opened(settings.module_path)
+    module = open_module(settings.module_path)
     return tuple(
         _token_user(token, user)
         for slot, token in module.slots()

@@ -87,39 +87,39 @@ class PinLogin:
         """Reset what is known of the PIN tries of one call."""
         self.pin_outcome_unknown = self.relogged_in = False
 
-    def log_in(self, here: Handles, *, rw: bool = False) -> None:
+    def log_in(self, handles: Handles, *, rw: bool = False) -> None:
         """Log in if that is required and not done yet; with *rw* in a read-write session."""
-        login = here.login
+        login = handles.login
         if login.is_logged_in or self.pin is None:
             return
-        flags = self._flags(here)
+        flags = self._flags(handles)
         if not (flags & TokenFlag.LOGIN_REQUIRED or login.wanted):
             return
         # A PIN that the device has accepted is not read again.
-        pin = login.pin or self.pin.read(device=display_name(here.token))
+        pin = login.pin or self.pin.read(device=display_name(handles.token))
         if pin.on_pinpad and not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
             raise DeviceError(
-                f"{display_name(here.token)} has no pinpad of its own ({pin.source})",
+                f"{display_name(handles.token)} has no pinpad of its own ({pin.source})",
                 hint="Give the PIN another way: HSMTOLL_HSM__PIN_FILE, or PIN_PROMPT=terminal.",
                 code="no-pinpad",
             )
-        owner = TokenUser(*token_identity(here.token), user=user_name(self._user_type))
+        owner = TokenUser(*token_identity(handles.token), user=user_name(self._user_type))
         with self.pin_log.held(owner) as pin_record:
             # Check again: another process may have used up the tries while this one waited.
             login.pin = None
-            flags = self._record_intent(pin_record, pin, here)
+            flags = self._record_intent(pin_record, pin, handles)
             login.pin, login.source = pin, self.pin
             try:
-                login.anchor = _login_session(here, pin, rw=rw, user_type=self._user_type)
+                login.anchor = _login_session(handles, pin, rw=rw, user_type=self._user_type)
             except p11.UserAlreadyLoggedIn:
                 pin_record.withdraw()
                 login.logged_in_by_others = True
                 _log.warning(
                     "other code of this process is logged in to %s: the PIN was not verified",
-                    display_name(here.token),
+                    display_name(handles.token),
                 )
             except p11.PKCS11Error as exc:
-                error = self._failed_login(here, pin_record, pin, flags, exc)
+                error = self._failed_login(handles, pin_record, pin, flags, exc)
                 if error is None:
                     raise
                 raise error from exc
@@ -129,7 +129,7 @@ class PinLogin:
 
     def _failed_login(
         self,
-        here: Handles,
+        handles: Handles,
         pin_record: PinRecord,
         pin: Pin,
         flags: TokenFlag,
@@ -141,58 +141,58 @@ class PinLogin:
         """
         refused = isinstance(exc, REFUSED)
         outcome = self._record_failure(
-            here, pin_record, pin, exc, refused=refused, unchecked=untried(exc)
+            handles, pin_record, pin, exc, refused=refused, unchecked=untried(exc)
         )
         if outcome in ("accepted", "unknown"):
             return None
         if outcome == "refused":
-            here.login.pin = None
+            handles.login.pin = None
         # The user has cancelled (pinpad): do not prompt again for the same call.
         if isinstance(exc, (p11.FunctionCancelled, p11.FunctionRejected)):
             self.pin_outcome_unknown = True
-        error = self._login_error(here, pin, exc)
+        error = self._login_error(handles, pin, exc)
         if isinstance(exc, p11.UserPinNotInitialized):
             # If it contradicts the flags, the module has read a half-written token.
             error.retryable = bool(flags & TokenFlag.USER_PIN_INITIALIZED)
         return error
 
-    def force_log_in(self, here: Handles) -> bool:
+    def force_log_in(self, handles: Handles) -> bool:
         """
         Log in regardless of CKF_LOGIN_REQUIRED. Returns whether that was done: False if the device
         has no login.
         """
-        if here.login.is_logged_in or self.pin is None:
+        if handles.login.is_logged_in or self.pin is None:
             return False
-        required = here.login.wanted or bool(self._flags(here) & TokenFlag.LOGIN_REQUIRED)
-        here.login.wanted = True
+        required = handles.login.wanted or bool(self._flags(handles) & TokenFlag.LOGIN_REQUIRED)
+        handles.login.wanted = True
         try:
-            self.log_in(here)
+            self.log_in(handles)
         except HsmTollError as exc:
             cause = exc.__cause__
             if required or not (isinstance(cause, p11.PKCS11Error) and untried(cause)):
                 raise
-            here.login.wanted = False
+            handles.login.wanted = False
             return False
         return True
 
-    def read_write_session(self, here: Handles) -> Session:
+    def read_write_session(self, handles: Handles) -> Session:
         """A read-write session; if the device permits no further one, it is the login's."""
         try:
-            return here.token.open(rw=True)
+            return handles.token.open(rw=True)
         except SESSION_LIMIT_ERRORS:
-            here.login.release(here.session)
-            here.login.end()
-        self.log_in(here, rw=True)
-        here.session = here.login.anchor or here.token.open(rw=True)
-        return here.session
+            handles.login.release(handles.session)
+            handles.login.end()
+        self.log_in(handles, rw=True)
+        handles.session = handles.login.anchor or handles.token.open(rw=True)
+        return handles.session
 
-    def sign(self, here: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
+    def sign(self, handles: Handles, wanted: Signable, mechanism: Mechanism) -> bytes:
         """C_SignInit, context-specific C_Login, C_Sign (CKA_ALWAYS_AUTHENTICATE)."""
-        pin = self._pin_for_signing(here)
+        pin = self._pin_for_signing(handles)
         user = "signing" if self.signing_pin else user_name(self._user_type)
-        with self.pin_log.held(TokenUser(*token_identity(here.token), user=user)) as pin_record:
-            flags = self._record_intent(pin_record, pin, here)
-            key = cryptoki.with_sign(here.key)
+        with self.pin_log.held(TokenUser(*token_identity(handles.token), user=user)) as pin_record:
+            flags = self._record_intent(pin_record, pin, handles)
+            key = cryptoki.with_sign(handles.key)
             try:
                 data = wanted.input_for(mechanism)
                 signed: bytes = key.sign(data, mechanism=mechanism, pin=pin.reveal())
@@ -202,22 +202,22 @@ class PinLogin:
                 lost = isinstance(exc, p11.UserNotLoggedIn) and pin_record.accepted_before
                 unchecked = untried(exc) or lost or isinstance(exc, _SIGNATURE_ERRORS)
                 outcome = self._record_failure(
-                    here, pin_record, pin, exc, refused=refused, unchecked=unchecked
+                    handles, pin_record, pin, exc, refused=refused, unchecked=unchecked
                 )
                 if outcome == "refused":
                     self._signing = None
                 if refused:
-                    raise self._login_error(here, pin, exc) from exc
+                    raise self._login_error(handles, pin, exc) from exc
                 raise
             self._record_accepted(pin_record, pin, flags)
             self._signing = pin
             return signed
 
-    def _pin_for_signing(self, here: Handles) -> Pin:
+    def _pin_for_signing(self, handles: Handles) -> Pin:
         source = self.signing_pin or self.pin
-        pin = self._signing if self.signing_pin else here.login.pin
+        pin = self._signing if self.signing_pin else handles.login.pin
         if pin is None and source is not None:
-            pin = source.read(device=f"the key on {display_name(here.token)}")
+            pin = source.read(device=f"the key on {display_name(handles.token)}")
         if pin is None or pin.on_pinpad:
             raise DeviceError(
                 f"the key {sanitized(self._uri)} requires a PIN for every signature",
@@ -232,7 +232,7 @@ class PinLogin:
 
     def _record_failure(
         self,
-        here: Handles,
+        handles: Handles,
         pin_record: PinRecord,
         pin: Pin,
         exc: p11.PKCS11Error,
@@ -247,7 +247,7 @@ class PinLogin:
         if isinstance(exc, p11.PinExpired):
             pin_record.accept(pin)
             return "accepted"
-        if refused or self._was_last_try(exc, here):
+        if refused or self._was_last_try(exc, handles):
             pin_record.refuse(pin)
             return "refused"
         if unchecked:
@@ -258,10 +258,10 @@ class PinLogin:
         self.pin_state = "unresolved"
         return "unknown"
 
-    def _record_intent(self, pin_record: PinRecord, pin: Pin, here: Handles) -> TokenFlag:
+    def _record_intent(self, pin_record: PinRecord, pin: Pin, handles: Handles) -> TokenFlag:
         """Record that *pin* is about to be tried. Returns the token's current flags."""
-        makers = (here.module.lib.manufacturer_id, here.token.manufacturer_id)
-        flags = self._flags(here)
+        makers = (handles.module.lib.manufacturer_id, handles.token.manufacturer_id)
+        flags = self._flags(handles)
         pin_record.intend(
             pin,
             count_low=bool(flags & TokenFlag.USER_PIN_COUNT_LOW),
@@ -270,7 +270,7 @@ class PinLogin:
         )
         return flags
 
-    def _was_last_try(self, exc: p11.PKCS11Error, here: Handles) -> bool:
+    def _was_last_try(self, exc: p11.PKCS11Error, handles: Handles) -> bool:
         """
         Whether *exc* means that the last try was used up by a wrong PIN. OpenSC answers PinLocked
         to that try. A token that was locked before has a flag for it and is not tried; a TPM,
@@ -279,15 +279,15 @@ class PinLogin:
         if not isinstance(exc, p11.PinLocked):
             return False
         try:
-            flags: TokenFlag = here.token.slot.get_token().flags
+            flags: TokenFlag = handles.token.slot.get_token().flags
         except p11.PKCS11Error:
             return True  # unknown: the safe answer; `hsmtoll pin clear` permits a correct PIN again
         return bool(flags & TokenFlag.USER_PIN_LOCKED)
 
-    def _flags(self, here: Handles) -> TokenFlag:
+    def _flags(self, handles: Handles) -> TokenFlag:
         """The token's current flags. PinNotTried if the PIN is locked or has its last try left."""
-        flags: TokenFlag = here.token.slot.get_token().flags
-        device = display_name(here.token)
+        flags: TokenFlag = handles.token.slot.get_token().flags
+        device = display_name(handles.token)
         if flags & TokenFlag.USER_PIN_LOCKED:
             raise PinNotTried(
                 f"the PIN of {device} is locked: it was not tried",
@@ -306,29 +306,29 @@ class PinLogin:
             self._warn("pin-to-be-changed", f"the PIN of {device} is to be changed")
         return flags
 
-    def _login_error(self, here: Handles, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
+    def _login_error(self, handles: Handles, pin: Pin, exc: p11.PKCS11Error) -> HsmTollError:
         kind = p11.PinIncorrect() if isinstance(exc, REFUSED) else exc
-        doing = f"the PIN of {display_name(here.token)} from {pin.source}"
+        doing = f"the PIN of {display_name(handles.token)} from {pin.source}"
         error = translated(kind, doing, login=True)
         if type(kind) is type(exc):
             return error
         return type(error)(f"{error} ({type(exc).__name__})", hint=error.hint, code=error.code)
 
 
-def _login_session(here: Handles, pin: Pin, *, rw: bool, user_type: Any) -> Session:
+def _login_session(handles: Handles, pin: Pin, *, rw: bool, user_type: Any) -> Session:
     """Log in with a new session, or with the only one if the device has no further one."""
     # A vendor-defined user type is an int, which python-pkcs11's hints omit.
     value = PROTECTED_AUTH if pin.on_pinpad else pin.reveal()
     login = {"rw": rw, "user_pin": value, "user_type": user_type}
     try:
-        return cryptoki.open_logged_in(here.token, here.module.path, **login)
+        return cryptoki.open_logged_in(handles.token, handles.module.path, **login)
     except SESSION_LIMIT_ERRORS:
-        if _can_open_session(here.token):
+        if _can_open_session(handles.token):
             raise  # the error is the login's, not that of opening the session
-        here.module.close(here.session)
-    here.key = here.facts = None
-    here.session = cryptoki.open_logged_in(here.token, here.module.path, **login)
-    return here.session
+        handles.module.close(handles.session)
+    handles.key = handles.facts = None
+    handles.session = cryptoki.open_logged_in(handles.token, handles.module.path, **login)
+    return handles.session
 
 
 def _can_open_session(token: Token) -> bool:

@@ -39,55 +39,55 @@ class Lookup:
         self._pin_login = pin_login
 
     def certificates(
-        self, here: Handles, *, near: bool, force_login: bool
+        self, handles: Handles, *, near: bool, force_login: bool
     ) -> tuple[StoredCertificate, ...]:
         """As `Device.certificates`."""
         if force_login:
-            self._pin_login.force_log_in(here)
+            self._pin_login.force_log_in(handles)
         else:
-            self._pin_login.log_in(here)
+            self._pin_login.log_in(handles)
         try:
-            return self._selector.certificates(here.session, near=near)
+            return self._selector.certificates(handles.session, near=near)
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
             # Raises if the device is gone. If only the search for certificates fails, that does
             # not matter as long as they are all in a file.
-            here.token.slot.get_token()
+            handles.token.slot.get_token()
             _log.info("reading certificates once more after: %s", describe(exc))
-        here.new_session()
+        handles.new_session()
         try:
-            return self._selector.certificates(here.session, near=near)
+            return self._selector.certificates(handles.session, near=near)
         except p11.PKCS11Error as exc:
             if about_the_device(exc):
                 raise
             return (StoredCertificate(b"", "", b"", f"the search was answered {describe(exc)}"),)
 
-    def other_certificates(self, here: Handles) -> tuple[StoredCertificate, ...]:
+    def other_certificates(self, handles: Handles) -> tuple[StoredCertificate, ...]:
         """As `Device.other_certificates`."""
 
         def certificates(session: Session) -> list[StoredCertificate]:
             where = str(device_uri(session.token))
             return [replace(each, label=where) for each in certificates_of(session)]
 
-        found = on_other_tokens(here.module, here.token, certificates)
+        found = on_other_tokens(handles.module, handles.token, certificates)
         return tuple(each for some in found for each in some)
 
-    def key(self, here: Handles, candidates: tuple[RsaPublicKey, ...]) -> KeyFacts:
-        """As `Device.key`; its handle is then *here*, until the next login."""
-        self._pin_login.log_in(here)
-        if here.facts is not None and here.found_with is here.login.anchor:
-            return here.facts
-        found = self._selector.keys(here.session)
+    def key(self, handles: Handles, candidates: tuple[RsaPublicKey, ...]) -> KeyFacts:
+        """As `Device.key`; its handle is then in *handles*, until the next login."""
+        self._pin_login.log_in(handles)
+        if handles.facts is not None and handles.found_with is handles.login.anchor:
+            return handles.facts
+        found = self._selector.keys(handles.session)
         # Some tokens hide private keys before a login without CKF_LOGIN_REQUIRED.
-        if not found and self._pin_login.force_log_in(here):
-            found = self._selector.keys(here.session)
+        if not found and self._pin_login.force_log_in(handles):
+            found = self._selector.keys(handles.session)
         if not found:
             raise self._selector.missing_key_error(
-                here.module, here.token, here.session, logged_in=here.login.is_logged_in
+                handles.module, handles.token, handles.session, logged_in=handles.login.is_logged_in
             )
-        here.key, here.facts = self._selector.choose_key(
-            here.module, here.session, found, candidates
+        handles.key, handles.facts = self._selector.choose_key(
+            handles.module, handles.session, found, candidates
         )
-        here.found_with = here.login.anchor
-        return here.facts
+        handles.found_with = handles.login.anchor
+        return handles.facts

@@ -35,11 +35,11 @@ __all__ = [
     "PKCS11_LOCK",
     "Module",
     "check_path",
-    "current",
-    "loaded",
-    "opened",
+    "find_open",
+    "is_current",
+    "open_module",
     "restart",
-    "restarted",
+    "restart_if_unused",
 ]
 
 # Modules that a forked child can initialise again without effect on its parent (measured). With a
@@ -126,8 +126,8 @@ PKCS11_LOCK: Final = Pkcs11Lock()
 @dataclass(slots=True)
 class Module:
     """
-    One loaded and initialised module. *logins*: the logins of this process, by token. If `opened`
-    returns another Module than before, all handles are stale.
+    One loaded and initialised module. *logins*: the logins of this process, by token. If
+    `open_module` returns another Module than before, all handles are stale.
     """
 
     path: str
@@ -154,7 +154,7 @@ class Module:
 
     def close(self, session: Session | None) -> None:
         """Close *session*, unless a fork or a restart has made its handle stale."""
-        if session is not None and current(self):
+        if session is not None and is_current(self):
             cryptoki.close_session(session, self.path)
 
 
@@ -164,11 +164,11 @@ _real: dict[Path, str] = {}
 _inherited: dict[str, Module] = {}
 # Modules whose C_Finalize failed: they may still be initialised.
 _not_finalized: dict[str, Module] = {}
-# When each module was last restarted by `restarted`.
+# When each module was last restarted by `restart_if_unused`.
 _restarted_at: dict[str, float] = {}
 
 
-def opened(path: Path) -> Module:
+def open_module(path: Path) -> Module:
     """
     The module at *path*, loaded and initialised once per process. Call it with `PKCS11_LOCK` held.
 
@@ -204,7 +204,7 @@ def _name(path: Path) -> str:
     return known
 
 
-def current(module: Module) -> bool:
+def is_current(module: Module) -> bool:
     """Whether *module* is still in use: there was no fork and no restart since."""
     return _opened.get(module.path) is module
 
@@ -223,18 +223,18 @@ def restart(path: Path) -> None:
             _not_finalized[module.path] = module
 
 
-def loaded(path: Path) -> Module | None:
+def find_open(path: Path) -> Module | None:
     """The module at *path* if this process has it open."""
     return _opened.get(_name(path))
 
 
-def restarted(module: Module, *, now: float, pause: float) -> bool:
+def restart_if_unused(module: Module, *, now: float, pause: float) -> bool:
     """
     Finalize *module* as `restart` does, unless that was done less than *pause* seconds ago, or
     would end a login that another device still uses. Returns whether it was done. Call it with
     `PKCS11_LOCK` held.
     """
-    if not current(module):
+    if not is_current(module):
         return True
     if 0 <= now - _restarted_at.get(module.path, now - pause) < pause:
         return False

@@ -17,11 +17,11 @@ from pkcs11.constants import DEFAULT
 from hsmtoll.der import certificate_fields
 from hsmtoll.errors import DeviceError, sanitized
 from hsmtoll.hsm import cryptoki
-from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import away, ckr_code, describe
 from hsmtoll.hsm.facts import Stored
 from hsmtoll.hsm.makers import maker_of
 from hsmtoll.hsm.reading import certificates_of, key_facts, object_uri
+from hsmtoll.hsm.return_codes import RETURN_CODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -276,9 +276,9 @@ def _pair(
             )
         except p11.PKCS11Error as exc:
             failures.append(exc)
-            # Codes of `ANSWERS` are not about the template, except CKR_ACTION_PROHIBITED and
+            # Codes of `RETURN_CODES` are not about the template, except CKR_ACTION_PROHIBITED and
             # CKR_KEY_FUNCTION_NOT_PERMITTED.
-            final = ckr_code(exc) in ANSWERS.keys() - {0x1B, 0x68}
+            final = ckr_code(exc) in RETURN_CODES.keys() - {0x1B, 0x68}
             if final or isinstance(exc, _FINAL):
                 break
             # Raises if the device is gone, or if the failed attempt has left a key behind.

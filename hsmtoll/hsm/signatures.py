@@ -23,7 +23,7 @@ from hsmtoll.signing.grant import read_grant
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from hsmtoll.signing.grant import Read
+    from hsmtoll.signing.grant import ParsedGrant
 
 __all__ = ["SELF_TEST", "Signable", "Verifier"]
 
@@ -49,7 +49,7 @@ class Signable:
     alg: str
     data: bytes
     request_for: RsaPublicKey | None = None
-    grant: Read | None = field(init=False, default=None)
+    grant: ParsedGrant | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.alg not in ALGS:
@@ -82,7 +82,9 @@ class Signable:
         if spki != public.spki():
             raise _refused("the request is for another public key")
 
-    def check_grant(self, audience: str | None, rules: Callable[[Read], None] | None) -> None:
+    def check_grant(
+        self, audience: str | None, rules: Callable[[ParsedGrant], None] | None
+    ) -> None:
         """
         PolicyDenied unless the data is a grant, with *audience* as ``aud`` unless None; and the
         errors that *rules* raise.
@@ -101,7 +103,7 @@ class Signable:
         return digest_info(self.alg, self.data) if raw else self.data
 
 
-def _grant(alg: str, unsigned: bytes) -> Read:
+def _grant(alg: str, unsigned: bytes) -> ParsedGrant:
     try:
         return read_grant(alg, unsigned)
     except ValueError as exc:

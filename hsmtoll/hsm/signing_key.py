@@ -45,30 +45,30 @@ class SigningKey:
         self._without_context_login = False
 
     def sign(
-        self, here: Handles, wanted: Signable, candidates: tuple[RsaPublicKey, ...]
+        self, handles: Handles, wanted: Signable, candidates: tuple[RsaPublicKey, ...]
     ) -> Signature:
         """Sign *wanted*. *by* of the result is the public key that the device shows."""
-        facts = self._lookup.key(here, candidates)
+        facts = self._lookup.key(handles, candidates)
         if wanted.request_for is not None and facts.public is not None:
             wanted.check_request(facts.public)
         usable = _mechanisms(wanted.alg, facts.mechanisms)
-        if here.login.hash_here and len(usable) > 1:
+        if handles.login.hash_here and len(usable) > 1:
             usable = usable[1:]
         try:
-            return Signature(self._sign_once(here, candidates, wanted, usable[0]), facts.public)
+            return Signature(self._sign_once(handles, candidates, wanted, usable[0]), facts.public)
         except p11.PKCS11Error as exc:
             if len(usable) < 2 or self._is_final(exc):
                 raise
             first = exc
         # The mechanism is listed, but only for verifying, or not for this key or data size.
-        here.new_session()
-        facts = self._lookup.key(here, candidates)
+        handles.new_session()
+        facts = self._lookup.key(handles, candidates)
         try:
-            signature = self._sign_once(here, candidates, wanted, usable[1])
+            signature = self._sign_once(handles, candidates, wanted, usable[1])
         except p11.PKCS11Error as exc:
             raise exc if self._is_final(exc) else first from None
-        here.login.hash_here = True
-        here.facts = replace(facts, mechanisms=facts.mechanisms - _HASHED_NAMES)
+        handles.login.hash_here = True
+        handles.facts = replace(facts, mechanisms=facts.mechanisms - _HASHED_NAMES)
         return Signature(signature, facts.public)
 
     def _is_final(self, exc: p11.PKCS11Error) -> bool:
@@ -77,27 +77,27 @@ class SigningKey:
 
     def _sign_once(
         self,
-        here: Handles,
+        handles: Handles,
         candidates: tuple[RsaPublicKey, ...],
         wanted: Signable,
         mechanism: Mechanism,
     ) -> bytes:
         """Sign, with a context-specific login if the key or the settings require one."""
-        facts = self._lookup.key(here, candidates)
+        facts = self._lookup.key(handles, candidates)
         without_login = self._without_context_login
         own_pin = self._pin_login.signing_pin is not None
         if not without_login and (facts.always_authenticate or own_pin):
             try:
-                return self._pin_login.sign(here, wanted, mechanism)
+                return self._pin_login.sign(handles, wanted, mechanism)
             except p11.PKCS11Error as exc:
                 if not knows_no_context_login(exc, required=facts.always_authenticate is True):
                     raise
-            here.new_session()
-            self._lookup.key(here, candidates)
+            handles.new_session()
+            self._lookup.key(handles, candidates)
             without_login = True
         try:
             data = wanted.input_for(mechanism)
-            signed: bytes = cryptoki.with_sign(here.key).sign(data, mechanism=mechanism)
+            signed: bytes = cryptoki.with_sign(handles.key).sign(data, mechanism=mechanism)
         except p11.UserNotLoggedIn as exc:
             if not self._pin_login.relogged_in or own_pin:
                 raise

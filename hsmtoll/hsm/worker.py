@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.hsm.pin import PinSource
-    from hsmtoll.signing.grant import Read
+    from hsmtoll.signing.grant import ParsedGrant
 
 #: Seconds that a call may still take after the parent has ended.
 _ORPHAN_GRACE: Final = 2.0
@@ -91,7 +91,7 @@ def main(
     descriptor: int,
     stderr: int | None = None,
     *,
-    rules: Callable[[dict[str, Any]], Callable[[Read], None]] | None = None,
+    rules: Callable[[dict[str, Any]], Callable[[ParsedGrant], None]] | None = None,
 ) -> None:
     """
     Serve one device over the socket *descriptor* until the parent ends. The descriptor *stderr*, if
@@ -141,7 +141,9 @@ def _exit_with_parent(connection: socket.socket) -> None:
     os._exit(1)
 
 
-def _device(pipe: Pipe, opening: Opening, check: Callable[[Read], None] | None) -> InProcessDevice:
+def _device(
+    pipe: Pipe, opening: Opening, check: Callable[[ParsedGrant], None] | None
+) -> InProcessDevice:
     def source(user: str, given: bool) -> PinSource | None:
         return _PinFromParent(pipe, user) if given else None
 

@@ -173,7 +173,10 @@ async def _parts(request: web.BaseRequest) -> AsyncIterator[bytes]:
 
 def _incomplete() -> Rejected:
     return Rejected(
-        400, "body-incomplete", "the body did not come whole", "Customs has got no whole request"
+        400,
+        "body-incomplete",
+        "the request body is incomplete",
+        "Customs received no complete request",
     )
 
 

@@ -114,7 +114,7 @@ def _shown(one: Received) -> dict[str, Any]:
 def _rules() -> dict[str, dict[str, object]]:
     return {
         rule.id: {
-            "says": rule.says,
+            "says": rule.sentence,
             "basis": rule.basis,
             "kind": rule.kind,
             "source": SENTENCES.get(rule.id),

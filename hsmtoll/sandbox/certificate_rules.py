@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     from hsmtoll.sandbox.facts import TokenRequest
-    from hsmtoll.sandbox.rule import World
+    from hsmtoll.sandbox.rule import RuleContext
 
 __all__ = ["RULES"]
 
@@ -44,7 +44,7 @@ _BAD_CERTIFICATE: Final = f"{CLIENT_FAILED} The JWT is signed with an invalid ce
 @RULES.checked_by(
     "M33", "the key of x5c[0] is RSA, 2048 bits or more", "I", "RFC 7518 section 3.3", code="MP-120"
 )
-def _m33(request: TokenRequest, _: World) -> str | None:
+def _m33(request: TokenRequest, _: RuleContext) -> str | None:
     if request.leaf is None:
         return None
     key = facts.rsa_key(request.leaf)
@@ -54,7 +54,7 @@ def _m33(request: TokenRequest, _: World) -> str | None:
 @RULES.checked_by(
     "M34", "x5c[0] is neither self-signed nor a CA", "O", sources.VALIDATOR, code="MP-120"
 )
-def _m34(request: TokenRequest, _: World) -> str | None:
+def _m34(request: TokenRequest, _: RuleContext) -> str | None:
     leaf = request.leaf
     if leaf is None:
         return None
@@ -64,7 +64,7 @@ def _m34(request: TokenRequest, _: World) -> str | None:
 @RULES.checked_by(
     "M26", "each certificate is signed by the next", "D/I", "RFC 7515 section 4.1.6", code="MP-120"
 )
-def _m26(request: TokenRequest, _: World) -> str | None:
+def _m26(request: TokenRequest, _: RuleContext) -> str | None:
     chain = request.certificates
     pairs = itertools.pairwise(chain)
     return None if all(_issued(lower, upper) for lower, upper in pairs) else _bad("order")
@@ -78,10 +78,10 @@ def _m26(request: TokenRequest, _: World) -> str | None:
     sources.INTEGRATION,
     code="MP-120",
 )
-def _m27(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or world.norwegian(request):
+def _m27(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or context.norwegian(request):
         return None
-    return None if _complete(request, world) else _bad("chain")
+    return None if _complete(request, context) else _bad("chain")
 
 
 @RULES.checked_by(
@@ -92,10 +92,10 @@ def _m27(request: TokenRequest, world: World) -> str | None:
     sources.GRANT,
     code="MP-120",
 )
-def _m28(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or not world.norwegian(request) or _complete(request, world):
+def _m28(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or not context.norwegian(request) or _complete(request, context):
         return None
-    known = [anchor.certificate for anchor in world.state.anchors] + world.state.pinned
+    known = [anchor.certificate for anchor in context.state.anchors] + context.state.pinned
     # Customs' guide documents the certificate alone, Digdir's page the whole chain.
     if any(_issued(request.certificates[-1], ca) for ca in known):
         return None
@@ -105,8 +105,8 @@ def _m28(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M29", "every certificate is within its validity", "D", sources.ERRORS, code="MP-120"
 )
-def _m29(request: TokenRequest, world: World) -> str | None:
-    now = datetime.fromtimestamp(world.now, UTC)
+def _m29(request: TokenRequest, context: RuleContext) -> str | None:
+    now = datetime.fromtimestamp(context.now, UTC)
     valid = all(
         cert.not_valid_before_utc <= now <= cert.not_valid_after_utc
         for cert in request.certificates
@@ -117,22 +117,22 @@ def _m29(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M30", "no certificate is revoked", "O/I", sources.ERRORS, sources.VALIDATOR, code="MP-120"
 )
-def _m30(request: TokenRequest, world: World) -> str | None:
-    gone = any(cert.serial_number in world.state.revoked for cert in request.certificates)
+def _m30(request: TokenRequest, context: RuleContext) -> str | None:
+    gone = any(cert.serial_number in context.state.revoked for cert in request.certificates)
     return _bad("revoked") if gone else None
 
 
 @RULES.checked_by(
     "M31", "a Norwegian certificate belongs to this environment", "D", sources.GRANT, code="MP-120"
 )
-def _m31(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or not world.norwegian(request):
+def _m31(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or not context.norwegian(request):
         return None
-    found, here = facts.policies(request.leaf), world.settings.environment
+    found, here = facts.policies(request.leaf), context.settings.environment
     other = "prod" if here == "test" else "test"
     if not _accepted(found, here) and _accepted(found, other):
         return _bad("environment")
-    anchors = [a for a in world.state.anchors if a.certificate in request.certificates]
+    anchors = [a for a in context.state.anchors if a.certificate in request.certificates]
     wrong = [a for a in anchors if a.environment not in (None, here)]
     return _bad("environment") if wrong else None
 
@@ -140,11 +140,11 @@ def _m31(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M32", "the chain ends at an anchor on the trust list", "D", sources.ESEALS, code="MP-120"
 )
-def _m32(request: TokenRequest, world: World) -> str | None:
+def _m32(request: TokenRequest, context: RuleContext) -> str | None:
     chain = request.certificates
     if not chain or not _self_signed(chain[-1]) or len(chain) == 1:
         return None
-    trusted = [anchor.certificate for anchor in world.state.anchors]
+    trusted = [anchor.certificate for anchor in context.state.anchors]
     return None if any(cert in trusted for cert in chain[1:]) else _bad("anchor")
 
 
@@ -155,8 +155,8 @@ def _m32(request: TokenRequest, world: World) -> str | None:
     sources.VALIDATOR,
     code="MP-120",
 )
-def _m35(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or not world.norwegian(request):
+def _m35(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or not context.norwegian(request):
         return None
     known = {ExtensionOID.KEY_USAGE, ExtensionOID.BASIC_CONSTRAINTS}
     odd = [one for one in request.leaf.extensions if one.critical and one.oid not in known]
@@ -166,8 +166,8 @@ def _m35(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M36", "a Norwegian leaf has an accepted policy", "O", sources.VALIDATOR, code="MP-120"
 )
-def _m36(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or not world.norwegian(request):
+def _m36(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or not context.norwegian(request):
         return None
     found = facts.policies(request.leaf)
     accepted = any(_accepted(found, environment) for environment in _POLICIES)
@@ -177,8 +177,8 @@ def _m36(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M74", "an eSeal's subject has an organizationIdentifier", "D/I", sources.ESEALS, code="MP-120"
 )
-def _m74(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or world.norwegian(request):
+def _m74(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or context.norwegian(request):
         return None
     found = facts.values(request.leaf, NameOID.ORGANIZATION_IDENTIFIER)
     return None if found else _bad("organizationIdentifier")
@@ -191,8 +191,8 @@ def _m74(request: TokenRequest, world: World) -> str | None:
     sources.ETSI + "31941203/",
     code="MP-120",
 )
-def _m75(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or world.norwegian(request):
+def _m75(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or context.norwegian(request):
         return None
     found = facts.values(request.leaf, NameOID.ORGANIZATION_IDENTIFIER)
     return _bad("organizationIdentifier") if len(found) > 1 else None
@@ -205,22 +205,22 @@ def _m75(request: TokenRequest, world: World) -> str | None:
     sources.ORDER_NORWEGIAN,
     code="MP-120",
 )
-def _b1(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or not world.settings.key_usage_enforced:
+def _b1(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or not context.settings.key_usage_enforced:
         return None
     try:
         usage = request.leaf.extensions.get_extension_for_class(x509.KeyUsage).value
     except x509.ExtensionNotFound:
         return _bad("keyUsage")
-    seal = usage.content_commitment and not world.norwegian(request)
+    seal = usage.content_commitment and not context.norwegian(request)
     return None if usage.digital_signature or seal else _bad("keyUsage")
 
 
 @RULES.checked_by(
     "B4", "a qualified certificate is one for seals", "I", sources.ETSI + "31941205/", code="MP-120"
 )
-def _b4(request: TokenRequest, world: World) -> str | None:
-    if request.leaf is None or world.norwegian(request):
+def _b4(request: TokenRequest, context: RuleContext) -> str | None:
+    if request.leaf is None or context.norwegian(request):
         return None
     found = facts.qc_statements(request.leaf)
     wrong = _QC_COMPLIANCE in found and {f"{_QC_TYPE}1", f"{_QC_TYPE}3"} & found
@@ -230,8 +230,8 @@ def _b4(request: TokenRequest, world: World) -> str | None:
 @RULES.checked_by(
     "M62", "the certificate's organisation owns the client", "D", sources.ERRORS, code="MP-122"
 )
-def _m62(request: TokenRequest, world: World) -> str | None:
-    client = world.client(request)
+def _m62(request: TokenRequest, context: RuleContext) -> str | None:
+    client = context.client(request)
     if request.leaf is None or client is None or facts.org_no(request.leaf) == client.org_no:
         return None
     return "Invalid JWT. Invalid organization number for client. Does not match certificate orgno"
@@ -244,8 +244,8 @@ def _m62(request: TokenRequest, world: World) -> str | None:
     sources.ERRORS,
     code="MP-124",
 )
-def _m25(request: TokenRequest, world: World) -> str | None:
-    key = signing_key(request, world)
+def _m25(request: TokenRequest, context: RuleContext) -> str | None:
+    key = signing_key(request, context)
     alg = request.jws.header.get("alg")
     if key is None or not isinstance(alg, str) or alg not in jose.HASHES:
         return None
@@ -254,9 +254,9 @@ def _m25(request: TokenRequest, world: World) -> str | None:
     return f"{CLIENT_FAILED} Invalid JWT signature"
 
 
-def signing_key(request: TokenRequest, world: World) -> rsa.RSAPublicKey | None:
+def signing_key(request: TokenRequest, context: RuleContext) -> rsa.RSAPublicKey | None:
     """The key that must have signed."""
-    kid, client = request.jws.header.get("kid"), world.client(request)
+    kid, client = request.jws.header.get("kid"), context.client(request)
     if client and isinstance(kid, str) and kid in client.keys:
         return client.keys[kid][0]
     return facts.rsa_key(request.leaf) if request.leaf else None
@@ -294,16 +294,16 @@ def _is_ca(cert: x509.Certificate) -> bool:
         return False
 
 
-def _complete(request: TokenRequest, world: World) -> bool:
+def _complete(request: TokenRequest, context: RuleContext) -> bool:
     """The supplied certificates end in a root, at an anchor, or just below one."""
     chain = request.certificates
     if len(chain) == 1 and not _self_signed(chain[0]):
         return False
     if _self_signed(chain[-1]):
         return True
-    if world.settings.root_in_x5c:
+    if context.settings.root_in_x5c:
         return False
-    trusted = [anchor.certificate for anchor in world.state.anchors]
+    trusted = [anchor.certificate for anchor in context.state.anchors]
     return chain[-1] in trusted or any(_issued(chain[-1], anchor) for anchor in trusted)
 
 

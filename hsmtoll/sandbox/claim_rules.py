@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.sandbox.facts import TokenRequest
-    from hsmtoll.sandbox.rule import World
+    from hsmtoll.sandbox.rule import RuleContext
 
 __all__ = ["RULES", "replay_key"]
 
@@ -33,32 +33,32 @@ _NOT_MASKINPORTEN: Final = re.compile(r"openid|profile|offline_access|idporten:.
     sources.GRANT,
     sources.SERVER_LIMITS,
 )
-def _m54(request: TokenRequest, world: World) -> str | None:
-    life = request.number("exp", world.now + 60) - request.number("iat", world.now)
+def _m54(request: TokenRequest, context: RuleContext) -> str | None:
+    life = request.number("exp", context.now + 60) - request.number("iat", context.now)
     if life <= 0:
         return "JWT has no lifetime: exp is not after iat."
-    return "JWT has too long lifetime." if life > world.settings.longest_grant else None
+    return "JWT has too long lifetime." if life > context.settings.longest_grant else None
 
 
 @RULES.checked_by("M55", "iat is at most 10 s ahead", "D/O", sources.GRANT, sources.SERVER_LIMITS)
-def _m55(request: TokenRequest, world: World) -> str | None:
-    ahead = request.number("iat", world.now) > world.now + 10
+def _m55(request: TokenRequest, context: RuleContext) -> str | None:
+    ahead = request.number("iat", context.now) > context.now + 10
     return "Issue time is in the future." if ahead else None
 
 
 @RULES.checked_by(
     "M56", "iat in the past is no error by itself", "O", sources.SERVER_LIMITS, kind="permits"
 )
-def _m56(request: TokenRequest, world: World) -> str | None:
-    old = request.number("iat", world.now) < world.now - 10
+def _m56(request: TokenRequest, context: RuleContext) -> str | None:
+    old = request.number("iat", context.now) < context.now - 10
     return "Issue time is too old." if old else None
 
 
 @RULES.checked_by(
     "M57", "exp is at most 10 s ago", "D/O", sources.ERRORS, sources.SERVER_LIMITS, code="MP-130"
 )
-def _m57(request: TokenRequest, world: World) -> str | None:
-    late = request.number("exp", world.now + 60) < world.now - 10
+def _m57(request: TokenRequest, context: RuleContext) -> str | None:
+    late = request.number("exp", context.now + 60) < context.now - 10
     return "JWT is expired" if late else None
 
 
@@ -69,15 +69,15 @@ def _m57(request: TokenRequest, world: World) -> str | None:
     sources.GRANT,
     kind="permits",
 )
-def _m59(request: TokenRequest, _: World) -> str | None:
+def _m59(request: TokenRequest, _: RuleContext) -> str | None:
     return "Invalid assertion. Missing claim jti" if "jti" not in request.jws.claims else None
 
 
 @RULES.checked_by(
     "M58", "a grant is used once", "D/I", sources.GRANT, sources.ERRORS, code="MP-012"
 )
-def _m58(request: TokenRequest, world: World) -> str | None:
-    used = world.state.used.get(replay_key(request), 0) >= world.now
+def _m58(request: TokenRequest, context: RuleContext) -> str | None:
+    used = context.state.used.get(replay_key(request), 0) >= context.now
     return "Validation of JWT (Bearer grant) failed. Grant is used before" if used else None
 
 
@@ -100,16 +100,16 @@ def replay_key(request: TokenRequest) -> str:
     sources.AUDIENCE,
     error="invalid_request",
 )
-def _m70(request: TokenRequest, world: World) -> str | None:
+def _m70(request: TokenRequest, context: RuleContext) -> str | None:
     found = request.jws.claims.get("resource", [])
-    if isinstance(found, str) and world.tolerates("resource"):
+    if isinstance(found, str) and context.tolerates("resource"):
         return None
     right = isinstance(found, list) and all(isinstance(one, str) for one in found)
     return None if right else "Invalid assertion. Invalid parameter value resource"
 
 
 @RULES.checked_by("M71", "pid is 11 digits", "D", sources.PERSON, error="invalid_request")
-def _m71(request: TokenRequest, _: World) -> str | None:
+def _m71(request: TokenRequest, _: RuleContext) -> str | None:
     pid = request.jws.claims.get("pid")
     right = pid is None or (isinstance(pid, str) and re.fullmatch(r"\d{11}", pid, re.ASCII))
     return None if right else "Invalid assertion. Invalid parameter value pid"
@@ -118,8 +118,8 @@ def _m71(request: TokenRequest, _: World) -> str | None:
 @RULES.checked_by(
     "M72", "consumer_org is another's, and alone", "D", sources.ERRORS, error="invalid_request"
 )
-def _m72(request: TokenRequest, world: World) -> str | None:
-    consumer, client = request.jws.claims.get("consumer_org"), world.client(request)
+def _m72(request: TokenRequest, context: RuleContext) -> str | None:
+    consumer, client = request.jws.claims.get("consumer_org"), context.client(request)
     if consumer is not None and "iss_onbehalfof" in request.jws.claims:
         return "Invalid assertion. consumer_org and iss_onbehalfof exclude each other"
     own = client.org_no if client else None
@@ -138,7 +138,7 @@ def _m72(request: TokenRequest, world: World) -> str | None:
     sources.SYSTEM_USER,
     sources.ERRORS,
 )
-def _m73(request: TokenRequest, _: World) -> Reason | None:
+def _m73(request: TokenRequest, _: RuleContext) -> Reason | None:
     found = request.jws.claims.get("authorization_details", [])
     members = {
         "urn:altinn:systemuser": {"type", "systemuser_org", "externalRef"},
@@ -178,10 +178,12 @@ def _good_details(one: dict[str, Any]) -> bool:
 # --- scopes ---------------------------------------------------------------------------------
 
 
-def _bad_scope(request: TokenRequest, world: World, bad: Callable[[str], bool]) -> str | None:
+def _bad_scope(
+    request: TokenRequest, context: RuleContext, bad: Callable[[str], bool]
+) -> str | None:
     """The scope that fails the request: any bad one (M68), else only where none is good."""
     found = [scope for scope in request.scopes if bad(scope)]
-    if not found or (not world.on("M68") and len(found) < len(request.scopes)):
+    if not found or (not context.on("M68") and len(found) < len(request.scopes)):
         return None
     return found[0]
 
@@ -194,10 +196,10 @@ def _bad_scope(request: TokenRequest, world: World, bad: Callable[[str], bool]) 
     error="invalid_scope",
     code="MP-201",
 )
-def _m64(request: TokenRequest, world: World) -> str | None:
-    if not world.norwegian(request):
+def _m64(request: TokenRequest, context: RuleContext) -> str | None:
+    if not context.norwegian(request):
         return None
-    bad = _bad_scope(request, world, lambda one: bool(_NOT_MASKINPORTEN.fullmatch(one)))
+    bad = _bad_scope(request, context, lambda one: bool(_NOT_MASKINPORTEN.fullmatch(one)))
     return bad and f"Token request contains scopes not allowed for maskinporten, {bad}"
 
 
@@ -209,10 +211,10 @@ def _m64(request: TokenRequest, world: World) -> str | None:
     error="invalid_scope",
     code="MP-200",
 )
-def _m66(request: TokenRequest, world: World) -> str | None:
-    if world.norwegian(request):
+def _m66(request: TokenRequest, context: RuleContext) -> str | None:
+    if context.norwegian(request):
         return None
-    bad = _bad_scope(request, world, lambda one: one not in world.state.eseal_scopes)
+    bad = _bad_scope(request, context, lambda one: one not in context.state.eseal_scopes)
     return bad and f"Token request contains invalid scopes for client, {bad}"
 
 
@@ -224,26 +226,26 @@ def _m66(request: TokenRequest, world: World) -> str | None:
     error="invalid_scope",
     code="MP-200",
 )
-def _m67(request: TokenRequest, world: World) -> str | None:
-    if not world.norwegian(request):
+def _m67(request: TokenRequest, context: RuleContext) -> str | None:
+    if not context.norwegian(request):
         return None
-    bad = _bad_scope(request, world, lambda one: one.startswith("toll:eu/"))
+    bad = _bad_scope(request, context, lambda one: one.startswith("toll:eu/"))
     return bad and f"Token request contains invalid scopes for client, {bad}"
 
 
 @RULES.checked_by(
     "M63", "the scope is on the client", "D/O", sources.ERRORS, error="invalid_scope", code="MP-200"
 )
-def _m63(request: TokenRequest, world: World) -> str | None:
-    client = world.client(request)
-    if client is None or not world.norwegian(request):
+def _m63(request: TokenRequest, context: RuleContext) -> str | None:
+    client = context.client(request)
+    if client is None or not context.norwegian(request):
         return None
 
     def missing(one: str) -> bool:
         elsewhere = one.startswith("toll:eu/") or _NOT_MASKINPORTEN.fullmatch(one)
         return one not in client.scopes and not elsewhere
 
-    bad = _bad_scope(request, world, missing)
+    bad = _bad_scope(request, context, missing)
     return bad and f"Token request contains invalid scopes for client, {bad}"
 
 
@@ -256,23 +258,23 @@ def _m63(request: TokenRequest, world: World) -> str | None:
     error="forbidden",
     code="MP-250",
 )
-def _m65(request: TokenRequest, world: World) -> Reason | str | None:
-    own, consumer = world.organisation(request), request.jws.claims.get("consumer_org")
-    client = world.client(request)
+def _m65(request: TokenRequest, context: RuleContext) -> Reason | str | None:
+    own, consumer = context.organisation(request), request.jws.claims.get("consumer_org")
+    client = context.client(request)
 
     def refused(one: str) -> bool:
         if consumer is not None:
-            return (str(consumer), own, one) not in world.state.delegations
-        allowed = world.state.allowed.get(own)
+            return (str(consumer), own, one) not in context.state.delegations
+        allowed = context.state.allowed.get(own)
         if allowed is None and client is not None:
             allowed = set(client.granted) if client.granted is not None else None
         return allowed is not None and one not in allowed
 
-    bad = _bad_scope(request, world, refused)
+    bad = _bad_scope(request, context, refused)
     if bad and consumer is not None:
         text = f"Consumer {consumer} has not delegated access to the scope {bad} to supplier {own}"
         return Reason(text, code="MP-251")
     return bad and f"Consumer has not been granted access to the scope {bad}"
 
 
-RULES.gives("M68", "one bad scope fails the whole request", "D", sources.GRANT)
+RULES.describes("M68", "one bad scope fails the whole request", "D", sources.GRANT)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hsmtoll.sandbox.facts import Call, TokenRequest
-    from hsmtoll.sandbox.rule import World
+    from hsmtoll.sandbox.rule import RuleContext
 
 __all__ = ["INTERNAL", "RULES"]
 
@@ -25,19 +25,19 @@ RULES: Final = Rules()
 
 # --- the exchange at Customs ----------------------------------------------------------------
 
-RULES.gives(
+RULES.describes(
     "T06",
     "issued_token_type, access_token, token_type, expires_in; no scope",
     "D",
     sources.INTEGRATION,
 )
-RULES.gives(
+RULES.describes(
     "T07",
     "exp of the subject token; expires_in is what remains, less one",
     "O",
     sources.CLIENT_CODE,
 )
-RULES.gives(
+RULES.describes(
     "T08", "RS512, no kid; iss, sub, iat, exp, scope with internal names", "O", sources.CLIENT_CODE
 )
 
@@ -50,7 +50,7 @@ RULES.gives(
     stage="exchange",
     error="invalid_request",
 )
-def _t01(request: TokenRequest, _: World) -> str | None:
+def _t01(request: TokenRequest, _: RuleContext) -> str | None:
     if request.method != "POST" or request.media_type != FORM:
         return "POST a form"
     known = {"grant_type", "subject_token_type", "subject_token"}
@@ -67,7 +67,7 @@ def _t01(request: TokenRequest, _: World) -> str | None:
     stage="exchange",
     error="unsupported_grant_type",
 )
-def _t02(request: TokenRequest, _: World) -> str | None:
+def _t02(request: TokenRequest, _: RuleContext) -> str | None:
     words = {"grant_type": "token-exchange", "subject_token_type": "access_token"}
     wrong = [name for name, word in words.items() if request.form.get(name, word) != word]
     return f"unsupported {', '.join(wrong)}" if wrong else None
@@ -81,19 +81,19 @@ def _t02(request: TokenRequest, _: World) -> str | None:
     stage="exchange",
     status=401,
 )
-def _t03(request: TokenRequest, world: World) -> Reason | None:
+def _t03(request: TokenRequest, context: RuleContext) -> Reason | None:
     jws = request.jws
-    key = world.maskinporten_keys.get(str(jws.header.get("kid")))
+    key = context.maskinporten_keys.get(str(jws.header.get("kid")))
     alg = str(jws.header.get("alg"))
-    if key is None or alg not in jose.HASHES or jws.claims.get("iss") != world.issuer:
-        return _unusable("subject_token is not a token of this environment's Maskinporten", world)
+    if key is None or alg not in jose.HASHES or jws.claims.get("iss") != context.issuer:
+        return _unusable("subject_token is not a token of this environment's Maskinporten", context)
     valid = jose.verified(alg, key, jws.data, jws.signature)
-    return None if valid else _unusable("subject_token has an invalid signature", world)
+    return None if valid else _unusable("subject_token has an invalid signature", context)
 
 
-def _unusable(text: str, world: World) -> Reason:
+def _unusable(text: str, context: RuleContext) -> Reason:
     """RFC 6750 has invalid_token with 401, RFC 6749 invalid_grant with 400."""
-    status = world.settings.invalid_subject_status
+    status = context.settings.invalid_subject_status
     return Reason(text, status, "invalid_token" if status == 401 else "invalid_grant")
 
 
@@ -105,9 +105,9 @@ def _unusable(text: str, world: World) -> Reason:
     stage="exchange",
     status=401,
 )
-def _t09(request: TokenRequest, world: World) -> Reason | None:
-    unexpired = request.number("exp", 0) >= world.now + 2
-    return None if unexpired else _unusable("subject_token has expired", world)
+def _t09(request: TokenRequest, context: RuleContext) -> Reason | None:
+    unexpired = request.number("exp", 0) >= context.now + 2
+    return None if unexpired else _unusable("subject_token has expired", context)
 
 
 @RULES.checked_by(
@@ -119,7 +119,7 @@ def _t09(request: TokenRequest, world: World) -> Reason | None:
     status=403,
     error="invalid_scope",
 )
-def _t04(request: TokenRequest, _: World) -> str | None:
+def _t04(request: TokenRequest, _: RuleContext) -> str | None:
     if set(request.scopes) & CUSTOMS_SCOPES:
         return None
     return f"Not authorized to request scope {' '.join(request.scopes)}"
@@ -134,61 +134,67 @@ def _t04(request: TokenRequest, _: World) -> str | None:
     status=403,
     error="invalid_scope",
 )
-def _t05(request: TokenRequest, world: World) -> str | None:
+def _t05(request: TokenRequest, context: RuleContext) -> str | None:
     org = request.consumer
-    denied = [one for one in request.scopes if (org, one) in world.state.customs_denied]
+    denied = [one for one in request.scopes if (org, one) in context.state.customs_denied]
     return f"Not authorized to request scope {denied[0]}" if denied else None
 
 
 @RULES.checked_by(
     "F2", "one token, one exchange (a switch; the documents do not say)", "I", stage="exchange"
 )
-def _f2(request: TokenRequest, world: World) -> str | None:
-    again = not world.settings.exchange_twice and request.jws.text in world.state.exchanged
+def _f2(request: TokenRequest, context: RuleContext) -> str | None:
+    again = not context.settings.exchange_twice and request.jws.text in context.state.exchanged
     return "subject_token was exchanged before" if again else None
 
 
 # --- the APIs of Customs --------------------------------------------------------------------
 
-RULES.gives(
+RULES.describes(
     "T12", "test-auth of road answers 200, empty", "D/I", sources.INTEGRATION, sources.ROAD_2022
 )
-RULES.gives("T13", "202 with a new requestId each time", "D", sources.SYNCHRONOUS)
-RULES.gives("T16", "validation-status is 404 for a while; then 2xx", "D/O", sources.ASYNCHRONOUS)
-RULES.gives("T17", "SUCCESS has an 18-character mrn, FAILURE a list", "D", sources.ASYNCHRONOUS)
-RULES.gives("T23", "routing: newer than the marker, 1000 at most, own items", "D", sources.ROUTING)
-RULES.gives(
+RULES.describes("T13", "202 with a new requestId each time", "D", sources.SYNCHRONOUS)
+RULES.describes(
+    "T16", "validation-status is 404 for a while; then 2xx", "D/O", sources.ASYNCHRONOUS
+)
+RULES.describes("T17", "SUCCESS has an 18-character mrn, FAILURE a list", "D", sources.ASYNCHRONOUS)
+RULES.describes(
+    "T23", "routing: newer than the marker, 1000 at most, own items", "D", sources.ROUTING
+)
+RULES.describes(
     "T25",
     "the playground's data behaves as its pages list it",
     "D",
     sources.EXAMPLES,
     sources.PRESENTATION,
 )
-RULES.gives("T26", "every response has X-CorrelationID and x-request-id", "O", sources.CLIENT_CODE)
-RULES.gives("T27", "Customs fails as a test asks: status, delay, broken answer", "I")
+RULES.describes(
+    "T26", "every response has X-CorrelationID and x-request-id", "O", sources.CLIENT_CODE
+)
+RULES.describes("T27", "Customs fails as a test asks: status, delay, broken answer", "I")
 
 
 @RULES.checked_by(
     "T10", "a Customs token that lives", "O/I", sources.ROAD_2022, stage="call", status=401
 )
-def _t10(call: Call, world: World) -> str | None:
+def _t10(call: Call, context: RuleContext) -> str | None:
     claims = call.claims
-    if claims is None or call.bearer in world.state.dead_tokens:
+    if claims is None or call.bearer in context.state.dead_tokens:
         return "no valid token"
-    return None if claims.get("exp", 0) > world.now else "expired"
+    return None if claims.get("exp", 0) > context.now else "expired"
 
 
 @RULES.checked_by(
     "T19", "a path of this API, with its method", "I", sources.QUERIES, stage="call", status=404
 )
-def _t19(call: Call, _: World) -> str | None:
+def _t19(call: Call, _: RuleContext) -> str | None:
     return "no such path" if call.route is None or call.other_base else None
 
 
 @RULES.checked_by(
     "T11", "the token's scope covers the API", "O/I", sources.ROAD_2022, stage="call", status=403
 )
-def _t11(call: Call, _: World) -> str | None:
+def _t11(call: Call, _: RuleContext) -> str | None:
     scopes = str((call.claims or {}).get("scope", "")).split()
     needed = INTERNAL[call.route.scope] if call.route and call.route.scope else ""
     return None if not needed or needed in scopes else "insufficient scope"
@@ -207,7 +213,7 @@ _MESSAGES: Final = frozenset(("submit", "change", "relation", "present", "arrive
     stage="call",
     status=415,
 )
-def _t14(call: Call, _: World) -> str | None:
+def _t14(call: Call, _: RuleContext) -> str | None:
     kind = call.route.kind if call.route else ""
     wanted = {"upload": "multipart/form-data"}.get(kind, "application/json")
     if kind not in {*_MESSAGES, "upload"}:
@@ -220,14 +226,14 @@ def _t14(call: Call, _: World) -> str | None:
 @RULES.checked_by(
     "T21", "DELETE carries a JSON body", "O/I", sources.ROAD_2022, sources.RELATION, stage="call"
 )
-def _t21(call: Call, _: World) -> str | None:
+def _t21(call: Call, _: RuleContext) -> str | None:
     if call.route is None or call.method != "DELETE" or call.message() is not None:
         return None
     return _errors([{"field": "body", "error": "must not be null"}])
 
 
 @RULES.checked_by("T15", "required members, in form", "D", sources.SYNCHRONOUS, stage="call")
-def _t15(call: Call, _: World) -> str | None:
+def _t15(call: Call, _: RuleContext) -> str | None:
     if call.route is None or call.route.kind not in _MESSAGES:
         return None
     message = call.message()
@@ -248,10 +254,10 @@ def _t15(call: Call, _: World) -> str | None:
     stage="call",
     status=404,
 )
-def _t20(call: Call, world: World) -> str | None:
+def _t20(call: Call, context: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "change":
         return None
-    known = world.state.documents.get(call.mrn or "")
+    known = context.state.documents.get(call.mrn or "")
     mine = known and (known.org, known.level) == (call.org, call.route.level)
     return None if mine else "no such MRN"
 
@@ -263,26 +269,26 @@ def _t20(call: Call, world: World) -> str | None:
     sources.PRESENTATION,
     stage="call",
 )
-def _t22(call: Call, world: World) -> str | None:
+def _t22(call: Call, context: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "present":
         return None
     key = (call.org, str((call.message() or {}).get("requestId")))
-    again = key in world.state.presentations
+    again = key in context.state.presentations
     return _errors([{"field": "requestId", "error": "is already in use"}]) if again else None
 
 
 @RULES.checked_by(
     "T18", "a requestId is seen by its own organisation", "I", stage="call", status=404
 )
-def _t18(call: Call, world: World) -> str | None:
+def _t18(call: Call, context: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "validation-status":
         return None
-    found = world.state.submissions.get(call.route.refs[0])
+    found = context.state.submissions.get(call.route.refs[0])
     return "not yours" if found and found.org != call.org else None
 
 
 @RULES.checked_by("T24", "an upload is in order and in bounds", "D/I", sources.UPLOAD, stage="call")
-def _t24(call: Call, _: World) -> str | None:
+def _t24(call: Call, _: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "upload":
         return None
     problem = unpack_upload(call.route.refs[0], call.body).problem

@@ -16,7 +16,7 @@ from hsmtoll.sandbox.customs_rules import INTERNAL
 
 if TYPE_CHECKING:
     from hsmtoll.sandbox.facts import TokenRequest
-    from hsmtoll.sandbox.rule import World
+    from hsmtoll.sandbox.rule import RuleContext
 
 __all__ = ["access_claims", "customs_claims", "grant_answer"]
 
@@ -30,19 +30,21 @@ _QUALIFIED: Final = {"0.4.0.1862.1.1", "0.4.0.1862.1.6.2"}
 _CUSTOMS_ISSUER: Final = "/api/authentication/external-access-control/v1"
 
 
-def access_claims(request: TokenRequest, world: World) -> dict[str, Any]:
+def access_claims(request: TokenRequest, context: RuleContext) -> dict[str, Any]:
     """The claims of an access token (M80 to M88)."""
-    now = int(world.now)
+    now = int(context.now)
     asked = request.jws.claims
     claims: dict[str, Any] = {
         "scope": " ".join(request.scopes),
-        "iss": world.issuer,
+        "iss": context.issuer,
         "token_type": "Bearer",
-        "exp": now + _lifetime(request, world),
+        "exp": now + _lifetime(request, context),
         "iat": now,
         "jti": secrets.token_urlsafe(32),
     }
-    claims |= _norwegian(request, world) if world.norwegian(request) else _eseal(request, world)
+    claims |= (
+        _norwegian(request, context) if context.norwegian(request) else _eseal(request, context)
+    )
     consumer = asked.get("consumer_org")
     if consumer is not None:
         claims["supplier"] = claims["consumer"]
@@ -56,7 +58,7 @@ def access_claims(request: TokenRequest, world: World) -> dict[str, Any]:
         claims["pid"] = asked["pid"]
     if "authorization_details" in asked:
         claims["authorization_details"] = [_detail(one) for one in asked["authorization_details"]]
-    if not world.on("M84"):
+    if not context.on("M84"):
         claims |= {"sub": "-", "nbf": now}
     return claims
 
@@ -70,70 +72,70 @@ def _detail(asked: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "systemuser_id": [user], "system_id": "987654321_hsmtoll_sandbox"}
 
 
-def _lifetime(request: TokenRequest, world: World) -> int:
-    settings = world.settings
-    if not world.on("M82"):
+def _lifetime(request: TokenRequest, context: RuleContext) -> int:
+    settings = context.settings
+    if not context.on("M82"):
         return 300
     return min(settings.lifetimes.get(scope, settings.lifetime) for scope in request.scopes or [""])
 
 
-def _norwegian(request: TokenRequest, world: World) -> dict[str, Any]:
+def _norwegian(request: TokenRequest, context: RuleContext) -> dict[str, Any]:
     kid = "kid" in request.jws.header
-    prefix = "0192:" if world.on("M85") else ""
+    prefix = "0192:" if context.on("M85") else ""
     return {
         "client_id": str(request.jws.claims.get("iss", "")),
         "client_amr": "private_key_jwt" if kid else "virksomhetssertifikat",
         "consumer": {
             "authority": "iso6523-actorid-upis",
-            "ID": f"{prefix}{world.organisation(request)}",
+            "ID": f"{prefix}{context.organisation(request)}",
         },
     }
 
 
-def _eseal(request: TokenRequest, world: World) -> dict[str, Any]:
+def _eseal(request: TokenRequest, context: RuleContext) -> dict[str, Any]:
     leaf = request.leaf
     if leaf is None:
         return {}
     found = {name: facts.values(leaf, oid) for name, oid in _NAMES.items()}
     consumer = {name: values[0] for name, values in found.items() if values}
     consumer["authority"] = (
-        world.settings.eseal_authority if world.on("M88") else "iso6523-actorid-upis"
+        context.settings.eseal_authority if context.on("M88") else "iso6523-actorid-upis"
     )
-    verbatim = world.organisation(request)
-    consumer["ID"] = verbatim if world.on("M86") else verbatim.upper().replace(" ", "")
+    verbatim = context.organisation(request)
+    consumer["ID"] = verbatim if context.on("M86") else verbatim.upper().replace(" ", "")
     qualified = facts.qc_statements(leaf) >= _QUALIFIED
     serial = f"{leaf.serial_number:x}"
     return {
-        "client_id": f"eidas-{serial}" if world.on("M87") else serial,
+        "client_id": f"eidas-{serial}" if context.on("M87") else serial,
         "client_amr": "QCForESeal" if qualified else "CForESeal",
         "consumer": consumer,
     }
 
 
-def grant_answer(token: str, claims: dict[str, Any], world: World) -> dict[str, Any]:
+def grant_answer(token: str, claims: dict[str, Any], context: RuleContext) -> dict[str, Any]:
     """The body of a 200 from /token."""
-    life = claims["exp"] - claims["iat"] - (1 if world.on("M81") else 0)
+    life = claims["exp"] - claims["iat"] - (1 if context.on("M81") else 0)
     answer = {
         "access_token": token,
         "token_type": "Bearer",
         "expires_in": life,
         "scope": claims["scope"],
     }
-    return answer if world.on("M80") else answer | {"refresh_token": "none"}
+    return answer if context.on("M80") else answer | {"refresh_token": "none"}
 
 
-def customs_claims(request: TokenRequest, world: World, host: str) -> dict[str, Any]:
+def customs_claims(request: TokenRequest, context: RuleContext, host: str) -> dict[str, Any]:
     """The claims of a Customs token (T07, T08). ``sub`` of an eSeal is the raw identifier."""
     bare = [scope.removeprefix("toll:").removeprefix("eu/") for scope in request.scopes]
     names = [INTERNAL[scope] for scope in bare if scope in INTERNAL]
-    exp = int(request.number("exp", world.now))
+    exp = int(request.number("exp", context.now))
     # What Customs does with a system user is not documented: it is passed on, for tests to see.
     details = request.jws.claims.get("authorization_details")
     return {
         **({"authorization_details": details} if details else {}),
         "sub": request.consumer,
-        "iat": int(world.now),
-        "exp": exp if world.on("T07") else exp + 100,
+        "iat": int(context.now),
+        "exp": exp if context.on("T07") else exp + 100,
         "iss": f"{host}{_CUSTOMS_ISSUER}",
         "scope": " ".join(names),
     }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.settings import Settings
     from hsmtoll.sandbox.state import Client, State
 
-__all__ = ["CLIENT_FAILED", "FORM", "Reason", "Rule", "Rules", "Stage", "World"]
+__all__ = ["CLIENT_FAILED", "FORM", "Reason", "Rule", "RuleContext", "Rules", "Stage"]
 
 Stage = Literal["grant", "exchange", "call", "answer"]
 
@@ -32,7 +32,7 @@ _NORWEGIAN: Final = re.compile(r"2\.16\.578\.1\.(26|29|1\.1\.1)\..+")
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class RuleContext:
     """What a rule may look at besides the request. *now*: epoch seconds."""
 
     state: State
@@ -92,7 +92,7 @@ class Reason(NamedTuple):
 
 
 #: A plain text is a Reason with nothing else; None: the rule has no objection.
-Check = Callable[[Any, World], Reason | str | None]
+Check = Callable[[Any, RuleContext], Reason | str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,10 @@ class Rule:
     """
 
     id: str
-    says: str
+    sentence: str
     basis: str
     sources: tuple[str, ...]
-    kind: Literal["refuses", "permits", "gives"]
+    kind: Literal["refuses", "permits", "describes"]
     stage: Stage
     status: int = 400
     error: str = "invalid_grant"
@@ -120,7 +120,7 @@ class Rules(list[Rule]):
     def checked_by(
         self,
         id_: str,
-        says: str,
+        sentence: str,
         basis: str,
         *sources: str,
         stage: Stage = "grant",
@@ -132,11 +132,13 @@ class Rules(list[Rule]):
         """Add a rule whose check is the decorated function."""
 
         def add(check: Check) -> Check:
-            self.append(Rule(id_, says, basis, sources, kind, stage, status, error, code, check))
+            self.append(
+                Rule(id_, sentence, basis, sources, kind, stage, status, error, code, check)
+            )
             return check
 
         return add
 
-    def gives(self, id_: str, says: str, basis: str, *sources: str) -> None:
-        """Add a rule about the form of an answer: nothing is checked, `World.on` is asked."""
-        self.append(Rule(id_, says, basis, sources, "gives", "answer"))
+    def describes(self, id_: str, sentence: str, basis: str, *sources: str) -> None:
+        """Add a rule about the form of an answer: nothing is checked, `RuleContext.on` is asked."""
+        self.append(Rule(id_, sentence, basis, sources, "describes", "answer"))

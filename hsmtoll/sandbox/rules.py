@@ -6,8 +6,8 @@ The table of rules that the sandbox enforces, each a pure function of request, s
 M: Maskinporten; T: Customs; B and F: switches for what no document settles, B about certificates, F
 about the flow. `scripts/rules_page.py` writes `hsmtoll/docs/rules.md` from this table.
 
-A rule *refuses* a request, *permits* what a stricter server might refuse, or *gives* an answer its
-shape; a rule that is switched off does none of it, so that tests can show what depends on it.
+A rule *refuses* a request, *permits* what a stricter server might refuse, or *describes* the form
+of an answer. A rule that is switched off has no effect: so tests can show what depends on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll.sandbox import certificate_rules, claim_rules, customs_rules, request_rules, sources
 from hsmtoll.sandbox.claim_rules import replay_key
-from hsmtoll.sandbox.rule import Reason, Rule, World
+from hsmtoll.sandbox.rule import Reason, Rule, RuleContext
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.facts import Call, TokenRequest
     from hsmtoll.sandbox.rule import Stage
 
-__all__ = ["SENTENCES", "TABLE", "Refusal", "Rule", "World", "refuse", "replay_key"]
+__all__ = ["SENTENCES", "TABLE", "Refusal", "Rule", "RuleContext", "refuse", "replay_key"]
 
 #: In the order of enforcement.
 _ROWS: Final = (
@@ -52,15 +52,15 @@ class Refusal:
     description: str
 
 
-def refuse(stage: Stage, request: TokenRequest | Call, world: World) -> Refusal | None:
+def refuse(stage: Stage, request: TokenRequest | Call, context: RuleContext) -> Refusal | None:
     """The refusal by the first rule of *stage* that refuses *request*; None if none does."""
     for rule in _ROWS:
         if rule.stage != stage or rule.check is None:
             continue
         # A permission has a check as well: it refuses where the permission is switched off.
-        if world.on(rule.id) == (rule.kind == "permits"):
+        if context.on(rule.id) == (rule.kind == "permits"):
             continue
-        found = rule.check(request, world)
+        found = rule.check(request, context)
         if found is not None:
             reason = Reason(found) if isinstance(found, str) else found
             return Refusal(

@@ -270,7 +270,7 @@ class Sandbox:
         self.refresh()
         return fault
 
-    def heal(self) -> None:
+    def clear_faults(self) -> None:
         """Clear all faults; in force when it returns."""
         self.faults.clear()
         self.refresh()

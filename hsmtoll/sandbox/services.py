@@ -24,7 +24,7 @@ from hsmtoll.sandbox import jose, messages, playground, statuses
 from hsmtoll.sandbox.facts import Call, Jws, TokenRequest, route
 from hsmtoll.sandbox.issue import access_claims, customs_claims, grant_answer
 from hsmtoll.sandbox.keys import signing_key
-from hsmtoll.sandbox.rules import Refusal, World, refuse, replay_key
+from hsmtoll.sandbox.rules import Refusal, RuleContext, refuse, replay_key
 from hsmtoll.sandbox.state import Document, Received, State, Submission
 
 if TYPE_CHECKING:
@@ -112,31 +112,31 @@ class Services:
         self._published.pop(kid, None)
         self._published[kid] = key, _own_chain(key)
 
-    def world(self, endpoint: str) -> World:
+    def context(self, endpoint: str) -> RuleContext:
         """The context in which rules are evaluated."""
         keys = {kid: key.public_key() for kid, (key, _) in self._published.items()}
-        return World(self.state, self.settings, self.issuer, self.now(endpoint), keys)
+        return RuleContext(self.state, self.settings, self.issuer, self.now(endpoint), keys)
 
     # --- Maskinporten -----------------------------------------------------------------------
 
     def maskinporten(self, request: Request) -> Reply:
         """Answers one request to the issuer's host."""
-        world = self.world("token")
+        context = self.context("token")
         match request.path:
             case "/token":
-                return self._token(request, world)
+                return self._token(request, context)
             case "/jwk":
-                return json_reply(200, {"keys": self._keys(world)})
-            case "/health" if world.on("M03"):
+                return json_reply(200, {"keys": self._keys(context)})
+            case "/health" if context.on("M03"):
                 return json_reply(200, {"status": "UP"})
             case path if path == _METADATA:
-                return json_reply(200, self._metadata(world))
+                return json_reply(200, self._metadata(context))
         return json_reply(404, {"error": "not_found"})
 
-    def _metadata(self, world: World) -> dict[str, Any]:
+    def _metadata(self, context: RuleContext) -> dict[str, Any]:
         host = self.issuer.rstrip("/")
         return {
-            "issuer": self.issuer if world.on("M01") else host,
+            "issuer": self.issuer if context.on("M01") else host,
             "token_endpoint": f"{host}/token",
             "jwks_uri": f"{host}/jwk",
             "token_endpoint_auth_methods_supported": ["private_key_jwt"],
@@ -148,13 +148,14 @@ class Services:
             ],
         }
 
-    def _keys(self, world: World) -> list[dict[str, Any]]:
+    def _keys(self, context: RuleContext) -> list[dict[str, Any]]:
         return [
-            {"kid": kid, **jose.jwk(key.public_key())} | ({"x5c": chain} if world.on("M02") else {})
+            {"kid": kid, **jose.jwk(key.public_key())}
+            | ({"x5c": chain} if context.on("M02") else {})
             for kid, (key, chain) in self._published.items()
         ]
 
-    def _token(self, request: Request, world: World) -> Reply:
+    def _token(self, request: Request, context: RuleContext) -> Reply:
         asked = TokenRequest.read(
             request.method,
             request.media_type,
@@ -162,29 +163,29 @@ class Services:
             token="assertion",  # noqa: S106 -- the name of a form member
             authorization="authorization" in request.headers,
         )
-        refusal = refuse("grant", asked, world)
+        refusal = refuse("grant", asked, context)
         if refusal is None or refusal.rule.id in _AFTER_REPLAY:
-            self.state.forget_used(world.now)
-            until = max(asked.number("exp", world.now), world.now) + 10
+            self.state.forget_used(context.now)
+            until = max(asked.number("exp", context.now), context.now) + 10
             self.state.used[replay_key(asked)] = until
-        reply = self._refused(refusal, world) if refusal else self._granted(asked, world)
-        if world.on("M09"):
+        reply = self._refused(refusal, context) if refusal else self._granted(asked, context)
+        if context.on("M09"):
             kept = {"Cache-Control": "no-cache, no-store, max-age=0, must-revalidate"}
             reply = replace(reply, headers={**reply.headers, **kept, "Pragma": "no-cache"})
         else:
             reply = replace(reply, headers={"Content-Type": "text/plain"})
         return replace(reply, received=_seen("grant", request, reply, asked, refusal))
 
-    def _granted(self, asked: TokenRequest, world: World) -> Reply:
-        claims = access_claims(asked, world)
+    def _granted(self, asked: TokenRequest, context: RuleContext) -> Reply:
+        claims = access_claims(asked, context)
         kid, (key, _) = list(self._published.items())[-1]
-        header = {"kid": kid, "alg": "RS256"} | ({} if world.on("M83") else {"typ": "JWT"})
-        return json_reply(200, grant_answer(jose.compact(header, claims, key), claims, world))
+        header = {"kid": kid, "alg": "RS256"} | ({} if context.on("M83") else {"typ": "JWT"})
+        return json_reply(200, grant_answer(jose.compact(header, claims, key), claims, context))
 
-    def _refused(self, refusal: Refusal, world: World) -> Reply:
-        trace = f" (trace_id: {secrets.token_hex(16)})" if world.on("M08") else ""
+    def _refused(self, refusal: Refusal, context: RuleContext) -> Reply:
+        trace = f" (trace_id: {secrets.token_hex(16)})" if context.on("M08") else ""
         error = {"error": refusal.error, "error_description": f"{refusal.description}{trace}"}
-        if refusal.code and world.on("M08"):
+        if refusal.code and context.on("M08"):
             error["error_uri"] = f"{self.issuer}errors/{refusal.code}"
         headers = {"Allow": "POST"} if refusal.status == 405 else {}
         return json_reply(refusal.status, error, headers)
@@ -194,24 +195,24 @@ class Services:
     def customs_api(self, request: Request) -> Reply:
         """Answers one request to Customs' host."""
         if request.path == EXCHANGE:
-            return self._exchange(request, self.world("exchange"))
-        return self._call(request, self.world("api"))
+            return self._exchange(request, self.context("exchange"))
+        return self._call(request, self.context("api"))
 
-    def _exchange(self, request: Request, world: World) -> Reply:
+    def _exchange(self, request: Request, context: RuleContext) -> Reply:
         asked = TokenRequest.read(
             request.method,
             request.media_type,
             request.form(),
             token="subject_token",  # noqa: S106 -- the name of a form member
         )
-        refusal = refuse("exchange", asked, world)
+        refusal = refuse("exchange", asked, context)
         if refusal:
             error = {"error": refusal.error, "error_description": refusal.description}
             reply = json_reply(refusal.status, error)
         else:
             self.state.exchanged.add(asked.jws.text)
-            claims = customs_claims(asked, world, self.customs)
-            header = {"alg": "RS512"} | ({} if world.on("T08") else {"kid": "customs"})
+            claims = customs_claims(asked, context, self.customs)
+            header = {"alg": "RS512"} | ({} if context.on("T08") else {"kid": "customs"})
             token = jose.compact(header, claims, self._customs_key)
             # Tokens have no jti: two of the same second are identical, so un-revoke a new one.
             self.state.dead_tokens.discard(token)
@@ -221,20 +222,20 @@ class Services:
                 "token_type": "Bearer",
                 "expires_in": max(claims["exp"] - claims["iat"] - 1, 1),
             }
-            if not world.on("T06"):
+            if not context.on("T06"):
                 answer["scope"] = claims["scope"]
             reply = json_reply(200, answer)
         return replace(reply, received=_seen("exchange", request, reply, asked, refusal))
 
-    def _call(self, request: Request, world: World) -> Reply:
+    def _call(self, request: Request, context: RuleContext) -> Reply:
         call = self._read(request)
-        refusal = refuse("call", call, world)
+        refusal = refuse("call", call, context)
         if refusal:
             body = refusal.description.encode() if refusal.status == 400 else b""
             headers = {"Content-Type": "application/json"} if body else {}
             reply = Reply(refusal.status, body, headers)
         else:
-            reply = self._answer(call, world)
+            reply = self._answer(call, context)
         rule = refusal.rule.id if refusal else None
         seen = Received(
             "call",
@@ -284,32 +285,32 @@ class Services:
         key = self._customs_key.public_key()
         return jws.claims if jose.verified("RS512", key, jws.data, jws.signature) else None
 
-    def _answer(self, call: Call, world: World) -> Reply:  # noqa: PLR0911 -- a table of endpoints
+    def _answer(self, call: Call, context: RuleContext) -> Reply:  # noqa: PLR0911 -- a table of endpoints
         if call.route is None:
             return Reply(404)
         match call.route.kind:
             case "test-auth":
-                return Reply(200 if world.on("T12") else 404)
+                return Reply(200 if context.on("T12") else 404)
             case "submit" | "change" | "relation" | "arrive":
-                return self._submitted(call, world)
+                return self._submitted(call, context)
             case "validation-status":
-                return self._validation(call.route.refs[0], world)
+                return self._validation(call.route.refs[0], context)
             case "descendants" | "documents" | "document" | "receptacle" | "entry":
                 return self._queried(call)
             case "present":
-                return self._presented(call, world)
+                return self._presented(call, context)
             case "presentations":
-                return self._presentations(call, world)
+                return self._presentations(call, context)
             case "routing":
-                return self._routing(call, world)
+                return self._routing(call, context)
         return self._uploaded(call)
 
-    def _submitted(self, call: Call, world: World) -> Reply:
+    def _submitted(self, call: Call, context: RuleContext) -> Reply:
         where, message, documents = call.route, call.message() or {}, self.state.documents
         if where is None:
             return Reply(404)
-        request_id = str(uuid.uuid4()) if world.on("T13") else str(uuid.UUID(int=0))
-        errors = playground.content_errors(message) if world.on("T25") else []
+        request_id = str(uuid.uuid4()) if context.on("T13") else str(uuid.UUID(int=0))
+        errors = playground.content_errors(message) if context.on("T25") else []
         made = Document(
             call.org,
             where.level,
@@ -318,7 +319,7 @@ class Services:
             message,
         )
         mrn, before = call.mrn, documents.get(call.mrn or "")
-        if call.method == "PUT" and before and world.on("T20"):
+        if call.method == "PUT" and before and context.on("T20"):
             if before.fixed != made.fixed:
                 errors.append(_error("Key fields may not be changed"))
         elif call.method == "POST" and made.key and _known(made, documents.values()):
@@ -326,35 +327,35 @@ class Services:
         if not errors and call.method == "DELETE" and mrn:
             documents.pop(mrn, None)
         elif not errors and where.kind != "arrive":
-            mrn = mrn or self._mrn(world)
+            mrn = mrn or self._mrn(context)
             documents[mrn] = made
         if not errors and where.kind == "arrive":
             arrived = playground.arrival(message)
             mrn = arrived["mrn"]
             place = arrived["customsOfficeOfArrival"]
             self.state.arrivals[mrn] = place, arrived["dateAndTimeOfArrival"]
-        delay = self.settings.polling_delay if world.on("T16") else 0
+        delay = self.settings.polling_delay if context.on("T16") else 0
         self.state.submissions[request_id] = Submission(
             request_id,
             call.org,
             where.mode,
             where.level,
             call.method,
-            world.now + delay,
-            _instant(world.now),
+            context.now + delay,
+            _instant(context.now),
             mrn,
             errors,
             playground.incomplete(message) if where.level == "house-consignment" else [],
         )
         return json_reply(202, {"requestId": request_id})
 
-    def _mrn(self, world: World) -> str:
-        year = datetime.fromtimestamp(world.now, UTC).strftime("%y")
+    def _mrn(self, context: RuleContext) -> str:
+        year = datetime.fromtimestamp(context.now, UTC).strftime("%y")
         return f"{year}NO" + "".join(secrets.choice(_MRN_CHARS) for _ in range(14))
 
-    def _validation(self, request_id: str, world: World) -> Reply:
+    def _validation(self, request_id: str, context: RuleContext) -> Reply:
         found = self.state.submissions.get(request_id)
-        if found is None or world.now < found.ready_at:
+        if found is None or context.now < found.ready_at:
             return Reply(404)
         failed = bool(found.errors)
         result: dict[str, Any] = {
@@ -365,7 +366,7 @@ class Services:
         }
         if not failed:
             result["incompleteDocumentationReasonList"] = found.incomplete
-            if world.on("T17"):
+            if context.on("T17"):
                 result["mrn"] = found.mrn
         settings = self.settings
         return json_reply(settings.failure_status if failed else settings.success_status, result)
@@ -400,43 +401,43 @@ class Services:
         office, time = arrived
         return {"validEntry": True, "customsOfficeOfEntry": office, "timeOfEntry": time, "mrn": mrn}
 
-    def _presented(self, call: Call, world: World) -> Reply:
+    def _presented(self, call: Call, context: RuleContext) -> Reply:
         where, message = call.route, call.message() or {}
         request_id = str(message.get("requestId"))
-        known = where and world.on("T25")
+        known = where and context.on("T25")
         errors = playground.presentation_errors(where.level, message) if where and known else []
         self.state.presentations[call.org, request_id] = {
             "requestId": request_id,
             "status": "FAILURE" if errors else "SUCCESS",
-            "notificationDate": _instant(world.now),
+            "notificationDate": _instant(context.now),
             "validationErrorList": errors,
-            "_ready_at": world.now + self.settings.polling_delay,
+            "_ready_at": context.now + self.settings.polling_delay,
         }
         return json_reply(202, {"requestId": request_id})
 
-    def _presentations(self, call: Call, world: World) -> Reply:
+    def _presentations(self, call: Call, context: RuleContext) -> Reply:
         mine = [
             {name: value for name, value in found.items() if not name.startswith("_")}
             for (org, _), found in self.state.presentations.items()
-            if org == call.org and found["_ready_at"] <= world.now
+            if org == call.org and found["_ready_at"] <= context.now
         ]
         return json_reply(200, mine)
 
-    def _routing(self, call: Call, world: World) -> Reply:
+    def _routing(self, call: Call, context: RuleContext) -> Reply:
         signals = self.state.signals
-        mine = [item for org, item in signals if org == call.org or not world.on("T23")]
+        mine = [item for org, item in signals if org == call.org or not context.on("T23")]
         marker, static = call.query.get("marker"), [_marker(each) for each in playground.ROUTING]
         # The playground's list, until a test has given the organisation a feed of its own.
-        if not mine and world.on("T25"):
+        if not mine and context.on("T25"):
             mine = list(playground.ROUTING)
         elif marker in static:
             marker = None
-        if marker and world.on("T23"):
+        if marker and context.on("T23"):
             ids = [_marker(item) for item in mine]
             if marker not in ids:
                 return json_reply(400, messages.answered([{"field": "marker", "error": "unknown"}]))
             mine = mine[ids.index(marker) + 1 :]
-        return json_reply(200, mine[:_PAGE] if world.on("T23") else mine)
+        return json_reply(200, mine[:_PAGE] if context.on("T23") else mine)
 
     def _uploaded(self, call: Call) -> Reply:
         if call.route is None:

@@ -20,7 +20,7 @@ from hsmtoll.x509.certificate import Certificate
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["LIFETIME", "MIN_LEFT", "Grant", "Read", "SignedGrant", "read_grant"]
+__all__ = ["LIFETIME", "MIN_LEFT", "Grant", "ParsedGrant", "SignedGrant", "read_grant"]
 
 #: Seconds from iat to exp: the documented maximum (M54), for slow devices.
 LIFETIME: Final = 120
@@ -125,7 +125,7 @@ class SignedGrant:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ParsedGrant:
     """A parsed grant: *iat* in epoch seconds, *leaf* the first certificate of x5c."""
 
     grant: Grant
@@ -134,7 +134,7 @@ class Read:
     leaf: Certificate | None
 
 
-def read_grant(alg: str, unsigned: bytes) -> Read:
+def read_grant(alg: str, unsigned: bytes) -> ParsedGrant:
     """
     Parse a signing input that is to be signed with *alg*. ValueError, whose text contains no value
     of the grant, unless it equals byte for byte the output of `Grant.unsigned`: input that two
@@ -165,7 +165,7 @@ def read_grant(alg: str, unsigned: bytes) -> Read:
         raise ValueError(str(exc)) from None
     if jws.segment(grant.claims(now=iat, jti=str(jti))) != second:
         raise ValueError("the claims are not those of a grant")
-    return Read(grant, iat, str(jti), leaf)
+    return ParsedGrant(grant, iat, str(jti), leaf)
 
 
 @lru_cache(maxsize=8)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hsmtoll.clock import Clock
-    from hsmtoll.http_messages import Answer
+    from hsmtoll.http_messages import HttpResponse
     from hsmtoll.settings import SignerHost
     from hsmtoll.token import TokenRequest
 
@@ -76,7 +76,7 @@ class SigningHost:
         self._timeout = timeout
         self._deadline = deadline
 
-    def ask(self, what: str, body: Mapping[str, Any]) -> Answer:
+    def ask(self, what: str, body: Mapping[str, Any]) -> HttpResponse:
         """
         Request a ``grant`` or a ``token``; returns the response with status 200.
 
@@ -106,7 +106,7 @@ class SigningHost:
         ahead = offset_of(answer.headers, sent=sent, received=self._clock.now())
         return HostProbe(name=self.name, version=version, ahead=ahead)
 
-    def _send(self, send: Callable[[HttpClient], Answer]) -> Answer:
+    def _send(self, send: Callable[[HttpClient], HttpResponse]) -> HttpResponse:
         # New connection options for each request: a renewed client certificate is read again.
         try:
             http_client = HttpClient(
@@ -138,7 +138,7 @@ class SigningHost:
             key=settings.client_key,
         )
 
-    def _check_version(self, answer: Answer, what: str | None = None) -> int | None:
+    def _check_version(self, answer: HttpResponse, what: str | None = None) -> int | None:
         """The host's protocol version; NetworkError (``host-version``) if not compatible."""
         header = answer.headers.get("hsmtoll-version", "")
         version = int(header) if re.fullmatch(r"[0-9]{1,4}", header) else None
@@ -156,7 +156,7 @@ class SigningHost:
             )
         return version
 
-    def _refused(self, answer: Answer) -> HsmTollError:
+    def _refused(self, answer: HttpResponse) -> HsmTollError:
         """The host's error response as an error of this package."""
         body = object_in(answer)
         reply = replies.read(answer.status, body.get("error"))
@@ -243,7 +243,7 @@ def request_body(profile: str, request: TokenRequest) -> dict[str, Any]:
     return body
 
 
-def object_in(answer: Answer) -> dict[str, Any]:
+def object_in(answer: HttpResponse) -> dict[str, Any]:
     """The JSON object in *answer*; empty if there is none."""
     value = read_lenient(answer.body)
     return value if isinstance(value, dict) else {}

@@ -84,7 +84,7 @@ NAMES: Final[Mapping[str, str]] = {
     "context-login-unknown": "CKA_ALWAYS_AUTHENTICATE reads true, and C_Login answers"
     " CKR_USER_TYPE_INVALID to CKU_CONTEXT_SPECIFIC",
     "template-refused": "templates for new objects that have attribute=0x202 are answered rv=0x30",
-    "attribute-told": "attribute=0x202 of private keys reads true, or false with n=0",
+    "attribute-value": "attribute=0x202 of private keys reads true, or false with n=0",
     "session-exclusive": "C_OpenSession for writing is answered rv=0x30 while others are open, and"
     " for others while such a session is open",
     "session-read-only": "C_OpenSession for reading and writing is answered rv=0x30",
@@ -101,7 +101,7 @@ _MEMBERS: Final = (
     "attribute", "attribute_answer", "short_signature", "most_data", "most_data_answer",
     "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "user_type",
     "context_login",
-    "template_attribute", "template_answer", "told_attribute", "told_value", "read_write_answer",
+    "template_attribute", "template_answer", "shown_attribute", "shown_value", "read_write_answer",
     "replaces", "exclusive_answer",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
@@ -150,7 +150,7 @@ _SETS: Final[Mapping[str, Mapping[str, int | str]]] = {
     "context-login-untold": {"context_login": 1},
     "context-login-unknown": {"context_login": 2},
     "template-refused": {"template_attribute": "attribute", "template_answer": "rv"},
-    "attribute-told": {"told_attribute": "attribute", "told_value": "boolean"},
+    "attribute-value": {"shown_attribute": "attribute", "shown_value": "boolean"},
     "session-read-only": {"read_write_answer": "rv"},
     "session-exclusive": {"exclusive_answer": "rv"},
     "object-replaced": {"replaces": 1},

@@ -42,11 +42,18 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.pki import Authority
     from hsmtoll.sandbox.settings import Profile
 
-__all__ = ["ThrowAway", "eseal", "norwegian", "norwegian_key", "register_identity", "run_as"]
+__all__ = [
+    "TemporaryIdentity",
+    "eseal",
+    "norwegian",
+    "norwegian_key",
+    "register_identity",
+    "run_as",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class ThrowAway:
+class TemporaryIdentity:
     """
     A signing identity: the key *key_label* on *device*, and its registration at the sandbox.
 
@@ -68,7 +75,7 @@ class ThrowAway:
 
 def eseal(
     device: SoftHsm, *, label: str = "eseal", authority: Authority | None = None
-) -> ThrowAway:
+) -> TemporaryIdentity:
     """
     A foreign business with an eSeal: a protected RSA key generated on the device, and a chain of
     three, stored in no order together with an unrelated CA, as on real devices.
@@ -76,21 +83,21 @@ def eseal(
     issuer = authority or pki.eseal_authority()
     chain = _certified(device, label, issuer)
     settings = {"HSMTOLL_IDENTITY": "eseal"}
-    return ThrowAway(device, label, settings, chain, issuer)
+    return TemporaryIdentity(device, label, settings, chain, issuer)
 
 
 def norwegian(
     device: SoftHsm, *, label: str = "virksomhet", authority: Authority | None = None
-) -> ThrowAway:
+) -> TemporaryIdentity:
     """A Norwegian business with an enterprise certificate for test, and its client id."""
     issuer = authority or pki.norwegian_authority()
     chain = _certified(device, label, issuer)
     client = Client(str(uuid.uuid4()), pki.NORWEGIAN_ORG_NO)
     settings = {"HSMTOLL_IDENTITY": "norwegian", "HSMTOLL_ISS": client.client_id}
-    return ThrowAway(device, label, settings, chain, issuer, client)
+    return TemporaryIdentity(device, label, settings, chain, issuer, client)
 
 
-def norwegian_key(device: SoftHsm, *, label: str = "nokkel", posted: float) -> ThrowAway:
+def norwegian_key(device: SoftHsm, *, label: str = "nokkel", posted: float) -> TemporaryIdentity:
     """
     A Norwegian business with a registered key and no certificate at all.
 
@@ -104,7 +111,7 @@ def norwegian_key(device: SoftHsm, *, label: str = "nokkel", posted: float) -> T
         "HSMTOLL_ISS": client.client_id,
         "HSMTOLL_KID": kid,
     }
-    return ThrowAway(device, label, settings, client=client)
+    return TemporaryIdentity(device, label, settings, client=client)
 
 
 def run_as(
@@ -153,8 +160,8 @@ def run_as(
         return _run(command, variables)
 
 
-def _identity(kind: str, device: SoftHsm) -> ThrowAway:
-    makers: dict[str, Callable[[SoftHsm], ThrowAway]] = {
+def _identity(kind: str, device: SoftHsm) -> TemporaryIdentity:
+    makers: dict[str, Callable[[SoftHsm], TemporaryIdentity]] = {
         "eseal": eseal,
         "norwegian": norwegian,
         "norwegian-key": partial(norwegian_key, posted=time.time()),
@@ -182,7 +189,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def register_identity(sandbox: Sandbox, identity: ThrowAway) -> None:
+def register_identity(sandbox: Sandbox, identity: TemporaryIdentity) -> None:
     """Make *sandbox* trust and know *identity*."""
     if identity.authority is not None:
         sandbox.trust(identity.authority)

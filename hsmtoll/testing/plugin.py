@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from hsmtoll.testing.softhsm import SoftHsm
 
 #: Variables that define identity, device and services: those of the user's shell are removed.
@@ -104,7 +104,7 @@ def toll_faults(_toll_shim: Faults, toll_softhsm: SoftHsm) -> Iterator[Faults]:
 
 
 @pytest.fixture(scope="session")
-def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
+def toll_eseal(toll_softhsm: SoftHsm) -> TemporaryIdentity:
     """A foreign business with an eSeal: key, chain of three and an unrelated CA on the device."""
     with _sandbox_extra():
         from hsmtoll.testing.identity import eseal
@@ -113,7 +113,7 @@ def toll_eseal(toll_softhsm: SoftHsm) -> ThrowAway:
 
 
 @pytest.fixture(scope="session")
-def toll_norwegian(toll_softhsm: SoftHsm) -> ThrowAway:
+def toll_norwegian(toll_softhsm: SoftHsm) -> TemporaryIdentity:
     """A Norwegian business with an enterprise certificate for test."""
     with _sandbox_extra():
         from hsmtoll.testing.identity import norwegian
@@ -139,7 +139,7 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     """
     with _sandbox_extra():
         from hsmtoll.sandbox.server import Sandbox
-        from hsmtoll.testing.identity import ThrowAway, register_identity
+        from hsmtoll.testing.identity import TemporaryIdentity, register_identity
 
     clock = time.time
     if "toll_clock" in request.fixturenames:
@@ -152,14 +152,14 @@ def toll_sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         for name in ("toll_eseal", "toll_norwegian"):
             if name in request.fixturenames:
                 known = request.getfixturevalue(name)
-                assert isinstance(known, ThrowAway)
+                assert isinstance(known, TemporaryIdentity)
                 register_identity(sandbox, known)
         yield sandbox
 
 
 @pytest.fixture
 def toll_settings(
-    toll_eseal: ThrowAway,
+    toll_eseal: TemporaryIdentity,
     toll_sandbox: Sandbox,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

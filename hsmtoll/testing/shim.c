@@ -72,7 +72,7 @@ struct control {
     int64_t user_type;                      /* who CKU_USER is here, and one; 0 is CKU_USER itself */
     int64_t context_login;                  /* 1 is not told of, 2 is told of and unknown */
     int64_t template_attribute, template_answer;
-    int64_t told_attribute, told_value;     /* 1 false, 2 true */
+    int64_t shown_attribute, shown_value;     /* 1 false, 2 true */
     int64_t read_write_answer;
     int64_t replaces;
     int64_t exclusive_answer;
@@ -209,9 +209,9 @@ static word attributes(word session, word object, word given, word count) {
         if (READ(context_login) && class == CKO_PRIVATE_KEY && asked[i].type == CKA_ALWAYS_AUTHENTICATE
             && asked[i].value && asked[i].length == 1)
             *(unsigned char *) asked[i].value = READ(context_login) == 2;
-        if (READ(told_value) && class == CKO_PRIVATE_KEY && asked[i].type == (word) READ(told_attribute)
+        if (READ(shown_value) && class == CKO_PRIVATE_KEY && asked[i].type == (word) READ(shown_attribute)
             && asked[i].value && asked[i].length == 1)
-            *(unsigned char *) asked[i].value = READ(told_value) == 2;
+            *(unsigned char *) asked[i].value = READ(shown_value) == 2;
     }
     return rv;
 }

@@ -28,7 +28,7 @@ from hsmtoll.tokens import mp_codes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hsmtoll.http_messages import Answer
+    from hsmtoll.http_messages import HttpResponse
 
 __all__ = [
     "PROD",
@@ -106,7 +106,7 @@ def exchange_post(endpoints: Endpoints, subject: Issued) -> Post:
 
 
 def read_subject(
-    answer: Answer,
+    answer: HttpResponse,
     post: Post,
     *,
     jti: str | None = None,
@@ -143,7 +143,7 @@ def read_subject(
     )
 
 
-def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Issued:
+def read_issued(answer: HttpResponse, post: Post, *, wait: float | None = None) -> Issued:
     """
     Read Customs' response: the Customs token; *wait* as for `read_subject`.
 
@@ -171,7 +171,7 @@ def read_issued(answer: Answer, post: Post, *, wait: float | None = None) -> Iss
     )
 
 
-def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = "") -> Issued:
+def _issued(answer: HttpResponse, post: Post, error: type[HsmTollError], scope: str = "") -> Issued:
     read = read_lenient(answer.body)
     body = read if isinstance(read, dict) else {}
     value, seconds, kind = (body.get(k) for k in ("access_token", "expires_in", "token_type"))
@@ -212,7 +212,9 @@ def _issued(answer: Answer, post: Post, error: type[HsmTollError], scope: str = 
     return Issued(value, seconds)
 
 
-def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float | None) -> None:
+def _raise_for_trouble(
+    answer: HttpResponse, post: Post, jti: str | None, wait: float | None
+) -> None:
     where = f"{post.server} answered {answer.status}"
     correlation = _correlation(answer, post.secret)
     if answer.status == 429:
@@ -247,7 +249,7 @@ def _raise_for_trouble(answer: Answer, post: Post, jti: str | None, wait: float 
 
 
 def _refused(
-    answer: Answer,
+    answer: HttpResponse,
     post: Post,
     jti: str | None,
     *,
@@ -302,7 +304,7 @@ def _refused(
     )
 
 
-def _error_text(answer: Answer, body: Any) -> str:
+def _error_text(answer: HttpResponse, body: Any) -> str:
     if not isinstance(body, dict):
         # An HTML page adds nothing to the status.
         text = answer.body[:_MAX_ERROR_TEXT].decode("utf-8", "replace").strip()
@@ -313,6 +315,6 @@ def _error_text(answer: Answer, body: Any) -> str:
     ).strip()
 
 
-def _correlation(answer: Answer, *secrets: str) -> str | None:
+def _correlation(answer: HttpResponse, *secrets: str) -> str | None:
     error_text = answer.headers.get("x-correlationid") or answer.headers.get("x-request-id")
     return sanitized(error_text, *secrets) if error_text else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from hsmtoll.clock import Clock, Skew
-    from hsmtoll.http_messages import Answer, Post
+    from hsmtoll.http_messages import HttpResponse, Post
     from hsmtoll.remembered import PersistedText
     from hsmtoll.signing.grant import SignedGrant
     from hsmtoll.signing.signer import Signer
@@ -191,10 +191,10 @@ class Renewal:
                 outcome = str(logged.answer.status)
             seconds = self.clock.now().boot - logged.began.boot
             with self.counts.guard:
-                self.counts.legs[post.server, outcome] += 1
+                self.counts.requests[post.server, outcome] += 1
             self.counts.ended(post.server, outcome, seconds)
             _log.info(
-                "leg=%s host=%s status=%s ms=%.0f jti=%s trace=%s",
+                "server=%s host=%s status=%s ms=%.0f jti=%s trace=%s",
                 post.server,
                 urlsplit(post.url).hostname,
                 outcome,
@@ -209,7 +209,7 @@ class _LoggedRequest:
     """The result of one request, sent at *began*."""
 
     began: ClockReading
-    answer: Answer | None = None
+    answer: HttpResponse | None = None
     issued: Issued | None = None
 
     def trace(self, post: Post) -> str:

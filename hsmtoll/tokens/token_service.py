@@ -41,13 +41,13 @@ _YOUNG: Final = 30.0
 @dataclass(slots=True)
 class Counts:
     """
-    Counters. *signatures*: number spent. *legs*: requests to the token endpoints, by name and
+    Counters. *signatures*: number spent. *requests*: to the token endpoints, by server and
     outcome (a status, or the code of the error without one); *ended* is called after each of them,
     with its seconds. *not_after*: end of validity of the certificate that signed last.
     """
 
     signatures: int = 0
-    legs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     not_after: datetime | None = None
     ended: Callable[[str, str, float], object] = lambda *_: None
     guard: threading.Lock = field(default_factory=threading.Lock)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.app import App
 from hsmtoll.settings import load
-from hsmtoll.testing.identity import ThrowAway, eseal, register_identity
+from hsmtoll.testing.identity import TemporaryIdentity, eseal, register_identity
 from hsmtoll.testing.softhsm import SoftHsm
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Stage:
         self.folder = folder
         self.sandbox = sandbox
         self.device = SoftHsm.create(folder / "softhsm")
-        self.who: ThrowAway = eseal(self.device)
+        self.who: TemporaryIdentity = eseal(self.device)
         register_identity(sandbox, self.who)
         self.environ = {
             **self.who.environ(),

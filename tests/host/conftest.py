@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 __all__ = ["ME", "OTHER", "RunningHost", "entry", "eventually", "raw_request"]
 
 
 @pytest.fixture
 def make_host(
-    toll_eseal: ThrowAway, toll_sandbox: Sandbox, toll_faults: Faults
+    toll_eseal: TemporaryIdentity, toll_sandbox: Sandbox, toll_faults: Faults
 ) -> Iterator[Callable[..., RunningHost]]:
     """Hosts that are not started yet, by the entries of their policy (`entry`)."""
     environ = {**toll_eseal.environ(), **toll_sandbox.environ(), **toll_faults.environ()}

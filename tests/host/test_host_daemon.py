@@ -550,7 +550,7 @@ def test_a_renewal_that_one_caller_may_not_have_is_had_by_another(
     eventually(lambda: host.ask("/v1/token").word == "quota_exceeded")
     assert host.signatures() == before
     assert host.ask().status == 429
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     app = host.authority.issue("app.example")
     eventually(lambda: host.ask_tls(app, "/v1/token").status == 200)
     assert [each["outcome"] for each in host.records("result")] == ["signed", "signed"]
@@ -564,7 +564,7 @@ def test_whoever_is_refused_by_quota_spends_no_signature_of_the_hour(
     host.start()
     toll_sandbox.fault("500", "exchange")
     assert host.ask("/v1/token").status >= 500
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     eventually(lambda: host.ask("/v1/token").word == "quota_exceeded")
     for _ in range(3):
         assert host.ask("/v1/token").word == "quota_exceeded"

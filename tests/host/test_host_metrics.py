@@ -164,8 +164,10 @@ def test_states_are_those_of_the_device_the_certificate_and_the_token(
     skew = host.measured("clock_skew_seconds", **acme)
     assert skew is not None
     assert abs(skew) < 5
-    for leg in ("Maskinporten", "Customs"):
-        count = host.measured("leg_duration_seconds_count", leg=leg, outcome="200", **acme)
+    for server in ("Maskinporten", "Customs"):
+        count = host.measured(
+            "token_request_duration_seconds_count", server=server, outcome="200", **acme
+        )
         assert count == 1
     host.faults.set("token-removed")
     assert host.ask().word == "device_down"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from cryptography import x509
 
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from tests.kit.signing_host import RunningHost
 
 PATIENCE = 60.0
@@ -77,7 +77,10 @@ def test_a_token_of_a_profile_that_was_changed_meanwhile_is_not_released(
 
 
 def test_a_certificate_in_a_file_takes_over_and_a_bad_file_is_told_by_a_reload(
-    host: RunningHost, toll_eseal: ThrowAway, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    host: RunningHost,
+    toll_eseal: TemporaryIdentity,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "hsmtoll")
     authority, file = eseal_authority("Fil"), tmp_path / "chain.pem"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hsmtoll.sandbox.server import Sandbox
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 JSON = {"content-type": "application/json"}
 
@@ -251,7 +251,7 @@ def test_who_leaves_while_it_is_signed_for_leaves_a_result_in_the_audit(
 
 
 def test_a_device_that_hangs_keeps_no_other_profile_waiting(
-    make_host: Callable[..., RunningHost], toll_eseal: ThrowAway
+    make_host: Callable[..., RunningHost], toll_eseal: TemporaryIdentity
 ) -> None:
     host = make_host()
     module = toll_eseal.environ()["HSMTOLL_HSM__MODULE"]

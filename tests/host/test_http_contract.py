@@ -143,10 +143,10 @@ def test_replies_of_every_status_are_as_documented(
             (500, internal_error(tmp_path / path[4:])),
         ):
             assert seen.check(path, "post", reply).status == status
-    for leg, scope in (("token", "air"), ("exchange", "rail")):
-        toll_sandbox.fault("echo", leg)
+    for endpoint, scope in (("token", "air"), ("exchange", "rail")):
+        toll_sandbox.fault("echo", endpoint)
         assert seen.check("/v1/token", "post", host.ask("/v1/token", scope=scope)).status == 502
-        toll_sandbox.heal()
+        toll_sandbox.clear_faults()
 
     host.stop_file.touch()
     eventually(lambda: host.health("/ready").status == 503)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hsmtoll.doctor.facts import Answers, Facts, Revocation, Seen
+from hsmtoll.doctor.facts import Facts, Revocation, Seen, ServiceAnswers
 from hsmtoll.errors import DeviceError, HsmTollError, PinIncorrect, PinNotTried
 from hsmtoll.hsm.facts import KeyFacts, ModuleFacts, TokenFacts
 from hsmtoll.hsm.uri import KeyUri
@@ -165,7 +165,7 @@ def setup(
     seen: dict[str, Any] | None = None,
     on_key: dict[str, Any] | None = None,
     error: HsmTollError | None = None,
-    answers: Answers | None = None,
+    answers: ServiceAnswers | None = None,
     revoked: bool = False,
     now: datetime = NOW,
     **issued: Any,
@@ -272,7 +272,7 @@ _METADATA: Final = {
 }
 
 
-def _answers(**changes: Any) -> Answers:
+def _answers(**changes: Any) -> ServiceAnswers:
     usual: dict[str, Any] = {
         "metadata": _METADATA,
         "offset": 0.4,
@@ -280,7 +280,7 @@ def _answers(**changes: Any) -> Answers:
         "consumer": "NTRSE-5566778899",
         "amr": "CForESeal",
     }
-    return Answers(**{**usual, **changes})
+    return ServiceAnswers(**{**usual, **changes})
 
 
 GOOD: Final[dict[str, Callable[[], Setup]]] = {

@@ -31,7 +31,7 @@ from hsmtoll.errors import HsmTollError, sanitized
 from hsmtoll.host.audit_log import FIRST, MEMBERS, stamp, verify
 from hsmtoll.host.messages import RequestRejected, parse_body
 from hsmtoll.hsm.pin import PinFile
-from hsmtoll.http_messages import Answer
+from hsmtoll.http_messages import HttpResponse
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.signing.verification import Expected, verify_grant
 from hsmtoll.token import ClockReading, TokenRequest
@@ -550,14 +550,14 @@ def _revocation(read: Callable[..., object]) -> Callable[[bytes], object]:
 def _of_maskinporten(status: int) -> Callable[[bytes], object]:
     def read(body: bytes) -> object:
         post = grant_post(TEST, _TOKEN)
-        return exchange.read_subject(Answer(status, _HEADERS, body), post, scope=_SCOPE)
+        return exchange.read_subject(HttpResponse(status, _HEADERS, body), post, scope=_SCOPE)
 
     return read
 
 
 def _of_customs(status: int) -> Callable[[bytes], object]:
     post = exchange_post(TEST, _ISSUED)
-    return lambda body: exchange.read_issued(Answer(status, _HEADERS, body), post)
+    return lambda body: exchange.read_issued(HttpResponse(status, _HEADERS, body), post)
 
 
 #: Everybody who reads what others wrote.

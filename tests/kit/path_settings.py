@@ -25,7 +25,7 @@ from hsmtoll.host.audit import Audit
 from hsmtoll.host.emergency_stop import check_stop_directory, stopped_by
 from hsmtoll.host.policy import Policy
 from hsmtoll.host.sockets import server_context
-from hsmtoll.hsm.module import PKCS11_LOCK, opened
+from hsmtoll.hsm.module import PKCS11_LOCK, open_module
 from hsmtoll.hsm.pin import PinCommand, PinFile
 from hsmtoll.hsm.pin_log import PinLog, TokenUser
 from hsmtoll.hsm.public_key import public_key
@@ -135,7 +135,7 @@ class Material:
 def module(path: Path) -> None:
     """HSMTOLL_HSM__MODULE: loaded as the device does it."""
     with PKCS11_LOCK.held(60):
-        opened(path)
+        open_module(path)
 
 
 def _rsa() -> bytes:

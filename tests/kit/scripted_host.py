@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ISSUER: Final = "https://test.maskinporten.no/"
 
 #: What goes back: whole, or one by one.
-Answer: TypeAlias = "bytes | Iterable[bytes]"
+RawReply: TypeAlias = "bytes | Iterable[bytes]"
 
 
 def b64url(data: bytes) -> str:
@@ -132,10 +132,10 @@ def granted(assertion: str, **more: Any) -> bytes:
     return http(200, body)
 
 
-def honest(notary: Notary) -> Callable[[str, dict[str, Any]], Answer]:
+def honest(notary: Notary) -> Callable[[str, dict[str, Any]], RawReply]:
     """Grants, and tokens."""
 
-    def answer(path: str, ask: dict[str, Any]) -> Answer:
+    def answer(path: str, ask: dict[str, Any]) -> RawReply:
         if path == "/v1/grant":
             return granted(notary.grant(ask))
         token = {"access_token": "host-token", "token_type": "Bearer", "expires_in": 512}
@@ -157,7 +157,7 @@ class LyingHost:
         place: Path | None = None,
         *,
         tls: ssl.SSLContext | None = None,
-        answer: Callable[[str, dict[str, Any]], Answer] | None = None,
+        answer: Callable[[str, dict[str, Any]], RawReply] | None = None,
     ) -> None:
         self.place = place
         self.answer = answer or honest(Notary())

@@ -1,4 +1,4 @@
-"""Whatever a token endpoint answers, the legs give a token or raise one of our errors."""
+"""Whatever a token endpoint answers, both requests end in a token or in one of our errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hsmtoll.clock import retry_after
 from hsmtoll.errors import HsmTollError
-from hsmtoll.http_messages import Answer
+from hsmtoll.http_messages import HttpResponse
 from hsmtoll.tokens.exchange import (
     TEST,
     Issued,
@@ -77,7 +77,7 @@ _headers = st.dictionaries(
     st.sampled_from(["retry-after", "date", "x-correlationid", "content-type", "x-request-id"]),
     st.one_of(_texts, st.sampled_from(["10", "Tue, 01 Dec 2026 12:00:00 GMT", "9" * 400])),
 )
-_answers = st.builds(Answer, st.integers(100, 599), _headers, _bodies)
+_answers = st.builds(HttpResponse, st.integers(100, 599), _headers, _bodies)
 
 
 def _checked(exc: HsmTollError) -> None:
@@ -89,7 +89,7 @@ def _checked(exc: HsmTollError) -> None:
 
 
 @given(_answers)
-def test_leg_one_gives_a_token_or_one_of_our_errors(answer: Answer) -> None:
+def test_maskinporten_gives_a_token_or_one_of_our_errors(answer: HttpResponse) -> None:
     try:
         issued = read_subject(answer, grant_post(TEST, ASSERTION), jti="a")
     except HsmTollError as exc:
@@ -100,7 +100,7 @@ def test_leg_one_gives_a_token_or_one_of_our_errors(answer: Answer) -> None:
 
 
 @given(_answers)
-def test_leg_two_gives_a_token_or_one_of_our_errors(answer: Answer) -> None:
+def test_customs_gives_a_token_or_one_of_our_errors(answer: HttpResponse) -> None:
     try:
         issued = read_issued(answer, exchange_post(TEST, SUBJECT))
     except HsmTollError as exc:
@@ -114,7 +114,7 @@ def test_leg_two_gives_a_token_or_one_of_our_errors(answer: Answer) -> None:
 @given(_good)
 def test_a_good_answer_gives_a_token(value: dict[str, object]) -> None:
     """The control: not everything is an error."""
-    answer = Answer(200, {}, json.dumps(value).encode())
+    answer = HttpResponse(200, {}, json.dumps(value).encode())
     assert read_subject(answer, grant_post(TEST, ASSERTION)).value == value["access_token"]
     assert read_issued(answer, exchange_post(TEST, SUBJECT)).value == value["access_token"]
 

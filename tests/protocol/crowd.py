@@ -37,7 +37,7 @@ from hsmtoll.tokens.token_service import Counts, TokenService
 from hsmtoll.transport import HttpClient
 
 if TYPE_CHECKING:
-    from hsmtoll.http_messages import Answer, Post
+    from hsmtoll.http_messages import HttpResponse, Post
     from hsmtoll.token import TokenRequest
 
 ORDER: dict[str, Any] = json.loads(sys.argv[1])
@@ -91,9 +91,9 @@ class Signer:
 
 
 class Stopping(HttpClient):
-    """The real wire, which may stop behind a leg."""
+    """The real wire, which may stop after a token request."""
 
-    def post(self, post: Post) -> Answer:
+    def post(self, post: Post) -> HttpResponse:
         answer = super().post(post)
         reached({"Maskinporten": "granted", "Customs": "exchanged"}[post.server])
         return answer

@@ -312,7 +312,7 @@ def test_metrics_say_what_status_says(toll_sandbox: Sandbox) -> None:
     text = generate_latest(registry).decode()
     for line in (
         "hsmtoll_signatures_total 1.0",
-        'hsmtoll_legs_total{leg="Maskinporten",outcome="200"} 1.0',
+        'hsmtoll_token_requests_total{outcome="200",server="Maskinporten"} 1.0',
         'hsmtoll_tokens_total{state="fresh"} 1.0',
         'hsmtoll_tokens_total{state="fetched"} 1.0',
         "hsmtoll_waiting_callers 0.0",
@@ -326,7 +326,7 @@ def _status(signatures: int) -> Status:
     return Status(
         waiting=0,
         signatures=signatures,
-        legs={("Customs", "200"): 1},
+        requests={("Customs", "200"): 1},
         hits={"fresh": 1},
         seconds_until_expiry=30.0,
         certificate_not_after=datetime(2027, 1, 1, tzinfo=UTC),
@@ -375,7 +375,7 @@ def test_a_registry_without_clients_has_nothing_of_them_left() -> None:
     assert _signatures(registry) == {"": 2}
 
 
-@pytest.mark.parametrize("name", ["leg", "outcome", "state", "version", "__name__", "årsak"])
+@pytest.mark.parametrize("name", ["server", "outcome", "state", "version", "__name__", "årsak"])
 def test_a_label_of_the_metrics_themselves_is_none_of_a_client(name: str) -> None:
     registry = CollectorRegistry()
     with pytest.raises(UsageError, match=f"{name} cannot be a label"):

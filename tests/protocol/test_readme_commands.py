@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hsmtoll.sandbox.server import Sandbox
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 #: The shell that the README opens for its examples.
 SHELL: Final = ("hsmtoll", "sandbox", "--", "bash")
@@ -108,7 +108,7 @@ def test_the_settings_that_set_up_calls_enough_are_as_many_as_it_says() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program_of_a_page_runs(
-    tmp_path: Path, program: str, toll_eseal: ThrowAway, toll_sandbox: Sandbox
+    tmp_path: Path, program: str, toll_eseal: TemporaryIdentity, toll_sandbox: Sandbox
 ) -> None:
     (tmp_path / "test_readme_example.py").write_text(program, encoding="utf-8")
     # An example for pytest is run by it, in a project of its own and without any settings.

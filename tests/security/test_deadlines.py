@@ -132,7 +132,7 @@ def over_tls(context: ssl.SSLContext, serves: Serving) -> Serving:
 
 
 def post(url: str, **http_client: Any) -> NetworkError:
-    """The error of one leg to *url*."""
+    """The error of one token request to *url*."""
     with pytest.raises(NetworkError) as caught:
         HttpClient(**PATIENT, **http_client).post(
             Post("Maskinporten", url, {"assertion": "a" * 200}, "a" * 200)

@@ -18,7 +18,7 @@ import pytest
 from hsmtoll import HsmTollError, TollClient, apis
 from hsmtoll.customs.errors import status_error
 from hsmtoll.errors import OutcomeUnknown, SubmissionFailed
-from hsmtoll.http_messages import Answer, Post
+from hsmtoll.http_messages import HttpResponse, Post
 from hsmtoll.tokens.exchange import read_issued, read_subject
 from tests.kit.raw_services import BEARER, SUBJECT, RawServices, http_reply
 from tests.kit.soft_client import token_service_of
@@ -46,12 +46,12 @@ def text_of(exc: BaseException) -> str:
 @pytest.mark.parametrize("name", ["x-correlationid", "x-request-id"])
 @pytest.mark.parametrize("echo", [SECRET, SECRET[5:25], f"id {SECRET} of yours"])
 def test_an_id_that_repeats_what_was_posted_is_left_out(
-    read: Callable[[Answer, Post], Any], status: int, name: str, echo: str
+    read: Callable[[HttpResponse, Post], Any], status: int, name: str, echo: str
 ) -> None:
     for word in (echo, ID):
-        answer = Answer(status, {name: word}, b"no")
+        answer = HttpResponse(status, {name: word}, b"no")
         with pytest.raises(HsmTollError) as caught:
-            read(answer, Post("leg", "https://leg.invalid/", {}, SECRET))
+            read(answer, Post("server", "https://server.invalid/", {}, SECRET))
         assert not shown(SECRET, text_of(caught.value))
     if not (read is read_subject and status == 400):
         # The control: the last one was an id. A refused grant has its trace id instead.
@@ -60,12 +60,12 @@ def test_an_id_that_repeats_what_was_posted_is_left_out(
 
 @pytest.mark.parametrize("read", [read_subject, read_issued])
 def test_an_id_that_is_the_token_of_an_answer_that_is_not_taken_is_left_out(
-    read: Callable[[Answer, Post], Any],
+    read: Callable[[HttpResponse, Post], Any],
 ) -> None:
     body = {"access_token": BEARER, "token_type": "Bearer", "expires_in": "soon"}
-    answer = Answer(200, {"x-correlationid": BEARER}, json.dumps(body).encode())
+    answer = HttpResponse(200, {"x-correlationid": BEARER}, json.dumps(body).encode())
     with pytest.raises(HsmTollError) as caught:
-        read(answer, Post("leg", "https://leg.invalid/", {}, SECRET))
+        read(answer, Post("server", "https://server.invalid/", {}, SECRET))
     assert not shown(BEARER, text_of(caught.value))
 
 
@@ -74,7 +74,9 @@ def test_a_trace_id_that_repeats_what_was_posted_is_left_out(trace: str) -> None
     secret = SECRET.replace(".", "-")
     body = json.dumps({"error": "x", "error_description": f"no (trace_id: {trace})"}).encode()
     with pytest.raises(HsmTollError) as caught:
-        read_subject(Answer(400, {}, body), Post("leg", "https://leg.invalid/", {}, secret))
+        read_subject(
+            HttpResponse(400, {}, body), Post("server", "https://server.invalid/", {}, secret)
+        )
     assert not shown(secret, text_of(caught.value))
     assert (caught.value.trace_id == ID) == (trace == ID)
 
@@ -104,7 +106,7 @@ def services(tmp_path: Path) -> Iterator[RawServices]:
         yield running
 
 
-def test_the_log_of_the_legs_shows_no_token_that_stands_for_an_id(
+def test_the_log_of_token_requests_shows_no_token_that_stands_for_an_id(
     services: RawServices, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[bytes] = []

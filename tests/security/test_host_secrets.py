@@ -11,18 +11,22 @@ from tests.kit.signing_host import make_host
 if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 #: What a JWT begins with, whoever made it.
 JWT = "eyJ"
 
 
 @pytest.mark.parametrize(
-    ("fault", "leg"),
+    ("fault", "endpoint"),
     [("echo", "token"), ("echo", "exchange"), ("newline-token", "token"), ("html", "token")],
 )
 def test_nothing_that_fails_shows_a_secret(
-    toll_eseal: ThrowAway, toll_sandbox: Sandbox, toll_faults: Faults, fault: str, leg: str
+    toll_eseal: TemporaryIdentity,
+    toll_sandbox: Sandbox,
+    toll_faults: Faults,
+    fault: str,
+    endpoint: str,
 ) -> None:
     environ = {**toll_eseal.environ(), **toll_sandbox.environ(), **toll_faults.environ()}
     with make_host(environ, faults=toll_faults) as host:
@@ -31,7 +35,7 @@ def test_nothing_that_fails_shows_a_secret(
         toll_faults.set("wrong-signature")
         words.append(repr(host.ask()))
         toll_faults.clear()
-        toll_sandbox.fault(fault, leg)
+        toll_sandbox.fault(fault, endpoint)
         failed = host.ask("/v1/token")
         assert failed.status in (502, 503), failed
         words += [repr(failed), *(repr(host.health(page)) for page in ("/ready", "/metrics"))]

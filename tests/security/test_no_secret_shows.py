@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hsmtoll.http_messages import Answer, Post
+    from hsmtoll.http_messages import HttpResponse, Post
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.softhsm import SoftHsm
@@ -59,7 +59,7 @@ class Listening(HttpClient):
 
     secrets: list[str]
 
-    def post(self, post: Post) -> Answer:
+    def post(self, post: Post) -> HttpResponse:
         self.secrets.append(post.secret)
         answer = super().post(post)
         if answer.status == 200 and b"access_token" in answer.body:
@@ -78,7 +78,7 @@ def records(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 @pytest.fixture
 def heard(toll_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[App, Any]]:
-    """An app whose legs are listened to."""
+    """An app whose token requests are recorded."""
     app = App(toll_settings)
     http_client = Listening(ca_file=toll_settings.ca_file, timeout=5.0, deadline=10.0)
     http_client.secrets = []

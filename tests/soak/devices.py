@@ -61,10 +61,10 @@ EVERY: Final = 60.0
 PAUSE: Final = 0.5
 THREADS: Final = 4
 
-#: Seconds, for a call of the device and for a leg. Shorter than a token's life.
+#: Seconds, for a call of the device and for a token request. Shorter than a token's life.
 DEADLINE: Final = 6.0
 
-#: Seconds that a token lives beyond the life that was announced: each leg says one less, and
+#: Seconds that a token lives beyond the life that was announced: each server says one less, and
 #: what is issued within a second counts from its beginning.
 ROUNDED: Final = 3.0
 
@@ -140,7 +140,7 @@ class Signed(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message.startswith("leg=Maskinporten") and "status=200" in message:
+        if message.startswith("server=Maskinporten") and "status=200" in message:
             self._tell(signed=time.monotonic())
 
 

@@ -73,7 +73,7 @@ def serve(pipe: Connection, wall: Synchronized[float]) -> None:
         pipe.send((sandbox.issuer, sandbox.token_endpoint, sandbox.customs, sandbox.ca_file))
         while (words := pipe.recv())[0] != "end":
             if words[0] == "heal":
-                sandbox.heal()
+                sandbox.clear_faults()
             else:
                 sandbox.fault(words[1], words[2], times=words[3])
             pipe.send(None)

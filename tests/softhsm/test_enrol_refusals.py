@@ -83,14 +83,14 @@ def test_a_key_that_would_not_be_sensitive_without_saying_so_is_not_kept(
 
 
 def test_a_key_that_can_recover_a_signature_is_taken(device: Device, toll_faults: Faults) -> None:
-    toll_faults.set("attribute-told", attribute=SIGN_RECOVER)
+    toll_faults.set("attribute-value", attribute=SIGN_RECOVER)
     assert enrolment.generate(device, bits=2048).object
 
 
 def test_a_key_that_stays_able_to_decrypt_is_destroyed_and_the_own_tool_named(
     device: Device, toll_faults: Faults
 ) -> None:
-    toll_faults.set("attribute-told", attribute=DECRYPT)
+    toll_faults.set("attribute-value", attribute=DECRYPT)
     with pytest.raises(DeviceError, match="able to decrypt; it was destroyed") as caught:
         enrolment.generate(device, bits=2048)
     assert caught.value.code == "key-too-able"
@@ -110,7 +110,7 @@ def test_where_a_device_does_not_say_whether_keys_leave_it_the_setting_for_them_
     assert "HSMTOLL_HSM__ALLOW_EXPORTABLE_KEY=true" in (caught.value.hint or "")
     # Of a key that is known to leave it, nothing lets a person believe that it is allowed.
     toll_faults.clear()
-    toll_faults.set("attribute-told", attribute=EXTRACTABLE)
+    toll_faults.set("attribute-value", attribute=EXTRACTABLE)
     with pytest.raises(DeviceError, match="is extractable; it was destroyed") as caught:
         enrolment.generate(device, bits=2048)
     assert "ALLOW_EXPORTABLE" not in (caught.value.hint or "")
@@ -119,7 +119,7 @@ def test_where_a_device_does_not_say_whether_keys_leave_it_the_setting_for_them_
 def test_a_wrong_key_that_cannot_be_destroyed_is_said_and_named(
     device: Device, toll_faults: Faults
 ) -> None:
-    toll_faults.set("attribute-told", attribute=DECRYPT)
+    toll_faults.set("attribute-value", attribute=DECRYPT)
     toll_faults.set("call-fails", function="C_DestroyObject", rv=0x1B)
     with pytest.raises(DeviceError, match="still on the device: delete pkcs11:"):
         enrolment.generate(device, bits=2048)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from tests.kit.signing_host import RunningHost
 
 ROAD = TokenRequest(ROAD_SCOPE)
@@ -223,7 +223,7 @@ def test_the_caller_checks_the_hosts_account_and_organisation(
 
 @pytest.fixture
 def two_hosts(
-    toll_eseal: ThrowAway, toll_sandbox: Sandbox
+    toll_eseal: TemporaryIdentity, toll_sandbox: Sandbox
 ) -> Iterator[tuple[RunningHost, RunningHost]]:
     """Two hosts for the same eSeal."""
     environ = toll_eseal.environ() | toll_sandbox.environ()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from hsmtoll.testing.softhsm import SoftHsm
 
 pytestmark = pytest.mark.usefixtures("toll_settings")
@@ -76,7 +76,9 @@ def test_an_assertion_is_taken_by_a_jose_library_and_not_with_a_changed_byte(alg
         jose.deserialize_compact(f"{head}.{body}.{signature}", key, registry=_judge(alg))
 
 
-def test_openssl_takes_the_signature_and_the_chain(tmp_path: Path, toll_eseal: ThrowAway) -> None:
+def test_openssl_takes_the_signature_and_the_chain(
+    tmp_path: Path, toll_eseal: TemporaryIdentity
+) -> None:
     assertion = printed("sign", "road")
     signed, _, signature = assertion.rpartition(".")
     header = json.loads(base64.urlsafe_b64decode(assertion.split(".", maxsplit=1)[0] + "=="))
@@ -237,7 +239,7 @@ def test_a_submission_prints_its_request_id_and_then_its_mrn(tmp_path: Path) -> 
     assert "hint: consignee.country: Country is invalid" in failed.stderr
 
 
-def test_the_chain_is_shown_leaf_first_in_three_forms(toll_eseal: ThrowAway) -> None:
+def test_the_chain_is_shown_leaf_first_in_three_forms(toll_eseal: TemporaryIdentity) -> None:
     listed = json.loads(printed("chain", "--json"))
 
     assert [each["sha256"] for each in listed] == [_sha256(each) for each in toll_eseal.chain]
@@ -249,7 +251,7 @@ def test_the_chain_is_shown_leaf_first_in_three_forms(toll_eseal: ThrowAway) -> 
     assert "it ends at a root" in printed("chain")
 
 
-def test_the_chain_is_shown_as_the_settings_send_it(toll_eseal: ThrowAway) -> None:
+def test_the_chain_is_shown_as_the_settings_send_it(toll_eseal: TemporaryIdentity) -> None:
     listed = json.loads(printed("chain", "--json", HSMTOLL_X5C="without-root"))
     assert [each["sha256"] for each in listed] == [_sha256(each) for each in toll_eseal.chain[:-1]]
     pem = printed("chain", "--pem", HSMTOLL_X5C="without-root")
@@ -379,7 +381,9 @@ def test_a_message_that_is_no_json_is_told_where(tmp_path: Path) -> None:
     assert "~ is not expanded here" in done.stderr
 
 
-def test_an_import_reads_stdin_and_tells_its_file(tmp_path: Path, toll_eseal: ThrowAway) -> None:
+def test_an_import_reads_stdin_and_tells_its_file(
+    tmp_path: Path, toll_eseal: TemporaryIdentity
+) -> None:
     chain = b"".join(each.public_bytes(Encoding.DER) for each in toll_eseal.chain[:1])
     argv = [sys.executable, "-m", "hsmtoll", "key", "import"]
     done = subprocess.run([*argv, "-"], input=chain, capture_output=True, check=False)

@@ -137,5 +137,5 @@ def test_a_relation_whose_result_never_comes_is_unknown(toll: TollClient) -> Non
     # relation/validation-status stands on no page: it is asked, and a 404 is no failure.
     toll.token("road")
     with pytest.raises(OutcomeUnknown) as caught:
-        toll.submit("road", "POST", "relation", json=message("relation"), patience=0.5)
+        toll.submit("road", "POST", "relation", json=message("relation"), timeout=0.5)
     assert caught.value.exit_code == 73

@@ -321,13 +321,11 @@ def test_a_redirect_is_an_answer_wherever_it_leads_and_nobody_goes_there(
         toll.submit("road", "POST", "transport", json={})
 
 
-def test_the_patience_for_a_result_counts_what_the_questions_take() -> None:
+def test_the_timeout_for_a_result_counts_what_the_questions_take() -> None:
     def asked(each: float) -> int:
         """How often it asks, where a question takes *each* seconds, before it gives up."""
         at, often = 0.0, 0
-        talk = submission(
-            apis.named("road"), "POST", "transport", {}, now=lambda: at, patience=30.0
-        )
+        talk = submission(apis.named("road"), "POST", "transport", {}, now=lambda: at, timeout=30.0)
         next(talk)
         response: httpx.Response | None = httpx.Response(202, json={"requestId": "a-1"})
         try:

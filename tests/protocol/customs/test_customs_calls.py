@@ -171,7 +171,7 @@ def test_a_connection_that_was_never_made_is_safe_to_try_again(
         toll.submit("road", "POST", "transport", json=message("transport"))
 
     assert caught.value.retryable
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     assert toll.submit("road", "POST", "transport", json=message("transport")).mrn
 
 
@@ -190,7 +190,7 @@ def test_a_result_that_does_not_come_is_unknown_and_never_failed(
 ) -> None:
     toll_sandbox.fault("503", "/api/movement/road/status/v2")
     with pytest.raises(OutcomeUnknown) as caught:
-        toll.submit("road", "POST", "transport", json=message("transport"), patience=30)
+        toll.submit("road", "POST", "transport", json=message("transport"), timeout=30)
 
     (request_id,) = toll_sandbox.state.submissions
     assert request_id in str(caught.value)
@@ -247,7 +247,7 @@ def test_500_house_consignments_cost_one_token_and_one_signature(
                         "POST",
                         "house-consignment",
                         json=message("house-consignment"),
-                        patience=600,
+                        timeout=600,
                     )
                     for _ in range(500)
                 )
@@ -267,7 +267,7 @@ def test_tasks_submit_as_threads_do(toll_settings: Settings, toll_sandbox: Sandb
             done = await asyncio.gather(
                 *(
                     client.submit(
-                        "road", "POST", "transport", json=message("transport"), patience=20
+                        "road", "POST", "transport", json=message("transport"), timeout=20
                     )
                     for _ in range(5)
                 )
@@ -533,7 +533,7 @@ def test_only_an_empty_list_is_the_end_of_the_feed(
         list(toll.routing(marker))
     # Nothing is taken that was not seen, and all of it comes when the trouble is over.
     assert marker.read_text() == first
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     ((signal,),) = toll.routing(marker)
     assert signal["routingResult"]["id"] == second
 
@@ -551,7 +551,7 @@ def test_tasks_hear_of_a_feed_that_is_none_as_threads_do(
         toll_sandbox.fault(fault, "api")
         with pytest.raises(NetworkError):
             asyncio.run(taken())
-        toll_sandbox.heal()
+        toll_sandbox.clear_faults()
     assert not (tmp_path / "marker").exists()
 
 
@@ -630,7 +630,7 @@ def test_a_403_says_who_must_act(toll: TollClient, toll_sandbox: Sandbox) -> Non
     with pytest.raises(ApiRefused) as caught:
         toll.submit("road", "POST", "transport", json=message("transport"))
     assert caught.value.code == "http-401"
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
 
     # A token of another API opens nothing here.
     with toll.api("air") as air:
@@ -646,4 +646,4 @@ def test_every_error_of_a_call_is_one_of_ours(toll: TollClient, toll_sandbox: Sa
         toll_sandbox.fault(fault, "api", times=1)
         with pytest.raises(HsmTollError):
             toll.submit("road", "POST", "transport", json=message("transport"))
-        toll_sandbox.heal()
+        toll_sandbox.clear_faults()

@@ -178,7 +178,7 @@ def test_a_service_that_is_down_is_told_from_an_answer_of_customs(
     assert (response.status, response.getheader("Hsmtoll-Error")) == (502, error(body))
     response, body = proxy.ask("POST", TRANSPORT, b"{}", {"Content-Type": "application/json"})
     assert (response.status, error(body)) == (504, "outcome-unknown")
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     toll_sandbox.fault("503", "api")
     response, body = proxy.ask()
     assert (response.status, response.getheader("Hsmtoll-Error")) == (503, None)
@@ -195,7 +195,7 @@ def test_readiness_follows_whether_a_token_can_be_had(
     ready, why = proxy.ask("GET", "/ready")
     assert ready.status == 503
     assert json.loads(why)["why"]
-    toll_sandbox.heal()
+    toll_sandbox.clear_faults()
     # Renewals pause after a failure, so it takes some seconds.
     until = threading.Event()
     for _ in range(60):

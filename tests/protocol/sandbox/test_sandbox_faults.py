@@ -26,7 +26,7 @@ def sandbox_shared() -> Iterator[Wire]:
 @pytest.fixture
 def sandbox_faulty(sandbox_shared: Wire) -> Iterator[Wire]:
     yield sandbox_shared
-    sandbox_shared.sandbox.heal()
+    sandbox_shared.sandbox.clear_faults()
     assert sandbox_shared.grant().status_code == 200
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hsmtoll import TollClient
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 SCOPE = "toll:movement/road/v2"
 ANNA, BJARNE, NOBODY = "910000001", "910000002", "910000009"
@@ -45,7 +45,7 @@ def claims_of(token: str) -> dict[str, Any]:
 
 @pytest.fixture
 def agent(
-    toll_norwegian: ThrowAway,
+    toll_norwegian: TemporaryIdentity,
     toll_sandbox: Sandbox,
     toll_faults: Faults,
     tmp_path: Path,

@@ -38,12 +38,12 @@ def jtis(sandbox: Sandbox) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", ["503", "502", "500", "reset", "truncated"])
-@pytest.mark.parametrize("leg", ["token", "exchange"])
+@pytest.mark.parametrize("endpoint", ["token", "exchange"])
 def test_trouble_of_a_moment_is_tried_once_more_from_the_grant_on(
-    toll_sandbox: Sandbox, fault: str, leg: str
+    toll_sandbox: Sandbox, fault: str, endpoint: str
 ) -> None:
     token_service, signer = token_service_of(toll_sandbox)
-    toll_sandbox.fault(fault, leg, times=1)
+    toll_sandbox.fault(fault, endpoint, times=1)
     assert TollClient(token_service).token("road").value
     assert len(signer.signed) == 2
     assert len(set(signer.signed)) == 2, "a new jti for every attempt"
@@ -85,12 +85,12 @@ def test_less_scope_than_was_asked_for_is_refused_once_and_never_exchanged(tmp_p
 
 
 @pytest.mark.parametrize("rule", ["html", "newline-token", "401", "redirect"])
-@pytest.mark.parametrize("leg", ["token", "exchange"])
+@pytest.mark.parametrize("endpoint", ["token", "exchange"])
 def test_what_a_new_grant_cannot_cure_is_not_tried_again(
-    toll_sandbox: Sandbox, rule: str, leg: str
+    toll_sandbox: Sandbox, rule: str, endpoint: str
 ) -> None:
     token_service, signer = token_service_of(toll_sandbox)
-    toll_sandbox.fault(rule, leg)
+    toll_sandbox.fault(rule, endpoint)
     with pytest.raises((GrantRefused, ExchangeRefused, NetworkError)):
         TollClient(token_service).token("road")
     assert len(signer.signed) == 1
@@ -273,8 +273,8 @@ def test_the_log_has_one_line_a_leg_and_no_secret(
     token_service, signer = token_service_of(toll_sandbox)
     with caplog.at_level("DEBUG", logger="hsmtoll"):
         token = TollClient(token_service).token("road")
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("leg=")]
-    assert [line.split()[0] for line in lines] == ["leg=Maskinporten", "leg=Customs"]
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("server=")]
+    assert [line.split()[0] for line in lines] == ["server=Maskinporten", "server=Customs"]
     assert all("status=200" in line and "ms=" in line and "trace=" in line for line in lines)
     assert f"jti={signer.signed[0]}" in lines[0]
     assert token.value not in caplog.text
@@ -290,7 +290,7 @@ def test_status_says_what_happened(toll_sandbox: Sandbox) -> None:
     client.token("road")
     status = client.status()
     assert status.signatures == 1
-    assert status.legs == {("Maskinporten", "200"): 1, ("Customs", "200"): 1}
+    assert status.requests == {("Maskinporten", "200"): 1, ("Customs", "200"): 1}
     assert status.hits == {"fresh": 1, "stale": 0, "stored": 0, "fetched": 1}
     assert status.seconds_until_expiry == pytest.approx(token.lifetime, abs=5)
     assert threading.active_count() < 50

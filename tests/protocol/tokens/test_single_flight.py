@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
 
 
-def legs(sandbox: Sandbox) -> tuple[int, int]:
+def requests(sandbox: Sandbox) -> tuple[int, int]:
     """Grants and exchanges that came in; what only releases a hold carries no grant."""
     received = sandbox.received
     grants = [each for each in received if each.kind == "grant" and each.claims]
@@ -55,7 +55,7 @@ def test_10_000_tasks_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) ->
 
     assert len(asyncio.run(crowd())) == 1
     assert len(signer.signed) == 1
-    assert legs(toll_sandbox) == (1, 1)
+    assert requests(toll_sandbox) == (1, 1)
     assert client.status().waiting == 0
 
 
@@ -75,7 +75,7 @@ def test_400_threads_on_a_cold_cache_cost_one_of_each(toll_sandbox: Sandbox) -> 
         thread.join(30)
     assert (len(got), len(set(got))) == (400, 1)
     assert len(signer.signed) == 1
-    assert legs(toll_sandbox) == (1, 1)
+    assert requests(toll_sandbox) == (1, 1)
 
 
 def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) -> None:
@@ -91,7 +91,7 @@ def test_without_the_flight_each_of_them_costs_its_own(toll_sandbox: Sandbox) ->
     for thread in threads:
         thread.join(30)
     assert sum(len(signer.signed) for _, signer in parts) == 12
-    assert legs(toll_sandbox) == (12, 12)
+    assert requests(toll_sandbox) == (12, 12)
 
 
 def test_two_scopes_fly_apart(toll_sandbox: Sandbox) -> None:

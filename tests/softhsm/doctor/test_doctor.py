@@ -127,7 +127,7 @@ def test_a_pinpad_is_no_pin_for_every_signature(lab: Lab, tmp_path: Path) -> Non
         app = lab.app("each", tmp_path, hsm=pin)
         with contextlib.suppress(DeviceError):
             assert app.devices[0].sign("RS256", a_grant()).value
-            # The doctor foretold it.
+            # The doctor predicted it.
             assert not codes[str(pin)]
         app.close()
     assert list(codes.values()) == [set(), set(), {"signing-pin"}]
@@ -189,7 +189,7 @@ def test_a_spy_in_between_fails_outside_the_sandbox(
     assert found == {"module-spy": "fail"}
 
 
-def test_a_revoked_leaf_is_foretold_by_a_list_in_a_file(
+def test_a_revoked_leaf_is_predicted_by_a_list_in_a_file(
     lab: Lab, tmp_path: Path, chain: Path, leaf: x509.Certificate, authority: Authority
 ) -> None:
     path = tmp_path / "list.crl"

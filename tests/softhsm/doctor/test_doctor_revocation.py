@@ -215,7 +215,7 @@ def test_a_leaf_that_stands_is_said_to_by_its_responder(
     )
 
 
-def test_a_leaf_that_was_taken_back_is_foretold_by_its_responder(
+def test_a_leaf_that_was_taken_back_is_predicted_by_its_responder(
     lab: Lab, tmp_path: Path, issuer: Issuer
 ) -> None:
     issuer.says(leaf="R")
@@ -235,7 +235,7 @@ def test_where_no_responder_answers_the_list_does(lab: Lab, tmp_path: Path, issu
     assert "says its issuer's CRL" in check.line
 
 
-def test_an_intermediate_that_was_taken_back_is_foretold_too(
+def test_an_intermediate_that_was_taken_back_is_predicted_too(
     lab: Lab, tmp_path: Path, issuer: Issuer
 ) -> None:
     issuer.says(intermediate="R")

@@ -11,13 +11,13 @@ import pytest
 from pkcs11 import exceptions as p11
 
 from hsmtoll.errors import ConfigurationError, DeviceError, HsmTollError, PinIncorrect, PinNotTried
-from hsmtoll.hsm.answers import ANSWERS
 from hsmtoll.hsm.codes import MEANING, NOT_TRIED, REFUSED, recoverable, translated
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
 from hsmtoll.hsm.makers import MAKERS
 from hsmtoll.hsm.module import check_path
 from hsmtoll.hsm.pin_log import PinLog
+from hsmtoll.hsm.return_codes import RETURN_CODES
 from hsmtoll.hsm.uri import KeyUri
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ UNCLASSED = {
 }
 
 
-@pytest.mark.parametrize("code", sorted(ANSWERS), ids=hex)
+@pytest.mark.parametrize("code", sorted(RETURN_CODES), ids=hex)
 def test_every_code_without_a_class_is_named_and_says_who_must_act(code: int) -> None:
     text = UNCLASSED.get(code, f"Unmapped error code {code:#x}")
     error = translated(p11.PKCS11Error(text), "signing")
     assert "CKR_" in str(error)
     assert f"({code:#x})" in str(error)
-    assert error.hint == ANSWERS[code].do
+    assert error.hint == RETURN_CODES[code].advice
     for theirs in ("Unmapped", "Should never see", "PKCS11Error"):
         assert theirs not in str(error)
 
@@ -296,8 +296,8 @@ def test_the_same_module_is_taken_where_only_this_user_can_change_it(
     for each in (module, link):
         device_softhsm.python(
             "import sys\nfrom pathlib import Path\n"
-            "from hsmtoll.hsm.module import opened\n"
-            "opened(Path(sys.argv[2]))",
+            "from hsmtoll.hsm.module import open_module\n"
+            "open_module(Path(sys.argv[2]))",
             str(each),
         )
 
@@ -309,8 +309,8 @@ def test_a_module_that_will_not_start_is_said_with_where_to_look(
         "import os, sys\nfrom pathlib import Path\n"
         "os.environ['SOFTHSM2_CONF'] = '/nowhere'\n"
         "from hsmtoll.errors import DeviceError\n"
-        "from hsmtoll.hsm.module import opened\n"
-        "try: opened(Path(sys.argv[1]))\n"
+        "from hsmtoll.hsm.module import open_module\n"
+        "try: open_module(Path(sys.argv[1]))\n"
         "except DeviceError as error: assert 'GeneralError' in str(error), error\n"
         "else: sys.exit('it started')"
     )
@@ -323,7 +323,7 @@ def test_two_paths_of_one_module_are_one_module(
     link.symlink_to(device_softhsm.module)
     device_softhsm.python(
         "import sys\nfrom pathlib import Path\n"
-        "from hsmtoll.hsm.module import opened\n"
-        "assert opened(Path(sys.argv[1])) is opened(Path(sys.argv[2]))",
+        "from hsmtoll.hsm.module import open_module\n"
+        "assert open_module(Path(sys.argv[1])) is open_module(Path(sys.argv[2]))",
         str(link),
     )

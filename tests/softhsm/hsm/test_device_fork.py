@@ -165,7 +165,7 @@ _HARMFUL = """
 from hsmtoll.hsm import module as modules
 device = make()
 check(device)
-opened = modules.opened(module)
+opened = modules.open_module(module)
 class Tpm:
     manufacturer_id = "tpm2-software.github.io"
     def __init__(self, lib): self.lib = lib

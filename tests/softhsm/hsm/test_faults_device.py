@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hsmtoll.sandbox.server import Sandbox
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from hsmtoll.testing.softhsm import SoftHsm
 
 _T = TypeVar("_T")
@@ -232,7 +232,7 @@ def test_processes_that_keep_dying_in_the_login_stop_trying(toll_faults: Faults)
 
 
 def test_without_the_hashing_mechanism_the_digest_is_made_here(
-    device: InProcessDevice, toll_faults: Faults, toll_eseal: ThrowAway
+    device: InProcessDevice, toll_faults: Faults, toll_eseal: TemporaryIdentity
 ) -> None:
     plain = device.sign("RS256", DATA).value
     device.close()
@@ -268,7 +268,7 @@ def test_where_the_public_half_is_hidden_the_first_grant_proves_the_leaf(
 
 
 @pytest.fixture(scope="module")
-def twin(toll_softhsm: SoftHsm) -> ThrowAway:
+def twin(toll_softhsm: SoftHsm) -> TemporaryIdentity:
     """An eSeal beside which lies a newer one of another key, under the same name and id."""
     made = eseal(toll_softhsm, label="twin")
     assert made.authority is not None
@@ -282,7 +282,7 @@ def twin(toll_softhsm: SoftHsm) -> ThrowAway:
 
 @pytest.mark.parametrize(("hidden", "signatures"), [(False, 1), (True, 2)])
 def test_a_leaf_that_was_guessed_wrongly_is_corrected_by_the_first_signature(
-    twin: ThrowAway,
+    twin: TemporaryIdentity,
     toll_settings: Settings,
     toll_sandbox: Sandbox,
     toll_faults: Faults,

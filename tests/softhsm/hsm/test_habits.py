@@ -22,7 +22,7 @@ from hsmtoll.app import App
 from hsmtoll.hsm.codes import NOT_TRIED
 from hsmtoll.hsm.device import DeviceSettings
 from hsmtoll.hsm.in_process import InProcessDevice
-from hsmtoll.hsm.module import opened
+from hsmtoll.hsm.module import open_module
 from hsmtoll.hsm.pin_log import PinLog
 from hsmtoll.hsm.uri import KeyUri
 from hsmtoll.settings import load
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 ROAD = TokenRequest(scope="toll:eu/movement/road/v2")
 NOT_LOGGED_IN, DEVICE_ERROR, GENERAL_ERROR = 0x101, 0x30, 0x5
@@ -142,7 +142,7 @@ def command(*argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def hidden(toll_softhsm: SoftHsm) -> ThrowAway:
+def hidden(toll_softhsm: SoftHsm) -> TemporaryIdentity:
     """An eSeal whose certificates show to nobody before the login."""
     made = eseal(toll_softhsm, label="hidden")
     argv = [str(toll_softhsm.module), toll_softhsm.label, toll_softhsm.pin, "hidden"]
@@ -151,7 +151,7 @@ def hidden(toll_softhsm: SoftHsm) -> ThrowAway:
 
 
 def test_certificates_that_show_after_the_login_alone_are_found(
-    hidden: ThrowAway,
+    hidden: TemporaryIdentity,
     toll_settings: Settings,
     toll_sandbox: Sandbox,
     toll_faults: Faults,
@@ -173,7 +173,7 @@ def test_certificates_that_show_after_the_login_alone_are_found(
 
 
 def test_the_commands_find_them_too_and_print_no_traceback(
-    hidden: ThrowAway, toll_settings: Settings, isolation: str
+    hidden: TemporaryIdentity, toll_settings: Settings, isolation: str
 ) -> None:
     del toll_settings
     variables = {
@@ -420,7 +420,7 @@ def test_an_object_that_cannot_be_read_hides_no_other(
     toll_settings: Settings,
     toll_softhsm: SoftHsm,
     toll_faults: Faults,
-    toll_eseal: ThrowAway,
+    toll_eseal: TemporaryIdentity,
     code: int,
 ) -> None:
     toll_softhsm.generate_key("damaged", b"\xda")
@@ -470,7 +470,7 @@ def test_objects_that_the_device_cannot_decrypt_hide_none_of_its_own(
     assert generated.returncode == 0, generated.stderr
 
 
-def _der(made: ThrowAway) -> bytes:
+def _der(made: TemporaryIdentity) -> bytes:
     from cryptography.hazmat.primitives.serialization import Encoding
 
     return made.chain[0].public_bytes(Encoding.DER)
@@ -777,7 +777,7 @@ def test_a_login_that_is_refused_leaves_no_session_open(
                 app.devices[0].sign("RS256", data(app))
         assert (toll_faults.count("C_Login"), toll_faults.sessions()) == (4, 0)
         # The library by itself leaves one.
-        (token,) = opened(toll_faults.module).lib.get_tokens(token_label=toll_softhsm.label)
+        (token,) = open_module(toll_faults.module).lib.get_tokens(token_label=toll_softhsm.label)
         with pytest.raises(PinLocked):
             token.open(user_pin=toll_softhsm.pin)
         assert toll_faults.sessions() == 1
@@ -807,7 +807,7 @@ def test_a_command_says_once_that_the_device_is_away(
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> ThrowAway:
+def common(tmp_path_factory: pytest.TempPathFactory) -> TemporaryIdentity:
     """What the device of each test here is a copy of."""
     device = SoftHsm.create(
         tmp_path_factory.mktemp("common") / "own", label="many", pin="4711471147"
@@ -819,7 +819,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> ThrowAway:
 def partition(
     toll_settings: Settings,
     toll_faults: Faults,
-    common: ThrowAway,
+    common: TemporaryIdentity,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> SoftHsm:

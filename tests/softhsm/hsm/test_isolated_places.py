@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 SOURCE = Path(hsmtoll.__file__).parents[1]
 UWSGI = Path(sys.executable).with_name("pyuwsgi")
@@ -70,7 +70,7 @@ def python() -> str:
 
 
 def run(
-    who: ThrowAway, state: Path, *argv: str, where: Path, places: list[str], **environ: str
+    who: TemporaryIdentity, state: Path, *argv: str, where: Path, places: list[str], **environ: str
 ) -> str:
     given = {
         "PATH": os.environ["PATH"],
@@ -89,7 +89,7 @@ def run(
 
 
 def test_a_program_that_makes_its_own_path_of_imports_is_followed(
-    toll_eseal: ThrowAway, tmp_path: Path
+    toll_eseal: TemporaryIdentity, tmp_path: Path
 ) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
@@ -102,7 +102,7 @@ def test_a_program_that_makes_its_own_path_of_imports_is_followed(
 
 
 def test_a_program_in_an_archive_that_was_named_by_a_relative_path_is_followed(
-    toll_eseal: ThrowAway, tmp_path: Path
+    toll_eseal: TemporaryIdentity, tmp_path: Path
 ) -> None:
     """As zipapp makes them; the libraries lie beside it, for some are compiled."""
     with zipfile.ZipFile(tmp_path / "app.pyz", "w") as archive:
@@ -116,7 +116,7 @@ def test_a_program_in_an_archive_that_was_named_by_a_relative_path_is_followed(
 
 @pytest.mark.parametrize(("isolation", "where"), [("process", "isolated"), ("none", "loaded")])
 def test_a_program_that_gevent_has_patched_signs_in_several_greenlets(
-    toll_eseal: ThrowAway, tmp_path: Path, isolation: str, where: str
+    toll_eseal: TemporaryIdentity, tmp_path: Path, isolation: str, where: str
 ) -> None:
     program = (
         "from gevent import joinall, monkey, socket, spawn\n"
@@ -136,7 +136,7 @@ def test_a_program_that_gevent_has_patched_signs_in_several_greenlets(
 
 
 def uwsgi_answers(
-    who: ThrowAway, folder: Path, *options: str, where: Path, isolation: str
+    who: TemporaryIdentity, folder: Path, *options: str, where: Path, isolation: str
 ) -> tuple[str, str]:
     """What a program in uWSGI answers, and the name of its sys.executable."""
     (where / "program.py").write_text(
@@ -173,7 +173,7 @@ def uwsgi_answers(
 
 @pytest.mark.parametrize(("isolation", "where"), [("process", "isolated"), ("none", "loaded")])
 def test_a_program_in_uwsgi_signs(
-    toll_eseal: ThrowAway, tmp_path: Path, isolation: str, where: str
+    toll_eseal: TemporaryIdentity, tmp_path: Path, isolation: str, where: str
 ) -> None:
     state = tmp_path / "state"
     answer, executable = uwsgi_answers(toll_eseal, state, where=tmp_path, isolation=isolation)
@@ -274,7 +274,7 @@ def test_a_command_of_an_archive_with_everything_in_it_signs(
 
 @pytest.fixture
 def device(
-    toll_eseal: ThrowAway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toll_eseal: TemporaryIdentity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[WorkerDevice]:
     monkeypatch.setenv("SOFTHSM2_CONF", str(toll_eseal.device.conf))
     made = WorkerDevice(

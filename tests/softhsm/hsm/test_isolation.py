@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hsmtoll.hsm.device import Device
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
     from hsmtoll.testing.softhsm import SoftHsm
 
 DATA = a_grant()
@@ -65,13 +65,13 @@ class Asked:
 
 
 @pytest.fixture
-def pin(toll_eseal: ThrowAway) -> Asked:
+def pin(toll_eseal: TemporaryIdentity) -> Asked:
     return Asked(toll_eseal.device.pin)
 
 
 @pytest.fixture
 def make(
-    toll_eseal: ThrowAway,
+    toll_eseal: TemporaryIdentity,
     toll_faults: Faults,
     pin: Asked,
     tmp_path: Path,

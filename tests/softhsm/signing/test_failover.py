@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.settings import Settings
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 ROAD = TokenRequest("toll:eu/movement/road/v2")
 
@@ -27,7 +27,7 @@ ROAD = TokenRequest("toll:eu/movement/road/v2")
 def app(
     toll_settings: Settings,
     toll_faults: Faults,
-    toll_eseal: ThrowAway,
+    toll_eseal: TemporaryIdentity,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[App]:
     """The same key twice: behind the shim, and behind the module itself."""

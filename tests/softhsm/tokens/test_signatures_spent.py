@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hsmtoll.settings import Settings
     from hsmtoll.testing.clock import SettableClock
     from hsmtoll.testing.faults import Faults
-    from hsmtoll.testing.identity import ThrowAway
+    from hsmtoll.testing.identity import TemporaryIdentity
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -51,7 +51,7 @@ def test_1000_times_401_from_an_api_in_a_minute_ask_the_device_twice_at_most(
         assert toll_faults.count("C_SignInit") <= 2
         # The control: it is the time that passed, and nothing that broke.
         before = toll_faults.count("C_SignInit")
-        toll_sandbox.heal()
+        toll_sandbox.clear_faults()
         toll_clock.advance(700)
         assert api.get("test-auth").status_code == 200
         assert toll_faults.count("C_SignInit") == before + 1
@@ -239,7 +239,7 @@ def test_a_replay_that_maskinporten_names_is_tried_once_more_and_no_oftener(
 def test_a_grant_that_came_too_late_is_tried_once_more_and_no_oftener(
     generous: Callable[..., App],
     toll_faults: Faults,
-    toll_eseal: ThrowAway,
+    toll_eseal: TemporaryIdentity,
     toll_clock: SettableClock,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

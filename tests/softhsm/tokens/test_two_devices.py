@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hsmtoll.sandbox.server import Sandbox
-from hsmtoll.testing.identity import ThrowAway, eseal
+from hsmtoll.testing.identity import TemporaryIdentity, eseal
 from hsmtoll.testing.softhsm import SoftHsm
 from tests.kit.own_device import listens
 
@@ -30,7 +30,7 @@ class Twins:
     """Devices of one label, keys of one label, one PIN, one state directory."""
 
     sandbox: Sandbox
-    devices: tuple[ThrowAway, ThrowAway]
+    devices: tuple[TemporaryIdentity, TemporaryIdentity]
     common: dict[str, str]
 
     def token(self, which: int, cache: str) -> str:

@@ -53,7 +53,7 @@ def test_each_help_has_an_example_and_says_in_one_line_what_it_needs(
     assert re.search(r"^Examples?:\n  hsmtoll |^Examples?:\n  (ssh|eval) .*hsmtoll ", text, re.M)  # noqa: FURB167 - short
     assert names == () or len(re.findall(r"^Needs: .*\.$", text, re.M)) == 1  # noqa: FURB167 - short
     assert max(map(len, text.splitlines())) <= 80
-    for jargon in ("foretell", "leaves with", "go on", "memory of", "the same as an option"):
+    for jargon in ("predict", "leaves with", "go on", "memory of", "the same as an option"):
         assert jargon not in text.lower()
 
 

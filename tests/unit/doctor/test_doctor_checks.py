@@ -15,11 +15,11 @@ from cryptography.x509 import ocsp
 
 from hsmtoll import errors
 from hsmtoll.doctor import Check, Facts, Report, examine
-from hsmtoll.doctor.facts import Answers, Revocation, Seen
+from hsmtoll.doctor.facts import Revocation, Seen, ServiceAnswers
 from hsmtoll.doctor.findings import failed
 from hsmtoll.doctor.report import CHECKS
 from hsmtoll.errors import CertificateError, ScopeNotGranted
-from hsmtoll.http_messages import Answer, Post
+from hsmtoll.http_messages import HttpResponse, Post
 from hsmtoll.settings import Settings
 from hsmtoll.tokens.exchange import read_subject
 from hsmtoll.x509 import revocation
@@ -136,7 +136,7 @@ def test_consumer_id_and_amr_are_shown_as_maskinporten_will() -> None:
     assert "virksomhetssertifikat" in norwegian["qualified"]
 
 
-def test_a_certificate_for_test_is_foretold_to_fail_in_prod() -> None:
+def test_a_certificate_for_test_is_predicted_to_fail_in_prod() -> None:
     good = setup(family="norwegian")
     settings = Settings.model_validate(
         {"environment": "prod", "identity": "norwegian", "iss": "client"}
@@ -190,7 +190,7 @@ def test_buypass_shares_a_policy_so_that_its_issuer_decides() -> None:
         assert found == ({} if fine else {"certificate-environment": "fail"})
 
 
-def test_an_eseal_of_a_test_ca_is_foretold_to_fail_in_test_as_well() -> None:
+def test_an_eseal_of_a_test_ca_is_predicted_to_fail_in_test_as_well() -> None:
     """No EU trusted list knows it; the production CA of the same issuer is taken."""
     from hsmtoll.sandbox.pki import eseal_authority
 
@@ -268,7 +268,7 @@ def test_with_a_kid_no_certificate_is_asked_for_and_its_age_is_unknown() -> None
 def test_each_scope_asked_for_is_granted_or_names_who_must_act() -> None:
     refused = ScopeNotGranted("no access", code="MP-250", who="customs", hint="ask Customs")
     scopes = (("toll:eu/movement/road/v2", None), ("toll:eu/movement/air", refused))
-    answers = Answers(
+    answers = ServiceAnswers(
         metadata=doctor_cases._METADATA,
         offset=0.0,
         health=200,
@@ -335,10 +335,10 @@ def test_the_doctor_never_tells_to_ask_the_doctor(code: str) -> None:
     body = {"error": "invalid_grant", "error_description": "no", "error_uri": f"https://x/{code}"}
     post = Post("Maskinporten", "https://x/token", {}, "secret")
     with pytest.raises(errors.GrantRefused) as caught:
-        read_subject(Answer(400, {}, json.dumps(body).encode()), post)
+        read_subject(HttpResponse(400, {}, json.dumps(body).encode()), post)
     # The control: elsewhere that is what to do.
     assert "hsmtoll doctor" in (caught.value.hint or "")
-    facts = replace(setup().facts, answers=Answers(metadata={}, self_test=caught.value))
+    facts = replace(setup().facts, answers=ServiceAnswers(metadata={}, self_test=caught.value))
     report = Report(tuple(failed("self-test", caught.value) for _ in "x"), facts)
     assert "hsmtoll doctor" not in "".join(report.lines()) + json.dumps(report.as_json())
     assert "To do: " in "".join(report.lines())
@@ -347,7 +347,7 @@ def test_the_doctor_never_tells_to_ask_the_doctor(code: str) -> None:
 def test_whether_a_trusted_list_has_the_issuer_is_not_claimed_before_maskinporten_says_so() -> None:
     good = setup()
 
-    def check_with(answers: Answers | None) -> Check:
+    def check_with(answers: ServiceAnswers | None) -> Check:
         facts = replace(good.facts, answers=answers)
         return next(check for check in examine(facts) if check.check == "trusted-list")
 
@@ -355,8 +355,8 @@ def test_whether_a_trusted_list_has_the_issuer_is_not_claimed_before_maskinporte
     assert (offline.verdict, "--online" in offline.line) == ("skip", True)
     assert "https://eidas.ec.europa.eu/" in offline.line
     refused = errors.GrantRefused("refused", code="MP-120")
-    assert check_with(Answers(self_test=refused)).verdict == "skip"
-    assert check_with(Answers(consumer="NTRSE-5566778899")).verdict == "ok"
+    assert check_with(ServiceAnswers(self_test=refused)).verdict == "skip"
+    assert check_with(ServiceAnswers(consumer="NTRSE-5566778899")).verdict == "ok"
 
 
 def test_a_proxy_that_is_set_and_not_used_is_a_warning_until_it_is_not_needed() -> None:
@@ -371,7 +371,7 @@ def test_a_proxy_that_is_set_and_not_used_is_a_warning_until_it_is_not_needed() 
     assert warned.line == "https_proxy is set and not used"
     assert "HSMTOLL_PROXY=environment" in (warned.hint or "")
     assert check_of(good).verdict == "ok"
-    assert check_of(replace(unused, answers=Answers(metadata={}))).verdict == "ok"
+    assert check_of(replace(unused, answers=ServiceAnswers(metadata={}))).verdict == "ok"
 
 
 def test_evidence_holds_the_key_as_reported_and_no_secret() -> None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from hsmtoll.sandbox.facts import TokenRequest, _x5c
 from hsmtoll.sandbox.issue import access_claims
-from hsmtoll.sandbox.rules import TABLE, Refusal, World, refuse, replay_key
+from hsmtoll.sandbox.rules import TABLE, Refusal, RuleContext, refuse, replay_key
 from hsmtoll.sandbox.settings import PROFILES, Profile, Settings
 from hsmtoll.sandbox.state import Anchor, State
 from tests.kit.rule_cases import (
@@ -37,13 +37,13 @@ ISSUER = "https://localhost:1/"
 TWINS = grants()
 
 
-def world(settings: Settings | None = None) -> World:
+def rule_context(settings: Settings | None = None) -> RuleContext:
     state = State()
     state.anchors = [Anchor(authority.root) for authority in (seals(), enterprise())]
     state.anchors.append(Anchor(enterprise("prod").root, "prod"))
     state.pinned = [enterprise().intermediate]
     state.clients = {client.client_id: client for client in clients()}
-    return World(state, settings or Settings(), ISSUER, NOW)
+    return RuleContext(state, settings or Settings(), ISSUER, NOW)
 
 
 def request(ask: TokenRequestParts) -> TokenRequest:
@@ -59,10 +59,10 @@ def request(ask: TokenRequestParts) -> TokenRequest:
 def judged(
     twins: Twins, ask: TokenRequestParts, without: frozenset[str] = frozenset()
 ) -> Refusal | None:
-    here = world(replace(Settings(**twins.settings), without=without))
+    context = rule_context(replace(Settings(**twins.settings), without=without))
     if twins.revoked:
-        here.state.revoked.add(twins.revoked.serial_number)
-    return refuse("grant", request(ask), here)
+        context.state.revoked.add(twins.revoked.serial_number)
+    return refuse("grant", request(ask), context)
 
 
 @pytest.mark.parametrize("twins", TWINS, ids=lambda twins: twins.rule)
@@ -87,24 +87,24 @@ def test_a_rule_switched_off_lets_the_bad_twin_pass(twins: Twins) -> None:
     ],
 )
 def test_a_permission_passes_what_its_absence_refuses(rule: str, ask: TokenRequestParts) -> None:
-    assert refuse("grant", request(ask), world()) is None
-    refusal = refuse("grant", request(ask), world(Settings(without=frozenset({rule}))))
+    assert refuse("grant", request(ask), rule_context()) is None
+    refusal = refuse("grant", request(ask), rule_context(Settings(without=frozenset({rule}))))
     assert refusal is not None
     assert refusal.rule.id == rule
 
 
 def test_a_replay_is_refused_by_jti_and_without_jti_by_the_whole_grant() -> None:
     for ask in (eseal(), eseal().but(claims={"jti": None})):
-        here = world()
+        context = rule_context()
         asked = request(ask)
-        assert refuse("grant", asked, here) is None
-        here.state.used[replay_key(asked)] = NOW + 130
-        refusal = refuse("grant", asked, here)
+        assert refuse("grant", asked, context) is None
+        context.state.used[replay_key(asked)] = NOW + 130
+        refusal = refuse("grant", asked, context)
         assert refusal is not None
         assert refusal.code == "MP-012"
         other = request(eseal().but(claims={"jti": "j-2"}))
-        assert refuse("grant", other, here) is None
-        off = replace(here, settings=Settings(without=frozenset({"M58"})))
+        assert refuse("grant", other, context) is None
+        off = replace(context, settings=Settings(without=frozenset({"M58"})))
         assert refuse("grant", asked, off) is None
 
 
@@ -131,21 +131,21 @@ def test_a_certificate_that_cannot_be_read_is_refused_and_breaks_no_rule(
 
 def test_consumer_org_may_not_be_the_clients_own() -> None:
     ask = certificate().but(claims={"consumer_org": "987654325"})
-    refusal = refuse("grant", request(ask), world())
+    refusal = refuse("grant", request(ask), rule_context())
     assert refusal is not None
     assert refusal.rule.id == "M72"
     other = certificate().but(claims={"consumer_org": "999999999"})
-    here = world()
-    here.state.delegations.add(("999999999", "987654325", "toll:movement/road/v2"))
-    assert refuse("grant", request(other), here) is None
+    context = rule_context()
+    context.state.delegations.add(("999999999", "987654325", "toll:movement/road/v2"))
+    assert refuse("grant", request(other), context) is None
 
 
 def test_one_bad_scope_fails_the_whole_request() -> None:
     ask = eseal().but(claims={"scope": "toll:eu/movement/air toll:movement/air"})
-    refusal = refuse("grant", request(ask), world())
+    refusal = refuse("grant", request(ask), rule_context())
     assert refusal is not None
     assert "toll:movement/air" in refusal.description
-    assert refuse("grant", request(ask), world(Settings(without=frozenset({"M68"})))) is None
+    assert refuse("grant", request(ask), rule_context(Settings(without=frozenset({"M68"})))) is None
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_one_bad_scope_fails_the_whole_request() -> None:
     ],
 )
 def test_as_observed_tolerates_what_strict_docs_refuses(ask: TokenRequestParts) -> None:
-    assert refuse("grant", request(ask), world(PROFILES["strict-docs"])) is not None
-    assert refuse("grant", request(ask), world(PROFILES["as-observed"])) is None
+    assert refuse("grant", request(ask), rule_context(PROFILES["strict-docs"])) is not None
+    assert refuse("grant", request(ask), rule_context(PROFILES["as-observed"])) is None
 
 
 def test_the_root_may_be_left_out_unless_the_settings_demand_it() -> None:
     ask = eseal().but(chain=eseal().chain[:2])
-    assert refuse("grant", request(ask), world()) is None
-    refusal = refuse("grant", request(ask), world(Settings(root_in_x5c=True)))
+    assert refuse("grant", request(ask), rule_context()) is None
+    refusal = refuse("grant", request(ask), rule_context(Settings(root_in_x5c=True)))
     assert refusal is not None
     assert refusal.rule.id == "M27"
 
@@ -174,18 +174,18 @@ def test_an_authority_that_signs_with_pss_or_ec_is_as_good_as_any() -> None:
     from hsmtoll.sandbox.pki import eseal_authority
 
     for authority in (eseal_authority(algorithm="rsa-pss"), eseal_authority(algorithm="ec")):
-        here = world()
+        context = rule_context()
         ask = eseal().but(chain=leaf(authority))
-        assert refuse("grant", request(ask), here) is not None
-        here.state.anchors.append(Anchor(authority.root))
-        assert refuse("grant", request(ask), here) is None
+        assert refuse("grant", request(ask), context) is not None
+        context.state.anchors.append(Anchor(authority.root))
+        assert refuse("grant", request(ask), context) is None
 
 
 def test_each_m_rule_of_the_conformance_list_has_a_row() -> None:
     wanted = {f"M{n:02d}" for n in (*range(1, 11), *range(20, 41), *range(50, 76), *range(80, 90))}
     wanted |= {f"T{n:02d}" for n in range(1, 28)}
     assert wanted <= set(TABLE)
-    assert all(rule.says and rule.basis for rule in TABLE.values())
+    assert all(rule.sentence and rule.basis for rule in TABLE.values())
 
 
 def test_each_refusing_m_rule_has_twins() -> None:
@@ -203,7 +203,7 @@ def test_a_header_member_that_is_null_is_no_way_past_the_signature(
     assertion = ".".join(map(segment, (head.encode(), claims.encode(), b"no signature")))
     form = {"grant_type": by_key().grant_type, "assertion": assertion}
     asked = TokenRequest.read("POST", by_key().media_type, form, token="assertion")
-    assert refuse("grant", asked, world()) is not None
+    assert refuse("grant", asked, rule_context()) is not None
 
 
 def test_a_missing_grant_type_is_another_error_than_a_strange_one() -> None:
@@ -212,7 +212,7 @@ def test_a_missing_grant_type_is_another_error_than_a_strange_one() -> None:
     strange = request(eseal().but(grant_type="password"))
     errors = []
     for asked in (bare, strange):
-        refusal = refuse("grant", asked, world())
+        refusal = refuse("grant", asked, rule_context())
         assert refusal is not None
         errors.append((refusal.rule.id, refusal.error))
     assert errors == [("M06", "invalid_request"), ("M06", "unsupported_grant_type")]
@@ -221,7 +221,7 @@ def test_a_missing_grant_type_is_another_error_than_a_strange_one() -> None:
 @pytest.mark.parametrize("kind", [[], {}, 5, None])
 def test_authorization_details_of_no_type_are_refused_by_their_code(kind: object) -> None:
     ask = eseal().but(claims={"authorization_details": [{"type": kind}]})
-    refusal = refuse("grant", request(ask), world())
+    refusal = refuse("grant", request(ask), rule_context())
     assert refusal is not None
     assert (refusal.rule.id, refusal.code) == ("M73", "MP-301")
 
@@ -243,10 +243,10 @@ def test_a_leaf_with_an_extension_that_nobody_can_read_is_refused(oid: str) -> N
     )
     ours = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     ask = eseal().but(chain=(builder.sign(ours, hashes.SHA256()), *above))
-    refusal = refuse("grant", request(ask), world())
+    refusal = refuse("grant", request(ask), rule_context())
     assert refusal is not None
     assert refusal.code == "MP-123"
-    assert refuse("grant", request(eseal()), world()) is None
+    assert refuse("grant", request(eseal()), rule_context()) is None
 
 
 @pytest.mark.parametrize("profile", ["strict-docs", "as-observed"])
@@ -263,7 +263,7 @@ def test_a_leaf_with_an_extension_that_nobody_can_read_is_refused(oid: str) -> N
 def test_what_one_of_two_pages_documents_is_taken_by_both_profiles(
     ask: TokenRequestParts, profile: Profile
 ) -> None:
-    assert refuse("grant", request(ask), world(PROFILES[profile])) is None
+    assert refuse("grant", request(ask), rule_context(PROFILES[profile])) is None
 
 
 def test_what_stays_strict_quotes_the_sentence_and_its_page() -> None:
@@ -275,7 +275,7 @@ def test_what_stays_strict_quotes_the_sentence_and_its_page() -> None:
         (eseal().but(claims={"resource": "x"}), "Currently only array supported"),
         (eseal().but(x5c=["a\r\nb"]), "characters outside the base alphabet"),
     ):
-        refusal = refuse("grant", request(ask), world(PROFILES["strict-docs"]))
+        refusal = refuse("grant", request(ask), rule_context(PROFILES["strict-docs"]))
         assert refusal is not None
         assert words in refusal.description
         assert "https://" in refusal.description
@@ -285,17 +285,17 @@ def test_an_eseal_of_a_norwegian_ca_is_no_client_that_was_not_found() -> None:
     """Customs' list for foreign businesses begins with Buypass and Commfides."""
     foreign = leaf(enterprise(), organization_id="NTRSE-5566778899", country="SE")
     seal = eseal().but(chain=foreign)
-    assert refuse("grant", request(seal), world(PROFILES["strict-docs"])) is None
+    assert refuse("grant", request(seal), rule_context(PROFILES["strict-docs"])) is None
     own_test = eseal().but(chain=foreign, claims={"scope": "digdir:verksemd.eu"})
-    assert refuse("grant", request(own_test), world(PROFILES["strict-docs"])) is None
+    assert refuse("grant", request(own_test), rule_context(PROFILES["strict-docs"])) is None
     # Its organisation is the identifier as it stands, and it needs the whole chain.
-    here = world(PROFILES["strict-docs"])
-    assert access_claims(request(seal), here)["consumer"]["ID"] == "NTRSE-5566778899"
-    alone = refuse("grant", request(seal.but(chain=foreign[:1])), here)
+    context = rule_context(PROFILES["strict-docs"])
+    assert access_claims(request(seal), context)["consumer"]["ID"] == "NTRSE-5566778899"
+    alone = refuse("grant", request(seal.but(chain=foreign[:1])), context)
     assert alone is not None
     assert alone.rule.id == "M27"
     # The control: a client's certificate that asks for a client's scope is looked for as a client.
     unknown = certificate().but(claims={"iss": "nobody"})
-    refusal = refuse("grant", request(unknown), here)
+    refusal = refuse("grant", request(unknown), context)
     assert refusal is not None
     assert refusal.code == "MP-100"

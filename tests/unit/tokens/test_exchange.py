@@ -1,4 +1,4 @@
-"""The two legs as values: what is sent, what is taken, and what a refusal tells."""
+"""The two token requests as values: what is sent, which replies are accepted, what refusals say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hsmtoll.errors import (
     ScopeNotGranted,
     TryAgainLater,
 )
-from hsmtoll.http_messages import Answer, Post
+from hsmtoll.http_messages import HttpResponse, Post
 from hsmtoll.jsonio import read_lenient
 from hsmtoll.tokens import exchange
 from hsmtoll.tokens.exchange import PROD, TEST, Issued
@@ -27,23 +27,25 @@ GOOD = {"access_token": "abc.def-_~+/=", "token_type": "Bearer", "expires_in": 1
 TRACE = "0123456789abcdef0123456789abcdef"
 
 
-def answer(status: int = 200, body: object = None, **headers: str) -> Answer:
+def answer(status: int = 200, body: object = None, **headers: str) -> HttpResponse:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return Answer(status, {k.replace("_", "-"): v for k, v in headers.items()}, raw)
+    return HttpResponse(status, {k.replace("_", "-"): v for k, v in headers.items()}, raw)
 
 
 def post() -> Post:
     return exchange.grant_post(TEST, ASSERTION)
 
 
-def refused(description: str, *, code: str | None = None, error: str = "invalid_grant") -> Answer:
+def refused(
+    description: str, *, code: str | None = None, error: str = "invalid_grant"
+) -> HttpResponse:
     body = {"error": error, "error_description": f"{description} (trace_id: {TRACE})"}
     if code:
         body["error_uri"] = f"https://test.maskinporten.no/errors/{code}"
     return answer(400, body)
 
 
-def subject_error(given: Answer) -> HsmTollError:
+def subject_error(given: HttpResponse) -> HsmTollError:
     with pytest.raises(HsmTollError) as caught:
         exchange.read_subject(given, post(), jti="j1")
     return caught.value
@@ -317,7 +319,7 @@ def _summary(error: HsmTollError) -> tuple[object, ...]:
         (100, NetworkError, ("redirect", False, None)),
     ],
 )
-def test_trouble_of_either_leg_says_whether_and_when_to_try_again(
+def test_trouble_of_either_server_says_whether_and_when_to_try_again(
     status: int, kind: type[HsmTollError], attributes: tuple[object, ...]
 ) -> None:
     given = answer(status, {}, x_request_id="r-1")

@@ -668,7 +668,7 @@ def test_what_is_said_is_about_the_certificate_meant() -> None:
         assert caught.value.code == "certificate-expired"
 
 
-def test_an_expired_or_future_issuer_is_foretold() -> None:
+def test_an_expired_or_future_issuer_is_predicted() -> None:
     first, root = leaf(), authority("Root", ec_key(0))
     gone = authority("Inter", ec_key(1), "Root", ec_key(0), end=NOW - DAY)
     with pytest.raises(CertificateError) as caught:

@@ -1,6 +1,6 @@
 """
 The doctor and the sandbox judge the same things and share no code: what the one passes, the
-other accepts; what the other refuses, the one foretold.
+other accepts; what the other refuses, the one predicted.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def test_doctor_and_sandbox_agree_about_every_setup(judge: Sandbox, name: str) -
         assert made.code in worries
 
 
-def test_consumer_and_amr_are_foretold_to_the_byte(judge: Sandbox) -> None:
+def test_consumer_and_amr_are_predicted_to_the_byte(judge: Sandbox) -> None:
     for name, build in GOOD.items():
         made = build()
         token = sent(judge, made).json()["access_token"]

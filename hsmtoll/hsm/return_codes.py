@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["ANSWERS", "Answer", "in_words"]
+__all__ = ["RETURN_CODES", "ReturnCode", "in_words"]
 
 _VENDOR_DEFINED: Final = 0x80000000
 
 
-class Answer(NamedTuple):
+class ReturnCode(NamedTuple):
     """
-    A code's *name* and what to *do*. *kind* is ``refused`` (asking again does not help), ``away``
-    (the device may be back later), ``locked`` or ``pin`` (the PIN or its state).
+    A code's *name*, and what to do (*advice*). *kind* is ``refused`` (asking again does not help),
+    ``away`` (the device may be back later), ``locked`` or ``pin`` (the PIN or its state).
     """
 
     name: str
-    do: str
+    advice: str
     kind: str = "refused"
 
 
@@ -116,77 +116,79 @@ _PROTECTTOOLKIT: Final = {
 }
 
 #: CKR code → answer.
-ANSWERS: Final[dict[int, Answer]] = {
-    0x001: Answer("CKR_CANCEL", "somebody cancelled it at the device: do it again"),
-    0x009: Answer("CKR_NEED_TO_CREATE_THREADS", _CLIENT),
-    0x00A: Answer("CKR_CANT_LOCK", "the module takes no program with threads: ask its maker"),
-    0x01B: Answer(
+RETURN_CODES: Final[dict[int, ReturnCode]] = {
+    0x001: ReturnCode("CKR_CANCEL", "somebody cancelled it at the device: do it again"),
+    0x009: ReturnCode("CKR_NEED_TO_CREATE_THREADS", _CLIENT),
+    0x00A: ReturnCode("CKR_CANT_LOCK", "the module takes no program with threads: ask its maker"),
+    0x01B: ReturnCode(
         "CKR_ACTION_PROHIBITED", "the device forbids this action for this object: " + _OWN_TOOL
     ),
-    0x042: Answer("CKR_AEAD_DECRYPT_FAILED", _MAKER),
-    0x051: Answer("CKR_FUNCTION_NOT_PARALLEL", _MAKER),
-    0x052: Answer("CKR_FUNCTION_PARALLEL", _MAKER),
-    0x065: Answer("CKR_KEY_CHANGED", _MAKER),
-    0x068: Answer(
+    0x042: ReturnCode("CKR_AEAD_DECRYPT_FAILED", _MAKER),
+    0x051: ReturnCode("CKR_FUNCTION_NOT_PARALLEL", _MAKER),
+    0x052: ReturnCode("CKR_FUNCTION_PARALLEL", _MAKER),
+    0x065: ReturnCode("CKR_KEY_CHANGED", _MAKER),
+    0x068: ReturnCode(
         "CKR_KEY_FUNCTION_NOT_PERMITTED",
         "the key's attributes or the device's policy forbid this use of it;"
         " choose another key, or ask the device's administrator",
     ),
-    0x0B2: Answer("CKR_SESSION_EXCLUSIVE_EXISTS", "end what else uses the device", "away"),
-    0x0B4: Answer("CKR_SESSION_PARALLEL_NOT_SUPPORTED", _MAKER),
-    0x103: Answer(
+    0x0B2: ReturnCode("CKR_SESSION_EXCLUSIVE_EXISTS", "end what else uses the device", "away"),
+    0x0B4: ReturnCode("CKR_SESSION_PARALLEL_NOT_SUPPORTED", _MAKER),
+    0x103: ReturnCode(
         "CKR_USER_TYPE_INVALID",
         "the device does not take this user, or not for this: it may want its"
         " administrator (SO, management key), so " + _OWN_TOOL,
     ),
-    0x140: Answer("CKR_CURVE_NOT_SUPPORTED", "use an RSA key"),
-    0x150: Answer("CKR_BUFFER_TOO_SMALL", _MAKER, "away"),
-    0x160: Answer("CKR_SAVED_STATE_INVALID", _MAKER),
-    0x170: Answer("CKR_INFORMATION_SENSITIVE", "the device does not show this"),
-    0x180: Answer("CKR_STATE_UNSAVEABLE", _MAKER),
-    0x190: Answer(
+    0x140: ReturnCode("CKR_CURVE_NOT_SUPPORTED", "use an RSA key"),
+    0x150: ReturnCode("CKR_BUFFER_TOO_SMALL", _MAKER, "away"),
+    0x160: ReturnCode("CKR_SAVED_STATE_INVALID", _MAKER),
+    0x170: ReturnCode("CKR_INFORMATION_SENSITIVE", "the device does not show this"),
+    0x180: ReturnCode("CKR_STATE_UNSAVEABLE", _MAKER),
+    0x190: ReturnCode(
         "CKR_CRYPTOKI_NOT_INITIALIZED",
         "the module was ended by its own service or by other code of this process;"
         " it is started again by itself",
         "away",
     ),
-    0x191: Answer(
+    0x191: ReturnCode(
         "CKR_CRYPTOKI_ALREADY_INITIALIZED", "other code of this process opened the module", "away"
     ),
-    0x1A0: Answer("CKR_MUTEX_BAD", _MAKER),
-    0x1A1: Answer("CKR_MUTEX_NOT_LOCKED", _MAKER),
-    0x1B0: Answer("CKR_NEW_PIN_MODE", "set a new PIN with the device's own tool", "pin-state"),
-    0x1B1: Answer(
+    0x1A0: ReturnCode("CKR_MUTEX_BAD", _MAKER),
+    0x1A1: ReturnCode("CKR_MUTEX_NOT_LOCKED", _MAKER),
+    0x1B0: ReturnCode("CKR_NEW_PIN_MODE", "set a new PIN with the device's own tool", "pin-state"),
+    0x1B1: ReturnCode(
         "CKR_NEXT_OTP", "it wants its next one-time password: use a PIN that stays", "pin-state"
     ),
-    0x1B6: Answer(
+    0x1B6: ReturnCode(
         "CKR_FIPS_SELF_TEST_FAILED",
         "the device's self-test failed and it does nothing more: ask its administrator or maker",
     ),
-    0x1B7: Answer("CKR_LIBRARY_LOAD_FAILED", _CLIENT),
-    0x201: Answer(
+    0x1B7: ReturnCode("CKR_LIBRARY_LOAD_FAILED", _CLIENT),
+    0x201: ReturnCode(
         "CKR_TOKEN_RESOURCE_EXCEEDED",
         "end what else uses the device: it has no room left for this",
         "away",
     ),
-    0x202: Answer("CKR_OPERATION_CANCEL_FAILED", _MAKER, "away"),
-    0x203: Answer("CKR_KEY_EXHAUSTED", "the key's number of signatures is used up: make a new key"),
+    0x202: ReturnCode("CKR_OPERATION_CANCEL_FAILED", _MAKER, "away"),
+    0x203: ReturnCode(
+        "CKR_KEY_EXHAUSTED", "the key's number of signatures is used up: make a new key"
+    ),
     # CKR_NSS is 0x80000000 with the bytes "NSCP".
-    0xCE534351: Answer(
+    0xCE534351: ReturnCode(
         "CKR_NSS_CERTDB_FAILED",
         "NSS cannot use its certificate database: see"
         " configdir in NSS_LIB_PARAMS, and who may write there",
     ),
-    0xCE534352: Answer(
+    0xCE534352: ReturnCode(
         "CKR_NSS_KEYDB_FAILED",
         "NSS cannot use its key database: see configdir in NSS_LIB_PARAMS, and who may write there",
     ),
     **{
-        _VENDOR_DEFINED + n: Answer(f"CKR_{name} of Thales Luna", *more)
+        _VENDOR_DEFINED + n: ReturnCode(f"CKR_{name} of Thales Luna", *more)
         for n, (name, *more) in _LUNA.items()
     },
     **{
-        _VENDOR_DEFINED + n: Answer(f"CKR_{name} of SafeNet ProtectToolkit", *more)
+        _VENDOR_DEFINED + n: ReturnCode(f"CKR_{name} of SafeNet ProtectToolkit", *more)
         for n, (name, *more) in _PROTECTTOOLKIT.items()
     },
 }
@@ -194,7 +196,7 @@ ANSWERS: Final[dict[int, Answer]] = {
 
 def in_words(code: int) -> str:
     """*code* with its name, or with the note that its maker defined it."""
-    known = ANSWERS.get(code)
+    known = RETURN_CODES.get(code)
     if known is not None:
         return f"{known.name} ({code:#x})"
     return f"{code:#x}, a code of the maker's own" if code >= _VENDOR_DEFINED else f"{code:#x}"
