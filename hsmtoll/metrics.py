@@ -30,8 +30,9 @@ class Status:
     *waiting*: callers that wait for a renewal. *signatures*: number spent. *requests*: number of
     requests to the token endpoints, by server and outcome. *hits*: tokens given out, by source.
     *seconds_until_expiry*: until the last valid token expires, if nothing can be renewed.
-    *certificate_days*: days left. *pin*: state of the PIN as last seen, ``None`` if the device was
-    not needed. *skew*: clock correction in seconds.
+    *certificate_not_after*: end of the certificate that signed last; *certificate_days*: days left.
+    *pin*: state of the PIN as last seen, ``None`` if the device was not needed. *skew*: clock
+    correction in seconds.
     """
 
     waiting: int
