@@ -8,6 +8,7 @@ their hashes. `audit_log` describes the files, and verifies them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
@@ -39,6 +40,7 @@ from hsmtoll.host.audit_log import (
     verify,
 )
 from hsmtoll.host.quota import DAY, Usage
+from hsmtoll.host.recent import Recent
 from hsmtoll.host.required import needed
 from hsmtoll.jsonio import read_strict
 
@@ -103,6 +105,7 @@ class Audit:
         files.check_own(directory, "HSMTOLL_HOST__AUDIT_DIR")
         self._broken: str | None = None
         self._usage = Usage()
+        self._recent = Recent()
         # Held to use a descriptor outside of `_lock`, and to close old ones.
         self._syncing = threading.Lock()
         self._retired: list[int] = []
@@ -156,6 +159,7 @@ class Audit:
             before = at
             if at >= since:
                 self._usage.add(record, at)
+                self._recent.add(record)
             if record["seq"] % 1000 == 0:
                 progress()
 
@@ -243,6 +247,7 @@ class Audit:
                 self._oldest = now
             self.seq, self.head = self.seq + 1, sha256(line)
             self._usage.add(record, now)
+            self._recent.add(record)
             return self.seq, self.head
 
     def sync(self, seq: int) -> None:
@@ -347,6 +352,11 @@ class Audit:
     def sealed_at(self) -> float:
         """When the last checkpoint was written, in seconds since the epoch."""
         return self._sealed_at
+
+    def recent(self) -> Recent:
+        """The last grants and refusals of the last day, oldest first."""
+        with self._lock:
+            return copy.deepcopy(self._recent)
 
     def free_bytes(self) -> int:
         """Room for this account on the disk of the log."""

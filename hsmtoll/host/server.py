@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from hsmtoll.errors import HsmTollError, PolicyDenied
-from hsmtoll.host import messages, system
+from hsmtoll.host import messages, status_page, system
 from hsmtoll.host.authorize import RequestContext
 from hsmtoll.host.connections import Listener, mark_complete
 from hsmtoll.host.places import Limits
@@ -206,17 +206,27 @@ class _Daemon:
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
         mark_complete(request)
-        pages = {"/live": self._live, "/ready": self._readiness, "/metrics": self._metrics}
+        pages = {
+            "/": self._status_page,
+            "/live": self._live,
+            "/ready": self._readiness,
+            "/metrics": self._metrics,
+        }
         # Prometheus and probes may add a query.
         page = pages.get(request.rel_url.raw_path)
         if page is None:
-            raise messages.not_found("GET /live, /ready or /metrics")
+            raise messages.not_found("GET /, /live, /ready or /metrics")
         if request.method not in ("GET", "HEAD"):
             raise messages.wrong_method(request, "GET, HEAD")
         return page(request)
 
     def _refused(self, reason: str) -> None:
         self._service.measures.connections_refused.labels(reason).inc()
+
+    def _status_page(self, request: web.BaseRequest) -> web.Response:
+        del request
+        headers = {**messages.HEADERS, **status_page.HEADERS}
+        return web.Response(text=self._service.status_page(), headers=headers)
 
     def _live(self, request: web.BaseRequest) -> web.Response:
         del request

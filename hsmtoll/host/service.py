@@ -17,6 +17,7 @@ from hsmtoll.host.measures import Measures, States
 from hsmtoll.host.profiles import Profiles
 from hsmtoll.host.requests import Requests
 from hsmtoll.host.required import needed
+from hsmtoll.host.status_page import status_page
 from hsmtoll.host.system import clock_is_synchronised
 from hsmtoll.settings import load
 
@@ -54,6 +55,7 @@ class Service:
         if host.clock != "synchronised":
             synchronised = _always
         self._stopped: str | None = None
+        self._clock = clock
         self.measures = Measures()
         self.profiles = Profiles(
             needed(host.policy, "policy"),
@@ -87,6 +89,11 @@ class Service:
         )
         self.health = HostHealth(self.authorizer, self.profiles, self.audit, synchronised)
         self.measures.registry.register(States(self.health, self.profiles, self.audit))
+
+    def status_page(self) -> str:
+        """The page for the custodian."""
+        now = self._clock.now().wall
+        return status_page(self.health, self.profiles, self.audit, now=now)
 
     async def reload(self) -> str | None:
         """Reload the policy. Returns the reason if the old one stays in force."""

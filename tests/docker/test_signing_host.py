@@ -9,6 +9,7 @@ import pytest
 from pytest_docker.plugin import DockerComposeExecutor
 
 from tests.docker.containers import PREFIX, PROJECT, Stack, run_docker, wait_for
+from tests.kit.signing_host import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,3 +113,32 @@ def test_a_program_without_hsmtoll_gets_its_200_through_the_proxy(
         assert "refused" in output
     finally:
         compose.execute("rm --force --stop proxy")
+
+
+def test_prometheus_beside_the_host_has_an_alert_when_the_device_is_stopped(
+    hosted: Stack, docker_compose_command: str, context: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Any port that is free.
+    monkeypatch.setenv("TOLL_PROMETHEUS_PORT", "")
+    names = ("compose.host.yml", "compose.monitoring.yml")
+    files = [str(context / "docker" / name) for name in names]
+    compose = DockerComposeExecutor(docker_compose_command, files, f"{PROJECT}-host")
+    watched = Stack(compose, hosted.folder, "", "")
+
+    def series(expression: str) -> str:
+        url = "http://127.0.0.1:9090"
+        command = f"promtool query instant {url} '{expression}'"
+        # Until Prometheus listens, promtool fails.
+        return watched.do(f'exec -T prometheus sh -c "{command} || true"')
+
+    try:
+        watched.do("up -d --build prometheus app")
+        wait_for(watched.container("host"), "healthy")
+        eventually(lambda: "acme" in series("hsmtoll_host_device_up == 1"))
+        assert "HsmtollDeviceDown" not in series("ALERTS or up")
+        watched.do("stop softhsm")
+        eventually(lambda: "HsmtollDeviceDown" in series("ALERTS"), 120)
+        watched.do("start softhsm")
+        eventually(lambda: "acme" in series("hsmtoll_host_device_up == 1"), 180)
+    finally:
+        compose.execute("rm --force --stop prometheus app")

@@ -171,11 +171,11 @@ def test_replies_of_every_status_are_as_documented(
 
 
 def probe(host: RunningHost, seen: Seen) -> None:
-    for page in ("/live", "/ready", "/metrics"):
+    for page in ("/", "/live", "/ready", "/metrics"):
         seen.check(page, "get", host.health(page))
         seen.check(page, "head", host.health(page, "HEAD"))
         seen.check(page, "get", host.health(page, "DELETE"))
-        seen.check(page, "get", host.health(f"{page}/none"))
+        seen.check(page, "get", host.health(f"{page.rstrip('/')}/none"))
     openmetrics = host.health("/metrics", headers={"Accept": "application/openmetrics-text"})
     seen.check("/metrics", "get", openmetrics)
 
