@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from importlib import resources
 from importlib.metadata import version
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from hsmtoll.cli.framework import Group, completion_script, help_of, options_of, starting_with
+from hsmtoll.cli.log import StderrHandler, say, use_format
 from hsmtoll.cli.options import GlobalOptions
 from hsmtoll.cli.signals import INTERRUPTED, Terminated, ended_by_signal
-from hsmtoll.cli.streams import StderrHandler, StdoutClosed, say, write_line
+from hsmtoll.cli.streams import StdoutClosed, write_line
 from hsmtoll.errors import HsmTollError, UsageError, sanitized
 from hsmtoll.suggestions import did_you_mean
 
@@ -34,6 +36,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     with --json, one line of JSON. Tracebacks are never printed: nothing that a user can do
     follows from one.
     """
+    use_format(os.environ.get("HSMTOLL_LOG"))
     given = sys.argv[1:] if argv is None else list(argv)
     # Read here: click may fail before it has parsed the option.
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
@@ -236,9 +239,8 @@ def _print_error(exc: HsmTollError, *, as_json: bool) -> int:
         # ASCII only: in another locale the stream's own escapes would not be valid JSON.
         write_line(json.dumps(error))
     else:
-        say(f"{exc.code}: {exc}")
-        for line in exc.hints:
-            say(line, "hint")
+        trace = exc.trace_id or exc.correlation_id
+        say(str(exc), level=logging.ERROR, code=exc.code, hints=exc.hints, jti=exc.jti, trace=trace)
     return exc.exit_code
 
 

@@ -15,6 +15,7 @@ import click
 from hsmtoll import apis as catalogue
 from hsmtoll.cli.framework import File, command, completion_of, starting_with
 from hsmtoll.cli.input import check_json, read_body, read_message
+from hsmtoll.cli.log import say
 from hsmtoll.cli.options import (
     NEEDS_ACCESS,
     PATH,
@@ -25,7 +26,7 @@ from hsmtoll.cli.options import (
     scope_argument,
     scope_option,
 )
-from hsmtoll.cli.streams import after_sending, print_result, say, to_json
+from hsmtoll.cli.streams import after_sending, print_result, to_json
 from hsmtoll.customs.errors import SAFE, check
 from hsmtoll.customs.routing import Marker, marker_of
 from hsmtoll.customs.submissions import LEVELS

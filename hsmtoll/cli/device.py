@@ -13,8 +13,9 @@ import click
 from hsmtoll import enrolment
 from hsmtoll.cli.framework import command, group
 from hsmtoll.cli.input import read_content
+from hsmtoll.cli.log import say
 from hsmtoll.cli.options import NEEDS_DEVICE, PATH, GlobalOptions, as_json_option, final_try_option
-from hsmtoll.cli.streams import print_json, print_result, say, to_json
+from hsmtoll.cli.streams import print_json, print_result, to_json
 from hsmtoll.doctor.evidence import KEY_FLAGS, TIME_FORMAT, certificate_members
 from hsmtoll.errors import (
     ConfigurationError,
@@ -235,8 +236,10 @@ def key_generate(
         to_set = enrolment.uri_to_set(device, uri)
     click.echo(str(uri))
     if to_set is not None:
-        say("the settings do not select this key; to go on with it:")
-        say(_export_line(app.settings, to_set), "hint")
+        say(
+            "the settings do not select this key; to go on with it:",
+            hints=(_export_line(app.settings, to_set),),
+        )
 
 
 def _export_line(settings: Settings, uri: KeyUri) -> str:

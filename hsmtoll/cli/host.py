@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from hsmtoll.cli.framework import command, group
+from hsmtoll.cli.log import at_least_info, say
 from hsmtoll.cli.options import (
     EXISTING_FILE,
     NEEDS_POLICY,
@@ -17,7 +18,7 @@ from hsmtoll.cli.options import (
     as_json_option,
     complete_apis,
 )
-from hsmtoll.cli.streams import print_json, print_result, say
+from hsmtoll.cli.streams import print_json, print_result
 from hsmtoll.errors import (
     AuditBroken,
     ConfigurationError,
@@ -52,7 +53,9 @@ def serve(options: GlobalOptions) -> int:
     except ImportError as exc:
         raise UsageError("serve: its server is not installed", hint=install_extra("host")) from exc
     settings = options.settings()
-    ready = partial(say, "signing host: ready")
+    # Refusals, reloads and readiness.
+    at_least_info("hsmtoll.host")
+    ready = partial(say, "signing host: ready", event="ready")
     return server.serve(settings, config=options.config, profile=options.profile, ready=ready)
 
 

@@ -14,6 +14,7 @@ import click
 from hsmtoll import apis as catalogue
 from hsmtoll.cli.framework import CONFIG, PROFILE, USE_FINAL_TRY, File, completion_of, store_in_meta
 from hsmtoll.cli.input import read_json
+from hsmtoll.cli.log import use_format
 from hsmtoll.cli.streams import redirect_fd1_to_stderr
 from hsmtoll.errors import UsageError, sanitized
 
@@ -79,7 +80,9 @@ class GlobalOptions:
     def settings(self) -> Settings:
         from hsmtoll.settings import load  # noqa: PLC0415 - 0.2 s that help and completion do not need
 
-        return load(config=self.config, profile=self.profile)
+        settings = load(config=self.config, profile=self.profile)
+        use_format(settings.log)
+        return settings
 
     def app(self, *, one_shot: bool = True, settings: Settings | None = None) -> App:
         """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import click
 
 from hsmtoll import required
 from hsmtoll.cli.framework import command
-from hsmtoll.cli.streams import say
+from hsmtoll.cli.log import at_least_info, say
 from hsmtoll.errors import UsageError, install_extra
 
 if TYPE_CHECKING:
@@ -47,13 +46,11 @@ def proxy(options: GlobalOptions, *, listen: str | None) -> int:
     settings = app.settings.local_proxy
     if listen is not None:
         settings = settings.model_copy(update={"listen": listen})
-    # One line a request, unless -v asks for more.
-    logger = logging.getLogger("hsmtoll.proxy")
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
+    # One line a request.
+    at_least_info("hsmtoll.proxy")
     return server.serve(
         app.aclient(),
         settings,
         grace=app.settings.deadline,
-        ready=lambda where: say(f"proxy: listening on {where}"),
+        ready=lambda where: say(f"proxy: listening on {where}", event="ready"),
     )

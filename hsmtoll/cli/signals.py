@@ -12,7 +12,8 @@ from typing import Final, NoReturn
 
 import click
 
-from hsmtoll.cli.streams import StdoutClosed, say
+from hsmtoll.cli.log import say
+from hsmtoll.cli.streams import StdoutClosed
 from hsmtoll.errors import HsmTollError
 
 __all__ = ["INTERRUPTED", "Terminated", "ended_by_signal", "hard_exit", "install_signal_handlers"]

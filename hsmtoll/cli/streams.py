@@ -6,14 +6,13 @@ import contextlib
 import fcntl
 import io
 import json
-import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
-from hsmtoll.errors import ConfigurationError, OutcomeUnknown, sanitized
+from hsmtoll.errors import ConfigurationError, OutcomeUnknown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 __all__ = [
-    "StderrHandler",
     "StdoutClosed",
     "after_sending",
     "install_streams",
     "print_json",
     "print_result",
     "redirect_fd1_to_stderr",
-    "say",
     "to_json",
     "write_line",
 ]
@@ -102,10 +99,6 @@ def after_sending(what: str) -> Iterator[None]:
         ) from exc
 
 
-def say(line: str, prefix: str = "hsmtoll") -> None:
-    write_line(f"{prefix}: {line}")
-
-
 def write_line(line: str) -> None:
     # A single write, so that lines of several threads do not mix.
     sys.stderr.write(f"{line}\n")
@@ -123,13 +116,6 @@ def redirect_fd1_to_stderr() -> None:
     kept = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
     os.dup2(2, 1)
     sys.stdout = _text(_ResultStdout(kept, "w"), sys.stdout)
-
-
-class StderrHandler(logging.Handler):
-    """Writes log records to the current sys.stderr, in the format of other messages."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname.lower()}: {sanitized(record.getMessage())}")
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ account and minute.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Authorization", "Authorizer", "RequestContext", "busy"]
 
-#: Refusals recorded per account and minute; further ones are only counted, so that a caller
-#: without any permission cannot fill the disk that signing depends on.
+_log = logging.getLogger("hsmtoll.host")
+
+#: Refusals recorded and logged per account and minute; further ones are only counted, so that a
+#: caller without any permission cannot fill the disk that signing depends on.
 _MAX_RECORDED_REFUSALS: Final = 60
 _MINUTE: Final = 60.0
 
@@ -158,29 +161,84 @@ class Authorizer:
         unrecorded = self._refusals.count(account)
         if unrecorded is None:
             return
+        names = [
+            f"{name} {record[name]}" for name in ("caller", "profile", "scope") if name in record
+        ]
+        _log.warning(
+            "refused: %s: %s: %s", ", ".join(names), refusal.code, refusal,
+            extra={
+                "event": "refused", "caller": record["caller"], "profile": record.get("profile"),
+            },
+        )  # fmt: skip
         more = f" ({unrecorded} earlier ones were not recorded)" if unrecorded else ""
         # Not synced: nothing depends on this record.
         self._audit.append("refused", **record, outcome=f"{refusal.code}: {refusal}{more}")
 
+    def log_left_out(self) -> None:
+        """Log how many refusals of an account were left out in the minute that has ended."""
+        for account, number in self._refusals.left_out():
+            _log.warning(
+                "refused: caller %s: %d more within a minute, left out here", account, number,
+                extra={"event": "refused", "caller": account},
+            )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Minute:
+    """
+    The refusals of one account: when their minute began (boot clock), how many, and whether those
+    above the limit are in `_RefusalLimit.ended`.
+    """
+
+    since: float
+    count: int = 0
+    noted: bool = False
+
+    def unrecorded(self) -> int:
+        return max(0, self.count - _MAX_RECORDED_REFUSALS)
+
+    def ended(self, now: float) -> bool:
+        return now >= self.since + _MINUTE
+
 
 @dataclass(slots=True)
 class _RefusalLimit:
-    """Counts refusals: account → start of its minute (boot clock) and number since then."""
+    """Counts refusals by account. *ended*: what `left_out` returns next."""
 
     clock: Clock
-    seen: dict[str, tuple[float, int]] = field(default_factory=dict)
+    minutes: dict[str, _Minute] = field(default_factory=dict)
+    ended: list[tuple[str, int]] = field(default_factory=list)
 
     def count(self, account: str) -> int | None:
         """``None`` above the limit; otherwise the number not recorded just before this one."""
         now = self.clock.now().boot
-        if len(self.seen) > 10 * _MAX_RECORDED_REFUSALS:
-            self.seen = {who: each for who, each in self.seen.items() if now < each[0] + _MINUTE}
-        since, count = self.seen.get(account, (now, 0))
-        unrecorded = 0
-        if now >= since + _MINUTE:
-            unrecorded, since, count = max(0, count - _MAX_RECORDED_REFUSALS), now, 0
-        self.seen[account] = (since, count + 1)
-        return unrecorded if count < _MAX_RECORDED_REFUSALS else None
+        if len(self.minutes) > 10 * _MAX_RECORDED_REFUSALS:
+            self._note_ended(now)
+            self.minutes = {who: each for who, each in self.minutes.items() if not each.ended(now)}
+        minute, unrecorded = self.minutes.get(account), 0
+        if minute is None or minute.ended(now):
+            if minute is not None:
+                self._note(account, minute)
+                unrecorded = minute.unrecorded()
+            minute = self.minutes[account] = _Minute(now)
+        minute.count += 1
+        return unrecorded if minute.count <= _MAX_RECORDED_REFUSALS else None
+
+    def left_out(self) -> list[tuple[str, int]]:
+        """Account and number of the refusals above the limit in minutes that have ended, once."""
+        self._note_ended(self.clock.now().boot)
+        ended, self.ended = self.ended, []
+        return ended
+
+    def _note_ended(self, now: float) -> None:
+        for account, minute in self.minutes.items():
+            if minute.ended(now):
+                self._note(account, minute)
+
+    def _note(self, account: str, minute: _Minute) -> None:
+        if minute.unrecorded() and not minute.noted:
+            minute.noted = True
+            self.ended.append((account, minute.unrecorded()))
 
 
 def _record(context: RequestContext, verdict: Verdict, policy: Policy) -> dict[str, Any]:

@@ -270,7 +270,7 @@ class Listener:
                 raise
             self._refused("handshake")
             # Mostly clients without a valid certificate. Anyone can cause it: not always a warning.
-            _log.info("listener: connection failed (%s)", type(exc).__name__)
+            _log.debug("listener: connection failed (%s)", type(exc).__name__)
             if isinstance(exc, ssl.SSLCertVerificationError):
                 self._warn(f"a client certificate was rejected ({exc.verify_message})")
 

@@ -274,12 +274,15 @@ class Profiles:
             for profile in (*before.values(), *new):
                 if self._profiles.get(profile.name) is not profile:
                     profile.retire()
-        _log.info("policy reloaded: %s", policy.sha256)
+        _log.info("policy reloaded: %s", policy.sha256, extra={"event": "policy-reloaded"})
         return None
 
     async def _keep_policy(self, exc: HsmTollError, commit: GroupCommit) -> str:
         self.reloaded = False
-        _log.error("policy not reloaded, the old one stays in force: %s", exc)
+        _log.error(
+            "policy not reloaded, the old one stays in force: %s", exc,
+            extra={"event": "policy-kept"},
+        )  # fmt: skip
         with contextlib.suppress(HsmTollError):
             sha256 = self.policy.sha256
             await commit.write("policy", policy_sha256=sha256, outcome=f"kept: {exc}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     Reply = dict[str, Any]
 
 __all__ = ["Requests"]
+
+_log = logging.getLogger("hsmtoll.host")
 
 #: Seconds that a shutdown waits for requests that are being signed or recorded.
 _SHUTDOWN_TIMEOUT: Final = 10.0
@@ -217,6 +220,7 @@ class Requests:
             code = exc.code
             profile.health.failed(exc)
             self.measures.signatures.labels(profile.name).inc(exc.signed)
+        _log_result("not signed", record, code)
         self.audit.append("result", **record, outcome=code)
         await self.commit.synced()
 
@@ -231,6 +235,7 @@ class Requests:
         if leaf is not None and leaf != profile.leaf:
             profile.leaf = leaf
             self.audit.append("certificate", profile=profile.name, cert_sha256=leaf, outcome="used")
+        _log_result("signed", record, "ok")
         stopped = self.authorizer.stopped()
         seq, head = self.audit.append(
             "result",
@@ -289,6 +294,15 @@ class _AuditedSigner:
     def rejected(self, grant: SignedGrant, code: str) -> bool:
         """As the profile's signer."""
         return self.signer.rejected(grant, code)
+
+
+def _log_result(event: str, record: dict[str, Any], outcome: str) -> None:
+    """At DEBUG: the audit log has each signature, and is made to."""
+    names = {name: record[name] for name in ("caller", "profile", "jti")}
+    _log.debug(
+        "%s: %s, jti %s: %s", event, names["caller"], names["jti"], outcome,
+        extra={"event": event.replace(" ", "-"), **names},
+    )  # fmt: skip
 
 
 def _sha256(value: str) -> str:

@@ -248,7 +248,7 @@ class _Daemon:
             try:
                 await self._service.housekeeping()
             except HsmTollError as exc:
-                _log.error("%s", exc)
+                _log.error("%s", exc, extra={"event": exc.code})
                 await asyncio.sleep(10 * _INTERVAL)
             await asyncio.sleep(_INTERVAL)
 
@@ -267,7 +267,6 @@ class _Daemon:
                 else:
                     self._ready_sent = True
                     system.notify("READY=1", "STATUS=signing")
-                    _log.info("ready")
                     self._ready()
             await asyncio.sleep(_INTERVAL)
 
@@ -275,9 +274,9 @@ class _Daemon:
         """Log each new reason for not being ready once, and log when none is left."""
         for reason in why:
             if reason not in self._why:
-                _log.warning("not ready: %s", reason)
+                _log.warning("not ready: %s", reason, extra={"event": "not-ready"})
         if self._why and not why and self._ready_sent:
-            _log.warning("ready again")
+            _log.warning("ready again", extra={"event": "ready"})
         self._why = why
 
     async def _watchdog(self) -> None:

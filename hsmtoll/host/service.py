@@ -101,6 +101,7 @@ class Service:
 
     async def housekeeping(self) -> None:
         """Called by a timer: seal the audit, and record each stop and resume."""
+        self.authorizer.log_left_out()
         await self.commit.in_thread(self.audit.seal_if_due)
         now = self.authorizer.stopped()
         if now != self._stopped:

@@ -92,7 +92,12 @@ class ListeningSockets:
         try:
             self.context = self._context()
         except HsmTollError as exc:
-            _log.error("certificates not reloaded, the old ones stay in use: %s", exc)
+            _log.error(
+                "certificates not reloaded, the old ones stay in use: %s", exc,
+                extra={"event": "certificates-kept"},
+            )  # fmt: skip
+        else:
+            _log.info("certificates reloaded", extra={"event": "certificates-reloaded"})
 
     def tls_context(self) -> ssl.SSLContext:
         """The TLS context for new connections."""

@@ -85,7 +85,7 @@ class Forwarder:
         which has the header Hsmtoll-Error. Logs one line.
         """
         began = time.monotonic()
-        label = "none"
+        label, note, trace = "none", "", None
         try:
             self._admission.check_origin(request.headers)
             target = self._admission.target(request.method, request.raw_path, request.headers)
@@ -93,19 +93,16 @@ class Forwarder:
             response, note = await self._forward(request, target)
         except (Rejected, HsmTollError) as exc:
             response, note = error_reply(exc), f", {exc.code}: {sanitized(exc)}"
-        self._note(request, label, response.status, began, f"{caller}{note}")
-        return response
-
-    def _note(
-        self, request: web.BaseRequest, label: str, status: int, began: float, note: str
-    ) -> None:
+            trace = getattr(exc, "trace_id", None)
         took = time.monotonic() - began
-        self._measures.count(label, request.method, status, took)
+        self._measures.count(label, request.method, response.status, took)
         _log.info(
-            "%s %s: %d in %d ms, %s",
-            sanitized(request.method), sanitized(request.raw_path.partition("?")[0]), status,
-            round(took * 1000), note,
+            "%s %s: %d in %d ms, %s%s",
+            sanitized(request.method), sanitized(request.raw_path.partition("?")[0]),
+            response.status, round(took * 1000), caller, note,
+            extra={"event": "request", "caller": caller, "trace": trace},
         )  # fmt: skip
+        return response
 
     async def _forward(
         self, request: web.BaseRequest, target: Target

@@ -147,7 +147,7 @@ class _Proxy:
                 self._admission.check_origin(request.headers)
                 return await self._page(forwarder, page, request)
         except Rejected as exc:
-            _log.warning("%s: %s", exc.code, exc)
+            _log.warning("%s: %s", exc.code, exc, extra={"event": "refused"})
             return error_reply(exc)
         return await forwarder.handle(request, caller)
 

@@ -220,6 +220,7 @@ class Settings(BaseSettings):
     cache_key_file: _Path | None = None
     budget: Budget = Budget()
     state: _Path | None = None
+    log: Literal["text", "json"] = "text"
     signer: SignerHost = SignerHost()
     host: Host = Host()
     local_proxy: LocalProxy = LocalProxy()

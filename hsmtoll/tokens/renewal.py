@@ -201,6 +201,7 @@ class Renewal:
                 seconds * 1000,
                 jti or "-",
                 trace,
+                extra={"event": "token-request", "jti": jti, "trace": trace.strip("-")},
             )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 JWT = "eyJ"
 
 
+@pytest.mark.parametrize("log", ["text", "json"])
 @pytest.mark.parametrize(
     ("fault", "endpoint"),
     [("echo", "token"), ("echo", "exchange"), ("newline-token", "token"), ("html", "token")],
@@ -27,10 +28,16 @@ def test_nothing_that_fails_shows_a_secret(
     toll_faults: Faults,
     fault: str,
     endpoint: str,
+    log: str,
 ) -> None:
     environ = {**toll_eseal.environ(), **toll_sandbox.environ(), **toll_faults.environ()}
+    environ["HSMTOLL_LOG"] = log
     with make_host(environ, faults=toll_faults) as host:
         host.start()
+        # A caller that sends an assertion where it does not belong.
+        stray = host.ask().body["assertion"]
+        for members in ({"scope": stray}, {"profile": stray}, {"resource": [stray]}):
+            assert host.ask(**members).status in (400, 403)
         words = [repr(host.ask(scope="air")), repr(host.ask(profile="other"))]
         toll_faults.set("wrong-signature")
         words.append(repr(host.ask()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hsmtoll.cli.streams import say
+from hsmtoll.cli.log import say
 from tests.kit.customs_messages import message
 
 ROAD = "/api/movement/road/v2"
