@@ -8,7 +8,6 @@ their hashes. `audit_log` describes the files, and verifies them.
 from __future__ import annotations
 
 import contextlib
-import copy
 import errno
 import fcntl
 import hashlib
@@ -356,7 +355,7 @@ class Audit:
     def recent(self) -> Recent:
         """The last grants and refusals of the last day, oldest first."""
         with self._lock:
-            return copy.deepcopy(self._recent)
+            return Recent(self._recent.granted.copy(), self._recent.refused.copy())
 
     def free_bytes(self) -> int:
         """Room for this account on the disk of the log."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Any, Final
 
 __all__ = ["Recent"]
 
@@ -27,10 +24,10 @@ class Recent:
     granted: Records = field(default_factory=_records)
     refused: Records = field(default_factory=_records)
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """Note an audit record, newer than all before it."""
-        event, outcome = record["event"], str(record["outcome"])
+        event, outcome = record["event"], record["outcome"]
         if event == "release" or (event == "result" and outcome == "signed"):
-            self.granted.append(dict(record))
+            self.granted.append(record)
         elif event == "refused":
-            self.refused.append(dict(record))
+            self.refused.append(record)

@@ -68,7 +68,9 @@ h3 { font-size: 1rem; margin: 0 0 .5rem; }
 dl { margin: 0; display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem .8rem; }
 dd { margin: 0; }
 table { width: 100%; border-collapse: separate; border-spacing: 0; }
-th, td { text-align: left; padding: .4rem 1rem; vertical-align: top; }
+th, td { text-align: left; padding: .4rem .5rem; vertical-align: top; }
+th, td[data-label^=Time] { white-space: nowrap; }
+th:first-child, td:first-child { padding-left: 1rem; }
 tbody td { border-top: 1px solid var(--line); }
 meter { width: 100%; min-width: 6rem; height: .8rem; vertical-align: middle; }
 meter::-webkit-meter-bar { background: var(--line); border: 0; border-radius: .4rem; }
@@ -76,8 +78,9 @@ meter::-webkit-meter-optimum-value { background: var(--bar); border-radius: .4re
 meter::-webkit-meter-suboptimum-value { background: var(--warn); border-radius: .4rem; }
 meter::-webkit-meter-even-less-good-value { background: var(--bad); border-radius: .4rem; }
 footer { margin-top: 1.5rem; font-size: .85rem; }
-@media (max-width: 40rem) { thead { display: none; } tr, td { display: block; }
-  td { padding: .15rem 1rem; } tbody td { border: 0; } tbody tr { padding: .4rem 0; }
+@media (max-width: 62rem) { thead { display: none; } tr, td { display: block; }
+  td, td:first-child { padding: .15rem 1rem; } tbody td { border: 0; }
+  tbody tr { padding: .4rem 0; }
   tbody tr + tr { border-top: 1px solid var(--line); }
   td::before { content: attr(data-label) ": "; color: var(--dim); } }
 """
@@ -145,13 +148,13 @@ def status_page(health: HostHealth, profiles: Profiles, audit: Audit, *, now: fl
 
 def _profile(profile: Profile, now: float) -> str:
     settings, failure = profile.app.settings, profile.health.failure
-    left = profile.cache.left()
+    left, waiting = profile.cache.left(), profile.waiting
     rows = [
         ("Device", *(("good", "signs") if failure is None else ("bad", failure))),
         ("PIN", *_PIN.get(profile.pin_state, ("bad", str(profile.pin_state)))),
         ("Certificate", *_certificate(profile.not_after, now)),
         ("Token", "", "none is held" if not left else f"ends in {_duration(left)}"),
-        ("Waiting", "", f"{profile.waiting} requests"),
+        ("Waiting", "", f"{waiting or 'no'} request{'' if waiting == 1 else 's'}"),
     ]
     about = f"{settings.environment}, {settings.identity}"
     return _card(f'{escape(profile.name)} <span class="dim">{escape(about)}</span>', rows)

@@ -199,13 +199,16 @@ def test_the_audit_and_the_reload_are_told(used_host: RunningHost) -> None:
     assert 0 <= unsealed < len(records)
     assert host.measured("policy_last_reload_successful") == 1
     loaded = host.measured("policy_last_reload_success_timestamp_seconds")
-    policy = host.policy.read_text()
     host.say("nonsense = ")
     host.reload()
     assert host.measured("policy_last_reload_successful") == 0
     assert host.measured("policy_last_reload_success_timestamp_seconds") == loaded
-    host.say(policy)
+    new = {"profile": "acme", "caller": "uid:4242", "mode": "grant", "outcome": "policy_denied"}
+    assert host.measured("requests_total", **new) is None
+    host.write_policy(entry(ME), entry("uid:4242"))
     host.reload()
+    # From zero, so that the first refusal is an increase.
+    assert host.measured("requests_total", **new) == 0
     assert host.measured("policy_last_reload_successful") == 1
     assert host.measured("policy_last_reload_success_timestamp_seconds") != loaded
     host.stop_file.touch()
