@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from hsmtoll.errors import ConfigurationError, sanitized
-from hsmtoll.files import check_trusted, sync_directory
+from hsmtoll.files import check_own, sync_directory
 from hsmtoll.host.required import needed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check_stop_directory(path: Path) -> None:
     """
     with contextlib.suppress(PermissionError):
         if path.parent.exists():
-            check_trusted(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
+            check_own(path.parent, "directory of HSMTOLL_HOST__STOP_FILE")
 
 
 def stop(path: Path) -> bool:

@@ -462,8 +462,11 @@ class RunningHost:
         draft.chmod(0o644)
         draft.replace(self.policy)
 
-    def start(self, *, ready: bool = True, **environ: str) -> Self:
-        """Start it, and wait until it says READY=1 to its manager."""
+    def start(self, *, ready: bool = True, program: Sequence[str] = (), **environ: str) -> Self:
+        """
+        Start it, and wait until it says READY=1 to its manager. *program* is run instead of
+        `hsmtoll -v serve`, with the same settings.
+        """
         if self.manager is not None:
             self.manager.close()
         manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -473,11 +476,16 @@ class RunningHost:
         self.manager = manager
         self.notifications.clear()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("HSMTOLL_")}
+        variables = inherited | {"NOTIFY_SOCKET": str(where)} | self.environ | environ
         with self.stderr.open("ab") as log, Path(os.devnull).open("r+b") as nothing:
-            self.process = fork(
-                "-v", "serve", stdin=nothing, stdout=nothing, stderr=log,
-                env=inherited | {"NOTIFY_SOCKET": str(where)} | self.environ | environ,
-            )  # fmt: skip
+            if program:
+                self.process = subprocess.Popen(
+                    program, stdin=nothing, stdout=nothing, stderr=log, env=variables
+                )
+            else:
+                self.process = fork(
+                    "-v", "serve", stdin=nothing, stdout=nothing, stderr=log, env=variables
+                )
         if ready:
             self.hear("READY=1")
         return self
