@@ -6,20 +6,19 @@ import re
 import ssl
 import subprocess
 import time
-from importlib import resources
 from typing import TYPE_CHECKING, Final
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hsmtoll.host.measures import PIN_STATES
+from tests.kit.monitoring import PAGE, documented
 from tests.kit.signing_host import APP, ME, Authority, RunningHost, entry, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-PAGE: Final = resources.files("hsmtoll").joinpath("docs/operations.md").read_text("utf-8")
 DAY: Final = 86_400
 
 
@@ -36,11 +35,6 @@ def shown(text: str) -> dict[str, set[str]]:
             labels = {label for each in family.samples for label in each.labels} - {"le"}
             found[name] = labels
     return found
-
-
-def documented() -> dict[str, set[str]]:
-    rows = re.findall(r"^\| `(hsmtoll_\w+)` \|([^|]*)\|", PAGE, re.MULTILINE)
-    return {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in rows}
 
 
 def promtool(text: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """
 What `docker/monitoring/` has for Prometheus and Grafana: each alert fires and stays silent as it
-should, on a real Prometheus too, and every expression is about metrics that a host exposes.
+should, on a real Prometheus too, where every query of the dashboard has an answer.
 """
 
 from __future__ import annotations
@@ -11,44 +11,23 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
 import yaml
 
-from tests.host.test_host_metrics import documented
+from tests.kit.monitoring import FOLDER, RULES, panels
 from tests.kit.own_device import free_port
 from tests.kit.signing_host import ME, PATIENCE, RunningHost, entry, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-FOLDER: Final = Path(__file__).parents[2] / "docker" / "monitoring"
-RULES: Final[list[dict[str, Any]]] = yaml.safe_load((FOLDER / "alerts.yml").read_text("utf-8"))[
-    "groups"
-][0]["rules"]
-DASHBOARD: Final[dict[str, Any]] = json.loads((FOLDER / "dashboard.json").read_text("utf-8"))
-
-#: What Grafana puts in the place of its variables.
-GRAFANA: Final = {"$__rate_interval": "1m", "$instance": ".*"}
+    from pathlib import Path
 
 
 def promtool(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["promtool", *argv], capture_output=True, text=True, check=False)
-
-
-def panels() -> list[tuple[str, str]]:
-    """Title and expression of each query of the dashboard, as Grafana sends it."""
-    found = []
-    for panel in DASHBOARD["panels"]:
-        for target in panel["targets"]:
-            expression = target["expr"]
-            for variable, value in GRAFANA.items():
-                expression = expression.replace(variable, value)
-            found.append((panel["title"], expression))
-    return found
 
 
 # ---------------------------------------------------------------------- without a host
@@ -57,18 +36,6 @@ def panels() -> list[tuple[str, str]]:
 def test_the_rules_are_tried_by_promtool() -> None:
     done = promtool("test", "rules", FOLDER / "alerts_test.yml")
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_each_alert_has_cases_in_which_it_fires_alone_each_with_its_control() -> None:
-    tests = yaml.safe_load((FOLDER / "alerts_test.yml").read_text("utf-8"))["tests"]
-    samples = [each["promql_expr_test"][0]["exp_samples"] for each in tests]
-    for fires, control, expected in zip(tests[::2], tests[1::2], samples[::2], strict=True):
-        assert control["name"].startswith(f"{fires['name']}, not: ")
-        assert expected == [{"labels": f'{{alertname="{fires["name"]}"}}', "value": 1}]
-    assert samples[1::2] == [[]] * (len(tests) // 2)
-    assert [each["alert"] for each in RULES] == list(
-        dict.fromkeys(each["name"] for each in tests[::2])
-    )
 
 
 @pytest.mark.parametrize("spoilt", ["({}) and vector(0) > 0", "vector(1) > 0 or ({})"])
@@ -82,37 +49,6 @@ def test_the_cases_notice_an_alert_that_never_or_always_fires(spoilt: str, tmp_p
     assert done.returncode == 1
     for each in RULES:
         assert f'alertname="{each["alert"]}"' in done.stdout + done.stderr
-
-
-def test_alerts_and_dashboard_name_only_metrics_that_a_host_exposes() -> None:
-    expressions = [*(each["expr"] for each in RULES), *(each for _, each in panels())]
-    named = {name for each in expressions for name in re.findall(r"\bhsmtoll_\w+", each)}
-    known = set(documented())
-    known |= {f"{name}_{part}" for name in known for part in ("bucket", "count", "sum")}
-    assert named <= known
-    # The control: every metric but the one that counts records is looked at by somebody.
-    families = {re.sub("_(bucket|count|sum)$", "", each) for each in named}
-    assert documented().keys() - families == {
-        "hsmtoll_host_audit_seq",
-        "hsmtoll_host_policy_last_reload_success_timestamp_seconds",
-    }
-
-
-def test_the_dashboard_is_one_that_grafana_can_import() -> None:
-    assert {"title", "uid", "schemaVersion", "templating", "panels"} <= DASHBOARD.keys()
-    ids = [panel["id"] for panel in DASHBOARD["panels"]]
-    assert len(set(ids)) == len(ids)
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        assert panel["type"] in ("stat", "timeseries", "bargauge")
-        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
-        at = panel["gridPos"]
-        assert at["x"] + at["w"] <= 24
-        cells = {
-            (at["x"] + column, at["y"] + row) for column in range(at["w"]) for row in range(at["h"])
-        }
-        assert not cells & taken, panel["title"]
-        taken |= cells
 
 
 # ---------------------------------------------------------------------- with Prometheus
