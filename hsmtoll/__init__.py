@@ -13,8 +13,26 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hsmtoll import errors
-from hsmtoll.errors import *  # noqa: F403 - the tree is public as a whole
+from hsmtoll.errors import (
+    ApiRefused,
+    AuditBroken,
+    CertificateError,
+    ClockError,
+    ConfigurationError,
+    DeviceError,
+    ExchangeRefused,
+    GrantRefused,
+    HsmTollError,
+    NetworkError,
+    OutcomeUnknown,
+    PinIncorrect,
+    PinNotTried,
+    PolicyDenied,
+    ScopeNotGranted,
+    SubmissionFailed,
+    TryAgainLater,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from hsmtoll.app import aconnect, connect
@@ -35,16 +53,33 @@ _LATER = {
     "connect": "hsmtoll.app",
 }
 
-__all__ = [  # noqa: PLE0604 - the error tree's own list
+__all__ = [
     "AccessToken",
+    "ApiRefused",
     "AsyncTollAuth",
     "AsyncTollClient",
+    "AuditBroken",
+    "CertificateError",
+    "ClockError",
+    "ConfigurationError",
+    "DeviceError",
+    "ExchangeRefused",
+    "GrantRefused",
+    "HsmTollError",
+    "NetworkError",
+    "OutcomeUnknown",
+    "PinIncorrect",
+    "PinNotTried",
+    "PolicyDenied",
+    "ScopeNotGranted",
     "Settings",
+    "SubmissionFailed",
     "TollAuth",
     "TollClient",
+    "TryAgainLater",
+    "UsageError",
     "aconnect",
     "connect",
-    *(name for name in errors.__all__ if name != "sanitized"),
 ]
 
 

@@ -102,8 +102,7 @@ class Transport(httpx.HTTPTransport):
         self, *, check_connection: Callable[[socket], None] | None, **options: Any
     ) -> None:
         super().__init__(trust_env=False, **options)
-        # httpx has no public argument for httpcore's network_backend.
-        self._pool._network_backend = _Backend(check_connection)  # noqa: SLF001 - see above
+        self._pool._network_backend = _Backend(check_connection)  # noqa: SLF001 - httpx has no public argument for it
 
 
 class _Backend(httpcore.SyncBackend):

@@ -47,6 +47,7 @@ scope       What failed, and so what may be done instead:
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from typing import Any, ClassVar, Final, Literal, get_args
 
 __all__ = [
@@ -68,7 +69,6 @@ __all__ = [
     "SubmissionFailed",
     "TryAgainLater",
     "UsageError",
-    "sanitized",
 ]
 
 #: Who must act.
@@ -334,6 +334,14 @@ _JWT = re.compile(
     r"|eyJ[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]+)+"
 )
 _LEFT_OUT: Final = "[left out]"
+
+
+def import_optional(module: str, missing: HsmTollError) -> Any:
+    """The *module*, which needs an extra; raises *missing* if that is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as exc:
+        raise missing from exc
 
 
 def install_extra(name: str) -> str:

@@ -6,7 +6,7 @@ import asyncio
 
 from hsmtoll.errors import UsageError
 
-__all__ = ["running_loop"]
+__all__ = ["running_loop", "shielded"]
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
@@ -20,3 +20,8 @@ def running_loop() -> asyncio.AbstractEventLoop:
             "trio.to_thread.run_sync",
             code="no-event-loop",
         ) from None
+
+
+async def shielded(future: asyncio.Future[None]) -> None:
+    """Wait for a future that several tasks share: one task that is cancelled does not end it."""
+    await asyncio.shield(future)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NewType
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
@@ -97,9 +97,9 @@ def read_segment(part: str, name: str = "segment") -> dict[str, Any]:
         value = read_strict(raw)
     except ValueError:
         raise ValueError(f"the {name} is not base64url of JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"the {name} is not a JSON object")  # noqa: TRY004 - one error for one reader
-    return value
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"the {name} is not a JSON object")
 
 
 def digest_info(alg: str, data: bytes) -> bytes:
@@ -151,12 +151,12 @@ class RsaPublicKey:
         """
         try:
             key = serialization.load_pem_public_key(text.encode())
-        except Exception:  # noqa: BLE001 - ValueError and UnsupportedAlgorithm, per version
+        except (ValueError, UnsupportedAlgorithm):
             raise ValueError("it is not a public key in PEM") from None
-        if not isinstance(key, rsa.RSAPublicKey):
-            raise ValueError(f"Maskinporten takes RSA keys alone ({', '.join(ALGS)})")  # noqa: TRY004 - as above
-        numbers = key.public_numbers()
-        return cls(numbers.n, numbers.e)
+        if isinstance(key, rsa.RSAPublicKey):
+            numbers = key.public_numbers()
+            return cls(numbers.n, numbers.e)
+        raise ValueError(f"Maskinporten accepts only RSA keys ({', '.join(ALGS)})")
 
     def spki(self) -> bytes:
         """SubjectPublicKeyInfo (RFC 5280 section 4.1.2.7), DER."""

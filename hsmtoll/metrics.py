@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hsmtoll.errors import ConfigurationError, install_extra
+from hsmtoll.errors import ConfigurationError, import_optional, install_extra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -76,12 +76,11 @@ def register(
     ConfigurationError without the extra ``metrics``; UsageError for labels that another client of
     the registry has, and for a label that cannot be used.
     """
-    try:
-        from hsmtoll.collectors import add_client  # noqa: PLC0415 - needs an extra
-    except ImportError as exc:
-        raise ConfigurationError(
-            "metrics: prometheus-client is not installed",
-            hint=install_extra("metrics"),
-            code="extra-missing",
-        ) from exc
-    return add_client(registry, status, labels)
+    missing = ConfigurationError(
+        "metrics: prometheus-client is not installed",
+        hint=install_extra("metrics"),
+        code="extra-missing",
+    )
+    collectors = import_optional("hsmtoll.collectors", missing)
+    remove: Callable[[], None] = collectors.add_client(registry, status, labels)
+    return remove

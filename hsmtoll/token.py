@@ -91,6 +91,8 @@ class ForWhom(TypedDict, total=False):
     authorization_details: Details | None
 
 
+#: The token type of RFC 6750.
+BEARER: Final = "Bearer"
 #: Characters. One object for a system user has about two hundred.
 _LONGEST_DETAILS: Final = 4096
 
@@ -137,7 +139,7 @@ class AccessToken:
     scope: str
     asked: ClockReading
     lifetime: int
-    token_type: str = "Bearer"  # noqa: S105 - RFC 6750's word, not a secret
+    token_type: str = BEARER
 
     def __repr__(self) -> str:
         return f"<AccessToken for {self.scope} until {self.expires_at:%Y-%m-%dT%H:%M:%SZ}>"

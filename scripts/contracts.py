@@ -46,7 +46,9 @@ _WORDS: Final = {
     "the host of a package registry": r"deb\.debia[n]\.org|pyp[i]\.org|pythonhoste[d]|npmj[s]",
 }
 #: A suppression has its reason beside it: after a dash, or in the comment on the line above.
-_SUPPRESSED: Final = re.compile(r"# (?:noqa|type: ignore)\b(?P<rest>.*)$")
+_SUPPRESSED: Final = re.compile(
+    r"# (?:noqa: [A-Z0-9, ]+?|type: ignore(?:\[[^]]*\])?)(?P<reason>(?: -| #|$).*)$"
+)
 
 
 #: Names that only their authors understood, each of which has been replaced once.
@@ -187,17 +189,13 @@ def names(top: Path) -> Iterator[str]:
 
 
 def _bare(lines: list[str]) -> Iterator[int]:
-    """Line numbers of suppressions that say no reason, the same rule having had none before."""
-    explained: set[str] = set()
+    """Line numbers of suppressions without a reason of their own."""
     for number, line in enumerate(lines, 1):
         if not (found := _SUPPRESSED.search(line)):
             continue
-        rule, _, reason = found["rest"].partition(" ")[2].partition(" ")
-        rule = rule or found["rest"]
         above = lines[number - 2].strip() if number > 1 else ""
-        if reason.strip(" -#") or above.startswith("#"):
-            explained.add(rule)
-        elif rule not in explained:
+        reason = found["reason"].strip(" -#") or above.startswith("#")
+        if not reason or reason in ("as above", "see above"):
             yield number
 
 

@@ -43,7 +43,7 @@ def main() -> int:
     known = x509.load_pem_x509_certificates(kept.read_bytes()) if kept.exists() else []
     write(kept, pem(*known, authority.root))
     # All addresses: a container's only way to be reached, and nothing is published by itself.
-    everywhere = "0.0.0.0"  # noqa: S104 -- see above
+    everywhere = "0.0.0.0"  # noqa: S104 -- a container's own network
     with Sandbox(trust=[authority, *known], host=everywhere, names=NAMES, ports=PORTS) as sandbox:
         write(DESK / "ca.pem", sandbox.ca_file.read_bytes())
         if asked := os.environ.get("SANDBOX_ADMIN_FILE"):

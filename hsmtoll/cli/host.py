@@ -24,6 +24,7 @@ from hsmtoll.errors import (
     ConfigurationError,
     PolicyDenied,
     UsageError,
+    import_optional,
     install_extra,
     sanitized,
 )
@@ -48,15 +49,18 @@ def serve(options: GlobalOptions) -> int:
 
     SIGTERM ends it. SIGHUP reads policy and certificates again.
     """
-    try:
-        from hsmtoll.host import server  # noqa: PLC0415 - aiohttp may not be installed
-    except ImportError as exc:
-        raise UsageError("serve: its server is not installed", hint=install_extra("host")) from exc
+    missing_server = UsageError("serve: its server is not installed", hint=install_extra("host"))
+    server = import_optional("hsmtoll.host.server", missing_server)
     settings = options.settings()
     # Refusals, reloads and readiness.
     at_least_info("hsmtoll.host")
-    ready = partial(say, "signing host: ready", event="ready")
-    return server.serve(settings, config=options.config, profile=options.profile, ready=ready)
+    code: int = server.serve(
+        settings,
+        config=options.config,
+        profile=options.profile,
+        ready=partial(say, "signing host: ready", event="ready"),
+    )
+    return code
 
 
 @command(

@@ -91,7 +91,7 @@ class GlobalOptions:
 
         Raises ConfigurationError.
         """
-        from hsmtoll.app import App  # noqa: PLC0415 - as above
+        from hsmtoll.app import App  # noqa: PLC0415 - 0.3 s that help does not need
 
         settings = settings or self.settings()
         in_environment = {name.upper() for name, value in os.environ.items() if value}

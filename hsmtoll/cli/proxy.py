@@ -9,7 +9,7 @@ import click
 from hsmtoll import required
 from hsmtoll.cli.framework import command
 from hsmtoll.cli.log import at_least_info, say
-from hsmtoll.errors import UsageError, install_extra
+from hsmtoll.errors import UsageError, import_optional, install_extra
 
 if TYPE_CHECKING:
     from hsmtoll.cli.options import GlobalOptions
@@ -36,10 +36,8 @@ def proxy(options: GlobalOptions, *, listen: str | None) -> int:
     Forwards requests for the paths of `hsmtoll apis` to Customs, with the token of the path's
     scope. SIGTERM ends it. `hsmtoll help local-proxy` has the rules.
     """
-    try:
-        from hsmtoll.proxy import server  # noqa: PLC0415 - aiohttp may not be installed
-    except ImportError as exc:
-        raise UsageError("proxy: its server is not installed", hint=install_extra("host")) from exc
+    missing_server = UsageError("proxy: its server is not installed", hint=install_extra("host"))
+    server = import_optional("hsmtoll.proxy.server", missing_server)
     app = options.app(one_shot=False)
     if (missing := required.missing(app.settings)) is not None:
         raise missing
@@ -48,9 +46,10 @@ def proxy(options: GlobalOptions, *, listen: str | None) -> int:
         settings = settings.model_copy(update={"listen": listen})
     # One line a request.
     at_least_info("hsmtoll.proxy")
-    return server.serve(
+    code: int = server.serve(
         app.aclient(),
         settings,
         grace=app.settings.deadline,
         ready=lambda where: say(f"proxy: listening on {where}", event="ready"),
     )
+    return code

@@ -9,7 +9,7 @@ import click
 from hsmtoll.cli.framework import command
 from hsmtoll.cli.options import EXISTING_FILE, PATH
 from hsmtoll.directories import keep_temporary_files_private
-from hsmtoll.errors import UsageError, install_extra
+from hsmtoll.errors import UsageError, import_optional, install_extra
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,17 +59,12 @@ def sandbox(
     temporary SoftHSM device and an identity, runs CMD with all variables set, and exits with the
     code of CMD, 128+N if signal N ended it.
     """
-    try:
-        from hsmtoll.sandbox import serve  # noqa: PLC0415 - aiohttp may not be installed
-    except ImportError as exc:
-        raise UsageError(
-            "sandbox: its server is not installed", hint=install_extra("sandbox")
-        ) from exc
+    missing = UsageError("sandbox: its server is not installed", hint=install_extra("sandbox"))
+    serve = import_optional("hsmtoll.sandbox.serve", missing)
     keep_temporary_files_private()
     if command:
-        from hsmtoll.testing.identity import run_as  # noqa: PLC0415 - as above
-
-        return run_as(
+        identities = import_optional("hsmtoll.testing.identity", missing)
+        code: int = identities.run_as(
             identity,
             command,
             trust=trust,
@@ -79,10 +74,12 @@ def sandbox(
             env_file=env_file,
             admin=admin,
         )
-    return serve.run(
-        port=port,
-        trust_files=trust,
-        client_file=client_file,
-        env_file=env_file,
-        profile=rules,
-    )
+    else:
+        code = serve.run(
+            port=port,
+            trust_files=trust,
+            client_file=client_file,
+            env_file=env_file,
+            profile=rules,
+        )
+    return code

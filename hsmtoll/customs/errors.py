@@ -136,7 +136,8 @@ def checked_response(answer: Outcome, api: Api, request_id: str | None) -> httpx
         raise answer
     if isinstance(answer, NoResponse):
         raise no_response_error(answer, api, "POST", request_id) from answer
-    assert answer is not None  # noqa: S101 - a Send is always answered
+    if answer is None:
+        raise TypeError("a request has no outcome")
     if answer.status_code >= 500:
         raise outcome_unknown_error(f"the answer was {answer.status_code}", api, request_id, answer)
     if 300 <= answer.status_code < 400:

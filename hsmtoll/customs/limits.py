@@ -170,14 +170,18 @@ def _read_limited(response: httpx.Response) -> None:
     body = _start_body(response)
     for part in response.iter_bytes():
         _append(body, part)
-    response._content = bytes(body)  # noqa: SLF001 - as its read() does, which has no bound
+    _set_content(response, body)
 
 
 async def _aread_limited(response: httpx.Response) -> None:
     body = _start_body(response)
     async for part in response.aiter_bytes():
         _append(body, part)
-    response._content = bytes(body)  # noqa: SLF001 - as above
+    _set_content(response, body)
+
+
+def _set_content(response: httpx.Response, body: bytearray) -> None:
+    response._content = bytes(body)  # noqa: SLF001 - as its read() does, which has no bound
 
 
 def _keep_location(response: httpx.Response) -> None:

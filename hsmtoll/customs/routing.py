@@ -149,7 +149,8 @@ def _feed(level: str, marker: Marker, now: Callable[[], float]) -> Feed:
         outcome = yield Send("GET", f"/{level}{query}")
         if isinstance(outcome, NoResponse):
             raise _no_response_error(api, outcome) from outcome
-        assert isinstance(outcome, httpx.Response)  # noqa: S101 - a Send is always answered
+        if not isinstance(outcome, httpx.Response):
+            raise TypeError("a request has no outcome")
         signals, last = _batch(outcome, api, at, now())
         if last is None:
             return

@@ -150,9 +150,10 @@ class Checkpoint:
     @staticmethod
     def read(line: bytes, key: Ed25519PublicKey) -> Checkpoint:
         """Read a line. ValueError unless *key* has signed it."""
+        not_ours = "not signed by this audit key"
+        if len(line) > _LONGEST_CHECKPOINT:
+            raise ValueError(not_ours)
         try:
-            if len(line) > _LONGEST_CHECKPOINT:
-                raise ValueError("longer than a checkpoint")  # noqa: TRY301 - one reason for all
             members = read_strict(line)
             signature = bytes.fromhex(members.pop("signature"))
             span = members.pop("unverified")
@@ -160,10 +161,10 @@ class Checkpoint:
             key.verify(signature, read._payload())
         except (ValueError, KeyError, TypeError, AttributeError, IndexError,
                 InvalidSignature) as exc:  # fmt: skip
-            raise ValueError("not signed by this audit key") from exc
+            raise ValueError(not_ours) from exc
         # A number written as a string has the same signed bytes.
         if not all(type(each) is int for each in (read.seq, *(read.unverified or ()))):
-            raise ValueError("not signed by this audit key")
+            raise ValueError(not_ours)
         return read
 
     def _payload(self) -> bytes:
@@ -346,7 +347,7 @@ class _Run:
         report = self.report
         record = _record(line)
         seq = report.seq + 1
-        report.bad = _wrong(record, line, seq, report.head, heads, following)
+        report.bad = _wrong(record, line, seq, before=report.head, heads=heads, following=following)
         if report.bad is not None or record is None:
             return False
         report.seq, report.head = seq, sha256(line)
@@ -384,10 +385,11 @@ class _Run:
             report.bad = f"record {first}: no checkpoint covers it and the records after it"
 
 
-def _wrong(  # noqa: PLR0917 - a line and what is known of those around it
+def _wrong(
     record: dict[str, Any] | None,
     line: bytes,
     seq: int,
+    *,
     before: str,
     heads: dict[int, str],
     following: bytes,

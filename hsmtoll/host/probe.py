@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -19,9 +20,6 @@ __all__ = ["probe"]
 _TIMEOUT: Final = 4.0
 #: Bytes of an answer: the reasons of many profiles are long.
 _MAX_ANSWER: Final = 1 << 20
-
-#: What to connect to where a daemon listens on all addresses.
-_LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - replaced, not listened on
 
 
 class _Connection(http.client.HTTPConnection):
@@ -90,10 +88,21 @@ def _connect(where: str, name: str) -> socket.socket:
         return one
     host, port = tcp_address(where, name)
     try:
-        return socket.create_connection((_LOOPBACK.get(host, host), port), _TIMEOUT)
+        return socket.create_connection((_reachable(host), port), _TIMEOUT)
     except UnicodeError as exc:
         # A host name with an empty label, or one of more than 63 characters.
         raise ConfigurationError(f"{name}: {sanitized(where)}: no such address") from exc
+
+
+def _reachable(host: str) -> str:
+    """The address to connect to: the loopback one for a daemon that listens on all addresses."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if not address.is_unspecified:
+        return host
+    return "127.0.0.1" if address.version == 4 else "::1"
 
 
 def _authority(connected: socket.socket) -> str:

@@ -7,6 +7,7 @@ it tests: a common error would cancel out.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # Imported lazily: whoever only issues certificates needs no web server.
-    import importlib  # noqa: PLC0415 -- see above
-
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

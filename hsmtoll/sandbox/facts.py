@@ -76,11 +76,11 @@ class TokenRequest:
         media_type: str,
         form: Mapping[str, str],
         *,
-        token: str,
+        member: str,
         authorization: bool = False,
     ) -> TokenRequest:
-        """*token* names the form's member that carries the JWS."""
-        jws = Jws.read(form.get(token, ""))
+        """*member*: the name of the form's member that carries the JWS."""
+        jws = Jws.read(form.get(member, ""))
         certificates, fault = _x5c(jws.header["x5c"]) if "x5c" in jws.header else ((), None)
         return cls(method, media_type, authorization, form, jws, certificates, fault)
 

@@ -41,9 +41,9 @@ def decode(segment: str) -> bytes:
 def load_object(segment: str) -> dict[str, Any]:
     """The JSON object inside a segment; ValueError if there is none, or a member twice."""
     found = json.loads(decode(segment).decode("utf-8"), object_pairs_hook=_once)
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 -- wrong input, not a wrong call
-    return found
+    if isinstance(found, dict):
+        return found
+    raise ValueError("not a JSON object")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

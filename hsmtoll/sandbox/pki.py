@@ -132,9 +132,9 @@ class Authority:
             subject,
             subject if self_signed_by else self.intermediate.subject,
             key,
-            serial or x509.random_serial_number(),
-            not_before or _now() - _DAY,
-            not_after or _now() + 730 * _DAY,
+            serial=serial or x509.random_serial_number(),
+            begin=not_before or _now() - _DAY,
+            end=not_after or _now() + 730 * _DAY,
         )
         builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), ca)
         if usage := self._usage() if key_usage is None else set(key_usage):
@@ -187,7 +187,10 @@ def eseal_authority(
     not_after: datetime | None = None,
 ) -> Authority:
     """A new authority for eSeals; *algorithm* is that of its signatures."""
-    return _authority("eseal", "test", name, "SE", algorithm, bits, not_before, not_after)
+    return _authority(
+        "eseal", "test", name, "SE",
+        algorithm=algorithm, bits=bits, not_before=not_before, not_after=not_after,
+    )  # fmt: skip
 
 
 def norwegian_authority(
@@ -200,14 +203,18 @@ def norwegian_authority(
     not_after: datetime | None = None,
 ) -> Authority:
     """A new SEID 2.0 authority, whose leaves carry the policy of *environment*."""
-    return _authority("norwegian", environment, name, "NO", algorithm, bits, not_before, not_after)
+    return _authority(
+        "norwegian", environment, name, "NO",
+        algorithm=algorithm, bits=bits, not_before=not_before, not_after=not_after,
+    )  # fmt: skip
 
 
-def _authority(  # noqa: PLR0917 -- the same order in two calls
+def _authority(
     kind: Literal["eseal", "norwegian"],
     environment: Environment,
     name: str,
     country: str,
+    *,
     algorithm: str,
     bits: int,
     not_before: datetime | None,
@@ -220,8 +227,10 @@ def _authority(  # noqa: PLR0917 -- the same order in two calls
     suffix = " TEST" if environment == "test" and kind == "norwegian" else ""
     top = _subject(country, name, f"{label} Root CA{suffix}", (), None)
     below = _subject(country, name, f"{label} Legal Person CA{suffix}", (), None)
-    root = _ca(top, top, root_key.public_key(), root_key, begin, end, depth=1, pss=pss)
-    intermediate = _ca(below, top, key.public_key(), root_key, begin, end, depth=0, pss=pss)
+    root = _ca(top, top, root_key.public_key(), root_key, begin=begin, end=end, depth=1, pss=pss)
+    intermediate = _ca(
+        below, top, key.public_key(), root_key, begin=begin, end=end, depth=0, pss=pss
+    )
     return Authority(kind, environment, root, intermediate, key, pss)
 
 
@@ -231,7 +240,14 @@ def unrelated_ca(name: str = "Helt Annen Rot") -> x509.Certificate:
     subject = _subject("DK", name, f"{name} CA", (), None)
     begin = _now() - 30 * _DAY
     return _ca(
-        subject, subject, key.public_key(), key, begin, begin + 3650 * _DAY, depth=1, pss=False
+        subject,
+        subject,
+        key.public_key(),
+        key,
+        begin=begin,
+        end=begin + 3650 * _DAY,
+        depth=1,
+        pss=False,
     )
 
 
@@ -242,7 +258,9 @@ def tls_authority() -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     subject = _subject(None, "hsmtoll sandbox", "hsmtoll sandbox TLS CA", (), None)
     begin = _now() - _DAY
     end = begin + 3650 * _DAY
-    return _ca(subject, subject, key.public_key(), key, begin, end, depth=0, pss=False), key
+    return _ca(
+        subject, subject, key.public_key(), key, begin=begin, end=end, depth=0, pss=False
+    ), key
 
 
 def issue_tls(
@@ -256,7 +274,7 @@ def issue_tls(
     subject = _subject(None, "hsmtoll sandbox", hosts[0], (), None)
     begin, end = _now() - _DAY, not_after or _now() + 365 * _DAY
     serial = x509.random_serial_number()
-    builder = _leaf(subject, ca.subject, key.public_key(), serial, begin, end)
+    builder = _leaf(subject, ca.subject, key.public_key(), serial=serial, begin=begin, end=end)
     builder = (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage({"digitalSignature"}), critical=True)
@@ -300,10 +318,11 @@ def _subject(
     return x509.Name([x509.NameAttribute(oid, value) for oid, value in parts if value])
 
 
-def _leaf(  # noqa: PLR0917 -- the fields of every certificate, in its order
+def _leaf(
     subject: x509.Name,
     issuer: x509.Name,
     key: CertificatePublicKeyTypes,
+    *,
     serial: int,
     begin: datetime,
     end: datetime,
@@ -320,19 +339,19 @@ def _leaf(  # noqa: PLR0917 -- the fields of every certificate, in its order
     )
 
 
-def _ca(  # noqa: PLR0917 -- the fields of every certificate, in its order
+def _ca(
     subject: x509.Name,
     issuer: x509.Name,
     key: CertificatePublicKeyTypes,
     signer: PrivateKey,
+    *,
     begin: datetime,
     end: datetime,
-    *,
     depth: int,
     pss: bool,
 ) -> x509.Certificate:
     builder = (
-        _leaf(subject, issuer, key, x509.random_serial_number(), begin, end)
+        _leaf(subject, issuer, key, serial=x509.random_serial_number(), begin=begin, end=end)
         .add_extension(x509.BasicConstraints(ca=True, path_length=depth), critical=True)
         .add_extension(_usage({"keyCertSign", "cRLSign"}), critical=True)
         .add_extension(_policy(["2.5.29.32.0"]), critical=False)

@@ -160,7 +160,7 @@ class Services:
             request.method,
             request.media_type,
             request.form(),
-            token="assertion",  # noqa: S106 -- the name of a form member
+            member="assertion",
             authorization="authorization" in request.headers,
         )
         refusal = refuse("grant", asked, context)
@@ -203,7 +203,7 @@ class Services:
             request.method,
             request.media_type,
             request.form(),
-            token="subject_token",  # noqa: S106 -- the name of a form member
+            member="subject_token",
         )
         refusal = refuse("exchange", asked, context)
         if refusal:

@@ -175,17 +175,14 @@ class Cache:
         requirements: TokenRequirements = NO_REQUIREMENTS,
     ) -> AccessToken:
         """As get, for tasks: waiting blocks no thread, and cancelling one task affects no other."""
-        import asyncio  # noqa: PLC0415 - threads need none of it
-
-        from hsmtoll.event_loop import running_loop  # noqa: PLC0415 - as above
+        from hsmtoll import event_loop  # noqa: PLC0415 - threads do not need asyncio
 
         token = self.fresh_in_memory(request) if requirements is NO_REQUIREMENTS else None
         while token is None:
             pending, token, led = self._join(request, renewer, requirements)
             if pending is not None:
                 try:
-                    # One task that is cancelled must not end the future of all.
-                    await asyncio.shield(self._future(pending, running_loop()))
+                    await event_loop.shielded(self._future(pending, event_loop.running_loop()))
                 finally:
                     self._leave(pending)
                 token = self._result_for_waiter(request, pending, requirements, led=led)

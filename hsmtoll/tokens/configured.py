@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll import directories, required
-from hsmtoll.errors import ConfigurationError, install_extra
+from hsmtoll.errors import ConfigurationError, import_optional, install_extra
 from hsmtoll.settings import not_set, variable
 from hsmtoll.tokens import exchange
 from hsmtoll.tokens.stores import FileStore, MemoryStore
@@ -66,15 +66,16 @@ def store(settings: Settings, clock: Clock, *, default: str) -> Store:
     key_file = settings.cache_key_file
     if key_file is None:
         raise not_set({"HSMTOLL_CACHE_KEY_FILE": "values in Redis are encrypted with it"})
-    try:
-        from hsmtoll.tokens.redis_store import RedisStore  # noqa: PLC0415 - an extra
-    except ImportError as exc:
-        raise ConfigurationError(
-            "HSMTOLL_CACHE: redis-py is not installed",
-            hint=install_extra("redis"),
-            code="extra-missing",
-        ) from exc
-    return RedisStore.at(url, key_file=key_file, ca_file=settings.ca_file, clock=clock)
+    missing = ConfigurationError(
+        "HSMTOLL_CACHE: redis-py is not installed",
+        hint=install_extra("redis"),
+        code="extra-missing",
+    )
+    redis_store = import_optional("hsmtoll.tokens.redis_store", missing)
+    made: Store = redis_store.RedisStore.at(
+        url, key_file=key_file, ca_file=settings.ca_file, clock=clock
+    )
+    return made
 
 
 def selector(settings: Settings) -> str:

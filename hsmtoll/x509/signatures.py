@@ -31,7 +31,7 @@ def is_signed_by(subject: Certificate, issuer: Certificate, keys: dict[bytes, An
     }
     if issuer == subject:
         # A root's signature over itself adds no trust, and old roots have MD5 or SHA-1.
-        digests.update(sha1=hashes.SHA1(), md5=hashes.MD5())  # noqa: S303 - see above
+        digests.update(sha1=hashes.SHA1(), md5=hashes.MD5())  # noqa: S303 - adds no trust
     try:
         if issuer.spki_der not in keys:
             # An RSA key from its numbers, because some SPKIs lack the leading zero of the modulus.

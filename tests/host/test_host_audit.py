@@ -470,10 +470,10 @@ def test_what_is_written_while_a_log_is_read_is_not_missed_a_checkpoint_for(
     intents(audit, 2)
     audit.seal()
 
-    def busy(*args: Any) -> str | None:
+    def busy(*args: Any, **around: Any) -> str | None:
         while audit.seq < 2000:
             audit.append("refused", caller="uid:1")
-        return _wrong(*args)
+        return _wrong(*args, **around)
 
     monkeypatch.setattr("hsmtoll.host.audit_log._wrong", busy)
     report = verify(tmp_path / "log", KEY.public_key())

@@ -25,7 +25,7 @@ BEGINS: Final = {"translated": 1, "translate_pkcs11_errors": 0, "writing": 0, "_
 
 def messages(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, beginning, end) of each message; empty where it is not written there."""
-    kinds = {name for name in errors.__all__ if name != "sanitized"} | {"error"}
+    kinds = {*errors.__all__, "error"}
     for call in ast.walk(ast.parse(source)):
         if not isinstance(call, ast.Call):
             continue

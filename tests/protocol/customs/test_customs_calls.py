@@ -583,7 +583,7 @@ class _SayingTheSame(BaseHTTPRequestHandler):
 def test_a_feed_that_makes_no_sense_ends_in_an_error_and_not_in_a_loop(
     tmp_path: Path, reply: object, batches: int, words: str
 ) -> None:
-    handler = type("", (_SayingTheSame,), {"said": json.dumps(reply).encode()})
+    handler = type("", (_SayingTheSame,), {"body": json.dumps(reply).encode()})
     taken = []
     with (
         HTTPServer(("127.0.0.1", 0), handler) as server,

@@ -277,7 +277,7 @@ def test_what_is_typed_is_utf8_or_is_refused_without_its_bytes(typed: bytes, mes
     if pid == 0:
         os.dup2(write, 3)
         os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, "-c", program])  # noqa: S606 - as above
+        os.execv(sys.executable, [sys.executable, "-c", program])  # noqa: S606 - the child of a pty
     os.close(write)
     asked = b""
     while b"PIN of lab:" not in asked:

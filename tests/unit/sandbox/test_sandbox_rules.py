@@ -51,7 +51,7 @@ def request(ask: TokenRequestParts) -> TokenRequest:
         ask.method,
         ask.media_type,
         ask.form(ISSUER),
-        token="assertion",
+        member="assertion",
         authorization=ask.authorization,
     )
 
@@ -202,13 +202,13 @@ def test_a_header_member_that_is_null_is_no_way_past_the_signature(
     head = json.dumps({"alg": "RS256", **header})
     assertion = ".".join(map(segment, (head.encode(), claims.encode(), b"no signature")))
     form = {"grant_type": by_key().grant_type, "assertion": assertion}
-    asked = TokenRequest.read("POST", by_key().media_type, form, token="assertion")
+    asked = TokenRequest.read("POST", by_key().media_type, form, member="assertion")
     assert refuse("grant", asked, rule_context()) is not None
 
 
 def test_a_missing_grant_type_is_another_error_than_a_strange_one() -> None:
     form = {"assertion": eseal().assertion(ISSUER)}
-    bare = TokenRequest.read("POST", eseal().media_type, form, token="assertion")
+    bare = TokenRequest.read("POST", eseal().media_type, form, member="assertion")
     strange = request(eseal().but(grant_type="password"))
     errors = []
     for asked in (bare, strange):

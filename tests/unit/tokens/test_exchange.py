@@ -59,7 +59,7 @@ def test_leg_one_is_the_form_of_rfc_7523() -> None:
     }
 
 
-def test_leg_two_speaks_customs_bare_words_and_not_urns() -> None:
+def test_the_exchange_uses_the_bare_words_of_customs_and_no_urns() -> None:
     made = exchange.exchange_post(PROD, Issued("subject", 100))
 
     assert made.url == "https://api.toll.no/api/access/external/oauth/token"
