@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from tests.kit.commands import ForkedCommand, fork
 from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
+
 
 #: Seconds. Generous: it ends, or the test is wrong.
 PATIENCE: Final = 60.0
@@ -29,7 +30,7 @@ class LocalProxy:
     """*where*: value of --listen; *process*; *stderr*, its lines so far."""
 
     where: str
-    process: subprocess.Popen[str]
+    process: ForkedCommand
     stderr: list[str] = field(default_factory=list)
 
     @classmethod
@@ -37,11 +38,15 @@ class LocalProxy:
     def started(cls, where: str | None = None) -> Iterator[Self]:
         """One that listens; it is ended with the block."""
         where = where or f"127.0.0.1:{free_port()}"
-        argv = [sys.executable, "-m", "hsmtoll", "proxy", "--listen", where]
-        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+        reads, writes = os.pipe()
+        with Path(os.devnull).open("r+b") as nothing, os.fdopen(writes, "wb") as stderr:
+            process = fork(
+                "proxy", "--listen", where,
+                stdin=nothing, stdout=nothing, stderr=stderr, env=os.environ,
+            )  # fmt: skip
         proxy = cls(where, process)
         listening = threading.Event()
-        reader = threading.Thread(target=proxy._read, args=[listening], daemon=True)
+        reader = threading.Thread(target=proxy._read, args=[reads, listening], daemon=True)
         reader.start()
         try:
             assert listening.wait(PATIENCE), proxy.stderr
@@ -49,17 +54,14 @@ class LocalProxy:
             yield proxy
         finally:
             process.kill()
-            process.wait()
             reader.join(PATIENCE)
-            assert process.stderr is not None
-            process.stderr.close()
 
-    def _read(self, listening: threading.Event) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.stderr.append(line)
-            if "proxy: listening on" in line:
-                listening.set()
+    def _read(self, stderr: int, listening: threading.Event) -> None:
+        with os.fdopen(stderr, encoding="utf-8") as lines:
+            for line in lines:
+                self.stderr.append(line)
+                if "proxy: listening on" in line:
+                    listening.set()
         listening.set()
 
     def log_with(self, text: str, times: int = 1) -> str:

@@ -271,7 +271,7 @@ def test_a_proxy_that_ends_leaves_the_socket_of_its_successor(
         caller = threading.Thread(target=lambda: statuses.append(first.ask()[0].status))
         caller.start()
         assert there.wait(PATIENCE)
-        first.process.terminate()
+        first.process.send_signal(signal.SIGTERM)
         for _ in range(600):
             if not path.exists():
                 break

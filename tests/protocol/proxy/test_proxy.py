@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -292,7 +293,7 @@ def test_a_request_that_has_begun_is_finished_before_the_end(raw: RawServices) -
         caller = threading.Thread(target=lambda: answers.append(proxy.ask()[0].status))
         caller.start()
         assert there.wait(PATIENCE)
-        proxy.process.terminate()
+        proxy.process.send_signal(signal.SIGTERM)
         host, _, port = proxy.where.rpartition(":")
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
