@@ -33,7 +33,8 @@ def signing_key(name: str, bits: int) -> rsa.RSAPrivateKey:
     with suppress(OSError, ValueError):
         found = path.stat()
         if found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o077:
-            key = load_pem_private_key(path.read_bytes(), None)
+            # This program made it: to prove its primes once more takes half a second.
+            key = load_pem_private_key(path.read_bytes(), None, unsafe_skip_rsa_key_validation=True)
             if isinstance(key, rsa.RSAPrivateKey) and key.key_size == bits:
                 return key
     key = rsa.generate_private_key(public_exponent=65537, key_size=bits)
