@@ -16,6 +16,7 @@ from tests.kit.commands import ForkedCommand, fork
 from tests.kit.own_device import free_port
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator, Mapping
 
 
@@ -30,7 +31,7 @@ class LocalProxy:
     """*where*: value of --listen; *process*; *stderr*, its lines so far."""
 
     where: str
-    process: ForkedCommand
+    process: ForkedCommand | subprocess.Popen[str]
     stderr: list[str] = field(default_factory=list)
 
     @classmethod
