@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hsmtoll import directories, required
 from hsmtoll.clock import Clock, Skew, SystemClock
 from hsmtoll.errors import ConfigurationError
+from hsmtoll.expiry import KeyUses
 from hsmtoll.once import made_once
 from hsmtoll.remembered import PersistedText
 from hsmtoll.settings import Settings, load, not_set
@@ -202,8 +203,17 @@ class App:
     def local_signer(self, device: Device) -> LocalSigner:
         """The signer of one device."""
         return self.signers.signer(
-            device, audience=self.endpoints.issuer, identity=self.family, skew=self.skew
+            device,
+            audience=self.endpoints.issuer,
+            identity=self.family,
+            skew=self.skew,
+            key_used=lambda kid: self.key_uses.used(kid, self.clock.now().wall),
         )
+
+    @made_once
+    def key_uses(self) -> KeyUses:
+        """The first use of each registered key (HSMTOLL_KID), as remembered on this machine."""
+        return KeyUses(self.state, self.endpoints.issuer, self.settings.iss or "")
 
     def chain(self) -> Chain:
         """The chain of the first key; proven to belong to it only if a PIN is set."""

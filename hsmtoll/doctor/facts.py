@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Facts",
+    "KeyUse",
     "Revocation",
     "Seen",
     "ServiceAnswers",
@@ -60,11 +61,21 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyUse:
+    """A registered key: its *kid*, its *first* use on this machine, and the *file* that has it."""
+
+    kid: str
+    first: datetime | None
+    file: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
     """
     The facts of one configured key. *error* is the first error on the way to the key; the facts
     that come after it are empty then. *signed*: whether the requested signature was verified, or
-    the error; None if none was requested. *spied*: pkcs11-spy logs the calls.
+    the error; None if none was requested. *spied*: pkcs11-spy logs the calls. *key_use*: of a
+    registered key (kid), unless its thumbprint is not known.
     """
 
     uri: KeyUri
@@ -77,6 +88,7 @@ class Seen:
     certificates: tuple[Certificate, ...] = ()
     unread: tuple[Unread, ...] = ()
     spied: bool = False
+    key_use: KeyUse | None = None
     signed: bool | HsmTollError | None = None
 
 
@@ -184,13 +196,26 @@ def _facts_of_key(app: App, uri: KeyUri, device: Device) -> Seen:
             certificates = tuple(readable(stored))
             unread = unread_of(stored, supplied, key)
             found |= {"key": key, "certificates": certificates, "unread": unread}
-            if key.public is None or app.settings.kid is not None:
+            if app.settings.kid is not None:
+                found["key_use"] = _key_use(app, key)
+                break
+            if key.public is None:
                 break
             if leaf_choice.for_key((*certificates, *supplied.certificates), key.public):
                 break
     except HsmTollError as exc:
         found["error"] = exc
     return Seen(**found)
+
+
+def _key_use(app: App, key: KeyFacts) -> KeyUse | None:
+    kid = app.settings.kid
+    if kid == "thumbprint":
+        kid = key.public.thumbprint() if key.public is not None else None
+    if kid is None or missing(app.settings):
+        return None
+    uses = app.key_uses
+    return KeyUse(kid=kid, first=uses.first(kid), file=uses.path(kid))
 
 
 def sign(app: App, facts: Facts, index: int) -> Facts:

@@ -19,6 +19,7 @@ from hsmtoll.doctor.findings import (
     warn,
 )
 from hsmtoll.errors import CertificateError, sanitized
+from hsmtoll.expiry import NOTICE_DAYS, days_left
 from hsmtoll.x509 import leaf_choice
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
     from hsmtoll.x509.certificate import Certificate
 
-__all__ = ["CHECKS", "WARN_DAYS"]
-
-#: Days before expiry: issuers take weeks to deliver a new certificate.
-WARN_DAYS: Final = 60
+__all__ = ["CHECKS"]
 
 _NO_CERTIFICATE: Final = "a key registered with a kid needs no certificate"
 
@@ -150,7 +148,7 @@ def check_validity(diagnosis: KeyDiagnosis, leaf: Certificate) -> Check:
     days = leaf.days_left(now)
     until = f"valid until {leaf.not_after:%Y-%m-%d}, {days} days left"
     waiting = successor_of(diagnosis, leaf)
-    if days >= WARN_DAYS or waiting is not None:
+    if days >= NOTICE_DAYS or waiting is not None:
         return ok("certificate-validity", until, days=days)
     return warn(
         "certificate-validity",
@@ -260,8 +258,8 @@ def check_chain(diagnosis: KeyDiagnosis) -> Check:
     end = chain.root.subject if chain.root else "no root"
     sent = len(chain.x5c(diagnosis.settings.x5c_mode))
     weakest = chain.weakest_not_after
-    days = (weakest - diagnosis.facts.now).days
-    if weakest < min(chain.leaf.not_after, diagnosis.facts.now + timedelta(days=WARN_DAYS)):
+    days = days_left(weakest, diagnosis.facts.now)
+    if weakest < min(chain.leaf.not_after, diagnosis.facts.now + timedelta(days=NOTICE_DAYS)):
         return warn(
             "chain",
             "chain-ends-soon",

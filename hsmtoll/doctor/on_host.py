@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll import directories, files
 from hsmtoll.doctor.findings import Check, failed, ok, skip, warn
-from hsmtoll.doctor.on_certificates import WARN_DAYS
 from hsmtoll.errors import (
     AuditBroken,
     CertificateError,
@@ -20,14 +19,15 @@ from hsmtoll.errors import (
     HsmTollError,
     sanitized,
 )
+from hsmtoll.expiry import NOTICE_DAYS
 from hsmtoll.host.audit import noted_checkpoint, private_key, verify_recent
 from hsmtoll.host.audit_log import segments_of
 from hsmtoll.host.emergency_stop import check_stop_directory, stop_file, stopped_by
+from hsmtoll.host.expiry_log import first_to_end
 from hsmtoll.host.policy import Policy
 from hsmtoll.host.quota import DAY
 from hsmtoll.host.required import check_complete, needed
 from hsmtoll.host.sockets import server_context
-from hsmtoll.x509.certificate_files import certificates_in
 from hsmtoll.x509.revocation import next_updates
 
 if TYPE_CHECKING:
@@ -173,16 +173,13 @@ def _check_client_ca(setup: HostSetup) -> Check:
 
 def _until(setup: HostSetup, check: str, path: Path, name: str, hint: str) -> Check:
     """When the first of the certificates in *path* expires."""
-    first = min(
-        certificates_in(files.read(path, name), f"{name} {sanitized(path)}"),
-        key=lambda each: each.not_after,
-    )
+    first = first_to_end(path, name)
     days = first.days_left(setup.now)
     line = f"'{first.subject}' is valid until {first.not_after:%Y-%m-%d}, {days} days left"
     if first.not_after < setup.now:
         line = f"{name}: '{first.subject}' expired on {first.not_after:%Y-%m-%d}"
         return failed(check, CertificateError(line, hint=hint, code=f"{check}-expired"), days=days)
-    if days < WARN_DAYS:
+    if days < NOTICE_DAYS:
         return warn(check, f"{check}-ends-soon", line, hint, days=days)
     return ok(check, line, days=days)
 

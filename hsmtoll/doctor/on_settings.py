@@ -9,6 +9,7 @@ from dataclasses import replace
 from hsmtoll.doctor.facts import scopes_asked
 from hsmtoll.doctor.findings import Check, KeyDiagnosis, failed, ok, skip, warn
 from hsmtoll.errors import ConfigurationError, HsmTollError, PolicyDenied, sanitized
+from hsmtoll.expiry import KEY_LIFETIME, KEY_NOTICE, days_left
 from hsmtoll.required import missing
 from hsmtoll.signing.grant import Grant
 from hsmtoll.signing.verification import MAX_CLOCK_DIFFERENCE, wrong_clock
@@ -71,18 +72,26 @@ def check_host(diagnosis: KeyDiagnosis) -> Check:
 
 
 def check_kid(diagnosis: KeyDiagnosis) -> Check:
-    """The kid of a registered key; its age is not known here (M39)."""
+    """The kid of a registered key, and whether it may end soon (M39)."""
     if not diagnosis.kid:
         return skip("kid", "certificates identify the key")
     kid = diagnosis.settings.kid
     public = diagnosis.key.public if diagnosis.key else None
     if kid == "thumbprint" and public is not None:
         kid = public.thumbprint()
-    return ok(
-        "kid",
-        f"{sanitized(kid)}; a registered key expires one year after it was posted, a date that "
-        "only Maskinporten knows",
+    rule = "a registered key expires one year after it was posted, which only Maskinporten knows"
+    use = diagnosis.seen.key_use if diagnosis.seen else None
+    if use is None or use.first is None:
+        return ok("kid", f"{sanitized(kid)}; {rule}")
+    days = days_left(use.first + KEY_LIFETIME, diagnosis.facts.now)
+    line = f"{sanitized(kid)}, first used here on {use.first:%Y-%m-%d}; {rule}"
+    if diagnosis.facts.now < use.first + KEY_NOTICE:
+        return ok("kid", line, days=days)
+    hint = (
+        "post a new key, or this one again, at Samarbeidsportalen (`hsmtoll key jwk` prints it); "
+        f"after this one was posted again, remove {sanitized(use.file)}"
     )
+    return warn("kid", "key-ends-soon", line, hint, days=days)
 
 
 def check_scopes(diagnosis: KeyDiagnosis) -> Check:

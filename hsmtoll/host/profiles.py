@@ -132,6 +132,12 @@ class Profile:
             self._slots.release()
             self._close_if_idle()
 
+    def kids(self) -> frozenset[str]:
+        """The registered keys that sign, as far as they are known: the setting, and those used."""
+        kid = self.app.settings.kid
+        named = {kid} - {None, "thumbprint"}
+        return frozenset(each for each in named if each) | self.app.key_uses.kids
+
     def wake_waiters(self) -> None:
         """Give all waiters a slot at once; the authorization after it refuses each of them."""
         for _ in range(self._waiting):

@@ -11,6 +11,7 @@ from hsmtoll.errors import HsmTollError
 from hsmtoll.host.audit import Audit, noted_checkpoint
 from hsmtoll.host.authorize import Authorizer
 from hsmtoll.host.emergency_stop import stop_file
+from hsmtoll.host.expiry_log import ExpiryLog
 from hsmtoll.host.group_commit import GroupCommit
 from hsmtoll.host.health import HostHealth
 from hsmtoll.host.measures import Measures, States
@@ -87,6 +88,7 @@ class Service:
             settings.deadline,
             self.measures,
         )
+        self.expiry_log = ExpiryLog(host, self.profiles, clock)
         self.health = HostHealth(self.authorizer, self.profiles, self.audit, synchronised)
         self.measures.registry.register(States(self.health, self.profiles, self.audit))
 
@@ -102,6 +104,7 @@ class Service:
     async def housekeeping(self) -> None:
         """Called by a timer: seal the audit, and record each stop and resume."""
         self.authorizer.log_left_out()
+        self.expiry_log.log_due()
         await self.commit.in_thread(self.audit.seal_if_due)
         now = self.authorizer.stopped()
         if now != self._stopped:

@@ -17,6 +17,8 @@ from hsmtoll.x509.certificate_files import Bundle
 from hsmtoll.x509.reloading import CertificateFile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hsmtoll.apis import Identity
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.hsm.device import Device
@@ -48,9 +50,18 @@ class LocalSigners:
         return Bundle() if self.certificate_file is None else self.certificate_file()
 
     def signer(
-        self, device: Device, *, audience: str, identity: Identity, skew: Skew
+        self,
+        device: Device,
+        *,
+        audience: str,
+        identity: Identity,
+        skew: Skew,
+        key_used: Callable[[str], None],
     ) -> LocalSigner:
-        """The signer of one device. ConfigurationError if a file cannot be used."""
+        """
+        The signer of one device; *key_used* as for `LocalSigner`. ConfigurationError if a file
+        cannot be used.
+        """
         settings = self.settings
         return LocalSigner(
             device,
@@ -61,6 +72,7 @@ class LocalSigners:
             alg=settings.alg,
             issuer=settings.iss,
             kid=settings.kid,
+            key_used=key_used,
         )
 
     def chain(self, device: Device, *, log_in: bool) -> Chain:

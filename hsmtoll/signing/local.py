@@ -14,6 +14,8 @@ from hsmtoll.signing.device_chain import CERTIFICATE_CACHE_TTL
 from hsmtoll.signing.grant import LIFETIME, MIN_LEFT, Grant, SignedGrant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hsmtoll.clock import Clock, Skew
     from hsmtoll.hsm.device import Device
     from hsmtoll.signing.device_chain import DeviceChain, ProvenChain
@@ -29,9 +31,9 @@ class LocalSigner:
     Signs on a PKCS#11 device.
 
     *kid* None means grants with x5c, the certificates of *chain*; ``thumbprint`` means the RFC 7638
-    thumbprint of the device's key. Every signature is verified with the public key that the grant
-    shows. Raises the errors of the device (exit codes 20, 21, 30), of certificates (40) and of
-    settings (10).
+    thumbprint of the device's key. *key_used* is called with the kid of each grant. Every signature
+    is verified with the public key that the grant shows. Raises the errors of the device (exit
+    codes 20, 21, 30), of certificates (40) and of settings (10).
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class LocalSigner:
         alg: str = "RS256",
         issuer: str | None = None,
         kid: str | None = None,
+        key_used: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._device = device
         self._chain = chain
@@ -54,6 +57,7 @@ class LocalSigner:
         self._alg = alg
         self._issuer = issuer
         self._kid = kid
+        self._key_used = key_used
         # With a kid: the public key, until when (boot clock), and for which handles of the device.
         self._bare_public_key: tuple[jws.RsaPublicKey, float, int] | None = None
         self._key_identity: str | None = None
@@ -127,6 +131,8 @@ class LocalSigner:
                 hint=f"a grant lives {LIFETIME} s; look at the device and the way to it",
                 code="device-slow",
             )
+        if grant.kid is not None:
+            self._key_used(grant.kid)
         return SignedGrant(
             jws.compact(unsigned, made.value),
             jti=jti,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -250,4 +251,15 @@ def test_every_block_of_commands_is_run_by_a_test() -> None:
     run = [commands("Retention"), *(commands("Rotation", n) for n in (0, 1))]
     run += [commands("Backup", n) for n in (0, 1)]
     assert re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) == run
-    assert TEXT.count("```") == 2 * len(run)
+    # One line of the log is no command.
+    assert TEXT.count("```") == 2 * len(run) + 2
+
+
+def test_the_line_of_the_log_has_the_members_that_are_explained() -> None:
+    (line,) = re.findall(r"```json\n(.*?)\n```", TEXT, re.DOTALL)
+    table = TEXT.partition("| member |")[2].partition("\n\n")[0]
+    explained = set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)))
+    )
+    assert json.loads(line).keys() <= explained
+    assert {"time", "level", "event", "message", "hint", "jti", "trace"} <= explained

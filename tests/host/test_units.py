@@ -57,7 +57,32 @@ def exposure(unit: Path) -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy"])
+def test_the_timer_of_the_daily_check_is_what_systemd_understands_and_a_slip_is_seen(
+    units: Path,
+) -> None:
+    timer = units / "hsmtoll-doctor.timer"
+    paths = (timer, units / "hsmtoll-doctor.service")
+    done = analyze("verify", "--man=no", *paths)
+    assert (done.returncode, done.stderr) == (0, "")
+    timer.write_text(timer.read_text().replace("OnCalendar=daily", "OnCalendar=at-times"))
+    assert "at-times" in analyze("verify", "--man=no", *paths).stderr
+
+
+def test_the_daily_check_has_what_the_host_has() -> None:
+    """Account, PIN, audit key and directories: it would check another host else."""
+    names = ("User", "Group", "LoadCredential", "Environment", "StateDirectory", "UMask")
+
+    def lines(unit: str) -> list[str]:
+        text = (UNITS / unit).read_text("utf-8")
+        return [
+            line for line in text.splitlines() if line.startswith(tuple(f"{n}=" for n in names))
+        ]
+
+    assert lines("hsmtoll-doctor.service") == lines("hsmtoll-host.service") != []
+    assert "doctor --all-profiles --strict" in (UNITS / "hsmtoll-doctor.service").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy", "hsmtoll-doctor"])
 def test_the_sandbox_of_the_service_is_tight(units: Path, name: str) -> None:
     service = units / f"{name}.service"
     assert exposure(service) <= 2.0
@@ -66,7 +91,7 @@ def test_the_sandbox_of_the_service_is_tight(units: Path, name: str) -> None:
     assert exposure(service) > 2.0
 
 
-@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy"])
+@pytest.mark.parametrize("name", ["hsmtoll-host", "hsmtoll-proxy", "hsmtoll-doctor"])
 def test_the_pin_comes_as_a_credential_and_no_core_is_ever_written(units: Path, name: str) -> None:
     text = (units / f"{name}.service").read_text("utf-8")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]

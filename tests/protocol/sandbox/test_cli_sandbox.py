@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -92,6 +93,8 @@ def test_a_server_of_its_own_knows_whom_it_was_told_of(
         "HSMTOLL_ISS": "c-1",
     }
     assert run("test-auth", "road", **norwegian, HSMTOLL_KID="k-1").stdout == "200 OK\n"
+    kid = json.loads(run("doctor", "--json", **norwegian, HSMTOLL_KID="k-1").stdout)["checks"]
+    assert [each["days"] for each in kid if each["check"] == "kid"] == [364]
     stranger = run("token", "air", **norwegian, HSMTOLL_KID="k-2")
     assert stranger.returncode == 60
     assert "hsmtoll key jwk" in stranger.stderr

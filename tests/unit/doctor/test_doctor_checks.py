@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from cryptography.x509 import ocsp
 
 from hsmtoll import errors
 from hsmtoll.doctor import Check, Facts, Report, examine
-from hsmtoll.doctor.facts import Revocation, Seen, ServiceAnswers
+from hsmtoll.doctor.facts import KeyUse, Revocation, Seen, ServiceAnswers
 from hsmtoll.doctor.findings import failed
 from hsmtoll.doctor.report import CHECKS
 from hsmtoll.errors import CertificateError, ScopeNotGranted
@@ -263,6 +264,32 @@ def test_with_a_kid_no_certificate_is_asked_for_and_its_age_is_unknown() -> None
     line = next(c.line for c in checks if c.check == "kid")
     assert "one year" in line
     assert doctor_cases.public(key()).thumbprint() in line
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict"), [(329.99, "ok"), (330.01, "warn"), (364.5, "warn"), (400, "warn")]
+)
+def test_a_registered_key_is_told_330_days_after_its_first_use(days: float, verdict: str) -> None:
+    made = setup(family="norwegian", settings={"kid": "k-1"})
+    use = KeyUse(kid="k-1", first=NOW - timedelta(days=days), file=Path("/state/key-1"))
+    facts = replace(made.facts, seen=(replace(made.facts.seen[0], key_use=use),))
+    check = next(c for c in examine(facts) if c.check == "kid")
+    assert check.verdict == verdict
+    assert check.days == (timedelta(days=365) - timedelta(days=days)).days
+    assert (check.hint is not None and "/state/key-1" in check.hint) == (verdict == "warn")
+
+
+@pytest.mark.parametrize(("days", "verdict"), [(60.5, "ok"), (59.5, "warn")])
+def test_a_certificate_is_told_60_days_before_its_end_with_the_days_as_a_number(
+    days: float, verdict: str
+) -> None:
+    facts = setup(not_after=NOW + days * DAY).facts
+    report = Report(examine(facts), facts)
+    members = next(c for c in report.as_json()["checks"] if c["check"] == "certificate-validity")
+    assert (members["verdict"], members["days"]) == (verdict, int(days))
+    strict = replace(report, strict=True)
+    assert (report.exit_code, strict.exit_code) == (0, 0 if verdict == "ok" else 3)
+    assert strict.as_json()["exit_code"] == strict.exit_code
 
 
 def test_each_scope_asked_for_is_granted_or_names_who_must_act() -> None:
