@@ -21,11 +21,14 @@ from typing import Final
 from hsmtoll.errors import ConfigurationError, sanitized
 
 __all__ = [
+    "NotPrivate",
     "check_own",
     "check_trusted",
     "exposed",
     "first_untrusted_component",
     "make_directory",
+    "make_private_directory",
+    "not_private",
     "read",
     "reclaim",
     "replace",
@@ -244,6 +247,39 @@ def make_directory(path: Path) -> None:
     for each in reversed(missing):
         # One by one: the mode given to makedirs applies to the last directory only.
         each.mkdir(mode=0o700, exist_ok=True)
+
+
+class NotPrivate(PermissionError):
+    """Others can use or replace a directory. *place*: that one, or the one above it."""
+
+    def __init__(self, why: str, place: Path) -> None:
+        super().__init__(errno.EPERM, why)
+        self.place = place
+
+
+def make_private_directory(path: Path) -> None:
+    """
+    Create *path* (mode 0700) if it is missing, after `reclaim`. Raises NotPrivate if another
+    account can use it, or can change a directory above it; OSError.
+    """
+    make_directory(path)
+    reclaim(path)
+    if (why := not_private(path.lstat(), stat.S_IFDIR)) is not None:
+        raise NotPrivate(why, path)
+    if (place := first_untrusted_component(path, own=True)) is not None:
+        raise NotPrivate(f"others can change {sanitized(place)}", place)
+
+
+def not_private(seen: os.stat_result, kind: int) -> str | None:
+    """Why *seen* is no file of *kind* (such as ``stat.S_IFREG``) for this account alone."""
+    if stat.S_IFMT(seen.st_mode) != kind:
+        return "is not a file or directory of this program"
+    if seen.st_uid != os.geteuid():
+        return "belongs to another account"
+    if mode := stat.S_IMODE(seen.st_mode) & 0o077:
+        may = "change" if mode & 0o022 else "read"
+        return f"others can {may} it, mode {stat.S_IMODE(seen.st_mode):04o}"
+    return None
 
 
 def replace(path: Path, data: bytes, *, mode: int = 0o600, fsync: bool = True) -> None:

@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -138,19 +137,9 @@ class PinLog:
         notice_fork()
         folder = self._folder()
         files.make_directory(folder)
-        for each in (folder.parent, folder):
-            files.reclaim(each)
-        facts = folder.stat()
-        if facts.st_uid != os.geteuid():
-            raise PermissionError(1, "it belongs to another account")
-        if facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            may = "change" if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else "read"
-            raise PermissionError(
-                1, f"others can {may} this directory, mode {stat.S_IMODE(facts.st_mode):04o}"
-            )
+        files.reclaim(folder.parent)
         # An account that can remove a record can cause a refused PIN to be tried again.
-        if (place_of := files.first_untrusted_component(folder, own=True)) is not None:
-            raise PermissionError(1, f"others can change {sanitized(place_of)}")
+        files.make_private_directory(folder)
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         lock = os.open(folder / f"{replace(owner, user='user').name}.lock", flags, 0o600)
         _locks.add(lock)

@@ -130,7 +130,8 @@ class FileStore:
             _log.warning("cache %s: a token could not be read (%s)", self._directory, exc.strerror)
             return None
         try:
-            _check(path, os.fstat(descriptor), stat.S_IFREG)
+            if (why := files.not_private(os.fstat(descriptor), stat.S_IFREG)) is not None:
+                raise _unsafe(path, why)
             with open(descriptor, "rb", closefd=False) as file:
                 value = file.read(LARGEST + 1)
         except OSError as exc:
@@ -189,48 +190,38 @@ class FileStore:
         """Create the directory if necessary. ConfigurationError if others can change it."""
         now = time.monotonic()
         try:
-            files.make_directory(self._directory)
-            # Each file in it is checked whenever it is opened.
             if now < self._checked_until:
+                # Each file in it is checked whenever it is opened.
+                files.make_directory(self._directory)
                 return
-            files.reclaim(self._directory)
-            seen = self._directory.lstat()
-            place = files.first_untrusted_component(self._directory, own=True)
+            files.make_private_directory(self._directory)
+        except files.NotPrivate as exc:
+            raise _unsafe(self._directory, exc.strerror, self._hint(exc.place)) from exc
         except OSError as exc:
             raise ConfigurationError(
                 f"cache directory {self._directory}: cannot be used ({exc.strerror})",
                 hint="set HSMTOLL_CACHE=file:///DIR to a directory of yours, or memory:",
                 code="cache-unusable",
             ) from exc
-        _check(self._directory, seen, stat.S_IFDIR)
-        if place is not None:
-            raise _unsafe(
-                self._directory,
-                f"others may change {sanitized(place)}",
-                "set HSMTOLL_CACHE=file:///DIR where root or you own each directory of the path,"
-                " and nobody else can write to it; or memory:",
-            )
         self._checked_until = now + _CHECK_HOLDS
 
-
-def _check(path: Path, seen: os.stat_result, kind: int) -> None:
-    if stat.S_IFMT(seen.st_mode) != kind:
-        raise _unsafe(path, "is not a file or directory of this program")
-    # The mode of a volume's root often cannot be changed, but a directory below it can be created.
-    below = f"set HSMTOLL_CACHE=file://{sanitized(path / 'hsmtoll')}, which is made with mode 0700"
-    hint = below if kind == stat.S_IFDIR else None
-    if seen.st_uid != os.geteuid():
-        raise _unsafe(path, "belongs to another user", hint)
-    if mode := stat.S_IMODE(seen.st_mode) & 0o077:
-        may = "change" if mode & 0o022 else "read"
-        raise _unsafe(
-            path,
-            f"may be used by others, who can {may} it (mode {stat.S_IMODE(seen.st_mode):04o})",
-            hint and f"chmod 700 {sanitized(path)}, or {hint}",
+    def _hint(self, place: Path) -> str | None:
+        if place != self._directory:
+            return (
+                "set HSMTOLL_CACHE=file:///DIR where root or you own each directory of the path,"
+                " and nobody else can write to it; or memory:"
+            )
+        seen = place.lstat()
+        if not stat.S_ISDIR(seen.st_mode):
+            return None
+        # The mode of a volume's root often cannot be changed, but a directory can be created in it.
+        below = (
+            f"set HSMTOLL_CACHE=file://{sanitized(place / 'hsmtoll')}, which is made with mode 0700"
         )
+        return f"chmod 700 {sanitized(place)}, or {below}" if seen.st_uid == os.geteuid() else below
 
 
-def _unsafe(path: Path, why: str, hint: str | None = None) -> ConfigurationError:
+def _unsafe(path: Path, why: str | None, hint: str | None = None) -> ConfigurationError:
     return ConfigurationError(
         f"cache {path}: {why}",
         hint=hint or "tokens are stored there: find out who changed it, then remove it",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from hsmtoll import apis
 from hsmtoll.errors import ConfigurationError, UsageError, sanitized
+from hsmtoll.fork import after_fork
 from hsmtoll.token import (
     NO_REQUIREMENTS,
     AccessToken,
@@ -38,7 +39,7 @@ __all__ = ["Counts", "TokenService"]
 _YOUNG: Final = 30.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Counts:
     """
     Counters. *signatures*: number spent. *requests*: to the token endpoints, by server and
@@ -50,7 +51,15 @@ class Counts:
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     not_after: datetime | None = None
     ended: Callable[[str, str, float], object] = lambda *_: None
-    guard: threading.Lock = field(default_factory=threading.Lock)
+    guard: threading.Lock = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._start_afresh()
+        after_fork(self._start_afresh)
+
+    def _start_afresh(self) -> None:
+        # In a forked child the thread that held the guard does not exist.
+        self.guard = threading.Lock()
 
 
 class TokenService:

@@ -17,6 +17,7 @@ from hsmtoll.token import AccessToken, TokenRequest
 from hsmtoll.tokens.cache import Cache
 from hsmtoll.tokens.rate_limit import RateLimit
 from hsmtoll.tokens.stores import MemoryStore
+from hsmtoll.tokens.token_service import Counts
 from tests.kit.forks import FORKS, fork_in_c, in_a_fork
 
 if TYPE_CHECKING:
@@ -93,6 +94,21 @@ def test_a_renewal_that_was_running_at_the_fork_is_not_waited_for_in_the_child(
         go.set()
         first.join()
     assert len(began) == 1
+
+
+def test_counters_that_another_thread_was_updating_at_the_fork_are_free_in_the_child(
+    fork: Callable[[], int],
+) -> None:
+    counts = Counts()
+
+    def counted() -> bool:
+        notice_fork()
+        return counts.guard.acquire(timeout=0)
+
+    with counts.guard:
+        assert in_a_fork(counted, fork)
+        # The control: in this process it is still held.
+        assert not counts.guard.acquire(timeout=0)
 
 
 def test_a_count_of_signatures_that_was_being_made_stops_no_child(fork: Callable[[], int]) -> None:

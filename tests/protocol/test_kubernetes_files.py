@@ -112,11 +112,11 @@ def test_what_was_opened_otherwise_is_refused_by_what_others_can_do(
     state.chmod(0o700)
     cache.mkdir()
     cache.chmod(bits)
-    with pytest.raises(ConfigurationError, match=f"others, who can {words} it") as caught:
+    with pytest.raises(ConfigurationError, match=f"others can {words} it") as caught:
         FileStore(cache).get("ab")
     assert f"file://{cache}/hsmtoll" in (caught.value.hint or "")
     (state / "pin").chmod(bits)
-    with pytest.raises(PinNotTried, match=f"others can {words} this directory") as refused:
+    with pytest.raises(PinNotTried, match=f"others can {words} it") as refused:
         PinLog(state).held(PLACE).__enter__()
     assert "below its root" in (refused.value.hint or "")
 
@@ -186,7 +186,7 @@ def test_state_and_cache_lie_where_nobody_else_can_move_them_away(
 def test_the_root_of_a_volume_of_another_account_is_no_cache(tmp_path: Path) -> None:
     os.chown(tmp_path, OTHER, OTHER)
     tmp_path.chmod(0o2777)
-    with pytest.raises(ConfigurationError, match="another user") as caught:
+    with pytest.raises(ConfigurationError, match="another account") as caught:
         FileStore(tmp_path).get("ab")
     assert str(tmp_path / "hsmtoll") in (caught.value.hint or "")
 
