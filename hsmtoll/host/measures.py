@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -43,6 +44,8 @@ PIN_STATES: Final = (
 
 #: Seconds. A request waits 60 s at most for a device.
 _BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+_MODES: Final = ("grant", "token")
 
 #: Outcomes that are counted from zero: `increase` does not see the first of a new series.
 _EXPECTED: Final = ("ok", "policy_denied", "quota_exceeded")
@@ -119,12 +122,11 @@ class Measures:
         for profile in policy.profiles:
             self.signatures.labels(profile)
         for caller, table in policy.callers.items():
-            for profile, entry in table.profiles.items():
-                for mode in entry.mode:
-                    for outcome in _EXPECTED:
-                        self._requests.labels(profile, caller, mode, outcome)
+            for profile in table.profiles:
+                for mode, outcome in product(_MODES, _EXPECTED):
+                    self._requests.labels(profile, caller, mode, outcome)
         for profile in (*policy.profiles, _OTHER):
-            for mode in ("grant", "token"):
+            for mode in _MODES:
                 self._requests.labels(profile, _OTHER, mode, "policy_denied")
 
     @contextlib.contextmanager
