@@ -83,7 +83,8 @@ class Prometheus:
     def answers(self) -> bool:
         try:
             return bool(self.query("hsmtoll_host_ready"))
-        except OSError:
+        except (OSError, ValueError):
+            # It does not listen, or says in plain text that it is starting.
             return False
 
 
