@@ -13,15 +13,15 @@ import tempfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from hsmtoll.testing.faults import Faults
 from tests.benchmarks.stage import Row, Series, per_second, turns
 from tests.kit import signing_host
+from tests.soak.measure import children
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hsmtoll.app import App
     from tests.benchmarks.stage import Stage
 
@@ -97,7 +97,12 @@ def _ask(path: Path, request: bytes) -> bool:
 
 
 def _crowd(
-    path: Path, request: bytes, *, callers: int = CALLERS, rate: float = 0.0
+    path: Path,
+    request: bytes,
+    *,
+    callers: int = CALLERS,
+    rate: float = 0.0,
+    seconds: float = SECONDS,
 ) -> tuple[float, list[float]]:
     """
     Replies a second and how long each took, of *callers* that are accounts of their own; each as
@@ -112,7 +117,7 @@ def _crowd(
                 os.setgroups([])
                 os.setgid(_ACCOUNT + number)
                 os.setuid(_ACCOUNT + number)
-                until = time.monotonic() + SECONDS
+                until = time.monotonic() + seconds
                 while time.monotonic() < until:
                     if rate:
                         time.sleep(random.expovariate(rate / callers))
@@ -131,7 +136,49 @@ def _crowd(
             every += json.load(pipe)
     for _ in reading:
         os.wait()
-    return len(every) / SECONDS, every
+    return len(every) / seconds, every
+
+
+def _cpu(process: int) -> float:
+    """Seconds of CPU of a process and its children."""
+    ticks = 0
+    for each in (process, *children(process)):
+        fields = Path(f"/proc/{each}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        # utime and stime are 14 and 15 of proc(5), counted from the state, which is 3.
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def network(stage: Stage) -> list[Row]:
+    """
+    A device of 10 ms that signs in parallel, as an HSM in the network does: with as many workers
+    as C loops that ask it directly.
+    """
+    if os.geteuid() != 0:
+        print("network: callers of 32 accounts need root; left out", file=sys.stderr)
+        return []
+    entries = [signing_host.entry(f"uid:{_ACCOUNT + number}") for number in range(CALLERS)]
+    rows = []
+    with Faults(stage.device.module, stage.folder / "network-faults") as faults:
+        faults.set("slow", function="C_Sign", ms=10)
+        environ = stage.environ | faults.environ()
+        for count in (1, 4, 8):
+            with signing_host.make_host(environ, *entries, faults=faults) as running:
+                running.start(HSMTOLL_HOST__WORKERS=str(count))
+                running.open_to_all()
+                grant = signing_host.raw_request()
+                mine, bare = turns(
+                    lambda: _crowd(running.socket, grant)[0],  # noqa: B023 - used at once
+                    partial(stage.bare_signatures, SECONDS, count, faults),
+                    rounds=3,
+                )
+            rows.append(
+                Row(
+                    f"signing host, device of 10 ms, workers: {count}",
+                    f"C loops: {count}", "/s", mine, bare, "≥ 0.90",
+                )
+            )  # fmt: skip
+    return rows
 
 
 def host(stage: Stage) -> list[Row]:
@@ -147,8 +194,11 @@ def host(stage: Stage) -> list[Row]:
                 running.start(HSMTOLL_HOST__WORKERS=str(count))
                 running.open_to_all()
                 grant = signing_host.raw_request()
-                rates = [_crowd(running.socket, grant)[0] for _ in range(3)]
-                mine = statistics.median(rates)
+                assert running.process is not None
+                before = _cpu(running.process.pid)
+                runs = [_crowd(running.socket, grant) for _ in range(3)]
+                spent = _cpu(running.process.pid) - before
+                mine = statistics.median(rate for rate, _ in runs)
                 bare = statistics.median(stage.bare_signatures(SECONDS, count) for _ in range(3))
                 rows.append(
                     Row(
@@ -162,15 +212,25 @@ def host(stage: Stage) -> list[Row]:
                     )
                 )
                 if count == 1:
-                    runs = [_crowd(running.socket, grant, rate=0.8 * mine)[1] for _ in range(3)]
+                    grants = sum(len(took) for _, took in runs)
+                    rows.append(
+                        Row("its CPU for a grant", "a signature of the C loop", "ms",
+                            spent / grants * 1000, 1000 / bare, "reported")
+                    )  # fmt: skip
+                    _, took = _crowd(running.socket, grant, callers=1, rate=1.0, seconds=20.0)
+                    rows.append(
+                        Row("its median at one grant a second", "a signature of the C loop", "ms",
+                            statistics.median(took) * 1000, 1000 / bare, "reported")
+                    )  # fmt: skip
+                    load = [_crowd(running.socket, grant, rate=0.8 * mine)[1] for _ in range(3)]
                     rows.append(
                         Row(
                             "its p99 at 80 % load",
                             "its median",
                             "ms",
-                            statistics.median(sorted(took)[len(took) * 99 // 100] for took in runs)
+                            statistics.median(sorted(took)[len(took) * 99 // 100] for took in load)
                             * 1000,
-                            statistics.median(statistics.median(took) for took in runs) * 1000,
+                            statistics.median(statistics.median(took) for took in load) * 1000,
                             "≤ 5",
                         )
                     )

@@ -320,6 +320,7 @@ def main() -> int:
         "scopes": scopes,
         "workers": hosted.workers,
         "host": hosted.host,
+        "network": hosted.network,
         "proxy": proxied.proxy,
         "renewal": growth.renewal,
         "signatures": growth.signatures,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from hsmtoll.sandbox.server import Sandbox
+    from hsmtoll.testing.faults import Faults
 
 HERE: Final = Path(__file__).parent
 ROUNDS: Final = 5
@@ -122,13 +123,20 @@ class Stage:
         finally:
             app.close()
 
-    def bare_signatures(self, seconds: float, processes: int = 1) -> float:
-        """Signatures a second of the C loop, of all *processes* together."""
-        where = (self.loop, self.device.module, self.device.label, self.who.key_label)
+    def bare_signatures(
+        self, seconds: float, processes: int = 1, faults: Faults | None = None
+    ) -> float:
+        """Signatures a second of the C loop, of all *processes* together; slowed by *faults*."""
+        module = self.device.module if faults is None else faults.module
+        variables = {} if faults is None else faults.environ()
+        where = (self.loop, module, self.device.label, self.who.key_label)
         argv = [*map(str, where), str(seconds), str(self.length)]
         running = []
         for _ in range(processes):
-            one = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            one = subprocess.Popen(
+                argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=os.environ | variables,
+            )  # fmt: skip
             assert one.stdin is not None
             assert one.stdout is not None
             one.stdin.write(f"{self.device.pin}\n")
