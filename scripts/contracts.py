@@ -25,7 +25,7 @@ from packaging.utils import canonicalize_name
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: What a reader would want to be told of: printed, and failing nothing.
+#: Unusual sizes: printed for information; no check fails.
 LONG: Final = {"files": (500, "lines"), "classes": (25, "methods"), "functions": (60, "lines")}
 
 _FUNCTIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -51,7 +51,7 @@ _SUPPRESSED: Final = re.compile(
 )
 
 
-#: Names that only their authors understood, each of which has been replaced once.
+#: Private names, each of which was replaced by a standard term.
 _PRIVATE_NAMES: Final = frozenset(
     """
     Ahead Ask Child Desk Door Elsewhere Engine FirstUp Flight GATE Hosts Keeper Kept Ledger

@@ -1,24 +1,24 @@
 #!/bin/sh
-# A key on an empty device and its certificates, once. The issuer is the sandbox: it answers what is
-# put on its desk.
+# Makes a key on an empty device and gets its certificates, once. The issuer is the sandbox: it
+# replies to the file request.pem in the shared directory.
 set -eu
-desk=/run/sandbox
+shared=/run/sandbox
 say() { echo "=== $*"; }
 
 if ! hsmtoll chain >/dev/null 2>&1; then
     if ! hsmtoll key jwk >/dev/null 2>&1; then
-        say "a key is made on the device, never to leave it"
+        say "making a key on the device, which it never leaves"
         hsmtoll key generate --bits 2048
     fi
-    say "a signing request, signed on the device, goes to the issuer"
-    rm -f "$desk/chain.pem"
+    say "sending a signing request, signed on the device, to the issuer"
+    rm -f "$shared/chain.pem"
     hsmtoll key csr --country SE --organization "Eksempel AB" --common-name "Eksempel AB" \
-        --organization-identifier NTRSE-5566778899 > "$desk/request.part"
-    mv "$desk/request.part" "$desk/request.pem"
+        --organization-identifier NTRSE-5566778899 > "$shared/request.part"
+    mv "$shared/request.part" "$shared/request.pem"
     for _ in $(seq 600); do
-        if [ -s "$desk/chain.pem" ]; then break; fi
+        if [ -s "$shared/chain.pem" ]; then break; fi
         sleep 0.1
     done
-    say "the issuer's certificates are stored beside the key"
-    hsmtoll key import "$desk/chain.pem"
+    say "storing the certificates beside the key"
+    hsmtoll key import "$shared/chain.pem"
 fi

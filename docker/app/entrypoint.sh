@@ -1,5 +1,5 @@
 #!/bin/sh
-# `docker run hsmtoll token road` is `hsmtoll token road`; a program of the image runs as itself.
+# Runs the arguments as a command of hsmtoll, unless the first one is a program of the image.
 set -eu
 case "${1:-}" in
     first-call.sh | signing-host.sh | python | sh) exec "$@" ;;

@@ -1,11 +1,11 @@
 #!/bin/sh
-# From an empty device to an API call: what a new user does, in the order a new user does it.
+# From an empty device to an API call: the steps of a new user, in their order.
 set -eu
 api=${1:-road}
 say() { echo "=== $*"; }
 
 enrol.sh
-say "what Maskinporten would say, before it is asked"
+say "checking the setup, without a request to Maskinporten"
 hsmtoll doctor
-say "a token, and a call to the API '$api' of Customs"
+say "getting a token and calling the API '$api' of Customs"
 hsmtoll test-auth "$api"

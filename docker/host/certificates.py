@@ -1,13 +1,13 @@
 # ruff: noqa: INP001 -- a program of an image, not part of the package
 """
-Throw-away certificates for a signing host and one caller, and the key of its audit; made once.
+Makes demonstration certificates for a signing host and one caller, and its audit key, once.
 
     /var/lib/hsmtoll/tls/host.pem, host.key, ca.pem     the host's own
     /var/lib/hsmtoll/audit.key                          seals the audit (Ed25519)
     /run/callers/ca.pem, app.pem                        for the caller: certificate with its key
     /run/callers/audit.pub                              for whoever verifies the audit
 
-A real custodian has a CA, and its key is nowhere near the host.
+In production the CA and its key are kept away from the host.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PEM = s.Encoding.PEM
 
 
 def main() -> int:
-    """Make what is not there yet."""
+    """Make the files, unless they exist."""
     if (OWN / "audit.key").exists():
         return 0
     (OWN / "tls").mkdir(mode=0o700, exist_ok=True)
@@ -52,7 +52,7 @@ def main() -> int:
     audit = Ed25519PrivateKey.generate()
     public = audit.public_key().public_bytes(PEM, s.PublicFormat.SubjectPublicKeyInfo)
     write(CALLERS / "audit.pub", public)
-    # Last: who finds it has all of it.
+    # Last, because its existence means that all files are there.
     write(OWN / "audit.key", private(audit))
     return 0
 
@@ -92,7 +92,7 @@ def private(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
 
 
 def write(path: Path, raw: bytes) -> None:
-    """Whole or not at all, for this account alone."""
+    """Write atomically, with mode 0600."""
     draft = path.with_name(f".{path.name}")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -3,12 +3,13 @@
 The sandbox in a container, and the issuer of its test certificates, until SIGTERM.
 
     /run/sandbox/ca.pem        what a client sets as HSMTOLL_CA_FILE
-    /run/sandbox/request.pem   a signing request that somebody puts there …
-    /run/sandbox/chain.pem     … and the answer: leaf, intermediate, root
-    /run/sandbox/roots.pem     every root that is trusted, kept over restarts
-    $SANDBOX_ADMIN_FILE        if it is set: address and secret of the admin endpoint (faults)
+    /run/sandbox/request.pem   a certificate signing request, written by the client …
+    /run/sandbox/chain.pem     … and the reply: leaf, intermediate, root
+    /run/sandbox/roots.pem     all trusted roots, kept across restarts
+    $SANDBOX_ADMIN_FILE        if set: address and secret of the admin endpoint (faults)
 
-Real issuers look at who asks. This one takes everybody for the same invented business.
+A real issuer checks the identity of the applicant. This one issues to everybody, always for the
+same fictitious business.
 """
 
 from __future__ import annotations
@@ -27,40 +28,42 @@ from hsmtoll.sandbox import Authority, Sandbox, eseal_authority
 from hsmtoll.sandbox.pki import pem
 from hsmtoll.sandbox.serve import write_env
 
-DESK = Path("/run/sandbox")
+SHARED = Path("/run/sandbox")
 NAMES = ("sandbox", "localhost", "127.0.0.1")
 PORTS = (8443, 8444, 8445)
 
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT."""
-    # Not an Event: its lock may be held by this very thread when the signal comes.
-    over: SimpleQueue[int] = SimpleQueue()
+    # Not an Event: this thread may hold its lock when the signal handler runs.
+    signals: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda ended, _: over.put(ended))
+        signal.signal(number, lambda number, _: signals.put(number))
     authority = eseal_authority()
-    kept = DESK / "roots.pem"
-    known = x509.load_pem_x509_certificates(kept.read_bytes()) if kept.exists() else []
-    write(kept, pem(*known, authority.root))
-    # All addresses: a container's only way to be reached, and nothing is published by itself.
-    everywhere = "0.0.0.0"  # noqa: S104 -- a container's own network
-    with Sandbox(trust=[authority, *known], host=everywhere, names=NAMES, ports=PORTS) as sandbox:
-        write(DESK / "ca.pem", sandbox.ca_file.read_bytes())
+    roots = SHARED / "roots.pem"
+    known = x509.load_pem_x509_certificates(roots.read_bytes()) if roots.exists() else []
+    write(roots, pem(*known, authority.root))
+    # A container is reachable only from outside itself, and publishes no port by default.
+    all_addresses = "0.0.0.0"  # noqa: S104 -- a container's own network
+    with Sandbox(
+        trust=[authority, *known], host=all_addresses, names=NAMES, ports=PORTS
+    ) as sandbox:
+        write(SHARED / "ca.pem", sandbox.ca_file.read_bytes())
         if asked := os.environ.get("SANDBOX_ADMIN_FILE"):
             write_env(Path(asked), sandbox.admin_environ())
         say(f"Maskinporten at {sandbox.issuer}, Customs at {sandbox.customs}")
         logged = 0
-        while over.empty():
+        while signals.empty():
             time.sleep(0.1)
             issue(authority)
-            logged = tell(sandbox, logged)
-    # What was answered since the last look: whoever asked may be why this one was stopped.
-    tell(sandbox, logged)
+            logged = log_requests(sandbox, logged)
+    # Since the last round: the client may stop this container right after its last request.
+    log_requests(sandbox, logged)
     return 0
 
 
-def tell(sandbox: Sandbox, logged: int) -> int:
-    """Log the requests after the first *logged*; returns how many are logged now."""
+def log_requests(sandbox: Sandbox, logged: int) -> int:
+    """Log the requests after the first *logged*; returns the new number."""
     received = sandbox.received
     for one in received[logged:]:
         say(f"{one.method} {one.path} -> {one.status}")
@@ -68,8 +71,8 @@ def tell(sandbox: Sandbox, logged: int) -> int:
 
 
 def issue(authority: Authority) -> None:
-    """Answer the request that lies on the desk, if one does."""
-    request = DESK / "request.pem"
+    """Issue a certificate for the signing request, if there is one."""
+    request = SHARED / "request.pem"
     if not request.exists():
         return
     try:
@@ -77,13 +80,13 @@ def issue(authority: Authority) -> None:
     except ValueError as exc:
         say(f"a signing request was refused: {exc}")
     else:
-        write(DESK / "chain.pem", pem(leaf, *authority.chain))
+        write(SHARED / "chain.pem", pem(leaf, *authority.chain))
         say(f"issued {leaf.subject.rfc4514_string()}")
     request.unlink()
 
 
 def issued(authority: Authority, request: bytes) -> x509.Certificate:
-    """A leaf for the key of *request* (PEM). ValueError for what no issuer would take."""
+    """A leaf for the key of *request* (PEM). ValueError if no issuer would accept it."""
     asked = x509.load_pem_x509_csr(request)
     key = asked.public_key()
     if not asked.is_signature_valid or not isinstance(key, rsa.RSAPublicKey):
@@ -92,7 +95,7 @@ def issued(authority: Authority, request: bytes) -> x509.Certificate:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put *content* there at once: whoever waits for the file never reads half of it."""
+    """Write atomically: a client that polls for the file never reads a part of it."""
     beside = path.with_suffix(".part")
     beside.write_bytes(content)
     beside.replace(path)

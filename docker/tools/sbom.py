@@ -4,8 +4,8 @@ A CycloneDX 1.6 bill of materials from dpkg's status file and, if given, that of
 
     sbom.py NAME DPKG_STATUS [PYTHON.json] > NAME.cdx.json
 
-cyclonedx-py knows Python environments alone; this adds the Debian packages and has the result
-validated by CycloneDX' own schema, so that an invalid bill fails the build.
+cyclonedx-py covers only Python environments; this adds the Debian packages, and validates the
+result against the CycloneDX schema, so that an invalid bill fails the build.
 """
 
 from __future__ import annotations

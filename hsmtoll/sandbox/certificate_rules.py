@@ -118,8 +118,8 @@ def _m29(request: TokenRequest, context: RuleContext) -> str | None:
     "M30", "no certificate is revoked", "O/I", sources.ERRORS, sources.VALIDATOR, code="MP-120"
 )
 def _m30(request: TokenRequest, context: RuleContext) -> str | None:
-    gone = any(cert.serial_number in context.state.revoked for cert in request.certificates)
-    return _bad("revoked") if gone else None
+    revoked = any(cert.serial_number in context.state.revoked for cert in request.certificates)
+    return _bad("revoked") if revoked else None
 
 
 @RULES.checked_by(
@@ -150,7 +150,7 @@ def _m32(request: TokenRequest, context: RuleContext) -> str | None:
 
 @RULES.checked_by(
     "M35",
-    "a Norwegian leaf has no critical extension beside the known two",
+    "a Norwegian leaf has no critical extension but keyUsage and basicConstraints",
     "O",
     sources.VALIDATOR,
     code="MP-120",
@@ -200,7 +200,7 @@ def _m75(request: TokenRequest, context: RuleContext) -> str | None:
 
 @RULES.checked_by(
     "B1",
-    "the leaf may make signatures (a switch; the documents do not say)",
+    "the leaf's keyUsage permits signatures (a switch: not documented)",
     "I",
     sources.ORDER_NORWEGIAN,
     code="MP-120",
@@ -217,7 +217,11 @@ def _b1(request: TokenRequest, context: RuleContext) -> str | None:
 
 
 @RULES.checked_by(
-    "B4", "a qualified certificate is one for seals", "I", sources.ETSI + "31941205/", code="MP-120"
+    "B4",
+    "the QcType of a qualified certificate is that of seals",
+    "I",
+    sources.ETSI + "31941205/",
+    code="MP-120",
 )
 def _b4(request: TokenRequest, context: RuleContext) -> str | None:
     if request.leaf is None or context.norwegian(request):
@@ -263,7 +267,7 @@ def signing_key(request: TokenRequest, context: RuleContext) -> rsa.RSAPublicKey
 
 
 def _bad(why: str) -> str:
-    # The reason is ours: the real service says no more than the sentence.
+    # The part in brackets is the sandbox's own; the real service gives no reason.
     return f"{_BAD_CERTIFICATE} [sandbox: {why}]"
 
 

@@ -104,19 +104,23 @@ def _m70(request: TokenRequest, context: RuleContext) -> str | None:
     found = request.jws.claims.get("resource", [])
     if isinstance(found, str) and context.tolerates("resource"):
         return None
-    right = isinstance(found, list) and all(isinstance(one, str) for one in found)
-    return None if right else "Invalid assertion. Invalid parameter value resource"
+    valid = isinstance(found, list) and all(isinstance(one, str) for one in found)
+    return None if valid else "Invalid assertion. Invalid parameter value resource"
 
 
 @RULES.checked_by("M71", "pid is 11 digits", "D", sources.PERSON, error="invalid_request")
 def _m71(request: TokenRequest, _: RuleContext) -> str | None:
     pid = request.jws.claims.get("pid")
-    right = pid is None or (isinstance(pid, str) and re.fullmatch(r"\d{11}", pid, re.ASCII))
-    return None if right else "Invalid assertion. Invalid parameter value pid"
+    valid = pid is None or (isinstance(pid, str) and re.fullmatch(r"\d{11}", pid, re.ASCII))
+    return None if valid else "Invalid assertion. Invalid parameter value pid"
 
 
 @RULES.checked_by(
-    "M72", "consumer_org is another's, and alone", "D", sources.ERRORS, error="invalid_request"
+    "M72",
+    "consumer_org names another organisation, and iss_onbehalfof is absent",
+    "D",
+    sources.ERRORS,
+    error="invalid_request",
 )
 def _m72(request: TokenRequest, context: RuleContext) -> str | None:
     consumer, client = request.jws.claims.get("consumer_org"), context.client(request)
@@ -205,7 +209,7 @@ def _m64(request: TokenRequest, context: RuleContext) -> str | None:
 
 @RULES.checked_by(
     "M66",
-    "an eSeal asks for scopes enabled for eSeals",
+    "an eSeal requests only scopes that are enabled for eSeals",
     "D/I",
     sources.ESEALS,
     error="invalid_scope",

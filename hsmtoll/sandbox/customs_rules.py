@@ -60,7 +60,7 @@ def _t01(request: TokenRequest, _: RuleContext) -> str | None:
 
 @RULES.checked_by(
     "T02",
-    "the bare words, not RFC 8693's URNs",
+    "grant_type and subject_token_type are bare words, not the URNs of RFC 8693",
     "D/I",
     sources.INTEGRATION,
     "RFC 8693 section 2.1",
@@ -68,8 +68,8 @@ def _t01(request: TokenRequest, _: RuleContext) -> str | None:
     error="unsupported_grant_type",
 )
 def _t02(request: TokenRequest, _: RuleContext) -> str | None:
-    words = {"grant_type": "token-exchange", "subject_token_type": "access_token"}
-    wrong = [name for name, word in words.items() if request.form.get(name, word) != word]
+    expected = {"grant_type": "token-exchange", "subject_token_type": "access_token"}
+    wrong = [name for name, word in expected.items() if request.form.get(name, word) != word]
     return f"unsupported {', '.join(wrong)}" if wrong else None
 
 
@@ -99,7 +99,7 @@ def _unusable(text: str, context: RuleContext) -> Reason:
 
 @RULES.checked_by(
     "T09",
-    "the subject token still lives",
+    "the subject token has not expired",
     "I",
     "RFC 8693 section 2.1",
     stage="exchange",
@@ -141,7 +141,7 @@ def _t05(request: TokenRequest, context: RuleContext) -> str | None:
 
 
 @RULES.checked_by(
-    "F2", "one token, one exchange (a switch; the documents do not say)", "I", stage="exchange"
+    "F2", "a token is exchanged only once (a switch: not documented)", "I", stage="exchange"
 )
 def _f2(request: TokenRequest, context: RuleContext) -> str | None:
     again = not context.settings.exchange_twice and request.jws.text in context.state.exchanged
@@ -175,7 +175,7 @@ RULES.describes("T27", "Customs fails as a test asks: status, delay, broken answ
 
 
 @RULES.checked_by(
-    "T10", "a Customs token that lives", "O/I", sources.ROAD_2022, stage="call", status=401
+    "T10", "an unexpired Customs token", "O/I", sources.ROAD_2022, stage="call", status=401
 )
 def _t10(call: Call, context: RuleContext) -> str | None:
     claims = call.claims
@@ -232,7 +232,13 @@ def _t21(call: Call, _: RuleContext) -> str | None:
     return _errors([{"field": "body", "error": "must not be null"}])
 
 
-@RULES.checked_by("T15", "required members, in form", "D", sources.SYNCHRONOUS, stage="call")
+@RULES.checked_by(
+    "T15",
+    "required members are present and have the documented form",
+    "D",
+    sources.SYNCHRONOUS,
+    stage="call",
+)
 def _t15(call: Call, _: RuleContext) -> str | None:
     if call.route is None or call.route.kind not in _MESSAGES:
         return None
@@ -264,7 +270,7 @@ def _t20(call: Call, context: RuleContext) -> str | None:
 
 @RULES.checked_by(
     "T22",
-    "a presentation's requestId is the client's, and new",
+    "the client chooses the requestId of a presentation, a new one each time",
     "D",
     sources.PRESENTATION,
     stage="call",
@@ -278,7 +284,7 @@ def _t22(call: Call, context: RuleContext) -> str | None:
 
 
 @RULES.checked_by(
-    "T18", "a requestId is seen by its own organisation", "I", stage="call", status=404
+    "T18", "a requestId is visible to its own organisation only", "I", stage="call", status=404
 )
 def _t18(call: Call, context: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "validation-status":
@@ -287,7 +293,9 @@ def _t18(call: Call, context: RuleContext) -> str | None:
     return "not yours" if found and found.org != call.org else None
 
 
-@RULES.checked_by("T24", "an upload is in order and in bounds", "D/I", sources.UPLOAD, stage="call")
+@RULES.checked_by(
+    "T24", "an upload has the documented form and size", "D/I", sources.UPLOAD, stage="call"
+)
 def _t24(call: Call, _: RuleContext) -> str | None:
     if call.route is None or call.route.kind != "upload":
         return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.sandbox import playground
-from hsmtoll.sandbox.playground import at, page
+from hsmtoll.sandbox.playground import member_at, page_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,7 +126,7 @@ def synchronous_errors(
     if kind == "present":
         names = ("requestId", "customsOfficeOfPresentation")
         found = [_required(message, (name,), _ICS2) for name in names]
-        return [*filter(None, found), *playground.unidentified(level, message)]
+        return [*filter(None, found), *playground.identification_errors(level, message)]
     if kind == "arrive":
         return playground.arrival_errors(message)
     if level == "relation":
@@ -158,38 +158,38 @@ def _relation_errors(method: str, message: Mapping[str, Any]) -> list[Error]:
 
 def _required(message: object, paths: tuple[str, ...], source: str) -> Error | None:
     """An error unless one of *paths* has a value; the first one is named."""
-    values = [at(message, path) for path in paths]
+    values = [member_at(message, path) for path in paths]
     if any(value is not None and str(value).strip() not in ("", "{}", "[]") for value in values):
         return None
     null = paths[0].rpartition(".")[2] in _NOT_TEXT
     error = "must not be null" if null else "must not be blank"
-    return {"field": paths[0], "error": error, "see": page(source)}
+    return {"field": paths[0], "error": error, "see": page_url(source)}
 
 
 def _instant(message: object, path: str) -> Error | None:
-    found = at(message, path)
+    found = member_at(message, path)
     if found is None or str(found).strip() == "" or _INSTANT.fullmatch(str(found)):
         return None
-    return {"field": path, "error": _INSTANT_ERROR, "see": page(_FORMATS)}
+    return {"field": path, "error": _INSTANT_ERROR, "see": page_url(_FORMATS)}
 
 
 def _one_of(message: object, path: str) -> Error | None:
-    found = at(message, path)
+    found = member_at(message, path)
     if not isinstance(found, str) or not found.strip() or found in _OBJECT_TYPES:
         return None
     text = f"Must be one of [{', '.join(_OBJECT_TYPES)}]"
-    return {"field": path, "error": text, "see": page(_RELATIONS)}
+    return {"field": path, "error": text, "see": page_url(_RELATIONS)}
 
 
 def identity(level: str, message: Mapping[str, Any]) -> tuple[str, ...]:
     """The members that identify a message."""
-    return tuple(str(at(message, path)) for path in _KEYS.get(level, ()))
+    return tuple(str(member_at(message, path)) for path in _KEYS.get(level, ()))
 
 
 def fixed(level: str, message: Mapping[str, Any]) -> tuple[str, ...]:
     """What PUT may not change."""
     paths = (*_KEYS.get(level, ()), *_FIXED.get(level, ()))
-    return tuple(str(at(message, path)) for path in paths)
+    return tuple(str(member_at(message, path)) for path in paths)
 
 
 @dataclass(frozen=True, slots=True)

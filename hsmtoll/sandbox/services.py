@@ -345,7 +345,7 @@ class Services:
             _instant(context.now),
             mrn,
             errors,
-            playground.incomplete(message) if where.level == "house-consignment" else [],
+            playground.missing_documentation(message) if where.level == "house-consignment" else [],
         )
         return json_reply(202, {"requestId": request_id})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from hsmtoll.sandbox import playground
-from hsmtoll.sandbox.playground import at
+from hsmtoll.sandbox.playground import member_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ def _status_of(key: tuple[str, ...], document: Document | None) -> dict[str, Any
         "received": document is not None,
     }
     if document is not None:
-        reasons = playground.incomplete(document.message)
+        reasons = playground.missing_documentation(document.message)
         status["documentStatus"] = "INCOMPLETE" if reasons else "SUCCESS"
         status["incompleteDocumentationReasonList"] = reasons
     return status
@@ -62,11 +62,11 @@ def _references(
     parent = documents[mrn]
     listed = parent.message.get(_HOLDER[level])
     for entry in listed if isinstance(listed, list) else ():
-        yield _key(at(entry, _NUMBER[level]))
+        yield _key(member_at(entry, _NUMBER[level]))
     for child in documents.values():
         inside = f"{_HOLDER[HOUSE]}.{_HOLDER[MASTER]}.{_NUMBER[MASTER]}"
         if parent.level == MASTER and child.level == level == HOUSE:
-            if _key(at(child.message, inside)) == parent.key:
+            if _key(member_at(child.message, inside)) == parent.key:
                 yield child.key
         elif child.level == "relation" and child.message.get("parentObjectReference") == mrn:
             found = documents.get(str(child.message.get("childObjectReference")))
@@ -75,7 +75,7 @@ def _references(
 
 
 def _key(found: object) -> tuple[str, ...]:
-    return (str(at(found, "documentNumber")), str(at(found, "type")))
+    return (str(member_at(found, "documentNumber")), str(member_at(found, "type")))
 
 
 def in_receptacle(number: str, documents: Mapping[str, Document], org: str) -> list[dict[str, Any]]:
@@ -84,5 +84,5 @@ def in_receptacle(number: str, documents: Mapping[str, Document], org: str) -> l
     return [
         one(each)
         for each in documents.values()
-        if each.org == org and at(each.message, path) == number
+        if each.org == org and member_at(each.message, path) == number
     ]

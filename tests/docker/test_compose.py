@@ -62,9 +62,9 @@ def hsmtoll(*arguments: str, environ: dict[str, str]) -> subprocess.CompletedPro
 def test_the_advertised_command_ends_with_the_200(stack: Stack) -> None:
     """The exit code was zero, or the fixture would have failed; the log tells what happened."""
     lines = [
-        "a key is made on the device",
-        "a signing request, signed on the device, goes to the issuer",
-        "what Maskinporten would say",
+        "making a key on the device",
+        "sending a signing request, signed on the device, to the issuer",
+        "checking the setup, without a request to Maskinporten",
         "GET /api/movement/road/v2/test-auth -> 200",
         "200 OK",
     ]
