@@ -137,7 +137,7 @@ def test_a_pod_can_change_nothing_but_its_volumes_and_no_container_has_the_other
 
 @pytest.mark.needs_root
 def test_stop_and_a_changed_policy_reach_the_pod_as_the_page_says(machine: Machine) -> None:
-    stopping, reloading, restarting, taking = typed("While it runs")
+    stopping, reloading, restarting, taking = typed("While the host runs")
     (stop, _), (resume, _), (listing, _) = commands(stopping)
     machine.do(stop)
     # A refusal with its reason, and no connection that is refused.
@@ -175,7 +175,7 @@ def test_the_variables_of_a_service_called_hsmtoll_keep_no_host_from_its_work(
     ports = kubernetes.one(kubernetes.HOST, "Service")["spec"]["ports"]
     links = kubernetes.service_variables("hsmtoll", "10.96.7.1", ports)
     image(machine, IMAGE | links)
-    (restarting,) = (each for each in typed("While it runs") if "rollout" in each.text)
+    (restarting,) = (each for each in typed("While the host runs") if "rollout" in each.text)
     machine.follow(restarting)
     assert "ignored, Kubernetes sets it for a Service of that name" in log(machine)
     assert in_client(machine, "hsmtoll sign road")[0] == 0
@@ -203,7 +203,7 @@ def test_the_variables_of_a_service_called_hsmtoll_keep_no_host_from_its_work(
 def test_without_what_the_page_says_of_volumes_the_pod_ends_and_says_why(
     machine: Machine, old: str, new: str, words: str
 ) -> None:
-    (restarting,) = (each for each in typed("While it runs") if "rollout" in each.text)
+    (restarting,) = (each for each in typed("While the host runs") if "rollout" in each.text)
     before = log(machine)
     for was, becomes in ((old, new), (new, old)):
         manifest(machine, was, becomes)
