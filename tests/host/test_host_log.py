@@ -7,11 +7,14 @@ import logging
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from hsmtoll.errors import PolicyDenied
+from hsmtoll.errors import HsmTollError, PolicyDenied
+from hsmtoll.host.peers import Peer
+from hsmtoll.host.policy import GrantRequest
 from hsmtoll.settings import load
 from hsmtoll.testing.clock import SettableClock
 from tests.kit.signing_host import ME, PATIENCE, POLICY, PROFILE, RunningService, entry, eventually
@@ -161,3 +164,29 @@ def test_refusals_of_an_account_are_logged_60_a_minute_and_the_rest_is_counted(
         assert logged("left out") == 1
     finally:
         one.close()
+
+
+def test_with_vv_each_signature_has_its_jti_and_no_line_a_secret(
+    service: RunningService, host: RunningHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "hsmtoll")
+    peer = Peer(frozenset({ME}))
+    request = GrantRequest("acme", "road")
+    granted = service.grant(peer, request, gone=lambda: False).result(PATIENCE)
+    token = service.token(peer, request, gone=lambda: False).result(PATIENCE)["access_token"]
+    host.faults.set("wrong-signature")
+    with pytest.raises(HsmTollError):
+        service.grant(peer, request, gone=lambda: False).result(PATIENCE)
+
+    def of(event: str, member: str) -> set[object]:
+        """What the records of *event* have as *member*."""
+        found = [vars(each) for each in caplog.records]
+        return {each.get(member) for each in found if each.get("event") == event}
+
+    assert granted["jti"] in of("signed", "jti")
+    assert of("not-signed", "profile") == of("signed", "profile") == {"acme"}
+    # One request to Maskinporten and one to Customs; Customs' has no jti.
+    assert len(of("token-request", "jti")) == 2
+    shown = "\n".join(f"{each.msg} {each.args}" for each in caplog.records)
+    pin = Path(host.environ["HSMTOLL_HSM__PIN_FILE"]).read_text().strip()
+    assert not [secret for secret in (granted["assertion"], token, pin, "eyJ") if secret in shown]
