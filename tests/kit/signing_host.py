@@ -152,17 +152,11 @@ def speak(
     connection: http.client.HTTPConnection,
     method: str,
     path: str,
-    *,
-    json: object = None,
-    data: Mapping[str, str] | None = None,
-    content: bytes = b"",
-    headers: Mapping[str, str] | None = None,
+    **sent: Any,
 ) -> Reply:
-    """The one request of *connection* and its reply: see `exchange`."""
+    """As `exchange`, for the one request of *connection*."""
     with contextlib.closing(connection):
-        return exchange(
-            connection, method, path, json=json, data=data, content=content, headers=headers
-        )
+        return exchange(connection, method, path, **sent)
 
 
 def exchange(

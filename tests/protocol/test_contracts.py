@@ -296,6 +296,8 @@ def test_no_text_cites_a_document_outside_the_repository(
 def test_the_units_are_where_an_installed_package_has_them() -> None:
     units = resources.files("hsmtoll") / "host" / "systemd"
     assert {each.name for each in units.iterdir()} == {
+        "hsmtoll-doctor.service",
+        "hsmtoll-doctor.timer",
         "hsmtoll-host.service",
         "hsmtoll-host.socket",
     }

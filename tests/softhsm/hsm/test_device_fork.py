@@ -42,6 +42,16 @@ def check(device):
 def child(device):
     check(device)
     device.close()
+def forked(device, fork=os.fork):
+    pid = fork()
+    if not pid:
+        try:
+            child(device)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return pid
 """
 )
 
@@ -51,14 +61,7 @@ device = make()
 check(device)
 workers = []
 for n in range(4):
-    pid = os.fork()
-    if not pid:
-        try:
-            child(device)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
+    pid = forked(device)
     workers.append(pid)
 check(device)
 assert [os.waitpid(pid, 0)[1] for pid in workers] == [0] * 4
@@ -102,14 +105,7 @@ def work():
 threads = [threading.Thread(target=work) for _ in range(2)]
 [t.start() for t in threads]
 for n in range(20):
-    pid = os.fork()
-    if not pid:
-        try:
-            child(device)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
+    pid = forked(device)
     assert os.waitpid(pid, 0)[1] == 0
 done.set()
 [t.join() for t in threads]
@@ -129,14 +125,7 @@ def hold():
 thread = threading.Thread(target=hold)
 thread.start()
 held.wait()
-pid = fork_in_c()
-if not pid:
-    try:
-        child(device)
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
+pid = forked(device, fork_in_c)
 assert os.waitpid(pid, 0)[1] == 0
 end.set()
 thread.join()

@@ -13,11 +13,12 @@ from pkcs11 import TokenFlag
 
 from hsmtoll import UsageError
 from hsmtoll.testing.faults import FUNCTIONS, NAMES, Faults
-from hsmtoll.testing.softhsm import SoftHsm
 from tests.kit.signing_host import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hsmtoll.testing.softhsm import SoftHsm
 
 # Written without hsmtoll: what is judged is the call, as python-pkcs11 makes it.
 _SIGN = """
@@ -30,27 +31,6 @@ session = p11_token.open(user_pin=pin)
 key = session.get_key(object_class=ObjectClass.PRIVATE_KEY, label="k")
 """
 _ONCE = _SIGN + "print(len(key.sign(b'abc', mechanism=Mechanism.SHA256_RSA_PKCS)))\n"
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
-    made = SoftHsm.create(tmp_path_factory.mktemp("faulty") / "softhsm")
-    made.generate_key("k", b"\x01")
-    return made
-
-
-@pytest.fixture(scope="module")
-def shim(device: SoftHsm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with Faults(device.module, tmp_path_factory.mktemp("faults")) as made:
-        yield made
-
-
-@pytest.fixture
-def faults(shim: Faults) -> Iterator[Faults]:
-    """From zero for each test."""
-    shim.reset_counts()
-    yield shim
-    shim.clear()
 
 
 def run(

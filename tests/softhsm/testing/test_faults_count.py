@@ -6,16 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from hsmtoll import DeviceError, UsageError
 from hsmtoll.testing.faults import Faults
 from hsmtoll.testing.softhsm import SoftHsm
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 # Written without hsmtoll. `order` waits until the test has set a fault; `entry` calls the function
 # list itself, for what python-pkcs11 does not offer.
@@ -43,27 +39,6 @@ def entry(number, *arguments):
     address = ctypes.cast(table.value + 8, ctypes.POINTER(ctypes.c_void_p))[number]
     return ctypes.CFUNCTYPE(ctypes.c_ulong, ctypes.c_void_p)(address)(*arguments)
 """
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> SoftHsm:
-    made = SoftHsm.create(tmp_path_factory.mktemp("counted") / "softhsm")
-    made.generate_key("k", b"\x01")
-    return made
-
-
-@pytest.fixture(scope="module")
-def shim(device: SoftHsm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    with Faults(device.module, tmp_path_factory.mktemp("counts")) as made:
-        yield made
-
-
-@pytest.fixture
-def faults(shim: Faults) -> Iterator[Faults]:
-    """From zero for each test."""
-    shim.reset_counts()
-    yield shim
-    shim.clear()
 
 
 def tells(module: Path, device: SoftHsm, program: str, faults: Faults | None = None) -> list[str]:
