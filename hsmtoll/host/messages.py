@@ -6,9 +6,11 @@ A malformed request is rejected here, before it is authorized.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -25,6 +27,7 @@ __all__ = [
     "HEADERS",
     "RequestRejected",
     "busy_reply",
+    "check_host",
     "error_word",
     "json_reply",
     "malformed",
@@ -180,6 +183,24 @@ def malformed() -> RequestRejected:
         400, "bad_request", "not a valid HTTP/1.1 request",
         "at most 64 header lines of at most 4096 bytes",
     )  # fmt: skip
+
+
+def check_host(header: str) -> None:
+    """
+    Reject a request whose *header* Host is a name, not an address or localhost. In a browser, a
+    page can point a name of its own at the loopback (DNS rebinding), and read what answers.
+    """
+    try:
+        name = urlsplit(f"//{header}").hostname
+        if name not in (None, "localhost"):
+            ipaddress.ip_address(name)
+    except ValueError:
+        raise RequestRejected(
+            403,
+            "host_refused",
+            "the header Host is neither an address nor localhost",
+            "ask 127.0.0.1 or localhost; HSMTOLL_HOST__METRICS_PUBLIC=true allows any name",
+        ) from None
 
 
 def not_found(hint: str) -> RequestRejected:

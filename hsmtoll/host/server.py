@@ -206,6 +206,8 @@ class _Daemon:
     async def _health(self, request: web.BaseRequest, peer: object) -> web.Response:
         del peer
         mark_complete(request)
+        if not self._sockets.metrics_public:
+            messages.check_host(request.headers.get("Host", ""))
         pages = {
             "/": self._status_page,
             "/live": self._live,

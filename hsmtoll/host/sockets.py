@@ -46,6 +46,11 @@ class ListeningSockets:
             self.close()
             raise
 
+    @property
+    def metrics_public(self) -> bool:
+        """Whether the metrics may be asked for from elsewhere, by any name of this host."""
+        return self._host.metrics_public
+
     def _open(self) -> None:
         host = self._host
         for given in system.given_sockets():

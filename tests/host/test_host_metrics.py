@@ -207,3 +207,20 @@ def test_the_audit_and_the_reload_are_told(used_host: RunningHost) -> None:
     assert host.measured("policy_last_reload_success_timestamp_seconds") != loaded
     host.stop_file.touch()
     assert host.measured("stopped") == 1
+
+
+@pytest.mark.parametrize("page", ["/", "/live", "/ready", "/metrics"])
+def test_a_name_that_a_page_in_a_browser_points_at_the_loopback_is_refused(
+    running_host: RunningHost, page: str
+) -> None:
+    for name in ("rebound.example", "rebound.example:9464", "localhost.rebound.example", "[::1"):
+        reply = running_host.health(page, headers={"Host": name})
+        assert (reply.status, reply.word) == (403, "host_refused"), name
+    # The control: whoever asks this machine by its addresses, and Prometheus with a port.
+    for name in ("localhost", "LOCALHOST:9464", "127.0.0.1:9464", "[::1]:9464"):
+        assert running_host.health(page, headers={"Host": name}).status == 200, name
+
+
+def test_public_metrics_are_asked_for_by_any_name(make_host: Callable[..., RunningHost]) -> None:
+    host = make_host().start(HSMTOLL_HOST__METRICS_PUBLIC="true")
+    assert host.health("/metrics", headers={"Host": "signer.example:9464"}).status == 200

@@ -176,6 +176,7 @@ def probe(host: RunningHost, seen: Seen) -> None:
         seen.check(page, "head", host.health(page, "HEAD"))
         seen.check(page, "get", host.health(page, "DELETE"))
         seen.check(page, "get", host.health(f"{page.rstrip('/')}/none"))
+        seen.check(page, "get", host.health(page, headers={"Host": "rebound.example"}))
     openmetrics = host.health("/metrics", headers={"Accept": "application/openmetrics-text"})
     seen.check("/metrics", "get", openmetrics)
 
@@ -277,7 +278,7 @@ def words() -> set[tuple[str, str]]:
 
 def test_document_page_and_host_have_the_same_errors() -> None:
     of_the_host = {(str(each.status), each.word) for each in REPLIES}
-    of_the_host |= {("405", "method_not_allowed"), ("500", "internal")}
+    of_the_host |= {("405", "method_not_allowed"), ("500", "internal"), ("403", "host_refused")}
     assert words() == of_the_host
     assert set(re.findall(r"^\| (\d{3}) \| `(\w+)` \|", PAGE, re.MULTILINE)) == of_the_host
 
