@@ -46,28 +46,27 @@ class ExpiryLog:
         if now.boot < self._next:
             return
         self._next = now.boot + _EVERY
-        for line, event, profile in self._ending(datetime.fromtimestamp(now.wall, UTC)):
-            key = f"{event} {profile}"
-            if now.boot >= self._logged.get(key, now.boot - _DAY) + _DAY:
-                self._logged[key] = now.boot
-                _log.warning("%s", line, extra={"event": event, "profile": profile})
+        for what, when, event, profile in self._ending(datetime.fromtimestamp(now.wall, UTC)):
+            if now.boot >= self._logged.get(what, now.boot - _DAY) + _DAY:
+                self._logged[what] = now.boot
+                _log.warning("%s %s", what, when, extra={"event": event, "profile": profile})
 
-    def _ending(self, now: datetime) -> Iterator[tuple[str, str, str | None]]:
-        """Line, event and profile of each."""
+    def _ending(self, now: datetime) -> Iterator[tuple[str, str, str, str | None]]:
+        """What ends, when (in words), event and profile of each."""
         for profile in self.profiles:
             name = sanitized(profile.name)
             if profile.not_after is not None and days_left(profile.not_after, now) < NOTICE_DAYS:
-                line = f"profile {name}: the certificate {_ends(profile.not_after, now)}"
-                yield line, "certificate-ends-soon", profile.name
+                what = f"profile {name}: the certificate"
+                yield what, _ends(profile.not_after, now), "certificate-ends-soon", profile.name
             for kid in sorted(profile.kids()):
                 first = profile.app.key_uses.first(kid)
                 if first is not None and now >= first + KEY_NOTICE:
-                    end = first + KEY_LIFETIME
-                    line = (
+                    what = (
                         f"profile {name}: the registered key {sanitized(kid)}, first used on "
-                        f"{first:%Y-%m-%d}, {_ends(end, now)} or earlier, if it was not renewed"
+                        f"{first:%Y-%m-%d},"
                     )
-                    yield line, "key-ends-soon", profile.name
+                    when = f"{_ends(first + KEY_LIFETIME, now)} or earlier, if it was not renewed"
+                    yield what, when, "key-ends-soon", profile.name
         for path, variable, event in (
             (self.host.cert, "HSMTOLL_HOST__CERT", "tls-certificate-ends-soon"),
             (self.host.client_ca, "HSMTOLL_HOST__CLIENT_CA", "tls-client-ca-ends-soon"),
@@ -80,12 +79,13 @@ class ExpiryLog:
                 # A reload says what is wrong with the file.
                 continue
             if days_left(end, now) < NOTICE_DAYS:
-                yield f"{variable}: {_ends(end, now)}", event, None
+                yield f"{variable}:", _ends(end, now), event, None
 
 
 def _ends(end: datetime, now: datetime) -> str:
-    word = "expired" if end < now else "expires"
-    return f"{word} on {end:%Y-%m-%d}, {days_left(end, now)} days left"
+    if end < now:
+        return f"expired on {end:%Y-%m-%d}"
+    return f"expires on {end:%Y-%m-%d}, {days_left(end, now)} days left"
 
 
 def first_to_end(path: Path, name: str) -> Certificate:

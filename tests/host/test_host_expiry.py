@@ -106,3 +106,18 @@ def test_a_key_that_was_never_used_is_not_told(
 ) -> None:
     clock.advance(400 * _DAY)
     assert "key-ends-soon" not in logged(caplog, one)
+
+
+def test_two_keys_of_one_profile_are_told_beside_each_other(
+    one: RunningService, clock: SettableClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kid in ("k-1", "k-2"):
+        one.profile().app.key_uses.used(kid, clock.now().wall)
+    clock.advance(340 * _DAY)
+    assert logged(caplog, one).count("key-ends-soon") == 2
+    # Each once a day, and after the year without days that are left.
+    assert logged(caplog, one) == []
+    clock.advance(60 * _DAY)
+    assert logged(caplog, one).count("key-ends-soon") == 2
+    assert " expired on " in caplog.text
+    assert "days left" not in caplog.text
