@@ -8,19 +8,27 @@ from typing import TYPE_CHECKING, Final
 from hsmtoll.errors import sanitized
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from hsmtoll.host.audit import Audit
     from hsmtoll.host.authorize import Authorizer
     from hsmtoll.host.profiles import Profiles
 
-__all__ = ["HostHealth"]
+__all__ = ["HostHealth", "Reason"]
 
 #: The reason in /ready and in the log for the custodian.
 _CLOCK: Final = (
     "the clock is not synchronised: run NTP, or set HSMTOLL_HOST__CLOCK=unchecked if it is kept by "
     "something that the kernel does not know of"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why no grants can be signed: *text* of one line, and the *profile* that it is about."""
+
+    text: str
+    profile: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +40,25 @@ class HostHealth:
     audit: Audit
     synchronised: Callable[[], bool]
 
-    def not_ready(self) -> list[str]:
-        """The reasons why no grants can be signed now, one line each; empty if ready."""
-        why = []
+    def reasons(self) -> Iterator[Reason]:
+        """Why no grants can be signed now; none if ready."""
         stopped = self.authorizer.stopped()
         if stopped is not None:
-            why.append(f"stopped: {stopped}")
+            yield Reason(f"stopped: {stopped}")
         if self.audit.broken is not None:
-            why.append(f"audit: {self.audit.broken}")
+            yield Reason(f"audit: {self.audit.broken}")
         if self.authorizer.ending:
-            why.append("ending")
+            yield Reason("ending")
         for profile in self.profiles:
+            name = sanitized(profile.name)
             if not self.profiles.clock_is_right(profile):
-                why.append(f"profile {sanitized(profile.name)}: {_CLOCK}")
+                yield Reason(f"profile {name}: {_CLOCK}", profile.name)
             elif profile.health.failure is not None:
-                why.append(
-                    f"profile {sanitized(profile.name)}: {sanitized(profile.health.failure)}"
-                )
-        return why
+                yield Reason(f"profile {name}: {sanitized(profile.health.failure)}", profile.name)
+
+    def not_ready(self) -> list[str]:
+        """The texts of the reasons; empty if ready."""
+        return [each.text for each in self.reasons()]
 
     @property
     def ready(self) -> bool:

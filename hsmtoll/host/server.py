@@ -29,6 +29,7 @@ from hsmtoll.hsm.protect import keep_secrets_in_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from hsmtoll.host.health import Reason
     from hsmtoll.host.measures import Asked
     from hsmtoll.host.peers import Peer
     from hsmtoll.settings import Settings
@@ -122,7 +123,7 @@ class _Daemon:
         self._ready = ready
         self._signing: tuple[Listener, ...] = ()
         self._ready_sent = False
-        self._why: list[str] = []
+        self._why: list[Reason] = []
         self._reloads = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._tested = asyncio.Event()
@@ -260,23 +261,26 @@ class _Daemon:
             await self._service.profiles.self_test(timeout)
             self._tested.set()
             timeout = _INTERVAL
-            why = self._service.health.not_ready()
+            why = list(self._service.health.reasons())
             self._log_changes(why)
             if not self._ready_sent:
                 if why:
                     # Extend the start timeout: the device may come up later than this machine.
-                    system.notify(f"STATUS=not ready: {why[0]}", "EXTEND_TIMEOUT_USEC=30000000")
+                    system.notify(
+                        f"STATUS=not ready: {why[0].text}", "EXTEND_TIMEOUT_USEC=30000000"
+                    )
                 else:
                     self._ready_sent = True
                     system.notify("READY=1", "STATUS=signing")
                     self._ready()
             await asyncio.sleep(_INTERVAL)
 
-    def _log_changes(self, why: list[str]) -> None:
+    def _log_changes(self, why: list[Reason]) -> None:
         """Log each new reason for not being ready once, and log when none is left."""
         for reason in why:
             if reason not in self._why:
-                _log.warning("not ready: %s", reason, extra={"event": "not-ready"})
+                extra = {"event": "not-ready", "profile": reason.profile}
+                _log.warning("not ready: %s", reason.text, extra=extra)
         if self._why and not why and self._ready_sent:
             _log.warning("ready again", extra={"event": "ready"})
         self._why = why

@@ -55,9 +55,9 @@ def test_refusals_reloads_and_readiness_are_logged_as_json(json_host: RunningHos
     assert kept["level"] == "error"
     json_host.stop_file.touch()
     eventually(lambda: events(json_host, "not-ready"))
-    assert (
-        events(json_host, "not-ready")[0]["message"] == "not ready: stopped: the stop file is there"
-    )
+    (stopped,) = events(json_host, "not-ready")
+    assert stopped["message"] == "not ready: stopped: the stop file is there"
+    assert "profile" not in stopped
     json_host.stop_file.unlink()
     eventually(lambda: len(events(json_host, "ready")) == 2)
     # The control: what was granted needs no line.
@@ -67,6 +67,11 @@ def test_refusals_reloads_and_readiness_are_logged_as_json(json_host: RunningHos
     assert json_host.ask().status == 200
     assert events(json_host, "signed") == []
     assert json_host.log().startswith(before)
+
+    json_host.faults.set("token-removed")
+    assert json_host.ask().status == 503
+    eventually(lambda: len(events(json_host, "not-ready")) == 2)
+    assert events(json_host, "not-ready")[1]["profile"] == "acme"
 
 
 def test_text_is_as_before_and_without_v_refusals_and_reloads_are_in_it(
