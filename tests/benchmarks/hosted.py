@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import socket
 import statistics
 import subprocess
@@ -22,6 +24,8 @@ from tests.kit import signing_host
 from tests.soak.measure import children
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from hsmtoll.app import App
     from tests.benchmarks.stage import Stage
 
@@ -238,37 +242,84 @@ def host(stage: Stage) -> list[Row]:
     return rows
 
 
+@contextlib.contextmanager
+def _empty_handler(stage: Stage) -> Iterator[Path]:
+    """The socket of a server that does nothing, of the library that the signing host uses."""
+    where = stage.folder / "nothing.sock"
+    argv = [sys.executable, "-c", _NOTHING, str(where)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as empty:
+        assert empty.stdout is not None
+        empty.stdout.readline()
+        yield where
+        empty.terminate()
+
+
 def _tokens(stage: Stage, path: Path, *entries: str) -> list[Row]:
-    """
-    Held tokens, with each release written down, against a server that does nothing and against the
-    same host with a log that is in memory: the audit has no switch.
-    """
+    """Held tokens, for callers of which each one connects anew."""
     # Both sides close after a reply, as the signing host does by itself.
     plain = signing_host.raw_request("/v1/token")
     request = plain.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1)
-    where = stage.folder / "nothing.sock"
-    argv = [sys.executable, "-c", _NOTHING, str(where)]
+    stage.folder.chmod(0o755)
+    what = "signing host, held tokens, releases audited"
+    return _releases(
+        stage, path, entries, lambda each: _crowd(each, request, callers=8)[0], what, "reported"
+    )
+
+
+def kept(stage: Stage) -> list[Row]:
+    """Held tokens as a program on curl's library asks for them: one connection, one by one."""
+    if shutil.which("curl") is None:
+        print("kept: needs curl; left out", file=sys.stderr)
+        return []
+    requests = int(os.environ.get("TOLL_BENCH_REQUESTS", "1000"))
+    what = "signing host, held tokens, curl on one kept connection"
+    with signing_host.make_host(stage.environ) as running:
+        running.start()
+        one = partial(_curl, stage, requests=requests)
+        return _releases(stage, running.socket, (), one, what, "≥ 0.50")
+
+
+def _curl(stage: Stage, path: Path, *, requests: int) -> float:
+    """Replies a second to one curl, with its start, which all sides pay."""
+    config = stage.folder / "curl.conf"
+    config.write_text('url = "http://localhost/v1/token"\noutput = "/dev/null"\n' * requests)
+    argv = [
+        *("curl", "-sS", "-K", str(config), "--unix-socket", str(path)),
+        *("-H", "Content-Type: application/json", "-d", json.dumps(signing_host.ROAD)),
+        *("-w", "%{http_code} %{num_connects}\n"),
+    ]
+    began = time.perf_counter()
+    done = subprocess.run(argv, check=True, capture_output=True, text=True)
+    took = time.perf_counter() - began
+    assert done.stdout == "200 1\n" + "200 0\n" * (requests - 1), done.stdout[:200]
+    return requests / took
+
+
+def _releases(
+    stage: Stage,
+    path: Path,
+    entries: Sequence[str],
+    rate: Callable[[Path], float],
+    what: str,
+    goal: str,
+) -> list[Row]:
+    """
+    Held tokens, with each release written down, against a server that does nothing and against the
+    same host with a log that is in memory: the audit has no switch. *rate* is measured of a socket.
+    """
     with (
-        subprocess.Popen(argv, stdout=subprocess.PIPE) as empty,
+        _empty_handler(stage) as where,
         tempfile.TemporaryDirectory(dir="/dev/shm") as memory,
         signing_host.make_host(stage.environ, *entries) as other,
     ):
-        assert empty.stdout is not None
-        empty.stdout.readline()
         where.chmod(0o666)
-        stage.folder.chmod(0o755)
         other.start(HSMTOLL_HOST__AUDIT_DIR=f"{memory}/audit")
         other.open_to_all()
-        _crowd(path, request, callers=8)
-        _crowd(other.socket, request, callers=8)
-        rates = [
-            [_crowd(each, request, callers=8)[0] for each in (path, where, other.socket)]
-            for _ in range(3)
-        ]
-        empty.terminate()
+        for each in (path, other.socket):
+            rate(each)
+        rates = [[rate(each) for each in (path, where, other.socket)] for _ in range(3)]
     mine, nothing, unsynced = (statistics.median(each) for each in zip(*rates, strict=True))
-    what = "signing host, held tokens, releases audited"
     return [
-        Row(what, "an empty aiohttp handler", "/s", mine, nothing, "reported"),
+        Row(what, "an empty aiohttp handler", "/s", mine, nothing, goal),
         Row(what, "the same with the audit in memory", "/s", mine, unsynced, "reported"),
     ]

@@ -321,6 +321,7 @@ def main() -> int:
         "workers": hosted.workers,
         "host": hosted.host,
         "network": hosted.network,
+        "kept": hosted.kept,
         "proxy": proxied.proxy,
         "renewal": growth.renewal,
         "signatures": growth.signatures,
@@ -328,8 +329,11 @@ def main() -> int:
         "audit": bounds.audit,
         "costs": bounds.costs,
     }
-    # Ten minutes: only where it is named.
-    long: dict[str, Callable[[Stage], Any]] = {"slow-device": growth.slow_device}
+    # Ten minutes or more: only where it is named.
+    long: dict[str, Callable[[Stage], Any]] = {
+        "slow-device": growth.slow_device,
+        "audit-large": bounds.audit_large,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *every, *long],
                         metavar="NAME", help=f"of {', '.join([*every, *long])}; none means all "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit.readers import section
+
 TOP = Path(__file__).parents[2]
 SCRIPTS = sorted(
     path
@@ -39,6 +41,19 @@ def test_each_prints_its_own_comment_and_does_nothing_else(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == comment
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_speed_names_each_part_that_bench_measures_alone() -> None:
+    # As wide as the list, which otherwise is cut at hyphens.
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.run", "--help"],
+        cwd=TOP, env=os.environ | {"COLUMNS": "1000"}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    listed = re.search(r"NAME +of (.+); none means all", done.stdout)
+    assert listed is not None, done.stdout
+    names = set(listed[1].split(", "))
+    assert {"assertions", "audit-large"} <= names
+    assert names <= set(re.findall(r"[a-z-]+", section("Speed")))
 
 
 def test_the_lock_of_tests_and_checks_contains_what_the_demo_installs() -> None:
