@@ -56,6 +56,7 @@ NAMES: Final[Mapping[str, str]] = {
     "token-removed": "the slot is empty until cleared; then the sessions are gone",
     "device-error": "once: CKR_DEVICE_ERROR to everything until C_Finalize and C_Initialize",
     "slow": "function='C_Sign' takes ms=1000 more",
+    "latency": "every call takes ms=1000 more",
     "hang": "function='C_Sign' does not return until cleared",
     "wrong-signature": "one bit of every signature is flipped",
     "mechanism-missing": "no SHAxxx_RSA_PKCS; with raw=True no RSA_PKCS either",
@@ -102,7 +103,7 @@ _MEMBERS: Final = (
     "most_sessions", "open_sessions", "padded_to", "padded_with", "label_nul", "user_type",
     "context_login",
     "template_attribute", "template_answer", "shown_attribute", "shown_value", "read_write_answer",
-    "replaces", "exclusive_answer",
+    "replaces", "exclusive_answer", "latency_ms",
 )  # fmt: skip
 _SIZE: Final = 8 * (len(FUNCTIONS) + len(_MEMBERS))
 _EPOCHS: Final = frozenset(("sessions", "handles", "device"))
@@ -124,6 +125,7 @@ _SETS: Final[Mapping[str, Mapping[str, int | str]]] = {
     "token-removed": {"removed": 1},
     "device-error": {"device": 1},
     "slow": {"slow_ms": "ms", "slow_function": "function"},
+    "latency": {"latency_ms": "ms"},
     "hang": {"hang_function": "function"},
     "wrong-signature": {"wrong_signature": 1},
     "mechanism-missing": {"hidden_mechanisms": "raw"},

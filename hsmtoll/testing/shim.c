@@ -76,6 +76,7 @@ struct control {
     int64_t read_write_answer;
     int64_t replaces;
     int64_t exclusive_answer;
+    int64_t latency_ms;                     /* of every call */
 };
 
 #define FAKE_SLOT 0x7fff0000UL
@@ -281,6 +282,7 @@ static word login(word session, word user, word pin, word length) {
 static int64_t ordered(int n) {
     int64_t crash = READ(crash_function), slow = READ(slow_function), nth = READ(nth_function);
     if (crash == n + 1) abort();
+    wait_ms(READ(latency_ms));
     if (slow == n + 1) wait_ms(READ(slow_ms));
     while (READ(hang_function) == n + 1) wait_ms(20);
     if (nth == n + 1 && __atomic_sub_fetch(&control->nth_left, 1, __ATOMIC_SEQ_CST) == 0) return READ(nth_answer);

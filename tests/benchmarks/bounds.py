@@ -1,10 +1,12 @@
-"""What grows with years of records, and what hostile bytes cost at most."""
+"""What grows with years of records or keys, and what hostile bytes cost at most."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,6 +15,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from hsmtoll.host.audit import Audit
 from hsmtoll.host.audit_log import segments_of, verify
+from hsmtoll.testing.faults import Faults
+from hsmtoll.testing.identity import eseal, register_identity
+from hsmtoll.testing.softhsm import SoftHsm
 from tests.benchmarks.stage import Row, seconds_of, turns
 from tests.kit.hostile import cases
 
@@ -30,6 +35,35 @@ _BURST: Final = 100
 
 #: Milliseconds of CPU that foreign bytes may cost.
 _ALLOWED: Final = 200.0
+
+
+#: Milliseconds of one call, as of an HSM in the network.
+_LATENCY: Final = 5
+
+#: Other keys, each with a certificate.
+_OTHERS: Final = """
+import sys, pkcs11
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from pkcs11 import Attribute as A, CertificateType, ObjectClass
+from pkcs11.util.rsa import decode_rsa_private_key
+
+made = rsa.generate_private_key(65537, 2048)
+private = decode_rsa_private_key(
+    made.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+)
+module, token, pin, count = sys.argv[1:5]
+with pkcs11.lib(module).get_token(token_label=token).open(rw=True, user_pin=pin) as session:
+    (some, *_) = session.get_objects({A.CLASS: ObjectClass.CERTIFICATE})
+    certificate = {
+        A.CLASS: ObjectClass.CERTIFICATE, A.CERTIFICATE_TYPE: CertificateType.X_509,
+        A.PRIVATE: False, A.SUBJECT: bytes((0x30, 0)), A.VALUE: some[A.VALUE],
+    }
+    for number in range(int(count)):
+        named = {A.TOKEN: True, A.LABEL: f"other-{number}", A.ID: b"other%d" % number}
+        for each in (private, certificate):
+            session.create_object(each | named)
+"""
 
 
 class _Host:
@@ -123,6 +157,48 @@ def audit(stage: Stage, counts: Sequence[int] = _COUNTS) -> list[Row]:
     shutil.rmtree(place)
     shutil.rmtree(stage.folder / "audited-little")
     return rows
+
+
+def partition(stage: Stage) -> Row:
+    """
+    `hsmtoll token` with nothing in its cache, among many keys of others; against a C program that
+    knows the labels of the key and its three certificates, and signs once. Both are processes.
+    """
+    others = int(os.environ.get("TOLL_BENCH_KEYS", "1500")) - 1
+    device = SoftHsm.create(stage.folder / "partition")
+    who = eseal(device)
+    register_identity(stage.sandbox, who)
+    filling = [sys.executable, "-c", _OTHERS, str(device.module), device.label, device.pin]
+    subprocess.run([*filling, str(others)], env=os.environ | device.environ(), check=True)
+    with Faults(device.module, stage.folder / "partition-faults") as faults:
+        environ = {**who.environ(), **faults.environ(), "HSMTOLL_CACHE": "memory:"}
+        labels = [who.key_label, *(f"{who.key_label}-ca-{number}" for number in (0, 3))]
+        asking = [str(stage.loop), str(faults.module), device.label, who.key_label, "0"]
+        asking += [str(stage.length), *labels]
+        counts = {}
+
+        def ours() -> float:
+            faults.reset_counts()
+            took = stage.command(sys.executable, "-m", "hsmtoll", "token", "road", **environ)
+            counts["ours"] = sum(faults.calls().values())
+            return took
+
+        def bare() -> float:
+            faults.reset_counts()
+            took = seconds_of(
+                lambda: subprocess.run(
+                    asking, env=os.environ | environ, input=f"{device.pin}\ngo\n",
+                    text=True, check=True, stdout=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+            counts["bare"] = sum(faults.calls().values())
+            return took
+
+        ours()
+        faults.set("latency", ms=_LATENCY)
+        pair = turns(ours, bare)
+    what = f"first token among {others + 1:,} keys, {_LATENCY} ms a call ({counts['ours']} calls)"
+    return Row(what, f"the {counts['bare']} that cannot be avoided", "s", *pair, "≤ 2 s")
 
 
 def costs(_stage: Stage) -> list[Row]:

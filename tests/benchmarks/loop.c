@@ -1,7 +1,9 @@
 /* What the device can do at best: C_SignInit + C_Sign in a loop, nothing between.
  *
- *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH      the PIN comes on stdin; after it is
- *                                                     ready, a second line lets it begin
+ *   loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH [CERTIFICATE_LABEL ...]
+ *
+ * The PIN comes on stdin; after it is ready, a second line lets it begin. Certificates are read
+ * before that. In no seconds there is one signature: the calls of a first token.
  *
  * Prints signatures per second. Declarations are those of PKCS#11 v2.40 that are used here.
  */
@@ -25,7 +27,7 @@ typedef struct {
 /* The function list: a version, then 68 pointers in the standard's order. */
 typedef struct { version_t version; void *function[68]; } list_t;
 enum { INITIALIZE = 0, GET_SLOT_LIST = 4, GET_TOKEN_INFO = 6, OPEN_SESSION = 12, LOGIN = 18,
-       FIND_INIT = 26, FIND = 27, FIND_FINAL = 28, SIGN_INIT = 42, SIGN = 43 };
+       GET_ATTRIBUTE = 24, FIND_INIT = 26, FIND = 27, FIND_FINAL = 28, SIGN_INIT = 42, SIGN = 43 };
 
 #define CALL(name, ...) do { \
     ulong_t rv = ((ulong_t (*)()) list->function[name])(__VA_ARGS__); \
@@ -38,9 +40,19 @@ static double now(void) {
     return t.tv_sec + t.tv_nsec / 1e9;
 }
 
+static ulong_t find(list_t *list, ulong_t session, ulong_t class, char *label) {
+    attribute_t wanted[] = {{0, &class, sizeof class}, {3, label, strlen(label)}};
+    ulong_t object, found;
+    CALL(FIND_INIT, session, wanted, (ulong_t) 2);
+    CALL(FIND, session, &object, (ulong_t) 1, &found);
+    CALL(FIND_FINAL, session);
+    if (!found) { fprintf(stderr, "no such object: %s\n", label); exit(1); }
+    return object;
+}
+
 int main(int argc, char **argv) {
-    if (argc != 6) {
-        fprintf(stderr, "usage: loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH\n");
+    if (argc < 6) {
+        fprintf(stderr, "usage: loop MODULE TOKEN_LABEL KEY_LABEL SECONDS LENGTH [CERTIFICATE_LABEL ...]\n");
         return 2;
     }
     char pin[256];
@@ -63,15 +75,15 @@ int main(int argc, char **argv) {
     }
     if (slot == (ulong_t) -1) { fprintf(stderr, "no such token\n"); return 1; }
 
-    ulong_t session, key, found;
+    ulong_t session, key;
     CALL(OPEN_SESSION, slot, (ulong_t) 4, NULL, NULL, &session);
     CALL(LOGIN, session, (ulong_t) 1, pin, (ulong_t) strlen(pin));
-    ulong_t class = 3;
-    attribute_t wanted[] = {{0, &class, sizeof class}, {3, argv[3], strlen(argv[3])}};
-    CALL(FIND_INIT, session, wanted, (ulong_t) 2);
-    CALL(FIND, session, &key, (ulong_t) 1, &found);
-    CALL(FIND_FINAL, session);
-    if (!found) { fprintf(stderr, "no such key\n"); return 1; }
+    key = find(list, session, 3, argv[3]);
+    for (int i = 6; i < argc; i++) {
+        static unsigned char der[8192];
+        attribute_t value = {0x11, der, sizeof der};
+        CALL(GET_ATTRIBUTE, session, find(list, session, 1, argv[i]), &value, (ulong_t) 1);
+    }
     /* Who logs in at the same time as others may fail; who signs does not. */
     char go[8];
     puts("ready");
@@ -85,16 +97,14 @@ int main(int argc, char **argv) {
     if (!data) return 1;
     memset(data, 'a', size);
     mechanism_t sha256_rsa = {0x40, NULL, 0};
-    double until, began;
-    long signatures = -20;
-    began = now();
-    until = began + atof(argv[4]);
-    while (signatures < 0 || now() < until) {
+    double seconds = atof(argv[4]), began = now(), until = began + seconds;
+    long signatures = seconds > 0 ? -20 : 0;
+    do {
         ulong_t length = sizeof signature;
         CALL(SIGN_INIT, session, &sha256_rsa, key);
         CALL(SIGN, session, data, size, signature, &length);
-        if (++signatures == 0) { began = now(); until = began + atof(argv[4]); }
-    }
+        if (++signatures == 0) { began = now(); until = began + seconds; }
+    } while (signatures < 0 || now() < until);
     printf("%.2f\n", signatures / (now() - began));
     return 0;
 }

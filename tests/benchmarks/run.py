@@ -329,10 +329,11 @@ def main() -> int:
         "audit": bounds.audit,
         "costs": bounds.costs,
     }
-    # Ten minutes or more: only where it is named.
+    # Many minutes: only where it is named.
     long: dict[str, Callable[[Stage], Any]] = {
         "slow-device": growth.slow_device,
         "audit-large": bounds.audit_large,
+        "partition": bounds.partition,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *every, *long],

@@ -261,6 +261,19 @@ def test_a_slow_call_takes_its_time(faults: Faults, device: SoftHsm) -> None:
     assert says(run(faults, device)) == "256"
 
 
+def test_with_latency_a_call_of_any_kind_takes_its_time(faults: Faults, device: SoftHsm) -> None:
+    faults.set("latency", ms=600_000)
+    with started(faults, device) as slow:
+        eventually(lambda: faults.calls() == {"C_Initialize": 1})
+        # Who came later is done before it.
+        faults.clear("latency")
+        assert says(run(faults, device)) == "256"
+        assert slow.poll() is None
+    # The control: the time is what it was told.
+    faults.set("latency", ms=1)
+    assert says(run(faults, device)) == "256"
+
+
 def test_a_hang_lasts_until_it_is_cleared(faults: Faults, device: SoftHsm) -> None:
     faults.set("hang")
     with pytest.raises(subprocess.TimeoutExpired):
