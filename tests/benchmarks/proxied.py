@@ -89,20 +89,27 @@ asyncio.run(main())
 """
 
 
+@contextlib.contextmanager
+def customs(stage: Stage) -> Iterator[str]:
+    """The address of Customs, in a process of its own."""
+    certificate, key = pki.issue_tls()
+    pem = stage.folder / "customs.pem"
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    pem.write_bytes(pki.pem(certificate) + secret)
+    port = free_port()
+    with running("-c", _CUSTOMS, str(port), str(pem)):
+        yield f"https://localhost:{port}"
+
+
 def proxy(stage: Stage) -> list[Row]:
     """Requests a second and their 99th percentile, and a large upload."""
     with contextlib.ExitStack() as stack:
-        certificate, key = pki.issue_tls()
-        pem = stage.folder / "customs.pem"
-        secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        pem.write_bytes(pki.pem(certificate) + secret)
-        customs, ours, bare = free_port(), free_port(), free_port()
-        origin = f"https://localhost:{customs}"
-        stack.enter_context(_running("-c", _CUSTOMS, str(customs), str(pem)))
+        ours, bare = free_port(), free_port()
+        origin = stack.enter_context(customs(stage))
         ca = str(stage.sandbox.ca_file)
-        stack.enter_context(_running("-c", _BARE, str(bare), origin, ca))
+        stack.enter_context(running("-c", _BARE, str(bare), origin, ca))
         listen = ("-m", "hsmtoll", "proxy", "--listen", f"127.0.0.1:{ours}")
-        stack.enter_context(_running(*listen, HSMTOLL_ENDPOINTS__CUSTOMS=origin))
+        stack.enter_context(running(*listen, HSMTOLL_ENDPOINTS__CUSTOMS=origin))
         for port in (ours, bare):
             _calls(port, 0.5)
         rates: dict[int, list[float]] = {ours: [], bare: []}
@@ -127,8 +134,8 @@ def proxy(stage: Stage) -> list[Row]:
 
 
 @contextlib.contextmanager
-def _running(*argv: str, **environ: str) -> Iterator[None]:
-    """A Python process that says when it listens, until the end of the block."""
+def running(*argv: str, **environ: str) -> Iterator[int]:
+    """The id of a Python process that says when it listens, until the end of the block."""
     with subprocess.Popen(
         [sys.executable, *argv], env=os.environ | environ, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -142,7 +149,7 @@ def _running(*argv: str, **environ: str) -> Iterator[None]:
                 raise RuntimeError(f"{argv[:2]} ended before it listened")
             # A log that nobody reads would stop its writer.
             threading.Thread(target=process.stdout.read, daemon=True).start()
-            yield
+            yield process.pid
         finally:
             process.kill()
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hsmtoll.sandbox.server import Sandbox
-from tests.benchmarks import bounds, growth, hosted, plots, proxied
+from tests.benchmarks import bounds, growth, hosted, plots, proxied, resident
 from tests.benchmarks.stage import (
     HERE,
     ROUNDS,
@@ -334,6 +334,7 @@ def main() -> int:
         "slow-device": growth.slow_device,
         "audit-large": bounds.audit_large,
         "partition": bounds.partition,
+        "memory": resident.memory,
     }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *every, *long],
