@@ -286,7 +286,11 @@ class Listener:
             connection.account = connection.peer.account
             self._place(connection)
         if connection in self._places.waiting:
-            transport.pause_reading()
+            if self._tls is not None:
+                transport.pause_reading()
+            else:
+                # Not yet: Python 3.11.2 begins to read after connection_made, paused or not.
+                asyncio.get_running_loop().call_soon(self._pause, connection)
             self._set_timer(connection, self._limits.max_wait)
         elif connection in self._places.served or connection in self._places.rejected:
             spent = asyncio.get_running_loop().time() - connection.since
@@ -312,6 +316,10 @@ class Listener:
         if not self._ending:
             for connection in self._places.serve_waiting():
                 self._read(connection)
+
+    def _pause(self, connection: Connection) -> None:
+        if connection in self._places.waiting and connection.transport is not None:
+            connection.transport.pause_reading()
 
     def _read(self, connection: Connection) -> None:
         """Read the request of a connection that has waited."""
