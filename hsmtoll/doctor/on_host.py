@@ -151,29 +151,26 @@ def _check_tls(setup: HostSetup) -> Check:
 
 def _check_certificate(setup: HostSetup) -> Check:
     """The host's own certificate, and those sent with it, are valid for a while."""
-    if not setup.has_tls:
-        return skip("tls-certificate", _NO_TLS)
-    path = needed(setup.settings.host.cert, "cert")
     return _until(
-        setup, "tls-certificate", path, "HSMTOLL_HOST__CERT",
+        setup, "tls-certificate", setup.settings.host.cert, "cert",
         "order the next one, put it in place and reload: `hsmtoll help operations`",
     )  # fmt: skip
 
 
 def _check_client_ca(setup: HostSetup) -> Check:
     """The CA certificates of the callers are valid for a while."""
-    if not setup.has_tls:
-        return skip("tls-client-ca", _NO_TLS)
-    path = needed(setup.settings.host.client_ca, "client_ca")
     return _until(
-        setup, "tls-client-ca", path, "HSMTOLL_HOST__CLIENT_CA",
+        setup, "tls-client-ca", setup.settings.host.client_ca, "client_ca",
         "add the CA's next certificate, issue the callers' from it, then remove this one",
     )  # fmt: skip
 
 
-def _until(setup: HostSetup, check: str, path: Path, name: str, hint: str) -> Check:
-    """When the first of the certificates in *path* expires."""
-    first = first_to_end(path, name)
+def _until(setup: HostSetup, check: str, path: Path | None, setting: str, hint: str) -> Check:
+    """When the first of the certificates in *path*, the host's *setting*, expires."""
+    if not setup.has_tls:
+        return skip(check, _NO_TLS)
+    name = f"HSMTOLL_HOST__{setting.upper()}"
+    first = first_to_end(needed(path, setting), name)
     days = first.days_left(setup.now)
     line = f"'{first.subject}' is valid until {first.not_after:%Y-%m-%d}, {days} days left"
     if first.not_after < setup.now:
